@@ -1,0 +1,1 @@
+"""Tests for LoRA and QLoRA set-ups: inspected into plain facts, judged by rules, reported by pytest."""
