@@ -1,1 +1,38 @@
-"""Tests for LoRA and QLoRA set-ups: inspected into plain facts, judged by rules, reported by pytest."""
+"""Tests for LoRA and QLoRA set-ups: inspected into plain facts, judged by rules, reported by pytest.
+
+Public names are loaded on first use, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytest_lora.checks import check_config as check_config
+    from pytest_lora.checks import check_model as check_model
+    from pytest_lora.expect import Expect as Expect
+    from pytest_lora.findings import Finding as Finding
+    from pytest_lora.findings import LoraHealthWarning as LoraHealthWarning
+    from pytest_lora.findings import Report as Report
+
+_HOMES = {
+    "Expect": "expect",
+    "Finding": "findings",
+    "LoraHealthWarning": "findings",
+    "Report": "findings",
+    "check_config": "checks",
+    "check_model": "checks",
+}
+
+__all__ = ["Expect", "Finding", "LoraHealthWarning", "Report", "check_config", "check_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,83 @@
+"""Assertions: the checks, raising. Errors fail; warnings become LoraHealthWarning; infos stay in the report."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from pytest_lora.findings import LoraHealthWarning, Report
+
+if TYPE_CHECKING:
+    import os
+
+    from peft import LoraConfig
+    from torch import nn
+    from torch.optim import Optimizer
+    from transformers import PretrainedConfig
+
+    from pytest_lora.expect import Expect
+
+SHOWN = 10
+"""Findings that an assertion spells out; the report on the exception has them all."""
+
+listeners: list[Callable[[Report], None]] = []
+"""Called with each report before it is judged; the pytest plugin collects findings through this."""
+
+
+class LoraHealthError(AssertionError):
+    """A check found errors. ``report`` holds all its findings."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__("\n".join(report.lines(SHOWN)))
+        self.report = report
+
+
+def demand(report: Report) -> Report:
+    """Pass a report on to who listens, warn of its warnings, and raise if it has errors.
+
+    Raises:
+        LoraHealthError: The report has errors.
+    """
+    __tracebackhide__ = True
+    for listen in listeners:
+        listen(report)
+    for finding in report.warnings:
+        warnings.warn(str(finding), LoraHealthWarning, stacklevel=3)
+    if not report.ok:
+        raise LoraHealthError(report)
+    return report
+
+
+def assert_config_healthy(
+    config: LoraConfig,
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
+    *,
+    expect: Expect | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+) -> Report:
+    """Assert that a ``LoraConfig`` fits the base it is for; see ``check_config``.
+
+    Args:
+        config: The configuration.
+        base: A live model, a ``PretrainedConfig``, or the path of a model folder or ``config.json``.
+        expect: What is meant, where only the user can know it.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
+
+    Raises:
+        LoraHealthError: There are errors.
+        TypeError: An argument has the wrong type.
+        ValueError: The base cannot be read or built, or a code does not exist.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks import check_config
+
+    return demand(_selected(check_config(config, base, expect=expect), select, ignore))
+
+
+def _selected(report: Report, select: Iterable[str], ignore: Iterable[str]) -> Report:
+    from pytest_lora.rules import selected
+
+    return Report(report.subject, tuple(selected(report.findings, select, ignore)))

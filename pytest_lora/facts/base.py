@@ -1,0 +1,108 @@
+"""Facts about the base model under an adapter; every stage shares them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModule:
+    """A module of the base that holds weights of its own and may be a LoRA target.
+
+    Attributes:
+        name: Full name in the base model, without what PEFT inserts.
+        kind: Class name of the module (``"Linear"``, ``"Linear4bit"``, ``"Conv1D"``, ...).
+        in_features: Logical input size, before any packing.
+        out_features: Logical output size.
+        quantization: ``"4bit"``, ``"8bit"``, another method's name, or None for plain weights.
+    """
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    quantization: str | None
+
+    @property
+    def leaf(self) -> str:
+        """Last part of the name."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether PEFT's "all-linear" is about modules of this kind."""
+        return "Linear" in self.kind or self.kind == "Conv1D"
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the linear layers of the base are quantized by bitsandbytes, as found and as declared.
+
+    Attributes:
+        declared: ``"4bit"`` or ``"8bit"`` as the model or its config says, or None.
+        skipped: Names that the declaration leaves unquantized.
+        compute_dtypes: Compute dtypes found on 4-bit layers.
+        unpacked: Quantized layers whose weight was never packed although it is not on the meta device.
+    """
+
+    declared: str | None
+    skipped: tuple[str, ...]
+    compute_dtypes: tuple[str, ...]
+    unpacked: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskHead:
+    """The module that a task class puts on top of the pretrained body (``score``, ``classifier``).
+
+    ``fresh`` is True when its values are still those of the initialisation, False when they are not,
+    and None when there are no values to look at.
+    """
+
+    name: str
+    fresh: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFacts:
+    """The base model.
+
+    Attributes:
+        architecture: Class name (``"LlamaForCausalLM"``).
+        task_type: The PEFT task type that fits the class, or None where there is none.
+        modules: Modules that may be targets, in order.
+        module_names: Every module of the base, in order.
+        parameters: Logical number of parameters, tied ones once.
+        layer_indices: Numbers of the transformer blocks.
+        heads: Task heads.
+        tied: Groups of modules that share one weight.
+        input_embeddings: Name of the input embedding, or None.
+        output_embeddings: Name of the output embedding (``lm_head``), or None.
+        vocab_size: Rows of the input embedding, or None.
+        has_biases: Whether any module has a bias.
+        float_dtypes: Dtypes of the floating-point parameters that are not quantized.
+        device_types: Types of the devices that hold parameters ("cpu", "cuda", "meta").
+        quantization: None where nothing is or claims to be quantized.
+        carries_adapter: Whether there are PEFT layers in it already.
+    """
+
+    architecture: str
+    task_type: str | None
+    modules: tuple[BaseModule, ...]
+    module_names: tuple[str, ...]
+    parameters: int
+    layer_indices: tuple[int, ...]
+    heads: tuple[TaskHead, ...]
+    tied: tuple[tuple[str, ...], ...]
+    input_embeddings: str | None
+    output_embeddings: str | None
+    vocab_size: int | None
+    has_biases: bool
+    float_dtypes: tuple[str, ...]
+    device_types: tuple[str, ...]
+    quantization: Quantization | None
+    carries_adapter: bool
+
+    def tied_to(self, module: str) -> tuple[str, ...]:
+        """The other modules that share this module's weight."""
+        return tuple(n for group in self.tied if module in group for n in group if n != module)

@@ -1,0 +1,220 @@
+"""Facts about a LoraConfig and what PEFT makes of it on one base."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pytest_lora.facts.base import BaseFacts
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """One base module (or fused parameter) with one adapter on it.
+
+    Attributes:
+        module: Full name of the adapted module in the base.
+        kind: Class name of the adapted module; ``"Parameter"`` for a fused parameter.
+        adapter: Name of the adapter.
+        in_features: Logical input size of the base weight.
+        out_features: Logical output size.
+        experts: Weights stacked in a fused parameter, else 1.
+        rank: The rank in effect here, patterns applied.
+        alpha: The alpha in effect here, patterns applied.
+        scaling: What the low-rank product is multiplied with: ``alpha / rank``, or
+            ``alpha / sqrt(rank)`` under rsLoRA, unless somebody changed it since.
+        use_rslora: Whether the scaling divides by the square root of the rank.
+        use_dora: Whether there is a magnitude vector.
+        dropout: Probability of the LoRA dropout.
+        parameters: Numbers in the adapter here.
+    """
+
+    module: str
+    kind: str
+    adapter: str
+    in_features: int
+    out_features: int
+    experts: int
+    rank: int
+    alpha: float
+    scaling: float
+    use_rslora: bool
+    use_dora: bool
+    dropout: float
+    parameters: int
+
+    @property
+    def leaf(self) -> str:
+        """Last part of the module's name."""
+        return self.module.rpartition(".")[2]
+
+    @property
+    def configured_scaling(self) -> float:
+        """The scaling that rank and alpha give (LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732)."""
+        return self.alpha / self.rank**0.5 if self.use_rslora else self.alpha / self.rank
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The fields of a LoraConfig as plain values, under PEFT's own names."""
+
+    r: int
+    lora_alpha: float
+    target_modules: tuple[str, ...] | str | None
+    exclude_modules: tuple[str, ...] | str | None
+    target_parameters: tuple[str, ...]
+    lora_dropout: float
+    bias: str
+    use_rslora: bool
+    use_dora: bool
+    modules_to_save: tuple[str, ...]
+    init_lora_weights: bool | str
+    layers_to_transform: tuple[int, ...]
+    rank_pattern: tuple[tuple[str, int], ...]
+    alpha_pattern: tuple[tuple[str, float], ...]
+    task_type: str | None
+    inference_mode: bool
+    trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...]
+    ensure_weight_tying: bool
+
+    @classmethod
+    def of(cls, config: Any) -> Settings:
+        """Read a LoraConfig; fields that an older PEFT does not have get their neutral value."""
+        return cls(**{f.name: _READ[f.name](getattr(config, f.name, None)) for f in fields(cls)})
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(sorted(map(str, value or ())))
+
+
+def _names_or_pattern(value: Any) -> tuple[str, ...] | str | None:
+    return value if value is None or isinstance(value, str) else _names(value)
+
+
+def _indices(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value or ())
+
+
+def _pairs(value: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple((value or {}).items())
+
+
+def _word(value: Any) -> str | None:
+    return str(value.value) if isinstance(value, enum.Enum) else None if value is None else str(value)
+
+
+def _tokens(value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    by_module = value if isinstance(value, dict) else {"": value} if value else {}
+    return tuple((module, tuple(indices)) for module, indices in by_module.items())
+
+
+def _initialisation(value: Any) -> bool | str:
+    return value if isinstance(value, (bool, str)) else True
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "r": int,
+    "lora_alpha": float,
+    "target_modules": _names_or_pattern,
+    "exclude_modules": _names_or_pattern,
+    "target_parameters": _names,
+    "lora_dropout": lambda value: float(value or 0.0),
+    "bias": lambda value: str(value or "none"),
+    "use_rslora": bool,
+    "use_dora": bool,
+    "modules_to_save": _names,
+    "init_lora_weights": _initialisation,
+    "layers_to_transform": _indices,
+    "rank_pattern": _pairs,
+    "alpha_pattern": _pairs,
+    "task_type": _word,
+    "inference_mode": bool,
+    "trainable_token_indices": _tokens,
+    "ensure_weight_tying": bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NameMatch:
+    """What one name of a LoraConfig list matches in the base.
+
+    Attributes:
+        field: Field of the LoraConfig (``"target_modules"``, ``"modules_to_save"``, ...).
+        name: The name as written.
+        modules: Modules of the base that it names.
+        similar: Names in the base that were perhaps meant.
+    """
+
+    field: str
+    name: str
+    modules: tuple[str, ...]
+    similar: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PatternKey:
+    """What one key of ``rank_pattern`` or ``alpha_pattern`` decides.
+
+    Attributes:
+        field: ``"rank_pattern"`` or ``"alpha_pattern"``.
+        key: The key as written.
+        value: Its rank or alpha.
+        decides: Adapted modules that take their value from this key.
+        shadowed_by: An earlier key that takes all modules which this one would match, or None.
+        elsewhere: Modules of the base that it matches but that are not adapted.
+    """
+
+    field: str
+    key: str
+    value: float
+    decides: tuple[str, ...]
+    shadowed_by: str | None
+    elsewhere: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """PEFT's own error where it stops at the configuration."""
+
+    error: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFacts:
+    """A LoraConfig on a base.
+
+    Attributes:
+        adapter: Name of the adapter.
+        settings: The fields as written; on a live model, as PEFT left them.
+        base: The base model.
+        layers: Modules that get an adapter, in order; empty where PEFT refuses.
+        names: What each name in the lists of the configuration matches.
+        patterns: What each key of the two patterns decides.
+        saved_modules: Modules that are trained in full and saved beside the adapter.
+        token_modules: Modules with single trainable rows.
+        refusal: PEFT's error, or None.
+        live: Whether this was read from a model that already carries the adapter.
+    """
+
+    adapter: str
+    settings: Settings
+    base: BaseFacts
+    layers: tuple[LayerFacts, ...]
+    names: tuple[NameMatch, ...]
+    patterns: tuple[PatternKey, ...]
+    saved_modules: tuple[str, ...]
+    token_modules: tuple[str, ...]
+    refusal: Refusal | None
+    live: bool
+
+    def unmatched(self, field: str) -> Iterator[NameMatch]:
+        """Names of one field that match nothing."""
+        return (match for match in self.names if match.field == field and not match.modules)
+
+    @property
+    def adapted(self) -> frozenset[str]:
+        """Names of the adapted modules."""
+        return frozenset(layer.module for layer in self.layers)

@@ -1,0 +1,145 @@
+"""What rules say: findings and the report that holds them. Strings and numbers only."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+Severity = Literal["error", "warning", "info"]
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
+
+
+class LoraHealthWarning(UserWarning):
+    """A finding of severity "warning". ``-W error::pytest_lora.LoraHealthWarning`` is the strict mode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that a rule saw.
+
+    Attributes:
+        code: Stable code of the rule, such as ``"LORA203"``.
+        rule: Name of the rule, which says what is wrong, such as ``"adapter_left_merged"``.
+        severity: ``"error"`` (training or loading is broken or does not do what was configured),
+            ``"warning"`` (works, but almost surely not meant) or ``"info"`` (worth knowing).
+        where: The modules or the argument that it is about, grouped.
+        observed: What was seen.
+        expected: What a healthy set-up has there.
+        fix: The one change that mends it.
+    """
+
+    code: str
+    rule: str
+    severity: Severity
+    where: str
+    observed: str
+    expected: str
+    fix: str
+
+    @property
+    def title(self) -> str:
+        """The rule's name as words."""
+        return self.rule.replace("_", " ")
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"{self.severity}[{self.code}]: {self.title}",
+                f"  --> {self.where}",
+                f"  observed: {self.observed}",
+                f"  expected: {self.expected}",
+                f"  fix:      {self.fix}",
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The findings of one check, the gravest first.
+
+    ``ok`` is true when no finding is an error: warnings and infos never fail an assertion.
+    """
+
+    subject: str
+    findings: tuple[Finding, ...] = ()
+
+    def __post_init__(self) -> None:
+        ordered = sorted(self.findings, key=lambda f: (SEVERITIES.index(f.severity), f.code))
+        object.__setattr__(self, "findings", tuple(ordered))
+
+    def _of(self, severity: Severity) -> tuple[Finding, ...]:
+        return tuple(f for f in self.findings if f.severity == severity)
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return self._of("error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        return self._of("warning")
+
+    @property
+    def infos(self) -> tuple[Finding, ...]:
+        return self._of("info")
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors
+
+    def lines(self, limit: int | None = None) -> Iterator[str]:
+        """Yield the report line by line, at most ``limit`` findings of it."""
+        if not self.findings:
+            yield f"{self.subject}: healthy"
+            return
+        yield f"{self.subject}: {counted(f.severity for f in self.findings)}"
+        shown = self.findings[:limit]
+        for finding in shown:
+            yield ""
+            yield from str(finding).splitlines()
+        if hidden := len(self.findings) - len(shown):
+            yield ""
+            yield f"... {hidden} more (-v shows all)"
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def to_json(self) -> str:
+        """The report as one JSON object: ``subject``, ``ok`` and ``findings``."""
+        return json.dumps(
+            {"subject": self.subject, "ok": self.ok, "findings": [asdict(f) for f in self.findings]}
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that ``to_json`` wrote."""
+        data = json.loads(text)
+        return cls(data["subject"], tuple(Finding(**f) for f in data["findings"]))
+
+
+def counted(severities: Iterable[str]) -> str:
+    """``["error", "error", "info"]`` as "2 errors, 1 info"."""
+    counts = Counter(severities)
+    return ", ".join(f"{n} {s}{'s' if n > 1 else ''}" for s in SEVERITIES if (n := counts[s]))
+
+
+def grouped(names: Iterable[str], limit: int = 4) -> str:
+    """Module names as a reader wants them: ``"28 modules: model.layers.*.self_attn.q_proj"``.
+
+    Names that differ only in their numbers are one group; at most ``limit`` groups are spelled out.
+    """
+    groups: dict[str, list[str]] = {}
+    total = 0
+    for name in names:
+        groups.setdefault(_INDEX.sub("*", name), []).append(name)
+        total += 1
+    if total == 1:
+        return next(iter(groups.values()))[0]
+    shown = [pattern if len(members) > 1 else members[0] for pattern, members in groups.items()]
+    more = f", and {len(shown) - limit} more groups" if len(shown) > limit else ""
+    return f"{total} modules: {', '.join(shown[:limit])}{more}"

@@ -1,0 +1,245 @@
+"""The base model under an adapter, as facts."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pytest_lora.facts.base import BaseFacts, BaseModule, Quantization, TaskHead
+from pytest_lora.inspection.survey import Survey
+
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+"""PEFT task types by the ending of a transformers class name (``peft.TaskType``)."""
+
+HEADED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Regression|RewardModel)")
+"""Transformers classes that put a newly made task head on a pretrained body."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def quantization_of(module: nn.Module) -> str | None:
+    """``"4bit"`` or ``"8bit"`` for bitsandbytes layers, the method for others, None for plain weights."""
+    bnb = sys.modules.get("bitsandbytes")
+    if bnb is not None:
+        if isinstance(module, bnb.nn.Linear4bit):
+            return "4bit"
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            return "8bit"
+    if hasattr(module, "qweight"):
+        return "gptq or awq"
+    return "hqq" if hasattr(module, "W_q") else None
+
+
+def logical_shape(module: nn.Module) -> tuple[int, int] | None:
+    """``(in_features, out_features)`` of a module that LoRA can adapt, before any packing; else None."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.in_channels, module.out_channels
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim, 3 * module.embed_dim
+    if type(module).__name__ == "Conv1D":
+        weight: Any = module.weight
+        return int(weight.shape[0]), int(weight.shape[1])
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int) and _has_weight(module):
+        return sizes[0], sizes[1]
+    return None
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return any(hasattr(module, name) for name in ("weight", "qweight", "W_q"))
+
+
+class BaseParameter(NamedTuple):
+    """A parameter of the base: where it is and how many numbers it stands for."""
+
+    module: str
+    name: str
+    quantization: str | None
+    tensor: nn.Parameter
+    numbers: int
+
+    @property
+    def full_name(self) -> str:
+        """Name in the base model."""
+        return f"{self.module}.{self.name}" if self.module else self.name
+
+
+def base_parameters(survey: Survey) -> tuple[BaseParameter, ...]:
+    """Every parameter of the base, tied ones once; a packed 4-bit byte stands for two numbers."""
+    found: dict[int, BaseParameter] = {}
+    for module_name, module in survey.modules.items():
+        own = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
+        method = quantization_of(module) if own else None
+        for name, tensor in own:
+            shape = logical_shape(module) if method == "4bit" and name == "weight" else None
+            numbers = shape[0] * shape[1] if shape else tensor.numel()
+            found.setdefault(id(tensor), BaseParameter(module_name, name, method, tensor, numbers))
+    return tuple(found.values())
+
+
+def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFacts:
+    """Everything that the rules ask about the base model."""
+    root, modules = survey.root, survey.modules
+    dtypes: Counter[torch.dtype] = Counter()
+    for parameter in parameters:
+        if parameter.quantization is None and parameter.tensor.is_floating_point():
+            dtypes[parameter.tensor.dtype] += parameter.numbers
+    names = {id(module): name for name, module in modules.items()}
+    input_embeddings = _embedding(root, "get_input_embeddings", names)
+    output_embeddings = _embedding(root, "get_output_embeddings", names)
+    return BaseFacts(
+        architecture=type(root).__name__,
+        task_type=_task_type(root),
+        modules=tuple(_base_modules(modules)),
+        module_names=tuple(name for name in modules if name),
+        parameters=sum(p.numbers for p in parameters),
+        layer_indices=_layer_indices(modules),
+        heads=tuple(_task_heads(root, modules, output_embeddings)),
+        tied=_tied_modules(modules),
+        input_embeddings=input_embeddings,
+        output_embeddings=output_embeddings,
+        vocab_size=_rows(modules.get(input_embeddings or "")),
+        has_biases=any(getattr(m, "bias", None) is not None for m in modules.values()),
+        float_dtypes=tuple(dtype_name(dtype) for dtype, _ in dtypes.most_common()),
+        device_types=tuple(dict.fromkeys(p.tensor.device.type for p in parameters)),
+        quantization=_quantization(root, modules),
+        carries_adapter=survey.carries_adapter,
+    )
+
+
+def _base_modules(modules: dict[str, nn.Module]) -> Iterator[BaseModule]:
+    for name, module in modules.items():
+        shape = logical_shape(module)
+        if shape and name:
+            yield BaseModule(name, type(module).__name__, *shape, quantization_of(module))
+
+
+def _task_type(root: nn.Module) -> str | None:
+    name = type(root).__name__
+    if name.endswith("ForConditionalGeneration") and getattr(_config(root), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    return next((task for ending, task in TASKS.items() if name.endswith(ending)), None)
+
+
+def _config(root: nn.Module) -> Any:
+    return getattr(root, "config", None)
+
+
+def _layer_indices(modules: dict[str, nn.Module]) -> tuple[int, ...]:
+    """Numbers at the first numbered level of module names, the one that ``layers_to_transform`` counts."""
+    found = set()
+    for name in modules:
+        *path, last = name.split(".")
+        if last.isdigit() and not any(part.isdigit() for part in path):
+            found.add(int(last))
+    return tuple(sorted(found))
+
+
+def _embedding(root: nn.Module, getter: str, names: dict[int, str]) -> str | None:
+    get = getattr(root, getter, None)
+    if get is None:
+        return None
+    try:
+        module = get()
+    except (NotImplementedError, AttributeError):
+        return None
+    while module is not None and id(module) not in names:
+        module = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+    return names.get(id(module))
+
+
+def _rows(module: nn.Module | None) -> int | None:
+    return module.num_embeddings if isinstance(module, nn.Embedding) else None
+
+
+def _tied_modules(modules: dict[str, nn.Module]) -> tuple[tuple[str, ...], ...]:
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            owners.setdefault(id(weight), []).append(name)
+    return tuple(tuple(group) for group in owners.values() if len(group) > 1)
+
+
+def _task_heads(root: nn.Module, modules: dict[str, nn.Module], output: str | None) -> Iterator[TaskHead]:
+    if not HEADED.search(type(root).__name__):
+        return
+    body = getattr(root, "base_model_prefix", "")
+    for name in [n for n in modules if n and "." not in n and n not in (body, output)]:
+        inside = [m for n, m in modules.items() if n == name or n.startswith(f"{name}.")]
+        linear = [m for m in inside if logical_shape(m)]
+        if linear:
+            yield TaskHead(name, _all_fresh(linear, getattr(_config(root), "initializer_range", 0.02)))
+
+
+def _all_fresh(modules: list[nn.Module], std: float) -> bool | None:
+    verdicts = [_is_fresh(module, std) for module in modules]
+    return None if None in verdicts else all(verdicts)
+
+
+def _is_fresh(module: nn.Module, std: float) -> bool | None:
+    """Whether weights still look like ``N(0, std)`` with a zero bias, as transformers initialises heads.
+
+    The sample deviation of n normal numbers scatters by ``std / sqrt(2 n)``; five of these are allowed.
+    """
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, torch.Tensor) or weight.device.type == "meta" or not weight.is_floating_point():
+        return None
+    if isinstance(bias, torch.Tensor) and bool(bias.detach().any()):
+        return False
+    deviation = float(weight.detach().float().std())
+    return abs(deviation - std) <= 5 * std / math.sqrt(2 * weight.numel())
+
+
+def _quantization(root: nn.Module, modules: dict[str, nn.Module]) -> Quantization | None:
+    declared, skipped = _declared_quantization(root)
+    compute: dict[str, None] = {}
+    unpacked = []
+    quantized = False
+    for name, module in modules.items():
+        method = quantization_of(module)
+        if method is None:
+            continue
+        quantized = True
+        weight = getattr(module, "weight", None)
+        if method == "4bit":
+            compute_dtype: Any = module.compute_dtype
+            compute[dtype_name(compute_dtype)] = None
+            packed = getattr(weight, "quant_state", None) is not None
+        else:
+            packed = method != "8bit" or getattr(weight, "dtype", None) == torch.int8
+        if not packed and getattr(getattr(weight, "device", None), "type", None) != "meta":
+            unpacked.append(name)
+    if not quantized and declared is None:
+        return None
+    return Quantization(declared, skipped, tuple(compute), tuple(unpacked))
+
+
+def _declared_quantization(root: nn.Module) -> tuple[str | None, tuple[str, ...]]:
+    declared = getattr(_config(root), "quantization_config", None)
+    values = declared if isinstance(declared, dict) else getattr(declared, "__dict__", {})
+    bits = next((b for b in ("4bit", "8bit") if _says(values, f"load_in_{b}")), None)
+    bits = bits or next((b for b in ("4bit", "8bit") if getattr(root, f"is_loaded_in_{b}", False)), None)
+    return bits, tuple(values.get("llm_int8_skip_modules") or ())
+
+
+def _says(values: dict[str, Any], key: str) -> bool:
+    return bool(values.get(key) or values.get(f"_{key}"))

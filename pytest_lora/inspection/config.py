@@ -1,0 +1,196 @@
+"""A LoraConfig on a base, as facts: PEFT is asked on a skeleton, or read from a live model."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from pytest_lora.facts.base import BaseFacts
+from pytest_lora.facts.config import ConfigFacts, LayerFacts, NameMatch, PatternKey, Refusal, Settings
+from pytest_lora.inspection.base import base_facts, base_parameters
+from pytest_lora.inspection.layers import layer_facts
+from pytest_lora.inspection.peft_internals import LoraConfig, heads_by_task_type, pattern_key
+from pytest_lora.inspection.skeleton import resolve_base, skeleton
+from pytest_lora.inspection.survey import Survey, survey
+
+PLAIN_INITS = (True, False, "gaussian")
+"""Values of ``init_lora_weights`` that do not look at the base weights."""
+
+DATA_INITS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga", "mica")
+"""Starts of those that do; they change values only, so that the dry run goes without them."""
+
+ADAPTER = "default"
+
+
+def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
+    """Ask PEFT on a skeleton what a configuration does to a base.
+
+    Raises:
+        TypeError: ``config`` is no ``LoraConfig``, or ``base`` is nothing that a base can be made of.
+        ValueError: ``base`` cannot be built.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config must be a peft.LoraConfig, not {type(config).__name__}")
+    settings = Settings.of(config)
+    model = resolve_base(base, settings.task_type)
+    found = survey(model)
+    facts = base_facts(found, base_parameters(found))
+    tried = copy.deepcopy(config)
+    if facts.carries_adapter:
+        wrapped = Refusal("", "the base already carries an adapter")
+        return _assembled(ADAPTER, settings, settings, facts, Survey(model, 0), (), wrapped)
+    injected, refusal = _dry_run(tried, skeleton(model))
+    layers = tuple(layer_facts(injected.lora, ADAPTER))
+    return _assembled(ADAPTER, settings, Settings.of(tried), facts, injected, layers, refusal)
+
+
+def dry_run(config: LoraConfig, model: nn.Module) -> tuple[nn.Module | None, Exception | None]:
+    """Let PEFT put an adapter on a skeleton; ``config`` is changed as PEFT changes it."""
+    from peft import get_peft_model
+
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(DATA_INITS):
+        config.init_lora_weights = True
+    config.inference_mode, inference = False, config.inference_mode
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return get_peft_model(model, config, low_cpu_mem_usage=True), None
+    except Exception as error:
+        return None, error
+    finally:
+        config.inference_mode = inference
+
+
+def _dry_run(config: LoraConfig, model: nn.Module) -> tuple[Survey, Refusal | None]:
+    injected, error = dry_run(config, model)
+    if injected is None:
+        return Survey(model, 0), Refusal(type(error).__name__, str(error))
+    return survey(injected), None
+
+
+def live_config_facts(
+    adapter: str, config: LoraConfig, found: Survey, base: BaseFacts, layers: tuple[LayerFacts, ...]
+) -> ConfigFacts:
+    """Read the configuration of an adapter that a live model already carries."""
+    settings = Settings.of(config)
+    added = heads_by_task_type(settings.task_type)
+    named = tuple(name for name in settings.modules_to_save if name not in added or _leaves(base, name))
+    settings = replace(settings, modules_to_save=named)
+    return _assembled(adapter, settings, settings, base, found, layers, None, live=True)
+
+
+def _leaves(base: BaseFacts, name: str) -> bool:
+    return any(_is_named(module, name) for module in base.module_names)
+
+
+def _assembled(
+    adapter: str,
+    written: Settings,
+    applied: Settings,
+    base: BaseFacts,
+    found: Survey,
+    layers: tuple[LayerFacts, ...],
+    refusal: Refusal | None,
+    live: bool = False,
+) -> ConfigFacts:
+    return ConfigFacts(
+        adapter=adapter,
+        settings=written,
+        base=base,
+        layers=layers,
+        names=tuple(_name_matches(written, applied, base, layers)),
+        patterns=() if refusal else tuple(_pattern_keys(written, applied, base, layers)),
+        saved_modules=tuple(
+            name for name, wrapper in found.saved.items() if adapter in wrapper.modules_to_save
+        ),
+        token_modules=tuple(found.tokens),
+        refusal=refusal,
+        live=live,
+    )
+
+
+def _is_named(module: str, name: str) -> bool:
+    """Whether a name in a LoraConfig list means this module (the rule of PEFT's ``target_modules``)."""
+    return module == name or module.endswith(f".{name}")
+
+
+def _name_matches(
+    written: Settings, applied: Settings, base: BaseFacts, layers: tuple[LayerFacts, ...]
+) -> Iterator[NameMatch]:
+    lists = {
+        "target_modules": written.target_modules,
+        "exclude_modules": written.exclude_modules,
+        "modules_to_save": written.modules_to_save,
+        "target_parameters": written.target_parameters,
+    }
+    adapted = [layer.module for layer in layers]
+    rewritten = set(applied.target_parameters) != set(written.target_parameters)
+    wanted = {name for names in lists.values() if names and not isinstance(names, str) for name in names}
+    by_suffix = _by_suffix(dict.fromkeys([*base.module_names, *adapted]), wanted)
+    leaves = sorted({name.rpartition(".")[2] for name in base.module_names})
+    for field, names in lists.items():
+        if isinstance(names, str):
+            yield NameMatch(field, names, tuple(_matched_by_pattern(names, base.module_names, adapted)))
+            continue
+        for name in names or ():
+            # PEFT maps names of modules that transformers has since fused to their parameters.
+            if rewritten and name not in (getattr(applied, field) or ()):
+                continue
+            modules = tuple(by_suffix.get(name, ()))
+            similar = () if modules else tuple(difflib.get_close_matches(name.rpartition(".")[2], leaves))
+            yield NameMatch(field, name, modules, similar)
+
+
+def _by_suffix(names: dict[str, None], wanted: set[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    depths = {name.count(".") + 1 for name in wanted}
+    for name in names:
+        parts = name.split(".")
+        for depth in depths:
+            suffix = ".".join(parts[-depth:])
+            if suffix in wanted and depth <= len(parts):
+                found.setdefault(suffix, []).append(name)
+    return found
+
+
+def _matched_by_pattern(pattern: str, modules: tuple[str, ...], adapted: list[str]) -> Iterator[str]:
+    if pattern == "all-linear":
+        yield from adapted
+        return
+    try:
+        compiled = re.compile(pattern)
+    except re.error:
+        return
+    yield from (name for name in modules if compiled.fullmatch(name))
+
+
+def _pattern_keys(
+    written: Settings, applied: Settings, base: BaseFacts, layers: tuple[LayerFacts, ...]
+) -> Iterator[PatternKey]:
+    adapted = [layer.module for layer in layers]
+    others = [m.name for m in base.modules if m.name not in set(adapted)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        pairs: tuple[tuple[str, float], ...] = getattr(written, field)
+        kept = dict(getattr(applied, field))
+        keys = [key for key, _ in pairs if key in kept]
+        if not keys:
+            continue
+        deciding: dict[str, list[str]] = {}
+        for module in adapted:
+            deciding.setdefault(pattern_key(keys, module), []).append(module)
+        for key, value in pairs:
+            if key not in kept:
+                continue
+            decides = tuple(deciding.get(key, ()))
+            own = () if decides else tuple(m for m in adapted if pattern_key([key], m) == key and m != key)
+            shadow = pattern_key(keys, own[0]) if own else None
+            elsewhere = () if decides or own else tuple(m for m in others if pattern_key([key], m) == key)
+            yield PatternKey(field, key, float(value), decides, shadow, elsewhere)

@@ -1,0 +1,134 @@
+"""A live model with LoRA adapters, as facts. Looks only: nothing is run and nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from pytest_lora.facts.model import LayerState, ModelFacts, SavedModule, TrainableBase
+from pytest_lora.inspection import transformers_internals
+from pytest_lora.inspection.base import BaseParameter, base_facts, base_parameters
+from pytest_lora.inspection.config import live_config_facts
+from pytest_lora.inspection.layers import CPU_NUMBERS, UNREAD, layer_states, read_values
+from pytest_lora.inspection.parameters import count
+from pytest_lora.inspection.peft_internals import ModulesToSaveWrapper, active_adapters, lora_configs
+from pytest_lora.inspection.survey import Survey, survey
+
+
+def adapted_survey(model: nn.Module) -> Survey:
+    """Survey a model that must carry LoRA layers.
+
+    Raises:
+        TypeError: It is no module, or has no LoRA layers; the message says what was given.
+    """
+    found = survey(model)
+    if not found.lora:
+        given = type(model).__name__
+        other = (
+            f", but layers of another PEFT method on {found.other_tuners[0]}" if found.other_tuners else ""
+        )
+        raise TypeError(
+            f"model must carry LoRA layers, but this {given} has none{other}; "
+            "make them with peft.get_peft_model(base, LoraConfig(...))"
+        )
+    return found
+
+
+def model_facts(model: nn.Module) -> ModelFacts:
+    """Everything that the rules ask about a live model.
+
+    Raises:
+        TypeError: ``model`` carries no LoRA layers.
+    """
+    found = adapted_survey(model)
+    parameters = base_parameters(found)
+    base = base_facts(found, parameters)
+    layers = tuple(layer_states(found.lora))
+    configs = lora_configs(found.root)
+    by_adapter: dict[str, list[LayerState]] = {}
+    for layer in layers:
+        by_adapter.setdefault(layer.adapter, []).append(layer)
+    counted = count(model, parameters)
+    return ModelFacts(
+        base=base,
+        configs=tuple(
+            live_config_facts(name, configs[name], found, base, tuple(own))
+            for name, own in by_adapter.items()
+            if name in configs
+        ),
+        layers=layers,
+        saved=tuple(_saved_modules(found, base.tied)),
+        trainable_base=tuple(_trainable_base(parameters, _trained_biases(configs.values(), layers))),
+        nonfinite_base=tuple(_nonfinite(parameters)),
+        adapters=tuple(by_adapter),
+        active=tuple(dict.fromkeys(layer.adapter for layer in layers if layer.active)),
+        nested=found.nested,
+        training=model.training,
+        trainable_parameters=counted.trainable,
+        total_parameters=counted.total,
+        stored_parameters=counted.stored,
+        reentrant_without_inputs=transformers_internals.reentrant_without_inputs(found),
+    )
+
+
+def _trained_biases(configs: Iterable[object], layers: tuple[LayerState, ...]) -> frozenset[str] | None:
+    """Modules whose bias a configuration trains on purpose; None where it is every module."""
+    modes = {getattr(config, "bias", "none") for config in configs}
+    if "all" in modes:
+        return None
+    return frozenset(layer.module for layer in layers) if "lora_only" in modes else frozenset()
+
+
+def _trainable_base(
+    parameters: tuple[BaseParameter, ...], biases: frozenset[str] | None
+) -> Iterator[TrainableBase]:
+    for parameter in parameters:
+        if parameter.tensor.requires_grad:
+            meant = parameter.name == "bias" and (biases is None or parameter.module in biases)
+            if not meant:
+                yield TrainableBase(parameter.full_name, parameter.numbers)
+
+
+def _nonfinite(parameters: tuple[BaseParameter, ...]) -> Iterator[str]:
+    readable: list[BaseParameter] = []
+    budget = CPU_NUMBERS
+    for parameter in parameters:
+        on_cpu = parameter.tensor.device.type == "cpu"
+        budget -= parameter.numbers if on_cpu else 0
+        if budget >= 0 or not on_cpu:
+            readable.append(parameter)
+    values = read_values(p.tensor for p in readable)
+    yield from (p.full_name for p in readable if values.get(id(p.tensor), UNREAD).finite is False)
+
+
+def _saved_modules(found: Survey, tied: tuple[tuple[str, ...], ...]) -> Iterator[SavedModule]:
+    for module, wrapper in found.saved.items():
+        partners = tuple(n for group in tied if module in group for n in group if n != module)
+        for adapter, copied in wrapper.modules_to_save.items():
+            parameters = list(copied.parameters())
+            values = read_values(parameters)
+            original = [tuple(p.shape) for p in wrapper.original_module.parameters()]
+            yield SavedModule(
+                module=module,
+                adapter=adapter,
+                trainable=all(p.requires_grad for p in parameters),
+                finite=_all_finite(values.get(id(p), UNREAD).finite for p in parameters),
+                same_shape=[tuple(p.shape) for p in parameters] == original,
+                active=adapter in active_adapters(wrapper) and not wrapper.disable_adapters,
+                tied=tuple(n for n in partners if not _shares(found, n, adapter, copied)),
+            )
+
+
+def _all_finite(verdicts: Iterable[bool | None]) -> bool | None:
+    known = list(verdicts)
+    return False if False in known else None if None in known else True
+
+
+def _shares(found: Survey, partner: str, adapter: str, copied: nn.Module) -> bool:
+    """Whether the partner module's own trained copy still shares this copy's weight."""
+    wrapper = found.saved.get(partner)
+    if not isinstance(wrapper, ModulesToSaveWrapper) or adapter not in wrapper.modules_to_save:
+        return False
+    other = wrapper.modules_to_save[adapter]
+    return getattr(other, "weight", None) is getattr(copied, "weight", other)

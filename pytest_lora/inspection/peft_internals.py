@@ -1,0 +1,115 @@
+"""The only place that touches what PEFT does not document as public."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peft import LoraConfig, PeftMixedModel, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor, nn
+
+WRAPPERS = (PeftModel, PeftMixedModel)
+
+__all__ = [
+    "WRAPPERS",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "LoraConfig",
+    "LoraLayer",
+    "ModulesToSaveWrapper",
+    "TrainableTokensWrapper",
+    "active_adapters",
+    "adapter_names",
+    "factors",
+    "fused_parameter",
+    "heads_by_task_type",
+    "lora_configs",
+    "pattern_key",
+    "token_rows",
+    "wrapped_base",
+]
+
+
+class Factors(NamedTuple):
+    """The two low-rank factors; ``b`` is the one that the default initialisation sets to zero."""
+
+    a_name: str
+    a: Tensor
+    b_name: str
+    b: Tensor
+    frozen_by_design: tuple[str, ...]
+
+
+def wrapped_base(model: nn.Module) -> nn.Module | None:
+    """The model that a PEFT wrapper or tuner holds; None if ``model`` is neither."""
+    if isinstance(model, WRAPPERS):
+        inner: nn.Module = model.base_model
+        return inner.model if isinstance(inner, BaseTuner) else inner
+    return model.model if isinstance(model, BaseTuner) else None
+
+
+def lora_configs(base: nn.Module) -> dict[str, LoraConfig]:
+    """The LoRA configurations that PEFT leaves on the model it injected into, by adapter name."""
+    configs = getattr(base, "peft_config", None)
+    if not isinstance(configs, dict):
+        return {}
+    return {name: c for name, c in configs.items() if isinstance(c, LoraConfig)}
+
+
+def adapter_names(layer: LoraLayer) -> tuple[str, ...]:
+    """Adapters on one LoRA layer, in the order they were added."""
+    return tuple(layer.r)
+
+
+def active_adapters(layer: BaseTunerLayer | ModulesToSaveWrapper) -> tuple[str, ...]:
+    """Adapters that take part in the forward pass of one layer."""
+    active: str | Iterable[str] = layer.active_adapter
+    return (active,) if isinstance(active, str) else tuple(active)
+
+
+def factors(layer: LoraLayer, adapter: str) -> Factors:
+    """The tensors of one adapter on one layer."""
+    by_design = tuple(getattr(layer, "frozen_peft_weight_names", {}).get(adapter, ()))
+    if adapter in layer.lora_A:
+        a, b = _weight(layer.lora_A[adapter]), _weight(layer.lora_B[adapter])
+        return Factors("lora_A", a, "lora_B", b, by_design)
+    a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return Factors("lora_embedding_B", b, "lora_embedding_A", a, by_design)
+
+
+def _weight(factor: Any) -> Tensor:
+    weight: Tensor = factor.weight
+    return weight
+
+
+def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
+    """Name and number of stacked experts where the layer adapts a bare parameter, else None."""
+    name: Any = getattr(layer, "parameter_name", None)
+    return None if name is None else (str(name), int(getattr(layer, "num_experts", 1)))
+
+
+def token_rows(wrapper: TrainableTokensWrapper) -> dict[str, Tensor]:
+    """The trainable rows of an embedding, by adapter."""
+    return dict(wrapper.token_adapter.trainable_tokens_delta.items())
+
+
+def pattern_key(keys: Iterable[str], module: str) -> str:
+    """The key of a rank or alpha pattern that decides for this module, or the module's name itself."""
+    return str(get_pattern_key(list(keys), module))
+
+
+def heads_by_task_type(task_type: str | None) -> tuple[str, ...]:
+    """Names that PEFT adds to ``modules_to_save`` by itself for this task type.
+
+    Source: ``PeftModelForSequenceClassification``, ``...TokenClassification`` and ``...QuestionAnswering``,
+    which hold these lists inside their constructors.
+    """
+    if task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        return ("classifier", "score")
+    return ("qa_outputs",) if task_type == "QUESTION_ANS" else ()

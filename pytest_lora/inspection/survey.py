@@ -1,0 +1,121 @@
+"""One walk over a model: where its base, its LoRA layers and its wrappers are, under clean base names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from pytest_lora.inspection.peft_internals import (
+    WRAPPERS,
+    BaseTunerLayer,
+    LoraLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    fused_parameter,
+    wrapped_base,
+)
+
+
+@dataclass(slots=True)
+class Survey:
+    """What one walk found.
+
+    Attributes:
+        root: The base model itself, with everything that wraps it taken off.
+        nested: PEFT models wrapped around each other.
+        modules: Every module of the base by its name there, adapter layers replaced by what they adapt.
+        lora: LoRA layers by the name of the module (or fused parameter) that they adapt.
+        saved: ``modules_to_save`` wrappers by module name.
+        tokens: ``trainable_token_indices`` wrappers by module name.
+        other_tuners: Names of modules that another PEFT method adapts.
+    """
+
+    root: nn.Module
+    nested: int
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    lora: dict[str, LoraLayer] = field(default_factory=dict)
+    saved: dict[str, ModulesToSaveWrapper] = field(default_factory=dict)
+    tokens: dict[str, TrainableTokensWrapper] = field(default_factory=dict)
+    other_tuners: list[str] = field(default_factory=list)
+
+    @property
+    def carries_adapter(self) -> bool:
+        """Whether any PEFT layer was found."""
+        return bool(self.lora or self.saved or self.tokens or self.other_tuners)
+
+    def visit(self, module: nn.Module, name: str) -> None:
+        """Walk down from ``module``, which the base calls ``name``."""
+        module = _uncompiled(module)
+        if isinstance(module, LoraLayer):
+            self._visit_lora(module, name)
+        elif isinstance(module, ModulesToSaveWrapper):
+            self.saved[name] = module
+            self.visit(module.original_module, name)
+        elif isinstance(module, TrainableTokensWrapper):
+            self.tokens[name] = module
+            self.visit(module.original_module, name)
+        elif isinstance(module, BaseTunerLayer):
+            self.other_tuners.append(name)
+            self.visit(module.get_base_layer(), name)
+        elif (inner := wrapped_base(module)) is not None:
+            self.visit(inner, name)
+        else:
+            self.modules[name] = module
+            for child_name, child in module.named_children():
+                self.visit(child, f"{name}.{child_name}" if name else child_name)
+
+    def _visit_lora(self, layer: LoraLayer, name: str) -> None:
+        parameter = fused_parameter(layer)
+        self.lora[f"{name}.{parameter[0]}" if parameter else name] = layer
+        self.visit(layer.base_layer, name)
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    original = getattr(module, "_orig_mod", None)
+    return original if isinstance(original, nn.Module) else module
+
+
+def survey(model: nn.Module) -> Survey:
+    """Walk a model: a plain base, or one under PEFT, DDP, ``torch.compile``, a value head, in any order.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}: {_shortened(model)}")
+    outer = _outermost_peft(model) or _outermost_adapted(model)
+    nested = 0
+    root = outer
+    while True:
+        nested += isinstance(root, WRAPPERS)
+        inner = wrapped_base(_uncompiled(root))
+        if inner is None:
+            break
+        root = inner
+    found = Survey(_uncompiled(root), nested)
+    found.visit(root, "")
+    return found
+
+
+def _outermost_peft(model: nn.Module) -> nn.Module | None:
+    return next((m for m in model.modules() if isinstance(m, WRAPPERS)), None)
+
+
+def _outermost_adapted(model: nn.Module) -> nn.Module:
+    """Step through wrappers that hold one model each until the one that has the adapters itself."""
+    while True:
+        model = _uncompiled(model)
+        if isinstance(getattr(model, "config", None), object) and hasattr(model, "peft_config"):
+            return model
+        children = dict(model.named_children())
+        inner = children.get("module", children.get("pretrained_model"))
+        if inner is None:
+            return model
+        model = inner
+
+
+def _shortened(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."

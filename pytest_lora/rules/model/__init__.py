@@ -1,0 +1,1 @@
+"""Rules on a model that carries LoRA adapters (codes 2xx)."""
