@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pytest_lora.assertions import LoraHealthError as LoraHealthError
+    from pytest_lora.assertions import assert_config_healthy as assert_config_healthy
     from pytest_lora.checks import check_config as check_config
     from pytest_lora.checks import check_model as check_model
     from pytest_lora.expect import Expect as Expect
@@ -19,13 +21,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "Expect": "expect",
     "Finding": "findings",
+    "LoraHealthError": "assertions",
     "LoraHealthWarning": "findings",
     "Report": "findings",
+    "assert_config_healthy": "assertions",
     "check_config": "checks",
     "check_model": "checks",
 }
 
-__all__ = ["Expect", "Finding", "LoraHealthWarning", "Report", "check_config", "check_model"]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

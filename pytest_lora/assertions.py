@@ -1,10 +1,11 @@
-"""Assertions: the checks, raising. Errors fail; warnings become LoraHealthWarning; infos stay in the report."""
+"""Assertions: the checks, raising. Errors fail, warnings warn, infos stay in the report."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from pytest_lora.findings import LoraHealthWarning, Report
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
     from peft import LoraConfig
     from torch import nn
-    from torch.optim import Optimizer
     from transformers import PretrainedConfig
 
     from pytest_lora.expect import Expect
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 SHOWN = 10
 """Findings that an assertion spells out; the report on the exception has them all."""
 
-listeners: list[Callable[[Report], None]] = []
-"""Called with each report before it is judged; the pytest plugin collects findings through this."""
+delivered: deque[Report] = deque(maxlen=1000)
+"""The latest reports that assertions judged; the pytest plugin takes them out after each test."""
 
 
 class LoraHealthError(AssertionError):
@@ -34,14 +34,13 @@ class LoraHealthError(AssertionError):
 
 
 def demand(report: Report) -> Report:
-    """Pass a report on to who listens, warn of its warnings, and raise if it has errors.
+    """Deliver a report, warn of its warnings, and raise if it has errors.
 
     Raises:
         LoraHealthError: The report has errors.
     """
     __tracebackhide__ = True
-    for listen in listeners:
-        listen(report)
+    delivered.append(report)
     for finding in report.warnings:
         warnings.warn(str(finding), LoraHealthWarning, stacklevel=3)
     if not report.ok:

@@ -48,7 +48,7 @@ def resolve_base(base: Any, task_type: str | None = None) -> nn.Module:
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """Read a ``config.json`` (or the one in a folder) from disk; nothing is fetched, no foreign code is run."""
+    """Read a ``config.json`` (or the one in a folder) from disk; nothing is fetched or executed."""
     from transformers import AutoConfig
 
     file = path / "config.json" if path.is_dir() else path
