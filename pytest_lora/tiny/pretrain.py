@@ -2,8 +2,8 @@
 
 Run as ``python -m pytest_lora.tiny.pretrain --out DIR --steps N`` (or ``--minutes M``). It writes
 ``config.json``, ``model.safetensors`` and ``training.json`` to ``DIR``. With ``--steps``, the result follows
-from the standard library's text, the seed, the number of threads, the versions of torch and transformers, all of
-which are recorded, and the processor.
+from the processor and from what ``training.json`` records: the text, the recipe with its seed, the number of
+threads and the versions of Python, torch and transformers.
 """
 
 from __future__ import annotations
