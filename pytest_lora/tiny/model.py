@@ -130,8 +130,8 @@ def _load(
     cuda = [place.index] if place.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), _quiet():
         config = _quantization_config(quantization, dtype, double_quant)
-        if quantization == "fp4" and place.type == "cpu":
-            _require_fp4_on_cpu()
+        if place.type == "cpu":
+            _require_on_cpu(quantization)
         model = LlamaForCausalLM.from_pretrained(
             folder,
             config=tiny_config(),
@@ -198,16 +198,25 @@ def _quantization_config(
     return cast("BitsAndBytesConfig", untyped(**settings))
 
 
-def _require_fp4_on_cpu() -> None:
-    """Raise ValueError where bitsandbytes has NF4 only on CPU, as 0.46 has."""
+def _require_on_cpu(quantization: Quantization | None) -> None:
+    """Raise ValueError where bitsandbytes fails at it on CPU, as 0.46 does at all but NF4."""
     import bitsandbytes
     import torch
 
-    try:
-        bitsandbytes.functional.quantize_4bit(torch.zeros(64), blocksize=64, quant_type="fp4")
-    except RuntimeError as error:
+    able = True
+    if quantization == "fp4":
+        try:
+            bitsandbytes.functional.quantize_4bit(torch.zeros(64), blocksize=64, quant_type="fp4")
+        except RuntimeError:
+            able = False
+    elif quantization == "int8":
+        # 0.46 quantizes anew at every move from CPU to CPU, as loading makes: the scales are lost, silently.
+        layers: Any = bitsandbytes.nn
+        weight = layers.Int8Params(torch.ones(64, 64), requires_grad=False).to("cpu")
+        able = bool(weight.to("cpu").SCB.max() == 1)
+    if not able:
         version = bitsandbytes.__version__
-        raise ValueError(f"quantization='fp4' needs a newer bitsandbytes on CPU than {version}") from error
+        raise ValueError(f"quantization={quantization!r} needs a newer bitsandbytes on CPU than {version}")
 
 
 def _random_weights(seed: int) -> dict[str, Tensor]:
