@@ -59,7 +59,8 @@ def load_tiny(
 ) -> PreTrainedModel:
     """Load the pretrained base from the installed package; nothing is fetched from anywhere.
 
-    All parameters are frozen and the model is in evaluation mode. The global random state is left alone.
+    All parameters are frozen and the model is in evaluation mode. The global random state is left alone. On
+    CPU, evaluation leaves 4-bit weights as they are: the repacking of bitsandbytes for inference is off.
 
     Args:
         quantization: how the linear layers but the output head are stored: ``"nf4"`` or ``"fp4"`` (4 bits,
@@ -141,6 +142,11 @@ def _load(
             quantization_config=config,
             device_map={"": place},
         )
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference in the first evaluation
+        # pass, and gradients of training after that are wrong. This attribute turns that off.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     return model
 

@@ -252,6 +252,28 @@ class TestLoading:
         model = AutoModelForCausalLM.from_pretrained(ours.name_or_path, dtype=torch.float32)
         assert unseen_loss(model) == unseen_loss(ours)
 
+    def test_evaluation_changes_neither_weights_nor_gradients(self) -> None:
+        """bitsandbytes may repack 4-bit weights in evaluation, and then gradients are wrong."""
+
+        def gradients(evaluate_first: bool) -> dict[str, torch.Tensor]:
+            base = load_tiny()
+            torch.manual_seed(0)
+            config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+            adapted = get_peft_model(base, config)
+            before = {name: weight.clone() for name, weight in linear_weights(base).items()}
+            if evaluate_first:
+                with torch.no_grad():
+                    adapted.eval()(**text_batch())
+            adapted.train()(**text_batch()).loss.backward()
+            for name, weight in linear_weights(base).items():
+                assert torch.equal(weight, before[name])
+            return {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+
+        fresh, evaluated = gradients(False), gradients(True)
+        assert len(fresh) == 5 * 7 * 2
+        for name, gradient in fresh.items():
+            assert torch.equal(gradient, evaluated[name])
+
     def test_models_are_independent(self) -> None:
         first, second = load_tiny(), load_tiny()
         first.lm_head.weight.zero_()
