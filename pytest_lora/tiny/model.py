@@ -143,10 +143,10 @@ def _load(
             device_map={"": place},
         )
     for module in model.modules():
-        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference in the first evaluation
-        # pass, and gradients of training after that are wrong. This attribute turns that off.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference in an evaluation pass,
+        # and gradients of training after that are wrong. This attribute turns that off.
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
     model.requires_grad_(False)
     return model
 
