@@ -55,7 +55,7 @@ def quantized(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> n
             module.weight.data, requires_grad=False, quant_type="nf4", module=packed
         )
         model.get_submodule(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], packed.to("cpu"))
-    setattr(model, "is_loaded_in_4bit", True)
+    model.is_loaded_in_4bit = True
     return model
 
 
