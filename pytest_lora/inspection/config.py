@@ -13,10 +13,19 @@ from typing import Any
 from torch import nn
 
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.config import ConfigFacts, LayerFacts, NameMatch, PatternKey, Refusal, Settings
+from pytest_lora.facts.config import (
+    ConfigFacts,
+    LayerFacts,
+    NameMatch,
+    PatternKey,
+    Refusal,
+    Settings,
+    deciding_key,
+    is_named,
+)
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.layers import layer_facts
-from pytest_lora.inspection.peft_internals import LoraConfig, heads_by_task_type, pattern_key
+from pytest_lora.inspection.peft_internals import LoraConfig, heads_by_task_type, token_rows
 from pytest_lora.inspection.skeleton import resolve_base, skeleton
 from pytest_lora.inspection.survey import Survey, survey
 
@@ -88,7 +97,7 @@ def live_config_facts(
 
 
 def _leaves(base: BaseFacts, name: str) -> bool:
-    return any(_is_named(module, name) for module in base.module_names)
+    return any(is_named(module, name) for module in base.module_names)
 
 
 def _assembled(
@@ -111,15 +120,10 @@ def _assembled(
         saved_modules=tuple(
             name for name, wrapper in found.saved.items() if adapter in wrapper.modules_to_save
         ),
-        token_modules=tuple(found.tokens),
+        token_modules=tuple(n for n, wrapper in found.tokens.items() if adapter in token_rows(wrapper)),
         refusal=refusal,
         live=live,
     )
-
-
-def _is_named(module: str, name: str) -> bool:
-    """Whether a name in a LoraConfig list means this module (the rule of PEFT's ``target_modules``)."""
-    return module == name or module.endswith(f".{name}")
 
 
 def _name_matches(
@@ -183,14 +187,14 @@ def _pattern_keys(
         keys = [key for key, _ in pairs if key in kept]
         if not keys:
             continue
-        deciding: dict[str, list[str]] = {}
+        deciding: dict[str | None, list[str]] = {}
         for module in adapted:
-            deciding.setdefault(pattern_key(keys, module), []).append(module)
+            deciding.setdefault(deciding_key(keys, module), []).append(module)
         for key, value in pairs:
             if key not in kept:
                 continue
             decides = tuple(deciding.get(key, ()))
-            own = () if decides else tuple(m for m in adapted if pattern_key([key], m) == key and m != key)
-            shadow = pattern_key(keys, own[0]) if own else None
-            elsewhere = () if decides or own else tuple(m for m in others if pattern_key([key], m) == key)
+            own = () if decides else tuple(m for m in adapted if deciding_key([key], m))
+            shadow = deciding_key(keys, own[0]) if own else None
+            elsewhere = () if decides or own else tuple(m for m in others if deciding_key([key], m))
             yield PatternKey(field, key, float(value), decides, shadow, elsewhere)

@@ -143,7 +143,7 @@ def _load(
             device_map={"": place},
         )
     for module in model.modules():
-        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference in an evaluation pass,
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference when it evaluates,
         # and gradients of training after that are wrong. This attribute turns that off.
         if "support_avx512bf16_for_cpu" in vars(module):
             vars(module)["support_avx512bf16_for_cpu"] = False
