@@ -156,7 +156,7 @@ class Guarded:
         """
         pristine = self.base.pristine
         damage = pristine.damage(self.adapted, trained=self.trained)
-        restored = pristine.restore()
+        restored = pristine.restore(damage.differing)
         if not self.is_shared:
             return ""
         if restored and (self.has_tenant or not damage):
@@ -170,7 +170,9 @@ class Guarded:
         makers = self.bases.makers(self.base.model)
         told = f"The next test gets a base made anew by the fixture {BASE} of {_place(makers)}."
         if not restored:
-            told += " This one is too large to be put back: a fixture that returns it again returns it damaged."
+            told += (
+                " This one is too large to be put back: a fixture that returns it again returns it damaged."
+            )
         subrequest: Any = request
         for maker in makers:
             try:
