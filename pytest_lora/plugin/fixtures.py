@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
 from pytest_lora.plugin.options import OPTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
     from peft import LoraConfig, PeftModel
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 
     from pytest_lora.expect import Expect
     from pytest_lora.plugin.shared_base import Guarded
+
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +56,7 @@ def lora_config(request: pytest.FixtureRequest) -> LoraConfig:
     """
     from pytest_lora.plugin import lora_settings
 
-    with _plain_failure():
-        return lora_settings.config_for(request.node, getattr(request, "param", None))
+    return _or_fail(lora_settings.config_for, request.node, getattr(request, "param", None))
 
 
 @pytest.fixture
@@ -68,8 +68,7 @@ def lora_expect(request: pytest.FixtureRequest) -> Expect:
     """
     from pytest_lora.plugin import markers
 
-    with _plain_failure():
-        return markers.expect_for(request.node)
+    return _or_fail(markers.expect_for, request.node)
 
 
 @pytest.fixture
@@ -114,10 +113,10 @@ def lora_batch(lora_base_model: nn.Module, lora_device: torch.device) -> dict[st
     return lora_settings.within_vocabulary(text_batch(device=lora_device), lora_base_model)
 
 
-@contextmanager
-def _plain_failure() -> Iterator[None]:
-    """A ValueError fails the test with its message alone: a setting is wrong, and no code is to blame."""
+def _or_fail(settle: Callable[..., T], *arguments: object) -> T:
+    """Call; a ValueError fails the test with its message alone, as a setting is wrong and no code is to blame."""
     try:
-        yield
+        return settle(*arguments)
     except ValueError as error:
-        pytest.fail(str(error), pytrace=False)
+        problem = str(error)
+    pytest.fail(problem, pytrace=False)
