@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -62,6 +63,12 @@ class Snapshot:
             shared = known.content if known and known.is_intact() else None
             content = shared or _Content.of(tensor, self.copied)
             self._tensors[id(tensor)] = _TensorState.of(name, tensor, owner, content, shared is not None)
+        self._settings_before = self._settings()
+        # Modules that another snapshot knows too are in that one's state now, so looking at them first is idle.
+        both = sharing._by_id if sharing else {}
+        self._alone = _Batch([entry[1] for key, entry in self._by_id.items() if key not in both])
+        self._held = _Batch(list(self._holders.values()))
+        self._in_both = [entry for key, entry in self._by_id.items() if key in both]
 
     def _walk(self) -> Iterator[tuple[str, Tensor, nn.Module]]:
         """Yield each tensor with its name and owner; note configurations and quantization states on the way."""
@@ -115,7 +122,8 @@ class Snapshot:
                     merged.extend(_merged_layers(full, value))
                 elif other is None or other[1].entry(registry, key) is not value:
                     (layers if registry == "_modules" else replaced).append(full)
-        differing = [state for state in self._tensors.values() if not state.is_intact()]
+        with torch._C.DisableTorchFunctionSubclass():  # it slows down every look at a quantized weight
+            differing = [state for state in self._tensors.values() if not state.is_intact()]
         repacked = tuple(f"{state.name}." for state in self._tensors.values() if state.is_repacked())
         contents = [
             state.name
@@ -138,20 +146,38 @@ class Snapshot:
             Whether the model is now what it was, bit for bit. False if contents of a model too large to copy
             changed.
         """
-        for module, attributes, cls in self._modules.values():
+        for module, _, cls in self._modules.values():
             if type(module) is not cls:
                 module.__class__ = cls
-            attributes.restore(module)
-        for attributes in self._holders.values():
-            attributes.restore(attributes.owner)
+        unequal = self._in_both if self._alone.is_intact() else self._modules.values()
+        for _, attributes, _ in unequal:
+            attributes.restore()
+        if not self._held.is_intact():
+            for attributes in self._holders.values():
+                attributes.restore()
         for config in self._configs.values():
             config.restore()
-        lost = [
-            state.name
-            for state in self._tensors.values()
-            if not state.restore(differing is None or state.name in differing)
-        ]
+        with torch._C.DisableTorchFunctionSubclass():
+            suspects = list(self._tensors.values())
+            if self._settings() == self._settings_before:
+                suspects = [
+                    state
+                    for state in suspects
+                    if not state.is_shared and (differing is None or state.name in differing)
+                ]
+            lost = [
+                state.name
+                for state in suspects
+                if not state.restore(differing is None or state.name in differing)
+            ]
         return not lost
+
+    def _settings(self) -> list[tuple[object, ...]]:
+        """``requires_grad``, gradient and hooks of every tensor, to compare them at once."""
+        return [
+            (t.requires_grad, id(t.grad) if t.is_leaf else 0, _hook_ids(t))
+            for t in (state.tensor for state in self._tensors.values())
+        ]
 
     def _holds(self, tensor: Tensor) -> bool:
         state = self._tensors.get(id(tensor))
@@ -197,8 +223,8 @@ class _Attributes:
                 if before.get(key, _ABSENT) is not value and not (derived and value is not _ABSENT):
                     yield registry, key, value
 
-    def restore(self, owner: Any) -> None:
-        now = vars(owner)
+    def restore(self) -> None:
+        now = vars(self.owner)
         if len(now) != len(self.values) or not all(map(is_, now.values(), self.values.values())):
             now.clear()
             now.update(self.values)
@@ -206,6 +232,33 @@ class _Attributes:
             container = self.values[key]
             if container or before:  # most are hooks, and empty
                 _refill(container, before)
+
+
+class _Batch:
+    """Attributes of many objects, compared at once: several times faster than one by one."""
+
+    def __init__(self, attributes: list[_Attributes]) -> None:
+        self._dicts = [vars(a.owner) for a in attributes]
+        self._values = [a.values for a in attributes]
+        held = [(a.values[key], copied, key) for a in attributes for key, copied in a.containers.items()]
+        # Tensors are told apart by identity: comparing them by value gives tensors.
+        self._tensors = [container for container, _, key in held if key in ("_parameters", "_buffers")]
+        self._tensors_before = self._registered()
+        others = [
+            (container, copied) for container, copied, key in held if key not in ("_parameters", "_buffers")
+        ]
+        self._containers = [container for container, _ in others]
+        self._contents = [copied for _, copied in others]
+
+    def _registered(self) -> list[int]:
+        return list(map(id, chain.from_iterable(registry.values() for registry in self._tensors)))
+
+    def is_intact(self) -> bool:
+        try:
+            same = self._dicts == self._values and self._containers == self._contents
+        except (RuntimeError, ValueError):  # a tensor or an array in the place of something else
+            return False
+        return same and self._registered() == self._tensors_before
 
 
 def _refill(container: Any, before: Any) -> None:
@@ -244,23 +297,34 @@ def _differ(now: object, before: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """A tensor's bytes: a copy in CPU memory, or a fingerprint."""
+    """A tensor's bytes: a copy in CPU memory, or a fingerprint.
+
+    ``live`` and ``words`` are the tensor's own memory, at ``address``, and the copy as integers, made once for
+    fast comparisons.
+    """
 
     copy: Tensor | None
     fingerprint: int | None
+    live: Tensor | None = None
+    words: Tensor | None = None
+    address: int = 0
 
     @classmethod
     def of(cls, tensor: Tensor, copied: bool) -> _Content:
         if tensor.is_meta:
             return cls(None, None)
         if copied:
-            return cls(tensor.detach().to("cpu", copy=True), None)
+            before = tensor.detach().to("cpu", copy=True)
+            live = _words(tensor) if tensor.device.type == "cpu" else None
+            return cls(before, None, live, _words(before), tensor.data_ptr())
         return cls(None, _fingerprint(tensor))
 
     def equals(self, tensor: Tensor) -> bool:
-        if self.copy is not None:
-            return torch.equal(_words(tensor).cpu(), _words(self.copy))
-        return self.fingerprint is None or self.fingerprint == _fingerprint(tensor)
+        if self.copy is None:
+            return self.fingerprint is None or self.fingerprint == _fingerprint(tensor)
+        if self.live is None or self.words is None or self.address != tensor.data_ptr():
+            return torch.equal(_bytes(tensor).cpu(), _bytes(self.copy))
+        return torch.equal(self.live, self.words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +351,9 @@ class _TensorState:
         return cls(name, tensor, owner, content, form, tensor.requires_grad, grad, packed, is_shared, hooks)
 
     def is_intact(self) -> bool:
-        return _form(self.tensor) == self.form and self.content.equals(self.tensor)
+        tensor, (dtype, shape, device) = self.tensor, self.form
+        same_form = tensor.dtype is dtype and tensor.shape == shape and tensor.device == device
+        return same_form and self.content.equals(tensor)
 
     def is_repacked(self) -> bool:
         """Whether bitsandbytes packed 4-bit weights anew for inference on this CPU."""
@@ -327,6 +393,11 @@ class _TensorState:
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
+def _hook_ids(tensor: Tensor) -> list[int]:
+    registries = (getattr(tensor, name, None) for name in _TENSOR_HOOKS)
+    return [id(hook) for registry in registries if registry for hook in registry.values()]
+
+
 def _form(tensor: Tensor) -> tuple[torch.dtype, torch.Size, torch.device]:
     return tensor.dtype, tensor.shape, tensor.device
 
@@ -335,13 +406,16 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """The bytes as the widest integers that fit, which are compared eight times faster than bytes."""
-    if tensor.is_contiguous() and tensor.dim() and tensor.storage_offset() == 0:
-        for width, dtype in ((8, torch.int64), (4, torch.int32)):
-            if tensor.shape[-1] * tensor.itemsize % width == 0:
-                return tensor.detach().view(dtype)
-    return _bytes(tensor)
+def _words(tensor: Tensor) -> Tensor | None:
+    """A view of the memory as the widest integers that fit, which are compared eight times faster than bytes."""
+    plain = tensor.detach().as_subclass(Tensor)
+    if not plain.is_contiguous() or plain.storage_offset():
+        return None
+    flat = plain.view(-1)
+    for width, dtype in ((8, torch.int64), (4, torch.int32)):
+        if flat.nbytes % width == 0:
+            return flat.view(dtype)
+    return flat.view(torch.uint8)
 
 
 def _fingerprint(tensor: Tensor, chunk: int = 2**22) -> int:
@@ -368,7 +442,9 @@ def _is_peft(value: object) -> bool:
     return type(value).__module__.partition(".")[0] == "peft"
 
 
-def _merged_layers(prefix: str, layer: Any) -> Iterator[str]:
-    for name, module in layer.named_modules(prefix=prefix):
-        if _is_peft(module) and getattr(module, "merged", False) is True:
-            yield name
+def _merged_layers(name: str, layer: Any) -> Iterator[str]:
+    if getattr(layer, "merged", False) is True:
+        yield name
+    for key, child in layer._modules.items():
+        if _is_peft(child):
+            yield from _merged_layers(f"{name}.{key}", child)

@@ -99,7 +99,11 @@ def pytest_fixture_post_finalizer(fixturedef: pytest.FixtureDef[Any], request: A
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Forget reports from before this test: of an earlier try of it, or of none."""
+    """Forget reports from before this test, of an earlier try or of none, and note who goes unwatched."""
+    if "pytest_lora.plugin.shared_base" in sys.modules:
+        from pytest_lora.plugin import shared_base
+
+        shared_base.note_start(item)
     if "pytest_lora.assertions" in sys.modules:
         from pytest_lora.plugin import summary
 

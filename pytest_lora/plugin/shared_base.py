@@ -39,6 +39,13 @@ def guard(item: Any) -> None:
     names.insert(first, GUARD)
 
 
+def note_start(item: Any) -> None:
+    """Note that a test without a guard is about to run which could take a base by ``request``."""
+    names = getattr(item, "fixturenames", ())
+    if "request" in names and GUARD not in names:
+        of(item.config).unwatched = True
+
+
 @dataclass
 class SharedBases:
     """The bases of a session, the fixtures that made them, and wider fixtures that use them."""
@@ -46,6 +53,15 @@ class SharedBases:
     bases: list[Base] = field(default_factory=list)
     made: list[tuple[pytest.FixtureDef[Any], object]] = field(default_factory=list)
     tenants: set[str] = field(default_factory=set)
+    unwatched: bool = False
+    """Whether something ran without a guard that may have changed a base."""
+
+    def put_back_after_unwatched(self) -> None:
+        """Put all bases back, if something without a guard may have changed one."""
+        if self.unwatched:
+            for base in self.bases:
+                base.pristine.restore()
+        self.unwatched = False
 
     def remember(self, fixture: pytest.FixtureDef[Any], value: object) -> None:
         """Note a fixture that was just set up, and the state of a base as its fixture made it."""
@@ -97,8 +113,9 @@ def enter(request: pytest.FixtureRequest) -> Guarded:
     if base is None:
         return Guarded(Base(model), bases, is_shared=False)
     if bases.tenants.intersection(request.fixturenames):
+        bases.unwatched = True  # such a fixture may end without undoing what it did
         return Guarded(Base(model), bases, has_tenant=True)
-    base.pristine.restore()
+    bases.put_back_after_unwatched()
     return Guarded(base, bases)
 
 

@@ -60,6 +60,14 @@ def test_random_states_are_left_alone(request, turn):
 
 def test_first(assert_pristine): assert_pristine()
 
+def test_unwatched_damage(request): request.getfixturevalue("lora_base_model").model.norm.weight.data.zero_()
+
+def test_after_unwatched_damage(assert_pristine): assert_pristine()
+
+def test_evaluation_mode(lora_model): lora_model.eval()
+
+def test_after_evaluation_mode(lora_model): assert lora_model.training
+
 def test_kinds(lora_base_model, lora_model, lora_batch, lora_device, lora_config, lora_expect):
     from peft import LoraConfig, PeftModelForCausalLM
     from pytest_lora import Expect
@@ -156,9 +164,12 @@ KINDS = [norm_by_data, packed_weight, quantization_scale, buffer, dtype, paramet
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 class TestDamage:
     def test_does(self, lora_base_model, request, kind):
+        request.config.damaged = lora_base_model
         kind(lora_base_model, lambda: request.getfixturevalue("lora_model"))
 
-    def test_next_is_clean(self, assert_pristine, kind): assert_pristine()
+    def test_next_is_clean(self, lora_base_model, assert_pristine, pytestconfig, kind):
+        assert lora_base_model is not pytestconfig.damaged
+        assert_pristine()
 """
 
 OTHERS = """
@@ -297,7 +308,7 @@ def test_the_shared_base_survives_its_tests(pytester: pytest.Pytester, workers: 
     (others / "test_others.py").write_text(OTHERS)
     result = pytester.runpytest_subprocess("-p", "no:hypothesispytest", *workers)
     errors = teardown_errors(result.outlines)
-    result.assert_outcomes(passed=62, errors=16)
+    result.assert_outcomes(passed=66, errors=16)
     changed = {
         "norm_by_data": "values changed: model.norm.weight",
         "packed_weight": "values changed: model.layers.1.mlp.up_proj.weight",
