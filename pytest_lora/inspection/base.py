@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from pytest_lora.facts.base import BaseFacts, BaseModule, Quantization, TaskHead
 from pytest_lora.inspection.survey import Survey
@@ -82,16 +83,30 @@ class BaseParameter(NamedTuple):
         return f"{self.module}.{self.name}" if self.module else self.name
 
 
+def own_parameters(module_name: str, module: nn.Module) -> Iterator[BaseParameter]:
+    """The parameters that one module holds itself; a packed 4-bit byte stands for two numbers."""
+    own = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
+    method = quantization_of(module) if own else None
+    for name, tensor in own:
+        shape = logical_shape(module) if method == "4bit" and name == "weight" else _packed_from(module, tensor)
+        numbers = tensor.numel() if shape is None else math.prod(shape)
+        yield BaseParameter(module_name, name, method, tensor, numbers)
+
+
+def _packed_from(module: nn.Module, tensor: nn.Parameter) -> tuple[int, ...] | None:
+    """Logical shape of a 4-bit tensor outside ``Linear4bit``: an embedding, or fused experts; else None."""
+    state: Any = getattr(tensor, "quant_state", None)
+    if state is None and isinstance(module, ParametrizationList):
+        state = getattr(module[0], "quant_state", None)
+    return None if state is None else tuple(state.shape)
+
+
 def base_parameters(survey: Survey) -> tuple[BaseParameter, ...]:
-    """Every parameter of the base, tied ones once; a packed 4-bit byte stands for two numbers."""
+    """Every parameter of the base, tied ones once, with the numbers that each stands for."""
     found: dict[int, BaseParameter] = {}
-    for module_name, module in survey.modules.items():
-        own = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
-        method = quantization_of(module) if own else None
-        for name, tensor in own:
-            shape = logical_shape(module) if method == "4bit" and name == "weight" else None
-            numbers = shape[0] * shape[1] if shape else tensor.numel()
-            found.setdefault(id(tensor), BaseParameter(module_name, name, method, tensor, numbers))
+    for name, module in survey.modules.items():
+        for parameter in own_parameters(name, module):
+            found.setdefault(id(parameter.tensor), parameter)
     return tuple(found.values())
 
 

@@ -49,7 +49,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
     by_adapter: dict[str, list[LayerState]] = {}
     for layer in layers:
         by_adapter.setdefault(layer.adapter, []).append(layer)
-    counted = count(model, parameters)
+    counted = count(model, found, parameters)
     return ModelFacts(
         base=base,
         configs=tuple(
