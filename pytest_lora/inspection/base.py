@@ -88,7 +88,8 @@ def own_parameters(module_name: str, module: nn.Module) -> Iterator[BaseParamete
     own = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
     method = quantization_of(module) if own else None
     for name, tensor in own:
-        shape = logical_shape(module) if method == "4bit" and name == "weight" else _packed_from(module, tensor)
+        packed = method == "4bit" and name == "weight"
+        shape = logical_shape(module) if packed else _packed_from(module, tensor)
         numbers = tensor.numel() if shape is None else math.prod(shape)
         yield BaseParameter(module_name, name, method, tensor, numbers)
 

@@ -87,7 +87,7 @@ def layer_states(lora: dict[str, LoraLayer]) -> Iterator[LayerState]:
             a=_factor(a_name, a, values, by_design),
             b=_factor(b_name, b, values, by_design),
             expected_a=(outputs, rank) if embedding else (rank, inputs),
-            expected_b=(rank, inputs) if embedding else (outputs, rank),
+            expected_b=(rank, inputs) if embedding else (outputs, rank // _groups(layer)),
             base_device=_base_device(layer, module),
             active=adapter in active_adapters(layer),
             disabled=bool(layer.disable_adapters),
@@ -138,6 +138,12 @@ def _geometry(module: str, layer: LoraLayer, adapter: str, pair: Factors) -> dic
 
 def _uses_rslora(layer: LoraLayer, adapter: str) -> bool:
     return bool(getattr(layer, "use_rslora", {}).get(adapter, False))
+
+
+def _groups(layer: LoraLayer) -> int:
+    """Groups of an adapted convolution: PEFT gives them to ``lora_B`` alone, so that each sees its share."""
+    groups: Any = getattr(layer.get_base_layer(), "groups", 1)
+    return groups if isinstance(groups, int) else 1
 
 
 def _base_device(layer: LoraLayer, module: str) -> str:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from pytest_lora.facts.base import BaseFacts
 from pytest_lora.inspection.base import BaseParameter, own_parameters
 from pytest_lora.inspection.peft_internals import WRAPPERS
 from pytest_lora.inspection.survey import Survey
@@ -87,3 +88,30 @@ def _copies(found: Survey) -> Iterator[BaseParameter]:
     for name, wrapper in found.saved.items():
         for module in wrapper.modules_to_save.modules():
             yield from own_parameters(name, module)
+
+
+PACKABLE = ("Linear", "Conv1D", "Linear8bitLt")
+"""Kinds of modules that transformers packs when it loads a model with ``load_in_4bit``."""
+
+
+def stored_in_4bit(facts: BaseFacts, parameters: tuple[BaseParameter, ...]) -> int:
+    """What ``sum(p.numel())`` gives for a base whose linear layers are packed, two numbers a byte.
+
+    Where the base is in 4 bits already, its own storage counts. Where it is not, the layers count that
+    transformers would pack (``get_keys_to_not_convert``): all linear ones but the output embedding, those
+    that share their weight, and the one that holds the last parameter.
+    """
+    packed = {p.module for p in parameters if p.quantization == "4bit"} or _would_be_packed(facts, parameters)
+    total = 0
+    for parameter in parameters:
+        numel = parameter.tensor.numel()
+        unpacked = parameter.name == "weight" and parameter.module in packed and numel == parameter.numbers
+        total += (numel + 1) // 2 if unpacked else numel
+    return total
+
+
+def _would_be_packed(facts: BaseFacts, parameters: tuple[BaseParameter, ...]) -> set[str]:
+    kept = {facts.output_embeddings, *(name for group in facts.tied for name in group)}
+    if parameters and parameters[-1].name == "weight":
+        kept.add(parameters[-1].module)
+    return {m.name for m in facts.modules if m.kind in PACKABLE} - kept

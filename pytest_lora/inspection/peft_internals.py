@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peft import LoraConfig, PeftMixedModel, PeftModel
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
@@ -31,6 +31,7 @@ __all__ = [
     "heads_by_task_type",
     "lora_configs",
     "pattern_key",
+    "saved_state",
     "token_rows",
     "wrapped_base",
 ]
@@ -97,6 +98,21 @@ def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
 def token_rows(wrapper: TrainableTokensWrapper) -> dict[str, Tensor]:
     """The trainable rows of an embedding, by adapter."""
     return dict(wrapper.token_adapter.trainable_tokens_delta.items())
+
+
+def saved_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """What ``save_pretrained`` writes for one adapter of a model whose vocabulary was not resized.
+
+    PEFT would ask the hub whether it was; a configuration without the base's name keeps it from doing so.
+    """
+    configs: Any = model.peft_config
+    config = configs[adapter]
+    named, config.base_model_name_or_path = config.base_model_name_or_path, None
+    try:
+        state: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter)
+    finally:
+        config.base_model_name_or_path = named
+    return state
 
 
 def pattern_key(keys: Iterable[str], module: str) -> str:
