@@ -90,7 +90,10 @@ class _Scaled(NamedTuple):
     def fix(self, expected: float) -> str:
         if math.isclose(self.configured, expected, rel_tol=TOLERANCE):
             return "undo what changed the scaling (scale_layer, set_scale) with unscale_layer"
-        return f"lora_alpha={expected * self.divisor:g} there, or expected={self.scaling:g} if this is meant"
+        return (
+            f"an alpha of {expected * self.divisor:g} (lora_alpha, or alpha_pattern for single modules), "
+            f"or expected={self.scaling:g} if this is meant"
+        )
 
 
 def scaling(model_or_config: nn.Module | LoraConfig, expected: float) -> Report:

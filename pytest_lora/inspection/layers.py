@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -137,7 +138,12 @@ def _geometry(module: str, layer: LoraLayer, adapter: str, pair: Factors) -> dic
 
 
 def _uses_rslora(layer: LoraLayer, adapter: str) -> bool:
-    return bool(getattr(layer, "use_rslora", {}).get(adapter, False))
+    """What the layer remembers; PEFT 0.17 remembers only the scaling, which tells from rank 2 on."""
+    remembered: Any = getattr(layer, "use_rslora", None)
+    if remembered is not None:
+        return bool(remembered.get(adapter, False))
+    rank, alpha, scaling = layer.r[adapter], layer.lora_alpha[adapter], layer.scaling[adapter]
+    return rank > 1 and math.isclose(scaling, alpha / math.sqrt(rank))
 
 
 def _groups(layer: LoraLayer) -> int:
