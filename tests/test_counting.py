@@ -27,13 +27,16 @@ from transformers import (
     OPTConfig,
     PreTrainedModel,
     RobertaConfig,
+    RobertaForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 from transformers.integrations import bitsandbytes as integration
 
 from pytest_lora import ParameterCount, count_parameters, rank_table
+from pytest_lora.inspection import adapter_size
 from pytest_lora.inspection.base import base_facts, base_parameters
+from pytest_lora.inspection.config import dry_run
 from pytest_lora.inspection.parameters import stored_in_4bit
 from pytest_lora.inspection.survey import survey
 
@@ -377,6 +380,21 @@ def test_every_row_is_what_peft_does(fields: dict[str, Any], ranks: list[int]) -
         assert row.stored_percent == 100 * trainable / (everything - halved)
 
 
+def test_a_hundred_ranks_cost_two_questions_to_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(config: LoraConfig, model: nn.Module) -> Any:
+        asked.append(config.r)
+        return dry_run(config, model)
+
+    monkeypatch.setattr(adapter_size, "dry_run", counted)
+    fields: dict[str, Any] = {"target_modules": QV, "use_dora": True, "rank_pattern": {"v_proj": 3}}
+    table = rank_table(llama_config(), range(1, 101), **fields)
+    assert asked == [1, 100]
+    trainable, _, saved = directly(llama(), 37, **fields)
+    assert (table.rows[36].trainable, table.rows[36].adapter_bytes) == (trainable, saved)
+
+
 def test_config_path_live_float_live_packed_give_the_same(tmp_path: Path) -> None:
     llama_config().save_pretrained(tmp_path)
     bases = [llama_config(), tmp_path, llama(), packed(llama()), packed(llama(), torch.uint8)]
@@ -423,6 +441,17 @@ ARCHITECTURES = [
     (LlamaForCausalLM, llama_config()),
     (LlamaForCausalLM, llama_config(tie_word_embeddings=True)),
     (LlamaForSequenceClassification, llama_config(num_labels=3)),
+    (
+        RobertaForMaskedLM,
+        RobertaConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            vocab_size=50,
+            tie_word_embeddings=False,
+        ),
+    ),
     (
         GPT2LMHeadModel,
         GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, bos_token_id=1, eos_token_id=2),

@@ -65,8 +65,8 @@ def adapter_sizes(config: LoraConfig, model: nn.Module, ranks: Collection[int]) 
 
 
 def _asks_something_of_the_rank(config: LoraConfig, model: nn.Module) -> bool:
-    variants = (f.name for f in fields(config) if f.name.endswith("_config"))
-    return any(getattr(config, name) for name in variants) or any(
+    names = (f.name for f in fields(config) if f.name.endswith("_config") and f.name != "runtime_config")
+    return any(getattr(config, name) for name in names) or any(
         _groups(module) > 1 for module in model.modules()
     )
 

@@ -29,6 +29,10 @@ HEADED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Reg
 """Transformers classes that put a newly made task head on a pretrained body."""
 
 
+PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Classes whose weights are as they are; subclasses may not be."""
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``"float32"`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
@@ -36,6 +40,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def quantization_of(module: nn.Module) -> str | None:
     """``"4bit"`` or ``"8bit"`` for bitsandbytes layers, the method for others, None for plain weights."""
+    if type(module) in PLAIN:
+        return None
     bnb = sys.modules.get("bitsandbytes")
     if bnb is not None:
         if isinstance(module, bnb.nn.Linear4bit):
@@ -133,7 +139,7 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
         input_embeddings=input_embeddings,
         output_embeddings=output_embeddings,
         vocab_size=_rows(modules.get(input_embeddings or "")),
-        has_biases=any(getattr(m, "bias", None) is not None for m in modules.values()),
+        has_biases=any(p.name == "bias" for p in parameters),
         float_dtypes=tuple(dtype_name(dtype) for dtype, _ in dtypes.most_common()),
         device_types=tuple(dict.fromkeys(p.tensor.device.type for p in parameters)),
         quantization=_quantization(root, modules),
