@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pytest_lora.assertions import assert_adapter_shapes as assert_adapter_shapes
     from pytest_lora.assertions import assert_alpha_ratio as assert_alpha_ratio
     from pytest_lora.assertions import assert_config_healthy as assert_config_healthy
+    from pytest_lora.assertions import assert_lora_healthy as assert_lora_healthy
     from pytest_lora.assertions import assert_param_ratio as assert_param_ratio
     from pytest_lora.checks import check_config as check_config
     from pytest_lora.checks import check_model as check_model
@@ -38,6 +39,7 @@ _HOMES = {
     "assert_adapter_shapes": "assertions",
     "assert_alpha_ratio": "assertions",
     "assert_config_healthy": "assertions",
+    "assert_lora_healthy": "assertions",
     "assert_param_ratio": "assertions",
     "check_config": "checks",
     "check_model": "checks",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,7 +30,6 @@ __all__ = [
     "fused_parameter",
     "heads_by_task_type",
     "lora_configs",
-    "pattern_key",
     "saved_state",
     "token_rows",
     "wrapped_base",
@@ -113,11 +112,6 @@ def saved_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     finally:
         config.base_model_name_or_path = named
     return state
-
-
-def pattern_key(keys: Iterable[str], module: str) -> str:
-    """The key of a rank or alpha pattern that decides for this module, or the module's name itself."""
-    return str(get_pattern_key(list(keys), module))
 
 
 def heads_by_task_type(task_type: str | None) -> tuple[str, ...]:

@@ -1,0 +1,136 @@
+"""Small bases under the names that the examples in rule documentation use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+import pytest_lora
+
+LAYERS = 2
+WIDTH = 64
+VOCABULARY = 128
+
+
+def _llama_config(**changes: Any) -> LlamaConfig:
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        **changes,
+    }
+    return LlamaConfig(**fields)
+
+
+def quantized(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model with its linear layers, the head aside, packed to 4 bits in place."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or name in ("lm_head", "score"):
+            continue
+        packed = bnb.nn.Linear4bit(
+            module.in_features, module.out_features, bias=False, compute_dtype=compute_dtype, quant_type="nf4"
+        )
+        packed.weight = bnb.nn.Params4bit(
+            module.weight.data, requires_grad=False, quant_type="nf4", module=packed
+        )
+        model.get_submodule(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], packed.to("cpu"))
+    model.is_loaded_in_4bit = True
+    return model
+
+
+class VisionLanguageModel(nn.Module):
+    """A vision tower and a language model whose attention projections share their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_tower = nn.ModuleDict({n: nn.Linear(WIDTH, WIDTH) for n in ("q_proj", "v_proj")})
+        self.language_model = nn.ModuleDict({n: nn.Linear(WIDTH, WIDTH) for n in ("q_proj", "v_proj")})
+
+
+class FusedExperts(nn.Module):
+    """A router over experts whose weights are one stacked parameter each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 16)
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.randn(16, WIDTH, 2 * WIDTH))
+        self.experts.down = nn.Parameter(torch.randn(16, 2 * WIDTH, WIDTH))
+
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "base": lambda: LlamaForCausalLM(_llama_config()),
+    "base_4bit": lambda: quantized(LlamaForCausalLM(_llama_config())),
+    "tied_base": lambda: LlamaForCausalLM(_llama_config(tie_word_embeddings=True)),
+    "classifier_base": lambda: LlamaForSequenceClassification(_llama_config(num_labels=3)),
+    "moe_base": lambda: MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=96,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        )
+    ),
+    "gpt2_base": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=64)
+    ),
+    "fused_moe_base": lambda: nn.Sequential(FusedExperts()),
+    "vision_language_base": VisionLanguageModel,
+}
+
+
+@cache
+def names() -> dict[str, Any]:
+    """What an example may use besides the bases: torch, PEFT and this package."""
+    found: dict[str, Any] = {"torch": torch, "nn": nn}
+    found.update({n: getattr(peft, n) for n in ("LoraConfig", "PeftModel", "get_peft_model")})
+    found.update({n: getattr(pytest_lora, n) for n in pytest_lora.__all__})
+    return found
+
+
+class Namespace(dict[str, Any]):
+    """Names for one example; a base is built, from a fixed seed, when the example first mentions it."""
+
+    def __missing__(self, name: str) -> Any:
+        if name in BASES:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self[name] = BASES[name]()
+            return self[name]
+        if name in names():
+            return names()[name]
+        raise KeyError(name)
+
+
+def run(code: str) -> pytest_lora.Report:
+    """Run an example and hand back the report that it made."""
+    namespace = Namespace()
+    exec(compile(code, "<example>", "exec"), namespace)
+    report = namespace["report"]
+    assert isinstance(report, pytest_lora.Report)
+    return report

@@ -1,0 +1,72 @@
+"""The documentation of every rule is executed: its example fires that rule alone, its mended form none."""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+import pytest_lora.rules
+from pytest_lora.rules import Rule, catalogue
+from tests.rules.bases import run
+
+SECTIONS = ("What it does", "Why is this bad?", "Example", "Use instead", "References")
+STAGES = {"1": "config", "2": "model", "3": "training", "4": "checkpoint", "5": "memory"}
+
+every_rule = pytest.mark.parametrize("known", catalogue(), ids=lambda r: f"{r.code}-{r.name}")
+
+
+def section(known: Rule, title: str) -> str:
+    parts = re.split(r"^## (.+)$", known.doc, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))[title].strip()
+
+
+def code(known: Rule, title: str) -> str:
+    block = re.fullmatch(r"```python\n(.*?)```", section(known, title), flags=re.DOTALL)
+    assert block, f"{known.code}: section {title!r} must be one python block"
+    return block[1]
+
+
+@every_rule
+def test_documentation_has_every_section(known: Rule) -> None:
+    assert tuple(re.findall(r"^## (.+)$", known.doc, flags=re.MULTILINE)) == SECTIONS
+    assert all(section(known, title) for title in SECTIONS)
+    assert known.summary.endswith(".")
+
+
+@every_rule
+def test_code_says_the_stage(known: Rule) -> None:
+    assert re.fullmatch(r"LORA[1-5]\d\d", known.code)
+    assert STAGES[known.code[4]] == known.stage
+
+
+@every_rule
+def test_example_fires_this_rule_alone(known: Rule) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = run(code(known, "Example"))
+    assert {f.code for f in report.findings} == {known.code}, str(report)
+    assert known.severity in {f.severity for f in report.findings}
+
+
+@every_rule
+def test_use_instead_is_clean_under_every_rule(known: Rule) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = run(code(known, "Use instead"))
+    assert not report.findings, str(report)
+
+
+def test_each_rule_is_one_function_in_a_file_of_its_name() -> None:
+    files = {p for p in Path(pytest_lora.rules.__file__).parent.glob("*/*.py") if p.stem != "__init__"}
+    assert {p.stem for p in files} == {r.name for r in catalogue()}
+    for file in files:
+        public = [
+            node.name
+            for node in ast.parse(file.read_text()).body
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+        ]
+        assert public == [file.stem]
