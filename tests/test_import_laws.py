@@ -24,7 +24,17 @@ FLOORS = {
     "tiny": {"tiny"},
     "counting": {"facts", "findings", "inspection"},
     "checks": {"facts", "findings", "expect", "rules", "inspection"},
-    "assertions": {"facts", "findings", "expect", "rules", "inspection", "checks", "counting"},
+    "adapter_properties": {"facts", "findings", "inspection", "counting"},
+    "assertions": {
+        "facts",
+        "findings",
+        "expect",
+        "rules",
+        "inspection",
+        "checks",
+        "counting",
+        "adapter_properties",
+    },
 }
 """What each part of the package may import from the package; the plugin may import everything."""
 
