@@ -284,7 +284,7 @@ def test_reads_like_pefts_own_line_and_says_why_others_differ() -> None:
 @pytest.mark.parametrize("given", [None, 3, "model", LoraConfig()])
 def test_what_is_no_model_is_named(given: object) -> None:
     with pytest.raises(TypeError, match=rf"^model must be a torch.nn.Module, not {type(given).__name__}"):
-        count_parameters(given)  # type: ignore[arg-type]
+        count_parameters(given)
 
 
 # The rank table: published figures first.
@@ -433,7 +433,7 @@ def type_copy(module: nn.Module) -> nn.Module:
         module.in_channels,
         module.out_channels,
         module.kernel_size,
-        groups=module.groups,  # type: ignore[arg-type]
+        groups=module.groups,
     )
 
 
@@ -565,7 +565,7 @@ def test_bad_settings_are_named(fields: dict[str, Any], error: type[Exception], 
 
 def test_bad_bases_are_named(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"^base must be a torch.nn.Module, a transformers PretrainedConfig"):
-        rank_table(3, [4], target_modules=QV)  # type: ignore[arg-type]
+        rank_table(3, [4], target_modules=QV)
     with pytest.raises(ValueError, match=r"^base: .*config.json does not exist"):
         rank_table(tmp_path / "config.json", [4], target_modules=QV)
     adapted = get_peft_model(llama(), LoraConfig(target_modules=QV))

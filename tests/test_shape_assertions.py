@@ -120,7 +120,7 @@ MODEL = adapted()
 )
 def test_bad_bands_are_named(low: Any, high: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        assert_param_ratio(None, low, high)  # type: ignore[arg-type]
+        assert_param_ratio(None, low, high)
 
 
 # Scaling
@@ -358,7 +358,7 @@ def test_passes_exactly_when_the_targets_are_those(adapt: set[str], want: set[st
 )
 def test_bad_targets_are_named(targets: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}"):
-        assert_adapter_shapes(None, targets)  # type: ignore[arg-type]
+        assert_adapter_shapes(None, targets)
 
 
 def test_a_model_without_adapters_is_no_pass() -> None:
