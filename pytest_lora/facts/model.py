@@ -115,6 +115,11 @@ class SavedModule:
     disabled: bool
     tied: tuple[str, ...]
 
+    @property
+    def field(self) -> str:
+        """The field of the LoraConfig that asks for it."""
+        return "modules_to_save"
+
 
 @dataclass(frozen=True, slots=True)
 class TrainedRows:
@@ -127,6 +132,7 @@ class TrainedRows:
         trainable: Whether they require gradients.
         finite: Whether every number is finite; None on the meta device.
         dtype: ``"float32"``, ``"bfloat16"``, ...
+        active: Whether the rows take part in the forward pass.
     """
 
     module: str
@@ -135,6 +141,12 @@ class TrainedRows:
     trainable: bool
     finite: bool | None
     dtype: str
+    active: bool
+
+    @property
+    def field(self) -> str:
+        """The field of the LoraConfig that asks for them."""
+        return "trainable_token_indices"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +202,11 @@ class ModelFacts:
     def active_layers(self) -> tuple[LayerState, ...]:
         """The adapters that are meant to take part in the forward pass."""
         return tuple(layer for layer in self.layers if layer.adapter in self.active)
+
+    @property
+    def kept(self) -> tuple[SavedModule | TrainedRows, ...]:
+        """What adapters train and save besides their low-rank factors."""
+        return (*self.saved, *self.rows)
 
     @property
     def training_adapters(self) -> tuple[str, ...]:

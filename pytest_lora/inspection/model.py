@@ -147,6 +147,7 @@ def _trained_rows(found: Survey) -> Iterator[TrainedRows]:
                 trainable=tensor.requires_grad,
                 finite=values.get(id(tensor), UNREAD).finite,
                 dtype=dtype_name(tensor.dtype),
+                active=adapter in active_adapters(wrapper) and not wrapper.disable_adapters,
             )
 
 

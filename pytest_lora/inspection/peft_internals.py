@@ -68,7 +68,9 @@ def adapter_names(layer: LoraLayer) -> tuple[str, ...]:
     return tuple(layer.r)
 
 
-def active_adapters(layer: BaseTunerLayer | ModulesToSaveWrapper) -> tuple[str, ...]:
+def active_adapters(
+    layer: BaseTunerLayer | ModulesToSaveWrapper | TrainableTokensWrapper,
+) -> tuple[str, ...]:
     """Adapters that take part in the forward pass of one layer."""
     active: str | Iterable[str] = layer.active_adapter
     return (active,) if isinstance(active, str) else tuple(active)
