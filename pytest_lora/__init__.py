@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pytest_lora.assertions import LoraHealthError as LoraHealthError
     from pytest_lora.assertions import assert_config_healthy as assert_config_healthy
+    from pytest_lora.assertions import assert_lora_healthy as assert_lora_healthy
     from pytest_lora.checks import check_config as check_config
     from pytest_lora.checks import check_model as check_model
     from pytest_lora.expect import Expect as Expect
@@ -25,6 +26,7 @@ _HOMES = {
     "LoraHealthWarning": "findings",
     "Report": "findings",
     "assert_config_healthy": "assertions",
+    "assert_lora_healthy": "assertions",
     "check_config": "checks",
     "check_model": "checks",
 }

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from peft import LoraConfig
     from torch import nn
+    from torch.optim import Optimizer
     from transformers import PretrainedConfig
 
     from pytest_lora.expect import Expect
@@ -46,6 +47,39 @@ def demand(report: Report) -> Report:
     if not report.ok:
         raise LoraHealthError(report)
     return report
+
+
+def assert_lora_healthy(
+    model: nn.Module,
+    *,
+    optimizer: Optimizer | None = None,
+    expect: Expect | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+) -> Report:
+    """Assert that a model with LoRA adapters is set up as it should be; see ``check_model``.
+
+    Args:
+        model: Anything with PEFT LoRA layers: a ``PeftModel``, a ``PeftMixedModel``, a transformers model
+            after ``add_adapter``, and these inside DDP, ``torch.compile`` or a value head.
+        optimizer: The optimizer that is going to train it, if there is one already.
+        expect: What is meant, where only the user can know it.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
+
+    Returns:
+        The report, with warnings and infos.
+
+    Raises:
+        LoraHealthError: There are errors.
+        TypeError: An argument has the wrong type, or the model carries no LoRA layers.
+        ValueError: A code does not exist.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks import check_model
+
+    report = check_model(model, optimizer=optimizer, expect=expect)
+    return demand(_selected(report, select, ignore))
 
 
 def assert_config_healthy(

@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+_THRESHOLDS = (
+    "min_scaling",
+    "low_scaling",
+    "max_scaling",
+    "max_scaling_rslora",
+    "max_scaling_spread",
+    "max_dropout",
+)
+
 Purpose = Literal["train", "eval", "inference"]
 
 
@@ -39,12 +48,13 @@ class Expect:
         min_scaling: Effective scalings below this damp an adapter. Default 1/50: the smallest scaling in
             use on purpose that we know of is 1/32 (``r=32, alpha=1``, the default of kohya-ss/sd-scripts
             issue 98 and of many diffusion trainers); ``r=64`` with that same alpha is the report there.
+        low_scaling: Effective scalings below this are mentioned. Default 1/8, half of QLoRA's 1/4.
         max_scaling: Effective scalings above this blow an adapter up. Default 32: QLoRA
             (arXiv:2305.14314) uses 1/4, LoRA (arXiv:2106.09685) 1 to 8, rank-1 recipes with alpha 32
             reach 32.
         max_scaling_rslora: The same where rsLoRA divides by ``sqrt(r)`` and alpha was still chosen as a
-            multiple of the rank. Default 16: rsLoRA (arXiv:2312.03732) keeps alpha at 16 while r grows, so
-            its scaling falls with the rank instead of growing.
+            multiple of the rank. Default 12: rsLoRA (arXiv:2312.03732) keeps alpha fixed while r grows, so that
+            its scaling falls with the rank; alpha = 2 r passes 12 at rank 36.
         max_scaling_spread: Largest over smallest effective scaling among the modules of one adapter.
             Default 8: a rank pattern that doubles or quadruples a rank without its alpha is common.
         large_base: Logical parameters from which the band of ``advised_percent`` is advice worth giving.
@@ -66,8 +76,9 @@ class Expect:
     will_merge: bool = False
     reported_percent: float | None = None
     min_scaling: float = field(default=1 / 50)
+    low_scaling: float = field(default=1 / 8)
     max_scaling: float = field(default=32.0)
-    max_scaling_rslora: float = field(default=16.0)
+    max_scaling_rslora: float = field(default=12.0)
     max_scaling_spread: float = field(default=8.0)
     large_base: int = field(default=1_000_000_000)
     advised_percent: tuple[float, float] = field(default=(0.01, 5.0))
@@ -80,8 +91,7 @@ class Expect:
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, not {value!r}")
-        for name in ("alpha_ratio", "reported_percent", "min_scaling", "max_scaling", "max_scaling_rslora",
-                     "max_scaling_spread", "max_dropout"):  # fmt: skip
+        for name in ("alpha_ratio", "reported_percent", *_THRESHOLDS):
             _require_number(name, getattr(self, name))
         for name in ("new_tokens", "large_base"):
             _require_count(name, getattr(self, name))

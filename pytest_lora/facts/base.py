@@ -64,6 +64,17 @@ class TaskHead:
 
 
 @dataclass(frozen=True, slots=True)
+class FusedParameter:
+    """A parameter that stacks the weights of several experts.
+
+    ``numbers`` is its logical size.
+    """
+
+    name: str
+    numbers: int
+
+
+@dataclass(frozen=True, slots=True)
 class BaseFacts:
     """The base model.
 
@@ -84,6 +95,7 @@ class BaseFacts:
         device_types: Types of the devices that hold parameters ("cpu", "cuda", "meta").
         quantization: None where nothing is or claims to be quantized.
         carries_adapter: Whether there are PEFT layers in it already.
+        fused: Parameters that stack several weights (experts of a mixture), which no module name targets.
     """
 
     architecture: str
@@ -102,6 +114,7 @@ class BaseFacts:
     device_types: tuple[str, ...]
     quantization: Quantization | None
     carries_adapter: bool
+    fused: tuple[FusedParameter, ...]
 
     def tied_to(self, module: str) -> tuple[str, ...]:
         """The other modules that share this module's weight."""

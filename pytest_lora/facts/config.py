@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +21,7 @@ class LayerFacts:
         adapter: Name of the adapter.
         in_features: Logical input size of the base weight.
         out_features: Logical output size.
+        kernel: Positions that a convolution kernel covers, else 1.
         experts: Weights stacked in a fused parameter, else 1.
         rank: The rank in effect here, patterns applied.
         alpha: The alpha in effect here, patterns applied.
@@ -36,6 +38,7 @@ class LayerFacts:
     adapter: str
     in_features: int
     out_features: int
+    kernel: int
     experts: int
     rank: int
     alpha: float
@@ -81,8 +84,70 @@ class Settings:
 
     @classmethod
     def of(cls, config: Any) -> Settings:
-        """Read a LoraConfig; fields that an older PEFT does not have get their neutral value."""
-        return cls(**{f.name: _READ[f.name](getattr(config, f.name, None)) for f in fields(cls)})
+        """Read a LoraConfig; fields that an older PEFT does not have get their neutral value.
+
+        Raises:
+            ValueError: A field holds something that PEFT could not use either; the message names it.
+        """
+        return cls(**{f.name: _read(config, f.name) for f in fields(cls)})
+
+    def rank_key(self, module: str) -> str | None:
+        """The key of ``rank_pattern`` that decides for this module: the first that matches, as in PEFT."""
+        return deciding_key((key for key, _ in self.rank_pattern), module)
+
+    def rank_of(self, module: str) -> int:
+        """The rank that this configuration gives a module."""
+        key = self.rank_key(module)
+        return self.r if key is None else dict(self.rank_pattern)[key]
+
+    def alpha_key(self, module: str) -> str | None:
+        """The key of ``alpha_pattern`` that decides for this module: the first that matches, as in PEFT."""
+        return deciding_key((key for key, _ in self.alpha_pattern), module)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha that this configuration gives a module."""
+        key = self.alpha_key(module)
+        return self.lora_alpha if key is None else dict(self.alpha_pattern)[key]
+
+    def targets(self, module: str) -> bool:
+        """Whether ``target_modules`` names a module; "all-linear" and None are not for names to decide."""
+        return _means(self.target_modules, module)
+
+    def excludes(self, module: str) -> bool:
+        """Whether ``exclude_modules`` or ``modules_to_save`` keeps the adapter off a module."""
+        return _means(self.exclude_modules, module) or self.saves(module)
+
+    def saves(self, module: str) -> bool:
+        """Whether ``modules_to_save`` names a module or one around it."""
+        return any(is_named(part, name) for name in self.modules_to_save for part in _ancestors(module))
+
+    def skips_layer_of(self, module: str) -> bool:
+        """Whether ``layers_to_transform`` leaves out the block that a module is in."""
+        number = next((int(part) for part in module.split(".") if part.isdigit()), None)
+        return bool(self.layers_to_transform) and number not in self.layers_to_transform
+
+
+def deciding_key(keys: Iterable[str], module: str) -> str | None:
+    """The first key of a rank or alpha pattern that matches a module (``peft.utils.get_pattern_key``)."""
+    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", module)), None)
+
+
+def is_named(module: str, name: str) -> bool:
+    """Whether a name in a LoraConfig list means this module (the rule of PEFT's ``target_modules``)."""
+    return module == name or module.endswith(f".{name}")
+
+
+def _means(names: tuple[str, ...] | str | None, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(is_named(module, name) for name in names or ())
+
+
+def _ancestors(module: str) -> Iterator[str]:
+    """The module and every module around it."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -91,6 +156,11 @@ def _names(value: Any) -> tuple[str, ...]:
 
 def _names_or_pattern(value: Any) -> tuple[str, ...] | str | None:
     return value if value is None or isinstance(value, str) else _names(value)
+
+
+def _saved_names(value: Any) -> tuple[str, ...]:
+    # PEFT iterates over a bare string, letter by letter.
+    return tuple(value) if isinstance(value, str) else _names(value)
 
 
 def _indices(value: Any) -> tuple[int, ...]:
@@ -124,7 +194,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "bias": lambda value: str(value or "none"),
     "use_rslora": bool,
     "use_dora": bool,
-    "modules_to_save": _names,
+    "modules_to_save": _saved_names,
     "init_lora_weights": _initialisation,
     "layers_to_transform": _indices,
     "rank_pattern": _pairs,
@@ -134,6 +204,14 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "trainable_token_indices": _tokens,
     "ensure_weight_tying": bool,
 }
+
+
+def _read(config: Any, field: str) -> Any:
+    value = getattr(config, field, None)
+    try:
+        return _READ[field](value)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"config: {field}={value!r} is nothing that LoRA can use: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +292,42 @@ class ConfigFacts:
         """Names of one field that match nothing."""
         return (match for match in self.names if match.field == field and not match.modules)
 
+    def names_of(self, field: str) -> tuple[str, ...]:
+        """The names in one list of the configuration that PEFT did not rewrite."""
+        return tuple(match.name for match in self.names if match.field == field)
+
+    def modules_of(self, name: str) -> tuple[str, ...]:
+        """Modules of the base that a target name means."""
+        return next((m.modules for m in self.names if (m.field, m.name) == ("target_modules", name)), ())
+
     @property
     def adapted(self) -> frozenset[str]:
         """Names of the adapted modules."""
         return frozenset(layer.module for layer in self.layers)
+
+    def keeps(self, module: str) -> bool:
+        """Whether a module is trained in full and saved, itself or as a part of another."""
+        return any(module == saved or module.startswith(f"{saved}.") for saved in self.saved_modules)
+
+    def trained_rows(self, embedding: str) -> frozenset[int] | None:
+        """Rows of an embedding that are trained one by one; None where there are none."""
+        if embedding not in self.token_modules:
+            return None
+        leaf = embedding.rpartition(".")[2]
+        rows = [r for module, r in self.settings.trainable_token_indices if module in ("", leaf, embedding)]
+        every = rows or [r for _, r in self.settings.trainable_token_indices]
+        return frozenset(row for group in every for row in group)
+
+    def would_adapt(self, meant: Settings) -> frozenset[str] | None:
+        """Modules that another configuration would adapt on this base; None where PEFT chooses them."""
+        if meant.target_modules is None:
+            return None
+        everything = str(meant.target_modules).lower() == "all-linear"
+        heads = {self.base.output_embeddings, *(head.name for head in self.base.heads)}
+        return frozenset(
+            m.name
+            for m in self.base.modules
+            if (m.is_linear and m.name not in heads if everything else meant.targets(m.name))
+            and not meant.excludes(m.name)
+            and not meant.skips_layer_of(m.name)
+        )

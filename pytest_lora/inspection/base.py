@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pytest_lora.facts.base import BaseFacts, BaseModule, Quantization, TaskHead
+from pytest_lora.facts.base import BaseFacts, BaseModule, FusedParameter, Quantization, TaskHead
 from pytest_lora.inspection.survey import Survey
 
 TASKS = {
@@ -122,6 +122,7 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
         device_types=tuple(dict.fromkeys(p.tensor.device.type for p in parameters)),
         quantization=_quantization(root, modules),
         carries_adapter=survey.carries_adapter,
+        fused=tuple(FusedParameter(p.full_name, p.numbers) for p in parameters if p.tensor.ndim == 3),
     )
 
 

@@ -13,18 +13,24 @@ from typing import Any
 from torch import nn
 
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.config import ConfigFacts, LayerFacts, NameMatch, PatternKey, Refusal, Settings
+from pytest_lora.facts.config import (
+    ConfigFacts,
+    LayerFacts,
+    NameMatch,
+    PatternKey,
+    Refusal,
+    Settings,
+    deciding_key,
+    is_named,
+)
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.layers import layer_facts
-from pytest_lora.inspection.peft_internals import LoraConfig, heads_by_task_type, pattern_key
+from pytest_lora.inspection.peft_internals import LoraConfig, heads_by_task_type, token_rows
 from pytest_lora.inspection.skeleton import resolve_base, skeleton
 from pytest_lora.inspection.survey import Survey, survey
 
-PLAIN_INITS = (True, False, "gaussian")
-"""Values of ``init_lora_weights`` that do not look at the base weights."""
-
 DATA_INITS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga", "mica")
-"""Starts of those that do; they change values only, so that the dry run goes without them."""
+"""Initialisations that compute with base weights; they change values only, so the dry run goes without."""
 
 ADAPTER = "default"
 
@@ -42,21 +48,23 @@ def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     model = resolve_base(base, settings.task_type)
     found = survey(model)
     facts = base_facts(found, base_parameters(found))
-    tried = copy.deepcopy(config)
     if facts.carries_adapter:
         wrapped = Refusal("", "the base already carries an adapter")
         return _assembled(ADAPTER, settings, settings, facts, Survey(model, 0), (), wrapped)
-    injected, refusal = _dry_run(tried, skeleton(model))
-    layers = tuple(layer_facts(injected.lora, ADAPTER))
-    return _assembled(ADAPTER, settings, Settings.of(tried), facts, injected, layers, refusal)
+    tried = copy.deepcopy(config)
+    injected, error = dry_run(tried, skeleton(model))
+    refusal = None if error is None else Refusal(type(error).__name__, str(error))
+    after = found if injected is None else survey(injected)
+    layers = tuple(layer_facts(after.lora, ADAPTER))
+    return _assembled(ADAPTER, settings, Settings.of(tried), facts, after, layers, refusal)
 
 
 def dry_run(config: LoraConfig, model: nn.Module) -> tuple[nn.Module | None, Exception | None]:
     """Let PEFT put an adapter on a skeleton; ``config`` is changed as PEFT changes it."""
     from peft import get_peft_model
 
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(DATA_INITS):
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(DATA_INITS) and not _lacks_preparation(init, model):
         config.init_lora_weights = True
     config.inference_mode, inference = False, config.inference_mode
     try:
@@ -69,11 +77,9 @@ def dry_run(config: LoraConfig, model: nn.Module) -> tuple[nn.Module | None, Exc
         config.inference_mode = inference
 
 
-def _dry_run(config: LoraConfig, model: nn.Module) -> tuple[Survey, Refusal | None]:
-    injected, error = dry_run(config, model)
-    if injected is None:
-        return Survey(model, 0), Refusal(type(error).__name__, str(error))
-    return survey(injected), None
+def _lacks_preparation(init: str, model: nn.Module) -> bool:
+    """Whether PEFT will ask for ``preprocess_corda``, which leaves its results on the layers."""
+    return init.startswith("corda") and not any("eigens" in vars(module) for module in model.modules())
 
 
 def live_config_facts(
@@ -88,7 +94,7 @@ def live_config_facts(
 
 
 def _leaves(base: BaseFacts, name: str) -> bool:
-    return any(_is_named(module, name) for module in base.module_names)
+    return any(is_named(module, name) for module in base.module_names)
 
 
 def _assembled(
@@ -106,24 +112,23 @@ def _assembled(
         settings=written,
         base=base,
         layers=layers,
-        names=tuple(_name_matches(written, applied, base, layers)),
+        names=tuple(_name_matches(written, applied, base, layers, _parameter_names(found))),
         patterns=() if refusal else tuple(_pattern_keys(written, applied, base, layers)),
         saved_modules=tuple(
             name for name, wrapper in found.saved.items() if adapter in wrapper.modules_to_save
         ),
-        token_modules=tuple(found.tokens),
+        token_modules=tuple(n for n, wrapper in found.tokens.items() if adapter in token_rows(wrapper)),
         refusal=refusal,
         live=live,
     )
 
 
-def _is_named(module: str, name: str) -> bool:
-    """Whether a name in a LoraConfig list means this module (the rule of PEFT's ``target_modules``)."""
-    return module == name or module.endswith(f".{name}")
-
-
 def _name_matches(
-    written: Settings, applied: Settings, base: BaseFacts, layers: tuple[LayerFacts, ...]
+    written: Settings,
+    applied: Settings,
+    base: BaseFacts,
+    layers: tuple[LayerFacts, ...],
+    parameters: list[str],
 ) -> Iterator[NameMatch]:
     lists = {
         "target_modules": written.target_modules,
@@ -134,8 +139,8 @@ def _name_matches(
     adapted = [layer.module for layer in layers]
     rewritten = set(applied.target_parameters) != set(written.target_parameters)
     wanted = {name for names in lists.values() if names and not isinstance(names, str) for name in names}
-    by_suffix = _by_suffix(dict.fromkeys([*base.module_names, *adapted]), wanted)
-    leaves = sorted({name.rpartition(".")[2] for name in base.module_names})
+    by_suffix = _by_suffix(dict.fromkeys([*base.module_names, *adapted, *parameters]), wanted)
+    leaves = sorted({leaf for name in base.module_names if not (leaf := name.rpartition(".")[2]).isdigit()})
     for field, names in lists.items():
         if isinstance(names, str):
             yield NameMatch(field, names, tuple(_matched_by_pattern(names, base.module_names, adapted)))
@@ -147,6 +152,11 @@ def _name_matches(
             modules = tuple(by_suffix.get(name, ()))
             similar = () if modules else tuple(difflib.get_close_matches(name.rpartition(".")[2], leaves))
             yield NameMatch(field, name, modules, similar)
+
+
+def _parameter_names(found: Survey) -> list[str]:
+    own = ((name, module._parameters) for name, module in found.modules.items())
+    return [f"{name}.{parameter}" for name, parameters in own for parameter in parameters]
 
 
 def _by_suffix(names: dict[str, None], wanted: set[str]) -> dict[str, list[str]]:
@@ -183,14 +193,14 @@ def _pattern_keys(
         keys = [key for key, _ in pairs if key in kept]
         if not keys:
             continue
-        deciding: dict[str, list[str]] = {}
+        deciding: dict[str | None, list[str]] = {}
         for module in adapted:
-            deciding.setdefault(pattern_key(keys, module), []).append(module)
+            deciding.setdefault(deciding_key(keys, module), []).append(module)
         for key, value in pairs:
             if key not in kept:
                 continue
             decides = tuple(deciding.get(key, ()))
-            own = () if decides else tuple(m for m in adapted if pattern_key([key], m) == key and m != key)
-            shadow = pattern_key(keys, own[0]) if own else None
-            elsewhere = () if decides or own else tuple(m for m in others if pattern_key([key], m) == key)
+            own = () if decides else tuple(m for m in adapted if deciding_key([key], m))
+            shadow = deciding_key(keys, own[0]) if own else None
+            elsewhere = () if decides or own else tuple(m for m in others if deciding_key([key], m))
             yield PatternKey(field, key, float(value), decides, shadow, elsewhere)

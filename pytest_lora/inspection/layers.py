@@ -156,6 +156,7 @@ def _geometry(module: str, layer: LoraLayer, adapter: str, pair: Factors) -> dic
         "adapter": adapter,
         "in_features": inputs,
         "out_features": outputs,
+        "kernel": math.prod(getattr(base, "kernel_size", ())) if shape else 1,
         "experts": fused[1] if fused else 1,
         "rank": int(layer.r[adapter]),
         "alpha": float(layer.lora_alpha[adapter]),

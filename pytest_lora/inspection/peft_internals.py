@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,7 +31,6 @@ __all__ = [
     "heads_by_task_type",
     "lora_configs",
     "own_geometry",
-    "pattern_key",
     "token_rows",
     "wrapped_base",
 ]
@@ -106,11 +105,6 @@ def own_geometry(layer: LoraLayer, adapter: str) -> bool:
 def token_rows(wrapper: TrainableTokensWrapper) -> dict[str, Tensor]:
     """The trainable rows of an embedding, by adapter."""
     return dict(wrapper.token_adapter.trainable_tokens_delta.items())
-
-
-def pattern_key(keys: Iterable[str], module: str) -> str:
-    """The key of a rank or alpha pattern that decides for this module, or the module's name itself."""
-    return str(get_pattern_key(list(keys), module))
 
 
 def heads_by_task_type(task_type: str | None) -> tuple[str, ...]:

@@ -68,6 +68,17 @@ class VisionLanguageModel(nn.Module):
         self.language_model = nn.ModuleDict({n: nn.Linear(WIDTH, WIDTH) for n in ("q_proj", "v_proj")})
 
 
+class FusedExperts(nn.Module):
+    """A router over experts whose weights are one stacked parameter each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 16)
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.randn(16, WIDTH, 2 * WIDTH))
+        self.experts.down = nn.Parameter(torch.randn(16, 2 * WIDTH, WIDTH))
+
+
 BASES: dict[str, Callable[[], nn.Module]] = {
     "base": lambda: LlamaForCausalLM(_llama_config()),
     "base_4bit": lambda: quantized(LlamaForCausalLM(_llama_config())),
@@ -88,6 +99,7 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "gpt2_base": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=64)
     ),
+    "fused_moe_base": lambda: nn.Sequential(FusedExperts()),
     "vision_language_base": VisionLanguageModel,
 }
 

@@ -13,7 +13,7 @@ def trainable_adapter_is_not_active(facts: ModelFacts, expect: Expect) -> Iterat
     """The adapter that trains is not active, and the active one is frozen.
 
     ## What it does
-    Compares which adapters are in the forward pass with which require gradients.
+    Compares which adapters are in the forward pass with which require gradients, or were loaded to train.
 
     ## Why is this bad?
     The trainable adapter is outside the forward pass and gets no gradient; its weights never change, though
@@ -42,13 +42,30 @@ def trainable_adapter_is_not_active(facts: ModelFacts, expect: Expect) -> Iterat
     - https://github.com/huggingface/peft/issues/3580
     - https://github.com/huggingface/peft/issues/2759
     """
-    training = facts.training_adapters
-    if expect.purpose != "train" or not training or not facts.active or set(training) & set(facts.active):
+    if expect.purpose != "train" or not facts.active:
         return
-    yield Violation(
-        where=grouped(layer.module for layer in facts.layers if layer.adapter in training),
-        observed=f"adapter {training[0]!r} is trainable but not active; the active adapter "
-        f"{facts.active[0]!r} is frozen",
-        expected="the adapter that trains to be the active one",
-        fix=f"call model.set_adapter({training[0]!r}) before training",
+    training = [name for name in facts.training_adapters if name not in facts.active]
+    meant = [
+        c.adapter for c in facts.configs if not c.settings.inference_mode and c.adapter not in facts.active
+    ]
+    if training and set(facts.active).isdisjoint(facts.training_adapters):
+        yield _violation(facts, training[0], f"frozen; {training[0]!r} is trainable")
+    elif meant and facts.training_adapters and _loaded_for_inference(facts):
+        yield _violation(
+            facts, meant[0], f"trained though it was loaded for inference, and {meant[0]!r} is not"
+        )
+
+
+def _loaded_for_inference(facts: ModelFacts) -> bool:
+    """Whether no active adapter was made or loaded in order to train."""
+    active = [config for config in facts.configs if config.adapter in facts.active]
+    return bool(active) and all(config.settings.inference_mode for config in active)
+
+
+def _violation(facts: ModelFacts, adapter: str, state: str) -> Violation:
+    return Violation(
+        where=grouped(layer.module for layer in facts.of(adapter)),
+        observed=f"adapter {adapter!r} is not active; the active adapter {facts.active[0]!r} is {state}",
+        expected="the adapter that is to be trained as the active one",
+        fix=f"call model.set_adapter({adapter!r}) before training",
     )

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.config import ConfigFacts, LayerFacts
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA103", severity="warning", needs=ConfigFacts)
+def alpha_blows_up_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
+    """The scaling is so large that training will diverge at usual learning rates.
+
+    ## What it does
+    Looks for adapted modules whose effective scaling is above `Expect.max_scaling`, or, under rsLoRA,
+    above `Expect.max_scaling_rslora` while alpha is at least the rank.
+
+    ## Why is this bad?
+    The scaling multiplies update and gradients. An alpha that was left from a larger rank, or chosen as
+    a multiple of the rank although rsLoRA divides by its square root only, makes the first steps
+    overshoot.
+
+    ## Example
+    ```python
+    config = LoraConfig(r=4, lora_alpha=256, target_modules=["q_proj", "v_proj"])
+    report = check_config(config, base)
+    ```
+
+    ## Use instead
+    ```python
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    report = check_config(config, base)
+    ```
+
+    ## References
+    - rsLoRA: https://arxiv.org/abs/2312.03732
+    """
+    loud = [layer for layer in facts.layers if layer.scaling > _limit(layer, expect)]
+    for scaling in sorted({layer.scaling for layer in loud}):
+        layers = [layer for layer in loud if layer.scaling == scaling]
+        rank, alpha, rslora = layers[0].rank, layers[0].alpha, layers[0].use_rslora
+        divisor = f"sqrt({rank})" if rslora else str(rank)
+        yield Violation(
+            where=grouped(layer.module for layer in layers),
+            observed=f"r={rank} with alpha={alpha:g}: the scaling is {alpha:g}/{divisor} = {scaling:.3g}",
+            expected=f"a scaling of at most {_limit(layers[0], expect):g}",
+            fix="keep lora_alpha near 16 under rsLoRA, whatever the rank"
+            if rslora
+            else f"set lora_alpha={2 * rank}, which gives a scaling of 2",
+        )
+
+
+def _limit(layer: LayerFacts, expect: Expect) -> float:
+    chosen_for_plain_lora = layer.use_rslora and layer.alpha >= layer.rank
+    return expect.max_scaling_rslora if chosen_for_plain_lora else expect.max_scaling

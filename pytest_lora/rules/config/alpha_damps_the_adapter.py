@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA102", severity="warning", needs=ConfigFacts)
+def alpha_damps_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
+    """The scaling is so small that the adapter hardly acts.
+
+    ## What it does
+    Computes the effective scaling of every adapted module (`alpha / r`, or `alpha / sqrt(r)` under
+    rsLoRA, patterns applied) and looks for values below `Expect.min_scaling`. Below
+    `Expect.low_scaling` it is only mentioned.
+
+    ## Why is this bad?
+    The update and its gradients are both multiplied with the scaling. An alpha that was left from a
+    smaller rank makes a large rank learn less than the small one did, at any usual learning rate.
+
+    ## Example
+    ```python
+    config = LoraConfig(r=16, lora_alpha=0.25, target_modules=["q_proj", "v_proj"])
+    report = check_config(config, base)
+    ```
+
+    ## Use instead
+    ```python
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+    report = check_config(config, base)
+    ```
+
+    ## References
+    - https://github.com/kohya-ss/sd-scripts/issues/98
+    - rsLoRA: https://arxiv.org/abs/2312.03732
+    """
+    damped = [layer for layer in facts.layers if 0 < layer.scaling < expect.low_scaling]
+    for scaling in sorted({layer.scaling for layer in damped}):
+        layers = [layer for layer in damped if layer.scaling == scaling]
+        rank, alpha = layers[0].rank, layers[0].alpha
+        grave = scaling < expect.min_scaling
+        yield Violation(
+            where=grouped(layer.module for layer in layers),
+            observed=f"r={rank} with alpha={alpha:g}: the scaling is {scaling:.2g}",
+            expected=f"a scaling of at least {expect.min_scaling if grave else expect.low_scaling:g}, or a choice",
+            fix=f"scale lora_alpha with r: lora_alpha={2 * rank} gives a scaling of 2"
+            if not layers[0].use_rslora
+            else f"raise lora_alpha: rsLoRA divides it by sqrt({rank})",
+            severity="warning" if grave else "info",
+        )

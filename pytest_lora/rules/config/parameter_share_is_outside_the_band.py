@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA128", severity="error", needs=ConfigFacts)
+def parameter_share_is_outside_the_band(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
+    """The share of trained parameters is not the one that was stated.
+
+    ## What it does
+    Compares the logical numbers that the configuration trains (adapters and modules saved in full) with
+    those of the base. With `Expect(param_ratio=(low, high))` a share outside is an error; without, a
+    share outside `Expect.advised_percent` is mentioned where the base is large.
+
+    ## Why is this bad?
+    Far too many trained parameters cost the memory that LoRA saves and overfit small data; far too few
+    cannot hold the task. Often a target list matched more, or less, than was meant.
+
+    ## Example
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"])
+    report = check_config(config, base, expect=Expect(param_ratio=(0.05, 0.1)))
+    ```
+
+    ## Use instead
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"])
+    report = check_config(config, base, expect=Expect(param_ratio=(0.01, 0.1)))
+    ```
+
+    ## References
+    - LoRA, table 15 and QLoRA, section 4: https://arxiv.org/abs/2305.14314
+    """
+    saved = sum(m.in_features * m.out_features for m in facts.base.modules if facts.keeps(m.name))
+    trained = sum(layer.parameters for layer in facts.layers) + saved
+    share = trained / (facts.base.parameters + trained) if trained else 0.0
+    if expect.param_ratio is not None:
+        low, high = expect.param_ratio
+    elif facts.base.parameters >= expect.large_base:
+        low, high = (percent / 100 for percent in expect.advised_percent)
+    else:
+        return
+    if facts.layers and not low <= share <= high:
+        yield Violation(
+            where=f"LoraConfig on {facts.base.architecture}",
+            observed=f"{trained:,} trained parameters, {share:.4%} of {facts.base.parameters + trained:,}",
+            expected=f"{low:.4%} to {high:.4%}",
+            fix=f"{'raise' if share < low else 'lower'} r, or target {'more' if share < low else 'fewer'} modules",
+            severity="error" if expect.param_ratio is not None else "info",
+        )

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.config import ConfigFacts, NameMatch
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA104", severity="error", needs=ConfigFacts)
+def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
+    """A name in the targets matches no module, so that fewer modules are adapted than configured.
+
+    ## What it does
+    Matches each entry of `target_modules` and `target_parameters` against the base, as PEFT does: a
+    name in a list must be the end of a module's full name, a string is a regular expression for the
+    whole name.
+
+    ## Why is this bad?
+    PEFT stops only when nothing matches at all. When some names match, the others are dropped without a
+    word, and a model trains with half of the adapters that were meant.
+
+    ## Example
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "c_attn"])
+    report = check_config(config, base)
+    ```
+
+    ## Use instead
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    report = check_config(config, base)
+    ```
+
+    ## References
+    - https://github.com/huggingface/peft/issues/3658
+    - https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig.target_modules
+    """
+    for field in ("target_modules", "target_parameters"):
+        lost = list(facts.unmatched(field))
+        if not lost:
+            continue
+        settings: object = getattr(facts.settings, field)
+        total = 1 if isinstance(settings, str) else len(list(filter(None, facts.names_of(field))))
+        written = f"the pattern {settings!r}" if isinstance(settings, str) else f"{[m.name for m in lost]}"
+        rest = (
+            f"; {total - len(lost)} of {total} names match" if len(lost) < total else "; nothing is adapted"
+        )
+        yield Violation(
+            where=f"{field} on {facts.base.architecture}",
+            observed=f"no module of the base matches {written}{rest}",
+            expected="every name to match at least one module",
+            fix=_fix(field, settings, lost, facts),
+        )
+
+
+def _fix(field: str, settings: object, lost: list[NameMatch], facts: ConfigFacts) -> str:
+    if isinstance(settings, str):
+        names = re.findall(r"\w+", settings)
+        if [name.lower() for name in names] in (["all", "linear"], ["all_linear"]):
+            return f"write {field}='all-linear'"
+        return f"a string is a regular expression for the whole name; for plain names write {field}={names}"
+    if any(re.search(r"[*|()\[\]^$,]", match.name) for match in lost):
+        return f"names in a list are no patterns; give the pattern as one string, {field}='...'"
+    if field == "target_parameters":
+        fused = sorted({".".join(p.name.split(".")[-2:]) for p in facts.base.fused})
+        return f"use {fused}" if fused else "this base stacks no weights; name its modules in target_modules"
+    available = sorted({module.leaf for module in facts.base.modules if module.is_linear})
+    known = f"drop the name, or use those of this model: {', '.join(available[:12])}"
+    similar = sorted({name for match in lost for name in match.similar})
+    return f"did you mean {' or '.join(similar)}? Else {known}" if similar else known

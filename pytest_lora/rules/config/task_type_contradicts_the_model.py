@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA122", severity="warning", needs=ConfigFacts)
+def task_type_contradicts_the_model(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
+    """task_type is that of another kind of model.
+
+    ## What it does
+    Compares `task_type` with the class of the base.
+
+    ## Why is this bad?
+    PEFT chooses its wrapper, the head to save and how generation works by the task type. With that of
+    another kind of model a head is not saved, or `generate` and the loss do not work as they should.
+
+    ## Example
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+    report = check_config(config, base)
+    ```
+
+    ## Use instead
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    report = check_config(config, base)
+    ```
+
+    ## References
+    - https://huggingface.co/docs/peft/package_reference/peft_types#peft.TaskType
+    """
+    written, fits = facts.settings.task_type, facts.base.task_type
+    if written in (None, "FEATURE_EXTRACTION") or fits is None or written == fits:
+        return
+    yield Violation(
+        where=f"task_type on {facts.base.architecture}",
+        observed=f"task_type={written!r} on a {facts.base.architecture}",
+        expected=f"task_type={fits!r}",
+        fix=f"set task_type={fits!r}, or load the base as a model for {written}",
+    )

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA113", severity="error", needs=ConfigFacts)
+def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
+    """A module is adapted whose weight is tied to another module that keeps the old one.
+
+    ## What it does
+    Looks for LoRA targets and `modules_to_save` among modules that share their weight (input embedding
+    and output head), unless `ensure_weight_tying` is set or both sides are saved in full.
+
+    ## Why is this bad?
+    The two sides come apart: one uses the adapter, the other does not. Merging writes the update into
+    the shared tensor, so that it also changes the side that was never adapted.
+
+    ## Example
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "lm_head"])
+    report = check_config(config, tied_base)
+    ```
+
+    ## Use instead
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    report = check_config(config, tied_base)
+    ```
+
+    ## References
+    - https://github.com/huggingface/peft/issues/2018
+    - https://github.com/huggingface/peft/issues/2864
+    """
+    if facts.settings.ensure_weight_tying:
+        return
+    for group in facts.base.tied:
+        adapted = [m for m in group if m in facts.adapted]
+        saved = [] if facts.live else [m for m in group if m in facts.saved_modules]
+        if not adapted and len(saved) in (0, len(group)):
+            continue
+        touched = adapted or saved
+        others = [m for m in group if m not in touched] or group
+        way = "a LoRA target" if adapted else "in modules_to_save"
+        yield Violation(
+            where=", ".join(touched),
+            observed=f"{touched[0]} is {way}, but shares its weight with {', '.join(others)} (tied embeddings)",
+            expected="tied modules to be adapted together or not at all",
+            fix="set ensure_weight_tying=True (newer PEFT), or take "
+            f"{touched[0].rpartition('.')[2]} out of {'target_modules' if adapted else 'modules_to_save'}",
+        )

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA120", severity="error", needs=ConfigFacts)
+def token_index_does_not_exist(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
+    """trainable_token_indices names rows that the embedding does not have.
+
+    ## What it does
+    Compares `trainable_token_indices` with the size of the vocabulary.
+
+    ## Why is this bad?
+    PEFT stops with a bare index error, or, for a negative number, trains a row that nobody meant.
+    Usually the embeddings were not resized after tokens were added.
+
+    ## Example
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], trainable_token_indices=[128, 129])
+    report = check_config(config, base)
+    ```
+
+    ## Use instead
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], trainable_token_indices=[126, 127])
+    report = check_config(config, base)
+    ```
+
+    ## References
+    - https://huggingface.co/docs/peft/package_reference/trainable_tokens
+    """
+    size = facts.base.vocab_size
+    for module, rows in facts.settings.trainable_token_indices:
+        lost = [row for row in rows if size is not None and not 0 <= row < size]
+        if lost:
+            yield Violation(
+                where=f"trainable_token_indices{f'[{module!r}]' if module else ''} on {facts.base.architecture}",
+                observed=f"{lost[:5]} are no rows of an embedding with {size} rows",
+                expected=f"indices from 0 to {(size or 0) - 1}",
+                fix="call base.resize_token_embeddings(len(tokenizer)) first, then take the ids from the tokenizer",
+            )

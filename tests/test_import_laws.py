@@ -1,0 +1,104 @@
+"""Imports point one way, and loading the plugin imports nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pytest_lora
+
+PACKAGE = Path(pytest_lora.__file__).parent
+HEAVY = ("torch", "numpy", "transformers", "peft", "bitsandbytes", "hypothesis", "accelerate", "safetensors")
+
+FLOORS = {
+    "findings": set(),
+    "expect": set(),
+    "facts": {"facts"},
+    "rules": {"facts", "findings", "expect", "rules"},
+    "inspection": {"facts", "inspection"},
+    "tiny": {"tiny"},
+    "counting": {"facts", "findings", "inspection"},
+    "checks": {"facts", "findings", "expect", "rules", "inspection"},
+    "assertions": {"facts", "findings", "expect", "rules", "inspection", "checks", "counting"},
+}
+"""What each part of the package may import from the package; the plugin may import everything."""
+
+
+def modules(part: str) -> list[Path]:
+    home = PACKAGE / part
+    return sorted(home.rglob("*.py")) if home.is_dir() else [PACKAGE / f"{part}.py"]
+
+
+def imports(file: Path, *, at_load: bool = False) -> Iterator[str]:
+    """Modules that a file imports; with ``at_load`` only what is imported when the file is."""
+    tree = ast.parse(file.read_text())
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if typing_only or (at_load and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+            skipped.update(ast.walk(node))
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own(file: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(file) if name.startswith("pytest_lora.")}
+
+
+@pytest.mark.parametrize("part", FLOORS)
+def test_imports_point_one_way(part: str) -> None:
+    known = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
+    for file in modules(part):
+        assert own(file) & known <= FLOORS[part], file
+
+
+def test_every_part_of_the_package_has_its_floor() -> None:
+    parts = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    assert parts - {"__init__", "plugin"} == set(FLOORS)
+
+
+@pytest.mark.parametrize("part", ["facts", "findings", "expect", "rules"])
+def test_facts_and_rules_never_import_heavy_packages(part: str) -> None:
+    for file in modules(part):
+        assert not {name.split(".")[0] for name in imports(file)} & set(HEAVY), file
+
+
+def test_only_the_plugin_imports_pytest() -> None:
+    for part in FLOORS:
+        for file in modules(part):
+            assert "pytest" not in {name.split(".")[0] for name in imports(file)}, file
+
+
+@pytest.mark.parametrize(
+    "module", ["pytest_lora", "pytest_lora.plugin", "pytest_lora.rules", "pytest_lora.assertions"]
+)
+def test_loading_imports_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted(set({HEAVY!r}) & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
+
+
+def test_public_names_are_declared_for_type_checkers_and_load() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    declared = {
+        alias.asname
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pytest_lora.")
+        for alias in node.names
+    }
+    assert declared == set(pytest_lora.__all__)
+    for name in pytest_lora.__all__:
+        assert getattr(pytest_lora, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = pytest_lora.nonsense
