@@ -80,6 +80,11 @@ class LayerState(LayerFacts):
         )
 
     @property
+    def in_expert(self) -> bool:
+        """Whether the module belongs to an expert of a sparse mixture, which some data never reaches."""
+        return any("expert" in part for part in self.module.split("."))
+
+    @property
     def changes_output(self) -> bool | None:
         """Whether the product of the factors can be other than zero; None where there are no values."""
         if self.a.zero is None or self.b.zero is None:

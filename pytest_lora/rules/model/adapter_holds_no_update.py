@@ -41,17 +41,14 @@ def adapter_holds_no_update(facts: ModelFacts, expect: Expect) -> Iterator[Viola
         return
     layers = facts.active_layers
     empty = [layer for layer in layers if layer.changes_output is False]
-    sparse = [layer for layer in empty if ".experts." in layer.module]
-    for group, severity in ((empty, None),) if len(sparse) < len(empty) else ((sparse, "info"),):
-        if group:
-            first = group[0]
-            zero = first.b.name if first.b.zero else first.a.name
-            yield Violation(
-                where=grouped(layer.module for layer in group),
-                observed=f"{zero} is all zero in {len(group)} of {len(layers)} modules of adapter "
-                f"{first.adapter!r}",
-                expected="trained values, as fresh=False says",
-                fix="check that the file's keys fit this model (check_checkpoint), and that training "
-                "reached these modules",
-                severity="info" if severity else None,
-            )
+    if empty:
+        first = empty[0]
+        zero = first.b.name if first.b.zero else first.a.name
+        yield Violation(
+            where=grouped(layer.module for layer in empty),
+            observed=f"{zero} is all zero in {len(empty)} of {len(layers)} modules of {first.adapter!r}",
+            expected="trained values, as fresh=False says",
+            fix="check that the keys of the file fit this model (check_checkpoint), and that training reached "
+            "these modules",
+            severity="info" if all(layer.in_expert for layer in empty) else None,
+        )

@@ -45,20 +45,20 @@ def adapter_is_lost(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
 
 
 def _lost(config: ConfigFacts) -> Iterator[Violation]:
-    for field in ("target_modules", "modules_to_save"):
-        carried = config.adapted if field == "target_modules" else frozenset(config.saved_modules)
-        others = config.adapted.union(config.saved_modules) - carried
-        for match in config.names:
-            bare = [m for m in match.modules if m not in carried and m not in others]
-            if match.field == field and bare and not _chosen(config, field):
-                yield Violation(
-                    where=grouped(bare),
-                    observed=f"{match.name!r} is in {field} of adapter {config.adapter!r}, but {len(bare)} "
-                    "of "
-                    f"{len(match.modules)} such modules carry nothing of it",
-                    expected="every module that the configuration names to carry its adapter or its copy",
-                    fix="replace or resize modules of the base before get_peft_model, not after",
-                )
+    adapted = config.adapted
+    for match in config.names:
+        if match.field not in ("target_modules", "modules_to_save") or _chosen(config, match.field):
+            continue
+        target = match.field == "target_modules"
+        bare = [m for m in match.modules if not config.keeps(m) and not (target and m in adapted)]
+        if bare:
+            yield Violation(
+                where=grouped(bare),
+                observed=f"{match.name!r} is in {match.field} of adapter {config.adapter!r}, but {len(bare)} of "
+                f"{len(match.modules)} such modules carry nothing of it",
+                expected="every module that the configuration names to carry its adapter or its copy",
+                fix="replace or resize modules of the base before get_peft_model, not after",
+            )
 
 
 def _chosen(config: ConfigFacts, field: str) -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.model import ModelFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
@@ -41,21 +42,23 @@ def adapter_is_not_in_its_config(facts: ModelFacts, expect: Expect) -> Iterator[
     - https://github.com/huggingface/peft/issues/1381
     """
     for config in facts.configs:
-        named = {
-            module
-            for match in config.names
-            if match.field in ("target_modules", "target_parameters")
-            for module in (*match.modules, *facts.base.tied_to(match.name))
-        }
-        tied = {other for module in named for other in facts.base.tied_to(module)}
-        stray = [layer.module for layer in config.layers if layer.module not in named | tied]
-        if named and stray and config.adapter in facts.active:
+        stray = _stray(config) if config.adapter in facts.active else []
+        if stray:
             yield Violation(
                 where=grouped(stray),
-                observed=f"{len(stray)} of {len(config.layers)} modules carry adapter {config.adapter!r} "
-                "though its "
-                "configuration does not target them",
+                observed=f"{len(stray)} of {len(config.layers)} modules carry adapter {config.adapter!r}, but "
+                "its configuration does not target them",
                 expected="adapters only where the configuration that is saved beside them says so",
-                fix="load the base anew, or call unload() on the first PEFT model, before get_peft_model "
-                "is called again",
+                fix="load the base anew, or call unload() on the first PEFT model, before get_peft_model is "
+                "called again",
             )
+
+
+def _stray(config: ConfigFacts) -> list[str]:
+    """Adapted modules that no target names, neither themselves nor a module around them nor a tied one."""
+    fields = ("target_modules", "target_parameters")
+    named = {module for match in config.names if match.field in fields for module in match.modules}
+    tied = {module for group in config.base.tied if named.intersection(group) for module in group}
+    known = named | tied
+    rest = [layer.module for layer in config.layers if layer.module not in known]
+    return [m for m in rest if named and not any(m.startswith(f"{around}.") for around in known)]

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.model import LayerState, ModelFacts
-from pytest_lora.findings import grouped
+from pytest_lora.findings import grouped, starred
 from pytest_lora.rules import Violation, rule
 
 
@@ -49,8 +48,8 @@ def adapter_is_trained_in_part(facts: ModelFacts, expect: Expect) -> Iterator[Vi
     siblings: dict[tuple[str, str], list[LayerState]] = {}
     for layer in facts.active_layers:
         readable = layer.changes_output is not None and layer.a.finite and layer.b.finite
-        if readable and ".experts." not in layer.module:
-            siblings.setdefault((layer.adapter, _INDEX.sub("*", layer.module)), []).append(layer)
+        if readable and not layer.in_expert:
+            siblings.setdefault((layer.adapter, starred(layer.module)), []).append(layer)
     mixed = [group for group in siblings.values() if len({layer.changes_output for layer in group}) == 2]
     empty = [layer for group in mixed for layer in group if not layer.changes_output]
     if empty:
@@ -62,6 +61,3 @@ def adapter_is_trained_in_part(facts: ModelFacts, expect: Expect) -> Iterator[Vi
             expected="all layers of one kind trained, or none",
             fix="check that the loaded file has keys for these layers, and that the loss depends on them",
         )
-
-
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")

@@ -46,7 +46,6 @@ def base_is_not_quantized(facts: ModelFacts, expect: Expect) -> Iterator[Violati
             observed=f"the model says that it is loaded in {found.declared}, but 0 of {len(linear)} linear "
             "layers are quantized",
             expected=f"linear layers of {found.declared} weights",
-            fix="load the base with from_pretrained(..., quantization_config=BitsAndBytesConfig(...)); "
-            "setting the "
-            "config afterwards quantizes nothing",
+            fix="load the base with from_pretrained(..., quantization_config=BitsAndBytesConfig(...)); setting "
+            "it afterwards quantizes nothing",
         )

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.base import BaseModule
 from pytest_lora.facts.model import ModelFacts
-from pytest_lora.findings import grouped
+from pytest_lora.findings import grouped, starred
 from pytest_lora.rules import Violation, rule
 
 
@@ -47,7 +46,7 @@ def base_is_partly_quantized(facts: ModelFacts, expect: Expect) -> Iterator[Viol
     siblings: dict[str, list[BaseModule]] = {}
     for module in facts.base.modules:
         if module.is_linear:
-            siblings.setdefault(_INDEX.sub("*", module.name), []).append(module)
+            siblings.setdefault(starred(module.name), []).append(module)
     mixed = [group for group in siblings.values() if len({m.quantization is None for m in group}) == 2]
     plain = [
         m for group in mixed for m in group if m.quantization is None and not _skipped(m.name, found.skipped)
@@ -63,9 +62,6 @@ def base_is_partly_quantized(facts: ModelFacts, expect: Expect) -> Iterator[Viol
             fix="load the base again and do not replace its layers, or list them in llm_int8_skip_modules",
             severity=None if found.declared else "info",
         )
-
-
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
 def _skipped(module: str, names: Iterable[str]) -> bool:

@@ -48,8 +48,8 @@ def base_is_trainable(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
     whole = share > 50
     yield Violation(
         where=grouped(parameter.name for parameter in trained),
-        observed=f"{len(trained)} base parameters ({numbers:,} numbers, {share:.3g} % of the base) require "
-        "gradients; "
+        observed=f"{len(trained)} base parameters ({numbers:,} numbers, {share:.3g} % of the base) "
+        "require gradients; "
         "save_pretrained will not save them",
         expected="base weights frozen; only adapters, modules_to_save and chosen token rows trainable",
         fix="call requires_grad_(True) on nothing but adapters: freeze the base before get_peft_model and "

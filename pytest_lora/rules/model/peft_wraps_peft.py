@@ -42,7 +42,6 @@ def peft_wraps_peft(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
             where=f"{facts.nested} PEFT models around {facts.base.architecture}",
             observed=f"a PEFT model is nested inside another one ({facts.nested} wrappers)",
             expected="one PEFT model around the plain base",
-            fix="wrap the plain base once; for another adapter call model.load_adapter(...) or "
-            "model.add_adapter(...), "
-            "to start anew take model.unload() first",
+            fix="wrap the plain base once; call model.load_adapter(...) or model.add_adapter(...) for another "
+            "adapter, model.unload() to start anew",
         )
