@@ -249,6 +249,7 @@ def _quantization(root: nn.Module, modules: dict[str, nn.Module]) -> Quantizatio
             packed = getattr(weight, "quant_state", None) is not None
         else:
             packed = method != "8bit" or getattr(weight, "dtype", None) == torch.int8
+            packed = packed or bool(getattr(getattr(module, "state", None), "has_fp16_weights", False))
         if not packed and getattr(getattr(weight, "device", None), "type", None) != "meta":
             unpacked.append(name)
     if not quantized and declared is None:
@@ -260,7 +261,9 @@ def _declared_quantization(root: nn.Module) -> tuple[str | None, tuple[str, ...]
     declared = getattr(_config(root), "quantization_config", None)
     values = declared if isinstance(declared, dict) else getattr(declared, "__dict__", {})
     bits = next((b for b in ("4bit", "8bit") if _says(values, f"load_in_{b}")), None)
-    bits = bits or next((b for b in ("4bit", "8bit") if getattr(root, f"is_loaded_in_{b}", False)), None)
+    # Dequantizing a transformers model leaves is_loaded_in_4bit behind, but not is_quantized.
+    if bits is None and getattr(root, "is_quantized", True):
+        bits = next((b for b in ("4bit", "8bit") if getattr(root, f"is_loaded_in_{b}", False)), None)
     return bits, tuple(values.get("llm_int8_skip_modules") or ())
 
 

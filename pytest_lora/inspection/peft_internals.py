@@ -30,6 +30,7 @@ __all__ = [
     "fused_parameter",
     "heads_by_task_type",
     "lora_configs",
+    "own_geometry",
     "saved_state",
     "token_rows",
     "wrapped_base",
@@ -67,7 +68,9 @@ def adapter_names(layer: LoraLayer) -> tuple[str, ...]:
     return tuple(layer.r)
 
 
-def active_adapters(layer: BaseTunerLayer | ModulesToSaveWrapper) -> tuple[str, ...]:
+def active_adapters(
+    layer: BaseTunerLayer | ModulesToSaveWrapper | TrainableTokensWrapper,
+) -> tuple[str, ...]:
     """Adapters that take part in the forward pass of one layer."""
     active: str | Iterable[str] = layer.active_adapter
     return (active,) if isinstance(active, str) else tuple(active)
@@ -92,6 +95,12 @@ def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
     """Name and number of stacked experts where the layer adapts a bare parameter, else None."""
     name: Any = getattr(layer, "parameter_name", None)
     return None if name is None else (str(name), int(getattr(layer, "num_experts", 1)))
+
+
+def own_geometry(layer: LoraLayer, adapter: str) -> bool:
+    """Whether a LoRA variant other than DoRA gives the factors shapes of its own (QALoRA, BD-LoRA, ...)."""
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    return variant is not None and "Dora" not in type(variant).__name__
 
 
 def token_rows(wrapper: TrainableTokensWrapper) -> dict[str, Tensor]:
