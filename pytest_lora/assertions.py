@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable
@@ -35,17 +36,29 @@ class LoraHealthError(AssertionError):
 
 
 def demand(report: Report) -> Report:
-    """Deliver a report, warn of its warnings, and raise if it has errors.
+    """Deliver a report, warn of its warnings at the line that called the assertion, and raise if it has errors.
 
     Raises:
         LoraHealthError: The report has errors.
+        LoraHealthWarning: It has warnings and no errors, and a filter makes them errors; one for all of them.
     """
     __tracebackhide__ = True
     delivered.append(report)
+    depth = 2
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("pytest_lora."):
+        frame = frame.f_back
+        depth += 1
+    strict: list[str] = []
     for finding in report.warnings:
-        warnings.warn(str(finding), LoraHealthWarning, stacklevel=3)
+        try:
+            warnings.warn(str(finding), LoraHealthWarning, stacklevel=depth)
+        except LoraHealthWarning as warning:
+            strict.append(str(warning))
     if not report.ok:
         raise LoraHealthError(report)
+    if strict:
+        raise LoraHealthWarning("\n\n".join(strict))
     return report
 
 

@@ -22,6 +22,8 @@ FLOORS = {
     "rules": {"facts", "findings", "expect", "rules"},
     "inspection": {"facts", "inspection"},
     "tiny": {"tiny"},
+    "snapshot": set(),
+    "local_model": set(),
     "counting": {"facts", "findings", "inspection"},
     "checks": {"facts", "findings", "expect", "rules", "inspection"},
     "adapter_properties": {"facts", "findings", "inspection", "counting"},
