@@ -12,4 +12,13 @@ def lora_base_model() -> GPT2LMHeadModel:
     """A small GPT-2; in a real suite ``AutoModelForCausalLM.from_pretrained(...)``."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=128))
+        config = GPT2Config(
+            vocab_size=320,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            bos_token_id=257,
+            eos_token_id=258,
+        )
+        return GPT2LMHeadModel(config)

@@ -140,7 +140,7 @@ def _name_matches(
     rewritten = set(applied.target_parameters) != set(written.target_parameters)
     wanted = {name for names in lists.values() if names and not isinstance(names, str) for name in names}
     by_suffix = _by_suffix(dict.fromkeys([*base.module_names, *adapted, *parameters]), wanted)
-    leaves = sorted({leaf for name in base.module_names if not (leaf := name.rpartition(".")[2]).isdigit()})
+    leaves = sorted({module.leaf for module in base.modules if not module.leaf.isdigit()})
     for field, names in lists.items():
         if isinstance(names, str):
             yield NameMatch(field, names, tuple(_matched_by_pattern(names, base.module_names, adapted)))
@@ -150,7 +150,11 @@ def _name_matches(
             if rewritten and name not in (getattr(applied, field) or ()):
                 continue
             modules = tuple(by_suffix.get(name, ()))
-            similar = () if modules else tuple(difflib.get_close_matches(name.rpartition(".")[2], leaves))
+            similar = (
+                ()
+                if modules
+                else tuple(difflib.get_close_matches(name.rpartition(".")[2], leaves, cutoff=0.7))
+            )
             yield NameMatch(field, name, modules, similar)
 
 

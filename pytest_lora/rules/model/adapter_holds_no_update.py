@@ -48,7 +48,6 @@ def adapter_holds_no_update(facts: ModelFacts, expect: Expect) -> Iterator[Viola
             where=grouped(layer.module for layer in empty),
             observed=f"{zero} is all zero in {len(empty)} of {len(layers)} modules of {first.adapter!r}",
             expected="trained values, as fresh=False says",
-            fix="check that the keys of the file fit this model (check_checkpoint), and that training reached "
-            "these modules",
+            fix="check that the keys of the file fit this model, and that training reached these modules",
             severity="info" if all(layer.in_expert for layer in empty) else None,
         )
