@@ -41,4 +41,5 @@ def task_type_contradicts_the_model(facts: ConfigFacts, expect: Expect) -> Itera
         observed=f"task_type={written!r} on a {facts.base.architecture}",
         expected=f"task_type={fits!r}",
         fix=f"set task_type={fits!r}, or load the base as a model for {written}",
+        severity="error" if facts.refusal else "warning",
     )
