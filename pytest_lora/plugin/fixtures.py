@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -10,6 +10,7 @@ from pytest_lora.plugin.options import OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import TypeVar
 
     import torch
     from peft import LoraConfig, PeftModel
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_lora.expect import Expect
     from pytest_lora.plugin.shared_base import Guarded
 
-T = TypeVar("T")
+    T = TypeVar("T")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import ast
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -18,13 +18,14 @@ MARKERS = (
 )
 
 
-class _Option(NamedTuple):
-    """One setting: the flag ``--lora-NAME`` takes ``flag`` keywords, the ini ``lora_NAME`` has type ``ini``."""
+class _Option:
+    """One setting: ``--lora-NAME`` with argparse keywords ``flag``, and ini ``lora_NAME`` of type ``ini``.
 
-    name: str
-    help: str
-    flag: dict[str, Any] | None = None
-    ini: Any = None
+    A plain class, because making a named tuple or a second dataclass would cost every pytest session more.
+    """
+
+    def __init__(self, name: str, text: str, flag: dict[str, Any] | None = None, ini: Any = None) -> None:
+        self.name, self.text, self.flag, self.ini = name, text, flag, ini
 
 
 TABLE = (
@@ -54,13 +55,13 @@ def add_options(parser: pytest.Parser) -> None:
     for option in TABLE:
         if option.flag is not None:
             group.addoption(
-                f"--lora-{option.name}", dest=f"lora_{option.name}", help=option.help, **option.flag
+                f"--lora-{option.name}", dest=f"lora_{option.name}", help=option.text, **option.flag
             )
         if option.ini is not None:
-            parser.addini(f"lora_{option.name}", option.help, type=option.ini)
+            parser.addini(f"lora_{option.name}", option.text, type=option.ini)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LoraOptions:
     """The settings of a session.
 

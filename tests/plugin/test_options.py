@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from pytest_lora.plugin.options import LoraOptions
 from pytest_lora.rules import catalogue
 
 
@@ -61,10 +64,9 @@ def test_missing_model_folder_is_a_usage_error(pytester: pytest.Pytester) -> Non
 @pytest.mark.parametrize("line", ["r 16", "r = sixteen", "= 16", "lora r = 16"])
 def test_ini_line_that_is_no_field_is_a_usage_error(pytester: pytest.Pytester, line: str) -> None:
     pytester.makeini(f"[pytest]\nlora_config =\n    {line}\n")
-    result = pytester.runpytest_subprocess()
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    expected = f"ERROR: ini lora_config: {line!r} is not FIELD = PYTHON LITERAL, as in r = 16 or target_modules = ['q_proj']"
-    assert expected in result.stderr.lines
+    expected = f"ini lora_config: {line!r} is not FIELD = PYTHON LITERAL, as in r = 16 or target_modules = "
+    with pytest.raises(pytest.UsageError, match=re.escape(expected)):
+        LoraOptions.from_config(pytester.parseconfig())
 
 
 def test_slow_tests_run_only_when_asked_for(
@@ -76,10 +78,27 @@ def test_slow_tests_run_only_when_asked_for(
     result.assert_outcomes(passed=1, skipped=1)
     result.stdout.fnmatch_lines(["SKIPPED * lora_slow: run it with --lora-slow or RUN_SLOW=1"])
     pytester.runpytest_subprocess("--lora-slow").assert_outcomes(passed=2)
-    pytester.runpytest_subprocess("-o", "lora_slow=true").assert_outcomes(passed=2)
-    for value, passed in (("1", 2), ("yes", 2), ("True", 2), ("0", 1), ("no", 1)):
-        monkeypatch.setenv("RUN_SLOW", value)
-        pytester.runpytest_subprocess().assert_outcomes(passed=passed, skipped=2 - passed)
+
+
+@pytest.mark.parametrize(
+    ("value", "slow"), [("1", True), ("yes", True), ("True", True), ("0", False), ("no", False), ("", False)]
+)
+def test_run_slow_is_honoured(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, value: str, slow: bool
+) -> None:
+    monkeypatch.setenv("RUN_SLOW", value)
+    assert LoraOptions.from_config(pytester.parseconfig()).slow is slow
+
+
+def test_options_are_read_from_ini(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUN_SLOW", raising=False)
+    folder = pytester.mkdir("llama")
+    (folder / "config.json").write_text("{}")
+    pytester.makeini(
+        "[pytest]\nlora_slow = true\nlora_model = llama\nlora_config =\n    r = 4\n    target_modules = ['a', 'b']\n"
+    )
+    expected = LoraOptions(model=folder, fields={"r": 4, "target_modules": ["a", "b"]}, slow=True)
+    assert LoraOptions.from_config(pytester.parseconfig()) == expected
 
 
 def test_help_names_flags_ini_values_and_markers(pytester: pytest.Pytester) -> None:
