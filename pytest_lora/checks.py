@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PretrainedConfig
 
+    from pytest_lora.facts.base import BaseFacts
+
 
 def check_config(
     config: LoraConfig,
@@ -44,8 +46,7 @@ def check_config(
 
     expect = _require_expect(expect)
     facts = config_facts(config, base)
-    subject = f"LoraConfig on {facts.base.architecture}"
-    return Report(subject, tuple(judge([facts], expect)))
+    return Report(f"LoraConfig on {_named(facts.base)}", tuple(judge([facts], expect)))
 
 
 def check_model(
@@ -74,7 +75,12 @@ def check_model(
     judged: list[object] = [facts, *(c for c in facts.configs if c.adapter in facts.active)]
     if optimizer is not None:
         judged.append(optimizer_facts(model, optimizer))
-    return Report(f"{type(model).__name__} of {facts.base.architecture}", tuple(judge(judged, expect)))
+    return Report(f"{type(model).__name__} of {_named(facts.base)}", tuple(judge(judged, expect)))
+
+
+def _named(base: BaseFacts) -> str:
+    packed = next((m.quantization for m in base.modules if m.quantization), None)
+    return f"{base.architecture} in {packed}" if packed else base.architecture
 
 
 def _require_expect(expect: Any) -> Expect:
