@@ -20,6 +20,7 @@ _MAD_TO_DEVIATION = 1.4826
 _MEDIAN_TO_MEAN = 1.2533
 _LONGEST_CYCLE = 64
 _LONGEST_LAG = 4
+_SAME_BATCH = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +115,10 @@ def _fall(losses: Sequence[float], split: int, deviation: float) -> tuple[int, f
     return split, fmean(before) - fmean(after), error
 
 
-def smoothed(losses: Sequence[float]) -> list[float]:
-    """Running median of three: single outliers are gone, the ends stay."""
-    inner = [median(losses[i - 1 : i + 2]) for i in range(1, len(losses) - 1)]
-    return [losses[0], *inner, losses[-1]] if len(losses) > 2 else list(losses)
+def smoothed(losses: Sequence[float], width: int) -> list[float]:
+    """Running median over an odd number of losses, fewer at the ends: single outliers are gone."""
+    half = width // 2
+    return [median(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
 
 
 def swings(curve: Sequence[float], height: float) -> int:
@@ -140,41 +141,40 @@ def _peaks(curve: Sequence[float], height: float) -> Iterator[float]:
                 rising, high = True, value
 
 
-def alternation(losses: Sequence[float]) -> float:
-    """How strongly the curve returns within few losses: the most negative autocorrelation, 0 to 1.
+def deviations(losses: Sequence[float], width: int = 9) -> list[float]:
+    """By what share each loss differs from the running mean around it."""
+    half = width // 2
+    around = [fmean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
+    return [loss / mean - 1 if mean else 0.0 for loss, mean in zip(losses, around, strict=True)]
 
-    Of the deviations from a running mean. White noise gives about 0.1, a strict up and down 1.
+
+def typical(values: Sequence[float]) -> float:
+    """The median size of values around zero, scaled to a standard deviation."""
+    return _MAD_TO_DEVIATION * median(map(abs, values))
+
+
+def alternation(rest: Sequence[float]) -> float:
+    """How strongly deviations turn round within few losses: the most negative autocorrelation, as 0 to 1.
+
+    White noise gives about 0.2, a strict up and down 1.
     """
-    rest = _detrended(losses)
     power = fmean(r * r for r in rest)
     if not power:
         return 0.0
     return max(0.0, *(-_product(rest, lag) / power for lag in range(1, _LONGEST_LAG + 1)))
 
 
-def deviation_from_trend(losses: Sequence[float]) -> float:
-    """Median absolute deviation from a running mean, scaled to a standard deviation."""
-    return _MAD_TO_DEVIATION * median(abs(r) for r in _detrended(losses))
-
-
-def _detrended(losses: Sequence[float], width: int = 9) -> list[float]:
-    half = width // 2
-    return [y - fmean(losses[max(0, i - half) : i + half + 1]) for i, y in enumerate(losses)]
-
-
 def _product(rest: Sequence[float], lag: int) -> float:
     return fmean(a * b for a, b in zip(rest, rest[lag:], strict=False))
 
 
-def cycles(losses: Sequence[float]) -> bool:
-    """Whether the same batches come again and again: losses one cycle apart differ little from each other."""
-    spread = noise(losses)
-    for period in range(2, min(_LONGEST_CYCLE, len(losses) // 3) + 1):
-        apart = [after - before for before, after in zip(losses, losses[period:], strict=False)]
-        centre = median(apart)
-        if _MAD_TO_DEVIATION * median(abs(a - centre) for a in apart) / math.sqrt(2) < spread / 4:
-            return True
-    return False
+def cycles(rest: Sequence[float]) -> bool:
+    """Whether the same batches come again and again: deviations one cycle apart differ little."""
+    little = _SAME_BATCH * math.sqrt(2) * typical(rest)
+    return any(
+        typical([after - before for before, after in zip(rest, rest[period:], strict=False)]) < little
+        for period in range(2, min(_LONGEST_CYCLE, len(rest) // 3) + 1)
+    )
 
 
 def repetition(losses: Sequence[float]) -> int | None:

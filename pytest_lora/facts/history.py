@@ -9,18 +9,20 @@ from itertools import takewhile
 from typing import Any
 
 from pytest_lora.facts.curve import (
+    NOISE_WINDOW,
     Fall,
     Level,
     alternation,
     clearest_fall,
     cycles,
-    deviation_from_trend,
+    deviations,
     level,
     levels,
     noise,
     repetition,
     smoothed,
     swings,
+    typical,
 )
 
 FEWEST_LOSSES = 10
@@ -33,9 +35,9 @@ curve does down there is a fault."""
 SWING = 0.3
 """A swing is a rise by this share of the starting loss, and beyond the noise, that is taken back again."""
 
-SWING_NOISE = 6.0
+SWING_NOISE = 5.0
 """A swing is higher than this many standard deviations of the noise; 1,000 losses of white noise span 7, and
-3.5 after the running median of three under which swings are counted."""
+4.5 after the running median of three under which swings are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +47,13 @@ class CurveFacts:
     Attributes:
         start: Level of the first losses.
         lowest: The lowest level.
+        highest: The highest level.
         end: Level of the last losses.
-        peak: The highest loss after the first, single outliers aside.
+        peak: The highest loss, outliers of one or two steps aside.
         peak_at: Its index.
         fall: The clearest fall anywhere.
-        late_fall: The clearest fall within the second half; None below twelve losses.
         noise: Standard deviation of the noise between neighbouring losses.
-        deviation: Standard deviation from the trend; that of the noise unless the curve swings.
+        deviation: Typical deviation from the trend, as a share of the loss.
         swings: How often the curve rose widely and came down again.
         alternation: How strongly it goes up and down within few losses, 0 to 1.
         cycles: Whether the same batches come again and again, which alone makes a curve go up and down.
@@ -60,11 +62,11 @@ class CurveFacts:
 
     start: Level
     lowest: Level
+    highest: Level
     end: Level
     peak: float
     peak_at: int
     fall: Fall
-    late_fall: Fall | None
     noise: float
     deviation: float
     swings: int
@@ -190,23 +192,25 @@ def curve_facts(losses: Sequence[float]) -> CurveFacts:
     known = levels(losses)
     start = level(losses, 0, 3)
     deviation = noise(losses)
-    smooth = smoothed(losses)
-    # The first loss stands unsmoothed, and what comes after it is the question.
-    peak_at = max(range(1, len(smooth)), key=smooth.__getitem__)
-    half = losses[len(losses) // 2 :]
+    smooth = smoothed(losses, 5)
+    rest = deviations(losses)
+    third = max(NOISE_WINDOW, len(losses) // 3)
+    # Noise grows with the loss, so that the third in which a curve is high is louder than the whole.
+    loudest = max(noise(part) for part in (losses, losses[:third], losses[-third:]))
+    peak_at = max(range(len(smooth)), key=smooth.__getitem__)
     return CurveFacts(
         start=start,
         lowest=min(known, key=lambda one: one.value),
+        highest=max(known, key=lambda one: one.value),
         end=known[-1],
         peak=smooth[peak_at],
         peak_at=peak_at,
         fall=clearest_fall(losses),
-        late_fall=clearest_fall(half) if len(half) >= 6 else None,
         noise=deviation,
-        deviation=deviation_from_trend(losses),
-        swings=swings(smooth, max(SWING * start.value, SWING_NOISE * deviation)),
-        alternation=alternation(losses),
-        cycles=cycles(losses),
+        deviation=typical(rest),
+        swings=swings(smoothed(losses, 3), max(SWING * start.value, SWING_NOISE * loudest)),
+        alternation=alternation(rest),
+        cycles=cycles(rest),
         levels=known,
     )
 

@@ -11,7 +11,7 @@ _SWINGS = 3
 _OVERSHOOT = 1.5
 _TAKEN_BACK = 0.5
 _CLEAR = 6.0
-_ALTERNATION = 0.5
+_ALTERNATION = 0.7
 _WIDTH = 0.25
 _FEWEST_ALTERNATING = 20
 
@@ -74,12 +74,7 @@ def _swinging(curve: CurveFacts) -> str | None:
 
 
 def _alternating(facts: HistoryFacts, curve: CurveFacts) -> str | None:
-    level = max(curve.end.value, FITS)
-    if (
-        len(facts.usable) < _FEWEST_ALTERNATING
-        or curve.cycles
-        or curve.alternation < _ALTERNATION
-        or curve.deviation < _WIDTH * level
-    ):
+    enough = len(facts.usable) >= _FEWEST_ALTERNATING and curve.end.value > FITS
+    if not enough or curve.cycles or curve.alternation < _ALTERNATION or curve.deviation < _WIDTH:
         return None
-    return f"the loss goes up and down by {curve.deviation / level:.0%} of its level from step to step"
+    return f"the loss goes up and down by {curve.deviation:.0%} from step to step"

@@ -10,8 +10,9 @@ from pytest_lora.rules import Violation, rule
 _FEWEST, _ENOUGH = 3, 4
 _RISE, _RISE_WEAK, _RISE_OF_FEW = 0.05, 0.02, 0.2
 _TRAIN_FELL = 0.05
+_LEARNED_BY_HEART = 0.5
 _CLEAR = 3.0
-_ENOUGH_FOR_NOISE = 6
+_ENOUGH_FOR_NOISE = 4
 
 
 @rule("LORA346", severity="warning", needs=HistoryFacts)
@@ -20,7 +21,8 @@ def overfits_the_training_set(facts: HistoryFacts, expect: Expect) -> Iterator[V
 
     ## What it does
     Looks for two or more evaluations after the best one that are all worse by 5 % (2 %: info; with only three
-    evaluations 20 %, and info), while the training loss fell by another 5 % since the best.
+    evaluations 20 %, and info), while the training loss fell by another 5 % since the best, or has not risen and
+    is below half of the evaluation loss.
 
     ## Why is this bad?
     The adapter has begun to learn its training examples by heart. Every further step makes it worse on all
@@ -49,8 +51,8 @@ def overfits_the_training_set(facts: HistoryFacts, expect: Expect) -> Iterator[V
     few = len(facts.evals) < _ENOUGH
     if (
         rise < (_RISE_OF_FEW if few else _RISE_WEAK)
-        or not _clear(facts, best.loss * rise)
-        or not _falls_on(facts, best)
+        or not _clear([best, *later], best.loss * rise)
+        or not _trains_on(facts, best)
     ):
         return
     last = facts.evals[-1]
@@ -65,15 +67,18 @@ def overfits_the_training_set(facts: HistoryFacts, expect: Expect) -> Iterator[V
     )
 
 
-def _clear(facts: HistoryFacts, rise: float) -> bool:
-    losses = [one.loss for one in facts.evals]
+def _clear(since_best: list[EvalLoss], rise: float) -> bool:
+    losses = [one.loss for one in since_best]
     return len(losses) < _ENOUGH_FOR_NOISE or rise > _CLEAR * noise(losses)
 
 
-def _falls_on(facts: HistoryFacts, best: EvalLoss) -> bool:
+def _trains_on(facts: HistoryFacts, best: EvalLoss) -> bool:
     last = facts.evals[-1]
     then, now = facts.train_at(best.step), facts.train_at(last.step)
-    if then is None or now is None or now > (1 - _TRAIN_FELL) * then:
+    if then is None or now is None:
         return False
-    levels = facts.level_at(best.step), facts.level_at(last.step)
-    return levels[0] is None or levels[1] is None or levels[0].above(levels[1]) > _CLEAR
+    before, after = facts.level_at(best.step), facts.level_at(last.step)
+    if before is None or after is None:
+        return now < (1 - _TRAIN_FELL) * then
+    falls = before.above(after) > _CLEAR and now < (1 - _TRAIN_FELL) * then
+    return falls or (now < _LEARNED_BY_HEART * last.loss and after.above(before) < _CLEAR)
