@@ -8,7 +8,7 @@ from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import lower_rate
 
 _SWINGS = 3
-_OVERSHOOT = 1.5
+_OVERSHOOT = 1.3
 _TAKEN_BACK = 0.5
 _CLEAR = 6.0
 _ALTERNATION = 0.7
@@ -21,7 +21,7 @@ def loss_oscillates(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]:
     """The loss swings up and down instead of falling.
 
     ## What it does
-    Looks for one of three shapes: three or more swings by 30 % of the starting loss; one excursion to 1.5 times
+    Looks for one of three shapes: three or more swings by 30 % of the starting loss; one excursion to 1.3 times
     the start that lasts longer than one loss and is taken back; or a strict up and down from loss to loss by
     a quarter of its level, which is not that of a few batches that come in turn. Each must stand out of the
     noise of the curve. `benchmarks/history_diagnosis.py` measures how often this errs.
