@@ -131,7 +131,7 @@ def test_oscillates() -> None:
     rng = random.Random(0)
     fast = [2.0 * (1 + (-1) ** i * rng.uniform(0.2, 0.6)) for i in range(60)]
     assert codes(diagnose_history(fast, total_steps=10_000)) == {"LORA345": "warning"}
-    blown = noisy(FALL[:30], 0.05) + [9.0, 12.0, 11.0, 8.0, 7.0, 6.0] + noisy(FALL[30:], 0.05)
+    blown = [*noisy(FALL[:30], 0.05), 9.0, 12.0, 11.0, 8.0, 7.0, 6.0, *noisy(FALL[30:], 0.05)]
     assert codes(diagnose_history(blown)) == {"LORA345": "warning"}
     spike = [*noisy(FALL[:30], 0.05), 12.0, *noisy(FALL[30:], 0.05)]
     assert not diagnose_history(spike).findings, "one bad batch"
@@ -161,11 +161,11 @@ def test_losses_below_zero_are_judged_only_where_it_is_certain() -> None:
 
 
 @pytest.mark.parametrize(
-    "run", json.loads(RUNS.read_text()), ids=lambda r: f"{r['kind']}-{r['learning_rate']}"
+    "run",
+    [run for run in json.loads(RUNS.read_text()) if run["kind"] in ("healthy", "overfitting")],
+    ids=lambda run: f"{run['kind']}-{run['learning_rate']}-{run['batch_size']}",
 )
-def test_real_runs_without_a_fault_are_left_in_peace(run: dict[str, Any]) -> None:
-    if run["kind"] not in ("healthy", "overfitting"):
-        pytest.skip("counted by benchmarks/history_diagnosis.py")
+def test_real_runs_are_judged_right(run: dict[str, Any]) -> None:
     evals = {int(step): loss for step, loss in run["evals"].items()} or None
     found = codes(diagnose_history(run["losses"], evals, total_steps=400))
     assert found == ({} if run["kind"] == "healthy" else {"LORA346": "warning"})
@@ -183,9 +183,8 @@ def test_appending_nan_always_fires(history: list[float]) -> None:
 def test_a_monotone_fall_never_fires(history: list[float], total: int) -> None:
     falling = sorted(history, reverse=True)
     report = diagnose_history(falling, sorted(history)[::-1][:6], total_steps=total)
-    assert not {"LORA340", "LORA341", "LORA342", "LORA343", "LORA345", "LORA346"} & set(codes(report))
-    if falling[-1] < 0.8 * falling[0]:
-        assert "LORA344" not in codes(report) or len(falling) > 3
+    fell = falling[len(falling) // 2] < 0.8 * falling[0]
+    assert set(codes(report)) <= (set() if fell else {"LORA344"})
 
 
 @given(st.integers(-8, 8), st.integers(0, 10_000), st.sampled_from(["fall", "flat", "up", "swing", "over"]))
