@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pytest_lora.assertions import LoraHealthError as LoraHealthError
     from pytest_lora.assertions import assert_config_healthy as assert_config_healthy
     from pytest_lora.assertions import assert_lora_healthy as assert_lora_healthy
+    from pytest_lora.assertions import assert_merge_exact as assert_merge_exact
+    from pytest_lora.assertions import assert_reload_exact as assert_reload_exact
     from pytest_lora.checks import check_config as check_config
     from pytest_lora.checks import check_model as check_model
     from pytest_lora.checks import diagnose_history as diagnose_history
@@ -28,6 +30,8 @@ _HOMES = {
     "Report": "findings",
     "assert_config_healthy": "assertions",
     "assert_lora_healthy": "assertions",
+    "assert_merge_exact": "assertions",
+    "assert_reload_exact": "assertions",
     "check_config": "checks",
     "check_model": "checks",
     "diagnose_history": "checks",

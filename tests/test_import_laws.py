@@ -24,7 +24,8 @@ FLOORS = {
     "tiny": {"tiny"},
     "counting": {"facts", "findings", "inspection"},
     "checks": {"facts", "findings", "expect", "rules", "inspection"},
-    "assertions": {"facts", "findings", "expect", "rules", "inspection", "checks", "counting"},
+    "roundtrip": {"facts", "findings", "inspection"},
+    "assertions": {"facts", "findings", "expect", "rules", "inspection", "checks", "counting", "roundtrip"},
 }
 """What each part of the package may import from the package; the plugin may import everything."""
 

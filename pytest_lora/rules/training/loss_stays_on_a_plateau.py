@@ -26,6 +26,7 @@ def loss_stays_on_a_plateau(facts: HistoryFacts, expect: Expect) -> Iterator[Vio
     before. The verdict needs 20 losses, 15 % of `total_steps` (10 %, by when the longest usual warm-up is over:
     info) or, where that is not known, 100 steps (50: info), and so little noise that such a fall could have
     been seen. A loss below 0.1 has nowhere to fall to.
+    `benchmarks/history_diagnosis.py` measures how often this errs.
 
     ## Why is this bad?
     What a healthy adapter learns, it mostly learns early. One that shows nothing after the first 10 to 20 % of
