@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pytest_lora.assertions import assert_lora_healthy as assert_lora_healthy
     from pytest_lora.assertions import assert_merge_exact as assert_merge_exact
     from pytest_lora.assertions import assert_reload_exact as assert_reload_exact
+    from pytest_lora.callback import LoraHealthCallback as LoraHealthCallback
     from pytest_lora.checks import check_config as check_config
     from pytest_lora.checks import check_model as check_model
     from pytest_lora.checks import diagnose_history as diagnose_history
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
     from pytest_lora.findings import Finding as Finding
     from pytest_lora.findings import LoraHealthWarning as LoraHealthWarning
     from pytest_lora.findings import Report as Report
+    from pytest_lora.watch import watch_training as watch_training
 
 _HOMES = {
     "Expect": "expect",
     "Finding": "findings",
+    "LoraHealthCallback": "callback",
     "LoraHealthError": "assertions",
     "LoraHealthWarning": "findings",
     "Report": "findings",
@@ -35,6 +38,7 @@ _HOMES = {
     "check_config": "checks",
     "check_model": "checks",
     "diagnose_history": "checks",
+    "watch_training": "watch",
 }
 
 __all__ = sorted(_HOMES)

@@ -24,6 +24,8 @@ FLOORS = {
     "tiny": {"tiny"},
     "counting": {"facts", "findings", "inspection"},
     "checks": {"facts", "findings", "expect", "rules", "inspection"},
+    "watch": {"findings", "expect", "checks", "assertions"},
+    "callback": {"expect", "watch"},
     "roundtrip": {"facts", "findings", "inspection"},
     "assertions": {"facts", "findings", "expect", "rules", "inspection", "checks", "counting", "roundtrip"},
 }

@@ -20,9 +20,9 @@ def overfits_the_training_set(facts: HistoryFacts, expect: Expect) -> Iterator[V
     """The evaluation loss rises while the training loss falls on.
 
     ## What it does
-    Looks for two or more evaluations after the best one that are all worse by 5 % (2 %: info; with only three
-    evaluations 20 %, and info), while the training loss fell by another 5 % since the best, or has not risen and
-    is below half of the evaluation loss. `benchmarks/history_diagnosis.py` measures how often this errs.
+    Looks for a best evaluation with two or more after it, the last two of them worse by 5 % (2 %: info; with
+    only three evaluations 20 %, and info), while the training loss fell by another 5 % since the best, or has
+    not risen and is below half of the evaluation loss. `benchmarks/history_diagnosis.py` measures how often this errs.
 
     ## Why is this bad?
     The adapter has begun to learn its training examples by heart. Every further step makes it worse on all
