@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from pytest_lora.findings import LoraHealthWarning, Report
 
@@ -191,3 +191,64 @@ def assert_adapter_shapes(model: nn.Module, targets: str | Iterable[str] | None 
     from pytest_lora.adapter_properties import adapter_shapes
 
     return demand(adapter_shapes(model, targets))
+
+
+def assert_reload_exact(
+    model: nn.Module, batch: Any, *, base: nn.Module | Callable[[], nn.Module] | None = None
+) -> Report:
+    """Assert that saving the adapters and loading them on a fresh base gives the same output, bit for bit.
+
+    A copy of the model is saved into a temporary folder with the model's own ``save_pretrained`` and loaded on
+    the base; both run the batch in evaluation mode. Task heads and token rows are part of it. The model itself
+    is neither run nor changed; memory for two copies of it is needed for a moment.
+
+    Args:
+        model: A ``PeftModel`` or a transformers model after ``add_adapter``, also inside DDP,
+            ``torch.compile`` or a value head (which PEFT does not save, and which is not compared).
+        batch: A mapping of arguments, a tuple of them, or one tensor, on the model's device.
+        base: The base to load on, or a function that makes it; without, the base under the adapters, with
+            weights that were trained there set to zero so that only the checkpoint can bring them back.
+
+    Returns:
+        The report; codes LORA910 to LORA914.
+
+    Raises:
+        LoraHealthError: The reloaded model is not the same; the message says which tensors are missing or
+            differ, and how to have them saved.
+        TypeError: An argument has the wrong type, or the model carries no LoRA layers.
+        ValueError: The model cannot be copied or saved, its output is random, or ``base`` carries adapters.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.roundtrip import check_reload
+
+    return demand(check_reload(model, batch, base=base))
+
+
+def assert_merge_exact(
+    model: nn.Module, batch: Any, *, rtol: float | None = None, atol: float | None = None
+) -> Report:
+    """Assert that merging keeps the output, unmerging restores the weights, and unloading gives the base back.
+
+    All is done on copies: the model itself is neither run nor changed. On a quantized base a merge rounds the
+    weights again; how much that moves the output, and how that compares with what the adapter does, is an info,
+    or a warning where it is more than half.
+
+    Args:
+        model: Anything with PEFT LoRA layers.
+        batch: A mapping of arguments, a tuple of them, or one tensor, on the model's device.
+        rtol: Deviation of the output that is allowed, relative to its largest value. By default that of the
+            coarsest dtype of the adapted weights: 1e-4 for float32, 4e-3 for float16, 3e-2 for bfloat16.
+        atol: Deviation allowed on top.
+
+    Returns:
+        The report; codes LORA915 to LORA919.
+
+    Raises:
+        LoraHealthError: The merged output, the unmerged weights or the unloaded base are not what they were.
+        TypeError: An argument has the wrong type, or the model carries no LoRA layers.
+        ValueError: The model cannot be copied, its output is random, or a tolerance is negative.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.roundtrip import check_merge
+
+    return demand(check_merge(model, batch, rtol=rtol, atol=atol))

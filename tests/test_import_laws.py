@@ -27,6 +27,7 @@ FLOORS = {
     "counting": {"facts", "findings", "inspection"},
     "checks": {"facts", "findings", "expect", "rules", "inspection"},
     "adapter_properties": {"facts", "findings", "inspection", "counting"},
+    "roundtrip": {"facts", "findings", "inspection"},
     "assertions": {
         "facts",
         "findings",
@@ -36,7 +37,10 @@ FLOORS = {
         "checks",
         "counting",
         "adapter_properties",
+        "roundtrip",
     },
+    "watch": {"findings", "expect", "checks", "assertions"},
+    "callback": {"expect", "watch"},
 }
 """What each part of the package may import from the package; the plugin may import everything."""
 
