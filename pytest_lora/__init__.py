@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pytest_lora.assertions import assert_lora_healthy as assert_lora_healthy
     from pytest_lora.checks import check_config as check_config
     from pytest_lora.checks import check_model as check_model
+    from pytest_lora.checks import check_training as check_training
     from pytest_lora.expect import Expect as Expect
     from pytest_lora.findings import Finding as Finding
     from pytest_lora.findings import LoraHealthWarning as LoraHealthWarning
@@ -29,6 +30,7 @@ _HOMES = {
     "assert_lora_healthy": "assertions",
     "check_config": "checks",
     "check_model": "checks",
+    "check_training": "checks",
 }
 
 __all__ = sorted(_HOMES)

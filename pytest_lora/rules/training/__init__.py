@@ -1,0 +1,1 @@
+"""Rules on how adapters are trained (codes 3xx)."""
