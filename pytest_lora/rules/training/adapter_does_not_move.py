@@ -13,12 +13,12 @@ def adapter_does_not_move(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     """Gradients arrive, the optimizer steps, and the adapter stays what it was.
 
     ## What it does
-    Looks for adapter tensors that the optimizer holds, that got a gradient at a learning rate above zero, and that no
-    step changed.
+    Looks for adapter tensors that the optimizer holds, that got a gradient at a learning rate above zero,
+    and that no step changed.
 
     ## Why is this bad?
-    Then the update is smaller than the weights can hold (bfloat16 keeps three digits), or the optimizer's step does
-    not reach these tensors, as with a wrapper that skips it.
+    Then the update is smaller than the weights can hold (bfloat16 keeps three digits), or the optimizer's
+    step does not reach these tensors, as with a wrapper that skips it.
 
     ## Example
     ```python

@@ -13,12 +13,12 @@ def base_weights_change(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
     """Weights of the base change while only the adapter should.
 
     ## What it does
-    Compares weights of the base after the steps with those before, and with `base_snapshot` where one is given. Trained
-    biases, and norms, embeddings or heads that train on purpose, are no error.
+    Compares weights of the base after the steps with those before, and with `base_snapshot` where one is
+    given. Trained biases, and norms, embeddings or heads that train on purpose, are no error.
 
     ## Why is this bad?
-    The adapter file holds the adapter alone. On the base as it was published the saved adapter then gives other
-    results than in training, and memory and time are those of full fine-tuning.
+    The adapter file holds the adapter alone. On the base as it was published the saved adapter then gives
+    other results than in training, and memory and time are those of full fine-tuning.
 
     ## Example
     ```python

@@ -12,12 +12,12 @@ def end_token_is_never_a_target(facts: TrainingFacts, expect: Expect) -> Iterato
     """Sequences end with the end token, but it is never a label.
 
     ## What it does
-    Looks for end tokens (`eos_token_id`) that close a text whose last token is a target, in batches that have no end token
-    among their labels. Text without end tokens, such as packed text, is no finding.
+    Looks for end tokens (`eos_token_id`) that close a text whose last token is a target, in batches that
+    have no end token among their labels. Text without end tokens, such as packed text, is no finding.
 
     ## Why is this bad?
-    The model is never taught to stop and rambles on. The usual cause: the pad token is the end token, and the collator
-    sets every pad token to -100, the true end too.
+    The model is never taught to stop and rambles on. The usual cause: the pad token is the end token, and
+    the collator sets every pad token to -100, the true end too.
 
     ## Example
     ```python

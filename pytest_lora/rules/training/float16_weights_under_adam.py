@@ -16,9 +16,9 @@ def float16_weights_under_adam(facts: TrainingFacts, expect: Expect) -> Iterator
     Looks for trainable float16 parameters under an optimizer of the Adam family without a GradScaler.
 
     ## Why is this bad?
-    Adam divides by a root plus `eps=1e-8`. In float16 that eps rounds to zero, the square of a small gradient too,
-    and 0 / 0 is NaN: the first loss is fine and every later one is NaN. What does not become NaN loses its small
-    updates to rounding.
+    Adam divides by a root plus `eps=1e-8`. In float16 that eps rounds to zero, the square of a small
+    gradient too, and 0 / 0 is NaN: the first loss is fine and every later one is NaN. What does not
+    become NaN loses its small updates to rounding.
 
     ## Example
     ```python

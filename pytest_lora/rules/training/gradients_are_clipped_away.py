@@ -13,12 +13,12 @@ def gradients_are_clipped_away(facts: TrainingFacts, expect: Expect) -> Iterator
     """Clipping leaves nothing of the gradients.
 
     ## What it does
-    Looks for `max_grad_norm=0`, and for one so small that Adam's eps outweighs what is left, or that plain SGD
-    keeps less than a ten-thousandth of its gradient.
+    Looks for `max_grad_norm=0`, and for one so small that Adam's eps outweighs what is left, or that
+    plain SGD keeps less than a ten-thousandth of its gradient.
 
     ## Why is this bad?
-    `torch.nn.utils.clip_grad_norm_` with 0 multiplies every gradient by zero. (The Trainer of transformers reads
-    `max_grad_norm=0` as "do not clip"; a loop of one's own does not.)
+    `torch.nn.utils.clip_grad_norm_` with 0 multiplies every gradient by zero. (The Trainer of
+    transformers reads `max_grad_norm=0` as "do not clip"; a loop of one's own does not.)
 
     ## Example
     ```python

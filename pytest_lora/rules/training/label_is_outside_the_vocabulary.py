@@ -12,13 +12,14 @@ def label_is_outside_the_vocabulary(facts: TrainingFacts, expect: Expect) -> Ite
     """Labels or input ids do not exist in the model.
 
     ## What it does
-    Compares labels with the number of classes or vocabulary rows, and input ids with the rows of the embedding. -100
-    means "ignore"; no other negative number does.
+    Compares labels with the number of classes or vocabulary rows, and input ids with the rows of the
+    embedding. -100 means "ignore"; no other negative number does.
 
     ## Why is this bad?
-    On a CPU the step raises an IndexError; on a GPU a device-side assertion that names neither the batch nor the
-    label and leaves the process unusable. No step is taken where this is found. Causes are new tokens without
-    `resize_token_embeddings`, a tokenizer of another model, -1 used to ignore, classes counted from 1.
+    On a CPU the step raises an IndexError; on a GPU a device-side assertion that names neither the batch
+    nor the label and leaves the process unusable. No step is taken where this is found. Causes are new
+    tokens without `resize_token_embeddings`, a tokenizer of another model, -1 used to ignore, classes
+    counted from 1.
 
     ## Example
     ```python

@@ -12,12 +12,13 @@ def labels_are_all_ignored(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
     """Every label of a batch is -100: nothing is left to learn from.
 
     ## What it does
-    Counts the labels that are not -100 in each batch; for causal models after their shift, so that a label at the first
-    position does not count. A masked prompt is no finding.
+    Counts the labels that are not -100 in each batch; for causal models after their shift, so that a
+    label at the first position does not count. A masked prompt is no finding.
 
     ## Why is this bad?
-    The mean over no label is NaN, or zero where the trainer divides by a given number. It comes from a prompt that fills
-    the whole window so that the answer is cut off, or from a template that a collator does not find.
+    The mean over no label is NaN, or zero where the trainer divides by a given number. It comes from a
+    prompt that fills the whole window so that the answer is cut off, or from a template that a collator
+    does not find.
 
     ## Example
     ```python

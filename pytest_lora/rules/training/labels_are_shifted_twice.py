@@ -12,12 +12,12 @@ def labels_are_shifted_twice(facts: TrainingFacts, expect: Expect) -> Iterator[V
     """Labels are shifted already, and the model shifts them again.
 
     ## What it does
-    Compares labels with input ids: causal models of transformers shift labels themselves, so that a label equals the input
-    at its own position. Labels that equal the next input throughout are shifted twice.
+    Compares labels with input ids: causal models of transformers shift labels themselves, so that a label
+    equals the input at its own position. Labels that equal the next input throughout are shifted twice.
 
     ## Why is this bad?
-    The model is then trained to predict the token after the next one. The loss falls, to a worse value, and generated
-    text skips every other token.
+    The model is then trained to predict the token after the next one. The loss falls, to a worse value,
+    and generated text skips every other token.
 
     ## Example
     ```python

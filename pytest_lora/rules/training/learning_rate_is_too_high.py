@@ -13,12 +13,13 @@ def learning_rate_is_too_high(facts: TrainingFacts, expect: Expect) -> Iterator[
     """The learning rate is so high that adapters diverge.
 
     ## What it does
-    Looks for a rate of 0.1 or more with an optimizer of the Adam family, whose step is about the rate itself
-    whatever the gradient, and for a loss that shoots up within the steps taken.
+    Looks for a rate of 0.1 or more with an optimizer of the Adam family, whose step is about the rate
+    itself whatever the gradient, and for a loss that shoots up within the steps taken.
 
     ## Why is this bad?
-    LoRA takes rates about ten times those of full fine-tuning, 1e-4 to 1e-2 with Adam; `lora_A` starts with
-    numbers of about `1 / sqrt(3 * in_features)`, 0.01 in a large model, and one step of 0.1 buries them.
+    LoRA takes rates about ten times those of full fine-tuning, 1e-4 to 1e-2 with Adam; `lora_A` starts
+    with numbers of about `1 / sqrt(3 * in_features)`, 0.01 in a large model, and one step of 0.1 buries
+    them.
 
     ## Example
     ```python

@@ -13,12 +13,13 @@ def learning_rate_is_too_low(facts: TrainingFacts, expect: Expect) -> Iterator[V
     """The learning rate is so low that the adapter never gets anywhere.
 
     ## What it does
-    Looks for a rate below 1e-7 with an optimizer of the Adam family (below 2e-6 if the losses so far have not
-    fallen), and for one so low with plain SGD that a hundred thousand steps would not lower the loss by 1 %.
+    Looks for a rate below 1e-7 with an optimizer of the Adam family (below 2e-6 if the losses so far have
+    not fallen), and for one so low with plain SGD that a hundred thousand steps would not lower the loss
+    by 1 %.
 
     ## Why is this bad?
-    With Adam each step moves each number by about the rate. With SGD it moves them by the rate times the gradient,
-    which is small where an adapter starts, so that rates made for Adam do nothing.
+    With Adam each step moves each number by about the rate. With SGD it moves them by the rate times the
+    gradient, which is small where an adapter starts, so that rates made for Adam do nothing.
 
     ## Example
     ```python

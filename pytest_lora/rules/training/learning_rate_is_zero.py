@@ -13,12 +13,13 @@ def learning_rate_is_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     """The learning rate is zero and stays there.
 
     ## What it does
-    Looks at the learning rate of every real step, and of a `LambdaLR` at later ones too. A first step at zero is
-    how a warm-up begins, and a schedule that has come to its end after the loss fell has done its work.
+    Looks at the learning rate of every real step, and of a `LambdaLR` at later ones too. A first step at
+    zero is how a warm-up begins, and a schedule that has come to its end after the loss fell has done its
+    work.
 
     ## Why is this bad?
-    At a rate of zero nothing changes. It comes from a schedule made for zero steps, for epochs but stepped once a
-    batch, or for the steps of an earlier, shorter run.
+    At a rate of zero nothing changes. It comes from a schedule made for zero steps, for epochs but
+    stepped once a batch, or for the steps of an earlier, shorter run.
 
     ## Example
     ```python
@@ -41,9 +42,8 @@ def learning_rate_is_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     """
     if len(facts.steps) < (2 if facts.schedule else 1):
         return
-    if facts.rates_are_zero:
-        yield from _everywhere(facts)
-    elif facts.schedule and facts.schedule.ends and 2 * facts.schedule.ends < len(facts.history):
+    ended_early = facts.schedule and facts.schedule.ends and 2 * facts.schedule.ends < len(facts.history)
+    if facts.rates_are_zero or ended_early:
         yield from _everywhere(facts)
     else:
         yield from _in_some_groups(facts)

@@ -15,8 +15,9 @@ def loss_has_no_graph(facts: TrainingFacts, expect: Expect) -> Iterator[Violatio
     Looks for a loss without a graph although the adapter takes part in the forward pass and is trainable.
 
     ## Why is this bad?
-    `backward()` then raises, or, where something else has a graph, the adapter gets nothing. The forward pass ran
-    under `torch.no_grad()`, or the loss went through `.detach()`, `.item()`, NumPy, or `torch.tensor(loss)`.
+    `backward()` then raises, or, where something else has a graph, the adapter gets nothing. The forward
+    pass ran under `torch.no_grad()`, or the loss went through `.detach()`, `.item()`, NumPy, or
+    `torch.tensor(loss)`.
 
     ## Example
     ```python

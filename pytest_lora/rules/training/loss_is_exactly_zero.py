@@ -12,12 +12,12 @@ def loss_is_exactly_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Viola
     """The loss is exactly zero and gives no gradient.
 
     ## What it does
-    Looks for steps whose loss is 0.0 and whose gradients are all zero. A loss that starts at zero but has a gradient
-    (that of policy-gradient methods) is not meant, nor one that is merely small.
+    Looks for steps whose loss is 0.0 and whose gradients are all zero. A loss that starts at zero but has
+    a gradient (that of policy-gradient methods) is not meant, nor one that is merely small.
 
     ## Why is this bad?
-    A model that has learned its data has a small loss, never exactly zero. Zero comes from labels that select
-    nothing, a weight of zero, or a NaN that something replaced.
+    A model that has learned its data has a small loss, never exactly zero. Zero comes from labels that
+    select nothing, a weight of zero, or a NaN that something replaced.
 
     ## Example
     ```python

@@ -13,13 +13,14 @@ def loss_is_summed(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
     """The loss is summed where it should be averaged.
 
     ## What it does
-    Compares the losses so far with those measured now on the same batches: as many times as large as there are batches,
-    they were summed over accumulation steps. And compares what is measured with ln(vocabulary), the loss of a model
-    that knows nothing: many times that, and below it for each label, is a sum over tokens.
+    Compares the losses so far with those measured now on the same batches: as many times as large as
+    there are batches, they were summed over accumulation steps. And compares what is measured with
+    ln(vocabulary), the loss of a model that knows nothing: many times that, and below it for each label,
+    is a sum over tokens.
 
     ## Why is this bad?
-    Gradients grow with the number of steps or tokens, so that the learning rate is in effect that much higher, and
-    losses cannot be compared between runs.
+    Gradients grow with the number of steps or tokens, so that the learning rate is in effect that much
+    higher, and losses cannot be compared between runs.
 
     ## Example
     ```python
@@ -53,8 +54,9 @@ def loss_is_summed(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
             expected="the mean over accumulation steps, about ln(vocabulary) at most",
             fix="divide each loss by the number of accumulation steps, or by all tokens of the accumulated batch",
         )
-    elif chance and now > SUMMED_TOKENS * chance and (labels := facts.labels[0].labels) >= ENOUGH:
-        if now / labels <= ABOVE_CHANCE * chance:
+    elif chance and now > SUMMED_TOKENS * chance:
+        labels = facts.labels[0].labels
+        if labels >= ENOUGH and now / labels <= ABOVE_CHANCE * chance:
             yield Violation(
                 where="the loss",
                 observed=f"the loss is {now:.3g}, {now / chance:.0f} times ln(vocabulary) = {chance:.3g}: "

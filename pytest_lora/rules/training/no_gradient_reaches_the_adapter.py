@@ -14,13 +14,13 @@ def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Ite
     """No gradient reaches any tensor of the adapter.
 
     ## What it does
-    Looks for steps in which every trainable tensor of the active adapters got no gradient, or zero only, and says
-    why where that can be told: frozen, disabled, merged, outside the forward pass, cut off by reentrant gradient
-    checkpointing, a scaling of zero, a frozen zero factor.
+    Looks for steps in which every trainable tensor of the active adapters got no gradient, or zero only,
+    and says why where that can be told: frozen, disabled, merged, outside the forward pass, cut off by
+    reentrant gradient checkpointing, a scaling of zero, a frozen zero factor.
 
     ## Why is this bad?
-    The run goes on to its end, the loss stays what it was or is lowered by a head alone, and the saved adapter is the
-    one from the start.
+    The run goes on to its end, the loss stays what it was or is lowered by a head alone, and the saved
+    adapter is the one from the start.
 
     ## Example
     ```python

@@ -13,12 +13,13 @@ def normalisation_statistics_move(facts: TrainingFacts, expect: Expect) -> Itera
     """Running statistics of the frozen base move during training.
 
     ## What it does
-    Looks for saved buffers of the base, above all `running_mean` and `running_var` of BatchNorm, that changed in the steps
-    taken or since `base_snapshot`.
+    Looks for saved buffers of the base, above all `running_mean` and `running_var` of BatchNorm, that
+    changed in the steps taken or since `base_snapshot`.
 
     ## Why is this bad?
-    Freezing parameters does not freeze buffers: in training mode BatchNorm goes on averaging. The adapter file does not
-    hold these numbers, so that the adapter, loaded on the base as it was, gives other results.
+    Freezing parameters does not freeze buffers: in training mode BatchNorm goes on averaging. The adapter
+    file does not hold these numbers, so that the adapter, loaded on the base as it was, gives other
+    results.
 
     ## Example
     ```python

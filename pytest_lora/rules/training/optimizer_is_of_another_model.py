@@ -12,11 +12,13 @@ def optimizer_is_of_another_model(facts: OptimizerFacts, expect: Expect) -> Iter
     """The optimizer holds the adapter of another model.
 
     ## What it does
-    Looks for an optimizer that holds no low-rank factor of this model but parameters which the model does not have.
+    Looks for an optimizer that holds no low-rank factor of this model but parameters which the model does
+    not have.
 
     ## Why is this bad?
-    An optimizer keeps the tensors it was made with. After the model was built anew (the next trial of a sweep, a
-    notebook cell run twice) it goes on changing the adapter of the old one, and the new one never moves.
+    An optimizer keeps the tensors it was made with. After the model was built anew (the next trial of a
+    sweep, a notebook cell run twice) it goes on changing the adapter of the old one, and the new one
+    never moves.
 
     ## Example
     ```python

@@ -13,13 +13,14 @@ def optimizer_misses_trainable_parameters(facts: OptimizerFacts, expect: Expect)
     """The optimizer does not hold everything that the model trains.
 
     ## What it does
-    Compares, by identity, the parameters of the optimizer with the trainable parameters of the active adapters:
-    low-rank factors, magnitudes, full copies (`modules_to_save`), embedding rows. Holding frozen parameters
-    as well is harmless, and leaving out `lora_A` alone is what LoRA-FA does.
+    Compares, by identity, the parameters of the optimizer with the trainable parameters of the active
+    adapters: low-rank factors, magnitudes, full copies (`modules_to_save`), embedding rows. Holding
+    frozen parameters as well is harmless, and leaving out `lora_A` alone is what LoRA-FA does.
 
     ## Why is this bad?
-    What the optimizer does not hold gets gradients but never changes. Without `lora_B`, which starts at zero,
-    the adapter stays without effect; an optimizer that was made before `get_peft_model` holds no adapter at all.
+    What the optimizer does not hold gets gradients but never changes. Without `lora_B`, which starts at
+    zero, the adapter stays without effect; an optimizer that was made before `get_peft_model` holds no
+    adapter at all.
 
     ## Example
     ```python

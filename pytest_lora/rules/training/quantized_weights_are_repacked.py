@@ -16,8 +16,9 @@ def quantized_weights_are_repacked(facts: TrainingFacts, expect: Expect) -> Iter
     Looks for 4-bit layers on a CPU whose weight bitsandbytes has brought into its packing for inference.
 
     ## Why is this bad?
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a weight in place at the first forward pass in evaluation mode. A
-    training step after that reads the new packing as the old one: the loss is right, its gradients are not.
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a weight in place at the first forward pass in
+    evaluation mode. A training step after that reads the new packing as the old one: the loss is right,
+    its gradients are not.
 
     ## Example
     ```python

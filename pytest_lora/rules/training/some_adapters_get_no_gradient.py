@@ -15,12 +15,12 @@ def some_adapters_get_no_gradient(facts: TrainingFacts, expect: Expect) -> Itera
     """Some adapters never get a gradient while others do.
 
     ## What it does
-    Looks for modules whose trainable adapter got no gradient, or zero only, at any step. An expert that the router
-    chose for no token, and a tower whose inputs are not in the batch, are infos.
+    Looks for modules whose trainable adapter got no gradient, or zero only, at any step. An expert that
+    the router chose for no token, and a tower whose inputs are not in the batch, are infos.
 
     ## Why is this bad?
-    These adapters cost memory and do nothing: the module is outside the forward pass, behind a `.detach()`, or in a
-    part of the model that the loss does not depend on.
+    These adapters cost memory and do nothing: the module is outside the forward pass, behind a
+    `.detach()`, or in a part of the model that the loss does not depend on.
 
     ## Example
     ```python

@@ -15,8 +15,8 @@ def training_in_eval_mode(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     Looks for a configured `lora_dropout` above zero that is in evaluation mode on every module.
 
     ## Why is this bad?
-    `PeftModel.from_pretrained` and an evaluation pass leave the model in evaluation mode. Nothing fails: the dropout that
-    was asked for does not happen, and the adapter overfits.
+    `PeftModel.from_pretrained` and an evaluation pass leave the model in evaluation mode. Nothing fails:
+    the dropout that was asked for does not happen, and the adapter overfits.
 
     ## Example
     ```python
@@ -35,12 +35,12 @@ def training_in_eval_mode(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     ## References
     - https://github.com/huggingface/transformers/issues/24463
     """
-    if facts.lora_dropout > 0 and not any(layer.dropout_live for layer in facts.model.active_layers):
-        if expect.purpose == "train":
-            yield Violation(
-                where="model.training" if not facts.model.training else "the lora_dropout modules",
-                observed=f"lora_dropout={facts.lora_dropout:g} is configured, but the model is in eval mode: "
-                "dropout is inactive while training",
-                expected="training mode while training",
-                fix="call model.train() before the training loop, and after each evaluation",
-            )
+    off = facts.lora_dropout > 0 and not any(layer.dropout_live for layer in facts.model.active_layers)
+    if off and expect.purpose == "train":
+        yield Violation(
+            where="model.training" if not facts.model.training else "the lora_dropout modules",
+            observed=f"lora_dropout={facts.lora_dropout:g} is configured, but the model is in eval mode: "
+            "dropout is inactive while training",
+            expected="training mode while training",
+            fix="call model.train() before the training loop, and after each evaluation",
+        )

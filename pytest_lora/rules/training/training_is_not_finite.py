@@ -14,12 +14,12 @@ def training_is_not_finite(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
     """The loss, the gradients or the adapter itself are NaN or infinite.
 
     ## What it does
-    Looks at adapter weights before the first step, and at losses and gradients of every step. What labels or
-    float16 weights explain is left to the rules on those.
+    Looks at adapter weights before the first step, and at losses and gradients of every step. What labels
+    or float16 weights explain is left to the rules on those.
 
     ## Why is this bad?
-    One NaN spreads to every weight with the next step, and nothing brings it back. Some trainers log the loss of
-    such a step as 0.
+    One NaN spreads to every weight with the next step, and nothing brings it back. Some trainers log the
+    loss of such a step as 0.
 
     ## Example
     ```python

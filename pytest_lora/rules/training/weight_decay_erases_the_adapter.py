@@ -15,8 +15,9 @@ def weight_decay_erases_the_adapter(facts: OptimizerFacts, expect: Expect) -> It
     Looks for a weight decay of 5 or more, or one that takes 5 % or more off the adapter at every step.
 
     ## Why is this bad?
-    Under AdamW a weight settles where decay and step balance, at no more than 1 / weight_decay, and decays by
-    `lr * weight_decay` a step. A decay that was meant as 0.01 and written as 10 pulls the update back to zero.
+    Under AdamW a weight settles where decay and step balance, at no more than 1 / weight_decay, and
+    decays by `lr * weight_decay` a step. A decay that was meant as 0.01 and written as 10 pulls the
+    update back to zero.
 
     ## Example
     ```python
