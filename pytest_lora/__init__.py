@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytest_lora.assertions import LoraHealthError as LoraHealthError
+    from pytest_lora.assertions import assert_adapter_shapes as assert_adapter_shapes
+    from pytest_lora.assertions import assert_alpha_ratio as assert_alpha_ratio
     from pytest_lora.assertions import assert_config_healthy as assert_config_healthy
     from pytest_lora.assertions import assert_lora_healthy as assert_lora_healthy
+    from pytest_lora.assertions import assert_param_ratio as assert_param_ratio
     from pytest_lora.checks import check_config as check_config
     from pytest_lora.checks import check_model as check_model
     from pytest_lora.checks import check_training as check_training
+    from pytest_lora.counting import ParameterCount as ParameterCount
+    from pytest_lora.counting import RankRow as RankRow
+    from pytest_lora.counting import RankTable as RankTable
+    from pytest_lora.counting import count_parameters as count_parameters
+    from pytest_lora.counting import rank_table as rank_table
     from pytest_lora.expect import Expect as Expect
     from pytest_lora.findings import Finding as Finding
     from pytest_lora.findings import LoraHealthWarning as LoraHealthWarning
@@ -25,12 +33,20 @@ _HOMES = {
     "Finding": "findings",
     "LoraHealthError": "assertions",
     "LoraHealthWarning": "findings",
+    "ParameterCount": "counting",
+    "RankRow": "counting",
+    "RankTable": "counting",
     "Report": "findings",
+    "assert_adapter_shapes": "assertions",
+    "assert_alpha_ratio": "assertions",
     "assert_config_healthy": "assertions",
     "assert_lora_healthy": "assertions",
+    "assert_param_ratio": "assertions",
     "check_config": "checks",
     "check_model": "checks",
     "check_training": "checks",
+    "count_parameters": "counting",
+    "rank_table": "counting",
 }
 
 __all__ = sorted(_HOMES)

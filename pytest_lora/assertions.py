@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable
@@ -35,17 +36,29 @@ class LoraHealthError(AssertionError):
 
 
 def demand(report: Report) -> Report:
-    """Deliver a report, warn of its warnings, and raise if it has errors.
+    """Deliver a report, warn of its warnings at the line that called the assertion, and raise if it has errors.
 
     Raises:
         LoraHealthError: The report has errors.
+        LoraHealthWarning: It has warnings and no errors, and a filter makes them errors; one for all of them.
     """
     __tracebackhide__ = True
     delivered.append(report)
+    depth = 2
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("pytest_lora."):
+        frame = frame.f_back
+        depth += 1
+    strict: list[str] = []
     for finding in report.warnings:
-        warnings.warn(str(finding), LoraHealthWarning, stacklevel=3)
+        try:
+            warnings.warn(str(finding), LoraHealthWarning, stacklevel=depth)
+        except LoraHealthWarning as warning:
+            strict.append(str(warning))
     if not report.ok:
         raise LoraHealthError(report)
+    if strict:
+        raise LoraHealthWarning("\n\n".join(strict))
     return report
 
 
@@ -114,3 +127,67 @@ def _selected(report: Report, select: Iterable[str], ignore: Iterable[str]) -> R
     from pytest_lora.rules import selected
 
     return Report(report.subject, tuple(selected(report.findings, select, ignore)))
+
+
+def assert_param_ratio(model: nn.Module, low: float = 0.0005, high: float = 0.01) -> Report:
+    """Assert that the share of trainable parameters lies in a band.
+
+    Both sides are logical: 4-bit weights count as what they stand for (see ``count_parameters``).
+
+    Args:
+        model: A model that carries LoRA layers.
+        low: Smallest share, as a fraction. Default 0.05 %.
+        high: Largest share, as a fraction. Default 1 %. LoRA (arXiv:2106.09685) trains 0.003 to 0.6 % of a
+            large base; tiny test models need a band of their own.
+
+    Raises:
+        LoraHealthError: The share lies outside (LORA901).
+        TypeError: ``model`` carries no LoRA layers, or a bound is no number.
+        ValueError: A bound is no fraction from 0 to 1, or ``low`` is above ``high``.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.adapter_properties import parameter_ratio
+
+    return demand(parameter_ratio(model, low, high))
+
+
+def assert_alpha_ratio(model_or_config: nn.Module | LoraConfig, expected: float = 2.0) -> Report:
+    """Assert that the effective scaling of every adapted module is one number.
+
+    The scaling is ``alpha / r``, under rsLoRA ``alpha / sqrt(r)``, with ``rank_pattern`` and
+    ``alpha_pattern`` applied. On a model it is read from every module with every adapter; of a
+    ``LoraConfig`` alone, the default and each pattern key are judged as if some module took them.
+
+    Args:
+        model_or_config: A model that carries LoRA layers, or a ``LoraConfig``.
+        expected: The scaling. Default 2, the usual ``alpha = 2 r``.
+
+    Raises:
+        LoraHealthError: A scaling differs by more than one part in a million (LORA902).
+        TypeError: An argument has the wrong type, or the model carries no LoRA layers.
+        ValueError: ``expected`` is not a finite number above 0, or a configured rank is below 1.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.adapter_properties import scaling
+
+    return demand(scaling(model_or_config, expected))
+
+
+def assert_adapter_shapes(model: nn.Module, targets: str | Iterable[str] | None = None) -> Report:
+    """Assert that the factors of every adapter fit its rank and its base weight.
+
+    Args:
+        model: A model that carries LoRA layers.
+        targets: What must be adapted, all of it and nothing else, written as PEFT's ``target_modules``:
+            module names or their last parts, a regular expression for full names, or ``"all-linear"``. A
+            module counts as adapted when any adapter is on it.
+
+    Raises:
+        LoraHealthError: A shape does not fit, or modules are missing or unexpected (LORA903).
+        TypeError: ``model`` carries no LoRA layers, or ``targets`` is neither names nor a pattern.
+        ValueError: ``targets`` is empty, or no regular expression.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.adapter_properties import adapter_shapes
+
+    return demand(adapter_shapes(model, targets))

@@ -22,9 +22,21 @@ FLOORS = {
     "rules": {"facts", "findings", "expect", "rules"},
     "inspection": {"facts", "inspection"},
     "tiny": {"tiny"},
+    "snapshot": set(),
+    "local_model": set(),
     "counting": {"facts", "findings", "inspection"},
     "checks": {"facts", "findings", "expect", "rules", "inspection"},
-    "assertions": {"facts", "findings", "expect", "rules", "inspection", "checks", "counting"},
+    "adapter_properties": {"facts", "findings", "inspection", "counting"},
+    "assertions": {
+        "facts",
+        "findings",
+        "expect",
+        "rules",
+        "inspection",
+        "checks",
+        "counting",
+        "adapter_properties",
+    },
 }
 """What each part of the package may import from the package; the plugin may import everything."""
 

@@ -1,0 +1,3 @@
+"""Fixtures that the tests of this repository share."""
+
+pytest_plugins = ["pytester"]

@@ -1,0 +1,135 @@
+"""The pytest plugin: hooks only. Each decides whether there is anything to do; other modules do it.
+
+Most sessions of an environment do not use LoRA, so nothing is imported here but the options and the fixtures.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_lora.plugin.fixtures import _lora_base_guard as _lora_base_guard
+from pytest_lora.plugin.fixtures import lora_base_model as lora_base_model
+from pytest_lora.plugin.fixtures import lora_batch as lora_batch
+from pytest_lora.plugin.fixtures import lora_config as lora_config
+from pytest_lora.plugin.fixtures import lora_device as lora_device
+from pytest_lora.plugin.fixtures import lora_expect as lora_expect
+from pytest_lora.plugin.fixtures import lora_model as lora_model
+from pytest_lora.plugin.options import MARKERS, OPTIONS, LoraOptions, add_options
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+_REPORT = "lora_report"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the flags and the ini values."""
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers and read the options once."""
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    config.stash[OPTIONS] = LoraOptions.from_config(config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Answer ``--lora-rules`` and ``--lora-explain`` instead of running tests."""
+    if not (config.getoption("lora_rules") or config.getoption("lora_explain")):
+        return None
+    from pytest_lora.plugin import rule_pages
+
+    return rule_pages.show(config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """Refuse a mark that says nothing, where its test is collected."""
+    made = yield
+    for item in made if isinstance(made, list) else ():
+        if isinstance(item, pytest.Item) and item.get_closest_marker("lora"):
+            from pytest_lora.plugin import markers
+
+            markers.require_valid(item)
+    return made
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Watch over the shared base in the tests that use it."""
+    names = getattr(item, "fixturenames", ())
+    if "lora_base_model" in names and "_lora_base_guard" not in names:
+        from pytest_lora.plugin import shared_base
+
+        shared_base.guard(item)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the slow tests unless they are asked for."""
+    if config.stash[OPTIONS].slow:
+        return
+    skip = pytest.mark.skip(reason="lora_slow: run it with --lora-slow or RUN_SLOW=1")
+    for item in items:
+        if item.get_closest_marker("lora_slow"):
+            item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: Any) -> Generator[None, Any, Any]:
+    """Remember which fixture made which base, so that a damaged one can be made anew."""
+    value = yield
+    if fixturedef.argname == "lora_base_model" or "pytest_lora.plugin.shared_base" in sys.modules:
+        from pytest_lora.plugin import shared_base
+
+        shared_base.of(request.config).remember(fixturedef, value)
+    return value
+
+
+def pytest_fixture_post_finalizer(fixturedef: pytest.FixtureDef[Any], request: Any) -> None:
+    """Keep no base alive that its fixture let go."""
+    if fixturedef.argname == "lora_base_model" and "pytest_lora.plugin.shared_base" in sys.modules:
+        from pytest_lora.plugin import shared_base
+
+        shared_base.of(request.config).forget(fixturedef)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Forget reports from before this test: of an earlier try of it, or of none."""
+    if "pytest_lora.assertions" in sys.modules:
+        from pytest_lora.plugin import summary
+
+        summary.start(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Put what the assertions found on the test's report, in which it travels."""
+    if "pytest_lora.assertions" not in sys.modules:
+        return (yield)
+    from pytest_lora.plugin import summary
+
+    summary.collect(item)
+    report = yield
+    summary.add_section(report, call, item.config)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count the findings of the session by rule."""
+    reports = [
+        report
+        for group in terminalreporter.stats.values()
+        for report in group
+        if any(name == _REPORT for name, _ in getattr(report, "user_properties", ()))
+    ]
+    if reports:
+        from pytest_lora.plugin import summary
+
+        summary.write(terminalreporter, reports)

@@ -1,0 +1,86 @@
+"""LoraConfig and batch for a test: defaults, marks, parameters, and what the base at hand allows."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel
+
+from pytest_lora.plugin.markers import fields_for, split
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import pytest
+    from torch import Tensor
+
+DEFAULTS: dict[str, object] = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def config_for(node: pytest.Item, parameter: object = None) -> LoraConfig:
+    """The configuration of a test.
+
+    Args:
+        node: The test, for its marks.
+        parameter: From indirect parametrization: a rank, a dict of fields, a LoraConfig, or ``None``.
+
+    Raises:
+        ValueError: A field does not exist, the parameter is something else, or PEFT refuses the fields.
+    """
+    if isinstance(parameter, LoraConfig):
+        return copy.deepcopy(parameter)
+    fields: dict[str, Any] = DEFAULTS | fields_for(node).config | _parameter_fields(node, parameter)
+    if isinstance(fields["r"], int):
+        fields.setdefault("lora_alpha", 2 * fields["r"])
+    try:
+        return LoraConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{node.nodeid}: peft refuses LoraConfig({_spelled(fields)}): {error}") from error
+
+
+def fitted(config: LoraConfig, base: nn.Module, node: pytest.Item) -> LoraConfig:
+    """A copy of the configuration, in which defaults that only fit a causal LM of transformers fit the base."""
+    config = copy.deepcopy(config)
+    given = fields_for(node).config
+    if "task_type" not in given and not hasattr(base, "prepare_inputs_for_generation"):
+        config.task_type = None
+    if config.target_modules == "all-linear" and not isinstance(base, PreTrainedModel):
+        config.target_modules = [
+            name for name, module in base.named_modules() if name and isinstance(module, nn.Linear)
+        ]
+    return config
+
+
+def within_vocabulary(batch: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+    """The batch with its ids folded into the base's vocabulary, if that is smaller."""
+    size = getattr(getattr(base, "config", None), "vocab_size", None)
+    if not isinstance(size, int) or size > int(batch["input_ids"].max()):
+        return batch
+    labels = batch["labels"]
+    return batch | {
+        "input_ids": batch["input_ids"] % size,
+        "labels": labels.where(labels < 0, labels % size),
+    }
+
+
+def _parameter_fields(node: pytest.Item, parameter: object) -> dict[str, object]:
+    if parameter is None:
+        return {}
+    if isinstance(parameter, int) and not isinstance(parameter, bool):
+        return {"r": parameter, "lora_alpha": 2 * parameter}
+    if isinstance(parameter, dict):
+        fields = split(parameter, f"{node.nodeid}: the parameter of lora_config")
+        if fields.expect:
+            names = ", ".join(fields.expect)
+            raise ValueError(f"{node.nodeid}: the parameter of lora_config has Expect fields: {names}")
+        return fields.config
+    raise ValueError(
+        f"{node.nodeid}: a parameter of lora_config is a rank, a dict of fields or a LoraConfig, not {parameter!r}"
+    )
+
+
+def _spelled(fields: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in fields.items())

@@ -1,0 +1,55 @@
+"""What ``--lora-rules`` and ``--lora-explain`` print."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_lora.rules import Rule, catalogue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def show(config: pytest.Config) -> int:
+    """Print what was asked for.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        pytest.UsageError: There is no such rule.
+    """
+    lines = listing() if config.getoption("lora_rules") else page(config.getoption("lora_explain"))
+    print("\n".join(lines))
+    return int(pytest.ExitCode.OK)
+
+
+def listing() -> Iterator[str]:
+    """One line a rule, ordered by code."""
+    rules = catalogue()
+    width = max(len(rule.name) for rule in rules)
+    for rule in rules:
+        yield f"{rule.code}  {rule.severity:<7}  {rule.name:<{width}}  {rule.summary}"
+
+
+def page(wanted: str) -> Iterator[str]:
+    """The documentation of the rule with this code or name."""
+    rule = _find(wanted)
+    yield f"{rule.code} {rule.name} ({rule.severity})"
+    yield ""
+    yield rule.doc
+
+
+def _find(wanted: str) -> Rule:
+    known = {key: rule for rule in catalogue() for key in (rule.code, rule.name)}
+    for key, rule in known.items():
+        if key.lower() == wanted.lower().replace("-", "_"):
+            return rule
+    candidates = [rule.code for rule in catalogue()] if wanted.upper().startswith("LORA") else list(known)
+    close = difflib.get_close_matches(wanted.upper(), [c.upper() for c in candidates], cutoff=0.5)
+    names = {c.upper(): c for c in candidates}
+    hint = f"did you mean {', '.join(names[c] for c in close)}? " if close else ""
+    raise pytest.UsageError(f"--lora-explain: there is no rule {wanted!r}; {hint}--lora-rules lists them all")

@@ -1,0 +1,102 @@
+"""From assertions to the terminal: reports travel as JSON in ``user_properties``, under xdist as well."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
+
+from pytest_lora.assertions import delivered
+from pytest_lora.findings import SEVERITIES, Finding, Report, Severity, counted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    import pytest
+
+PROPERTY = "lora_report"
+_COLOURS: dict[Severity, dict[str, bool]] = {
+    "error": {"red": True},
+    "warning": {"yellow": True},
+    "info": {},
+}
+
+
+def start(item: pytest.Item) -> None:
+    """Forget what was delivered before this try of the test."""
+    delivered.clear()
+    item.user_properties[:] = [(name, value) for name, value in item.user_properties if name != PROPERTY]
+
+
+def collect(item: pytest.Item) -> None:
+    """Move the delivered reports to the test's properties, each distinct one once."""
+    while delivered:
+        entry = (PROPERTY, delivered.popleft().to_json())
+        if entry not in item.user_properties:
+            item.user_properties.append(entry)
+
+
+def add_section(report: pytest.TestReport, call: pytest.CallInfo[None], config: pytest.Config) -> None:
+    """With -v, show the whole report under a failed assertion, which itself spells out ten findings."""
+    whole = getattr(call.excinfo.value, "report", None) if call.excinfo else None
+    if report.failed and isinstance(whole, Report) and config.get_verbosity() > 0:
+        report.sections.append(("LoRA report", str(whole)))
+
+
+def write(terminal: pytest.TerminalReporter, reports: Iterable[pytest.TestReport]) -> None:
+    """Write the section "LoRA health": one line a rule, worst first; infos only with -v."""
+    found = findings_by_test(reports)
+    lowest = SEVERITIES if terminal.config.get_verbosity() > 0 else SEVERITIES[:2]
+    lines = list(rule_lines(found, lowest))
+    if not lines:
+        return
+    terminal.section("LoRA health")
+    for severity, line in lines:
+        terminal.write_line(line, **_COLOURS[severity])
+
+
+def findings_by_test(reports: Iterable[pytest.TestReport]) -> dict[str, list[Finding]]:
+    """The findings of each test by its node id.
+
+    A test has a report for each phase and each try. Properties pile up over the phases and start anew with a
+    try, so the last report of a test has them all.
+    """
+    last: dict[str, pytest.TestReport] = {}
+    for report in sorted(reports, key=lambda report: report.start):
+        last[report.nodeid] = report
+    return {
+        nodeid: [
+            finding
+            for name, value in report.user_properties
+            if name == PROPERTY
+            for finding in Report.from_json(str(value)).findings
+        ]
+        for nodeid, report in last.items()
+    }
+
+
+def rule_lines(
+    found: dict[str, list[Finding]], shown: tuple[Severity, ...] = SEVERITIES
+) -> Iterator[tuple[Severity, str]]:
+    """Yield the worst severity of each rule and its line, the worst rule first."""
+    counts: defaultdict[tuple[str, str], Counter[Severity]] = defaultdict(Counter)
+    tests: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for nodeid, findings in found.items():
+        for finding in findings:
+            if finding.severity in shown:
+                counts[finding.code, finding.title][finding.severity] += 1
+                tests[finding.code, finding.title].add(nodeid)
+    worst = {rule: min(count, key=SEVERITIES.index) for rule, count in counts.items()}
+    width = max((len(title) for _, title in counts), default=0)
+    for rule in sorted(counts, key=lambda rule: (SEVERITIES.index(worst[rule]), rule)):
+        code, title = rule
+        in_tests = _plural(len(tests[rule]), "test")
+        how_many = (
+            _plural(counts[rule].total(), "finding")
+            if len(counts[rule]) == 1
+            else counted(counts[rule].elements())
+        )
+        yield worst[rule], f"{code} {worst[rule]:<7} {title:<{width}}  {how_many} in {in_tests}"
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,56 @@
+"""A session that does not use LoRA pays next to nothing for the installed plugin."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+HEAVY = {"torch", "numpy", "transformers", "peft", "bitsandbytes", "hypothesis", "accelerate", "safetensors"}
+
+PRINT_MODULES = """
+import json, sys
+
+def pytest_unconfigure():
+    print("MODULES", json.dumps(sorted(sys.modules)))
+"""
+
+
+def loaded(pytester: pytest.Pytester, *args: str) -> set[str]:
+    result = pytester.runpytest_subprocess("-s", "-p", "no:hypothesispytest", "-p", "no:xdist", *args)
+    assert result.ret == 0
+    line = next(line for line in result.outlines if "MODULES " in line)
+    return set(json.loads(line.partition("MODULES ")[2]))
+
+
+def test_a_session_without_lora_loads_at_most_five_own_modules_and_nothing_heavy(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.makeconftest(PRINT_MODULES)
+    pytester.makepyfile(
+        "import pytest\n@pytest.mark.parametrize('x', [1, 2])\ndef test_plain(x, tmp_path): ..."
+    )
+    modules = loaded(pytester)
+    own = {name for name in modules if name.partition(".")[0] == "pytest_lora"}
+    assert {"pytest_lora", "pytest_lora.plugin"} <= own
+    assert len(own) <= 5, own
+    assert not {name.partition(".")[0] for name in modules} & HEAVY
+    without = loaded(pytester, "-p", "no:lora")
+    assert modules - without == own
+
+
+def test_marks_of_expect_fields_import_no_peft(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(PRINT_MODULES)
+    pytester.makepyfile("import pytest\n@pytest.mark.lora(alpha_ratio=2.0)\ndef test_plain(): ...")
+    assert not {name.partition(".")[0] for name in loaded(pytester)} & HEAVY
+
+
+def test_tests_that_ask_for_nothing_get_no_fixture(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_plain(request): assert request.fixturenames == ['request']")
+    assert pytester.runpytest_subprocess("-p", "no:hypothesispytest").ret == 0
+
+
+def test_can_be_switched_off(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_plain(lora_device): ...")
+    result = pytester.runpytest_subprocess("-p", "no:lora")
+    result.stdout.fnmatch_lines(["E       fixture 'lora_device' not found"])

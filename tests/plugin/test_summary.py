@@ -1,0 +1,183 @@
+"""Reports: in the terminal, under xdist, in JUnit XML, as warnings and as errors."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from pytest_lora.findings import Report
+
+REPORTS = """
+import pytest
+from pytest_lora.assertions import demand
+from pytest_lora.findings import Finding, Report
+
+NAMES = {"LORA203": "adapter_left_merged", "LORA107": "alpha_damps_the_adapter", "LORA109": "odd_but_fine"}
+
+def report(*found):
+    return Report("model", tuple(Finding(c, NAMES[c], s, w, "seen", "wanted", "mend") for c, s, w in found))
+
+def assert_healthy(*found):
+    __tracebackhide__ = True
+    return demand(report(*found))
+
+@pytest.fixture
+def judged():
+    assert_healthy(("LORA107", "warning", "in set-up"))
+    yield
+    assert_healthy(("LORA107", "warning", "in teardown"))
+
+def test_fails():
+    assert_healthy(("LORA203", "error", "a"), ("LORA203", "error", "b"), ("LORA109", "info", "c"))
+
+def test_fails_too():
+    assert_healthy(("LORA203", "error", "a"), ("LORA203", "warning", "b"))
+
+def test_passes_with_a_warning(judged):
+    for _ in range(3):
+        assert_healthy(("LORA107", "warning", "same"))
+
+def test_passes_with_an_info():
+    assert_healthy(("LORA109", "info", "c"))
+
+def test_many():
+    assert_healthy(*[("LORA203", "error", f"module {n}") for n in range(13)])
+
+def test_healthy():
+    assert_healthy()
+
+def test_asks_for_nothing(): ...
+"""
+
+WORKERS = pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["plain", "xdist"])
+
+
+def section(lines: list[str]) -> list[str]:
+    start = next(i for i, line in enumerate(lines) if " LoRA health " in line)
+    end = next(i for i, line in enumerate(lines) if i > start and line.startswith("="))
+    return lines[start + 1 : end]
+
+
+@WORKERS
+def test_section_counts_by_rule_worst_first(pytester: pytest.Pytester, workers: list[str]) -> None:
+    pytester.makepyfile(test_it=REPORTS)
+    result = pytester.runpytest_subprocess(*workers)
+    result.assert_outcomes(passed=4, failed=3, warnings=4)
+    assert section(result.outlines) == [
+        "LORA203 error   adapter left merged      16 errors, 1 warning in 3 tests",
+        "LORA107 warning alpha damps the adapter  3 findings in 1 test",
+    ]
+    assert "E       ... 3 more (-v shows all)" in result.outlines
+    result.stdout.no_fnmatch_line("*LoRA report*")
+
+
+@WORKERS
+def test_verbose_shows_infos_and_whole_reports(pytester: pytest.Pytester, workers: list[str]) -> None:
+    pytester.makepyfile(test_it=REPORTS)
+    result = pytester.runpytest_subprocess("-v", *workers)
+    assert section(result.outlines)[-1] == "LORA109 info    odd but fine             2 findings in 2 tests"
+    lines = result.outlines
+    many = next(i for i, line in enumerate(lines) if "___ test_many ___" in line)
+    whole = next(i for i, line in enumerate(lines) if i > many and "--- LoRA report ---" in line)
+    assert lines[whole + 1] == "model: 13 errors"
+    assert sum(line.startswith("  --> module ") for line in lines[whole:][: 13 * 6 + 2]) == 13
+    assert sum("--- LoRA report ---" in line for line in lines) == 3
+
+
+@WORKERS
+def test_reports_are_in_junit_xml(pytester: pytest.Pytester, workers: list[str]) -> None:
+    pytester.makepyfile(test_it=REPORTS)
+    pytester.runpytest_subprocess("--junit-xml=out.xml", *workers)
+    found = {
+        case.get("name"): [
+            Report.from_json(prop.get("value", ""))
+            for prop in case.iter("property")
+            if prop.get("name") == "lora_report"
+        ]
+        for case in ET.parse(pytester.path / "out.xml").iter("testcase")
+    }
+    assert [len(report.findings) for report in found["test_fails"]] == [3]
+    assert [report.findings[0].where for report in found["test_passes_with_a_warning"]] == [
+        "in set-up",
+        "same",
+        "in teardown",
+    ]
+    assert found["test_healthy"] == [Report("model")]
+    assert found["test_asks_for_nothing"] == []
+
+
+def test_nothing_is_printed_when_there_is_nothing_to_say(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_it=REPORTS)
+    result = pytester.runpytest_subprocess("-k", "healthy or with_an_info or nothing")
+    result.assert_outcomes(passed=3, deselected=4)
+    result.stdout.no_fnmatch_line("*LoRA health*")
+
+
+def test_a_test_tried_again_counts_once(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        """
+        from _pytest.runner import runtestprotocol
+
+        def pytest_runtest_protocol(item, nextitem):
+            for _ in range(2):
+                for report in runtestprotocol(item, nextitem=nextitem, log=False):
+                    item.ihook.pytest_runtest_logreport(report=report)
+            return True
+        """
+    )
+    pytester.makepyfile(
+        test_it=REPORTS
+        + "\ntries = []\ndef test_flaky():\n    tries.append(1)\n"
+        + "    assert_healthy(('LORA107', 'warning', f'try {len(tries)}'))\n"
+    )
+    result = pytester.runpytest_subprocess("-k", "test_flaky or test_fails_too")
+    assert section(result.outlines) == [
+        "LORA203 error   adapter left merged      1 error, 1 warning in 1 test",
+        "LORA107 warning alpha damps the adapter  1 finding in 1 test",
+    ]
+
+
+def test_reports_of_collection_are_of_no_test(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_it=REPORTS + "\ndemand(report(('LORA107', 'warning', 'at import')))\n")
+    result = pytester.runpytest_subprocess("-k", "healthy")
+    result.stdout.no_fnmatch_line("*LoRA health*")
+
+
+def test_warnings_point_at_the_line_of_the_test(pytester: pytest.Pytester) -> None:
+    """Also from an assertion that calls another: a module in the package stands for it."""
+    pytester.makepyfile(
+        test_it="""
+        from pytest_lora import Finding, Report
+        from pytest_lora import assertions
+
+        REPORT = Report("model", (Finding("LORA107", "alpha_damps", "warning", "here", "a", "b", "c"),))
+        nested = {"__name__": "pytest_lora.made_up", "demand": assertions.demand}
+        exec("def inner(r): return demand(r)\\ndef outer(r): return inner(r)", nested)
+
+        def test_it():
+            nested["outer"](REPORT)
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result.stdout.fnmatch_lines(["*/test_it.py:9: LoraHealthWarning: warning[[]LORA107[]]: alpha damps"])
+
+
+@pytest.mark.parametrize("how", [["-W", "error::pytest_lora.LoraHealthWarning"], ["-c", "strict.ini"]])
+def test_strict_mode(pytester: pytest.Pytester, how: list[str]) -> None:
+    pytester.makefile(".ini", strict="[pytest]\nfilterwarnings = error::pytest_lora.LoraHealthWarning")
+    pytester.makepyfile(
+        test_it=REPORTS
+        + "\ndef test_two_warnings():\n"
+        + "    assert_healthy(('LORA107', 'warning', 'first'), ('LORA107', 'warning', 'second'))\n"
+    )
+    result = pytester.runpytest_subprocess(*how, "-k", "fails_too or with_an_info or two_warnings")
+    result.assert_outcomes(failed=2, passed=1, deselected=5)
+    result.stdout.fnmatch_lines(
+        [
+            "E * pytest_lora.assertions.LoraHealthError: model: 1 error, 1 warning",
+            "E * pytest_lora.findings.LoraHealthWarning: warning[[]LORA107[]]: alpha damps the adapter",
+            "E * --> first",
+            "E * --> second",
+        ]
+    )
