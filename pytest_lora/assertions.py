@@ -5,20 +5,23 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pytest_lora.findings import LoraHealthWarning, Report
 
 if TYPE_CHECKING:
     import os
 
+    import torch
     from peft import LoraConfig
     from torch import nn
     from torch.optim import Optimizer
     from transformers import PretrainedConfig
 
     from pytest_lora.expect import Expect
+    from pytest_lora.facts.training import LossDrop
+    from pytest_lora.inspection.training import LossFn
 
 SHOWN = 10
 """Findings that an assertion spells out; the report on the exception has them all."""
@@ -93,6 +96,53 @@ def assert_lora_healthy(
 
     report = check_model(model, optimizer=optimizer, expect=expect)
     return demand(_selected(report, select, ignore))
+
+
+def assert_loss_decreases(
+    model: nn.Module,
+    batches: Mapping[str, Any] | Iterable[Any],
+    *,
+    steps: int = 20,
+    by: float | None = None,
+    optimizer: Optimizer | None = None,
+    lr: float | None = None,
+    loss_fn: LossFn | None = None,
+    device: str | torch.device | None = None,
+) -> LossDrop:
+    """Assert that some training steps lower the loss, and that the adapter has a share in it.
+
+    The mean loss of the same fixed batches is compared before and after, without dropout, so that two runs of the same
+    set-up differ by rounding only. A loss that a head alone lowers does not pass, nor one that is NaN. Afterwards the
+    model, the optimizer and the random states are bit for bit what they were.
+
+    Args:
+        model: Anything with PEFT LoRA layers; see ``check_model``.
+        batches: One batch (a dict of tensors for ``model(**batch)``) or an iterable of batches, used in order and over
+            again; at most ``steps`` are used.
+        steps: Optimizer steps, at least 1.
+        by: The relative drop that is asked for, such as 0.1 for 10 %. By default 1 %, or 0.05 % where ``optimizer`` or
+            ``lr`` is given, which may be made for thousands of steps.
+        optimizer: The optimizer of the real run. By default an AdamW over everything that requires gradients.
+        lr: Learning rate of that AdamW. By default one that suits rank, scaling and number of the adapters.
+        loss_fn: Called with the model and a batch, gives a scalar loss; by default the loss that the model returns.
+        device: Where to run, such as ``"cpu"``. By default the GPU where there is one and no optimizer is given.
+
+    Returns:
+        The measurement: ``before``, ``after``, ``drop``, ``curve``, ``lr``.
+
+    Raises:
+        LoraHealthError: The loss did not fall by as much; the message has the curve and the likely reasons.
+        TypeError: An argument has the wrong type, or the model carries no LoRA layers.
+        ValueError: An argument is out of its range, there is no batch, or the model gives no loss for one.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks import measure_loss_drop
+
+    report, drop = measure_loss_drop(
+        model, batches, steps=steps, by=by, optimizer=optimizer, lr=lr, loss_fn=loss_fn, device=device
+    )
+    demand(report)
+    return drop
 
 
 def assert_config_healthy(

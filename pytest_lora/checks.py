@@ -13,6 +13,7 @@ from pytest_lora.rules import judge
 if TYPE_CHECKING:
     import os
 
+    import torch
     from peft import LoraConfig
     from torch import Tensor, nn
     from torch.amp import GradScaler
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PretrainedConfig
 
+    from pytest_lora.facts.training import LossDrop
     from pytest_lora.inspection.training import LossFn
 
 
@@ -153,6 +155,74 @@ def check_training(
     judged: list[object] = [facts, facts.optimizer]
     subject = f"training of {type(model).__name__} of {facts.model.base.architecture}"
     return Report(subject, tuple(judge(judged, expect)))
+
+
+OWN_DROP = 0.01
+"""Relative drop asked of the learning rate that ``check_loss_decreases`` chooses. Healthy set-ups fall by 3 % at least,
+broken ones not at all, as the same batches are compared without dropout (``benchmarks/loss_decreases.py``)."""
+
+GIVEN_DROP = 0.0005
+"""Relative drop asked of a learning rate or optimizer that the user chose, which may be made for thousands of steps."""
+
+
+def check_loss_decreases(
+    model: nn.Module,
+    batches: Mapping[str, Any] | Iterable[Any],
+    *,
+    steps: int = 20,
+    by: float | None = None,
+    optimizer: Optimizer | None = None,
+    lr: float | None = None,
+    loss_fn: LossFn | None = None,
+    device: str | torch.device | None = None,
+) -> Report:
+    """Train for some steps, and judge whether the adapter lowers the loss; see ``assert_loss_decreases``.
+
+    Returns:
+        A report that is empty where the loss fell far enough; else what was measured and the likely reasons.
+    """
+    return measure_loss_drop(
+        model, batches, steps=steps, by=by, optimizer=optimizer, lr=lr, loss_fn=loss_fn, device=device
+    )[0]
+
+
+def measure_loss_drop(
+    model: nn.Module,
+    batches: Any,
+    *,
+    steps: int,
+    by: float | None,
+    optimizer: Optimizer | None,
+    lr: float | None,
+    loss_fn: LossFn | None,
+    device: str | torch.device | None,
+) -> tuple[Report, LossDrop]:
+    """What ``check_loss_decreases`` reports, with the measurement."""
+    from pytest_lora.inspection.training import Plan, loss_drop, place
+
+    require_steps(steps)
+    require_trainers(optimizer, None, None, loss_fn)
+    _require_at_least("lr", lr, least=0.0)
+    _require_at_least("by", by, least=0.0)
+    if lr is not None and optimizer is not None:
+        raise ValueError("lr is for the optimizer that is made here; set it in the optimizer that you give")
+    if by is None:
+        by = OWN_DROP if optimizer is None and lr is None else GIVEN_DROP
+    plan = Plan(steps=steps, rate=lr, optimizer=optimizer, loss_fn=loss_fn)
+    facts, drop = loss_drop(model, batches, plan, by, place(model, device, optimizer))
+    subject = f"loss of {type(model).__name__} of {facts.model.base.architecture} over {steps} steps"
+    if drop.healthy:
+        return Report(subject), drop
+    return Report(subject, tuple(judge([drop, facts, facts.optimizer], Expect()))), drop
+
+
+def _require_at_least(name: str, value: Any, *, least: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value) or value < least:
+        raise ValueError(f"{name} must be a finite number of at least {least:g}, not {value!r}")
 
 
 def require_steps(steps: Any) -> None:

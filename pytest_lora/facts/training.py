@@ -300,7 +300,7 @@ class TrainingFacts:
 
     @property
     def adapter_tensors(self) -> tuple[TensorFacts, ...]:
-        """Trainable low-rank factors and magnitudes of active adapters."""
+        """Trainable low-rank factors of active adapters; a magnitude learns without them, but is no adapter."""
         active = set(self.model.active)
         return tuple(
             t
@@ -342,6 +342,11 @@ class TrainingFacts:
         return any(t.dtype == "float16" and t.trainable and t.held for t in self.tensors)
 
     @property
+    def adapter_learned(self) -> bool:
+        """Whether a gradient reached any low-rank factor and a step moved it."""
+        return any(t.reached and t.moved for t in self.adapter_tensors)
+
+    @property
     def judges_gradients(self) -> bool:
         """Whether the steps can tell what gradients reach; NaN and losses over nothing hide it."""
         finite = all(math.isfinite(step.loss) for step in self.steps)
@@ -354,7 +359,7 @@ class TrainingFacts:
 
     @property
     def unlearning(self) -> tuple[LayerState, ...]:
-        """Active adapters on modules, of which no trainable tensor saw a gradient other than zero."""
+        """Active adapters on modules, of which no trainable factor saw a gradient other than zero."""
         reached = {(t.module, t.adapter) for t in self.adapter_tensors if t.reached}
         return tuple(
             layer for layer in self.model.active_layers if (layer.module, layer.adapter) not in reached
@@ -384,27 +389,44 @@ class TrainingFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class DropFacts:
+class LossDrop:
     """How far the loss of fixed batches went down.
 
     Attributes:
-        before: Mean loss of the batches before training, dropout off.
+        before: Mean loss of the batches before training, dropout off, in the unit of the loss (nats per token for
+            a language model).
         after: The same after it.
-        curve: Loss of each step.
-        rate: Learning rate; None where the user's own optimizer ran.
+        curve: Loss of each step, dropout as it was.
+        lr: Learning rate of the optimizer that was made; None where the user's own ran.
         by: Relative drop that was asked for.
+        adapter_learned: Whether a gradient reached any low-rank factor and a step moved it.
     """
 
     before: float
     after: float
     curve: tuple[float, ...]
-    rate: float | None
+    lr: float | None
     by: float
+    adapter_learned: bool
 
     @property
     def drop(self) -> float:
         """Relative drop; NaN where a loss is not finite or there was none."""
         return (self.before - self.after) / self.before if self.before else math.nan
+
+    @property
+    def fits_already(self) -> bool:
+        """Whether there was nothing left to learn, before and after."""
+        return abs(self.before) < FITS and abs(self.after) < FITS
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the adapter learned, and the loss fell far enough or had nothing left to fall."""
+        return self.adapter_learned and (self.drop >= self.by or self.fits_already)
+
+
+FITS = 0.1
+"""At a loss below this, in nats per token, the model fits: each token has a probability of 0.9."""
 
 
 def fell(losses: Iterable[float], by: float = 0.01) -> bool:

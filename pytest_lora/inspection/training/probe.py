@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_lora.facts.training import DropFacts, OptimizerFacts, StepFacts, TrainingFacts
+from pytest_lora.facts.model import LayerState
+from pytest_lora.facts.training import LossDrop, OptimizerFacts, StepFacts, TrainingFacts
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.peft_internals import LoraLayer
 from pytest_lora.inspection.survey import Survey
@@ -33,7 +35,7 @@ class Plan:
 
     Attributes:
         steps: Optimizer steps; 0 looks at labels and modes only.
-        rate: Learning rate of the AdamW that is made where ``optimizer`` is None.
+        rate: Learning rate of the AdamW that is made where ``optimizer`` is None; None chooses one.
         optimizer: The user's optimizer.
         scheduler: Stepped once after each step.
         max_grad_norm: Where gradients are clipped.
@@ -44,7 +46,7 @@ class Plan:
     """
 
     steps: int
-    rate: float
+    rate: float | None
     optimizer: Any = None
     scheduler: Any = None
     max_grad_norm: float | None = None
@@ -76,15 +78,26 @@ def training_facts(model: nn.Module, batches: Any, plan: Plan) -> TrainingFacts:
         return probe.facts(given)
 
 
-def drop_facts(
+def loss_drop(
     model: nn.Module, batches: Any, plan: Plan, by: float, device: torch.device | None
-) -> tuple[TrainingFacts, DropFacts]:
+) -> tuple[TrainingFacts, LossDrop]:
     """Train on some batches, and compare their mean loss, dropout off, before and after.
+
+    Args:
+        model: The model.
+        batches: One batch or an iterable of batches; of a list no more than ``plan.steps`` are used.
+        plan: How to train; a ``rate`` of None chooses one that suits the adapters.
+        by: Relative drop that is asked for.
+        device: Where to run, or None for where the model is.
 
     Raises:
         TypeError: ``model`` carries no LoRA layers, or ``batches`` has another form.
         ValueError: There is no batch, or the model gives no loss for one.
     """
+    if device is not None and device.type == "cuda":
+        # Started only now, CUDA would begin with a random state that was never noted.
+        cuda: Any = torch.cuda
+        cuda.init()
     with traceless(model, plan.kept, generators_of(batches)) as trace:
         taken = take_batches(batches, plan.steps, plan.loss_fn)[: plan.steps]
         if device is not None:
@@ -95,8 +108,14 @@ def drop_facts(
         probe.run()
         after = mean_loss() if probe.runnable else float("nan")
         facts = probe.facts(len(taken))
-    curve = tuple(step.loss for step in facts.steps)
-    return facts, DropFacts(before, after, curve, None if plan.optimizer else plan.rate, by)
+    return facts, LossDrop(
+        before=before,
+        after=after,
+        curve=tuple(step.loss for step in facts.steps),
+        lr=None if plan.optimizer is not None else probe.rate,
+        by=by,
+        adapter_learned=facts.adapter_learned,
+    )
 
 
 def _evaluation(model: nn.Module, batches: tuple[Any, ...], loss_fn: LossFn | None) -> Callable[[], float]:
@@ -131,7 +150,8 @@ class _Probe:
         self._facts = model_facts(model)
         self._labels = tuple(label_facts(batches, vocabulary(self._found.root, self._facts.base)))
         self._snapshot = tuple(since_snapshot(model, self._found, plan.base_snapshot or {}))
-        self._optimizer: Any = plan.optimizer or _default_optimizer(model, plan.rate)
+        self.rate = suitable_rate(self._facts.active_layers) if plan.rate is None else plan.rate
+        self._optimizer: Any = plan.optimizer or _default_optimizer(model, self.rate)
         self._described = (
             optimizer_facts(model, self._optimizer)
             if self._optimizer
@@ -256,6 +276,26 @@ class _Probe:
 def _default_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer | None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trainable, lr=rate) if trainable else None
+
+
+def suitable_rate(layers: Sequence[LayerState]) -> float:
+    """A learning rate for Adam at which some twenty steps move adapters far enough and not too far.
+
+    A step of size ``lr`` in every number of ``lora_B`` changes the output of a module by about
+    ``lr * scaling * sqrt(rank / 3)`` of the size of its input, whatever its width, and the changes of all modules add
+    up. This is kept at what ``RATE`` gives ten modules of rank 8 and scaling 2; a 7B model with rank 16 on all its
+    linear layers gets 3e-4.
+    """
+    strength = max((abs(layer.scaling) * math.sqrt(layer.rank) for layer in layers), default=0.0)
+    if not strength:
+        return RATE
+    rate = RATE * (2 * math.sqrt(8) / strength) * (10 / max(1, len(layers)))
+    return min(max(rate, RATE / 100), 3 * RATE if strength < 1 else RATE)
+
+
+RATE = 1e-2
+"""Measured on tiny Llama, GPT-2, T5, BERT and the built-in base, ranks 1 to 64: of 1e-3, 3e-3, 1e-2 and 3e-2 the one
+whose smallest drop in 20 steps is the largest (3 %)."""
 
 
 def _live_dropouts(found: Survey) -> Iterator[str]:

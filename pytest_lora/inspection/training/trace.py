@@ -142,8 +142,9 @@ class Trace:
         if attributes:
             self._keep_container(attributes)
             quantization = attributes.get("quant_state")
-            if quantization is not None:
+            while quantization is not None:  # nested where the scales are quantized too
                 self._keep_container(vars(quantization))
+                quantization = getattr(quantization, "state2", None)
 
     def _keep_container(self, container: Any) -> bool:
         """Keep the contents; False if they are kept already."""

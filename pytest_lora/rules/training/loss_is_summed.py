@@ -48,8 +48,8 @@ def loss_is_summed(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
         exact = facts.batches > 1 and abs(times / facts.batches - 1) < CLOSE
         yield Violation(
             where="the loss",
-            observed=f"the loss started at {known[0]:.3g}, {known[0] / chance:.1f} times ln(vocabulary) = {chance:.3g}, "
-            f"and is {times:.1f} times the {now:.3g} measured on one batch"
+            observed=f"the loss started at {known[0]:.3g}, {known[0] / chance:.1f} times ln(vocabulary) = {chance:.3g}"
+            f", and is {times:.1f} times the {now:.3g} measured on one batch"
             + (f": the sum over {facts.batches} accumulation steps" if exact else ": it is summed"),
             expected="the mean over accumulation steps, about ln(vocabulary) at most",
             fix="divide each loss by the number of accumulation steps, or by all tokens of the accumulated batch",
