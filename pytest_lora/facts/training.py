@@ -302,11 +302,7 @@ class TrainingFacts:
     def adapter_tensors(self) -> tuple[TensorFacts, ...]:
         """Trainable low-rank factors of active adapters; a magnitude learns without them, but is no adapter."""
         active = set(self.model.active)
-        return tuple(
-            t
-            for t in self.tensors
-            if t.trainable and t.adapter in active and t.part in ("a", "b", "magnitude")
-        )
+        return tuple(t for t in self.tensors if t.trainable and t.adapter in active and t.part in ("a", "b"))
 
     @property
     def has_graph(self) -> bool:
