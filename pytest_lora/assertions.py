@@ -68,6 +68,8 @@ def demand(report: Report) -> Report:
 def assert_lora_healthy(
     model: nn.Module,
     *,
+    batch: Mapping[str, Any] | Iterable[Any] | None = None,
+    steps: int | None = None,
     optimizer: Optimizer | None = None,
     expect: Expect | None = None,
     select: Iterable[str] = (),
@@ -75,9 +77,13 @@ def assert_lora_healthy(
 ) -> Report:
     """Assert that a model with LoRA adapters is set up as it should be; see ``check_model``.
 
+    With a batch it also takes some real training steps and judges what they show; see ``check_training``.
+
     Args:
         model: Anything with PEFT LoRA layers: a ``PeftModel``, a ``PeftMixedModel``, a transformers model
             after ``add_adapter``, and these inside DDP, ``torch.compile`` or a value head.
+        batch: One batch (a dict of tensors for ``model(**batch)``) or an iterable of batches to train on.
+        steps: Optimizer steps to take on it, at least 1; 3 by default.
         optimizer: The optimizer that is going to train it, if there is one already.
         expect: What is meant, where only the user can know it.
         select: Codes, or starts of codes, to look at; all when empty.
@@ -89,12 +95,19 @@ def assert_lora_healthy(
     Raises:
         LoraHealthError: There are errors.
         TypeError: An argument has the wrong type, or the model carries no LoRA layers.
-        ValueError: A code does not exist.
+        ValueError: A code does not exist, or ``steps`` is out of its range or without a batch.
     """
     __tracebackhide__ = True
-    from pytest_lora.checks import check_model
+    from pytest_lora.checks import PROBE_STEPS, check_model, check_training
 
-    report = check_model(model, optimizer=optimizer, expect=expect)
+    if steps is not None and batch is None:
+        raise ValueError("steps needs a batch to take them with; give batch too")
+    # Each looks at the optimizer, but only once is to be heard.
+    report = check_model(model, optimizer=optimizer if batch is None else None, expect=expect)
+    if batch is not None:
+        taken = PROBE_STEPS if steps is None else steps
+        trained = check_training(model, batch, optimizer=optimizer, steps=taken, expect=expect)
+        report = Report(report.subject, (*report.findings, *trained.findings))
     return demand(_selected(report, select, ignore))
 
 

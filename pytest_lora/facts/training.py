@@ -322,6 +322,12 @@ class TrainingFacts:
         return bool(rates) and not any(rates)
 
     @property
+    def some_rate_is_zero(self) -> bool:
+        """Whether a group that holds what the model trains had no learning rate above zero at any step."""
+        groups = [g.index for g in self.optimizer.groups if g.parts]
+        return any(not any(step.rates[index] for step in self.steps) for index in groups)
+
+    @property
     def labels_ignored(self) -> bool:
         """Whether no label counts in some batch that was run."""
         used = {step.batch for step in self.steps}

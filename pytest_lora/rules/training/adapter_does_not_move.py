@@ -40,7 +40,7 @@ def adapter_does_not_move(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     - https://arxiv.org/abs/2010.06192
     """
     held = [t for t in facts.adapter_tensors if t.held and t.reached]
-    if not held or facts.rates_are_zero or facts.scaler or facts.max_grad_norm == 0 or not facts.finite:
+    if not held or facts.some_rate_is_zero or facts.scaler or facts.max_grad_norm == 0 or not facts.finite:
         return
     moved = any(t.moved for t in held)
     still = [t for t in held if not t.moved]
