@@ -47,8 +47,9 @@ def some_adapters_get_no_gradient(facts: TrainingFacts, expect: Expect) -> Itera
     for layer in facts.unlearning:
         if layer.trainable:
             reason = facts.why_silent(layer)
-            optional = layer.module in facts.untouched and (
-                _is_expert(layer.module) or _lacks_input(facts, layer)
+            # An expert may also run for the last token alone, which predicts nothing.
+            optional = _is_expert(layer.module) or (
+                layer.module in facts.untouched and _lacks_input(facts, layer)
             )
             silent.setdefault((reason, "info" if optional else "warning"), []).append(layer.module)
     for (reason, severity), modules in silent.items():
