@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.findings import LoraHealthWarning, Report
@@ -13,12 +13,15 @@ from pytest_lora.findings import LoraHealthWarning, Report
 if TYPE_CHECKING:
     import os
 
+    import torch
     from peft import LoraConfig
     from torch import nn
     from torch.optim import Optimizer
     from transformers import PretrainedConfig
 
     from pytest_lora.expect import Expect
+    from pytest_lora.facts.training import LossDrop
+    from pytest_lora.inspection.training import LossFn
 
 SHOWN = 10
 """Findings that an assertion spells out; the report on the exception has them all."""
@@ -65,6 +68,8 @@ def demand(report: Report) -> Report:
 def assert_lora_healthy(
     model: nn.Module,
     *,
+    batch: Mapping[str, Any] | Iterable[Any] | None = None,
+    steps: int | None = None,
     optimizer: Optimizer | None = None,
     expect: Expect | None = None,
     select: Iterable[str] = (),
@@ -72,9 +77,13 @@ def assert_lora_healthy(
 ) -> Report:
     """Assert that a model with LoRA adapters is set up as it should be; see ``check_model``.
 
+    With a batch it also takes some real training steps and judges what they show; see ``check_training``.
+
     Args:
         model: Anything with PEFT LoRA layers: a ``PeftModel``, a ``PeftMixedModel``, a transformers model
             after ``add_adapter``, and these inside DDP, ``torch.compile`` or a value head.
+        batch: One batch (a dict of tensors for ``model(**batch)``) or an iterable of batches to train on.
+        steps: Optimizer steps to take on it, at least 1; 3 by default.
         optimizer: The optimizer that is going to train it, if there is one already.
         expect: What is meant, where only the user can know it.
         select: Codes, or starts of codes, to look at; all when empty.
@@ -86,13 +95,67 @@ def assert_lora_healthy(
     Raises:
         LoraHealthError: There are errors.
         TypeError: An argument has the wrong type, or the model carries no LoRA layers.
-        ValueError: A code does not exist.
+        ValueError: A code does not exist, or ``steps`` is out of its range or without a batch.
     """
     __tracebackhide__ = True
-    from pytest_lora.checks import check_model
+    from pytest_lora.checks import PROBE_STEPS, check_model, check_training
 
-    report = check_model(model, optimizer=optimizer, expect=expect)
+    if steps is not None and batch is None:
+        raise ValueError("steps needs a batch to take them with; give batch too")
+    # Each looks at the optimizer, but only once is to be heard.
+    report = check_model(model, optimizer=optimizer if batch is None else None, expect=expect)
+    if batch is not None:
+        taken = PROBE_STEPS if steps is None else steps
+        trained = check_training(model, batch, optimizer=optimizer, steps=taken, expect=expect)
+        report = Report(report.subject, (*report.findings, *trained.findings))
     return demand(_selected(report, select, ignore))
+
+
+def assert_loss_decreases(
+    model: nn.Module,
+    batches: Mapping[str, Any] | Iterable[Any],
+    *,
+    steps: int = 20,
+    by: float | None = None,
+    optimizer: Optimizer | None = None,
+    lr: float | None = None,
+    loss_fn: LossFn | None = None,
+    device: str | torch.device | None = None,
+) -> LossDrop:
+    """Assert that some training steps lower the loss, and that the adapter has a share in it.
+
+    The mean loss of the same fixed batches is compared before and after, without dropout, so that two runs of the same
+    set-up differ by rounding only. A loss that a head alone lowers does not pass, nor one that is NaN. Afterwards the
+    model, the optimizer and the random states are bit for bit what they were.
+
+    Args:
+        model: Anything with PEFT LoRA layers; see ``check_model``.
+        batches: One batch (a dict of tensors for ``model(**batch)``) or an iterable of batches, used in order and over
+            again; at most ``steps`` are used.
+        steps: Optimizer steps, at least 1.
+        by: The relative drop that is asked for, such as 0.1 for 10 %. By default 1 %, or 0.05 % where ``optimizer`` or
+            ``lr`` is given, which may be made for thousands of steps.
+        optimizer: The optimizer of the real run. By default an AdamW over everything that requires gradients.
+        lr: Learning rate of that AdamW. By default one that suits rank, scaling and number of the adapters.
+        loss_fn: Called with the model and a batch, gives a scalar loss; by default the loss that the model returns.
+        device: Where to run, such as ``"cpu"``. By default the GPU where there is one and no optimizer is given.
+
+    Returns:
+        The measurement: ``before``, ``after``, ``drop``, ``curve``, ``lr``.
+
+    Raises:
+        LoraHealthError: The loss did not fall by as much; the message has the curve and the likely reasons.
+        TypeError: An argument has the wrong type, or the model carries no LoRA layers.
+        ValueError: An argument is out of its range, there is no batch, or the model gives no loss for one.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks import measure_loss_drop
+
+    report, drop = measure_loss_drop(
+        model, batches, steps=steps, by=by, optimizer=optimizer, lr=lr, loss_fn=loss_fn, device=device
+    )
+    demand(report)
+    return drop
 
 
 def assert_config_healthy(
