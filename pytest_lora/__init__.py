@@ -10,25 +10,59 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytest_lora.assertions import LoraHealthError as LoraHealthError
+    from pytest_lora.assertions import assert_adapter_shapes as assert_adapter_shapes
+    from pytest_lora.assertions import assert_alpha_ratio as assert_alpha_ratio
     from pytest_lora.assertions import assert_config_healthy as assert_config_healthy
     from pytest_lora.assertions import assert_lora_healthy as assert_lora_healthy
+    from pytest_lora.assertions import assert_loss_decreases as assert_loss_decreases
+    from pytest_lora.assertions import assert_merge_exact as assert_merge_exact
+    from pytest_lora.assertions import assert_param_ratio as assert_param_ratio
+    from pytest_lora.assertions import assert_reload_exact as assert_reload_exact
+    from pytest_lora.callback import LoraHealthCallback as LoraHealthCallback
     from pytest_lora.checks import check_config as check_config
+    from pytest_lora.checks import check_loss_decreases as check_loss_decreases
     from pytest_lora.checks import check_model as check_model
+    from pytest_lora.checks import check_training as check_training
+    from pytest_lora.checks import diagnose_history as diagnose_history
+    from pytest_lora.counting import ParameterCount as ParameterCount
+    from pytest_lora.counting import RankRow as RankRow
+    from pytest_lora.counting import RankTable as RankTable
+    from pytest_lora.counting import count_parameters as count_parameters
+    from pytest_lora.counting import rank_table as rank_table
     from pytest_lora.expect import Expect as Expect
+    from pytest_lora.facts.training import LossDrop as LossDrop
     from pytest_lora.findings import Finding as Finding
     from pytest_lora.findings import LoraHealthWarning as LoraHealthWarning
     from pytest_lora.findings import Report as Report
+    from pytest_lora.watch import watch_training as watch_training
 
 _HOMES = {
     "Expect": "expect",
     "Finding": "findings",
+    "LoraHealthCallback": "callback",
     "LoraHealthError": "assertions",
     "LoraHealthWarning": "findings",
+    "ParameterCount": "counting",
+    "RankRow": "counting",
+    "RankTable": "counting",
+    "LossDrop": "facts.training",
     "Report": "findings",
+    "assert_adapter_shapes": "assertions",
+    "assert_alpha_ratio": "assertions",
     "assert_config_healthy": "assertions",
     "assert_lora_healthy": "assertions",
+    "assert_loss_decreases": "assertions",
+    "assert_merge_exact": "assertions",
+    "assert_param_ratio": "assertions",
+    "assert_reload_exact": "assertions",
     "check_config": "checks",
+    "check_loss_decreases": "checks",
     "check_model": "checks",
+    "check_training": "checks",
+    "count_parameters": "counting",
+    "diagnose_history": "checks",
+    "rank_table": "counting",
+    "watch_training": "watch",
 }
 
 __all__ = sorted(_HOMES)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pytest_lora.findings import LoraHealthWarning, Report
 
 if TYPE_CHECKING:
     import os
 
+    import torch
     from peft import LoraConfig
     from torch import nn
     from torch.optim import Optimizer
     from transformers import PretrainedConfig
 
     from pytest_lora.expect import Expect
+    from pytest_lora.facts.training import LossDrop
+    from pytest_lora.inspection.training import LossFn
 
 SHOWN = 10
 """Findings that an assertion spells out; the report on the exception has them all."""
@@ -65,6 +68,8 @@ def demand(report: Report) -> Report:
 def assert_lora_healthy(
     model: nn.Module,
     *,
+    batch: Mapping[str, Any] | Iterable[Any] | None = None,
+    steps: int | None = None,
     optimizer: Optimizer | None = None,
     expect: Expect | None = None,
     select: Iterable[str] = (),
@@ -72,9 +77,13 @@ def assert_lora_healthy(
 ) -> Report:
     """Assert that a model with LoRA adapters is set up as it should be; see ``check_model``.
 
+    With a batch it also takes some real training steps and judges what they show; see ``check_training``.
+
     Args:
         model: Anything with PEFT LoRA layers: a ``PeftModel``, a ``PeftMixedModel``, a transformers model
             after ``add_adapter``, and these inside DDP, ``torch.compile`` or a value head.
+        batch: One batch (a dict of tensors for ``model(**batch)``) or an iterable of batches to train on.
+        steps: Optimizer steps to take on it, at least 1; 3 by default.
         optimizer: The optimizer that is going to train it, if there is one already.
         expect: What is meant, where only the user can know it.
         select: Codes, or starts of codes, to look at; all when empty.
@@ -86,13 +95,67 @@ def assert_lora_healthy(
     Raises:
         LoraHealthError: There are errors.
         TypeError: An argument has the wrong type, or the model carries no LoRA layers.
-        ValueError: A code does not exist.
+        ValueError: A code does not exist, or ``steps`` is out of its range or without a batch.
     """
     __tracebackhide__ = True
-    from pytest_lora.checks import check_model
+    from pytest_lora.checks import PROBE_STEPS, check_model, check_training
 
-    report = check_model(model, optimizer=optimizer, expect=expect)
+    if steps is not None and batch is None:
+        raise ValueError("steps needs a batch to take them with; give batch too")
+    # Each looks at the optimizer, but only once is to be heard.
+    report = check_model(model, optimizer=optimizer if batch is None else None, expect=expect)
+    if batch is not None:
+        taken = PROBE_STEPS if steps is None else steps
+        trained = check_training(model, batch, optimizer=optimizer, steps=taken, expect=expect)
+        report = Report(report.subject, (*report.findings, *trained.findings))
     return demand(_selected(report, select, ignore))
+
+
+def assert_loss_decreases(
+    model: nn.Module,
+    batches: Mapping[str, Any] | Iterable[Any],
+    *,
+    steps: int = 20,
+    by: float | None = None,
+    optimizer: Optimizer | None = None,
+    lr: float | None = None,
+    loss_fn: LossFn | None = None,
+    device: str | torch.device | None = None,
+) -> LossDrop:
+    """Assert that some training steps lower the loss, and that the adapter has a share in it.
+
+    The mean loss of the same fixed batches is compared before and after, without dropout, so that two runs of the same
+    set-up differ by rounding only. A loss that a head alone lowers does not pass, nor one that is NaN. Afterwards the
+    model, the optimizer and the random states are bit for bit what they were.
+
+    Args:
+        model: Anything with PEFT LoRA layers; see ``check_model``.
+        batches: One batch (a dict of tensors for ``model(**batch)``) or an iterable of batches, used in order and over
+            again; at most ``steps`` are used.
+        steps: Optimizer steps, at least 1.
+        by: The relative drop that is asked for, such as 0.1 for 10 %. By default 1 %, or 0.05 % where ``optimizer`` or
+            ``lr`` is given, which may be made for thousands of steps.
+        optimizer: The optimizer of the real run. By default an AdamW over everything that requires gradients.
+        lr: Learning rate of that AdamW. By default one that suits rank, scaling and number of the adapters.
+        loss_fn: Called with the model and a batch, gives a scalar loss; by default the loss that the model returns.
+        device: Where to run, such as ``"cpu"``. By default the GPU where there is one and no optimizer is given.
+
+    Returns:
+        The measurement: ``before``, ``after``, ``drop``, ``curve``, ``lr``.
+
+    Raises:
+        LoraHealthError: The loss did not fall by as much; the message has the curve and the likely reasons.
+        TypeError: An argument has the wrong type, or the model carries no LoRA layers.
+        ValueError: An argument is out of its range, there is no batch, or the model gives no loss for one.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks import measure_loss_drop
+
+    report, drop = measure_loss_drop(
+        model, batches, steps=steps, by=by, optimizer=optimizer, lr=lr, loss_fn=loss_fn, device=device
+    )
+    demand(report)
+    return drop
 
 
 def assert_config_healthy(
@@ -127,3 +190,128 @@ def _selected(report: Report, select: Iterable[str], ignore: Iterable[str]) -> R
     from pytest_lora.rules import selected
 
     return Report(report.subject, tuple(selected(report.findings, select, ignore)))
+
+
+def assert_param_ratio(model: nn.Module, low: float = 0.0005, high: float = 0.01) -> Report:
+    """Assert that the share of trainable parameters lies in a band.
+
+    Both sides are logical: 4-bit weights count as what they stand for (see ``count_parameters``).
+
+    Args:
+        model: A model that carries LoRA layers.
+        low: Smallest share, as a fraction. Default 0.05 %.
+        high: Largest share, as a fraction. Default 1 %. LoRA (arXiv:2106.09685) trains 0.003 to 0.6 % of a
+            large base; tiny test models need a band of their own.
+
+    Raises:
+        LoraHealthError: The share lies outside (LORA901).
+        TypeError: ``model`` carries no LoRA layers, or a bound is no number.
+        ValueError: A bound is no fraction from 0 to 1, or ``low`` is above ``high``.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.adapter_properties import parameter_ratio
+
+    return demand(parameter_ratio(model, low, high))
+
+
+def assert_alpha_ratio(model_or_config: nn.Module | LoraConfig, expected: float = 2.0) -> Report:
+    """Assert that the effective scaling of every adapted module is one number.
+
+    The scaling is ``alpha / r``, under rsLoRA ``alpha / sqrt(r)``, with ``rank_pattern`` and
+    ``alpha_pattern`` applied. On a model it is read from every module with every adapter; of a
+    ``LoraConfig`` alone, the default and each pattern key are judged as if some module took them.
+
+    Args:
+        model_or_config: A model that carries LoRA layers, or a ``LoraConfig``.
+        expected: The scaling. Default 2, the usual ``alpha = 2 r``.
+
+    Raises:
+        LoraHealthError: A scaling differs by more than one part in a million (LORA902).
+        TypeError: An argument has the wrong type, or the model carries no LoRA layers.
+        ValueError: ``expected`` is not a finite number above 0, or a configured rank is below 1.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.adapter_properties import scaling
+
+    return demand(scaling(model_or_config, expected))
+
+
+def assert_adapter_shapes(model: nn.Module, targets: str | Iterable[str] | None = None) -> Report:
+    """Assert that the factors of every adapter fit its rank and its base weight.
+
+    Args:
+        model: A model that carries LoRA layers.
+        targets: What must be adapted, all of it and nothing else, written as PEFT's ``target_modules``:
+            module names or their last parts, a regular expression for full names, or ``"all-linear"``. A
+            module counts as adapted when any adapter is on it.
+
+    Raises:
+        LoraHealthError: A shape does not fit, or modules are missing or unexpected (LORA903).
+        TypeError: ``model`` carries no LoRA layers, or ``targets`` is neither names nor a pattern.
+        ValueError: ``targets`` is empty, or no regular expression.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.adapter_properties import adapter_shapes
+
+    return demand(adapter_shapes(model, targets))
+
+
+def assert_reload_exact(
+    model: nn.Module, batch: Any, *, base: nn.Module | Callable[[], nn.Module] | None = None
+) -> Report:
+    """Assert that saving the adapters and loading them on a fresh base gives the same output, bit for bit.
+
+    A copy of the model is saved into a temporary folder with the model's own ``save_pretrained`` and loaded on
+    the base; both run the batch in evaluation mode. Task heads and token rows are part of it. The model itself
+    is neither run nor changed; memory for two copies of it is needed for a moment.
+
+    Args:
+        model: A ``PeftModel`` or a transformers model after ``add_adapter``, also inside DDP,
+            ``torch.compile`` or a value head (which PEFT does not save, and which is not compared).
+        batch: A mapping of arguments, a tuple of them, or one tensor, on the model's device.
+        base: The base to load on, or a function that makes it; without, the base under the adapters, with
+            weights that were trained there set to zero so that only the checkpoint can bring them back.
+
+    Returns:
+        The report; codes LORA910 to LORA914.
+
+    Raises:
+        LoraHealthError: The reloaded model is not the same; the message says which tensors are missing or
+            differ, and how to have them saved.
+        TypeError: An argument has the wrong type, or the model carries no LoRA layers.
+        ValueError: The model cannot be copied or saved, its output is random, or ``base`` carries adapters.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.roundtrip import check_reload
+
+    return demand(check_reload(model, batch, base=base))
+
+
+def assert_merge_exact(
+    model: nn.Module, batch: Any, *, rtol: float | None = None, atol: float | None = None
+) -> Report:
+    """Assert that merging keeps the output, unmerging restores the weights, and unloading gives the base back.
+
+    All is done on copies: the model itself is neither run nor changed. On a quantized base a merge rounds the
+    weights again; how much that moves the output, and how that compares with what the adapter does, is an info,
+    or a warning where it is more than half.
+
+    Args:
+        model: Anything with PEFT LoRA layers.
+        batch: A mapping of arguments, a tuple of them, or one tensor, on the model's device.
+        rtol: Deviation of the output that is allowed, relative to its largest value. By default that of the
+            coarsest dtype of the adapted weights: 1e-4 for float32, 4e-3 for float16, 3e-2 for bfloat16.
+        atol: Deviation allowed on top.
+
+    Returns:
+        The report; codes LORA915 to LORA919.
+
+    Raises:
+        LoraHealthError: The merged output, the unmerged weights or the unloaded base are not what they were.
+        TypeError: An argument has the wrong type, or the model carries no LoRA layers.
+        ValueError: The model cannot be copied, its output is random, or a tolerance is negative.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.roundtrip import check_merge
+
+    return demand(check_merge(model, batch, rtol=rtol, atol=atol))

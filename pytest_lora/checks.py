@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.expect import Expect
@@ -10,11 +12,19 @@ from pytest_lora.rules import judge
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterable, Mapping
 
+    import torch
     from peft import LoraConfig
-    from torch import nn
+    from torch import Tensor, nn
+    from torch.amp import GradScaler
     from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
     from transformers import PretrainedConfig
+
+    from pytest_lora.facts.base import BaseFacts
+    from pytest_lora.facts.training import LossDrop
+    from pytest_lora.inspection.training import LossFn
 
 
 def check_config(
@@ -44,8 +54,7 @@ def check_config(
 
     expect = _require_expect(expect)
     facts = config_facts(config, base)
-    subject = f"LoraConfig on {facts.base.architecture}"
-    return Report(subject, tuple(judge([facts], expect)))
+    return Report(f"LoraConfig on {_named(facts.base)}", tuple(judge([facts], expect)))
 
 
 def check_model(
@@ -74,7 +83,254 @@ def check_model(
     judged: list[object] = [facts, *(c for c in facts.configs if c.adapter in facts.active)]
     if optimizer is not None:
         judged.append(optimizer_facts(model, optimizer))
-    return Report(f"{type(model).__name__} of {facts.base.architecture}", tuple(judge(judged, expect)))
+    return Report(f"{type(model).__name__} of {_named(facts.base)}", tuple(judge(judged, expect)))
+
+
+def _named(base: BaseFacts) -> str:
+    packed = next((m.quantization for m in base.modules if m.quantization), None)
+    return f"{base.architecture} in {packed}" if packed else base.architecture
+
+
+def diagnose_history(
+    train_losses: Iterable[float],
+    eval_losses: Iterable[float] | Mapping[int, float] | None = None,
+    *,
+    total_steps: int | None = None,
+    steps_per_loss: int = 1,
+    learning_rate: float | None = None,
+    expect: Expect | None = None,
+) -> Report:
+    """Judge the losses that a run has logged so far, and say what a practitioner would do.
+
+    Nothing is run: this is about numbers from a log. Too little evidence is silence, not a guess.
+
+    Args:
+        train_losses: Training losses in their order, one or more, in nats per token or alike; from a
+            ``Trainer``: ``[x["loss"] for x in trainer.state.log_history if "loss" in x]``. Below ten losses
+            only what they show beyond doubt is judged.
+        eval_losses: Losses on held-out data: a mapping from optimizer step to loss, or a list, which is
+            taken as evenly spaced over the training losses.
+        total_steps: Optimizer steps that the run is planned to have, at least 1. A plateau is then judged by
+            the share of the run that has passed.
+        steps_per_loss: Optimizer steps from one training loss to the next (the Trainer's ``logging_steps``).
+        learning_rate: The peak learning rate; advice then says from which to which.
+        expect: What is meant; with ``expect.config`` advice on the rank says from which to which.
+
+    Returns:
+        A report with the rules on a history (codes LORA340 to LORA359).
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: There are no training losses, or a number is outside its range.
+    """
+    from pytest_lora.facts.history import history_facts
+
+    expect = _require_expect(expect)
+    facts = history_facts(
+        train_losses,
+        eval_losses,
+        total_steps=total_steps,
+        steps_per_loss=steps_per_loss,
+        learning_rate=learning_rate,
+    )
+    count = len(facts.train)
+    subject = f"history of {count} training loss{'es' if count > 1 else ''}"
+    return Report(subject, tuple(judge([facts], expect)))
+
+
+PROBE_STEPS = 3
+"""Steps of ``check_training``. The first moves ``lora_B``, the second gives ``lora_A`` its first gradient; one more, as
+a warm-up may begin at a learning rate of zero."""
+
+PROBE_RATE = 1e-3
+"""Learning rate of the AdamW that ``check_training`` makes where it is given no optimizer."""
+
+
+def check_training(
+    model: nn.Module,
+    batches: Mapping[str, Any] | Iterable[Any],
+    *,
+    optimizer: Optimizer | None = None,
+    steps: int = PROBE_STEPS,
+    scheduler: LRScheduler | None = None,
+    max_grad_norm: float | None = None,
+    scaler: GradScaler | None = None,
+    history: Sequence[float] | None = None,
+    base_snapshot: Mapping[str, Tensor] | None = None,
+    loss_fn: LossFn | None = None,
+    expect: Expect | None = None,
+) -> Report:
+    """Take some real optimizer steps, judge what was seen, and put everything back bit for bit.
+
+    Weights, buffers, gradients, training flags, hooks, random states, optimizer, scheduler and scaler are afterwards
+    what they were, also when something raises half-way. Where ``expect.purpose`` is not ``"train"``, no step is
+    taken: labels and modes are looked at only.
+
+    Args:
+        model: Anything with PEFT LoRA layers; see ``check_model``. It is run in the mode that it is in.
+        batches: One batch (a dict of tensors for ``model(**batch)``) or an iterable of batches, used in order and over
+            again. At most ``steps`` are taken from an iterator; of a list, up to 64 are looked at.
+        optimizer: The optimizer of the real run. By default an AdamW over everything that requires gradients.
+        steps: Optimizer steps to take, at least 1. The default is 3.
+        scheduler: The learning-rate schedule of the real run, stepped once an optimizer step.
+        max_grad_norm: The norm at which the real run clips gradients.
+        scaler: The GradScaler of the real run.
+        history: Losses of the run so far, one an optimizer step or log line.
+        base_snapshot: Weights and buffers of the base before training, by their name in the base or in ``model``.
+        loss_fn: Called with the model and a batch, gives a scalar loss; by default the loss that the model returns.
+        expect: What is meant, where only the user can know it.
+
+    Returns:
+        A report with the rules of the stage *training* (codes 3xx).
+
+    Raises:
+        TypeError: An argument has the wrong type, or the model carries no LoRA layers.
+        ValueError: An argument is out of its range, there is no batch, or the model gives no loss for one.
+    """
+    from pytest_lora.facts.history import history_facts
+    from pytest_lora.inspection.training import Plan, training_facts
+
+    expect = _require_expect(expect)
+    require_steps(steps)
+    require_trainers(optimizer, scheduler, scaler, loss_fn)
+    _require_norm(max_grad_norm)
+    plan = Plan(
+        steps=steps if expect.purpose == "train" else 0,
+        rate=PROBE_RATE,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        max_grad_norm=max_grad_norm,
+        scaler=scaler,
+        history=_require_history(history),
+        base_snapshot=_require_snapshot(base_snapshot),
+        loss_fn=loss_fn,
+    )
+    facts = training_facts(model, batches, plan)
+    judged: list[object] = [facts, facts.optimizer]
+    if plan.history:
+        judged.append(history_facts(plan.history))
+    subject = f"training of {type(model).__name__} of {_named(facts.model.base)}"
+    return Report(subject, tuple(judge(judged, expect)))
+
+
+OWN_DROP = 0.01
+"""Relative drop asked of the learning rate that ``check_loss_decreases`` chooses. Healthy set-ups fall by 3 % at least,
+broken ones not at all, as the same batches are compared without dropout (``benchmarks/loss_decreases.py``)."""
+
+GIVEN_DROP = 0.0005
+"""Relative drop asked of a learning rate or optimizer that the user chose, which may be made for thousands of steps."""
+
+
+def check_loss_decreases(
+    model: nn.Module,
+    batches: Mapping[str, Any] | Iterable[Any],
+    *,
+    steps: int = 20,
+    by: float | None = None,
+    optimizer: Optimizer | None = None,
+    lr: float | None = None,
+    loss_fn: LossFn | None = None,
+    device: str | torch.device | None = None,
+) -> Report:
+    """Train for some steps, and judge whether the adapter lowers the loss; see ``assert_loss_decreases``.
+
+    Returns:
+        A report that is empty where the loss fell far enough; else what was measured and the likely reasons.
+    """
+    return measure_loss_drop(
+        model, batches, steps=steps, by=by, optimizer=optimizer, lr=lr, loss_fn=loss_fn, device=device
+    )[0]
+
+
+def measure_loss_drop(
+    model: nn.Module,
+    batches: Any,
+    *,
+    steps: int,
+    by: float | None,
+    optimizer: Optimizer | None,
+    lr: float | None,
+    loss_fn: LossFn | None,
+    device: str | torch.device | None,
+) -> tuple[Report, LossDrop]:
+    """What ``check_loss_decreases`` reports, with the measurement."""
+    from pytest_lora.inspection.training import Plan, loss_drop, place
+
+    require_steps(steps)
+    require_trainers(optimizer, None, None, loss_fn)
+    _require_at_least("lr", lr, least=0.0)
+    _require_at_least("by", by, least=0.0)
+    if lr is not None and optimizer is not None:
+        raise ValueError("lr is for the optimizer that is made here; set it in the optimizer that you give")
+    if by is None:
+        by = OWN_DROP if optimizer is None and lr is None else GIVEN_DROP
+    plan = Plan(steps=steps, rate=lr, optimizer=optimizer, loss_fn=loss_fn)
+    facts, drop = loss_drop(model, batches, plan, by, place(model, device, optimizer))
+    subject = f"loss of {type(model).__name__} of {facts.model.base.architecture} over {steps} steps"
+    if drop.healthy:
+        return Report(subject), drop
+    return Report(subject, tuple(judge([drop, facts, facts.optimizer], Expect()))), drop
+
+
+def _require_at_least(name: str, value: Any, *, least: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value) or value < least:
+        raise ValueError(f"{name} must be a finite number of at least {least:g}, not {value!r}")
+
+
+def require_steps(steps: Any) -> None:
+    """Raise unless ``steps`` is a whole number of at least 1."""
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps must be a whole number, not {steps!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+
+
+def require_trainers(optimizer: Any, scheduler: Any, scaler: Any, loss_fn: Any) -> None:
+    """Raise where one of these is nothing of its kind."""
+    if optimizer is not None and not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    if scheduler is not None and not callable(getattr(scheduler, "step", None)):
+        raise TypeError(f"scheduler must be a learning-rate scheduler, not {type(scheduler).__name__}")
+    if scheduler is not None and optimizer is None:
+        raise ValueError("scheduler needs the optimizer whose learning rate it sets; give optimizer too")
+    if scaler is not None and not callable(getattr(scaler, "unscale_", None)):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, not {type(scaler).__name__}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be called with a model and a batch; {type(loss_fn).__name__} cannot be"
+        )
+
+
+def _require_norm(norm: Any) -> None:
+    if norm is None:
+        return
+    if isinstance(norm, bool) or not isinstance(norm, (int, float)):
+        raise TypeError(f"max_grad_norm must be a number, not {norm!r}")
+    if math.isnan(norm) or norm < 0:
+        raise ValueError(f"max_grad_norm must not be negative, got {norm!r}")
+
+
+def _require_history(history: Any) -> tuple[float, ...]:
+    if history is None:
+        return ()
+    if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Iterable):
+        raise TypeError(f"history must be a sequence of losses, not {type(history).__name__}")
+    try:
+        return tuple(float(loss) for loss in history)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"history must hold numbers: {error}") from error
+
+
+def _require_snapshot(snapshot: Any) -> Mapping[str, Tensor] | None:
+    if snapshot is not None and not isinstance(snapshot, Mapping):
+        raise TypeError(
+            f"base_snapshot must map names to tensors, as state_dict() does, not {type(snapshot).__name__}"
+        )
+    return snapshot
 
 
 def _require_expect(expect: Any) -> Expect:

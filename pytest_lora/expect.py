@@ -53,8 +53,8 @@ class Expect:
             (arXiv:2305.14314) uses 1/4, LoRA (arXiv:2106.09685) 1 to 8, rank-1 recipes with alpha 32
             reach 32.
         max_scaling_rslora: The same where rsLoRA divides by ``sqrt(r)`` and alpha was still chosen as a
-            multiple of the rank. Default 16: rsLoRA (arXiv:2312.03732) keeps alpha at 16 while r grows, so
-            its scaling falls with the rank instead of growing.
+            multiple of the rank. Default 12: rsLoRA (arXiv:2312.03732) keeps alpha fixed while r grows, so that
+            its scaling falls with the rank; alpha = 2 r passes 12 at rank 36.
         max_scaling_spread: Largest over smallest effective scaling among the modules of one adapter.
             Default 8: a rank pattern that doubles or quadruples a rank without its alpha is common.
         large_base: Logical parameters from which the band of ``advised_percent`` is advice worth giving.
@@ -78,7 +78,7 @@ class Expect:
     min_scaling: float = field(default=1 / 50)
     low_scaling: float = field(default=1 / 8)
     max_scaling: float = field(default=32.0)
-    max_scaling_rslora: float = field(default=16.0)
+    max_scaling_rslora: float = field(default=12.0)
     max_scaling_spread: float = field(default=8.0)
     large_base: int = field(default=1_000_000_000)
     advised_percent: tuple[float, float] = field(default=(0.01, 5.0))

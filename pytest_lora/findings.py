@@ -128,6 +128,11 @@ def counted(severities: Iterable[str]) -> str:
     return ", ".join(f"{n} {s}{'s' if n > 1 else ''}" for s in SEVERITIES if (n := counts[s]))
 
 
+def starred(name: str) -> str:
+    """A module name with its numbers as stars: ``"model.layers.*.self_attn.q_proj"``."""
+    return _INDEX.sub("*", name)
+
+
 def grouped(names: Iterable[str], limit: int = 4) -> str:
     """Module names as a reader wants them: ``"28 modules: model.layers.*.self_attn.q_proj"``.
 
@@ -136,7 +141,7 @@ def grouped(names: Iterable[str], limit: int = 4) -> str:
     groups: dict[str, list[str]] = {}
     total = 0
     for name in names:
-        groups.setdefault(_INDEX.sub("*", name), []).append(name)
+        groups.setdefault(starred(name), []).append(name)
         total += 1
     if total == 1:
         return next(iter(groups.values()))[0]

@@ -26,7 +26,21 @@ FLOORS = {
     "local_model": set(),
     "counting": {"facts", "findings", "inspection"},
     "checks": {"facts", "findings", "expect", "rules", "inspection"},
-    "assertions": {"facts", "findings", "expect", "rules", "inspection", "checks", "counting"},
+    "adapter_properties": {"facts", "findings", "inspection", "counting"},
+    "roundtrip": {"facts", "findings", "inspection"},
+    "assertions": {
+        "facts",
+        "findings",
+        "expect",
+        "rules",
+        "inspection",
+        "checks",
+        "counting",
+        "adapter_properties",
+        "roundtrip",
+    },
+    "watch": {"findings", "expect", "checks", "assertions"},
+    "callback": {"expect", "watch"},
 }
 """What each part of the package may import from the package; the plugin may import everything."""
 

@@ -160,7 +160,8 @@ def judge(seed: int) -> str:
     torch.manual_seed(seed)
     base = MODELS[rng.choice(sorted(MODELS))]()
     before = str(sorted(config.to_dict().items(), key=str))
-    report = documented(config, base, expect)
+    documented(config, base, expect)
+    report = documented(config, base, Expect(purpose=expect.purpose))
     assert str(sorted(config.to_dict().items(), key=str)) == before
     model, refusal = accepted(base, config)
     if model is None:
@@ -208,9 +209,10 @@ def test_some_random_configurations() -> None:
 
 
 @pytest.mark.lora_slow
-def test_two_thousand_random_configurations() -> None:
-    outcomes = tally(range(1000, 3000))
-    assert min(outcomes.values()) > 200, outcomes
+@pytest.mark.parametrize("first", range(1000, 3000, 250))
+def test_two_thousand_random_configurations(first: int) -> None:
+    outcomes = tally(range(first, first + 250))
+    assert min(outcomes.values()) > 25, outcomes
 
 
 def test_configurations_without_weights() -> None:

@@ -21,6 +21,7 @@ class LayerFacts:
         adapter: Name of the adapter.
         in_features: Logical input size of the base weight.
         out_features: Logical output size.
+        kernel: Positions that a convolution kernel covers, else 1.
         experts: Weights stacked in a fused parameter, else 1.
         rank: The rank in effect here, patterns applied.
         alpha: The alpha in effect here, patterns applied.
@@ -37,6 +38,7 @@ class LayerFacts:
     adapter: str
     in_features: int
     out_features: int
+    kernel: int
     experts: int
     rank: int
     alpha: float

@@ -48,6 +48,7 @@ class LayerState(LayerFacts):
         disabled: Whether all adapters are switched off here.
         merged: Whether the adapter is merged into the base weight here.
         dropout_live: Whether a LoRA dropout above zero is in training mode.
+        magnitude: The magnitude vector of DoRA, or None.
     """
 
     a: Factor
@@ -59,11 +60,36 @@ class LayerState(LayerFacts):
     disabled: bool
     merged: bool
     dropout_live: bool
+    magnitude: Factor | None
+
+    @property
+    def parts(self) -> tuple[Factor, ...]:
+        """The tensors of the adapter here."""
+        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     @property
     def trainable(self) -> bool:
         """Whether any factor requires gradients."""
         return self.a.trainable or self.b.trainable
+
+    @property
+    def can_learn(self) -> bool:
+        """Whether a gradient can reach a trainable factor: that of one factor is a product with the other."""
+        return (self.b.trainable and self.a.zero is not True) or (
+            self.a.trainable and self.b.zero is not True
+        )
+
+    @property
+    def in_expert(self) -> bool:
+        """Whether the module belongs to an expert of a sparse mixture, which some data never reaches."""
+        return any("expert" in part for part in self.module.split("."))
+
+    @property
+    def changes_output(self) -> bool | None:
+        """Whether the product of the factors can be other than zero; None where there are no values."""
+        if self.a.zero is None or self.b.zero is None:
+            return None
+        return not (self.a.zero or self.b.zero)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +101,11 @@ class SavedModule:
         adapter: Name of the adapter that owns the copy.
         trainable: Whether all of the copy requires gradients.
         finite: Whether every number is finite; None on the meta device.
-        same_shape: Whether the copy has the shapes of the original.
+        shape: Shape of the copy's first parameter that differs from the original's, else of its first.
+        original_shape: Shape of the same parameter of the original.
+        dtype: Dtype of the copy's first parameter.
         active: Whether the copy takes part in the forward pass.
+        disabled: Whether all copies are switched off here.
         tied: Other modules that shared the original's weight and do not share the copy's.
     """
 
@@ -84,9 +113,45 @@ class SavedModule:
     adapter: str
     trainable: bool
     finite: bool | None
-    same_shape: bool
+    shape: tuple[int, ...]
+    original_shape: tuple[int, ...]
+    dtype: str
     active: bool
+    disabled: bool
     tied: tuple[str, ...]
+
+    @property
+    def field(self) -> str:
+        """The field of the LoraConfig that asks for it."""
+        return "modules_to_save"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRows:
+    """Single rows of an embedding that one adapter trains (``trainable_token_indices``).
+
+    Attributes:
+        module: Name of the embedding in the base.
+        adapter: Name of the adapter that owns the rows.
+        rows: How many there are.
+        trainable: Whether they require gradients.
+        finite: Whether every number is finite; None on the meta device.
+        dtype: ``"float32"``, ``"bfloat16"``, ...
+        active: Whether the rows take part in the forward pass.
+    """
+
+    module: str
+    adapter: str
+    rows: int
+    trainable: bool
+    finite: bool | None
+    dtype: str
+    active: bool
+
+    @property
+    def field(self) -> str:
+        """The field of the LoraConfig that asks for them."""
+        return "trainable_token_indices"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +171,14 @@ class ModelFacts:
         configs: The configuration of each adapter, as far as the model still knows it.
         layers: Every adapter on every module.
         saved: Full copies that adapters train.
+        rows: Single embedding rows that adapters train.
         trainable_base: Base parameters that require gradients.
         nonfinite_base: Base parameters that hold NaN or infinity.
         adapters: Names of all LoRA adapters.
         active: Names of the active ones.
         nested: How many PEFT models are wrapped inside each other (1 is healthy).
         training: Whether the model as a whole is in training mode.
+        base_dropouts: Modules of the base whose dropout, above zero, is in training mode.
         trainable_parameters: Logical numbers that require gradients.
         total_parameters: Logical numbers in the model, adapters included.
         stored_parameters: The same, with packed 4-bit weights counted as they are stored.
@@ -123,12 +190,14 @@ class ModelFacts:
     configs: tuple[ConfigFacts, ...]
     layers: tuple[LayerState, ...]
     saved: tuple[SavedModule, ...]
+    rows: tuple[TrainedRows, ...]
     trainable_base: tuple[TrainableBase, ...]
     nonfinite_base: tuple[str, ...]
     adapters: tuple[str, ...]
     active: tuple[str, ...]
     nested: int
     training: bool
+    base_dropouts: tuple[str, ...]
     trainable_parameters: int
     total_parameters: int
     stored_parameters: int
@@ -138,3 +207,26 @@ class ModelFacts:
     def active_layers(self) -> tuple[LayerState, ...]:
         """The adapters that are meant to take part in the forward pass."""
         return tuple(layer for layer in self.layers if layer.adapter in self.active)
+
+    @property
+    def kept(self) -> tuple[SavedModule | TrainedRows, ...]:
+        """What adapters train and save besides their low-rank factors."""
+        return (*self.saved, *self.rows)
+
+    @property
+    def training_adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that have a trainable factor anywhere."""
+        return tuple(dict.fromkeys(layer.adapter for layer in self.layers if layer.trainable))
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the adapters are switched off in every layer."""
+        return bool(self.layers) and all(layer.disabled for layer in self.layers)
+
+    def of(self, adapter: str) -> tuple[LayerState, ...]:
+        """One adapter on all its modules."""
+        return tuple(layer for layer in self.layers if layer.adapter == adapter)
+
+    def config_of(self, adapter: str) -> ConfigFacts | None:
+        """The configuration of one adapter, if the model still knows it."""
+        return next((config for config in self.configs if config.adapter == adapter), None)

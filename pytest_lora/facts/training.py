@@ -1,22 +1,441 @@
-"""Facts about how adapters are trained."""
+"""Facts about how adapters are trained: the optimizer, the labels, and what some real steps showed."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
+
+from pytest_lora.facts.model import LayerState, ModelFacts
+
+Part = Literal["a", "b", "magnitude", "saved", "rows", "bias", "base"]
+"""What a parameter is: a low-rank factor, the magnitude vector of DoRA, part of a full copy
+(``modules_to_save``), trained embedding rows, a bias that the configuration trains, or the base."""
+
+LabelKind = Literal["causal", "sequence", "tokens", "classes"]
+"""Next-token labels that the model shifts itself, labels of a decoder, one class a token, one class a row."""
+
+_ADAPTIVE = re.compile(
+    r"(Paged|Fused|Distributed|DeepSpeedCPU)?(Adam|AdamW|NAdam|RAdam|Adamax|RMSprop|Lion)(8bit|32bit|4bit|Fp8)?"
+)
+_ADAM = re.compile(r"(Paged|Fused|Distributed|DeepSpeedCPU)?(Adam|AdamW|NAdam|RAdam)(8bit|32bit|4bit|Fp8)?")
+_PLAIN = ("SGD",)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFacts:
+    """One parameter group of an optimizer.
+
+    Attributes:
+        index: Its place.
+        lr: Learning rate.
+        initial_lr: What a scheduler noted as the rate before any schedule, or None.
+        weight_decay: 0 where the optimizer has none.
+        eps: The term that keeps Adam from dividing by zero, or None.
+        parts: What trainable parameters of this model it holds, by kind, each once.
+        dtypes: Dtypes of these parameters, each once.
+    """
+
+    index: int
+    lr: float
+    initial_lr: float | None
+    weight_decay: float
+    eps: float | None
+    parts: tuple[Part, ...]
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A trainable parameter that the optimizer does not hold."""
+
+    name: str
+    part: Part
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerFacts:
-    """What an optimizer holds, compared with what the model trains.
+    """What an optimizer holds, compared by identity with what the model trains.
 
     Attributes:
         optimizer: Class name.
         held: Trainable parameters of the model that it holds.
-        missing: Trainable parameters of the model that it does not hold.
+        missing: Those that it does not hold, inactive adapters aside.
+        frozen: Number of parameters of the model that it holds and that require no gradient.
         foreign: Number of parameters that it holds and the model does not have.
+        groups: Its parameter groups.
     """
 
     optimizer: str
     held: tuple[str, ...]
-    missing: tuple[str, ...]
+    missing: tuple[Missing, ...]
+    frozen: int
     foreign: int
+    groups: tuple[GroupFacts, ...]
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether its step is about the learning rate, whatever the size of the gradient."""
+        return _ADAPTIVE.fullmatch(self.optimizer) is not None
+
+    @property
+    def adam(self) -> bool:
+        """Whether it divides by the root of a second moment plus eps."""
+        return _ADAM.fullmatch(self.optimizer) is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether its step is the gradient times the learning rate."""
+        return self.optimizer in _PLAIN
+
+    @property
+    def holds_adapter(self) -> bool:
+        """Whether it holds any trainable low-rank factor of the model."""
+        return any({"a", "b"} & set(group.parts) for group in self.groups)
+
+    @property
+    def stale(self) -> bool:
+        """Whether it holds parameters of something else instead of the adapter's."""
+        return self.foreign > 0 and not self.holds_adapter and bool(self.lacks("a", "b"))
+
+    def lacks(self, *parts: Part) -> tuple[str, ...]:
+        """Names of missing parameters of some kinds."""
+        return tuple(m.name for m in self.missing if m.part in parts)
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleFacts:
+    """A learning-rate schedule.
+
+    Attributes:
+        schedule: Class name.
+        steps_taken: Steps it has counted.
+        peak: Largest rate that it ever gives, where that can be told beforehand, else None.
+        ends: First step from which on its rate stays zero, where that can be told, else None.
+    """
+
+    schedule: str
+    steps_taken: int
+    peak: float | None
+    ends: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """A parameter that may train, over some real steps.
+
+    Attributes:
+        name: Name in the model.
+        module: Module of the base that it belongs to.
+        adapter: Adapter that owns it; empty for the base.
+        part: What it is.
+        dtype: ``"float32"``, ``"float16"``, ...
+        numbers: Size.
+        trainable: Whether it requires gradients.
+        held: Whether the optimizer holds it.
+        finite: Whether every number was finite before the first step.
+        scale: Root mean square before the first step.
+        gradients: L2 norm of its gradient at each step, before clipping; None where none arrived.
+        moves: Root mean square of its change at each step.
+    """
+
+    name: str
+    module: str
+    adapter: str
+    part: Part
+    dtype: str
+    numbers: int
+    trainable: bool
+    held: bool
+    finite: bool
+    scale: float
+    gradients: tuple[float | None, ...]
+    moves: tuple[float, ...]
+
+    @property
+    def reached(self) -> bool:
+        """Whether a gradient other than zero arrived at any step."""
+        return any(g is not None and g != 0 for g in self.gradients)
+
+    @property
+    def moved(self) -> bool:
+        """Whether any step changed it."""
+        return any(m != 0 for m in self.moves)
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """One real optimizer step.
+
+    Attributes:
+        batch: Index of the batch.
+        loss: The loss before the step.
+        has_graph: Whether the loss depends on anything that requires gradients.
+        rates: Learning rate of each group.
+        gradient_norm: L2 norm of all gradients together, before clipping; None where there are none.
+    """
+
+    batch: int
+    loss: float
+    has_graph: bool
+    rates: tuple[float, ...]
+    gradient_norm: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class LabelFacts:
+    """The labels of one batch.
+
+    Attributes:
+        batch: Index of the batch.
+        kind: What they mean to the model.
+        labels: How many count, after the shift of a causal model.
+        total: How many there are, after that shift.
+        rows: Rows of the batch.
+        rows_ignored: Rows in which no label counts.
+        padding: Labels that count at positions which are padding.
+        padding_by: ``"attention_mask"`` or ``"pad_token_id"``: what tells the padding.
+        ends: End tokens among the inputs of a causal model that close a text whose last token is a target.
+        padding_ends: The same where the end token itself is padding by the attention mask.
+        end_targets: End tokens among the labels that count.
+        limit: Number of classes or vocabulary rows, or None where unknown.
+        outside: Labels that are no class, each once: negative (but -100) or not below the limit.
+        ids_limit: Rows of the input embedding, or None.
+        ids_outside: Input ids that have no row, each once.
+        same: Share of labels equal to the input at their own position.
+        ahead: Share of labels equal to the input one position later.
+    """
+
+    batch: int
+    kind: LabelKind
+    labels: int
+    total: int
+    rows: int
+    rows_ignored: int
+    padding: int
+    padding_by: str
+    ends: int
+    padding_ends: int
+    end_targets: int
+    limit: int | None
+    outside: tuple[int, ...]
+    ids_limit: int | None
+    ids_outside: tuple[int, ...]
+    same: float
+    ahead: float
+
+
+@dataclass(frozen=True, slots=True)
+class BaseChange:
+    """A weight or buffer of the base that is not what it was.
+
+    Attributes:
+        name: Name in the base.
+        module: The module it is in.
+        kind: ``"weight"`` or ``"buffer"``.
+        since: ``"snapshot"`` or ``"probe"``: against what it was compared.
+        relative: Norm of the change over the norm before.
+        precision: Machine epsilon of its dtype.
+        trainable: Whether it requires gradients.
+        adapted: Whether an adapter is on its module.
+        batch_norm: Whether its module is a batch normalisation.
+    """
+
+    name: str
+    module: str
+    kind: Literal["weight", "buffer"]
+    since: Literal["snapshot", "probe"]
+    relative: float
+    precision: float
+    trainable: bool
+    adapted: bool
+    batch_norm: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFacts:
+    """Some real optimizer steps on a model, watched.
+
+    Attributes:
+        model: The model before the steps.
+        optimizer: What trained it.
+        optimizer_given: Whether that was the user's own.
+        schedule: The learning-rate schedule, or None.
+        max_grad_norm: Where gradients were clipped, or None.
+        scaler: Whether an enabled GradScaler was given.
+        custom_loss: Whether the user's own function made the loss.
+        steps: The steps; none where the model is only to be evaluated or the labels make a step impossible.
+        tensors: Every parameter that may train.
+        untouched: Adapted modules that took no part in any forward pass.
+        labels: Labels of each batch, where they are of a known form.
+        batches: How many batches were given, as far as that is known.
+        inputs: Names of what the batches hold.
+        history: Losses of the run so far, as the user gave them.
+        changes: Weights and buffers of the base that changed.
+        dropouts: Modules with a dropout above zero in training mode.
+        lora_dropout: Largest LoRA dropout that is configured.
+        repacked: 4-bit layers whose weight was repacked for inference on a CPU.
+    """
+
+    model: ModelFacts
+    optimizer: OptimizerFacts
+    optimizer_given: bool
+    schedule: ScheduleFacts | None
+    max_grad_norm: float | None
+    scaler: bool
+    custom_loss: bool
+    steps: tuple[StepFacts, ...]
+    tensors: tuple[TensorFacts, ...]
+    untouched: tuple[str, ...]
+    labels: tuple[LabelFacts, ...]
+    batches: int
+    inputs: tuple[str, ...]
+    history: tuple[float, ...]
+    changes: tuple[BaseChange, ...]
+    dropouts: tuple[str, ...]
+    lora_dropout: float
+    repacked: tuple[str, ...]
+
+    @property
+    def adapter_tensors(self) -> tuple[TensorFacts, ...]:
+        """Trainable low-rank factors of active adapters; a magnitude learns without them, but is no adapter."""
+        active = set(self.model.active)
+        return tuple(t for t in self.tensors if t.trainable and t.adapter in active and t.part in ("a", "b"))
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether every loss had a graph."""
+        return all(step.has_graph for step in self.steps)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every loss and every gradient was finite."""
+        return all(math.isfinite(s.loss) and math.isfinite(s.gradient_norm or 0.0) for s in self.steps)
+
+    @property
+    def rates_are_zero(self) -> bool:
+        """Whether no step had a learning rate above zero for anything that the model trains."""
+        groups = [g.index for g in self.optimizer.groups if g.parts]
+        rates = [step.rates[index] for step in self.steps for index in groups]
+        return bool(rates) and not any(rates)
+
+    @property
+    def some_rate_is_zero(self) -> bool:
+        """Whether a group that holds what the model trains had no learning rate above zero at any step."""
+        groups = [g.index for g in self.optimizer.groups if g.parts]
+        return any(not any(step.rates[index] for step in self.steps) for index in groups)
+
+    @property
+    def labels_ignored(self) -> bool:
+        """Whether no label counts in some batch that was run."""
+        used = {step.batch for step in self.steps}
+        return any(known.labels == 0 for known in self.labels if known.batch in used)
+
+    @property
+    def loss_is_zero(self) -> bool:
+        """Whether every loss is exactly zero and left no gradient."""
+        return bool(self.steps) and all(s.loss == 0 and not s.gradient_norm for s in self.steps)
+
+    @property
+    def trains_float16(self) -> bool:
+        """Whether the optimizer holds trainable float16 tensors."""
+        return any(t.dtype == "float16" and t.trainable and t.held for t in self.tensors)
+
+    @property
+    def adapter_learned(self) -> bool:
+        """Whether a gradient reached any low-rank factor and a step moved it."""
+        return any(t.reached and t.moved for t in self.adapter_tensors)
+
+    @property
+    def judges_gradients(self) -> bool:
+        """Whether the steps can tell what gradients reach; NaN and losses over nothing hide it."""
+        finite = all(math.isfinite(step.loss) for step in self.steps)
+        return bool(self.steps) and finite and not self.loss_is_zero and not self.labels_ignored
+
+    @property
+    def history_fell(self) -> bool:
+        """Whether the losses so far went down."""
+        return fell(self.history)
+
+    @property
+    def unlearning(self) -> tuple[LayerState, ...]:
+        """Active adapters on modules, of which no trainable factor saw a gradient other than zero."""
+        reached = {(t.module, t.adapter) for t in self.adapter_tensors if t.reached}
+        return tuple(
+            layer for layer in self.model.active_layers if (layer.module, layer.adapter) not in reached
+        )
+
+    def why_silent(self, layer: LayerState) -> str | None:
+        """What keeps gradients from one adapter on one module, where that can be told."""
+        if layer.disabled:
+            return "adapters are disabled (disable_adapters or disable_adapter_layers)"
+        if layer.merged:
+            return "the adapter is merged into the base weights"
+        if not layer.trainable:
+            return "its tensors are frozen (requires_grad=False)"
+        if layer.module in self.untouched:
+            return "the module is outside the forward pass"
+        if self.model.reentrant_without_inputs:
+            return "reentrant gradient checkpointing without input gradients cuts the graph"
+        if layer.scaling == 0:
+            return f"lora_alpha={layer.alpha:g}: the scaling is 0"
+        if layer.dropout >= 1:
+            return "lora_dropout=1 drops every input"
+        if layer.b.zero and not layer.b.trainable:
+            return f"{layer.b.name} is zero and frozen"
+        if layer.a.zero and layer.b.zero:
+            return f"{layer.a.name} and {layer.b.name} are both zero"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class LossDrop:
+    """How far the loss of fixed batches went down.
+
+    Attributes:
+        before: Mean loss of the batches before training, dropout off, in the unit of the loss (nats per token for
+            a language model).
+        after: The same after it.
+        curve: Loss of each step, dropout as it was.
+        lr: Learning rate of the optimizer that was made; None where the user's own ran.
+        by: Relative drop that was asked for.
+        adapter_learned: Whether a gradient reached any low-rank factor and a step moved it.
+    """
+
+    before: float
+    after: float
+    curve: tuple[float, ...]
+    lr: float | None
+    by: float
+    adapter_learned: bool
+
+    @property
+    def drop(self) -> float:
+        """Relative drop; NaN where a loss is not finite or there was none."""
+        return (self.before - self.after) / self.before if self.before else math.nan
+
+    @property
+    def fits_already(self) -> bool:
+        """Whether there was nothing left to learn, before and after."""
+        return abs(self.before) < FITS and abs(self.after) < FITS
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the adapter learned, and the loss fell far enough or had nothing left to fall."""
+        return self.adapter_learned and (self.drop >= self.by or self.fits_already)
+
+
+FITS = 0.1
+"""At a loss below this, in nats per token, the model fits: each token has a probability of 0.9."""
+
+
+def fell(losses: Iterable[float], by: float = 0.01) -> bool:
+    """Whether a curve went down: its last quarter lies, on average, below its first by a relative amount."""
+    known = [loss for loss in losses if math.isfinite(loss)]
+    quarter = max(1, len(known) // 4)
+    if len(known) < 2:
+        return False
+    first, last = sum(known[:quarter]) / quarter, sum(known[-quarter:]) / quarter
+    return last < first - by * abs(first)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from pytest_lora.facts.base import BaseFacts, BaseModule, FusedParameter, Quantization, TaskHead
 from pytest_lora.inspection.survey import Survey
@@ -28,6 +29,10 @@ HEADED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Reg
 """Transformers classes that put a newly made task head on a pretrained body."""
 
 
+PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Classes whose weights are as they are; subclasses may not be."""
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``"float32"`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
@@ -35,6 +40,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def quantization_of(module: nn.Module) -> str | None:
     """``"4bit"`` or ``"8bit"`` for bitsandbytes layers, the method for others, None for plain weights."""
+    if type(module) in PLAIN:
+        return None
     bnb = sys.modules.get("bitsandbytes")
     if bnb is not None:
         if isinstance(module, bnb.nn.Linear4bit):
@@ -82,16 +89,31 @@ class BaseParameter(NamedTuple):
         return f"{self.module}.{self.name}" if self.module else self.name
 
 
+def own_parameters(module_name: str, module: nn.Module) -> Iterator[BaseParameter]:
+    """The parameters that one module holds itself; a packed 4-bit byte stands for two numbers."""
+    own = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
+    method = quantization_of(module) if own else None
+    for name, tensor in own:
+        packed = method == "4bit" and name == "weight"
+        shape = logical_shape(module) if packed else _packed_from(module, tensor)
+        numbers = tensor.numel() if shape is None else math.prod(shape)
+        yield BaseParameter(module_name, name, method, tensor, numbers)
+
+
+def _packed_from(module: nn.Module, tensor: nn.Parameter) -> tuple[int, ...] | None:
+    """Logical shape of a 4-bit tensor outside ``Linear4bit``: an embedding, or fused experts; else None."""
+    state: Any = getattr(tensor, "quant_state", None)
+    if state is None and isinstance(module, ParametrizationList):
+        state = getattr(module[0], "quant_state", None)
+    return None if state is None else tuple(state.shape)
+
+
 def base_parameters(survey: Survey) -> tuple[BaseParameter, ...]:
-    """Every parameter of the base, tied ones once; a packed 4-bit byte stands for two numbers."""
+    """Every parameter of the base, tied ones once, with the numbers that each stands for."""
     found: dict[int, BaseParameter] = {}
-    for module_name, module in survey.modules.items():
-        own = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
-        method = quantization_of(module) if own else None
-        for name, tensor in own:
-            shape = logical_shape(module) if method == "4bit" and name == "weight" else None
-            numbers = shape[0] * shape[1] if shape else tensor.numel()
-            found.setdefault(id(tensor), BaseParameter(module_name, name, method, tensor, numbers))
+    for name, module in survey.modules.items():
+        for parameter in own_parameters(name, module):
+            found.setdefault(id(parameter.tensor), parameter)
     return tuple(found.values())
 
 
@@ -117,7 +139,7 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
         input_embeddings=input_embeddings,
         output_embeddings=output_embeddings,
         vocab_size=_rows(modules.get(input_embeddings or "")),
-        has_biases=any(getattr(m, "bias", None) is not None for m in modules.values()),
+        has_biases=any(p.name == "bias" for p in parameters),
         float_dtypes=tuple(dtype_name(dtype) for dtype, _ in dtypes.most_common()),
         device_types=tuple(dict.fromkeys(p.tensor.device.type for p in parameters)),
         quantization=_quantization(root, modules),
@@ -227,6 +249,7 @@ def _quantization(root: nn.Module, modules: dict[str, nn.Module]) -> Quantizatio
             packed = getattr(weight, "quant_state", None) is not None
         else:
             packed = method != "8bit" or getattr(weight, "dtype", None) == torch.int8
+            packed = packed or bool(getattr(getattr(module, "state", None), "has_fp16_weights", False))
         if not packed and getattr(getattr(weight, "device", None), "type", None) != "meta":
             unpacked.append(name)
     if not quantized and declared is None:
@@ -238,7 +261,9 @@ def _declared_quantization(root: nn.Module) -> tuple[str | None, tuple[str, ...]
     declared = getattr(_config(root), "quantization_config", None)
     values = declared if isinstance(declared, dict) else getattr(declared, "__dict__", {})
     bits = next((b for b in ("4bit", "8bit") if _says(values, f"load_in_{b}")), None)
-    bits = bits or next((b for b in ("4bit", "8bit") if getattr(root, f"is_loaded_in_{b}", False)), None)
+    # Dequantizing a transformers model leaves is_loaded_in_4bit behind, but not is_quantized.
+    if bits is None and getattr(root, "is_quantized", True):
+        bits = next((b for b in ("4bit", "8bit") if getattr(root, f"is_loaded_in_{b}", False)), None)
     return bits, tuple(values.get("llm_int8_skip_modules") or ())
 
 

@@ -29,11 +29,8 @@ from pytest_lora.inspection.peft_internals import LoraConfig, heads_by_task_type
 from pytest_lora.inspection.skeleton import resolve_base, skeleton
 from pytest_lora.inspection.survey import Survey, survey
 
-PLAIN_INITS = (True, False, "gaussian")
-"""Values of ``init_lora_weights`` that do not look at the base weights."""
-
 DATA_INITS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga", "mica")
-"""Starts of those that do; they change values only, so that the dry run goes without them."""
+"""Initialisations that compute with base weights; they change values only, so the dry run goes without."""
 
 ADAPTER = "default"
 
@@ -51,21 +48,23 @@ def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     model = resolve_base(base, settings.task_type)
     found = survey(model)
     facts = base_facts(found, base_parameters(found))
-    tried = copy.deepcopy(config)
     if facts.carries_adapter:
         wrapped = Refusal("", "the base already carries an adapter")
         return _assembled(ADAPTER, settings, settings, facts, Survey(model, 0), (), wrapped)
-    injected, refusal = _dry_run(tried, skeleton(model))
-    layers = tuple(layer_facts(injected.lora, ADAPTER))
-    return _assembled(ADAPTER, settings, Settings.of(tried), facts, injected, layers, refusal)
+    tried = copy.deepcopy(config)
+    injected, error = dry_run(tried, skeleton(model))
+    refusal = None if error is None else Refusal(type(error).__name__, str(error))
+    after = found if injected is None else survey(injected)
+    layers = tuple(layer_facts(after.lora, ADAPTER))
+    return _assembled(ADAPTER, settings, Settings.of(tried), facts, after, layers, refusal)
 
 
 def dry_run(config: LoraConfig, model: nn.Module) -> tuple[nn.Module | None, Exception | None]:
     """Let PEFT put an adapter on a skeleton; ``config`` is changed as PEFT changes it."""
     from peft import get_peft_model
 
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(DATA_INITS):
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(DATA_INITS) and not _lacks_preparation(init, model):
         config.init_lora_weights = True
     config.inference_mode, inference = False, config.inference_mode
     try:
@@ -78,11 +77,9 @@ def dry_run(config: LoraConfig, model: nn.Module) -> tuple[nn.Module | None, Exc
         config.inference_mode = inference
 
 
-def _dry_run(config: LoraConfig, model: nn.Module) -> tuple[Survey, Refusal | None]:
-    injected, error = dry_run(config, model)
-    if injected is None:
-        return Survey(model, 0), Refusal(type(error).__name__, str(error))
-    return survey(injected), None
+def _lacks_preparation(init: str, model: nn.Module) -> bool:
+    """Whether PEFT will ask for ``preprocess_corda``, which leaves its results on the layers."""
+    return init.startswith("corda") and not any("eigens" in vars(module) for module in model.modules())
 
 
 def live_config_facts(
@@ -115,7 +112,7 @@ def _assembled(
         settings=written,
         base=base,
         layers=layers,
-        names=tuple(_name_matches(written, applied, base, layers)),
+        names=tuple(_name_matches(written, applied, base, layers, _parameter_names(found))),
         patterns=() if refusal else tuple(_pattern_keys(written, applied, base, layers)),
         saved_modules=tuple(
             name for name, wrapper in found.saved.items() if adapter in wrapper.modules_to_save
@@ -127,7 +124,11 @@ def _assembled(
 
 
 def _name_matches(
-    written: Settings, applied: Settings, base: BaseFacts, layers: tuple[LayerFacts, ...]
+    written: Settings,
+    applied: Settings,
+    base: BaseFacts,
+    layers: tuple[LayerFacts, ...],
+    parameters: list[str],
 ) -> Iterator[NameMatch]:
     lists = {
         "target_modules": written.target_modules,
@@ -138,8 +139,8 @@ def _name_matches(
     adapted = [layer.module for layer in layers]
     rewritten = set(applied.target_parameters) != set(written.target_parameters)
     wanted = {name for names in lists.values() if names and not isinstance(names, str) for name in names}
-    by_suffix = _by_suffix(dict.fromkeys([*base.module_names, *adapted]), wanted)
-    leaves = sorted({name.rpartition(".")[2] for name in base.module_names})
+    by_suffix = _by_suffix(dict.fromkeys([*base.module_names, *adapted, *parameters]), wanted)
+    leaves = sorted({module.leaf for module in base.modules if not module.leaf.isdigit()})
     for field, names in lists.items():
         if isinstance(names, str):
             yield NameMatch(field, names, tuple(_matched_by_pattern(names, base.module_names, adapted)))
@@ -149,8 +150,17 @@ def _name_matches(
             if rewritten and name not in (getattr(applied, field) or ()):
                 continue
             modules = tuple(by_suffix.get(name, ()))
-            similar = () if modules else tuple(difflib.get_close_matches(name.rpartition(".")[2], leaves))
+            similar = (
+                ()
+                if modules
+                else tuple(difflib.get_close_matches(name.rpartition(".")[2], leaves, cutoff=0.7))
+            )
             yield NameMatch(field, name, modules, similar)
+
+
+def _parameter_names(found: Survey) -> list[str]:
+    own = ((name, module._parameters) for name, module in found.modules.items())
+    return [f"{name}.{parameter}" for name, parameters in own for parameter in parameters]
 
 
 def _by_suffix(names: dict[str, None], wanted: set[str]) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from pytest_lora.inspection.peft_internals import (
     adapter_names,
     factors,
     fused_parameter,
+    own_geometry,
 )
 
 CPU_NUMBERS = 1_000_000_000
@@ -33,19 +35,16 @@ class Values(NamedTuple):
 
 UNREAD = Values(None, None)
 
+MAGNITUDE = "lora_magnitude_vector"
 
-def read_values(tensors: Iterable[torch.Tensor]) -> dict[int, Values]:
+
+def read_values(tensors: Iterable[torch.Tensor | None]) -> dict[int, Values]:
     """Whether each tensor is all zero and all finite, by id, with one transfer a device."""
     pending: dict[torch.device, tuple[list[int], list[torch.Tensor]]] = {}
     for tensor in tensors:
-        data = tensor.detach()
-        if (
-            data.device.type == "meta"
-            or not data.is_floating_point()
-            or data.element_size() < 2
-            or not data.numel()
-        ):
+        if tensor is None or not _readable(tensor):
             continue
+        data = tensor.detach()
         ids, extremes = pending.setdefault(data.device, ([], []))
         ids.append(id(tensor))
         low, high = torch.aminmax(data)
@@ -71,29 +70,61 @@ def layer_facts(lora: dict[str, LoraLayer], adapter: str) -> Iterator[LayerFacts
             yield LayerFacts(**_geometry(module, layer, adapter, factors(layer, adapter)))
 
 
-def layer_states(lora: dict[str, LoraLayer]) -> Iterator[LayerState]:
-    """Every adapter on every module as it stands."""
+def layer_states(lora: dict[str, LoraLayer], rslora: frozenset[str] = frozenset()) -> Iterator[LayerState]:
+    """Every adapter on every module as it stands; ``rslora`` names those whose configuration sets it."""
     found = [(m, layer, a, factors(layer, a)) for m, layer in lora.items() for a in adapter_names(layer)]
-    values = read_values(t for _, _, _, f in found for t in (f.a, f.b))
-    for module, layer, adapter, pair in found:
+    magnitudes = [_magnitude(layer, adapter) for _, layer, adapter, _ in found]
+    values = read_values(t for (_, _, _, f), m in zip(found, magnitudes, strict=True) for t in (f.a, f.b, m))
+    for (module, layer, adapter, pair), magnitude in zip(found, magnitudes, strict=True):
         geometry = _geometry(module, layer, adapter, pair)
-        rank = geometry["rank"] * geometry["experts"]
+        geometry["use_rslora"] |= adapter in rslora
         dropout = layer.lora_dropout[adapter]
         a_name, a, b_name, b, by_design = pair
-        inputs, outputs = geometry["in_features"], geometry["out_features"]
-        embedding = a_name == "lora_embedding_B"
+        expected_a, expected_b = _expected_shapes(layer, adapter, geometry, pair)
         yield LayerState(
             **geometry,
             a=_factor(a_name, a, values, by_design),
             b=_factor(b_name, b, values, by_design),
-            expected_a=(outputs, rank) if embedding else (rank, inputs),
-            expected_b=(rank, inputs) if embedding else (outputs, rank),
+            expected_a=expected_a,
+            expected_b=expected_b,
             base_device=_base_device(layer, module),
             active=adapter in active_adapters(layer),
             disabled=bool(layer.disable_adapters),
             merged=adapter in layer.merged_adapters,
             dropout_live=bool(dropout.training and geometry["dropout"]),
+            magnitude=None if magnitude is None else _factor(MAGNITUDE, magnitude, values, by_design),
         )
+
+
+def _magnitude(layer: LoraLayer, adapter: str) -> torch.Tensor | None:
+    if adapter not in layer.lora_magnitude_vector:
+        return None
+    return next(layer.lora_magnitude_vector[adapter].parameters(recurse=False), None)
+
+
+def _expected_shapes(
+    layer: LoraLayer, adapter: str, geometry: dict[str, Any], pair: Factors
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First two sizes of both factors; as they are stored where only PEFT knows what they should be."""
+    stored = _first_two(pair.a), _first_two(pair.b)
+    sharded = not (pair.a.numel() and pair.b.numel())
+    if sharded or own_geometry(layer, adapter):
+        return stored
+    rank, inputs, outputs = geometry["rank"] * geometry["experts"], *_sizes(geometry)
+    if pair.a_name == "lora_embedding_B":
+        return (outputs, rank), (rank, inputs)
+    groups = getattr(layer.get_base_layer(), "groups", 1)
+    per_group = rank // groups if stored[1][1] == rank // groups else rank
+    return (rank, inputs), (outputs, per_group)
+
+
+def _sizes(geometry: dict[str, Any]) -> tuple[int, int]:
+    return geometry["in_features"], geometry["out_features"]
+
+
+def _first_two(tensor: torch.Tensor) -> tuple[int, int]:
+    sizes = (*tensor.shape, 0, 0)
+    return sizes[0], sizes[1]
 
 
 def _factor(name: str, tensor: torch.Tensor, values: dict[int, Values], by_design: tuple[str, ...]) -> Factor:
@@ -125,6 +156,7 @@ def _geometry(module: str, layer: LoraLayer, adapter: str, pair: Factors) -> dic
         "adapter": adapter,
         "in_features": inputs,
         "out_features": outputs,
+        "kernel": math.prod(getattr(base, "kernel_size", ())) if shape else 1,
         "experts": fused[1] if fused else 1,
         "rank": int(layer.r[adapter]),
         "alpha": float(layer.lora_alpha[adapter]),
@@ -137,7 +169,12 @@ def _geometry(module: str, layer: LoraLayer, adapter: str, pair: Factors) -> dic
 
 
 def _uses_rslora(layer: LoraLayer, adapter: str) -> bool:
-    return bool(getattr(layer, "use_rslora", {}).get(adapter, False))
+    known = getattr(layer, "use_rslora", None)
+    if known is not None:
+        return bool(known.get(adapter, False))
+    # Older PEFT keeps no record on the layer, but the scaling shows it.
+    rank, alpha, scaling = layer.r[adapter], layer.lora_alpha[adapter], layer.scaling[adapter]
+    return bool(rank > 1 and alpha and math.isclose(scaling, alpha / math.sqrt(rank)))
 
 
 def _base_device(layer: LoraLayer, module: str) -> str:

@@ -6,14 +6,21 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from pytest_lora.facts.model import LayerState, ModelFacts, SavedModule, TrainableBase
+from pytest_lora.facts.model import LayerState, ModelFacts, SavedModule, TrainableBase, TrainedRows
 from pytest_lora.inspection import transformers_internals
-from pytest_lora.inspection.base import BaseParameter, base_facts, base_parameters
+from pytest_lora.inspection.base import BaseParameter, base_facts, base_parameters, dtype_name
 from pytest_lora.inspection.config import live_config_facts
 from pytest_lora.inspection.layers import CPU_NUMBERS, UNREAD, layer_states, read_values
 from pytest_lora.inspection.parameters import count
-from pytest_lora.inspection.peft_internals import ModulesToSaveWrapper, active_adapters, lora_configs
+from pytest_lora.inspection.peft_internals import (
+    ModulesToSaveWrapper,
+    active_adapters,
+    lora_configs,
+    token_rows,
+)
 from pytest_lora.inspection.survey import Survey, survey
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 def adapted_survey(model: nn.Module) -> Survey:
@@ -44,12 +51,13 @@ def model_facts(model: nn.Module) -> ModelFacts:
     found = adapted_survey(model)
     parameters = base_parameters(found)
     base = base_facts(found, parameters)
-    layers = tuple(layer_states(found.lora))
     configs = lora_configs(found.root)
+    rslora = frozenset(name for name, config in configs.items() if config.use_rslora)
+    layers = tuple(layer_states(found.lora, rslora))
     by_adapter: dict[str, list[LayerState]] = {}
     for layer in layers:
         by_adapter.setdefault(layer.adapter, []).append(layer)
-    counted = count(model, parameters)
+    counted = count(model, found, parameters)
     return ModelFacts(
         base=base,
         configs=tuple(
@@ -59,12 +67,14 @@ def model_facts(model: nn.Module) -> ModelFacts:
         ),
         layers=layers,
         saved=tuple(_saved_modules(found, base.tied)),
+        rows=tuple(_trained_rows(found)),
         trainable_base=tuple(_trainable_base(parameters, _trained_biases(configs.values(), layers))),
         nonfinite_base=tuple(_nonfinite(parameters)),
         adapters=tuple(by_adapter),
         active=tuple(dict.fromkeys(layer.adapter for layer in layers if layer.active)),
         nested=found.nested,
         training=model.training,
+        base_dropouts=tuple(_live_dropouts(found.modules)),
         trainable_parameters=counted.trainable,
         total_parameters=counted.total,
         stored_parameters=counted.stored,
@@ -108,16 +118,50 @@ def _saved_modules(found: Survey, tied: tuple[tuple[str, ...], ...]) -> Iterator
         for adapter, copied in wrapper.modules_to_save.items():
             parameters = list(copied.parameters())
             values = read_values(parameters)
-            original = [tuple(p.shape) for p in wrapper.original_module.parameters()]
+            pairs = list(zip(parameters, wrapper.original_module.parameters(), strict=False))
+            differing = [pair for pair in pairs if pair[0].shape != pair[1].shape]
+            shown = (differing or pairs)[:1]
             yield SavedModule(
                 module=module,
                 adapter=adapter,
                 trainable=all(p.requires_grad for p in parameters),
                 finite=_all_finite(values.get(id(p), UNREAD).finite for p in parameters),
-                same_shape=[tuple(p.shape) for p in parameters] == original,
+                shape=tuple(n for own, _ in shown for n in own.shape),
+                original_shape=tuple(n for _, old in shown for n in old.shape),
+                dtype="".join(dtype_name(own.dtype) for own, _ in shown),
                 active=adapter in active_adapters(wrapper) and not wrapper.disable_adapters,
+                disabled=bool(wrapper.disable_adapters),
                 tied=tuple(n for n in partners if not _shares(found, n, adapter, copied)),
             )
+
+
+def _trained_rows(found: Survey) -> Iterator[TrainedRows]:
+    for module, wrapper in found.tokens.items():
+        rows = token_rows(wrapper)
+        values = read_values(rows.values())
+        for adapter, tensor in rows.items():
+            yield TrainedRows(
+                module=module,
+                adapter=adapter,
+                rows=tensor.shape[0],
+                trainable=tensor.requires_grad,
+                finite=values.get(id(tensor), UNREAD).finite,
+                dtype=dtype_name(tensor.dtype),
+                active=adapter in active_adapters(wrapper) and not wrapper.disable_adapters,
+            )
+
+
+def _live_dropouts(modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Modules in training mode that drop something: dropout layers, and attention that drops its weights."""
+    for name, module in modules.items():
+        if module.training:
+            p = getattr(module, "p", 0.0) if isinstance(module, _DROPOUTS) else _attention_dropout(module)
+            if isinstance(p, float) and p > 0:
+                yield name
+
+
+def _attention_dropout(module: nn.Module) -> object:
+    return vars(module).get("attention_dropout", 0.0)
 
 
 def _all_finite(verdicts: Iterable[bool | None]) -> bool | None:

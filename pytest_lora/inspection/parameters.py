@@ -1,21 +1,25 @@
-"""How many numbers a model holds: logical, trainable, and as they are stored."""
+"""How many numbers a model holds: logical, trainable, of its adapters, and as they are stored."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from torch import nn
 
-from pytest_lora.inspection.base import BaseParameter
+from pytest_lora.facts.base import BaseFacts
+from pytest_lora.inspection.base import BaseParameter, own_parameters
+from pytest_lora.inspection.peft_internals import WRAPPERS
+from pytest_lora.inspection.survey import Survey
 
 
 class Totals(NamedTuple):
-    """Numbers in a model.
+    """Numbers in a model; tied parameters count once.
 
     Attributes:
         trainable: Logical numbers that require gradients.
         total: Logical numbers, adapters included.
-        base: Logical numbers of the base alone.
+        base: Logical numbers that belong to no adapter; a value head around the model is among them.
         stored: What ``sum(p.numel() for p in model.parameters())`` gives; packed 4-bit bytes count once.
         stored_bytes: Bytes of all parameters as they are stored.
     """
@@ -26,16 +30,88 @@ class Totals(NamedTuple):
     stored: int
     stored_bytes: int
 
+    @property
+    def adapter(self) -> int:
+        """Logical numbers of all adapters."""
+        return self.total - self.base
 
-def count(model: nn.Module, base: tuple[BaseParameter, ...]) -> Totals:
-    """Count a model whose base parameters are known; tied parameters count once."""
-    logical = {id(p.tensor): p.numbers for p in base}
-    trainable = total = stored = stored_bytes = 0
-    for parameter in model.parameters():
-        numbers = parameter.numel()
-        stored += numbers
-        stored_bytes += numbers * parameter.element_size()
-        numbers = logical.get(id(parameter), numbers)
+
+def count(model: nn.Module, found: Survey, base: tuple[BaseParameter, ...]) -> Totals:
+    """Count a model whose survey and base parameters are known."""
+    plain = {id(p.tensor): p.numbers for p in (*_outside(model, found.root), *base)}
+    copies = {id(p.tensor): p.numbers for p in _copies(found)}
+    trainable = total = in_base = stored = stored_bytes = 0
+    for parameter in _stored(model):
+        numel = parameter.numel()
+        stored += numel
+        stored_bytes += numel * parameter.element_size()
+        numbers = plain.get(id(parameter))
+        if numbers is not None:
+            in_base += numbers
+        else:
+            numbers = copies.get(id(parameter), numel)
         total += numbers
-        trainable += numbers if parameter.requires_grad else 0
-    return Totals(trainable, total, sum(p.numbers for p in base), stored, stored_bytes)
+        if parameter.requires_grad:
+            trainable += numbers
+    return Totals(trainable, total, in_base, stored, stored_bytes)
+
+
+def _stored(model: nn.Module) -> Iterable[nn.Parameter]:
+    """What ``model.parameters()`` yields.
+
+    That call itself would make PEFT's LoRA layer for ``nn.MultiheadAttention`` replace parameters by equal
+    ones (its ``_restore_weights``), which could then no longer be told by identity.
+    """
+    found: dict[int, nn.Parameter] = {}
+    seen: set[nn.Module] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            found.update((id(p), p) for p in module._parameters.values() if p is not None)
+            waiting.extend(child for child in module._modules.values() if child is not None)
+    return found.values()
+
+
+def _outside(module: nn.Module, root: nn.Module, name: str = "") -> Iterator[BaseParameter]:
+    """Parameters of what is wrapped around the base but is no PEFT model, such as a value head."""
+    if module is root or isinstance(module, WRAPPERS):
+        return
+    yield from own_parameters(name, module)
+    for child_name, child in module.named_children():
+        yield from _outside(child, root, f"{name}.{child_name}" if name else child_name)
+
+
+def _copies(found: Survey) -> Iterator[BaseParameter]:
+    """Parameters of the copies that ``modules_to_save`` made; a copy of a packed layer is packed too."""
+    for name, wrapper in found.saved.items():
+        for module in wrapper.modules_to_save.modules():
+            yield from own_parameters(name, module)
+
+
+PACKABLE = ("Linear", "Conv1D", "Linear8bitLt")
+"""Kinds of modules that transformers packs when it loads a model with ``load_in_4bit``."""
+
+
+def stored_in_4bit(facts: BaseFacts, parameters: tuple[BaseParameter, ...]) -> int:
+    """What ``sum(p.numel())`` gives for a base whose linear layers are packed, two numbers a byte.
+
+    Where the base is in 4 bits already, its own storage counts. Where it is not, the layers count that
+    transformers would pack (``get_keys_to_not_convert``): all linear ones but the output embedding, those
+    that share their weight, and the one that holds the last parameter.
+    """
+    packed = {p.module for p in parameters if p.quantization == "4bit"} or _would_be_packed(facts, parameters)
+    total = 0
+    for parameter in parameters:
+        numel = parameter.tensor.numel()
+        unpacked = parameter.name == "weight" and parameter.module in packed and numel == parameter.numbers
+        total += (numel + 1) // 2 if unpacked else numel
+    return total
+
+
+def _would_be_packed(facts: BaseFacts, parameters: tuple[BaseParameter, ...]) -> set[str]:
+    kept = {facts.output_embeddings, *(name for group in facts.tied for name in group)}
+    if parameters and parameters[-1].name == "weight":
+        kept.add(parameters[-1].module)
+    return {m.name for m in facts.modules if m.kind in PACKABLE} - kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peft import LoraConfig, PeftMixedModel, PeftModel
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -30,6 +30,8 @@ __all__ = [
     "fused_parameter",
     "heads_by_task_type",
     "lora_configs",
+    "own_geometry",
+    "saved_state",
     "token_rows",
     "wrapped_base",
 ]
@@ -66,7 +68,9 @@ def adapter_names(layer: LoraLayer) -> tuple[str, ...]:
     return tuple(layer.r)
 
 
-def active_adapters(layer: BaseTunerLayer | ModulesToSaveWrapper) -> tuple[str, ...]:
+def active_adapters(
+    layer: BaseTunerLayer | ModulesToSaveWrapper | TrainableTokensWrapper,
+) -> tuple[str, ...]:
     """Adapters that take part in the forward pass of one layer."""
     active: str | Iterable[str] = layer.active_adapter
     return (active,) if isinstance(active, str) else tuple(active)
@@ -93,9 +97,30 @@ def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
     return None if name is None else (str(name), int(getattr(layer, "num_experts", 1)))
 
 
+def own_geometry(layer: LoraLayer, adapter: str) -> bool:
+    """Whether a LoRA variant other than DoRA gives the factors shapes of its own (QALoRA, BD-LoRA, ...)."""
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    return variant is not None and "Dora" not in type(variant).__name__
+
+
 def token_rows(wrapper: TrainableTokensWrapper) -> dict[str, Tensor]:
     """The trainable rows of an embedding, by adapter."""
     return dict(wrapper.token_adapter.trainable_tokens_delta.items())
+
+
+def saved_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """What ``save_pretrained`` writes for one adapter of a model whose vocabulary was not resized.
+
+    PEFT would ask the hub whether it was; a configuration without the base's name keeps it from doing so.
+    """
+    configs: Any = model.peft_config
+    config = configs[adapter]
+    named, config.base_model_name_or_path = config.base_model_name_or_path, None
+    try:
+        state: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter)
+    finally:
+        config.base_model_name_or_path = named
+    return state
 
 
 def heads_by_task_type(task_type: str | None) -> tuple[str, ...]:

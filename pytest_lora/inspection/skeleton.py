@@ -108,7 +108,9 @@ def _auto_classes(config: PretrainedConfig, task_type: str | None) -> list[Any]:
         "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     }
     seq2seq = getattr(config, "is_encoder_decoder", False)
-    usual = ["AutoModelForSeq2SeqLM"] if seq2seq else ["AutoModelForMaskedLM", "AutoModelForCausalLM"]
+    usual = ["AutoModelForMaskedLM", "AutoModelForCausalLM"]
+    if seq2seq:
+        usual = ["AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"]
     names = [by_task.get(task_type or ""), *usual, "AutoModelForImageTextToText", "AutoModel"]
     return [getattr(transformers, name) for name in names if name and hasattr(transformers, name)]
 

@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
 from torch import nn
 
 from pytest_lora.inspection.survey import Survey
 
 
 def reentrant_without_inputs(found: Survey) -> bool:
-    """Whether reentrant checkpointing is on while nothing makes the embeddings' output require gradients.
+    """Whether reentrant checkpointing is on while nothing makes its input require gradients.
 
     Reentrant checkpointing runs its segment without a graph unless an input requires gradients
-    (``torch.utils.checkpoint``); ``enable_input_require_grads`` leaves its hook handles on the model.
+    (``torch.utils.checkpoint``). Either the embeddings train something themselves, or a hook makes their
+    output require gradients: transformers' ``enable_input_require_grads`` and PEFT both register one.
     """
-    modules = found.modules.values()
-    if not any(_checkpoints_reentrant(module) for module in modules):
+    if not any(_checkpoints_reentrant(module) for module in found.modules.values()):
         return False
-    hooked = any("_require_grads_hook" in vars(module) for module in modules)
-    embeddings = getattr(found.root, "get_input_embeddings", lambda: None)()
-    trains = embeddings is not None and any(p.requires_grad for p in embeddings.parameters())
-    return not (hooked or trains)
+    return not (_trains_embeddings(found) or _makes_inputs_require_grad(found.root))
 
 
 def _checkpoints_reentrant(module: nn.Module) -> bool:
+    """Whether a module checkpoints reentrantly, which is torch's default where nothing is said."""
     if not vars(module).get("gradient_checkpointing", False):
         return False
     function = getattr(module, "_gradient_checkpointing_func", None)
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
+    return isinstance(function, partial) and function.keywords.get("use_reentrant") is not False
+
+
+def _trains_embeddings(found: Survey) -> bool:
+    get = getattr(found.root, "get_input_embeddings", None)
+    try:
+        inputs = None if get is None else get()
+    except (NotImplementedError, AttributeError):
+        inputs = None
+    names = [name for name, module in found.modules.items() if isinstance(module, nn.Embedding)]
+    wrappers: tuple[Mapping[str, Any], ...] = (found.lora, found.saved, found.tokens, found.modules)
+    embeddings: list[Any] = [inputs, *(wrapper.get(name) for name in names for wrapper in wrappers)]
+    return any(p.requires_grad for module in embeddings if module is not None for p in module.parameters())
+
+
+def _makes_inputs_require_grad(root: nn.Module) -> bool:
+    return any(
+        _calls_requires_grad(hook)
+        for module in root.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    )
+
+
+def _calls_requires_grad(hook: Callable[..., Any]) -> bool:
+    """Whether a hook's code mentions ``requires_grad``; one without readable code may do anything."""
+    code = getattr(hook, "__code__", None)
+    return code is None or any(name.startswith("requires_grad") for name in code.co_names)

@@ -44,12 +44,14 @@ def page(wanted: str) -> Iterator[str]:
 
 
 def _find(wanted: str) -> Rule:
-    known = {key: rule for rule in catalogue() for key in (rule.code, rule.name)}
-    for key, rule in known.items():
-        if key.lower() == wanted.lower().replace("-", "_"):
-            return rule
-    candidates = [rule.code for rule in catalogue()] if wanted.upper().startswith("LORA") else list(known)
-    close = difflib.get_close_matches(wanted.upper(), [c.upper() for c in candidates], cutoff=0.5)
-    names = {c.upper(): c for c in candidates}
-    hint = f"did you mean {', '.join(names[c] for c in close)}? " if close else ""
+    known = {key: rule for rule in catalogue() for key in (rule.code.lower(), rule.name)}
+    asked = wanted.lower().replace("-", "_")
+    if asked in known:
+        return known[asked]
+    # A letter in a number is what a mistyped code most often is.
+    digits = "lora" + asked[4:].translate(str.maketrans("oil", "011"))
+    keys = [key for key in known if key.startswith("lora") == asked.startswith("lora")]
+    close = [digits] if digits in known else difflib.get_close_matches(asked, keys, cutoff=0.5)
+    names = [known[key].code if key.startswith("lora") else key for key in close]
+    hint = f"did you mean {', '.join(names)}? " if close else ""
     raise pytest.UsageError(f"--lora-explain: there is no rule {wanted!r}; {hint}--lora-rules lists them all")

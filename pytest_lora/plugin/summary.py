@@ -43,19 +43,19 @@ def add_section(report: pytest.TestReport, call: pytest.CallInfo[None], config: 
 
 
 def write(terminal: pytest.TerminalReporter, reports: Iterable[pytest.TestReport]) -> None:
-    """Write the section "LoRA health": one line a rule, worst first; infos only with -v."""
-    found = findings_by_test(reports)
+    """Write the section "LoRA health": what was checked, then one line a rule, worst first; infos only with -v."""
+    judged = reports_by_test(reports)
     lowest = SEVERITIES if terminal.config.get_verbosity() > 0 else SEVERITIES[:2]
-    lines = list(rule_lines(found, lowest))
-    if not lines:
-        return
+    found = {nodeid: [f for report in own for f in report.findings] for nodeid, own in judged.items()}
     terminal.section("LoRA health")
-    for severity, line in lines:
+    for line in subject_lines(judged.values()):
+        terminal.write_line(line)
+    for severity, line in rule_lines(found, lowest):
         terminal.write_line(line, **_COLOURS[severity])
 
 
-def findings_by_test(reports: Iterable[pytest.TestReport]) -> dict[str, list[Finding]]:
-    """The findings of each test by its node id.
+def reports_by_test(reports: Iterable[pytest.TestReport]) -> dict[str, list[Report]]:
+    """What the assertions judged, by the node id of the test.
 
     A test has a report for each phase and each try. Properties pile up over the phases and start anew with a
     try, so the last report of a test has them all.
@@ -64,14 +64,24 @@ def findings_by_test(reports: Iterable[pytest.TestReport]) -> dict[str, list[Fin
     for report in sorted(reports, key=lambda report: report.start):
         last[report.nodeid] = report
     return {
-        nodeid: [
-            finding
-            for name, value in report.user_properties
-            if name == PROPERTY
-            for finding in Report.from_json(str(value)).findings
-        ]
+        nodeid: [Report.from_json(str(v)) for name, v in report.user_properties if name == PROPERTY]
         for nodeid, report in last.items()
     }
+
+
+def subject_lines(judged: Iterable[list[Report]], shown: int = 5) -> Iterator[str]:
+    """Yield in how many tests each subject was checked and healthy, the most checked subject first."""
+    tests: Counter[str] = Counter()
+    healthy: Counter[str] = Counter()
+    for reports in judged:
+        for subject in {report.subject for report in reports}:
+            own = [report for report in reports if report.subject == subject]
+            tests[subject] += 1
+            healthy[subject] += not any(report.errors or report.warnings for report in own)
+    for subject, number in sorted(tests.items(), key=lambda pair: (-pair[1], pair[0]))[:shown]:
+        yield f"{subject}: healthy in {healthy[subject]} of {_plural(number, 'test')}"
+    if len(tests) > shown:
+        yield f"... and {len(tests) - shown} more subjects"
 
 
 def rule_lines(

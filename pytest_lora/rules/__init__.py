@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
+# Facts are loaded with the rules, not by the first rule: code that takes modules out of ``sys.modules``
+# again (pytest's own pytester does) would else leave rules that know no fact of later checks.
+from pytest_lora import facts as facts
 from pytest_lora.expect import Expect
 from pytest_lora.findings import SEVERITIES, Finding, Severity
 
@@ -93,11 +96,17 @@ def catalogue() -> tuple[Rule, ...]:
 
 
 def judge(facts: Iterable[object], expect: Expect) -> Iterator[Finding]:
-    """Yield what every rule that needs one of these facts has to say about them."""
+    """Yield what every rule that needs one of these facts has to say about them.
+
+    Raises:
+        LookupError: No rule needs one of the facts, so that nothing would have been judged.
+    """
     for fact in facts:
-        for known in catalogue():
-            if isinstance(fact, known.needs):
-                yield from known(fact, expect)
+        fitting = [known for known in catalogue() if isinstance(fact, known.needs)]
+        if not fitting:
+            raise LookupError(f"no rule judges {type(fact).__name__}; its module was imported twice")
+        for known in fitting:
+            yield from known(fact, expect)
 
 
 def selected(findings: Iterable[Finding], select: Iterable[str], ignore: Iterable[str]) -> Iterator[Finding]:

@@ -28,7 +28,7 @@ def test_explain_prints_the_documentation(pytester: pytest.Pytester, asked: str)
 @pytest.mark.parametrize(
     ("asked", "hint"),
     [
-        ("LORA2O3", "did you mean LORA203, *? --lora-rules lists them all"),
+        ("LORA2O3", "did you mean LORA203? --lora-rules lists them all"),
         ("adapter_merged", "did you mean adapter_left_merged*? --lora-rules lists them all"),
         ("xyz", "--lora-rules lists them all"),
     ],

@@ -65,6 +65,7 @@ def test_section_counts_by_rule_worst_first(pytester: pytest.Pytester, workers: 
     result = pytester.runpytest_subprocess(*workers)
     result.assert_outcomes(passed=4, failed=3, warnings=4)
     assert section(result.outlines) == [
+        "model: healthy in 2 of 6 tests",
         "LORA203 error   adapter left merged      16 errors, 1 warning in 3 tests",
         "LORA107 warning alpha damps the adapter  3 findings in 1 test",
     ]
@@ -107,10 +108,17 @@ def test_reports_are_in_junit_xml(pytester: pytest.Pytester, workers: list[str])
     assert found["test_asks_for_nothing"] == []
 
 
-def test_nothing_is_printed_when_there_is_nothing_to_say(pytester: pytest.Pytester) -> None:
+def test_a_healthy_session_says_what_was_checked(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_it=REPORTS)
     result = pytester.runpytest_subprocess("-k", "healthy or with_an_info or nothing")
     result.assert_outcomes(passed=3, deselected=4)
+    assert section(result.outlines)[-1] == "model: healthy in 2 of 2 tests"
+
+
+def test_nothing_is_printed_when_nothing_was_checked(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_it=REPORTS)
+    result = pytester.runpytest_subprocess("-k", "nothing")
+    result.assert_outcomes(passed=1, deselected=6)
     result.stdout.no_fnmatch_line("*LoRA health*")
 
 
@@ -133,6 +141,7 @@ def test_a_test_tried_again_counts_once(pytester: pytest.Pytester) -> None:
     )
     result = pytester.runpytest_subprocess("-k", "test_flaky or test_fails_too")
     assert section(result.outlines) == [
+        "model: healthy in 0 of 2 tests",
         "LORA203 error   adapter left merged      1 error, 1 warning in 1 test",
         "LORA107 warning alpha damps the adapter  1 finding in 1 test",
     ]
@@ -141,7 +150,7 @@ def test_a_test_tried_again_counts_once(pytester: pytest.Pytester) -> None:
 def test_reports_of_collection_are_of_no_test(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_it=REPORTS + "\ndemand(report(('LORA107', 'warning', 'at import')))\n")
     result = pytester.runpytest_subprocess("-k", "healthy")
-    result.stdout.no_fnmatch_line("*LoRA health*")
+    assert section(result.outlines) == ["model: healthy in 1 of 1 test"]
 
 
 def test_warnings_point_at_the_line_of_the_test(pytester: pytest.Pytester) -> None:

@@ -1,4 +1,4 @@
-"""Small bases under the names that the examples in rule documentation use."""
+"""Small bases and batches under the names that the examples in rule documentation use."""
 
 from __future__ import annotations
 
@@ -79,7 +79,37 @@ class FusedExperts(nn.Module):
         self.experts.down = nn.Parameter(torch.randn(16, 2 * WIDTH, WIDTH))
 
 
-BASES: dict[str, Callable[[], nn.Module]] = {
+class BatchNormBase(nn.Module):
+    """A small network for images with a batch normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.head(torch.relu(self.norm(self.conv(pixel_values))).mean((2, 3)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def language_batch(rows: int = 4, length: int = 16) -> dict[str, torch.Tensor]:
+    """Random tokens, none of them special, which are their own labels."""
+    ids = torch.randint(3, VOCABULARY, (rows, length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def classifier_batch(rows: int = 8, length: int = 12) -> dict[str, torch.Tensor]:
+    """Random tokens, each row with one of three classes."""
+    return {**language_batch(rows, length), "labels": torch.randint(0, 3, (rows,))}
+
+
+def image_batch(rows: int = 4) -> dict[str, torch.Tensor]:
+    """Random images, each with one of four classes."""
+    return {"pixel_values": torch.randn(rows, 3, 16, 16), "labels": torch.randint(0, 4, (rows,))}
+
+
+BASES: dict[str, Callable[[], Any]] = {
     "base": lambda: LlamaForCausalLM(_llama_config()),
     "base_4bit": lambda: quantized(LlamaForCausalLM(_llama_config())),
     "tied_base": lambda: LlamaForCausalLM(_llama_config(tie_word_embeddings=True)),
@@ -101,6 +131,10 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     ),
     "fused_moe_base": lambda: nn.Sequential(FusedExperts()),
     "vision_language_base": VisionLanguageModel,
+    "batchnorm_base": BatchNormBase,
+    "batch": language_batch,
+    "classifier_batch": classifier_batch,
+    "image_batch": image_batch,
 }
 
 
@@ -114,7 +148,7 @@ def names() -> dict[str, Any]:
 
 
 class Namespace(dict[str, Any]):
-    """Names for one example; a base is built, from a fixed seed, when the example first mentions it."""
+    """Names for one example; a base or batch is built, from a fixed seed, when it is first mentioned."""
 
     def __missing__(self, name: str) -> Any:
         if name in BASES:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
@@ -36,7 +37,7 @@ def peft_refuses_the_config(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
     refusal = facts.refusal
     if refusal is None or facts.base.carries_adapter or _explained_elsewhere(facts):
         return
-    message = " ".join(refusal.message.split())
+    message = re.sub(r"\(.*\) is not supported", "(...) is not supported", " ".join(refusal.message.split()))
     on_meta_alone = "meta tensor" in message or "meta device" in message
     yield Violation(
         where=f"LoraConfig on {facts.base.architecture}",
@@ -48,19 +49,26 @@ def peft_refuses_the_config(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
 
 
 def _explained_elsewhere(facts: ConfigFacts) -> bool:
+    settings, base = facts.settings, facts.base
     nothing_found = any(facts.unmatched("target_modules")) or any(facts.unmatched("target_parameters"))
-    layers = set(facts.settings.layers_to_transform)
-    no_such_layer = bool(layers and facts.base.layer_indices) and not layers & set(facts.base.layer_indices)
-    rows = [row for _, group in facts.settings.trainable_token_indices for row in group]
-    no_such_row = facts.base.vocab_size is not None and any(row >= facts.base.vocab_size for row in rows)
-    return nothing_found or no_such_layer or no_such_row
+    layers = set(settings.layers_to_transform)
+    no_such_layer = bool(layers and base.layer_indices) and not layers & set(base.layer_indices)
+    rows = [row for _, group in settings.trainable_token_indices for row in group]
+    no_such_row = base.vocab_size is not None and any(row >= base.vocab_size for row in rows)
+    cannot_generate = "prepare_inputs_for_generation" in str(facts.refusal) and base.task_type is not None
+    return nothing_found or no_such_layer or no_such_row or cannot_generate
 
 
 def _fix(facts: ConfigFacts, message: str) -> str:
-    if facts.settings.r <= 0 or any(rank <= 0 for _, rank in facts.settings.rank_pattern):
+    settings = facts.settings
+    if settings.r <= 0 or any(rank <= 0 for _, rank in settings.rank_pattern):
         return "set r, and every rank in rank_pattern, to a whole number above 0"
+    if "layers_pattern" in message:
+        return "drop layers_pattern, or write the name of the list that holds the blocks, such as 'layers'"
+    if "No modules were targeted" in message or "All modules were excluded" in message:
+        return "exclude_modules and modules_to_save leave no target to adapt: take the targets out of them"
     if "is not supported" in message:
         return "name linear, embedding or convolution layers themselves, not norms or the blocks around them"
-    if "target_modules" in message and facts.settings.target_modules is None:
+    if settings.target_modules is None and "target_modules" in message:
         return "set target_modules, for instance to 'all-linear'"
     return "change what the message names"

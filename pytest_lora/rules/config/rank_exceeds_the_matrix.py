@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
@@ -13,9 +14,9 @@ def rank_exceeds_the_matrix(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
     """The rank is so large that the adapter holds more numbers than the matrix it adapts.
 
     ## What it does
-    Compares `r * (in + out)` with `in * out` for every adapted module. It warns where the rank exceeds
-    the smaller dimension itself; below that, or where such modules hold less than a tenth of the
-    adapter, it is only mentioned.
+    Compares `r * (in + out)` with `in * out` for every adapted module (a convolution's input times its
+    kernel). It warns where the rank exceeds the smaller dimension itself; below that, or where such
+    modules hold less than a tenth of the adapter, it is only mentioned.
 
     ## Why is this bad?
     The update is no longer low-rank: full training of that matrix would cost less memory and could
@@ -36,24 +37,26 @@ def rank_exceeds_the_matrix(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
     ## References
     - LoRA, section 4.1: https://arxiv.org/abs/2106.09685
     """
-    larger = [
-        layer for layer in facts.layers if _low_rank_numbers(layer) > layer.in_features * layer.out_features
-    ]
+    larger = [layer for layer in facts.layers if _low_rank_numbers(layer) > math.prod(_matrix(layer))]
     if not larger:
         return
     share = sum(map(_low_rank_numbers, larger)) / sum(map(_low_rank_numbers, facts.layers))
-    worst = max(larger, key=lambda layer: layer.rank / min(layer.in_features, layer.out_features))
-    size = min(worst.in_features, worst.out_features)
+    worst = max(larger, key=lambda layer: layer.rank / min(_matrix(layer)))
+    inputs, outputs = _matrix(worst)
+    size = min(inputs, outputs)
     yield Violation(
         where=grouped(layer.module for layer in larger),
-        observed=f"r={worst.rank} on a {worst.in_features} x {worst.out_features} matrix: the adapter holds "
-        f"{_low_rank_numbers(worst):,} numbers, larger than the matrix itself with "
-        f"{worst.in_features * worst.out_features:,}",
+        observed=f"r={worst.rank} on a {inputs} x {outputs} matrix: the adapter holds {_low_rank_numbers(worst):,} "
+        f"numbers, more than the matrix itself with {inputs * outputs:,}",
         expected=f"a rank well below the smaller dimension, {size}",
         fix=f"set r to {max(1, size // 8)} or less there (rank_pattern), with alpha to match",
         severity="warning" if worst.rank > size and share >= 0.1 else "info",
     )
 
 
+def _matrix(layer: LayerFacts) -> tuple[int, int]:
+    return layer.in_features * layer.kernel, layer.out_features
+
+
 def _low_rank_numbers(layer: LayerFacts) -> int:
-    return layer.rank * (layer.in_features + layer.out_features)
+    return layer.rank * sum(_matrix(layer))

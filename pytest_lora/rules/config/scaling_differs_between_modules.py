@@ -47,11 +47,13 @@ def scaling_differs_between_modules(facts: ConfigFacts, expect: Expect) -> Itera
     low = min(positive, key=lambda layer: layer.scaling)
     high = max(positive, key=lambda layer: layer.scaling)
     spread = high.scaling / low.scaling
+    patterned = {module for pattern in facts.patterns for module in pattern.decides}
+    odd, usual = (low, high) if low.module in patterned else (high, low)
     if spread > expect.max_scaling_spread:
         yield Violation(
-            where=grouped(layer.module for layer in positive if layer.scaling == low.scaling),
-            observed=f"r={low.rank} with alpha={low.alpha:g} gives a scaling of {low.scaling:.3g}; "
-            f"{high.leaf} has {high.scaling:.3g}, {spread:.0f} times as much",
+            where=grouped(layer.module for layer in positive if layer.scaling == odd.scaling),
+            observed=f"r={odd.rank} with alpha={odd.alpha:g} gives a scaling of {odd.scaling:.3g}; "
+            f"{usual.leaf} has {usual.scaling:.3g}, a factor of {spread:.0f}",
             expected=f"scalings within a factor of {expect.max_scaling_spread:g} in one adapter",
-            fix=f"let alpha follow the rank: alpha_pattern={{{low.leaf!r}: {high.scaling * low.rank:g}}}",
+            fix=f"let alpha follow the rank: alpha_pattern={{{odd.leaf!r}: {usual.scaling * odd.rank:g}}}",
         )

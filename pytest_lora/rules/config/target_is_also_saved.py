@@ -37,11 +37,7 @@ def target_is_also_saved(facts: ConfigFacts, expect: Expect) -> Iterator[Violati
     """
     if not isinstance(facts.settings.target_modules, tuple):
         return
-    both = [
-        name
-        for name in facts.settings.target_modules
-        if any(map(facts.settings.saves, facts.modules_of(name)))
-    ]
+    both = [name for name in facts.settings.target_modules if _is_saved_everywhere(name, facts)]
     if both:
         yield Violation(
             where=f"target_modules and modules_to_save on {facts.base.architecture}",
@@ -49,3 +45,13 @@ def target_is_also_saved(facts: ConfigFacts, expect: Expect) -> Iterator[Violati
             expected="each module in one of the two lists",
             fix="keep it in target_modules for a LoRA, in modules_to_save for a full copy",
         )
+
+
+def _is_saved_everywhere(name: str, facts: ConfigFacts) -> bool:
+    # PEFT saves the head of some task types by itself, whatever the targets are: nobody wrote it twice.
+    modules = [m for m in facts.modules_of(name) if not (facts.live and _is_in_a_head(m, facts))]
+    return bool(modules) and all(map(facts.settings.saves, modules))
+
+
+def _is_in_a_head(module: str, facts: ConfigFacts) -> bool:
+    return any(module == head.name or module.startswith(f"{head.name}.") for head in facts.base.heads)

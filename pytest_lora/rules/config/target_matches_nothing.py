@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.facts.config import ConfigFacts, NameMatch
 from pytest_lora.rules import Violation, rule
 
 
@@ -50,14 +51,22 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
             where=f"{field} on {facts.base.architecture}",
             observed=f"no module of the base matches {written}{rest}",
             expected="every name to match at least one module",
-            fix=_fix(field, settings, [s for m in lost for s in m.similar], facts),
+            fix=_fix(field, settings, lost, facts),
         )
 
 
-def _fix(field: str, settings: object, similar: list[str], facts: ConfigFacts) -> str:
+def _fix(field: str, settings: object, lost: list[NameMatch], facts: ConfigFacts) -> str:
     if isinstance(settings, str):
-        names = [part.strip() for part in settings.split(",")]
-        return f"a string is a regular expression for the whole name; for names write {field}={names}"
+        names = re.findall(r"\w+", settings)
+        if [name.lower() for name in names] in (["all", "linear"], ["all_linear"]):
+            return f"write {field}='all-linear'"
+        return f"a string is a regular expression for the whole name; for plain names write {field}={names}"
+    if any(re.search(r"[*|()\[\]^$,]", match.name) for match in lost):
+        return f"names in a list are no patterns; give the pattern as one string, {field}='...'"
+    if field == "target_parameters":
+        fused = sorted({".".join(p.name.split(".")[-2:]) for p in facts.base.fused})
+        return f"use {fused}" if fused else "this base stacks no weights; name its modules in target_modules"
     available = sorted({module.leaf for module in facts.base.modules if module.is_linear})
     known = f"drop the name, or use those of this model: {', '.join(available[:12])}"
-    return f"did you mean {' or '.join(sorted(set(similar)))}? Else {known}" if similar else known
+    similar = sorted({name for match in lost for name in match.similar})
+    return f"did you mean {' or '.join(similar)}? Else {known}" if similar else known

@@ -12,7 +12,7 @@ def task_type_contradicts_the_model(facts: ConfigFacts, expect: Expect) -> Itera
     """task_type is that of another kind of model.
 
     ## What it does
-    Compares `task_type` with the class of the base.
+    Compares `task_type` with the class of the base. Where PEFT stops at the combination it is an error.
 
     ## Why is this bad?
     PEFT chooses its wrapper, the head to save and how generation works by the task type. With that of
@@ -41,4 +41,5 @@ def task_type_contradicts_the_model(facts: ConfigFacts, expect: Expect) -> Itera
         observed=f"task_type={written!r} on a {facts.base.architecture}",
         expected=f"task_type={fits!r}",
         fix=f"set task_type={fits!r}, or load the base as a model for {written}",
+        severity="error" if facts.refusal else "warning",
     )

@@ -1,0 +1,189 @@
+"""Robust statistics of a loss curve, as pure functions: levels, noise, falls, swings, repeats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+BLOCKS = 20
+"""Into about so many levels a curve is cut: one level is then the share of a run in which it can turn."""
+
+SMALLEST_BLOCK = 3
+"""The fewest losses whose median ignores an outlier."""
+
+NOISE_WINDOW = 24
+"""Losses around a level from which its noise is estimated, at least."""
+
+_MAD_TO_DEVIATION = 1.4826
+_MEDIAN_TO_MEAN = 1.2533
+_LONGEST_CYCLE = 64
+_LONGEST_LAG = 4
+_SAME_BATCH = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Where a curve stood over a few neighbouring losses.
+
+    Attributes:
+        first: Index of the first of these losses.
+        count: How many they are.
+        value: Their median.
+        error: Standard error of ``value``, from the noise around it.
+    """
+
+    first: int
+    count: int
+    value: float
+    error: float
+
+    @property
+    def middle(self) -> int:
+        """Index of the loss in the middle."""
+        return self.first + self.count // 2
+
+    def above(self, other: Level) -> float:
+        """How many standard errors this level is above another."""
+        error = math.hypot(self.error, other.error)
+        rise = self.value - other.value
+        return rise / error if error else math.copysign(math.inf, rise) if rise else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fall:
+    """The clearest fall from all losses before some point to all losses after it.
+
+    Attributes:
+        at: Index of the first loss after it.
+        size: Mean before less mean after.
+        error: Standard error of ``size``.
+        resolution: Standard error of the difference between the two halves of the curve: what could have
+            been seen at all.
+    """
+
+    at: int
+    size: float
+    error: float
+    resolution: float
+
+
+def noise(losses: Sequence[float]) -> float:
+    """Standard deviation of the noise from loss to loss; neither a trend nor its bend counts. Three losses or more.
+
+    From the median of the second differences, so that single jumps do not count either.
+    """
+    bends = (abs(a - 2 * b + c) for a, b, c in zip(losses, losses[1:], losses[2:], strict=False))
+    return _MAD_TO_DEVIATION * median(bends) / math.sqrt(6)
+
+
+def level(losses: Sequence[float], first: int, count: int) -> Level:
+    """The level over ``count`` losses from index ``first``; at least three losses in all."""
+    middle = first + count // 2
+    half = max(NOISE_WINDOW // 2, count)
+    around = losses[max(0, min(middle - half, len(losses) - 2 * half)) : max(middle + half, 2 * half)]
+    error = _MEDIAN_TO_MEAN * noise(around) / math.sqrt(count)
+    return Level(first, count, median(losses[first : first + count]), error)
+
+
+def levels(losses: Sequence[float]) -> tuple[Level, ...]:
+    """The levels from start to end, about ``BLOCKS`` of them; the last one holds the last loss."""
+    count = min(len(losses), max(SMALLEST_BLOCK, len(losses) // BLOCKS))
+    starts = list(range(0, len(losses) - count + 1, count))
+    starts[-1] = len(losses) - count
+    return tuple(level(losses, start, count) for start in starts)
+
+
+def clearest_fall(losses: Sequence[float]) -> Fall:
+    """Split the curve at several points and take the split with the clearest fall; at least six losses.
+
+    A curve that has learned anything has fallen at one of them, however early or late it did.
+    """
+    deviation = noise(losses)
+    count = len(losses)
+    shares = (count // 20, count // 10, count // 5, count // 3, count // 2, 2 * count // 3)
+    splits = sorted({max(SMALLEST_BLOCK, split) for split in shares} | {SMALLEST_BLOCK})
+    falls = [_fall(losses, split, deviation) for split in splits]
+    best = max(falls, key=lambda fall: fall[1] / fall[2] if fall[2] else fall[1])
+    return Fall(*best, resolution=2 * deviation / math.sqrt(count))
+
+
+def _fall(losses: Sequence[float], split: int, deviation: float) -> tuple[int, float, float]:
+    before, after = losses[:split], losses[split:]
+    error = deviation * math.sqrt(1 / len(before) + 1 / len(after))
+    return split, fmean(before) - fmean(after), error
+
+
+def smoothed(losses: Sequence[float], width: int) -> list[float]:
+    """Running median over an odd number of losses, fewer at the ends: single outliers are gone."""
+    half = width // 2
+    return [median(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
+
+
+def swings(curve: Sequence[float], height: float) -> int:
+    """How often a curve rose by ``height`` from its low and came down by as much again."""
+    return sum(1 for _ in _peaks(curve, height))
+
+
+def _peaks(curve: Sequence[float], height: float) -> Iterator[float]:
+    low = high = curve[0]
+    rising = False
+    for value in curve:
+        if rising:
+            high = max(high, value)
+            if value <= high - height:
+                yield high
+                rising, low = False, value
+        else:
+            low = min(low, value)
+            if value >= low + height:
+                rising, high = True, value
+
+
+def deviations(losses: Sequence[float], width: int = 9) -> list[float]:
+    """By what share each loss differs from the running mean around it."""
+    half = width // 2
+    around = [fmean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
+    return [loss / mean - 1 if mean else 0.0 for loss, mean in zip(losses, around, strict=True)]
+
+
+def typical(values: Sequence[float]) -> float:
+    """The median size of values around zero, scaled to a standard deviation."""
+    return _MAD_TO_DEVIATION * median(map(abs, values))
+
+
+def alternation(rest: Sequence[float]) -> float:
+    """How strongly deviations turn round within few losses: the most negative autocorrelation, as 0 to 1.
+
+    White noise gives about 0.2, a strict up and down 1.
+    """
+    power = fmean(r * r for r in rest)
+    if not power:
+        return 0.0
+    return max(0.0, *(-_product(rest, lag) / power for lag in range(1, _LONGEST_LAG + 1)))
+
+
+def _product(rest: Sequence[float], lag: int) -> float:
+    return fmean(a * b for a, b in zip(rest, rest[lag:], strict=False))
+
+
+def cycles(rest: Sequence[float]) -> bool:
+    """Whether the same batches come again and again: deviations one cycle apart differ little."""
+    little = _SAME_BATCH * math.sqrt(2) * typical(rest)
+    return any(
+        typical([after - before for before, after in zip(rest, rest[period:], strict=False)]) < little
+        for period in range(2, min(_LONGEST_CYCLE, len(rest) // 3) + 1)
+    )
+
+
+def repetition(losses: Sequence[float]) -> int | None:
+    """The period after which the same losses come again to the last digit; 1 if all are equal.
+
+    None if they do not, or if fewer than four comparisons show it.
+    """
+    count = len(losses)
+    for period in range(1, min(_LONGEST_CYCLE, count - 4) + 1):
+        if 2 * period <= count and all(a == b for a, b in zip(losses, losses[period:], strict=False)):
+            return period
+    return None

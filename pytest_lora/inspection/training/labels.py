@@ -1,0 +1,194 @@
+"""The labels of a batch, as facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pytest_lora.facts.base import BaseFacts
+from pytest_lora.facts.training import LabelFacts, LabelKind
+
+IGNORED = -100
+"""The label that ``torch.nn.functional.cross_entropy`` leaves out by default."""
+
+ALIKE = 0.95
+"""Share of labels equal to inputs from which on a model of unknown class is taken for a language model."""
+
+_KINDS: dict[str | None, LabelKind] = {
+    "CAUSAL_LM": "causal",
+    "SEQ_2_SEQ_LM": "sequence",
+    "TOKEN_CLS": "tokens",
+    "SEQ_CLS": "classes",
+}
+
+
+class Vocabulary(NamedTuple):
+    """Special tokens and sizes that a model's configuration states."""
+
+    task: str | None
+    rows: int | None
+    outputs: int | None
+    classes: int | None
+    pad: int | None
+    ends: tuple[int, ...]
+    single_label: bool
+
+
+def vocabulary(root: nn.Module, base: BaseFacts) -> Vocabulary:
+    """Read the configuration of a base."""
+    config: Any = getattr(root, "config", None)
+    pad = getattr(config, "pad_token_id", None)
+    end = getattr(config, "eos_token_id", None)
+    ends = end if isinstance(end, (list, tuple)) else () if end is None else (end,)
+    get = getattr(root, "get_output_embeddings", lambda: None)
+    try:
+        head = get()
+    except (NotImplementedError, AttributeError):
+        head = None
+    outputs = getattr(head, "out_features", None) or base.vocab_size
+    classes = getattr(config, "num_labels", None)
+    problem = getattr(config, "problem_type", None)
+    return Vocabulary(
+        task=base.task_type,
+        rows=base.vocab_size,
+        outputs=outputs,
+        classes=classes if isinstance(classes, int) else None,
+        pad=pad if isinstance(pad, int) else None,
+        ends=tuple(int(e) for e in ends),
+        single_label=problem in (None, "single_label_classification"),
+    )
+
+
+def label_facts(batches: tuple[Any, ...], words: Vocabulary) -> Iterator[LabelFacts]:
+    """Facts on each batch whose labels are of a form that is known."""
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            continue
+        labels, ids = batch.get("labels"), batch.get("input_ids")
+        if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.device.type != "meta":
+            known = ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
+            kind = _kind(labels, known, words)
+            if kind:
+                yield _facts(index, kind, labels.cpu(), None if known is None else known.cpu(), batch, words)
+
+
+def _kind(labels: Tensor, ids: Tensor | None, words: Vocabulary) -> LabelKind | None:
+    if words.task is not None:
+        kind = _KINDS.get(words.task)
+        fits = labels.ndim == (1 if kind == "classes" else 2)
+        if kind == "causal" and (ids is None or labels.shape != ids.shape):
+            return None
+        return kind if fits else None
+    if ids is None or labels.shape != ids.shape:
+        return None
+    counted = labels != IGNORED
+    alike = counted.any() and (labels == ids)[counted].float().mean() >= ALIKE
+    return "causal" if alike else None
+
+
+def _facts(
+    index: int,
+    kind: LabelKind,
+    labels: Tensor,
+    ids: Tensor | None,
+    batch: Mapping[str, Any],
+    words: Vocabulary,
+) -> LabelFacts:
+    causal = kind == "causal"
+    targets = labels[:, 1:] if causal else labels
+    counted = targets != IGNORED
+    rows = counted if counted.ndim > 1 else counted[:, None]
+    mask = batch.get("attention_mask")
+    mask = mask.cpu().bool() if isinstance(mask, Tensor) and mask.shape == labels.shape else None
+    padding, padding_by = _padding(kind, labels, ids, mask, words)
+    limit = words.classes if kind in ("tokens", "classes") else words.outputs
+    if kind == "classes" and not words.single_label:
+        limit = None
+    ends, padding_ends = _closing(labels, ids if causal else None, mask, words)
+    same, ahead = _alignment(labels, ids) if causal and ids is not None else (0.0, 0.0)
+    return LabelFacts(
+        batch=index,
+        kind=kind,
+        labels=int(counted.sum()),
+        total=targets.numel(),
+        rows=labels.shape[0],
+        rows_ignored=int((~rows.any(dim=1)).sum()),
+        padding=int((padding[:, 1:] if causal else padding).sum()),
+        padding_by=padding_by,
+        ends=ends,
+        padding_ends=padding_ends,
+        end_targets=int((_is_any(targets, words.ends) & counted).sum()),
+        limit=limit,
+        outside=_outside(targets[counted], limit),
+        ids_limit=words.rows,
+        ids_outside=() if ids is None else _outside(ids.flatten(), words.rows),
+        same=same,
+        ahead=ahead,
+    )
+
+
+def _outside(values: Tensor, limit: int | None) -> tuple[int, ...]:
+    wrong = (values < 0) | (values >= limit) if limit is not None else values < 0
+    return tuple(sorted(set(values[wrong].tolist()))[:5])
+
+
+def _is_any(values: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    return torch.isin(values, torch.tensor(tokens, dtype=values.dtype))
+
+
+def _tail_of(values: Tensor, token: int) -> Tensor:
+    """The run of a token that ends each row, where it is at least two long and not the whole row."""
+    run = (values.flip(1) == token).long().cumprod(1).flip(1).bool()
+    length = run.sum(1, keepdim=True)
+    return run & (length >= 2) & (length < values.shape[1])
+
+
+def _padding(
+    kind: LabelKind, labels: Tensor, ids: Tensor | None, mask: Tensor | None, words: Vocabulary
+) -> tuple[Tensor, str]:
+    """Labels that count although their position is padding, and what says so."""
+    nowhere = torch.zeros_like(labels, dtype=torch.bool)
+    counted = labels != IGNORED
+    if kind == "classes":
+        return nowhere, "attention_mask"
+    if kind == "sequence":
+        tail = nowhere if words.pad is None else _tail_of(labels, words.pad)
+        return tail & counted, "pad_token_id"
+    if mask is not None and not mask.all():
+        # A mask made as input_ids != pad also hides the one end token that a row closes with.
+        first = torch.zeros_like(mask)
+        first[:, 1:] = mask[:, :-1] & ~mask[:, 1:]
+        return ~mask & counted & ~(first & _is_any(labels, words.ends)), "attention_mask"
+    if ids is None or words.pad is None or words.pad in words.ends:
+        return nowhere, "pad_token_id"
+    return _tail_of(ids, words.pad) & counted, "pad_token_id"
+
+
+def _closing(labels: Tensor, ids: Tensor | None, mask: Tensor | None, words: Vocabulary) -> tuple[int, int]:
+    """End tokens that close a text whose last token is a target: those that are text, and those that pad."""
+    if ids is None or not words.ends:
+        return 0, 0
+    text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    filler = torch.zeros_like(text)
+    for token in (*words.ends, *(() if words.pad is None else (words.pad,))):
+        filler |= _tail_of(ids, token)
+    last = torch.ones_like(text)
+    last[:, :-1] = ~text[:, 1:] | filler[:, 1:]
+    answered = torch.zeros_like(text)
+    answered[:, 1:] = (labels != IGNORED)[:, :-1] & text[:, :-1]
+    closing = _is_any(ids, words.ends) & last & answered
+    return int((closing & text).sum()), int((closing & ~text).sum())
+
+
+def _alignment(labels: Tensor, ids: Tensor) -> tuple[float, float]:
+    """Shares of labels equal to the input at their place, and at the place after it."""
+    counted = labels != IGNORED
+    inner = counted[:, :-1]
+    if not inner.any():
+        return 0.0, 0.0
+    same = (labels == ids)[counted].float().mean()
+    ahead = (labels[:, :-1] == ids[:, 1:])[inner].float().mean()
+    return float(same), float(ahead)

@@ -1,0 +1,149 @@
+"""What trains an adapter, as facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pytest_lora.facts.training import GroupFacts, Missing, OptimizerFacts, Part, ScheduleFacts
+from pytest_lora.inspection.base import dtype_name
+from pytest_lora.inspection.peft_internals import active_adapters, adapter_names, factors, token_rows
+from pytest_lora.inspection.survey import Survey, survey
+
+HORIZON = (*range(65), *(2**n for n in range(7, 21)))
+"""Steps at which a schedule that is a function of the step is looked at beforehand."""
+
+
+class Owned(NamedTuple):
+    """Where a parameter belongs."""
+
+    module: str
+    adapter: str
+    part: Part
+    active: bool
+
+
+def parameter_parts(found: Survey) -> dict[int, Owned]:
+    """What each parameter of the adapters is, by id."""
+    owned: dict[int, Owned] = {}
+    for module, layer in found.lora.items():
+        active = active_adapters(layer)
+        for adapter in adapter_names(layer):
+            pair = factors(layer, adapter)
+            owned[id(pair.a)] = Owned(module, adapter, "a", adapter in active)
+            owned[id(pair.b)] = Owned(module, adapter, "b", adapter in active)
+            vectors = layer.lora_magnitude_vector
+            if adapter in vectors:
+                for parameter in vectors[adapter].parameters(recurse=False):
+                    owned[id(parameter)] = Owned(module, adapter, "magnitude", adapter in active)
+            for factor in (layer.lora_A, layer.lora_B):
+                bias = getattr(factor[adapter], "bias", None) if adapter in factor else None
+                if isinstance(bias, Tensor):
+                    owned[id(bias)] = Owned(module, adapter, "bias", adapter in active)
+    for module, wrapper in found.saved.items():
+        active = active_adapters(wrapper)
+        for adapter, copied in wrapper.modules_to_save.items():
+            for parameter in copied.parameters():
+                owned.setdefault(id(parameter), Owned(module, adapter, "saved", adapter in active))
+    for module, tokens in found.tokens.items():
+        for adapter, rows in token_rows(tokens).items():
+            owned[id(rows)] = Owned(module, adapter, "rows", True)
+    return owned
+
+
+def part_of(name: str, parameter: Tensor, owned: dict[int, Owned]) -> Part:
+    """What a parameter is; a trainable bias of the base counts as one that is meant."""
+    known = owned.get(id(parameter))
+    if known:
+        return known.part
+    return "bias" if parameter.requires_grad and name.rpartition(".")[2] == "bias" else "base"
+
+
+def optimizer_facts(model: nn.Module, optimizer: Optimizer) -> OptimizerFacts:
+    """Compare, by identity, what an optimizer holds with what a model trains.
+
+    Raises:
+        TypeError: ``optimizer`` has no ``param_groups``.
+    """
+    groups = param_groups(optimizer)
+    owned = parameter_parts(survey(model))
+    holds = {id(p) for group in groups for p in group["params"]}
+    own = {id(p): (n, p) for n, p in model.named_parameters()}
+    trainable = {n: p for n, p in own.values() if p.requires_grad}
+    return OptimizerFacts(
+        optimizer=type(getattr(optimizer, "optimizer", optimizer)).__name__,
+        held=tuple(n for n, p in trainable.items() if id(p) in holds),
+        missing=tuple(
+            Missing(n, part_of(n, p, owned))
+            for n, p in trainable.items()
+            if id(p) not in holds and (id(p) not in owned or owned[id(p)].active)
+        ),
+        frozen=sum(1 for i, (_, p) in own.items() if i in holds and not p.requires_grad),
+        foreign=len(holds - own.keys()),
+        groups=tuple(_group(i, g, own, owned) for i, g in enumerate(groups)),
+    )
+
+
+def param_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """The parameter groups of an optimizer.
+
+    Raises:
+        TypeError: It has none.
+    """
+    groups = getattr(optimizer, "param_groups", None)
+    if not isinstance(groups, list):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    return groups
+
+
+def _group(
+    index: int, group: dict[str, Any], own: dict[int, tuple[str, nn.Parameter]], owned: dict[int, Owned]
+) -> GroupFacts:
+    held = [own[id(p)] for p in group["params"] if id(p) in own and p.requires_grad]
+    return GroupFacts(
+        index=index,
+        lr=as_float(group.get("lr")),
+        initial_lr=as_float(group["initial_lr"]) if "initial_lr" in group else None,
+        weight_decay=as_float(group.get("weight_decay")),
+        eps=as_float(group["eps"]) if isinstance(group.get("eps"), (int, float)) else None,
+        parts=tuple(dict.fromkeys(part_of(n, p, owned) for n, p in held)),
+        dtypes=tuple(dict.fromkeys(dtype_name(p.dtype) for _, p in held)),
+    )
+
+
+def as_float(value: Any) -> float:
+    """A number of a parameter group, which may be a tensor; NaN where the optimizer chooses it itself."""
+    return float("nan") if value is None else float(value)
+
+
+def schedule_facts(scheduler: Any) -> ScheduleFacts:
+    """A schedule; one that is a function of the step is also looked at beforehand."""
+    inner = getattr(scheduler, "scheduler", scheduler)
+    rates = dict(_foreseen(inner))
+    ends = None
+    for step in sorted(rates, reverse=True):
+        if rates[step] > 0:
+            break
+        ends = step
+    return ScheduleFacts(
+        schedule=type(inner).__name__,
+        steps_taken=int(getattr(inner, "last_epoch", 0)),
+        peak=max(rates.values()) if rates else None,
+        ends=ends,
+    )
+
+
+def _foreseen(scheduler: Any) -> Iterator[tuple[int, float]]:
+    """Largest rate of any group at some steps; nothing where the schedule is no function of the step."""
+    functions = getattr(scheduler, "lr_lambdas", None)
+    if not functions or type(scheduler).__name__ != "LambdaLR":
+        return
+    for step in HORIZON:
+        try:
+            rates = [rate * float(f(step)) for rate, f in zip(scheduler.base_lrs, functions, strict=True)]
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            return
+        yield step, max(rates)

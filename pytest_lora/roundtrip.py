@@ -1,0 +1,537 @@
+"""Round trips of an adapter: saved and loaded again, merged and taken out again. Done on copies of the model."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_lora.findings import Finding, Report, Severity, grouped
+from pytest_lora.inspection.model import adapted_survey
+from pytest_lora.inspection.peft_internals import (
+    WRAPPERS,
+    BaseTunerLayer,
+    LoraLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    active_adapters,
+)
+
+Base = nn.Module | Callable[[], nn.Module]
+
+_ADAPTER_PARTS = ("lora_", "modules_to_save", "trainable_tokens_")
+_NAMES = {
+    "LORA910": "reloaded_output_differs",
+    "LORA911": "trained_weights_are_not_saved",
+    "LORA912": "reloaded_weights_differ",
+    "LORA913": "reloaded_in_another_precision",
+    "LORA914": "base_is_not_the_same",
+    "LORA915": "merged_output_differs",
+    "LORA916": "merging_requantizes_the_base",
+    "LORA917": "unmerge_does_not_restore_the_base",
+    "LORA918": "unload_does_not_give_the_base_back",
+    "LORA919": "adapter_cannot_be_merged",
+}
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Deviation of the merged output, relative to its largest value: about 1,000 rounding steps of float32, and 4 of
+the half precisions, whose weights are rounded once more by the merge."""
+
+_UNMERGE_STEPS = 4
+_LOST_TO_QUANTIZATION = 0.5
+
+
+def check_reload(model: nn.Module, batch: Any, *, base: Base | None = None) -> Report:
+    """Save the adapters, load them on a fresh base, and compare; see ``assert_reload_exact``."""
+    with _no_trace():
+        adapted = _copy_of_adapted(model)
+        trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+        expected = _stable_output(adapted, batch)
+        fresh = _given_base(base) if base is not None else _unwrapped(adapted, forget_trained=True)
+        try:
+            reloaded = _reloaded(adapted, fresh)
+        except _LoadingError as error:
+            findings = [_unloadable(error)]
+        else:
+            findings = list(_tensor_findings(adapted, reloaded, trained, base is not None))
+            findings += _output_findings(expected, _output(reloaded, batch), findings)
+    return Report(f"reload of {type(model).__name__}", tuple(findings))
+
+
+def check_merge(
+    model: nn.Module, batch: Any, *, rtol: float | None = None, atol: float | None = None
+) -> Report:
+    """Merge, unmerge and unload the adapters, and compare; see ``assert_merge_exact``."""
+    _require_tolerance("rtol", rtol)
+    _require_tolerance("atol", atol)
+    with _no_trace():
+        adapted = _copy_of_adapted(model)
+        layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
+        for layer in layers.values():
+            layer.unmerge()
+        expected = _stable_output(adapted, batch)
+        before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+        findings = list(_unload_findings(adapted))
+        findings += _merge_findings(adapted, layers, batch, expected, (rtol, atol), before)
+    return Report(f"merge of {type(model).__name__}", tuple(findings))
+
+
+def _finding(code: str, severity: Severity, where: str, observed: str, expected: str, fix: str) -> Finding:
+    return Finding(code, _NAMES[code], severity, where, observed, expected, fix)
+
+
+# ---------------------------------------------------------------------------------------- copies and outputs
+
+
+@contextmanager
+def _no_trace() -> Iterator[None]:
+    """Restore every random state, and keep the warnings of PEFT and transformers out of the way."""
+    numpy: Any = sys.modules.get("numpy")
+    cuda: Any = torch.cuda
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    devices = list(range(cuda.device_count())) if cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
+
+
+def _copy_of_adapted(model: nn.Module) -> nn.Module:
+    """A copy, in evaluation mode, of the part of the model that PEFT can save."""
+    found = adapted_survey(model)
+    wrapped: nn.Module | None = next((m for m in model.modules() if isinstance(m, WRAPPERS)), None)
+    try:
+        return _quiet_eval(copy.deepcopy(found.root if wrapped is None else wrapped))
+    except RuntimeError as error:
+        raise ValueError(f"model cannot be copied, which this check needs: {error}") from error
+
+
+def _quiet_eval(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights in place when it evaluates.
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+    return model.eval()
+
+
+def _output(model: nn.Module, batch: Any) -> Tensor:
+    with torch.no_grad():
+        if isinstance(batch, Mapping):
+            result: Any = model(**batch)
+        elif isinstance(batch, (tuple, list)):
+            result = model(*batch)
+        elif isinstance(batch, Tensor):
+            result = model(batch)
+        else:
+            raise TypeError(
+                f"batch must be a mapping, a tuple or a tensor that the model takes, not {type(batch).__name__}"
+            )
+    return _main_tensor(result)
+
+
+def _main_tensor(result: Any) -> Tensor:
+    if isinstance(result, Tensor):
+        return result
+    values: dict[Any, Any] = dict(result) if isinstance(result, Mapping) else dict(enumerate(result))
+    preferred = [values.get("logits"), values.get("last_hidden_state"), *values.values()]
+    for value in preferred:
+        if isinstance(value, Tensor) and value.dim():
+            return value
+    raise ValueError("model gives no tensor that could be compared")
+
+
+def _stable_output(model: nn.Module, batch: Any) -> Tensor:
+    first, second = _output(model, batch), _output(model, batch)
+    if not _identical(first, second):
+        raise ValueError(
+            "model gives different outputs for the same batch in evaluation mode; nothing can be compared"
+        )
+    return first
+
+
+def _identical(first: Tensor, second: Tensor) -> bool:
+    """Equal bit for bit, where NaN is equal to NaN."""
+    if torch.equal(first, second):
+        return True
+    if first.shape != second.shape or not first.is_floating_point():
+        return False
+    return torch.equal(first.nan_to_num(), second.nan_to_num()) and torch.equal(first.isnan(), second.isnan())
+
+
+def _distance(first: Tensor, second: Tensor) -> float:
+    if first.shape != second.shape:
+        return float("inf")
+    return float((first.double() - second.double()).abs().max()) if first.numel() else 0.0
+
+
+# ---------------------------------------------------------------------------------------- reload
+
+
+def _given_base(base: Base) -> nn.Module:
+    if not callable(base):
+        raise TypeError(f"base must be a model or a function that makes one, not {type(base).__name__}")
+    made = copy.deepcopy(base) if isinstance(base, nn.Module) else base()
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"base must be a model or a function that makes one, not {type(made).__name__}")
+    if any(isinstance(m, BaseTunerLayer) for m in made.modules()):
+        raise ValueError("base must be a model without adapters")
+    return _quiet_eval(made)
+
+
+def _unwrapped(adapted: nn.Module, *, forget_trained: bool = False) -> nn.Module:
+    """A copy of the base with every adapter and every trained copy taken off, not with PEFT's ``unload``.
+
+    That leaves a trained head in place. With ``forget_trained``, base weights that were trained are zeroed, so
+    that they come back only if the checkpoint holds them.
+    """
+    base = copy.deepcopy(adapted_survey(adapted).root)
+    for layer in list(base.modules()):
+        if isinstance(layer, LoraLayer):
+            layer.unmerge()
+    replaced: tuple[str, ...] = ()
+    for name, module in list(base.named_modules()):
+        inner = _inner(module)
+        if inner is not None and not name.startswith(replaced):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, inner)
+            replaced += (f"{name}.",)
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        vars(base).pop(attribute, None)
+    for parameter in base.parameters():
+        if forget_trained and parameter.requires_grad and parameter.is_floating_point():
+            parameter.data.zero_()
+    return _quiet_eval(base)
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    """What a wrapper of PEFT wraps, down to the bottom; None for any other module."""
+    inner: Any = module
+    while True:
+        if isinstance(inner, (ModulesToSaveWrapper, TrainableTokensWrapper)):
+            inner = inner.original_module
+        elif isinstance(inner, BaseTunerLayer):
+            inner = inner.get_base_layer()
+        else:
+            return None if inner is module else _as_module(inner)
+
+
+class _LoadingError(Exception):
+    """What was saved cannot be loaded."""
+
+
+def _unloadable(error: _LoadingError) -> Finding:
+    return _finding(
+        "LORA912",
+        "error",
+        "the saved adapter",
+        f"it cannot be loaded on the base: {error}",
+        "a checkpoint that loads",
+        "see that save_pretrained writes every tensor of the adapter, and that the base has the modules it names",
+    )
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError, OSError) as error:
+        raise _LoadingError(f"{type(error).__name__}: {error}") from error
+
+
+def _reloaded(adapted: nn.Module, fresh: nn.Module) -> nn.Module:
+    layer = next(m for m in adapted.modules() if isinstance(m, LoraLayer))
+    active = list(active_adapters(layer))
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(adapted, WRAPPERS):
+            return _quiet_eval(_reloaded_peft(adapted, fresh, active, Path(folder)))
+        return _quiet_eval(_reloaded_transformers(adapted, fresh, active, Path(folder)))
+
+
+def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Path) -> nn.Module:
+    from peft import PeftModel
+
+    if not isinstance(adapted, PeftModel):
+        raise ValueError(f"model cannot be saved: PEFT has no save_pretrained for {type(adapted).__name__}")
+    adapted.save_pretrained(str(folder))
+    homes = {name: folder if name == "default" else folder / name for name in adapted.peft_config}
+    (first, home), *others = homes.items()
+    with _loading():
+        reloaded: Any = type(adapted).from_pretrained(fresh, str(home), adapter_name=first)
+        for name, home in others:
+            reloaded.load_adapter(str(home), adapter_name=name)
+        reloaded.base_model.set_adapter(active)
+    return _as_module(reloaded)
+
+
+def _reloaded_transformers(adapted: Any, fresh: Any, active: list[str], folder: Path) -> nn.Module:
+    if len(active) != 1 or not hasattr(adapted, "save_pretrained") or not hasattr(fresh, "load_adapter"):
+        raise ValueError(
+            f"model cannot be saved: {type(adapted).__name__} with active adapters {active} has no save_pretrained "
+            "that writes one adapter; wrap it with peft.get_peft_model"
+        )
+    adapted.save_pretrained(str(folder))
+    with _loading():
+        fresh.load_adapter(str(folder), adapter_name=active[0])
+    return _as_module(fresh)
+
+
+def _as_module(model: Any) -> nn.Module:
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _tensor_findings(
+    adapted: nn.Module, reloaded: nn.Module, trained: set[str], base_given: bool
+) -> Iterator[Finding]:
+    before, after = adapted.state_dict(), reloaded.state_dict()
+    lost: list[str] = []
+    changed: list[str] = []
+    recast: list[str] = []
+    foreign: list[str] = []
+    for name, tensor in before.items():
+        other = after.get(name)
+        same = other is not None and other.shape == tensor.shape and _identical(other.to(tensor), tensor)
+        is_adapter = any(part in name for part in _ADAPTER_PARTS)
+        if not same:
+            (changed if is_adapter else lost if name in trained else foreign).append(name)
+        elif is_adapter and other is not None and other.dtype != tensor.dtype:
+            recast.append(name)
+    if lost:
+        yield _finding(
+            "LORA911",
+            "error",
+            grouped(lost),
+            f"{len(lost)} trained tensors are not in the saved adapter",
+            "every tensor that was trained comes back",
+            _fix_for_lost(lost),
+        )
+    if changed:
+        yield _finding(
+            "LORA912",
+            "error",
+            grouped(changed),
+            f"{len(changed)} tensors of the adapter have other values or shapes after loading",
+            "the values that were saved",
+            "see that no step or hook changes the model while it is saved, and that adapter names hold no dots",
+        )
+    if foreign and base_given:
+        yield _finding(
+            "LORA914",
+            "error",
+            grouped(foreign),
+            f"{len(foreign)} tensors of the base differ from the base under the trained adapter",
+            "the base on which the adapter was trained, weights and buffers alike",
+            "load the adapter on the very base and quantization that it was trained on; modules that changed in "
+            "training (BatchNorm statistics, a new head) go into modules_to_save",
+        )
+    if recast:
+        pair = before[recast[0]].dtype, after[recast[0]].dtype
+        yield _finding(
+            "LORA913",
+            "warning",
+            grouped(recast),
+            f"saved as {pair[0]}, loaded as {pair[1]}: the values are the same, the arithmetic is not",
+            "one precision in training and in use",
+            "cast the loaded adapter back, or train it in float32 (autocast_adapter_dtype=True)",
+        )
+
+
+def _fix_for_lost(lost: list[str]) -> str:
+    modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in lost})
+    if all(name.endswith(".bias") for name in lost):
+        return 'set bias="all" in the LoraConfig (PEFT 0.17 loses the biases of "lora_only"), or freeze the biases'
+    if any("embed" in module or module == "wte" for module in modules):
+        return (
+            "train new tokens with trainable_token_indices, or put the embedding into modules_to_save; or save "
+            "with save_embedding_layers=True"
+        )
+    return f"put them into modules_to_save={modules}, or freeze them"
+
+
+def _output_findings(expected: Tensor, got: Tensor, explained: list[Finding]) -> list[Finding]:
+    distance = _distance(expected, got)
+    if explained or _identical(expected, got):
+        return []
+    return [
+        _finding(
+            "LORA910",
+            "error",
+            "the output of the reloaded model",
+            f"it differs by up to {distance:.3g}, though every saved tensor came back as it was",
+            "the same output, bit for bit",
+            "look for what is neither weight nor configuration: attributes set by hand, hooks, another active "
+            "adapter, scaling changed with set_scale",
+        )
+    ]
+
+
+# ---------------------------------------------------------------------------------------- merge
+
+
+def _merge_findings(
+    adapted: nn.Module,
+    layers: dict[str, Any],
+    batch: Any,
+    expected: Tensor,
+    tolerance: tuple[float | None, float | None],
+    before: dict[str, Tensor],
+) -> Iterator[Finding]:
+    without = _without_adapter(layers, lambda: _output(adapted, batch))
+    try:
+        for layer in layers.values():
+            layer.merge()
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        yield _finding(
+            "LORA919",
+            "error",
+            grouped(n for n, layer in layers.items() if not layer.merged_adapters),
+            f"PEFT refuses to merge: {error}",
+            "an adapter that can be merged",
+            "keep the adapter apart, or train one without the variant that the message names",
+        )
+        return
+    merged = _output(adapted, batch)
+    largest = {n: float(t.abs().max()) for n, t in adapted.state_dict().items() if t.is_floating_point()}
+    quantized = [n for n, layer in layers.items() if _is_quantized(layer)]
+    if quantized:
+        yield from _requantized(quantized, expected, merged, without)
+    else:
+        yield from _merged_differs(layers, expected, merged, tolerance)
+    for layer in layers.values():
+        layer.unmerge()
+    if not quantized:
+        yield from _unmerge_findings(adapted, before, largest)
+
+
+def _without_adapter(layers: dict[str, Any], run: Callable[[], Tensor]) -> Tensor:
+    for layer in layers.values():
+        layer.enable_adapters(False)
+    result = run()
+    for layer in layers.values():
+        layer.enable_adapters(True)
+    return result
+
+
+def _is_quantized(layer: Any) -> bool:
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    return weight is not None and not weight.is_floating_point()
+
+
+def _requantized(
+    quantized: list[str], expected: Tensor, merged: Tensor, without: Tensor
+) -> Iterator[Finding]:
+    loss, effect = _distance(expected, merged), _distance(expected, without)
+    share = loss / effect if effect else float("inf") if loss else 0.0
+    yield _finding(
+        "LORA916",
+        "warning" if share > _LOST_TO_QUANTIZATION else "info",
+        grouped(quantized),
+        f"merging rounds the weights to the quantized grid again: the output moves by up to {loss:.3g}, where the "
+        f"adapter itself moves it by {effect:.3g} ({share:.0%})",
+        "a merge that loses little of what the adapter does",
+        "dequantize the base or load it in bfloat16, merge there, and quantize the result if need be",
+    )
+
+
+def _merged_differs(
+    layers: dict[str, Any], expected: Tensor, merged: Tensor, tolerance: tuple[float | None, float | None]
+) -> Iterator[Finding]:
+    dtypes = {p.dtype for layer in layers.values() for p in layer.get_base_layer().parameters()}
+    rtol, atol = tolerance
+    if rtol is None:
+        rtol = max(TOLERANCES.get(dtype, 0.0) for dtype in (*dtypes, expected.dtype))
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    allowed = (atol or 0.0) + rtol * scale
+    distance = _distance(expected, merged)
+    if not distance <= allowed:
+        yield _finding(
+            "LORA915",
+            "error",
+            "the output of the merged model",
+            f"it differs by up to {distance:.3g} from that of the model with its adapter",
+            f"at most {allowed:.3g}, {rtol:g} of the largest output",
+            "look at targets that share a weight (tied embeddings), at weights too coarse for the update, and at "
+            "adapters that are active on some modules only",
+        )
+
+
+def _unmerge_findings(
+    adapted: nn.Module, before: dict[str, Tensor], largest: dict[str, float]
+) -> Iterator[Finding]:
+    damaged = [
+        name
+        for name, tensor in adapted.state_dict().items()
+        if tensor.is_floating_point() and not _restored(before[name], tensor, largest[name])
+    ]
+    if damaged:
+        yield _finding(
+            "LORA917",
+            "error",
+            grouped(damaged),
+            f"{len(damaged)} tensors are not what they were after merge and unmerge",
+            f"the same weights, to {_UNMERGE_STEPS} steps of rounding",
+            "keep a copy of the base for training on, or merge into a copy",
+        )
+
+
+def _restored(before: Tensor, after: Tensor, largest: float) -> bool:
+    """Whether adding and taking away again changed no more than rounding at the ``largest`` merged value does."""
+    if _identical(before, after):
+        return True
+    step = torch.finfo(before.dtype).eps * max(largest, float(before.abs().max()))
+    return _distance(before, after) <= _UNMERGE_STEPS * step
+
+
+def _unload_findings(adapted: nn.Module) -> Iterator[Finding]:
+    """PEFT's ``unload`` against the base as it lies under the adapter; transformers has no ``unload``."""
+    if not isinstance(adapted, WRAPPERS):
+        return
+    given: Any = copy.deepcopy(adapted)
+    kept = _kept_modules(given)
+    unloaded = given.unload().state_dict()
+    base = _unwrapped(adapted).state_dict()
+    wrong = [
+        name
+        for name, tensor in base.items()
+        if not name.startswith(kept)
+        and not (
+            name in unloaded and unloaded[name].shape == tensor.shape and torch.equal(unloaded[name], tensor)
+        )
+    ]
+    if wrong:
+        yield _finding(
+            "LORA918",
+            "error",
+            grouped(wrong),
+            f"{len(wrong)} tensors differ from those of the base after unload()",
+            "the base as it was before the adapter",
+            "load the base anew instead of unloading the adapter",
+        )
+
+
+def _kept_modules(adapted: nn.Module) -> tuple[str, ...]:
+    """Modules whose trained copy PEFT leaves in place when it unloads, by design."""
+    return tuple(f"{name}." for name in adapted_survey(adapted).saved) + tuple(
+        f"{name}." for name in adapted_survey(adapted).tokens
+    )
+
+
+def _require_tolerance(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, not {value!r}")

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.model import ModelFacts
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA221", severity="error", needs=ModelFacts)
+def base_is_not_quantized(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
+    """The model declares 4-bit or 8-bit weights, but no layer is quantized.
+
+    ## What it does
+    Compares the `quantization_config` with the layers that are there. Models without weights (meta device)
+    are left alone.
+
+    ## Why is this bad?
+    Memory is that of the 16- or 32-bit model, and code that looks at the declaration (PEFT, Trainer, this
+    one's users) treats plain weights as quantized.
+
+    ## Example
+    ```python
+    base.config.quantization_config = {"load_in_4bit": True}
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    report = check_model(model)
+    ```
+
+    ## Use instead
+    ```python
+    model = get_peft_model(base_4bit, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    report = check_model(model)
+    ```
+
+    ## References
+    - https://huggingface.co/docs/transformers/quantization/bitsandbytes
+    """
+    found = facts.base.quantization
+    if found is None or found.declared is None or "meta" in facts.base.device_types:
+        return
+    linear = [module for module in facts.base.modules if module.is_linear]
+    if not any(module.quantization for module in facts.base.modules):
+        yield Violation(
+            where=grouped(module.name for module in linear) if linear else facts.base.architecture,
+            observed=f"the model says that it is loaded in {found.declared}, but 0 of {len(linear)} linear "
+            "layers are quantized",
+            expected=f"linear layers of {found.declared} weights",
+            fix="load the base with from_pretrained(..., quantization_config=BitsAndBytesConfig(...)); setting "
+            "it afterwards quantizes nothing",
+        )

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.model import ModelFacts
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA201", severity="error", needs=ModelFacts)
+def no_adapter_is_trainable(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
+    """No adapter requires gradients although the model is to be trained.
+
+    ## What it does
+    Looks for a trainable LoRA factor; there is none, while the adapters are active and the purpose is
+    training.
+
+    ## Why is this bad?
+    The loss falls by nothing: the optimizer is empty or holds what never gets a gradient.
+    `PeftModel.from_pretrained` freezes what it loads unless told otherwise, and
+    `prepare_model_for_kbit_training` or `requires_grad_(False)` after `get_peft_model` freezes the adapter
+    together with the base.
+
+    ## Example
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    model.requires_grad_(False)
+    report = check_model(model)
+    ```
+
+    ## Use instead
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    report = check_model(model)
+    ```
+
+    ## References
+    - https://huggingface.co/docs/peft/developer_guides/troubleshooting
+    - https://github.com/tloen/alpaca-lora/issues/352
+    """
+    idle = expect.purpose != "train" or facts.disabled or not facts.active
+    if idle or facts.training_adapters:
+        return
+    loaded = any(c.settings.inference_mode for c in facts.configs if c.adapter in facts.active)
+    rest = [part.module for part in facts.kept if part.trainable]
+    yield Violation(
+        where=grouped(layer.module for layer in facts.active_layers),
+        observed=f"all {len(facts.layers)} LoRA layers are frozen (requires_grad=False); trainable: "
+        + (f"{grouped(rest)} only" if rest else "nothing"),
+        expected=f"adapter {facts.active[0]!r} trainable",
+        fix="load it with PeftModel.from_pretrained(..., is_trainable=True), or create it with "
+        "inference_mode=False"
+        if loaded
+        else "freeze or prepare_model_for_kbit_training the base before get_peft_model, not after; here "
+        f"model.set_adapter({facts.active[0]!r}) makes the adapter trainable again",
+        severity="warning" if rest else None,
+    )

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.model import LayerState, ModelFacts
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA228", severity="warning", needs=ModelFacts)
+def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
+    """The scaling of a live layer is not what its rank and alpha give.
+
+    ## What it does
+    Compares the scaling in effect with alpha / r (alpha / sqrt(r) under rsLoRA). At inference a scaling of
+    one's own is usual and only an info.
+
+    ## Why is this bad?
+    Scaling lives in the layer and is not saved: the reloaded adapter acts with alpha / r again, so that
+    training and use differ. `set_scale`, `scale_layer` without `unscale_layer`, or a later change of alpha
+    leave it behind. At zero, the adapter gets no gradient at all.
+
+    ## Example
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 0.5)
+    report = check_model(model)
+    ```
+
+    ## Use instead
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    report = check_model(model)
+    ```
+
+    ## References
+    - https://huggingface.co/docs/peft/package_reference/helpers#peft.helpers.rescale_adapter_scale
+    """
+    changed = [layer for layer in facts.active_layers if not _is_configured(layer)]
+    for value in sorted({layer.scaling for layer in changed}):
+        layers = [layer for layer in changed if layer.scaling == value]
+        first = layers[0]
+        root = "sqrt(r)" if first.use_rslora else "r"
+        yield Violation(
+            where=grouped(layer.module for layer in layers),
+            observed=f"scaling is {value:g} in {len(layers)} of {len(facts.active_layers)} modules"
+            + (", so that the adapter does nothing and gets no gradient" if value == 0 else ""),
+            expected=f"alpha / {root} = {first.configured_scaling:g} (alpha={first.alpha:g}, r={first.rank})",
+            fix="call unscale_layer() on the LoRA layers, and choose the scaling by lora_alpha in the "
+            "configuration",
+            severity="info" if expect.purpose == "inference" else "error" if value == 0 else None,
+        )
+
+
+def _is_configured(layer: LayerState) -> bool:
+    return math.isclose(layer.scaling, layer.configured_scaling, rel_tol=1e-5)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.model import ModelFacts
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA209", severity="warning", needs=ModelFacts)
+def some_adapters_are_frozen(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
+    """Some modules of an adapter are frozen while the others train.
+
+    ## What it does
+    Compares the modules of each active adapter. A factor that is frozen everywhere (LoRA-FA) or by the
+    variant's own design is no mistake.
+
+    ## Why is this bad?
+    The frozen part keeps its initial zero and does nothing, though the configuration and the saved file say
+    that it is adapted. It usually happens when layers of the base are frozen by a name such as `layers.0.`,
+    which also hits their LoRA weights.
+
+    ## Example
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "layers.0." in name:
+            parameter.requires_grad_(False)
+    report = check_model(model)
+    ```
+
+    ## Use instead
+    ```python
+    model = get_peft_model(
+        base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], layers_to_transform=[1])
+    )
+    report = check_model(model)
+    ```
+
+    ## References
+    - https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig.layers_to_transform
+    - https://github.com/unslothai/unsloth/issues/3108
+    """
+    if expect.purpose != "train":
+        return
+    for adapter in facts.active:
+        layers = [layer for layer in facts.of(adapter) if layer.active and not layer.disabled]
+        frozen = [layer for layer in layers if not layer.trainable]
+        if 0 < len(frozen) < len(layers):
+            yield Violation(
+                where=grouped(layer.module for layer in frozen),
+                observed=f"{len(frozen)} of {len(layers)} LoRA modules of adapter {adapter!r} are frozen, "
+                "the others train",
+                expected="all modules of an active adapter trainable",
+                fix="freeze the base before get_peft_model; to adapt only some layers say so with "
+                "layers_to_transform",
+            )

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.model import ModelFacts
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA213", severity="error", needs=ModelFacts)
+def tied_weight_is_trained_on_one_side(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
+    """Tied weights have come apart: one side trains a copy, the other keeps the old tensor.
+
+    ## What it does
+    Looks for `modules_to_save` copies of a module that shares its weight with another one which does not
+    use the copy.
+
+    ## Why is this bad?
+    With tied embeddings, `embed_tokens` and `lm_head` are one tensor. If only one of them trains a copy,
+    new tokens are understood but never produced, or the reverse; and a merge ties them again and throws one
+    away.
+
+    ## Example
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = get_peft_model(tied_base, config)
+    report = check_model(model)
+    ```
+
+    ## Use instead
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = get_peft_model(base, config)
+    report = check_model(model)
+    ```
+
+    ## References
+    - https://github.com/huggingface/peft/issues/2864
+    - https://github.com/huggingface/peft/issues/2803
+    """
+    owned = {(copy.module, copy.adapter) for copy in facts.saved}
+    for copy in facts.saved:
+        alone = [name for name in copy.tied if (name, copy.adapter) not in owned]
+        lost_in_merge = expect.will_merge and copy.tied
+        if copy.active and copy.trainable and (alone or lost_in_merge):
+            others = ", ".join(alone or copy.tied)
+            yield Violation(
+                where=f"{copy.module}, tied to {others}",
+                observed=f"{copy.module} trains its own copy (modules_to_save), {others} "
+                + ("keeps the old shared weight" if alone else "another one; a merge ties them again"),
+                expected="tied modules to train one shared weight",
+                fix="set ensure_weight_tying=True (newer PEFT), or train new rows with "
+                "trainable_token_indices",
+                severity=None if alone else "warning",
+            )

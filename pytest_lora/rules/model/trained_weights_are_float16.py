@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.model import ModelFacts
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA206", severity="error", needs=ModelFacts)
+def trained_weights_are_float16(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
+    """Trainable adapter weights are stored in float16.
+
+    ## What it does
+    Looks for trainable factors, `modules_to_save` copies and token rows in float16. Frozen ones and
+    bfloat16 are fine.
+
+    ## Why is this bad?
+    Mixed precision stops with "Attempting to unscale FP16 gradients". Without it, the epsilon of Adam
+    (1e-8) is zero in float16 and most updates are rounded away: the loss turns NaN or stands still. PEFT
+    keeps LoRA factors in float32 by itself, but not `modules_to_save`, and `model.half()` or
+    `autocast_adapter_dtype=False` undoes it.
+
+    ## Example
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    model.half()
+    report = check_model(model)
+    ```
+
+    ## Use instead
+    ```python
+    base = base.half()
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    report = check_model(model)
+    ```
+
+    ## References
+    - https://huggingface.co/docs/peft/developer_guides/troubleshooting#valueerror-attempting-to-unscale-fp16-gradients
+    - https://github.com/huggingface/peft/issues/341
+    """
+    if expect.purpose != "train":
+        return
+    factors = [
+        layer for layer in facts.layers if any(f.trainable and f.dtype == "float16" for f in layer.parts)
+    ]
+    others = [part for part in facts.kept if part.trainable and part.dtype == "float16"]
+    if factors or others:
+        yield Violation(
+            where=grouped([*(layer.module for layer in factors), *(part.module for part in others)]),
+            observed=f"trainable weights are float16: {len(factors)} LoRA layers, {len(others)} saved copies",
+            expected="trained weights in float32 (or bfloat16), whatever the dtype of the frozen base",
+            fix="cast what trains: for p in model.parameters(): if p.requires_grad: p.data = p.data.float()"
+            if others
+            else "convert the base before get_peft_model, not after, and keep autocast_adapter_dtype=True",
+        )

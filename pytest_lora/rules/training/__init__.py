@@ -1,0 +1,1 @@
+"""Rules on training (codes 3xx)."""

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.training import BaseChange, TrainingFacts
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA330", severity="error", needs=TrainingFacts)
+def base_weights_change(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
+    """Weights of the base change while only the adapter should.
+
+    ## What it does
+    Compares weights of the base after the steps with those before, and with `base_snapshot` where one is
+    given. Trained biases, and norms, embeddings or heads that train on purpose, are no error.
+
+    ## Why is this bad?
+    The adapter file holds the adapter alone. On the base as it was published the saved adapter then gives
+    other results than in training, and memory and time are those of full fine-tuning.
+
+    ## Example
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    model.requires_grad_(True)
+    report = check_training(model, batch)
+    ```
+
+    ## Use instead
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    report = check_training(model, batch)
+    ```
+
+    ## References
+    - https://huggingface.co/docs/peft/developer_guides/checkpoint
+    """
+    by_design = _rewritten_by_initialisation(facts)
+    adapted: list[BaseChange] = []
+    others: list[BaseChange] = []
+    for change in facts.changes:
+        if (
+            change.kind == "buffer"
+            or change.relative <= ROUNDING * change.precision
+            or expect.purpose != "train"
+        ):
+            continue
+        if change.adapted and change.since == "snapshot" and by_design:
+            continue
+        if change.trainable and change.name.endswith("bias") and _trains_biases(facts):
+            continue
+        meant = change.trainable and not change.adapted
+        (others if meant else adapted).append(change)
+    for changes, severity in ((adapted, "error"), (others, "info")):
+        if changes:
+            worst = max(changes, key=lambda change: change.relative)
+            since = "since base_snapshot" if worst.since == "snapshot" else "in the steps taken here"
+            trainable = sum(change.trainable for change in changes)
+            yield Violation(
+                where=grouped(dict.fromkeys(change.name for change in changes)),
+                observed=f"weights of the base changed {since}, by up to {100 * worst.relative:.2g} %"
+                + (f"; {trainable} of them have requires_grad=True" if trainable else ""),
+                expected="frozen base weights; what is to train beside the adapter, in modules_to_save",
+                fix="freeze the base (get_peft_model does it) and leave requires_grad_ of its parameters alone"
+                if trainable
+                else "unmerge adapters, and load the base anew",
+                severity="error" if severity == "error" else "info",
+            )
+
+
+ROUNDING = 8
+"""Merging and unmerging an adapter leaves rounding errors of a few units in the last place."""
+
+
+def _trains_biases(facts: TrainingFacts) -> bool:
+    return any(config.settings.bias != "none" for config in facts.model.configs)
+
+
+def _rewritten_by_initialisation(facts: TrainingFacts) -> bool:
+    """Whether an initialisation takes the adapter out of the base weights, as PiSSA, OLoRA, CorDA and LoftQ do."""
+    inits = [str(config.settings.init_lora_weights).lower() for config in facts.model.configs]
+    return any(init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")) for init in inits)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.findings import Severity
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA303", severity="error", needs=TrainingFacts)
+def learning_rate_is_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
+    """The learning rate is zero and stays there.
+
+    ## What it does
+    Looks at the learning rate of every real step, and of a `LambdaLR` at later ones too. A first step at
+    zero is how a warm-up begins, and a schedule that has come to its end after the loss fell has done its
+    work.
+
+    ## Why is this bad?
+    At a rate of zero nothing changes. It comes from a schedule made for zero steps, for epochs but
+    stepped once a batch, or for the steps of an earlier, shorter run.
+
+    ## Example
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    report = check_training(model, batch, optimizer=optimizer, scheduler=scheduler)
+    ```
+
+    ## Use instead
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / 100))
+    report = check_training(model, batch, optimizer=optimizer, scheduler=scheduler)
+    ```
+
+    ## References
+    - https://github.com/lm-sys/FastChat/issues/2558
+    """
+    if len(facts.steps) < (2 if facts.schedule else 1):
+        return
+    ended_early = facts.schedule and facts.schedule.ends and 2 * facts.schedule.ends < len(facts.history)
+    if facts.rates_are_zero or ended_early:
+        yield from _everywhere(facts)
+    else:
+        yield from _in_some_groups(facts)
+
+
+def _everywhere(facts: TrainingFacts) -> Iterator[Violation]:
+    schedule = facts.schedule
+    if schedule is None:
+        yield Violation(
+            where=f"optimizer ({facts.optimizer.optimizer})",
+            observed=f"the learning rate is 0 at all {len(facts.steps)} steps",
+            expected="a learning rate above 0, such as 1e-4 to 1e-3 with Adam",
+            fix="set lr",
+        )
+        return
+    taken = schedule.steps_taken
+    ended = schedule.ends is None or 0 < schedule.ends <= taken
+    if ended and taken > 1 and (facts.history_fell or not facts.history):
+        severity: Severity = "info"
+        observed = f"the schedule has come to its end after {taken} steps: the learning rate is 0"
+    else:
+        severity = "error"
+        observed = f"the scheduler keeps the learning rate at 0 (step {taken}" + (
+            f", zero from step {schedule.ends} on)" if schedule.ends is not None else ")"
+        )
+    yield Violation(
+        where=f"scheduler ({schedule.schedule})",
+        observed=observed,
+        expected="a learning rate above 0 until training ends",
+        fix="give the schedule the true number of optimizer steps, and step it once an optimizer step",
+        severity=severity,
+    )
+
+
+def _in_some_groups(facts: TrainingFacts) -> Iterator[Violation]:
+    for group in facts.optimizer.groups:
+        if "b" not in group.parts and "saved" not in group.parts:
+            continue
+        if not any(step.rates[group.index] for step in facts.steps) and not group.initial_lr:
+            what = "lora_B" if "b" in group.parts else "the head (modules_to_save)"
+            yield Violation(
+                where=f"optimizer ({facts.optimizer.optimizer}), param_groups[{group.index}]",
+                observed=f"the learning rate of {what} is 0",
+                expected="a learning rate above 0 for everything that is to learn",
+                fix="set lr of this group, or freeze its parameters if they are not to learn",
+                severity="error" if "b" in group.parts else "warning",
+            )

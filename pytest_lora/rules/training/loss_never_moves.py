@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.history import HistoryFacts
+from pytest_lora.rules import Violation, rule
+
+_ROUNDED_AWAY = 0.01
+"""Losses below this may be equal by rounding: the Trainer logs four decimals."""
+
+
+@rule("LORA343", severity="warning", needs=HistoryFacts)
+def loss_never_moves(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]:
+    """The same losses come again and again, to the last digit.
+
+    ## What it does
+    Looks for five or more losses that are equal, or that repeat after the same number of steps, to the last
+    digit, and are not small enough to be equal by rounding.
+
+    ## Why is this bad?
+    A step that changes a weight changes the loss of the same batch at least in its last digits. So nothing is
+    trained: the learning rate is 0, no gradient reaches the adapter, or the optimizer holds other parameters
+    than the model (it was made before the adapter, or for an earlier model).
+
+    ## Example
+    ```python
+    report = diagnose_history([4.8517] * 8)
+    ```
+
+    ## Use instead
+    ```python
+    report = diagnose_history([4.8517, 4.8311, 4.7902, 4.7215, 4.6388, 4.5496, 4.4571, 4.3630])
+    ```
+
+    ## References
+    - https://github.com/huggingface/peft/issues/859
+    """
+    period = facts.repetition
+    if period is None or max(map(abs, facts.usable)) < _ROUNDED_AWAY:
+        return
+    observed = (
+        f"all {len(facts.usable)} losses are {facts.usable[0]:.8g}"
+        if period == 1
+        else f"the same {period} losses come again to the last digit over all {len(facts.usable)} losses"
+    )
+    yield Violation(
+        where="train_losses",
+        observed=observed,
+        expected="losses that change with every step of the optimizer",
+        fix="make the optimizer after the adapter, from the parameters that require gradients; see that its "
+        "learning rate is above 0, and that loss.backward() leaves gradients on lora_B",
+    )

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA313", severity="error", needs=TrainingFacts)
+def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
+    """No gradient reaches any tensor of the adapter.
+
+    ## What it does
+    Looks for steps in which every trainable tensor of the active adapters got no gradient, or zero only,
+    and says why where that can be told: frozen, disabled, merged, outside the forward pass, cut off by
+    reentrant gradient checkpointing, a scaling of zero, a frozen zero factor.
+
+    ## Why is this bad?
+    The run goes on to its end, the loss stays what it was or is lowered by a head alone, and the saved
+    adapter is the one from the start.
+
+    ## Example
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_A" in name)
+    report = check_training(model, batch)
+    ```
+
+    ## Use instead
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    report = check_training(model, batch)
+    ```
+
+    ## References
+    - https://github.com/huggingface/peft/issues/137
+    - https://huggingface.co/docs/peft/developer_guides/troubleshooting
+    """
+    if not facts.judges_gradients or (
+        facts.adapter_tensors and any(t.reached for t in facts.adapter_tensors)
+    ):
+        return
+    layers = facts.model.active_layers
+    reasons = Counter(facts.why_silent(layer) for layer in layers)
+    if not facts.has_graph and None in reasons:
+        return
+    reason = reasons.most_common(1)[0][0] if reasons else "no adapter is active"
+    yield Violation(
+        where=grouped(layer.module for layer in layers) if layers else "the whole model",
+        observed="no gradient reaches the adapter at any step" + (f": {reason}" if reason else ""),
+        expected="a gradient other than zero for the trainable tensors of every adapter",
+        fix=next((fix for start, fix in _FIXES.items() if start in (reason or "")), _FIXES[""]),
+    )
+
+
+_FIXES = {
+    "disabled": "call model.enable_adapter_layers(), and train outside model.disable_adapter()",
+    "merged": "call model.unmerge_adapter() before training",
+    "B is zero and frozen": "let lora_B train: requires_grad_(True)",
+    "frozen": "load with is_trainable=True, or call requires_grad_(True) on the adapter's parameters",
+    "outside the forward": "adapt modules that the forward pass runs through",
+    "checkpointing": "call model.enable_input_require_grads(), or set use_reentrant=False",
+    "scaling": "set lora_alpha above 0",
+    "lora_dropout": "set lora_dropout to 0.05 or 0.1",
+    "both zero": "initialise the adapter anew, so that one factor is not zero",
+    "no adapter": "call model.set_adapter(...) with the adapter that is to train",
+    "": "look for .detach(), torch.no_grad() or a saturated output between the adapter and the loss",
+}
+"""What mends each reason, found by words of it; the first that fits."""

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA321", severity="error", needs=TrainingFacts)
+def padding_is_in_the_loss(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
+    """Padding has labels, so the model learns to predict the pad token.
+
+    ## What it does
+    Counts labels that are not -100 where `attention_mask` is 0, or, without a mask that says so, in a run
+    of the configuration's `pad_token_id` that ends a row. The one end token after a text may have a
+    label.
+
+    ## Why is this bad?
+    Padding is easy to predict: the loss looks lovely, most of it is about padding, and the model learns
+    to stop or to repeat the pad token. It comes from `labels = input_ids.clone()` on padded rows.
+
+    ## Example
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    batch["input_ids"][:, 6:] = 0
+    batch["attention_mask"][:, 6:] = 0
+    batch["labels"] = batch["input_ids"].clone()
+    report = check_training(model, batch)
+    ```
+
+    ## Use instead
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    batch["input_ids"][:, 6:] = 0
+    batch["attention_mask"][:, 6:] = 0
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    report = check_training(model, batch)
+    ```
+
+    ## References
+    - https://huggingface.co/docs/transformers/tasks/language_modeling
+    """
+    labels, padding = (sum(getattr(k, name) for k in facts.labels) for name in ("labels", "padding"))
+    if padding:
+        by = next(known.padding_by for known in facts.labels if known.padding)
+        yield Violation(
+            where=f"labels, told by {by}",
+            observed=f"padding has labels: {padding} of {labels} positions in the loss "
+            f"({100 * padding / labels:.0f} %) are padding",
+            expected="labels of -100 wherever there is padding",
+            fix="labels[attention_mask == 0] = -100"
+            if by == "attention_mask"
+            else "set labels to -100 at padding (and attention_mask to 0)",
+            severity="error" if padding >= SHARE * labels else "warning",
+        )
+
+
+SHARE = 0.1
+"""From this share on the loss says more about padding than a reader of it will expect."""

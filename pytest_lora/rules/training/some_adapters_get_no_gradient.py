@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.model import LayerState
+from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.findings import Severity, grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA314", severity="warning", needs=TrainingFacts)
+def some_adapters_get_no_gradient(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
+    """Some adapters never get a gradient while others do.
+
+    ## What it does
+    Looks for modules whose trainable adapter got no gradient, or zero only, at any step. An expert that
+    the router chose for no token, and a tower whose inputs are not in the batch, are infos.
+
+    ## Why is this bad?
+    These adapters cost memory and do nothing: the module is outside the forward pass, behind a
+    `.detach()`, or in a part of the model that the loss does not depend on.
+
+    ## Example
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    def loss_of_first_layer(model, batch):
+        hidden = model(**batch, output_hidden_states=True).hidden_states[1]
+        return hidden.pow(2).mean()
+
+    report = check_training(model, batch, loss_fn=loss_of_first_layer)
+    ```
+
+    ## Use instead
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    report = check_training(model, batch)
+    ```
+
+    ## References
+    - https://huggingface.co/docs/peft/developer_guides/troubleshooting
+    """
+    if not facts.judges_gradients or not any(t.reached for t in facts.adapter_tensors):
+        return
+    silent: dict[tuple[str | None, Severity], list[str]] = {}
+    for layer in facts.unlearning:
+        if layer.trainable:
+            reason = facts.why_silent(layer)
+            # An expert may also run for the last token alone, which predicts nothing.
+            optional = _is_expert(layer.module) or (
+                layer.module in facts.untouched and _lacks_input(facts, layer)
+            )
+            silent.setdefault((reason, "info" if optional else "warning"), []).append(layer.module)
+    for (reason, severity), modules in silent.items():
+        yield Violation(
+            where=grouped(modules),
+            observed=f"no gradient reaches these adapters in {len(facts.steps)} steps, while it reaches others"
+            + (f": {reason}" if reason else ""),
+            expected="a gradient for every adapter"
+            if severity == "warning"
+            else "a gradient once a batch makes use of them",
+            fix="leave these modules out of target_modules, or let the loss depend on them"
+            if severity == "warning"
+            else "nothing, if batches of the real run do; else leave these modules out of target_modules",
+            severity=severity,
+        )
+
+
+def _is_expert(module: str) -> bool:
+    return re.search(r"expert", module) is not None
+
+
+_TOWERS = {
+    r"vision|visual|image|pixel|vit\b": ("pixel", "image", "video"),
+    r"audio|speech|sound": ("audio", "input_features", "speech"),
+}
+"""Names of towers, and of the inputs that they need."""
+
+
+def _lacks_input(facts: TrainingFacts, layer: LayerState) -> bool:
+    """Whether a module belongs to a tower whose input is not in the batch."""
+    return any(
+        re.search(tower, layer.module) and not any(word in name for name in facts.inputs for word in words)
+        for tower, words in _TOWERS.items()
+    )

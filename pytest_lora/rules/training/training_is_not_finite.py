@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA310", severity="error", needs=TrainingFacts)
+def training_is_not_finite(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
+    """The loss, the gradients or the adapter itself are NaN or infinite.
+
+    ## What it does
+    Looks at adapter weights before the first step, and at losses and gradients of every step. What labels
+    or float16 weights explain is left to the rules on those.
+
+    ## Why is this bad?
+    One NaN spreads to every weight with the next step, and nothing brings it back. Some trainers log the
+    loss of such a step as 0.
+
+    ## Example
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(float("nan"))
+    report = check_training(model, batch)
+    ```
+
+    ## Use instead
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    report = check_training(model, batch)
+    ```
+
+    ## References
+    - https://github.com/hiyouga/LlamaFactory/issues/8088
+    """
+    spoiled = [t.name for t in facts.tensors if not t.finite and t.part != "base"]
+    if spoiled:
+        yield Violation(
+            where=grouped(spoiled),
+            observed="adapter weights are NaN or infinite before the first step"
+            + (", and so is the loss" if not facts.finite else ""),
+            expected="finite adapter weights",
+            fix="build or load the adapter anew, then look for the step that made it NaN: dtype, attention mask, "
+            "data, learning rate",
+        )
+    elif not facts.labels_ignored and not facts.trains_float16:
+        yield from _at_a_step(facts)
+
+
+def _at_a_step(facts: TrainingFacts) -> Iterator[Violation]:
+    for number, step in enumerate(facts.steps, 1):
+        if math.isfinite(step.loss) and math.isfinite(step.gradient_norm or 0.0):
+            continue
+        loss_is_finite = math.isfinite(step.loss)
+        if loss_is_finite and facts.scaler and number < len(facts.steps):
+            continue  # A GradScaler finds its scale by skipping the steps at which gradients overflow.
+        base = facts.model.nonfinite_base
+        yield Violation(
+            where=f"step {number}, batch {step.batch}",
+            observed=(
+                "a gradient is NaN or infinite although the loss is not"
+                if loss_is_finite
+                else f"the loss is {step.loss}"
+            )
+            + (f"; base weights are too: {grouped(base)}" if base else ""),
+            expected="finite losses and gradients",
+            fix="load the base anew" if base else _remedy(number),
+        )
+        return
+
+
+def _remedy(number: int) -> str:
+    if number == 1:
+        return (
+            "look at this batch (a row without any attended token, inputs that are not finite) and at the "
+            "compute dtype: float16 overflows at 65504, bfloat16 does not"
+        )
+    return "lower the learning rate, and clip gradients at 1.0"

@@ -1,0 +1,153 @@
+"""The checks during a training run: each finding once, as a warning, as a request to stop, or raised."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from pytest_lora.assertions import LoraHealthError, delivered
+from pytest_lora.checks import check_model, diagnose_history
+from pytest_lora.findings import LoraHealthWarning, Report
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from pytest_lora.expect import Expect
+
+OnError = Literal["warn", "stop", "raise"]
+
+_LOOK_AGAIN = 1.25
+"""Losses on record grow by this factor between two looks at the curve: every look may err, and so they are few."""
+
+
+class Watch:
+    """What a run has shown so far.
+
+    Attributes:
+        reports: Every report that had something new, in order.
+        should_stop: Whether an error was found; for loops that end themselves under ``on_error="stop"``.
+    """
+
+    def __init__(
+        self,
+        *,
+        total_steps: int | None = None,
+        steps_per_loss: int = 1,
+        expect: Expect | None = None,
+        on_error: OnError = "warn",
+    ) -> None:
+        if on_error not in get_args(OnError):
+            raise ValueError(f"on_error must be one of {', '.join(get_args(OnError))}, not {on_error!r}")
+        self.total_steps = total_steps
+        self.steps_per_loss = steps_per_loss
+        self.learning_rate: float | None = None
+        self.reports: list[Report] = []
+        self.should_stop = False
+        self._expect = expect
+        self._on_error = on_error
+        self._train: list[float] = []
+        self._evals: dict[int, float] = {}
+        self._known: set[tuple[str, str]] = set()
+        self._next_look = 0.0
+
+    @property
+    def count(self) -> int:
+        """Training losses on record."""
+        return len(self._train)
+
+    def log(self, loss: Any, *, eval_loss: Any = None) -> None:
+        """Record the loss of a step, and with it that of an evaluation, and judge the curve if it is time."""
+        self._train.append(_number(loss))
+        if eval_loss is not None:
+            self.log_eval(eval_loss)
+        suspicious = self._train[-1] == 0 or self._train[-1] * 0 != 0
+        if suspicious or len(self._train) >= self._next_look:
+            self._next_look = len(self._train) * _LOOK_AGAIN
+            self.judge()
+
+    def log_eval(self, loss: Any) -> None:
+        """Record the loss of an evaluation after the latest step."""
+        self._evals[len(self._train) * self.steps_per_loss] = _number(loss)
+
+    def look(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        """Judge the model and its optimizer as they stand."""
+        if optimizer is not None:
+            rates = [group.get("lr") for group in optimizer.param_groups]
+            self.learning_rate = max((float(r) for r in rates if r), default=self.learning_rate)
+        self._deliver(check_model(model, optimizer=optimizer, expect=self._expect))
+
+    def judge(self) -> None:
+        """Judge the losses so far."""
+        if self._train:
+            self._deliver(
+                diagnose_history(
+                    self._train,
+                    self._evals or None,
+                    total_steps=self.total_steps,
+                    steps_per_loss=self.steps_per_loss,
+                    learning_rate=self.learning_rate,
+                    expect=self._expect,
+                )
+            )
+
+    def _deliver(self, report: Report) -> None:
+        fresh = tuple(f for f in report.findings if (f.code, f.severity) not in self._known)
+        if not fresh:
+            return
+        self._known.update((f.code, f.severity) for f in fresh)
+        new = Report(report.subject, fresh)
+        self.reports.append(new)
+        delivered.append(new)
+        self.should_stop |= bool(new.errors)
+        for finding in (*new.errors, *new.warnings):
+            if finding.severity == "warning" or self._on_error != "raise":
+                warnings.warn(str(finding), LoraHealthWarning, stacklevel=4)
+        if new.errors and self._on_error == "raise":
+            raise LoraHealthError(new)
+
+
+def _number(loss: Any) -> float:
+    return float(loss.detach() if hasattr(loss, "detach") else loss)
+
+
+@contextmanager
+def watch_training(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    total_steps: int | None = None,
+    steps_per_loss: int = 1,
+    expect: Expect | None = None,
+    on_error: OnError = "warn",
+) -> Iterator[Watch]:
+    """Watch a hand-written training loop: the model at the start and the end, the losses as they come.
+
+    Example:
+        with watch_training(model, optimizer, total_steps=len(batches)) as watch:
+            for batch in batches:
+                loss = model(**batch).loss
+                ...
+                watch.log(loss)
+
+    Args:
+        model: The model with its adapters; looked at, never run.
+        optimizer: What trains it.
+        total_steps: Optimizer steps that the run is planned to have.
+        steps_per_loss: Optimizer steps from one logged loss to the next.
+        expect: What is meant, where only the user can know it.
+        on_error: ``"warn"``: errors are ``LoraHealthWarning`` too. ``"stop"``: and ``watch.should_stop`` is what
+            the loop looks at (it is kept in every mode). ``"raise"``: ``LoraHealthError`` at the next ``log``.
+
+    Raises:
+        LoraHealthError: Under ``"raise"``, at the first report with an error.
+        TypeError: The model carries no LoRA layers, or an argument has the wrong type.
+        ValueError: ``on_error`` is none of these.
+    """
+    watch = Watch(total_steps=total_steps, steps_per_loss=steps_per_loss, expect=expect, on_error=on_error)
+    watch.look(model, optimizer)
+    yield watch
+    watch.judge()
+    watch.look(model, optimizer)

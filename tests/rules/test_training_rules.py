@@ -1,0 +1,685 @@
+"""Faults of training that rules must name, and unusual but healthy training that they must leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Adafactor, T5Config, T5ForConditionalGeneration
+
+from pytest_lora import Expect, Report, check_training
+from tests.rules.bases import BASES, VOCABULARY, WIDTH, classifier_batch, image_batch, language_batch
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+Build = Callable[[], Report]
+END = 2
+
+
+def adapted(base: str | nn.Module = "base", **changes: Any) -> Any:
+    fields: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], **changes}
+    model = BASES[base]() if isinstance(base, str) else base
+    return get_peft_model(model, LoraConfig(**fields)).train()
+
+
+def trainable(model: nn.Module, *words: str) -> list[nn.Parameter]:
+    """Trainable parameters, of whose names each has one of the words."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return [p for n, p in named if not words or any(word in n for word in words)]
+
+
+def adam(model: nn.Module, lr: float = 1e-3, **changes: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(trainable(model), lr=lr, **changes)
+
+
+def t5() -> nn.Module:
+    config = T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_ff=128, d_kv=16, num_layers=1, num_heads=4)
+    config.decoder_start_token_id = config.pad_token_id = 0
+    return T5ForConditionalGeneration(config)
+
+
+def with_labels(change: Callable[[dict[str, torch.Tensor]], None]) -> dict[str, torch.Tensor]:
+    batch = language_batch()
+    change(batch)
+    return batch
+
+
+class TwoTowers(nn.Module):
+    """A vision tower that runs only when there are pixels, and a language model."""
+
+    def __init__(self, detached: bool = False) -> None:
+        super().__init__()
+        self.vision_tower = nn.ModuleDict({"q_proj": nn.Linear(WIDTH, WIDTH)})
+        self.language_model = nn.ModuleDict({"q_proj": nn.Linear(WIDTH, WIDTH)})
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.detached = detached
+
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, pixels: torch.Tensor | None = None, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        hidden = self.embed(input_ids)
+        if pixels is not None:
+            seen = self.vision_tower["q_proj"](pixels)
+            hidden = hidden + (seen.detach() if self.detached else seen)
+        logits = self.head(hidden + self.language_model["q_proj"](hidden))
+        return {"loss": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())}
+
+
+# --- faults
+
+
+def sgd_with_the_rate_of_adam() -> Report:
+    model = adapted()
+    return check_training(model, language_batch(), optimizer=torch.optim.SGD(trainable(model), lr=1e-6))
+
+
+def adam_with_the_rate_of_nothing() -> Report:
+    model = adapted()
+    return check_training(model, language_batch(), optimizer=adam(model, 1e-6), history=[4.9] * 8)
+
+
+def rate_of_one() -> Report:
+    model = adapted()
+    return check_training(model, language_batch(), optimizer=adam(model, 1.0))
+
+
+def sgd_that_diverges() -> Report:
+    model = adapted()
+    return check_training(model, language_batch(), optimizer=torch.optim.SGD(trainable(model), lr=1e5))
+
+
+def schedule_that_ended_early() -> Report:
+    model = adapted()
+    optimizer = adam(model)
+    scheduler = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / 4))
+    for _ in range(20):
+        scheduler.step()
+    flat = [4.9] * 20
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=scheduler, history=flat)
+
+
+def no_rate_for_b() -> Report:
+    model = adapted()
+    groups = [{"params": trainable(model, "lora_A")}, {"params": trainable(model, "lora_B"), "lr": 0.0}]
+    return check_training(model, language_batch(), optimizer=torch.optim.AdamW(groups, lr=1e-3))
+
+
+def constant_rate_of_zero() -> Report:
+    model = adapted()
+    return check_training(model, language_batch(), optimizer=adam(model, 0.0))
+
+
+def clipped_to_next_to_nothing() -> Report:
+    return check_training(adapted(), language_batch(), max_grad_norm=1e-9)
+
+
+def decay_of_a_hundred() -> Report:
+    model = adapted()
+    return check_training(model, language_batch(), optimizer=adam(model, weight_decay=100.0))
+
+
+def reentrant_checkpointing() -> Report:
+    model = adapted()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.get_input_embeddings()._forward_hooks.clear()
+    return check_training(model, language_batch())
+
+
+def adapters_disabled() -> Report:
+    model = adapted("classifier_base", task_type="SEQ_CLS")
+    model.base_model.disable_adapter_layers()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or "score.modules" in name)
+    return check_training(model, classifier_batch())
+
+
+def disabled_in_the_loss() -> Report:
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        with model.disable_adapter():
+            found: torch.Tensor = model(**batch).loss
+            return found
+
+    return check_training(adapted(), language_batch(), loss_fn=loss)
+
+
+def merged_while_training() -> Report:
+    model = adapted()
+    model.merge_adapter()
+    return check_training(model, language_batch())
+
+
+def frozen_but_for_the_head() -> Report:
+    model = adapted("classifier_base", task_type="SEQ_CLS")
+    for parameter in trainable(model, "lora_"):
+        parameter.requires_grad_(False)
+    return check_training(model, classifier_batch())
+
+
+def scaling_of_zero() -> Report:
+    return check_training(adapted(lora_alpha=0), language_batch())
+
+
+def tower_behind_detach() -> Report:
+    model = adapted(TwoTowers(detached=True), target_modules=["q_proj"])
+    return check_training(model, {**language_batch(), "pixels": torch.randn(4, 1, WIDTH)})
+
+
+def tower_outside_the_forward() -> Report:
+    model = adapted(TwoTowers(), target_modules=["vision_tower.q_proj"])
+    return check_training(model, {**language_batch(), "pixel_values": torch.randn(4, 3)})
+
+
+def padding_with_minus_one() -> Report:
+    return check_training(adapted(), with_labels(lambda b: b["labels"][:, :3].fill_(-1)))
+
+
+def one_class_too_many() -> Report:
+    batch = classifier_batch()
+    batch["labels"] = torch.arange(8) % 3 + 1
+    return check_training(adapted("classifier_base", task_type="SEQ_CLS"), batch)
+
+
+def token_without_a_row() -> Report:
+    return check_training(adapted(), with_labels(lambda b: b["input_ids"][0, :2].fill_(VOCABULARY + 7)))
+
+
+def ends_masked_with_the_padding() -> Report:
+    model = adapted()
+    model.config.eos_token_id = model.config.pad_token_id = END
+    batch = language_batch()
+    batch["input_ids"][:2, 9:] = END
+    batch["input_ids"][2:, -1] = END
+    batch["attention_mask"][:2, 10:] = 0
+    batch["labels"] = batch["input_ids"].masked_fill(batch["input_ids"] == END, -100)
+    return check_training(model, batch)
+
+
+def padding_without_a_mask() -> Report:
+    batch = language_batch()
+    batch["input_ids"][:, 8:] = 0
+    del batch["attention_mask"]
+    batch["labels"] = batch["input_ids"].clone()
+    return check_training(adapted(), batch)
+
+
+def padding_on_the_left() -> Report:
+    batch = language_batch()
+    batch["attention_mask"][:2, :6] = 0
+    return check_training(adapted(), batch)
+
+
+def padded_labels_of_a_decoder() -> Report:
+    batch = language_batch()
+    batch["labels"][:, 9:] = 0
+    return check_training(adapted(t5(), target_modules=["q", "v"]), batch)
+
+
+def some_batches_ignored() -> Report:
+    empty = with_labels(lambda b: b["labels"].fill_(-100))
+    return check_training(adapted(), [language_batch(), language_batch(), language_batch(), empty])
+
+
+def answers_cut_off() -> Report:
+    return check_training(adapted(), with_labels(lambda b: b["labels"][:3].fill_(-100)))
+
+
+def only_the_first_label_is_left() -> Report:
+    return check_training(adapted(), with_labels(lambda b: b["labels"][:, 1:].fill_(-100)))
+
+
+def shifted_twice() -> Report:
+    def shift(batch: dict[str, torch.Tensor]) -> None:
+        batch["labels"] = torch.cat([batch["input_ids"][:, 1:], torch.full((4, 1), -100)], 1)
+
+    return check_training(adapted(), with_labels(shift))
+
+
+def summed_over_tokens() -> Report:
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        logits = model(input_ids=batch["input_ids"]).logits
+        return nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+        )
+
+    return check_training(adapted(), language_batch(), loss_fn=loss)
+
+
+def summed_over_accumulation() -> Report:
+    batches = [language_batch() for _ in range(4)]
+    return check_training(adapted(), batches, history=[19.5, 19.4, 19.4, 19.3])
+
+
+def everything_trains() -> Report:
+    model = adapted()
+    model.requires_grad_(True)
+    return check_training(model, language_batch())
+
+
+def base_was_trained_before() -> Report:
+    model = adapted()
+    snapshot = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].mlp.up_proj.weight.add_(0.01)
+    return check_training(model, language_batch(), base_snapshot=snapshot)
+
+
+def statistics_moved_before() -> Report:
+    model = adapted("batchnorm_base", target_modules=["conv"]).eval()
+    snapshot = {n: b.detach().clone() for n, b in model.named_buffers()}
+    model.train()(**image_batch())
+    return check_training(model.eval(), image_batch(), base_snapshot=snapshot)
+
+
+def infinite_inputs() -> Report:
+    model = adapted("batchnorm_base", target_modules=["conv"]).eval()
+    batch = image_batch()
+    batch["pixel_values"][0, 0, 0, 0] = float("inf")
+    return check_training(model, batch)
+
+
+def loss_that_divides_by_zero() -> Report:
+    return check_training(adapted(), language_batch(), loss_fn=lambda m, b: m(**b).loss / 0)
+
+
+def misses_the_magnitudes() -> Report:
+    model = adapted(use_dora=True)
+    optimizer = torch.optim.AdamW(trainable(model, "lora_A", "lora_B"), lr=1e-3)
+    return check_training(model, language_batch(), optimizer=optimizer)
+
+
+def misses_the_token_rows() -> Report:
+    model = adapted(trainable_token_indices=[3, 4])
+    optimizer = torch.optim.AdamW(trainable(model, "lora_"), lr=1e-3)
+    return check_training(model, language_batch(), optimizer=optimizer)
+
+
+def misses_some_layers() -> Report:
+    model = adapted()
+    optimizer = torch.optim.AdamW(trainable(model, "layers.0."), lr=1e-3)
+    return check_training(model, language_batch(), optimizer=optimizer)
+
+
+def made_before_the_adapter() -> Report:
+    base = BASES["base"]()
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-3)
+    return check_training(adapted(base), language_batch(), optimizer=optimizer)
+
+
+def half_precision_under_nadam() -> Report:
+    model = adapted().half()
+    return check_training(model, language_batch(), optimizer=torch.optim.NAdam(trainable(model), lr=1e-3))
+
+
+def loss_of_numbers() -> Report:
+    return check_training(
+        adapted(), language_batch(), loss_fn=lambda m, b: torch.tensor(m(**b).loss.item(), requires_grad=True)
+    )
+
+
+def loss_times_zero() -> Report:
+    return check_training(adapted(), language_batch(), loss_fn=lambda m, b: m(**b).loss * 0.0)
+
+
+def dropout_asleep() -> Report:
+    model = adapted(lora_dropout=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    return check_training(model, language_batch())
+
+
+def dropout_awake_for_inference() -> Report:
+    return check_training(adapted(lora_dropout=0.1), language_batch(), expect=Expect(purpose="inference"))
+
+
+FAULTS: dict[Build, tuple[str, str]] = {
+    sgd_with_the_rate_of_adam: ("LORA305", "1e-06"),
+    adam_with_the_rate_of_nothing: ("LORA305", "hardly moves"),
+    rate_of_one: ("LORA304", "learning rate of 1"),
+    sgd_that_diverges: ("LORA304", "its own size"),
+    schedule_that_ended_early: ("LORA303", "zero from step 4 on"),
+    no_rate_for_b: ("LORA303", "lora_B is 0"),
+    constant_rate_of_zero: ("LORA303", "learning rate is 0"),
+    clipped_to_next_to_nothing: ("LORA307", "clipped to 1e-09"),
+    decay_of_a_hundred: ("LORA306", "weight_decay=100"),
+    reentrant_checkpointing: ("LORA313", "reentrant gradient checkpointing"),
+    adapters_disabled: ("LORA313", "disabled"),
+    disabled_in_the_loss: ("LORA312", "no graph"),
+    merged_while_training: ("LORA313", "merged"),
+    frozen_but_for_the_head: ("LORA313", "frozen"),
+    scaling_of_zero: ("LORA313", "scaling is 0"),
+    tower_behind_detach: ("LORA314", "vision_tower"),
+    tower_outside_the_forward: ("LORA313", "outside the forward pass"),
+    padding_with_minus_one: ("LORA323", "-1"),
+    one_class_too_many: ("LORA323", "3: outside the classes of 3"),
+    token_without_a_row: ("LORA323", "input_ids"),
+    ends_masked_with_the_padding: ("LORA322", "end token"),
+    padding_without_a_mask: ("LORA321", "pad_token_id"),
+    padding_on_the_left: ("LORA321", "attention_mask"),
+    padded_labels_of_a_decoder: ("LORA321", "padding has labels"),
+    some_batches_ignored: ("LORA320", "1 of 4 batches"),
+    answers_cut_off: ("LORA320", "3 of 4 rows"),
+    only_the_first_label_is_left: ("LORA320", "all labels are -100"),
+    shifted_twice: ("LORA324", "shifted already"),
+    summed_over_tokens: ("LORA325", "summed over 60 labels"),
+    summed_over_accumulation: ("LORA325", "sum over 4 accumulation steps"),
+    everything_trains: ("LORA330", "requires_grad=True"),
+    base_was_trained_before: ("LORA330", "up_proj"),
+    statistics_moved_before: ("LORA331", "running statistics"),
+    infinite_inputs: ("LORA310", "step 1"),
+    loss_that_divides_by_zero: ("LORA310", "inf"),
+    misses_the_magnitudes: ("LORA301", "magnitudes"),
+    misses_the_token_rows: ("LORA301", "embedding rows"),
+    misses_some_layers: ("LORA301", "misses lora_B"),
+    made_before_the_adapter: ("LORA301", "frozen base weights"),
+    half_precision_under_nadam: ("LORA309", "float16"),
+    loss_of_numbers: ("LORA313", "no gradient"),
+    loss_times_zero: ("LORA311", "exactly 0"),
+    dropout_asleep: ("LORA332", "eval mode"),
+    dropout_awake_for_inference: ("LORA333", "inference"),
+}
+
+# --- healthy
+
+
+def frozen_a() -> Report:
+    model = adapted()
+    for parameter in trainable(model, "lora_A"):
+        parameter.requires_grad_(False)
+    return check_training(model, language_batch(), optimizer=adam(model))
+
+
+def optimizer_of_b_alone() -> Report:
+    model = adapted()
+    return check_training(
+        model, language_batch(), optimizer=torch.optim.AdamW(trainable(model, "lora_B"), lr=1e-3)
+    )
+
+
+def lora_plus() -> Report:
+    model = adapted()
+    groups = [
+        {"params": trainable(model, "lora_A"), "lr": 2e-4},
+        {"params": trainable(model, "lora_B"), "lr": 2e-4 * 16},
+    ]
+    return check_training(model, language_batch(), optimizer=torch.optim.AdamW(groups, weight_decay=0.0))
+
+
+def warm_up() -> Report:
+    model = adapted()
+    optimizer = adam(model)
+    scheduler = LambdaLR(optimizer, lambda step: min(1.0, step / 100))
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=scheduler)
+
+
+def finished_linear_schedule() -> Report:
+    model = adapted()
+    optimizer = adam(model)
+    scheduler = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / 8))
+    for _ in range(8):
+        scheduler.step()
+    falling = [4.9 - 0.1 * i for i in range(8)]
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=scheduler, history=falling)
+
+
+def rate_made_by_the_schedule() -> Report:
+    model = adapted()
+    optimizer = adam(model, 1.0)
+    scheduler = LambdaLR(optimizer, lambda step: 1e-3 * min((step + 1) ** -0.5, (step + 1) / 1000))
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=scheduler)
+
+
+def reference_adapter_frozen() -> Report:
+    model = adapted()
+    model.add_adapter("reference", LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    model.set_adapter("default")
+    return check_training(model, language_batch())
+
+
+def stacked_on_a_frozen_adapter() -> Report:
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["k_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    for parameter in trainable(model, "default"):
+        parameter.requires_grad_(False)
+    return check_training(model, language_batch())
+
+
+def packed_without_ends() -> Report:
+    model = adapted()
+    model.config.eos_token_id = END
+    batch = language_batch()
+    del batch["attention_mask"]
+    return check_training(model, batch)
+
+
+def end_token_pads_and_is_learned() -> Report:
+    model = adapted()
+    model.config.eos_token_id = model.config.pad_token_id = END
+    batch = language_batch()
+    batch["input_ids"][:, 9:] = END
+    batch["attention_mask"][:, 10:] = 0
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return check_training(model, batch)
+
+
+def end_token_pads_and_the_mask_hides_it() -> Report:
+    model = adapted()
+    model.config.eos_token_id = model.config.pad_token_id = END
+    batch = language_batch()
+    batch["input_ids"][:, 9:] = END
+    batch["attention_mask"][:, 9:] = 0
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, 10:] = -100
+    return check_training(model, batch)
+
+
+def conversation_with_masked_turns() -> Report:
+    model = adapted()
+    model.config.eos_token_id = END
+    batch = language_batch()
+    batch["input_ids"][:, [5, 15]] = END
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, :6] = -100
+    return check_training(model, batch)
+
+
+def padded_decoder() -> Report:
+    batch = language_batch()
+    batch["labels"][:, 9:] = -100
+    return check_training(adapted(t5(), target_modules=["q", "v"]), batch)
+
+
+def one_repeated_token() -> Report:
+    batch = with_labels(lambda b: b["input_ids"].fill_(7))
+    batch["labels"] = batch["input_ids"].clone()
+    return check_training(adapted(), batch)
+
+
+def shifted_for_a_loss_of_ones_own() -> Report:
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        logits = model(input_ids=batch["input_ids"]).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+    batch = with_labels(lambda b: b.update(labels=b["input_ids"].roll(-1, 1)))
+    return check_training(adapted(), batch, loss_fn=loss)
+
+
+def bfloat16_adapter() -> Report:
+    model = adapted().to(torch.bfloat16)
+    return check_training(model, language_batch(), optimizer=adam(model, 2e-4))
+
+
+def scaler_with_float32_weights() -> Report:
+    model = adapted()
+    return check_training(
+        model, language_batch(), optimizer=adam(model), scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    )
+
+
+def scaler_that_is_off() -> Report:
+    model = adapted().to(torch.bfloat16)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return check_training(model, language_batch(), optimizer=adam(model), scaler=scaler)
+
+
+def sgd_with_momentum() -> Report:
+    model = adapted()
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1, momentum=0.9)
+    return check_training(model, language_batch(), optimizer=optimizer)
+
+
+def adafactor_with_its_own_rate() -> Report:
+    model = adapted()
+    optimizer = Adafactor(trainable(model), lr=None, relative_step=True, warmup_init=True)
+    return check_training(model, language_batch(), optimizer=optimizer)
+
+
+def preference_tuning_rate() -> Report:
+    model = adapted()
+    return check_training(model, language_batch(), optimizer=adam(model, 5e-7))
+
+
+def dora() -> Report:
+    model = adapted(use_dora=True, use_rslora=True, r=32)
+    return check_training(model, language_batch(), optimizer=adam(model))
+
+
+def token_rows_and_biases() -> Report:
+    model = adapted("gpt2_base", target_modules=["c_attn"], bias="all")
+    return check_training(model, language_batch(), optimizer=adam(model))
+
+
+def four_bit() -> Report:
+    model = adapted("base_4bit", target_modules="all-linear", lora_dropout=0.05)
+    return check_training(model, language_batch(), optimizer=adam(model, 2e-4))
+
+
+def text_alone_for_two_towers() -> Report:
+    return check_training(adapted(TwoTowers(), target_modules=["q_proj"]), language_batch())
+
+
+def norms_train_too() -> Report:
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.requires_grad_(True)
+    return check_training(model, language_batch(), optimizer=adam(model))
+
+
+def pissa_with_a_snapshot_of_the_original() -> Report:
+    base = BASES["base"]()
+    snapshot = {n: p.detach().clone() for n, p in base.named_parameters()}
+    return check_training(adapted(base, init_lora_weights="pissa"), language_batch(), base_snapshot=snapshot)
+
+
+def merged_and_unmerged_before() -> Report:
+    model = adapted(init_lora_weights=False)
+    snapshot = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+    model.merge_adapter()
+    model.unmerge_adapter()
+    return check_training(model, language_batch(), base_snapshot=snapshot)
+
+
+def two_models_in_one_optimizer() -> Report:
+    model, other = adapted(), nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW([*trainable(model), *other.parameters()], lr=1e-3)
+    return check_training(model, language_batch(), optimizer=optimizer)
+
+
+def policy_gradient_from_zero() -> Report:
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        found: torch.Tensor = model(**batch).loss
+        return found - found.detach()
+
+    return check_training(adapted(), language_batch(), loss_fn=loss)
+
+
+def mixture_of_experts() -> Report:
+    batch = language_batch(1, 4)
+    return check_training(adapted("moe_base", target_modules="all-linear"), batch)
+
+
+def evaluation() -> Report:
+    model = adapted(lora_dropout=0.3).eval()
+    return check_training(model, language_batch(), expect=Expect(purpose="eval"))
+
+
+def regression() -> Report:
+    model = adapted("classifier_base", task_type="SEQ_CLS")
+    model.config.problem_type = "multi_label_classification"
+    batch = {**classifier_batch(), "labels": torch.rand(8, 3)}
+    return check_training(model, batch)
+
+
+def history_of_easier_data() -> Report:
+    return check_training(adapted(), [language_batch()] * 4, history=[2.5, 2.2, 2.0, 1.9])
+
+
+def loss_of_two_parts() -> Report:
+    return check_training(adapted(), language_batch(), loss_fn=lambda m, b: 2 * m(**b).loss)
+
+
+HEALTHY: tuple[Build, ...] = (
+    frozen_a,
+    optimizer_of_b_alone,
+    lora_plus,
+    warm_up,
+    finished_linear_schedule,
+    rate_made_by_the_schedule,
+    reference_adapter_frozen,
+    stacked_on_a_frozen_adapter,
+    packed_without_ends,
+    end_token_pads_and_is_learned,
+    end_token_pads_and_the_mask_hides_it,
+    conversation_with_masked_turns,
+    padded_decoder,
+    one_repeated_token,
+    shifted_for_a_loss_of_ones_own,
+    bfloat16_adapter,
+    scaler_with_float32_weights,
+    scaler_that_is_off,
+    sgd_with_momentum,
+    adafactor_with_its_own_rate,
+    preference_tuning_rate,
+    dora,
+    token_rows_and_biases,
+    four_bit,
+    text_alone_for_two_towers,
+    norms_train_too,
+    pissa_with_a_snapshot_of_the_original,
+    merged_and_unmerged_before,
+    two_models_in_one_optimizer,
+    policy_gradient_from_zero,
+    mixture_of_experts,
+    evaluation,
+    regression,
+    history_of_easier_data,
+    loss_of_two_parts,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("build", FAULTS, ids=lambda b: b.__name__)
+def test_fault_is_named(build: Build) -> None:
+    code, words = FAULTS[build]
+    report = build()
+    loud = (*report.errors, *report.warnings)
+    assert {f.code for f in loud} == {code}, str(report)
+    assert any(words in str(f) for f in loud), str(report)
+
+
+@pytest.mark.parametrize("build", HEALTHY, ids=lambda b: b.__name__)
+def test_healthy_training_is_left_alone(build: Build) -> None:
+    report = build()
+    assert not (*report.errors, *report.warnings), str(report)
