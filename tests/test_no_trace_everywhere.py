@@ -1,4 +1,4 @@
-"""Every public check that takes a model leaves it, and all that trains it, bit for bit as it was, also when it raises."""
+"""Every public check that takes a model leaves it, and all that trains it, as it was, bit for bit, also on errors."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def _do_nothing(*_: Any) -> None:
 
 MODELS: dict[str, Callable[[], Setup]] = {
     "float": lambda: _setup(BASES["base"], language_batch()),
-    "built-in 4-bit base": lambda: _setup(load_tiny, text_batch(batch_size=2, seq_len=16)),
+    "built-in 4-bit base": lambda: _setup(load_tiny, text_batch(batch_size=2, seq_len=8)),
 }
 
 
