@@ -166,7 +166,7 @@ def _delta(kept: _Kept, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tenso
     groups = getattr(kept.layer.get_base_layer(), "groups", 1)
     if left.shape[1] * groups != right.shape[0] or left.shape[0] % groups:
         return None, f"{reason}, and the factors are no two matrices of one product"
-    product = left.unflatten(0, (groups, -1)) @ right.unflatten(0, (groups, -1))
+    product = left.reshape(groups, -1, left.shape[1]) @ right.reshape(groups, -1, right.shape[1])
     return product.flatten(0, 1) * kept.layer.scaling[kept.adapter], ""
 
 
