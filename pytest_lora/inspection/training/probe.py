@@ -274,7 +274,7 @@ class _Probe:
             changes=(*self._snapshot, *since_probe(found, self._trace)),
             dropouts=tuple(_live_dropouts(found)),
             lora_dropout=max((layer.dropout for layer in facts.active_layers), default=0.0),
-            repacked=tuple(_repacked(found)),
+            repacked=tuple(repacked(found)),
             updates=self._updates.facts(ranks=plan.ranks) if self._updates and self._steps else (),
         )
 
@@ -318,7 +318,8 @@ def _drops(layer: LoraLayer) -> bool:
     return any(d.training and getattr(d, "p", 0) > 0 for d in dropouts)
 
 
-def _repacked(found: Survey) -> Iterator[str]:
+def repacked(found: Survey) -> Iterator[str]:
+    """4-bit layers whose weight is in the packing for inference on a CPU."""
     for name, module in found.modules.items():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
