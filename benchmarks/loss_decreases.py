@@ -61,6 +61,11 @@ class Result:
     drop: float
     seconds: float
 
+    @property
+    def wrong(self) -> bool:
+        """Whether the assertion failed on a healthy set-up or passed on a broken one."""
+        return self.passed != (self.form == "healthy")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -252,11 +257,32 @@ def table(results: list[Result]) -> str:
     ]
     for name in FAMILIES:
         own = [r for r in results if r.model == name]
-        wrong = [sum(r.passed != (form == "healthy") for r in own if r.form == form) for form in FORMS]
+        wrong = [sum(r.wrong for r in own if r.form == form) for form in FORMS]
         drops = [r.drop for r in own if r.form == "healthy" and r.passed]
         lowest, middle = (f"{100 * value:.1f} %" for value in (min(drops), median(drops)))
         lines.append(f"| {name} | {' | '.join(map(str, wrong))} | {lowest} | {middle} |")
     return "\n".join(lines)
+
+
+def record(results: list[Result], seeds: int) -> dict[str, Any]:
+    """What the JSON file holds."""
+    healthy = [r for r in results if r.form == "healthy"]
+    broken = [r for r in results if r.form != "healthy"]
+    return {
+        "seeds": seeds,
+        "healthy": len(healthy),
+        "healthy_that_fail": sum(not r.passed for r in healthy),
+        "broken": len(broken),
+        "broken_that_pass": sum(r.passed for r in broken),
+        "wrong": [asdict(r) for r in results if r.wrong],
+        "median_seconds": round(median(r.seconds for r in results), 3),
+        "healthy_drops": {
+            name: sorted(round(r.drop, 5) for r in healthy if r.model == name and r.passed)
+            for name in FAMILIES
+        },
+        "python": platform.python_version(),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, bitsandbytes)},
+    }
 
 
 def main() -> None:
@@ -269,38 +295,17 @@ def main() -> None:
     results = []
     for result in measure(options.seeds):
         results.append(result)
-        if result.passed != (result.form == "healthy"):
+        if result.wrong:
             print(f"wrong: {result}", file=sys.stderr, flush=True)
-    healthy = [r for r in results if r.form == "healthy"]
-    broken = [r for r in results if r.form != "healthy"]
-    false_failures = sum(not r.passed for r in healthy)
-    false_passes = sum(r.passed for r in broken)
+    found = record(results, options.seeds)
     print(f"Wrong verdicts of assert_loss_decreases over {options.seeds} seeds\n")
     print(table(results))
-    print(
-        f"\nhealthy that fail: {false_failures} of {len(healthy)}; broken that pass: {false_passes} of {len(broken)}"
-    )
-    print(
-        f"seconds a run: median {median(r.seconds for r in results):.2f}, most {max(r.seconds for r in results):.2f}"
-    )
+    print(f"\nhealthy that fail: {found['healthy_that_fail']} of {found['healthy']}")
+    print(f"broken that pass: {found['broken_that_pass']} of {found['broken']}")
+    print(f"median of a run: {found['median_seconds']} s")
     if options.json:
-        versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, bitsandbytes)}
-        record = {
-            "seeds": options.seeds,
-            "healthy_that_fail": false_failures,
-            "healthy": len(healthy),
-            "broken_that_pass": false_passes,
-            "broken": len(broken),
-            "python": platform.python_version(),
-            "versions": versions,
-            "wrong": [asdict(r) for r in results if r.passed != (r.form == "healthy")],
-            "healthy_drops": {
-                name: sorted(round(r.drop, 5) for r in healthy if r.model == name and r.passed)
-                for name in FAMILIES
-            },
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
-    raise SystemExit(bool(false_failures or false_passes))
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    raise SystemExit(bool(found["wrong"]))
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def check_training(
 
 
 OWN_DROP = 0.01
-"""Relative drop asked of the learning rate that ``check_loss_decreases`` chooses. Healthy set-ups fall by 3 % at least,
+"""Relative drop asked of the learning rate that ``check_loss_decreases`` chooses. Healthy set-ups fall by 2 % at least,
 broken ones not at all, as the same batches are compared without dropout (``benchmarks/loss_decreases.py``)."""
 
 GIVEN_DROP = 0.0005
