@@ -5,17 +5,19 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_lora.findings import Finding, Report, grouped
+from pytest_lora.findings import Finding, Report, Severity, grouped
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
     from pytest_lora.facts.model import Factor, LayerState
+    from pytest_lora.facts.training import TrainingFacts, UpdateFacts
     from pytest_lora.inspection.survey import Survey
+    from pytest_lora.inspection.training import LossFn
 
 RATIO = ("LORA901", "parameter_ratio_outside_band")
 SCALING = ("LORA902", "scaling_differs_from_expected")
@@ -159,12 +161,34 @@ def _configured(config: LoraConfig) -> Iterator[tuple[str, _Scaled]]:
         yield name if ranks or alphas else "all modules", _Scaled(alpha / divisor, alpha, rank, rslora)
 
 
-def adapter_shapes(model: nn.Module, targets: str | Iterable[str] | None) -> Report:
+class Trial(NamedTuple):
+    """Steps to take before ranks are compared.
+
+    Attributes:
+        batch: One batch or an iterable of batches.
+        steps: Optimizer steps.
+        rate: Learning rate of the AdamW that takes them.
+        loss_fn: Makes the loss; by default the model does.
+    """
+
+    batch: Mapping[str, Any] | Iterable[Any]
+    steps: int
+    rate: float
+    loss_fn: LossFn | None
+
+
+def adapter_shapes(
+    model: nn.Module, targets: str | Iterable[str] | None, trial: Trial | None = None
+) -> Report:
     """Compare the factors of every adapter with rank and base weight, and what is adapted with ``targets``.
 
+    With a trial, also the rank of what some real steps change with the rank of the adapter; no step is taken where a
+    shape does not fit, as that model can not run.
+
     Raises:
-        TypeError: ``model`` carries no LoRA layers, or ``targets`` is neither a pattern nor names.
-        ValueError: ``targets`` is empty, or no regular expression.
+        TypeError: ``model`` carries no LoRA layers, ``targets`` is neither a pattern nor names, or the batches have
+            another form.
+        ValueError: ``targets`` is empty or no regular expression, there is no batch, or the model gives no loss.
     """
     wanted = _require_targets(targets)
 
@@ -173,6 +197,8 @@ def adapter_shapes(model: nn.Module, targets: str | Iterable[str] | None) -> Rep
     found = adapted_survey(model)
     layers = _layers(found)
     findings = [*_misfits(layers)]
+    if trial is not None and not findings:
+        findings += _update_ranks(model, trial)
     if wanted is not None:
         findings += _astray(found, {layer.module for layer in layers}, wanted)
     return Report(_subject(model, found), tuple(findings))
@@ -192,6 +218,48 @@ def _misfits(layers: Iterable[LayerState]) -> Iterator[Finding]:
     for (observed, asked), modules in wrong.items():
         fix = "build the adapter on this base with this rank; weights of another one were put in"
         yield Finding(*SHAPES, "error", grouped(modules), observed, asked, fix)
+
+
+def _update_ranks(model: nn.Module, trial: Trial) -> Iterator[Finding]:
+    """Take the steps, and compare the rank of each update with that of its adapter."""
+    from pytest_lora.inspection.training import Plan, training_facts
+
+    plan = Plan(steps=trial.steps, rate=trial.rate, loss_fn=trial.loss_fn, ranks=True)
+    facts = training_facts(model, trial.batch, plan)
+    grouping: dict[tuple[Severity, str, str, str], list[str]] = {}
+    for update in facts.updates:
+        if (judged := _judged(update, len(facts.steps))) is not None:
+            grouping.setdefault(judged, []).append(update.module)
+    for (severity, observed, expected, fix), modules in grouping.items():
+        yield Finding(*SHAPES, severity, grouped(modules), observed, expected, fix)
+    if not any(update.norm > 0 for update in facts.updates) and not any(g[0] == "error" for g in grouping):
+        observed = f"no adapter moved in {len(facts.steps)} steps, so nothing is shown of its rank"
+        fix = f"{_why_still(facts)}; check_training says more"
+        yield Finding(*SHAPES, "error", type(model).__name__, observed, "an update of low rank", fix)
+
+
+def _judged(update: UpdateFacts, steps: int) -> tuple[Severity, str, str, str] | None:
+    """What is to be said of one update: severity, observed, expected, fix; None for a healthy one."""
+    why = "r" if update.from_zero else "2 r, as B @ A was not zero before"
+    expected = f"rank {update.allowed} at most ({why}), on a base weight that stays as it is"
+    moved = "the base weight underneath moved" if update.base_moved else ""
+    thaw = "freeze the base weight: only the adapter is to train (get_peft_model sees to that)"
+    if update.rank is not None and update.rank > update.allowed:
+        observed = f"the update of {steps} steps has rank {update.rank}, allowed is {update.allowed}"
+        fix = thaw if moved else "look for what else writes into this weight or into the factors"
+        return "error", f"{observed}; {moved}" if moved else observed, expected, fix
+    if moved:
+        return "error", moved, expected, thaw
+    if update.unknown:
+        fix = "nothing, if this is meant"
+        return "info", f"the rank of the update was not measured: {update.unknown}", expected, fix
+    return None
+
+
+def _why_still(facts: TrainingFacts) -> str:
+    if not facts.steps:
+        return "give a batch whose labels and tokens exist in the vocabulary: no step could be taken"
+    return "make the adapter trainable and active, and give a batch with labels that count"
 
 
 def _shape(factor: Factor) -> str:

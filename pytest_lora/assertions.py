@@ -236,24 +236,50 @@ def assert_alpha_ratio(model_or_config: nn.Module | LoraConfig, expected: float 
     return demand(scaling(model_or_config, expected))
 
 
-def assert_adapter_shapes(model: nn.Module, targets: str | Iterable[str] | None = None) -> Report:
+def assert_adapter_shapes(
+    model: nn.Module,
+    targets: str | Iterable[str] | None = None,
+    *,
+    batch: Mapping[str, Any] | Iterable[Any] | None = None,
+    steps: int = 2,
+    loss_fn: LossFn | None = None,
+) -> Report:
     """Assert that the factors of every adapter fit its rank and its base weight.
+
+    With a batch it also takes real optimizer steps, and asserts that what moved is low-rank: the change of each
+    adapted weight, ``scaling * B @ A`` after the steps less what it was before, together with what the base weight
+    itself moved by, has a numerical rank of r at most, and the base weight did not move. Where ``B @ A`` was not
+    zero before, as in a trained adapter or under PiSSA, the bound is 2 r: the difference of two products of rank r is
+    one product with twice as many columns, ``[B B'] [A; -A']``. The magnitude of DoRA, which rescales whole rows, is
+    left out. Afterwards everything is bit for bit what it was.
 
     Args:
         model: A model that carries LoRA layers.
         targets: What must be adapted, all of it and nothing else, written as PEFT's ``target_modules``:
             module names or their last parts, a regular expression for full names, or ``"all-linear"``. A
             module counts as adapted when any adapter is on it.
+        batch: One batch (a dict of tensors for ``model(**batch)``) or an iterable of batches to train on.
+        steps: Optimizer steps to take on it, at least 1. The second is the first that moves ``lora_A``.
+        loss_fn: Called with the model and a batch, gives a scalar loss; by default the loss that the model returns.
 
     Raises:
-        LoraHealthError: A shape does not fit, or modules are missing or unexpected (LORA903).
-        TypeError: ``model`` carries no LoRA layers, or ``targets`` is neither names nor a pattern.
-        ValueError: ``targets`` is empty, or no regular expression.
+        LoraHealthError: A shape does not fit, modules are missing or unexpected, an update has too high a rank, a
+            base weight moved, or no adapter moved at all (LORA903).
+        TypeError: ``model`` carries no LoRA layers, ``targets`` is neither names nor a pattern, or another argument
+            has the wrong type.
+        ValueError: ``targets`` is empty or no regular expression, ``steps`` is below 1, ``loss_fn`` is without a
+            batch, or the model gives no loss.
     """
     __tracebackhide__ = True
-    from pytest_lora.adapter_properties import adapter_shapes
+    from pytest_lora.adapter_properties import Trial, adapter_shapes
+    from pytest_lora.checks import PROBE_RATE, require_steps, require_trainers
 
-    return demand(adapter_shapes(model, targets))
+    require_steps(steps)
+    require_trainers(None, None, None, loss_fn)
+    if loss_fn is not None and batch is None:
+        raise ValueError("loss_fn needs a batch to make a loss of; give batch too")
+    trial = None if batch is None else Trial(batch, steps, PROBE_RATE, loss_fn)
+    return demand(adapter_shapes(model, targets, trial))
 
 
 def assert_reload_exact(

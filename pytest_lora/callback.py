@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from pytest_lora.watch import OnError, Watch
+from pytest_lora.watch import FIRST_STEPS, OnError, Watch
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -17,20 +17,25 @@ if TYPE_CHECKING:
 class LoraHealthCallback(TrainerCallback):
     """Judge a real run: the model before it starts and after its first steps, the losses as they are logged.
 
+    Gradients, learning rates and moves of the first steps are judged with the first loss that the Trainer logs after
+    them (``logging_steps``), in one process and without DeepSpeed: elsewhere no process sees whole gradients. The run
+    itself goes as it would without: no forward pass is added and no random number drawn.
+
     Each finding is told once, as a ``LoraHealthWarning``. Errors do what ``on_error`` says: ``"warn"``,
     ``"stop"`` (the run ends after the step) or ``"raise"`` (``LoraHealthError`` out of ``trainer.train()``).
 
     Args:
         expect: What is meant, where only the user can know it.
         on_error: See above.
-        model_steps: Optimizer steps after which the model is looked at again.
+        model_steps: Optimizer steps whose gradients are looked at, and after which the model is again. The default
+            is 2: the first step moves ``lora_B``, which gives ``lora_A`` its first gradient at the second.
 
     Raises:
         ValueError: ``on_error`` is none of the three, or ``model_steps`` is below 1.
     """
 
     def __init__(
-        self, *, expect: Expect | None = None, on_error: OnError = "warn", model_steps: int = 2
+        self, *, expect: Expect | None = None, on_error: OnError = "warn", model_steps: int = FIRST_STEPS
     ) -> None:
         if model_steps < 1:
             raise ValueError(f"model_steps must be at least 1, not {model_steps!r}")
@@ -45,10 +50,28 @@ class LoraHealthCallback(TrainerCallback):
             total_steps=state.max_steps if state.max_steps > 0 else None,
             expect=self._expect,
             on_error=self._on_error,
+            first_steps=self._model_steps,
         )
         self._look(control, kwargs)
         # The schedule has set the rate of the first step by now, which a warm-up makes small.
         self.watch.learning_rate = float(args.learning_rate)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the gradients of the first steps, as they are after clipping."""
+        optimizer = kwargs.get("optimizer")
+        # With several processes a gradient may be a shard, and DeepSpeed keeps it to itself.
+        if args.world_size == 1 and optimizer is not None and "DeepSpeed" not in type(optimizer).__name__:
+            self.watch.before_step(
+                kwargs["model"], optimizer, kwargs.get("lr_scheduler"), scaler=bool(args.fp16)
+            )
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note what the first steps moved."""
+        self.watch.after_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,7 +88,9 @@ class LoraHealthCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take the loss that the Trainer logs."""
+        """Take the loss that the Trainer logs, or at its end the mean if it logged none."""
+        if logs and not self.watch.count and "train_loss" in logs:
+            logs = {"loss": logs["train_loss"]}
         if logs and "loss" in logs:
             # Not args.logging_steps: losses may be logged by epoch, or by a share of the run.
             self.watch.steps_per_loss = max(1, round(state.global_step / (self.watch.count + 1)))
@@ -79,6 +104,7 @@ class LoraHealthCallback(TrainerCallback):
     ) -> None:
         """Judge the whole history and the model at its end."""
         self.watch.judge()
+        self.watch.judge_first_steps()
         self._look(control, kwargs)
 
     def _look(self, control: TrainerControl, kwargs: dict[str, Any]) -> None:

@@ -123,6 +123,10 @@ def _quiet_eval(model: nn.Module) -> nn.Module:
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights in place when it evaluates.
         if "support_avx512bf16_for_cpu" in vars(module):
             vars(module)["support_avx512bf16_for_cpu"] = False
+        for parameter in module._parameters.values():
+            # A copied Params4bit still points to the original's module, and quantizing it anew writes there.
+            if isinstance(getattr(parameter, "module", None), nn.Module):
+                vars(parameter)["module"] = module
     return model.eval()
 
 

@@ -9,18 +9,23 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytest_lora.assertions import LoraHealthError, delivered
 from pytest_lora.checks import check_model, diagnose_history
+from pytest_lora.expect import Expect
 from pytest_lora.findings import LoraHealthWarning, Report
+from pytest_lora.rules import judge
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from pytest_lora.expect import Expect
+    from pytest_lora.inspection.training import FirstSteps
 
 OnError = Literal["warn", "stop", "raise"]
 
 _LOOK_AGAIN = 1.25
 """Losses on record grow by this factor between two looks at the curve: every look may err, and so they are few."""
+
+FIRST_STEPS = 2
+"""The first step moves ``lora_B``, which gives ``lora_A`` its first gradient at the second."""
 
 
 class Watch:
@@ -38,6 +43,7 @@ class Watch:
         steps_per_loss: int = 1,
         expect: Expect | None = None,
         on_error: OnError = "warn",
+        first_steps: int = FIRST_STEPS,
     ) -> None:
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error must be one of {', '.join(get_args(OnError))}, not {on_error!r}")
@@ -52,6 +58,8 @@ class Watch:
         self._evals: dict[int, float] = {}
         self._known: set[tuple[str, str]] = set()
         self._next_look = 0.0
+        self._first_steps: FirstSteps | None = None
+        self._steps_to_note = first_steps
 
     @property
     def count(self) -> int:
@@ -67,6 +75,8 @@ class Watch:
         if suspicious or len(self._train) >= self._next_look:
             self._next_look = len(self._train) * _LOOK_AGAIN
             self.judge()
+        if not self._steps_to_note:
+            self.judge_first_steps()
 
     def log_eval(self, loss: Any) -> None:
         """Record the loss of an evaluation after the latest step."""
@@ -78,6 +88,35 @@ class Watch:
             rates = [group.get("lr") for group in optimizer.param_groups]
             self.learning_rate = max((float(r) for r in rates if r), default=self.learning_rate)
         self._deliver(check_model(model, optimizer=optimizer, expect=self._expect))
+
+    def before_step(
+        self, model: nn.Module, optimizer: Any, schedule: Any = None, *, scaler: bool = False
+    ) -> None:
+        """Note the gradients of one of the first steps, right before the optimizer takes it."""
+        from pytest_lora.inspection.training import FirstSteps
+
+        if self._steps_to_note:
+            if self._first_steps is None:
+                self._first_steps = FirstSteps(model, optimizer, schedule, scaler)
+            self._first_steps.before_step()
+
+    def after_step(self) -> None:
+        """Note what that step moved; the first steps are judged with the next loss after the last of them."""
+        if self._first_steps is not None and self._steps_to_note:
+            self._first_steps.after_step()
+            self._steps_to_note -= 1
+
+    def judge_first_steps(self) -> None:
+        """Judge the first steps as far as they were seen, once."""
+        seen, self._first_steps, self._steps_to_note = self._first_steps, None, 0
+        if seen is None or seen.overflowed or not self._train:
+            return
+        losses = [self._train[min(i // self.steps_per_loss, self.count - 1)] for i in range(seen.count)]
+        # Trainers log a loss that is NaN as 0; the rules on the losses tell of both.
+        if all(loss * 0 == 0 and loss != 0 for loss in losses):
+            facts = seen.facts(losses)
+            subject = f"first {seen.count} steps of {facts.model.base.architecture}"
+            self._deliver(Report(subject, tuple(judge([facts], self._expect or Expect()))))
 
     def judge(self) -> None:
         """Judge the losses so far."""
@@ -125,6 +164,9 @@ def watch_training(
 ) -> Iterator[Watch]:
     """Watch a hand-written training loop: the model at the start and the end, the losses as they come.
 
+    What the optimizer's first two steps show, gradients among it, is judged with the first loss after them. Steps with
+    a closure are not looked into.
+
     Example:
         with watch_training(model, optimizer, total_steps=len(batches)) as watch:
             for batch in batches:
@@ -134,7 +176,7 @@ def watch_training(
 
     Args:
         model: The model with its adapters; looked at, never run.
-        optimizer: What trains it.
+        optimizer: What trains it; it carries hooks on its steps meanwhile. Without, no gradient is seen.
         total_steps: Optimizer steps that the run is planned to have.
         steps_per_loss: Optimizer steps from one logged loss to the next.
         expect: What is meant, where only the user can know it.
@@ -148,6 +190,32 @@ def watch_training(
     """
     watch = Watch(total_steps=total_steps, steps_per_loss=steps_per_loss, expect=expect, on_error=on_error)
     watch.look(model, optimizer)
-    yield watch
+    with _at_each_step(watch, model, optimizer):
+        yield watch
     watch.judge()
+    watch.judge_first_steps()
     watch.look(model, optimizer)
+
+
+@contextmanager
+def _at_each_step(watch: Watch, model: nn.Module, optimizer: Any) -> Iterator[None]:
+    """Let an optimizer tell of its steps, as far as it is one of torch's."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not hasattr(inner, "register_step_pre_hook"):
+        yield
+        return
+
+    def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        # With a closure the gradients come only inside the step.
+        if len(arguments) < 2 and named.get("closure") is None:
+            watch.before_step(model, optimizer)
+
+    def after(*_: Any) -> None:
+        watch.after_step()
+
+    handles = inner.register_step_pre_hook(before), inner.register_step_post_hook(after)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

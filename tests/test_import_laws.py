@@ -39,7 +39,7 @@ FLOORS = {
         "adapter_properties",
         "roundtrip",
     },
-    "watch": {"findings", "expect", "checks", "assertions"},
+    "watch": {"findings", "expect", "rules", "inspection", "checks", "assertions"},
     "callback": {"expect", "watch"},
 }
 """What each part of the package may import from the package; the plugin may import everything."""

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from pytest_lora import LoraHealthCallback, LoraHealthError, LoraHealthWarning, watch_training
-from pytest_lora.tiny import load_tiny, sample_texts, text_batch
+from pytest_lora.tiny import BOS_ID, EOS_ID, PAD_ID, load_tiny, sample_texts, text_batch
 from pytest_lora.watch import Watch
 
 ROWS = [
@@ -69,17 +69,17 @@ def test_a_healthy_run_passes_in_silence(tmp_path: Path) -> None:
 
 
 def poisoned() -> torch.nn.Module:
-    """NaN in the adapter, which the Trainer logs as a loss of 0."""
-    model = adapted()
-    with torch.no_grad():
-        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(math.nan)
-    return model
+    """A model whose loss is NaN from the first step on, which the Trainer logs as 0."""
+    model: Any = adapted()
+    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: logits * math.nan)
+    poisoned_model: torch.nn.Module = model
+    return poisoned_model
 
 
 @pytest.mark.parametrize("filtered", [True, False])
 def test_a_run_that_is_nan_raises(tmp_path: Path, filtered: bool) -> None:
     run = trainer(tmp_path, LoraHealthCallback(on_error="raise"), poisoned(), logging_nan_inf_filter=filtered)
-    with pytest.raises(LoraHealthError, match="LORA341" if filtered else "LORA340"):
+    with pytest.raises(LoraHealthError, match="LORA207" if filtered else "LORA340"):
         run.train()
     assert run.state.global_step <= 2
 
@@ -87,8 +87,9 @@ def test_a_run_that_is_nan_raises(tmp_path: Path, filtered: bool) -> None:
 def test_a_run_that_is_nan_stops(tmp_path: Path) -> None:
     callback = LoraHealthCallback(on_error="stop")
     run = trainer(tmp_path, callback, poisoned(), logging_nan_inf_filter=False)
-    with pytest.warns(LoraHealthWarning, match="LORA340"):
+    with pytest.warns(LoraHealthWarning) as told:
         run.train()
+    assert "LORA340" in str(told[0].message)
     assert run.state.global_step == 1
     assert callback.watch.should_stop
 
@@ -169,3 +170,194 @@ def test_a_loop_is_judged_at_its_end() -> None:
 def test_an_error_of_the_loop_itself_is_not_covered_up() -> None:
     with pytest.raises(ZeroDivisionError):
         fed("raise", (1 / n for n in (1, 0)))
+
+
+def cut(model: Any, layers: range) -> Any:
+    """No gradient gets past the attention output of these layers, as behind a forgotten ``detach()``."""
+    for name, module in model.named_modules():
+        if any(name.endswith(f"layers.{i}.self_attn") for i in layers):
+            module.register_forward_hook(lambda _, __, out: (out[0].detach(), *out[1:]))
+    return model
+
+
+def on_attention(**changes: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    fields: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], **changes}
+    return get_peft_model(load_tiny(), LoraConfig(task_type="CAUSAL_LM", **fields))
+
+
+def everywhere(model: Any) -> range:
+    return range(model.config.num_hidden_layers)
+
+
+def with_adamw(model: Any, names: str) -> tuple[torch.optim.Optimizer, None]:
+    """The optimizers of a Trainer that trains what has one of these names."""
+    held = [p for n, p in model.named_parameters() if p.requires_grad and names in n]
+    return torch.optim.AdamW(held, lr=2e-3), None
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3, 500])
+def test_an_adapter_without_a_gradient_is_named(tmp_path: Path, logging_steps: int) -> None:
+    model = on_attention(modules_to_save=["lm_head"])
+    cut(model, everywhere(model))
+    callback = LoraHealthCallback()
+    run = trainer(tmp_path, callback, model, logging_steps=logging_steps, max_steps=4)
+    with pytest.warns(LoraHealthWarning) as told:
+        run.train()
+    (error,) = (f for report in callback.watch.reports for f in report.errors if f.code == "LORA313")
+    assert error.observed == "no gradient reaches the adapter at any step"
+    assert sum("LORA313" in str(one.message) for one in told) == 1
+
+
+def test_a_part_of_the_adapter_without_a_gradient_is_named(tmp_path: Path) -> None:
+    callback = LoraHealthCallback()
+    with pytest.warns(LoraHealthWarning):
+        trainer(tmp_path, callback, cut(on_attention(), range(1)), max_steps=3).train()
+    (warning,) = (f for report in callback.watch.reports for f in report.warnings if f.code == "LORA314")
+    assert "layers.0.self_attn" in warning.where
+    assert warning.observed == "no gradient reaches these adapters in 2 steps, while it reaches others"
+
+
+def test_a_frozen_adapter_is_told_before_the_first_step(tmp_path: Path) -> None:
+    model = adapted()
+    model.requires_grad_(False)
+    run = trainer(tmp_path, LoraHealthCallback(on_error="raise"), model)
+    run.optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    with pytest.raises(LoraHealthError, match="all 35 LoRA layers are frozen"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_an_optimizer_without_lora_b_is_told_before_the_first_step(tmp_path: Path) -> None:
+    model = adapted()
+    run = trainer(tmp_path, LoraHealthCallback(on_error="raise"), model)
+    run.optimizer = with_adamw(model, "lora_A")[0]
+    with pytest.raises(LoraHealthError, match="the optimizer misses lora_B, which are trainable"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_an_optimizer_of_another_model_is_told_before_the_first_step(tmp_path: Path) -> None:
+    run = trainer(tmp_path, LoraHealthCallback(on_error="raise"))
+    run.optimizer = with_adamw(adapted(), "lora")[0]
+    with pytest.raises(LoraHealthError, match="LORA302"):
+        run.train()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"warmup_steps": 10},
+        {"gradient_accumulation_steps": 2},
+        {"max_grad_norm": 0.0},
+        {"logging_steps": 500},
+        {"gradient_checkpointing": True},
+        {"max_steps": 1},
+    ],
+    ids=str,
+)
+def test_first_steps_of_healthy_runs_pass_in_silence(tmp_path: Path, changes: dict[str, Any]) -> None:
+    callback = LoraHealthCallback(on_error="raise")
+    trainer(tmp_path, callback, **{"max_steps": 3, **changes}).train()
+    assert not any(report.errors or report.warnings for report in callback.watch.reports)
+
+
+def test_a_learning_rate_that_is_too_high_is_named(tmp_path: Path) -> None:
+    run = trainer(tmp_path, LoraHealthCallback(), learning_rate=0.5, max_steps=3)
+    with pytest.warns(LoraHealthWarning, match="LORA304"):
+        run.train()
+
+
+def test_the_callback_leaves_the_run_as_it_is(tmp_path: Path) -> None:
+    ends: list[tuple[list[float], list[torch.Tensor], torch.Tensor]] = []
+    for watched in (True, False):
+        torch.manual_seed(0)
+        model: Any = on_attention(lora_dropout=0.2)
+        callback = LoraHealthCallback()
+        run = trainer(tmp_path, callback, model, max_steps=4)
+        if not watched:
+            run.remove_callback(callback)
+        run.train()
+        losses = [line["loss"] for line in run.state.log_history if "loss" in line]
+        trained = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        ends.append((losses, trained, torch.get_rng_state()))
+    (losses, trained, rng), (plain_losses, plain_trained, plain_rng) = ends
+    assert losses == plain_losses
+    assert all(map(torch.equal, trained, plain_trained))
+    assert torch.equal(rng, plain_rng)
+
+
+def test_a_loop_whose_adapter_gets_no_gradient_stops() -> None:
+    model = on_attention(modules_to_save=["lm_head"])
+    cut(model, everywhere(model)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+
+    def train() -> None:
+        with watch_training(model, optimizer, on_error="raise") as watch:
+            for _ in range(5):
+                loss = model(**text_batch(seq_len=48)).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                logged.append(float(loss))
+                watch.log(loss)
+
+    logged: list[float] = []
+    with pytest.raises(LoraHealthError, match="LORA313"):
+        train()
+    assert len(logged) == 2
+
+
+def test_the_optimizer_of_a_loop_carries_no_hook_afterwards() -> None:
+    model, optimizer, losses = loop(1)
+    with watch_training(model, optimizer) as watch:
+        for loss in losses:
+            watch.log(loss)
+    hooks: Any = vars(optimizer)
+    assert not hooks["_optimizer_step_pre_hooks"]
+    assert not hooks["_optimizer_step_post_hooks"]
+
+
+def test_a_step_with_a_closure_is_not_looked_into() -> None:
+    model, _, _ = loop()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = model(**text_batch(seq_len=48)).loss
+        loss.backward()
+        return float(loss)
+
+    with watch_training(model, optimizer, on_error="raise") as watch:
+        for _ in range(3):
+            watch.log(optimizer.step(closure))
+    assert not watch.reports
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer that knows the special tokens of the built-in base; its rows come tokenized."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"<pad>": PAD_ID, "<s>": BOS_ID, "</s>": EOS_ID}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def test_a_run_of_sft_trainer_is_watched(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    model = on_attention(modules_to_save=["lm_head"])
+    callback = LoraHealthCallback()
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=4, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True
+    )
+    rows = [{"input_ids": row["input_ids"].tolist()} for row in ROWS]
+    run = trl.SFTTrainer(
+        model=cut(model, everywhere(model)),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=byte_tokenizer(),
+        callbacks=[callback],
+    )
+    with pytest.warns(LoraHealthWarning, match="LORA313"):
+        run.train()

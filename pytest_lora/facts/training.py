@@ -255,6 +255,38 @@ class BaseChange:
 
 
 @dataclass(frozen=True, slots=True)
+class UpdateFacts:
+    """What the steps did to one adapted weight through one adapter.
+
+    The update is ``scaling * B @ A`` after the steps less what it was before them, plus what the base weight itself
+    moved by. The magnitude of DoRA is left out: it rescales whole rows and is not low-rank by design
+    (arXiv:2402.09353).
+
+    Attributes:
+        module: Module of the base.
+        adapter: The adapter.
+        rank: Numerical rank of the update, or None where it was not measured.
+        allowed: The rank that it may have: r where ``B @ A`` was zero before, and 2 r else, as
+            ``B A - B' A' = [B B'] [A; -A']``.
+        from_zero: Whether ``B @ A`` was zero before.
+        norm: Its Frobenius norm; NaN where it is unknown.
+        relative: That over the norm of the base weight, or None where the latter is unknown or zero.
+        base_moved: Whether the stored base weight is not what it was.
+        unknown: Why the update could not be measured; empty where it was.
+    """
+
+    module: str
+    adapter: str
+    rank: int | None
+    allowed: int
+    from_zero: bool
+    norm: float
+    relative: float | None
+    base_moved: bool
+    unknown: str
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingFacts:
     """Some real optimizer steps on a model, watched.
 
@@ -277,6 +309,8 @@ class TrainingFacts:
         dropouts: Modules with a dropout above zero in training mode.
         lora_dropout: Largest LoRA dropout that is configured.
         repacked: 4-bit layers whose weight was repacked for inference on a CPU.
+        updates: What the steps did to each adapted weight; measured where the initialisation is not a usual one or the
+            plan asks for ranks.
     """
 
     model: ModelFacts
@@ -297,6 +331,7 @@ class TrainingFacts:
     dropouts: tuple[str, ...]
     lora_dropout: float
     repacked: tuple[str, ...]
+    updates: tuple[UpdateFacts, ...] = ()
 
     @property
     def adapter_tensors(self) -> tuple[TensorFacts, ...]:
@@ -425,6 +460,17 @@ class LossDrop:
     def healthy(self) -> bool:
         """Whether the adapter learned, and the loss fell far enough or had nothing left to fall."""
         return self.adapter_learned and (self.drop >= self.by or self.fits_already)
+
+
+USUAL_INITS = ("true", "gaussian")
+"""Values of ``init_lora_weights`` under which ``alpha / r`` says how far a step reaches: ``lora_A`` is random noise of
+one scale and ``lora_B`` zero."""
+
+
+def unusual_inits(model: ModelFacts) -> dict[str, str]:
+    """Active adapters of another initialisation, which has scales of its own, with its name."""
+    inits = {c.adapter: str(c.settings.init_lora_weights) for c in model.configs if c.adapter in model.active}
+    return {adapter: init for adapter, init in inits.items() if init.lower() not in USUAL_INITS}
 
 
 FITS = 0.1

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ __all__ = [
     "ModulesToSaveWrapper",
     "TrainableTokensWrapper",
     "active_adapters",
+    "adapted_weight",
     "adapter_names",
+    "delta_weight",
+    "dense_weight",
     "factors",
     "fused_parameter",
     "heads_by_task_type",
@@ -95,6 +99,38 @@ def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
     """Name and number of stacked experts where the layer adapts a bare parameter, else None."""
     name: Any = getattr(layer, "parameter_name", None)
     return None if name is None else (str(name), int(getattr(layer, "num_experts", 1)))
+
+
+def adapted_weight(layer: LoraLayer) -> Tensor | None:
+    """The parameter of the base that a layer adapts, as it is stored; None where there is no single one."""
+    base: nn.Module = layer.get_base_layer()
+    fused = fused_parameter(layer)
+    for name in (fused[0],) if fused else ("weight", "in_proj_weight"):
+        weight: Tensor | None = getattr(base, name, None)
+        if weight is not None:
+            return weight
+    return None
+
+
+def dense_weight(layer: LoraLayer) -> Tensor | None:
+    """That weight as numbers, unpacked where it is quantized; None where that cannot be done."""
+    weight = adapted_weight(layer)
+    if weight is None or weight.device.type == "meta":
+        return None
+    if weight.is_floating_point() and getattr(weight, "quant_state", None) is None:
+        return weight.detach()
+    try:
+        dense: Tensor = dequantize_module_weight(layer.get_base_layer())
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError):
+        return None
+    return dense.detach()
+
+
+def delta_weight(layer: LoraLayer, adapter: str) -> Tensor:
+    """What an adapter adds to the base weight, in the base weight's form; without the magnitude of DoRA."""
+    kind: Any = layer  # each kind of layer has the method, their common class has not
+    delta: Tensor = kind.get_delta_weight(adapter)
+    return delta
 
 
 def own_geometry(layer: LoraLayer, adapter: str) -> bool:

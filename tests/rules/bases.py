@@ -109,7 +109,7 @@ def image_batch(rows: int = 4) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(rows, 3, 16, 16), "labels": torch.randint(0, 4, (rows,))}
 
 
-BASES: dict[str, Callable[[], Any]] = {
+BASES: dict[str, Callable[[], nn.Module]] = {
     "base": lambda: LlamaForCausalLM(_llama_config()),
     "base_4bit": lambda: quantized(LlamaForCausalLM(_llama_config())),
     "tied_base": lambda: LlamaForCausalLM(_llama_config(tie_word_embeddings=True)),
@@ -132,6 +132,9 @@ BASES: dict[str, Callable[[], Any]] = {
     "fused_moe_base": lambda: nn.Sequential(FusedExperts()),
     "vision_language_base": VisionLanguageModel,
     "batchnorm_base": BatchNormBase,
+}
+
+BATCHES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
     "batch": language_batch,
     "classifier_batch": classifier_batch,
     "image_batch": image_batch,
@@ -151,10 +154,10 @@ class Namespace(dict[str, Any]):
     """Names for one example; a base or batch is built, from a fixed seed, when it is first mentioned."""
 
     def __missing__(self, name: str) -> Any:
-        if name in BASES:
+        if name in BASES or name in BATCHES:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                self[name] = BASES[name]()
+                self[name] = {**BASES, **BATCHES}[name]()
             return self[name]
         if name in names():
             return names()[name]

@@ -674,7 +674,8 @@ def _seed() -> None:
 def test_fault_is_named(build: Build) -> None:
     code, words = FAULTS[build]
     report = build()
-    loud = (*report.errors, *report.warnings)
+    # From LORA340 on rules are about the history alone; a flat one that is given is named as well.
+    loud = [f for f in (*report.errors, *report.warnings) if f.code < "LORA340"]
     assert {f.code for f in loud} == {code}, str(report)
     assert any(words in str(f) for f in loud), str(report)
 

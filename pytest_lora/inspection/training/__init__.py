@@ -1,7 +1,8 @@
 """What trains an adapter, and what some real steps of it show, as facts."""
 
 from pytest_lora.inspection.training.batches import LossFn, place
+from pytest_lora.inspection.training.first_steps import FirstSteps
 from pytest_lora.inspection.training.optimizer import optimizer_facts
 from pytest_lora.inspection.training.probe import Plan, loss_drop, training_facts
 
-__all__ = ["LossFn", "Plan", "loss_drop", "optimizer_facts", "place", "training_facts"]
+__all__ = ["FirstSteps", "LossFn", "Plan", "loss_drop", "optimizer_facts", "place", "training_facts"]

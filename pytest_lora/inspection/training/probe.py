@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.model import LayerState
-from pytest_lora.facts.training import LossDrop, OptimizerFacts, StepFacts, TrainingFacts
+from pytest_lora.facts.training import LossDrop, OptimizerFacts, StepFacts, TrainingFacts, unusual_inits
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.peft_internals import LoraLayer
 from pytest_lora.inspection.survey import Survey
@@ -26,6 +26,7 @@ from pytest_lora.inspection.training.optimizer import (
     schedule_facts,
 )
 from pytest_lora.inspection.training.trace import Trace, cuda_in_use, traceless
+from pytest_lora.inspection.training.updates import Updates
 from pytest_lora.inspection.training.watch import Watch
 
 
@@ -43,6 +44,7 @@ class Plan:
         history: Losses so far.
         base_snapshot: Tensors of the base before training, by name.
         loss_fn: Makes the loss; by default the model does.
+        ranks: Measure the rank of what the steps did to each adapted weight.
     """
 
     steps: int
@@ -54,6 +56,7 @@ class Plan:
     history: Sequence[float] = ()
     base_snapshot: Mapping[str, Tensor] | None = None
     loss_fn: LossFn | None = None
+    ranks: bool = False
 
     @property
     def kept(self) -> tuple[object, ...]:
@@ -162,6 +165,8 @@ class _Probe:
         held = {id(p) for group in self._groups for p in group["params"]}
         self._watch = Watch(model, parameter_parts(self._found), held)
         self._steps: list[StepFacts] = []
+        measured = plan.ranks or bool(unusual_inits(self._facts))
+        self._updates = Updates(self._found, trace) if measured and plan.steps else None
 
     @property
     def runnable(self) -> bool:
@@ -269,7 +274,8 @@ class _Probe:
             changes=(*self._snapshot, *since_probe(found, self._trace)),
             dropouts=tuple(_live_dropouts(found)),
             lora_dropout=max((layer.dropout for layer in facts.active_layers), default=0.0),
-            repacked=tuple(_repacked(found)),
+            repacked=tuple(repacked(found)),
+            updates=self._updates.facts(ranks=plan.ranks) if self._updates and self._steps else (),
         )
 
 
@@ -312,7 +318,8 @@ def _drops(layer: LoraLayer) -> bool:
     return any(d.training and getattr(d, "p", 0) > 0 for d in dropouts)
 
 
-def _repacked(found: Survey) -> Iterator[str]:
+def repacked(found: Survey) -> Iterator[str]:
+    """4-bit layers whose weight is in the packing for inference on a CPU."""
     for name, module in found.modules.items():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):

@@ -1,0 +1,96 @@
+"""The first optimizer steps of somebody else's run, watched from outside, as facts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from pytest_lora.facts.training import StepFacts, TrainingFacts
+from pytest_lora.inspection.model import adapted_survey, model_facts
+from pytest_lora.inspection.training.optimizer import (
+    as_float,
+    optimizer_facts,
+    param_groups,
+    parameter_parts,
+    schedule_facts,
+)
+from pytest_lora.inspection.training.probe import repacked
+from pytest_lora.inspection.training.watch import Watch
+
+
+class FirstSteps:
+    """Gradients and moves at the first steps of a real run; nothing is run, drawn or changed.
+
+    To be made right before the first step, with the gradients in place. What trains is copied until the facts are
+    taken, to see it move.
+
+    Args:
+        model: The model.
+        optimizer: What trains it.
+        schedule: Its learning-rate schedule, or None.
+        scaler: Whether a GradScaler scales the loss.
+
+    Raises:
+        TypeError: The model carries no LoRA layers, or the optimizer has no ``param_groups``.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, schedule: Any, scaler: bool) -> None:
+        found = adapted_survey(model)
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._scaler = scaler
+        self._model = model_facts(model)
+        self._described = optimizer_facts(model, optimizer)
+        self._repacked = tuple(repacked(found))
+        held = {id(p) for group in param_groups(optimizer) for p in group["params"]}
+        self._watch = Watch(model, parameter_parts(found), held)
+        self._seen: list[tuple[tuple[float, ...], float | None]] = []
+
+    @property
+    def count(self) -> int:
+        """Steps that were seen."""
+        return len(self._seen)
+
+    def before_step(self) -> None:
+        """Note the gradients that the coming step will use."""
+        rates = tuple(as_float(group.get("lr")) for group in param_groups(self._optimizer))
+        self._seen.append((rates, self._watch.note_gradients()))
+
+    def after_step(self) -> None:
+        """Note how far the step moved what trains."""
+        self._watch.note_moves()
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether a GradScaler was still finding its scale at every step, so that the gradients say nothing."""
+        return self._scaler and not any(math.isfinite(norm or 0.0) for _, norm in self._seen)
+
+    def facts(self, losses: Sequence[float]) -> TrainingFacts:
+        """What was seen, with the loss of each step; batches and labels are unknown, and gradients are clipped."""
+        return TrainingFacts(
+            model=self._model,
+            optimizer=self._described,
+            optimizer_given=True,
+            schedule=schedule_facts(self._schedule) if self._schedule is not None else None,
+            max_grad_norm=None,
+            scaler=self._scaler,
+            custom_loss=True,
+            steps=tuple(
+                # The loss has a graph, or backward() would have raised. No batch comes twice.
+                StepFacts(batch=index, loss=loss, has_graph=True, rates=rates, gradient_norm=norm)
+                for index, (loss, (rates, norm)) in enumerate(zip(losses, self._seen, strict=True))
+            ),
+            tensors=self._watch.facts(),
+            untouched=(),
+            labels=(),
+            batches=self.count,
+            inputs=(),
+            history=(),
+            changes=(),
+            dropouts=(),
+            lora_dropout=max((layer.dropout for layer in self._model.active_layers), default=0.0),
+            repacked=self._repacked,
+        )
