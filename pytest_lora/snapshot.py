@@ -16,6 +16,7 @@ COPIED_BYTES = 256 * 2**20
 """Tensors of models up to this size are copied, so that they can be put back; of larger ones fingerprints are kept."""
 
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
+_TENSOR_REGISTRIES = ("_parameters", "_buffers")
 _ABSENT = object()
 
 
@@ -64,11 +65,15 @@ class Snapshot:
             content = shared or _Content.of(tensor, self.copied)
             self._tensors[id(tensor)] = _TensorState.of(name, tensor, owner, content, shared is not None)
         self._settings_before = self._settings()
-        # Modules that another snapshot knows too are in that one's state now, so looking at them first is idle.
+        # The other snapshot is restored first, so modules that are alike in both need no look. Those that are not
+        # surely have changed; apart from them, the rest mostly compares equal at once.
         both = sharing._by_id if sharing else {}
-        self._alone = _Batch([entry[1] for key, entry in self._by_id.items() if key not in both])
-        self._held = _Batch(list(self._holders.values()))
-        self._in_both = [entry for key, entry in self._by_id.items() if key in both]
+        pairs = [(attributes, both.get(key)) for key, (_, attributes, _) in self._by_id.items()]
+        self._batches = (
+            _Batch([a for a, other in pairs if other and not a.same_as(other[1])]),
+            _Batch([a for a, other in pairs if not other]),
+            _Batch(list(self._holders.values())),
+        )
 
     def _walk(self) -> Iterator[tuple[str, Tensor, nn.Module]]:
         """Yield each tensor with its name and owner; note configurations and quantization states on the way."""
@@ -149,11 +154,8 @@ class Snapshot:
         for module, _, cls in self._modules.values():
             if type(module) is not cls:
                 module.__class__ = cls
-        unequal = self._in_both if self._alone.is_intact() else self._modules.values()
-        for _, attributes, _ in unequal:
-            attributes.restore()
-        if not self._held.is_intact():
-            for attributes in self._holders.values():
+        for batch in self._batches:
+            for attributes in batch.changed():
                 attributes.restore()
         for config in self._configs.values():
             config.restore()
@@ -172,12 +174,16 @@ class Snapshot:
             ]
         return not lost
 
-    def _settings(self) -> list[tuple[object, ...]]:
-        """``requires_grad``, gradient and hooks of every tensor, to compare them at once."""
-        return [
-            (t.requires_grad, id(t.grad) if t.is_leaf else 0, _hook_ids(t))
-            for t in (state.tensor for state in self._tensors.values())
+    def _settings(self) -> tuple[list[bool], list[int], list[tuple[int, list[int]]]]:
+        """``requires_grad``, gradients and hooks of all tensors, to compare them at once."""
+        tensors: list[Any] = [state.tensor for state in self._tensors.values()]
+        hooks = [
+            (id(registry), list(map(id, registry.values())))
+            for tensor in tensors
+            for registry in (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
+            if registry
         ]
+        return [t.requires_grad for t in tensors], [id(t.grad) for t in tensors if t.is_leaf], hooks
 
     def _holds(self, tensor: Tensor) -> bool:
         state = self._tensors.get(id(tensor))
@@ -209,13 +215,23 @@ class _Attributes:
             if isinstance(container, MutableMapping) and key not in _REGISTRIES:
                 yield from container.values()
 
+    def same_as(self, other: _Attributes) -> bool:
+        """Whether all attributes are the same objects, with the same elements."""
+        pairs = [
+            (self.values, other.values),
+            *((c, other.containers.get(k)) for k, c in self.containers.items()),
+        ]
+        return all(_same_elements(one, two) for one, two in pairs)
+
     def entry(self, registry: str, key: str) -> Any:
         return self.containers[registry].get(key, _ABSENT)
 
     def replaced_entries(self, module: nn.Module) -> Iterator[tuple[str, str, Any]]:
         """Yield registry, name and new value of each child, parameter or buffer that is another object now."""
         for registry in _REGISTRIES:
-            before, now = self.containers[registry], getattr(module, registry)
+            before, now = self.containers[registry], vars(module)[registry]
+            if (not before and not now) or (registry == "_modules" and before == now):
+                continue
             for key in {**before, **now}:
                 value = now.get(key, _ABSENT)
                 # Rotary embeddings register their frequencies anew for longer sequences.
@@ -225,7 +241,7 @@ class _Attributes:
 
     def restore(self) -> None:
         now = vars(self.owner)
-        if len(now) != len(self.values) or not all(map(is_, now.values(), self.values.values())):
+        if not _same_elements(now, self.values):
             now.clear()
             now.update(self.values)
         for key, before in self.containers.items():
@@ -238,41 +254,57 @@ class _Batch:
     """Attributes of many objects, compared at once: several times faster than one by one."""
 
     def __init__(self, attributes: list[_Attributes]) -> None:
-        self._dicts = [vars(a.owner) for a in attributes]
-        self._values = [a.values for a in attributes]
-        held = [(a.values[key], copied, key) for a in attributes for key, copied in a.containers.items()]
+        self._all = attributes
+        held = [(a, key) for a in attributes for key in a.containers]
         # Tensors are told apart by identity: comparing them by value gives tensors.
-        self._tensors = [container for container, _, key in held if key in ("_parameters", "_buffers")]
-        self._tensors_before = self._registered()
-        others = [
-            (container, copied) for container, copied, key in held if key not in ("_parameters", "_buffers")
-        ]
-        self._containers = [container for container, _ in others]
-        self._contents = [copied for _, copied in others]
+        self._registries = [(a, a.values[key]) for a, key in held if key in _TENSOR_REGISTRIES]
+        self._registered = [_identities(registry) for _, registry in self._registries]
+        self._flat = self._tensors()
+        others = [(a, a.values[key], a.containers[key]) for a, key in held if key not in _TENSOR_REGISTRIES]
+        self._dicts = [(a, vars(a.owner), a.values) for a in attributes] + others
+        self._now = [now for _, now, _ in self._dicts]
+        self._before = [before for _, _, before in self._dicts]
 
-    def _registered(self) -> list[int]:
-        return list(map(id, chain.from_iterable(registry.values() for registry in self._tensors)))
+    def _tensors(self) -> list[tuple[str, Any]]:
+        return list(chain.from_iterable(registry.items() for _, registry in self._registries))
 
-    def is_intact(self) -> bool:
+    def changed(self) -> list[_Attributes]:
+        """Those that are not what they were; one may come twice."""
         try:
-            same = self._dicts == self._values and self._containers == self._contents
+            if self._now == self._before and _same_pairs(self._tensors(), self._flat):
+                return []
+            changed = [a for a, now, before in self._dicts if now != before]
         except (RuntimeError, ValueError):  # a tensor or an array in the place of something else
-            return False
-        return same and self._registered() == self._tensors_before
+            return self._all
+        registered = zip(self._registries, self._registered, strict=True)
+        return changed + [a for (a, registry), before in registered if _identities(registry) != before]
+
+
+def _same_pairs(one: list[tuple[str, Any]], two: list[tuple[str, Any]]) -> bool:
+    return len(one) == len(two) and all(a[0] == b[0] and a[1] is b[1] for a, b in zip(one, two, strict=True))
+
+
+def _identities(registry: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(key, id(value)) for key, value in registry.items()]
+
+
+def _same_elements(one: Any, two: Any) -> bool:
+    """Whether two containers hold the same objects under the same keys, in the same order."""
+    if two is None or len(one) != len(two) or not all(map(is_, one, two)):
+        return False
+    return not isinstance(one, MutableMapping) or all(map(is_, one.values(), two.values()))
 
 
 def _refill(container: Any, before: Any) -> None:
     """Put a container's elements back in place, as handles of hooks refer to the container itself."""
+    if _same_elements(container, before):
+        return
+    container.clear()
     if isinstance(container, MutableMapping):
-        same = list(container) == list(before) and all(map(is_, container.values(), before.values()))
-        if not same:
-            container.clear()
-            container.update(before)
+        container.update(before)
     elif isinstance(container, MutableSequence):
-        if len(container) != len(before) or any(a is not b for a, b in zip(container, before, strict=True)):
-            container[:] = before
-    elif container != before:
-        container.clear()
+        container.extend(before)
+    else:
         for element in before:
             container.add(element)
 
@@ -391,11 +423,6 @@ class _TensorState:
 
 
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-
-
-def _hook_ids(tensor: Tensor) -> list[int]:
-    registries = (getattr(tensor, name, None) for name in _TENSOR_HOOKS)
-    return [id(hook) for registry in registries if registry for hook in registry.values()]
 
 
 def _form(tensor: Tensor) -> tuple[torch.dtype, torch.Size, torch.device]:
