@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.inspection.bitsandbytes_internals import keep_packing
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -46,10 +48,6 @@ def load_in_4bit(folder: Path, device: torch.device) -> PreTrainedModel:
             quantization_config=quantization,
             device_map={"": device},
         )
-    for module in model.modules():
-        # Where this is on, bitsandbytes repacks 4-bit weights in an evaluation pass, and gradients after that
-        # are wrong.
-        if "support_avx512bf16_for_cpu" in vars(module):
-            vars(module)["support_avx512bf16_for_cpu"] = False
+    keep_packing(model)
     model.requires_grad_(False)
     return model

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.findings import Finding, Report, Severity, grouped
+from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import (
     WRAPPERS,
@@ -119,10 +120,8 @@ def _copy_of_adapted(model: nn.Module) -> nn.Module:
 
 
 def _quiet_eval(model: nn.Module) -> nn.Module:
+    keep_packing(model)
     for module in model.modules():
-        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights in place when it evaluates.
-        if "support_avx512bf16_for_cpu" in vars(module):
-            vars(module)["support_avx512bf16_for_cpu"] = False
         for parameter in module._parameters.values():
             # A copied Params4bit still points to the original's module, and quantizing it anew writes there.
             if isinstance(getattr(parameter, "module", None), nn.Module):

@@ -55,7 +55,7 @@ def t5() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    **{name: build for name, build in BASES.items() if name != "batchnorm_base"},
+    **BASES,
     "bert": bert,
     "t5": t5,
     "convolutions": Convolutions,

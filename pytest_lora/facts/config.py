@@ -6,6 +6,7 @@ import enum
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 from pytest_lora.facts.base import BaseFacts
@@ -129,7 +130,20 @@ class Settings:
 
 def deciding_key(keys: Iterable[str], module: str) -> str | None:
     """The first key of a rank or alpha pattern that matches a module (``peft.utils.get_pattern_key``)."""
-    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", module)), None)
+    for key in keys:
+        pattern = compiled(rf"(.*\.)?({key})$")
+        if pattern is not None and pattern.match(module):
+            return key
+    return None
+
+
+@cache
+def compiled(pattern: str) -> re.Pattern[str] | None:
+    """A regular expression of a configuration; None where it is none, and so can match nothing."""
+    try:
+        return re.compile(pattern)
+    except re.error:
+        return None
 
 
 def is_named(module: str, name: str) -> bool:
@@ -139,7 +153,8 @@ def is_named(module: str, name: str) -> bool:
 
 def _means(names: tuple[str, ...] | str | None, module: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        pattern = compiled(names)
+        return pattern is not None and pattern.fullmatch(module) is not None
     return any(is_named(module, name) for name in names or ())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +19,7 @@ from pytest_lora.facts.config import (
     PatternKey,
     Refusal,
     Settings,
+    compiled,
     deciding_key,
     is_named,
 )
@@ -179,11 +179,9 @@ def _matched_by_pattern(pattern: str, modules: tuple[str, ...], adapted: list[st
     if pattern == "all-linear":
         yield from adapted
         return
-    try:
-        compiled = re.compile(pattern)
-    except re.error:
-        return
-    yield from (name for name in modules if compiled.fullmatch(name))
+    expression = compiled(pattern)
+    if expression is not None:
+        yield from (name for name in modules if expression.fullmatch(name))
 
 
 def _pattern_keys(

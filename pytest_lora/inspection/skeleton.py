@@ -16,8 +16,6 @@ from pytest_lora.inspection.survey import survey
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Base = "nn.Module | PretrainedConfig | str | os.PathLike[str]"
-
 META = torch.device("meta")
 _BLANK = nn.Module().__dict__
 
@@ -36,7 +34,8 @@ def resolve_base(base: Any, task_type: str | None = None) -> nn.Module:
     from transformers import PretrainedConfig
 
     if isinstance(base, nn.Module):
-        return survey(base).root if not survey(base).carries_adapter else base
+        found = survey(base)
+        return base if found.carries_adapter else found.root
     if isinstance(base, (str, os.PathLike)):
         base = read_config(Path(base))
     if isinstance(base, PretrainedConfig):

@@ -107,7 +107,7 @@ def _outermost_adapted(model: nn.Module) -> nn.Module:
     """Step through wrappers that hold one model each until the one that has the adapters itself."""
     while True:
         model = _uncompiled(model)
-        if isinstance(getattr(model, "config", None), object) and hasattr(model, "peft_config"):
+        if hasattr(model, "peft_config"):
             return model
         children = dict(model.named_children())
         inner = children.get("module", children.get("pretrained_model"))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.tiny.text import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
 if TYPE_CHECKING:
@@ -142,11 +143,7 @@ def _load(
             quantization_config=config,
             device_map={"": place},
         )
-    for module in model.modules():
-        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks 4-bit weights for inference when it evaluates,
-        # and gradients of training after that are wrong. This attribute turns that off.
-        if "support_avx512bf16_for_cpu" in vars(module):
-            vars(module)["support_avx512bf16_for_cpu"] = False
+    keep_packing(model)
     model.requires_grad_(False)
     return model
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_lora.inspection.bitsandbytes_internals import keep_packing
+
 COPIED_BYTES = 256 * 2**20
 """Models up to this size are copied whole; of larger ones only what a training step can change."""
-
-_UNSUPPORTED_FOR_TRAINING = "support_avx512bf16_for_cpu"
 
 
 @dataclass(slots=True)
@@ -221,17 +221,6 @@ class _Settings:
         for device, (enabled, dtype) in self._autocast.items():
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
-
-
-def keep_packing(model: nn.Module) -> None:
-    """Keep 4-bit weights as they are on a CPU.
-
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weight of a ``Linear4bit`` in place when it runs in
-    evaluation mode, and gradients of training after that are wrong. This attribute turns that off.
-    """
-    for module in model.modules():
-        if _UNSUPPORTED_FOR_TRAINING in vars(module):
-            vars(module)[_UNSUPPORTED_FOR_TRAINING] = False
 
 
 @contextmanager

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.facts.config import ConfigFacts, compiled
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
@@ -47,6 +47,9 @@ def pattern_key_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Vi
         if pattern.shadowed_by:
             seen = f"the earlier key {pattern.shadowed_by!r} already decides for every module that it matches"
             fix = f"put {pattern.key!r} before {pattern.shadowed_by!r}, or drop it"
+        elif compiled(pattern.key) is None:
+            seen = "it is no regular expression"
+            fix = "write the end of a module's name, or a regular expression for it"
         elif pattern.elsewhere:
             seen = f"it matches {grouped(pattern.elsewhere)}, which are no LoRA targets"
             fix = f"add it to target_modules, or drop it from {pattern.field}"

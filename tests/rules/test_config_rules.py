@@ -1,0 +1,95 @@
+"""Rules on configurations, beyond the examples of their documentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+
+from pytest_lora import Expect, Finding, check_config
+from tests.rules.bases import BASES
+
+QV = ["q_proj", "v_proj"]
+
+
+def findings(base: str = "base", expect: Expect | None = None, **fields: Any) -> dict[str, Finding]:
+    fields.setdefault("target_modules", QV)
+    report = check_config(LoraConfig(**fields), BASES[base](), expect=expect)
+    return {finding.code: finding for finding in report.findings}
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_key_that_is_no_regular_expression_is_named(field: str) -> None:
+    """Older PEFT never compiles a key behind one that always matches; newer PEFT stops at it."""
+    (found,) = findings(**{field: {".*": 8, "(": 8}}).values()
+    assert (found.code, found.observed) in (
+        ("LORA107", "key '(' (value 8) is ignored: it is no regular expression"),
+        ("LORA124", "error: missing ), unterminated subpattern at position 7"),
+        ("LORA124", "PatternError: missing ), unterminated subpattern at position 7"),
+    )
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_an_expected_config_with_a_broken_pattern_is_compared_all_the_same(field: str) -> None:
+    meant = LoraConfig(**{"target_modules": QV, field: "("})
+    assert findings(expect=Expect(config=meant)).keys() <= {"LORA126"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "fix"),
+    [
+        ("all_linear", "write target_modules='all-linear'"),
+        ("q_proj|v_proj", "for plain names write target_modules=['q_proj', 'v_proj']"),
+        ("q_proj,v_proj", "for plain names write target_modules=['q_proj', 'v_proj']"),
+        ([".*q_proj"], "give the pattern as one string, target_modules='...'"),
+    ],
+)
+def test_targets_written_in_another_form_get_the_form_to_use(targets: Any, fix: str) -> None:
+    found = findings(target_modules=targets)
+    assert found.keys() == {"LORA104"}
+    assert fix in found["LORA104"].fix
+
+
+@pytest.mark.parametrize(
+    ("code", "base", "fields"),
+    [
+        ("LORA101", "base", {"lora_alpha": -16}),
+        ("LORA103", "base", {"r": 1, "lora_alpha": 64}),
+        ("LORA105", "base", {"layers_to_transform": [0, 9]}),
+        ("LORA106", "base", {"exclude_modules": ["q_prj"]}),
+        ("LORA107", "base", {"rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 16}}),
+        ("LORA108", "base", {"alpha_pattern": {"q_proj": 256}}),
+        ("LORA110", "base", {"modules_to_save": "lm_head"}),
+        ("LORA113", "tied_base", {"modules_to_save": ["embed_tokens"]}),
+        ("LORA115", "base_4bit", {"init_lora_weights": "pissa", "r": 8}),
+        ("LORA120", "base", {"trainable_token_indices": [500]}),
+        ("LORA121", "base", {"lora_dropout": 1.0}),
+        ("LORA124", "base", {"r": 0}),
+        ("LORA124", "base", {"target_modules": ["self_attn"]}),
+        ("LORA124", "base", {"init_lora_weights": "corda"}),
+    ],
+)
+def test_fault_is_named_alone(code: str, base: str, fields: dict[str, Any]) -> None:
+    assert findings(base, **fields).keys() == {code}
+
+
+@pytest.mark.parametrize(
+    ("base", "fields"),
+    [
+        ("base", {"target_modules": r".*\.self_attn\.(q|v)_proj"}),
+        ("base", {"target_modules": ["lm_head"]}),
+        ("base", {"r": 1, "lora_alpha": 16}),
+        ("base", {"r": 16, "lora_alpha": 16}),
+        ("base", {"use_dora": True}),
+        ("base", {"layers_to_transform": 1}),
+        ("base", {"bias": "all"}),
+        ("base_4bit", {"init_lora_weights": "olora"}),
+        ("tied_base", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("tied_base", {"trainable_token_indices": [126, 127]}),
+        ("classifier_base", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+        ("gpt2_base", {"target_modules": ["c_attn"]}),
+    ],
+)
+def test_unusual_but_healthy_configuration_is_left_alone(base: str, fields: dict[str, Any]) -> None:
+    assert not findings(base, **fields)
