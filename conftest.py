@@ -2,7 +2,18 @@
 
 import os
 
+import pytest
+
 # Several workers with several threads each would only wait for each other: the models are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["pytester"]
+
+
+@pytest.fixture(autouse=True)
+def _sessions_of_their_own(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions that a test starts are no workers of this one, and their tests keep the order they are written in."""
+    if "pytester" in request.fixturenames:
+        request.getfixturevalue("pytester")  # which clears PYTEST_ADDOPTS
+        monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:randomly")
+        monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)

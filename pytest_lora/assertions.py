@@ -111,6 +111,69 @@ def assert_lora_healthy(
     return demand(_selected(report, select, ignore))
 
 
+def assert_checkpoint_healthy(
+    path: str | os.PathLike[str],
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str] | None = None,
+    *,
+    expect: Expect | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+) -> Report:
+    """Assert that a saved adapter is whole and fits its base; see ``check_checkpoint``.
+
+    Args:
+        path: The adapter's folder, or a file in it; nothing in it is unpickled or executed.
+        base: The base that it is for: a live model, a ``PretrainedConfig``, or the path of a model folder or
+            ``config.json``; None to compare what the folder says itself.
+        expect: What is meant, where only the user can know it.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
+
+    Returns:
+        The report, with warnings and infos.
+
+    Raises:
+        LoraHealthError: There are errors.
+        TypeError: An argument has the wrong type.
+        ValueError: There is nothing at ``path``, the base cannot be read or built, or a code does not exist.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks import check_checkpoint
+
+    return demand(_selected(check_checkpoint(path, base, expect=expect), select, ignore))
+
+
+def assert_resumable(
+    path: str | os.PathLike[str],
+    config: LoraConfig,
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str] | None = None,
+) -> Report:
+    """Assert that training can go on from a saved adapter under a configuration.
+
+    A checkpoint of another rank, other targets, another alpha or another base is refused: LoRA shapes are fixed at
+    initialisation, so that the remedy is to start fresh, or to go on with the configuration of the checkpoint.
+
+    Args:
+        path: The adapter's folder, or a file in it.
+        config: The configuration of the run that is to go on. Its ``base_model_name_or_path`` is compared where it
+            is set.
+        base: The base, to find out which modules the configuration adapts on it; without one, names are compared,
+            and ``target_modules="all-linear"`` is taken to be what it was.
+
+    Returns:
+        The report; codes LORA920 to LORA925.
+
+    Raises:
+        LoraHealthError: Training cannot go on; the message says why and what to do.
+        TypeError: An argument has the wrong type.
+        ValueError: There is nothing at ``path``, a field of ``config`` cannot be used, or the base cannot be built.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.resumption import check_resumable
+
+    return demand(check_resumable(path, config, base))
+
+
 def assert_loss_decreases(
     model: nn.Module,
     batches: Mapping[str, Any] | Iterable[Any],
@@ -190,6 +253,55 @@ def _selected(report: Report, select: Iterable[str], ignore: Iterable[str]) -> R
     from pytest_lora.rules import selected
 
     return Report(report.subject, tuple(selected(report.findings, select, ignore)))
+
+
+def assert_fits_memory(
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
+    config: LoraConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    budget: str | int | torch.device,
+    advise: bool = True,
+    expect: Expect | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    **setting: Any,
+) -> Report:
+    """Assert that a training step fits the memory of a GPU, without a GPU; see ``check_memory``.
+
+    Args:
+        base, config, batch_size, seq_len, setting: As for ``estimate_memory``.
+        budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked.
+        advise: Whether other settings are estimated where it does not fit, which takes a second or two. A
+            search over many settings does without.
+        expect: What is meant, where only the user can know it.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
+
+    Returns:
+        The report, with warnings and infos.
+
+    Raises:
+        LoraHealthError: It does not fit; the message has what fills the budget and, with ``advise``, what
+            would fit.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range, or the step cannot be traced.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.checks import check_memory
+
+    report = check_memory(
+        base,
+        config,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        budget=budget,
+        advise=advise,
+        expect=expect,
+        **setting,
+    )
+    return demand(_selected(report, select, ignore))
 
 
 def assert_param_ratio(model: nn.Module, low: float = 0.0005, high: float = 0.01) -> Report:
@@ -341,3 +453,32 @@ def assert_merge_exact(
     from pytest_lora.roundtrip import check_merge
 
     return demand(check_merge(model, batch, rtol=rtol, atol=atol))
+
+
+def assert_lora_laws(model: nn.Module, batch: Any) -> Report:
+    """Assert the laws that every sound LoRA keeps, whatever it has learned.
+
+    With B = 0 the adapter changes nothing (not under DoRA); disabled, the model is its base bit for bit; merged it
+    gives what it gave unmerged, and unmerged again it has the same weights; saved and loaded it is bit for bit what
+    it was; each layer's effect is linear in its scaling (not under DoRA); padding the rank with zeros changes
+    nothing; and a second adapter that is not active changes nothing. Laws that do not apply to a model are left
+    out: what is not a ``PeftModel`` gets no second adapter, a fused parameter and attention as a whole no law of a
+    single layer. Done on copies: the model is left bit for bit as it was.
+
+    Args:
+        model: A model that carries LoRA layers.
+        batch: What the model is called with: a mapping, a tuple or a tensor.
+
+    Returns:
+        An empty report.
+
+    Raises:
+        LoraHealthError: A law is broken (LORA930 to LORA934, or the errors of ``assert_merge_exact`` and
+            ``assert_reload_exact``).
+        TypeError: ``model`` carries no LoRA layers, or ``batch`` has another form.
+        ValueError: The model cannot be copied, or gives different outputs for the same batch.
+    """
+    __tracebackhide__ = True
+    from pytest_lora.laws import check_lora_laws
+
+    return demand(check_lora_laws(model, batch))

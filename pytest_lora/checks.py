@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.expect import Expect
@@ -13,6 +14,7 @@ from pytest_lora.rules import judge
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     import torch
     from peft import LoraConfig
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from pytest_lora.facts.base import BaseFacts
+    from pytest_lora.facts.checkpoint import CheckpointFacts
+    from pytest_lora.facts.memory import MemoryEstimate
     from pytest_lora.facts.training import LossDrop
+    from pytest_lora.findings import Finding
+    from pytest_lora.inspection.checkpoint.fit import Base
     from pytest_lora.inspection.training import LossFn
 
 
@@ -84,6 +90,160 @@ def check_model(
     if optimizer is not None:
         judged.append(optimizer_facts(model, optimizer))
     return Report(f"{type(model).__name__} of {_named(facts.base)}", tuple(judge(judged, expect)))
+
+
+def check_memory(
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
+    config: LoraConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    budget: str | int | torch.device,
+    advise: bool = True,
+    expect: Expect | None = None,
+    **setting: Any,
+) -> Report:
+    """Judge whether a training step fits the memory of a GPU, without a GPU and without weights.
+
+    Where it does not fit, other settings are estimated too, and the smallest change that fits comes first.
+
+    Args:
+        base, config, batch_size, seq_len: As for ``estimate_memory``.
+        budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked.
+        advise: Whether other settings are estimated where it does not fit, which takes a second or two. A
+            search over many settings does without.
+        expect: What is meant, where only the user can know it.
+        setting: The other arguments of ``estimate_memory``: ``quantization``, ``dtype``,
+            ``gradient_checkpointing``, ``optimizer`` and so on.
+
+    Returns:
+        A report with the rules of the stage *memory* (codes 5xx).
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range, the budget has no unit, or the step cannot be traced.
+    """
+    from pytest_lora.memory import estimate_memory, require_budget
+
+    expect = _require_expect(expect)
+    if not isinstance(advise, bool):
+        raise TypeError(f"advise must be True or False, not {advise!r}")
+    limit = require_budget(budget)
+    estimate = estimate_memory(base, config, batch_size=batch_size, seq_len=seq_len, **setting)
+    return _judge_memory(base, config, setting, estimate, limit, expect, advise=advise)
+
+
+def judge_memory(model: nn.Module, estimate: MemoryEstimate, budget: int) -> Report:
+    """The report on an estimate that ``estimate_of_model`` made; ``budget`` in bytes."""
+    from pytest_lora.inspection.memory.live_model import described
+
+    asked = estimate.setting
+    found = described(model, asked.batch_size, asked.seq_len)
+    if found is None:
+        return Report(f"memory of a training step of {estimate.architecture}")
+    setting = {name: value for name, value in asdict(asked).items() if name not in ("batch_size", "seq_len")}
+    setting["quantization"] = asked.quantization
+    return _judge_memory(found.base, found.config, setting, estimate, budget, Expect())
+
+
+def _judge_memory(
+    base: Any,
+    config: LoraConfig,
+    setting: dict[str, Any],
+    estimate: MemoryEstimate,
+    limit: int,
+    expect: Expect,
+    *,
+    advise: bool = True,
+) -> Report:
+    from pytest_lora.facts.memory import MemoryFacts
+    from pytest_lora.what_if import alternatives
+
+    wanted = advise and estimate.peak_allocated > limit
+    others = alternatives(base, config, setting, estimate, limit) if wanted else ()
+    subject = f"memory of a training step of {estimate.architecture}"
+    return Report(subject, tuple(judge([MemoryFacts(estimate, limit, others)], expect)))
+
+
+OF_SAVED_CONFIGS = frozenset(
+    f"LORA{number}" for number in (101, 102, 103, 107, 108, 110, 114, 119, 120, 122, 124, 126, 127, 130)
+)
+"""Rules of the stage *config* that still matter when the training is over: what the adapter does on its base. Keys and
+shapes say more about its targets than the names in its configuration."""
+
+
+def check_checkpoint(
+    path: str | os.PathLike[str],
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str] | None = None,
+    *,
+    expect: Expect | None = None,
+) -> Report:
+    """Judge a saved adapter: whether its configuration, keys, shapes, dtypes, values and base belong together.
+
+    The folder may come from anywhere. Nothing in it is unpickled (unless ``expect.read_pickle`` asks for it),
+    imported or executed, no link out of it is followed, nothing is fetched. Headers are read first; values are read a
+    few megabytes at a time, 2 GiB at most. What cannot be read is a finding, not an exception.
+
+    Args:
+        path: The adapter's folder, or a file in it.
+        base: The base that it is for: a live model, a ``PretrainedConfig``, or the path of a model folder or
+            ``config.json`` (no weights are read). Without one, what the folder says itself is compared.
+        expect: What is meant. ``fresh=True`` for an adapter saved before training, ``pretrained_head=True`` where the
+            task head comes with the base, ``new_tokens`` for rows added to the vocabulary, ``config`` for what the
+            adapter was to be.
+
+    Returns:
+        A report with the rules of the stage *checkpoint* (codes 4xx), and with a base those rules of the stage
+        *config* (1xx) that matter to a trained adapter.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: There is nothing at ``path``, or the base cannot be read or built.
+    """
+    from pytest_lora.inspection.checkpoint import folder_of
+
+    expect = _require_expect(expect)
+    folder = folder_of(path)
+    return judge_checkpoint(folder, None if base is None else checkpoint_base(base), expect)
+
+
+def checkpoint_base(base: Any) -> Base:
+    """A base that adapters are compared with, built once for all of them.
+
+    Raises:
+        TypeError: It is nothing that a base can be made of.
+        ValueError: It cannot be read or built, or carries adapters itself.
+    """
+    from pytest_lora.inspection.checkpoint.fit import Base
+
+    return Base(base)
+
+
+def judge_checkpoint(folder: Path, base: Base | None, expect: Expect) -> Report:
+    """The report on one adapter folder; see ``check_checkpoint``."""
+    from pytest_lora.inspection.checkpoint import checkpoint_facts
+
+    facts = checkpoint_facts(folder, base, read_pickle=expect.read_pickle)
+    findings = list(judge([facts], expect))
+    fit = facts.fit
+    if fit is not None and fit.config is not None and not facts.is_foreign:
+        findings += [f for f in judge([fit.config], expect) if _still_matters(f, facts)]
+    subject = f"adapter {facts.name}"
+    return Report(subject if fit is None else f"{subject} on {_named(fit.base)}", tuple(findings))
+
+
+OF_REFUSED_CONFIGS = OF_SAVED_CONFIGS | {"LORA104", "LORA105"}
+"""Where PEFT cannot put the adapter on the base, so that keys were not compared, the names have to tell why."""
+
+
+def _still_matters(finding: Finding, facts: CheckpointFacts) -> bool:
+    if facts.fit is None:
+        return False
+    if finding.code not in (OF_SAVED_CONFIGS if facts.fit.compared else OF_REFUSED_CONFIGS):
+        return False
+    # PEFT saves whole embeddings where the vocabulary was resized, whatever the configuration says.
+    embeddings = facts.fit.base.input_embeddings
+    return finding.code != "LORA119" or embeddings is None or not facts.holds(embeddings)
 
 
 def _named(base: BaseFacts) -> str:

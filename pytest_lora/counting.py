@@ -211,15 +211,12 @@ def rank_table(
     from pytest_lora.inspection.adapter_size import adapter_sizes
     from pytest_lora.inspection.base import base_facts, base_parameters
     from pytest_lora.inspection.parameters import stored_in_4bit
-    from pytest_lora.inspection.skeleton import resolve_base
+    from pytest_lora.inspection.skeleton import require_no_adapter, resolve_base
     from pytest_lora.inspection.survey import survey
 
     model = resolve_base(base, getattr(config.task_type, "value", config.task_type))
     found = survey(model)
-    if found.carries_adapter:
-        raise ValueError(
-            f"base: this {type(model).__name__} carries an adapter already; give the model without it"
-        )
+    require_no_adapter(model)
     parameters = base_parameters(found)
     facts = base_facts(found, parameters)
     stored = stored_in_4bit(facts, parameters)

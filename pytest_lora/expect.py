@@ -45,6 +45,8 @@ class Expect:
         pretrained_head: The task head was trained elsewhere, so freezing it is meant.
         will_merge: The adapter is going to be merged into the base weights.
         reported_percent: The trainable percentage that the user's own code prints.
+        read_pickle: Saved adapters: read ``adapter_model.bin`` too, with torch's ``weights_only=True``. By default
+            it is named, not opened.
         min_scaling: Effective scalings below this damp an adapter. Default 1/50: the smallest scaling in
             use on purpose that we know of is 1/32 (``r=32, alpha=1``, the default of kohya-ss/sd-scripts
             issue 98 and of many diffusion trainers); ``r=64`` with that same alpha is the report there.
@@ -75,6 +77,7 @@ class Expect:
     pretrained_head: bool = False
     will_merge: bool = False
     reported_percent: float | None = None
+    read_pickle: bool = False
     min_scaling: float = field(default=1 / 50)
     low_scaling: float = field(default=1 / 8)
     max_scaling: float = field(default=32.0)
@@ -87,7 +90,7 @@ class Expect:
     def __post_init__(self) -> None:
         if self.purpose not in get_args(Purpose):
             raise ValueError(f"purpose must be one of {', '.join(get_args(Purpose))}, not {self.purpose!r}")
-        for name in ("fresh", "pretrained_head", "will_merge"):
+        for name in ("fresh", "pretrained_head", "will_merge", "read_pickle"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, not {value!r}")

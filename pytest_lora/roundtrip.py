@@ -52,11 +52,11 @@ _LOST_TO_QUANTIZATION = 0.5
 
 def check_reload(model: nn.Module, batch: Any, *, base: Base | None = None) -> Report:
     """Save the adapters, load them on a fresh base, and compare; see ``assert_reload_exact``."""
-    with _no_trace():
-        adapted = _copy_of_adapted(model)
+    with no_trace():
+        adapted = adapted_copy(model)
         trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
-        expected = _stable_output(adapted, batch)
-        fresh = _given_base(base) if base is not None else _unwrapped(adapted, forget_trained=True)
+        expected = stable_output(adapted, batch)
+        fresh = _given_base(base) if base is not None else base_without_adapter(adapted, forget_trained=True)
         try:
             reloaded = _reloaded(adapted, fresh)
         except _LoadingError as error:
@@ -73,12 +73,12 @@ def check_merge(
     """Merge, unmerge and unload the adapters, and compare; see ``assert_merge_exact``."""
     _require_tolerance("rtol", rtol)
     _require_tolerance("atol", atol)
-    with _no_trace():
-        adapted = _copy_of_adapted(model)
+    with no_trace():
+        adapted = adapted_copy(model)
         layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
         for layer in layers.values():
             layer.unmerge()
-        expected = _stable_output(adapted, batch)
+        expected = stable_output(adapted, batch)
         before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
         findings = list(_unload_findings(adapted))
         findings += _merge_findings(adapted, layers, batch, expected, (rtol, atol), before)
@@ -93,7 +93,7 @@ def _finding(code: str, severity: Severity, where: str, observed: str, expected:
 
 
 @contextmanager
-def _no_trace() -> Iterator[None]:
+def no_trace() -> Iterator[None]:
     """Restore every random state, and keep the warnings of PEFT and transformers out of the way."""
     numpy: Any = sys.modules.get("numpy")
     cuda: Any = torch.cuda
@@ -109,7 +109,7 @@ def _no_trace() -> Iterator[None]:
             numpy.random.set_state(states[1])
 
 
-def _copy_of_adapted(model: nn.Module) -> nn.Module:
+def adapted_copy(model: nn.Module) -> nn.Module:
     """A copy, in evaluation mode, of the part of the model that PEFT can save."""
     found = adapted_survey(model)
     wrapped: nn.Module | None = next((m for m in model.modules() if isinstance(m, WRAPPERS)), None)
@@ -127,6 +127,11 @@ def _quiet_eval(model: nn.Module) -> nn.Module:
             if isinstance(getattr(parameter, "module", None), nn.Module):
                 vars(parameter)["module"] = module
     return model.eval()
+
+
+def output_of(model: nn.Module, batch: Any) -> Tensor:
+    """The logits, or the first tensor, that a model gives for a batch."""
+    return _output(model, batch)
 
 
 def _output(model: nn.Module, batch: Any) -> Tensor:
@@ -155,16 +160,16 @@ def _main_tensor(result: Any) -> Tensor:
     raise ValueError("model gives no tensor that could be compared")
 
 
-def _stable_output(model: nn.Module, batch: Any) -> Tensor:
+def stable_output(model: nn.Module, batch: Any) -> Tensor:
     first, second = _output(model, batch), _output(model, batch)
-    if not _identical(first, second):
+    if not identical(first, second):
         raise ValueError(
             "model gives different outputs for the same batch in evaluation mode; nothing can be compared"
         )
     return first
 
 
-def _identical(first: Tensor, second: Tensor) -> bool:
+def identical(first: Tensor, second: Tensor) -> bool:
     """Equal bit for bit, where NaN is equal to NaN."""
     if torch.equal(first, second):
         return True
@@ -173,7 +178,7 @@ def _identical(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.nan_to_num(), second.nan_to_num()) and torch.equal(first.isnan(), second.isnan())
 
 
-def _distance(first: Tensor, second: Tensor) -> float:
+def distance(first: Tensor, second: Tensor) -> float:
     if first.shape != second.shape:
         return float("inf")
     return float((first.double() - second.double()).abs().max()) if first.numel() else 0.0
@@ -193,7 +198,7 @@ def _given_base(base: Base) -> nn.Module:
     return _quiet_eval(made)
 
 
-def _unwrapped(adapted: nn.Module, *, forget_trained: bool = False) -> nn.Module:
+def base_without_adapter(adapted: nn.Module, *, forget_trained: bool = False) -> nn.Module:
     """A copy of the base with every adapter and every trained copy taken off, not with PEFT's ``unload``.
 
     That leaves a trained head in place. With ``forget_trained``, base weights that were trained are zeroed, so
@@ -305,7 +310,7 @@ def _tensor_findings(
     foreign: list[str] = []
     for name, tensor in before.items():
         other = after.get(name)
-        same = other is not None and other.shape == tensor.shape and _identical(other.to(tensor), tensor)
+        same = other is not None and other.shape == tensor.shape and identical(other.to(tensor), tensor)
         is_adapter = any(part in name for part in _ADAPTER_PARTS)
         if not same:
             (changed if is_adapter else lost if name in trained else foreign).append(name)
@@ -364,15 +369,15 @@ def _fix_for_lost(lost: list[str]) -> str:
 
 
 def _output_findings(expected: Tensor, got: Tensor, explained: list[Finding]) -> list[Finding]:
-    distance = _distance(expected, got)
-    if explained or _identical(expected, got):
+    apart = distance(expected, got)
+    if explained or identical(expected, got):
         return []
     return [
         _finding(
             "LORA910",
             "error",
             "the output of the reloaded model",
-            f"it differs by up to {distance:.3g}, though every saved tensor came back as it was",
+            f"it differs by up to {apart:.3g}, though every saved tensor came back as it was",
             "the same output, bit for bit",
             "look for what is neither weight nor configuration: attributes set by hand, hooks, another active "
             "adapter, scaling changed with set_scale",
@@ -391,7 +396,7 @@ def _merge_findings(
     tolerance: tuple[float | None, float | None],
     before: dict[str, Tensor],
 ) -> Iterator[Finding]:
-    without = _without_adapter(layers, lambda: _output(adapted, batch))
+    without = without_adapter(layers, lambda: _output(adapted, batch))
     try:
         for layer in layers.values():
             layer.merge()
@@ -418,7 +423,7 @@ def _merge_findings(
         yield from _unmerge_findings(adapted, before, largest)
 
 
-def _without_adapter(layers: dict[str, Any], run: Callable[[], Tensor]) -> Tensor:
+def without_adapter(layers: dict[str, Any], run: Callable[[], Tensor]) -> Tensor:
     for layer in layers.values():
         layer.enable_adapters(False)
     result = run()
@@ -435,7 +440,7 @@ def _is_quantized(layer: Any) -> bool:
 def _requantized(
     quantized: list[str], expected: Tensor, merged: Tensor, without: Tensor
 ) -> Iterator[Finding]:
-    loss, effect = _distance(expected, merged), _distance(expected, without)
+    loss, effect = distance(expected, merged), distance(expected, without)
     share = loss / effect if effect else float("inf") if loss else 0.0
     yield _finding(
         "LORA916",
@@ -457,13 +462,13 @@ def _merged_differs(
         rtol = max(TOLERANCES.get(dtype, 0.0) for dtype in (*dtypes, expected.dtype))
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     allowed = (atol or 0.0) + rtol * scale
-    distance = _distance(expected, merged)
-    if not distance <= allowed:
+    apart = distance(expected, merged)
+    if not apart <= allowed:
         yield _finding(
             "LORA915",
             "error",
             "the output of the merged model",
-            f"it differs by up to {distance:.3g} from that of the model with its adapter",
+            f"it differs by up to {apart:.3g} from that of the model with its adapter",
             f"at most {allowed:.3g}, {rtol:g} of the largest output",
             "look at targets that share a weight (tied embeddings), at weights too coarse for the update, and at "
             "adapters that are active on some modules only",
@@ -491,10 +496,10 @@ def _unmerge_findings(
 
 def _restored(before: Tensor, after: Tensor, largest: float) -> bool:
     """Whether adding and taking away again changed no more than rounding at the ``largest`` merged value does."""
-    if _identical(before, after):
+    if identical(before, after):
         return True
     step = torch.finfo(before.dtype).eps * max(largest, float(before.abs().max()))
-    return _distance(before, after) <= _UNMERGE_STEPS * step
+    return distance(before, after) <= _UNMERGE_STEPS * step
 
 
 def _unload_findings(adapted: nn.Module) -> Iterator[Finding]:
@@ -504,7 +509,7 @@ def _unload_findings(adapted: nn.Module) -> Iterator[Finding]:
     given: Any = copy.deepcopy(adapted)
     kept = _kept_modules(given)
     unloaded = given.unload().state_dict()
-    base = _unwrapped(adapted).state_dict()
+    base = base_without_adapter(adapted).state_dict()
     wrong = [
         name
         for name, tensor in base.items()

@@ -16,18 +16,24 @@ PACKAGE = Path(pytest_lora.__file__).parent
 HEAVY = ("torch", "numpy", "transformers", "peft", "bitsandbytes", "hypothesis", "accelerate", "safetensors")
 
 FLOORS = {
+    "byte_sizes": set(),
     "findings": set(),
     "expect": set(),
-    "facts": {"facts"},
-    "rules": {"facts", "findings", "expect", "rules"},
+    "facts": {"byte_sizes", "facts"},
+    "rules": {"byte_sizes", "facts", "findings", "expect", "rules"},
     "inspection": {"facts", "inspection"},
     "tiny": {"tiny", "inspection"},
     "snapshot": set(),
     "local_model": {"inspection"},
     "counting": {"facts", "findings", "inspection"},
-    "checks": {"facts", "findings", "expect", "rules", "inspection"},
+    "memory": {"byte_sizes", "facts", "inspection"},
+    "what_if": {"facts", "memory"},
+    "distributed": set(),
+    "checks": {"facts", "findings", "expect", "rules", "inspection", "memory", "what_if"},
     "adapter_properties": {"facts", "findings", "inspection", "counting"},
     "roundtrip": {"facts", "findings", "inspection"},
+    "resumption": {"facts", "findings", "inspection"},
+    "laws": {"findings", "inspection", "roundtrip"},
     "assertions": {
         "facts",
         "findings",
@@ -38,9 +44,13 @@ FLOORS = {
         "counting",
         "adapter_properties",
         "roundtrip",
+        "resumption",
+        "laws",
     },
     "watch": {"findings", "expect", "rules", "inspection", "checks", "assertions"},
     "callback": {"expect", "watch"},
+    "lifecycle": {"checks", "expect", "roundtrip", "tiny"},
+    "strategies": {"expect", "facts", "inspection", "strategies", "tiny"},
 }
 """What each part of the package may import from the package; the plugin may import everything."""
 
@@ -88,6 +98,12 @@ def test_every_part_of_the_package_has_its_floor() -> None:
 def test_facts_and_rules_never_import_heavy_packages(part: str) -> None:
     for file in modules(part):
         assert not {name.split(".")[0] for name in imports(file)} & set(HEAVY), file
+
+
+def test_only_strategies_and_lifecycle_import_hypothesis() -> None:
+    for part in {*FLOORS, "plugin"} - {"strategies", "lifecycle"}:
+        for file in modules(part):
+            assert "hypothesis" not in {name.split(".")[0] for name in imports(file)}, file
 
 
 def test_only_the_plugin_imports_pytest() -> None:

@@ -5,35 +5,51 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import json
 import random
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 
 import pytest_lora
 from pytest_lora import (
     LoraHealthError,
     assert_adapter_shapes,
+    assert_adapters_in_sync,
     assert_alpha_ratio,
+    assert_checkpoint_healthy,
     assert_config_healthy,
+    assert_fits_memory,
     assert_lora_healthy,
+    assert_lora_laws,
     assert_loss_decreases,
     assert_merge_exact,
     assert_param_ratio,
     assert_reload_exact,
+    assert_resumable,
+    check_checkpoint,
     check_config,
     check_loss_decreases,
+    check_memory,
     check_model,
     check_training,
     count_parameters,
+    estimate_memory,
+    largest_that_fits,
+    oom_frontier,
     rank_table,
+    step_memory,
     watch_training,
 )
+from pytest_lora.inspection.peft_internals import saved_state
 from pytest_lora.tiny import load_tiny, text_batch
 from tests.rules.bases import BASES, language_batch
 
@@ -64,7 +80,32 @@ def _watched(setup: Setup) -> None:
         watch.log(2.0)
 
 
+def _in_sync(setup: Setup) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            assert_adapters_in_sync(setup.model)
+        finally:
+            torch.distributed.destroy_process_group()
+
+
 CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+
+
+def _on_saved(setup: Setup, check: Callable[[str], object]) -> None:
+    """Run a check on a folder that holds what the model's adapter is now."""
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = {name: tensor.clone() for name, tensor in saved_state(setup.model, "default").items()}
+        save_file(tensors, f"{folder}/adapter_model.safetensors")
+        named = getattr(setup.base, "name_or_path", "") or "org/base"
+        config = {
+            **CONFIG.to_dict(),
+            "target_modules": ["q_proj", "v_proj"],
+            "base_model_name_or_path": named,
+        }
+        Path(folder, "adapter_config.json").write_text(json.dumps(config))
+        check(folder)
+
 
 RUNNING: dict[str, Callable[[Setup], object]] = {
     "check_training": lambda s: check_training(s.model, s.batch, max_grad_norm=1.0, **s.trained),
@@ -79,12 +120,18 @@ RUNNING: dict[str, Callable[[Setup], object]] = {
     "assert_adapter_shapes, batch": lambda s: assert_adapter_shapes(s.model, batch=s.batch),
     "assert_reload_exact": lambda s: assert_reload_exact(s.model, s.batch),
     "assert_merge_exact": lambda s: assert_merge_exact(s.model, s.batch),
+    "assert_lora_laws": lambda s: assert_lora_laws(s.model, s.batch),
 }
 """Those that run a forward pass."""
 
 LOOKING: dict[str, Callable[[Setup], object]] = {
     "check_config": lambda s: check_config(CONFIG, s.base),
     "assert_config_healthy": lambda s: assert_config_healthy(CONFIG, s.base),
+    "check_checkpoint": lambda s: _on_saved(s, lambda path: check_checkpoint(path, s.base)),
+    "assert_checkpoint_healthy": lambda s: _on_saved(
+        s, lambda path: assert_checkpoint_healthy(path, s.base, select=["LORA43"])
+    ),
+    "assert_resumable": lambda s: _on_saved(s, lambda path: assert_resumable(path, CONFIG, s.base)),
     "check_model": lambda s: check_model(s.model, optimizer=s.optimizer),
     "assert_lora_healthy": lambda s: assert_lora_healthy(s.model, optimizer=s.optimizer),
     "assert_adapter_shapes": lambda s: assert_adapter_shapes(s.model),
@@ -92,7 +139,16 @@ LOOKING: dict[str, Callable[[Setup], object]] = {
     "assert_alpha_ratio": lambda s: assert_alpha_ratio(s.model, 2.0),
     "count_parameters": lambda s: count_parameters(s.model),
     "rank_table": lambda s: rank_table(s.base, [2, 4], target_modules=["q_proj"]),
+    "estimate_memory": lambda s: estimate_memory(s.base, CONFIG, batch_size=2, seq_len=16),
+    "step_memory": lambda s: step_memory(s.base, CONFIG).peak_allocated(2, 16),
+    "largest_that_fits": lambda s: largest_that_fits(s.base, CONFIG, "64MiB", vary="batch_size", seq_len=16),
+    "check_memory": lambda s: check_memory(s.base, CONFIG, batch_size=2, seq_len=16, budget="2MiB"),
+    "assert_fits_memory": lambda s: assert_fits_memory(
+        s.base, CONFIG, batch_size=2, seq_len=16, budget="80GiB"
+    ),
     "watch_training": _watched,
+    "assert_adapters_in_sync": _in_sync,
+    "oom_frontier": lambda s: oom_frontier(s.base, CONFIG, "1GiB", seq_lens=[16], dtype="float32"),
 }
 """Those that look only."""
 

@@ -1,8 +1,10 @@
 """What was seen, as frozen dataclasses of plain strings and numbers; no torch here."""
 
 from pytest_lora.facts import base as base
+from pytest_lora.facts import checkpoint as checkpoint
 from pytest_lora.facts import config as config
 from pytest_lora.facts import curve as curve
 from pytest_lora.facts import history as history
+from pytest_lora.facts import memory as memory
 from pytest_lora.facts import model as model
 from pytest_lora.facts import training as training

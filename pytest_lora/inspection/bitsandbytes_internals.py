@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 _REPACKS = "support_avx512bf16_for_cpu"
+_BLOCK = 64
+_NESTED_BLOCK = 256
 
 
 def keep_packing(model: nn.Module) -> None:
@@ -19,3 +22,98 @@ def keep_packing(model: nn.Module) -> None:
     for module in model.modules():
         if _REPACKS in vars(module):
             vars(module)[_REPACKS] = False
+
+
+def pack_on_meta(module: Any, dtype: torch.dtype) -> None:
+    """Give a ``Linear4bit`` or ``Linear8bitLt`` the weight without values that it has once quantized.
+
+    Args:
+        module: A layer of bitsandbytes whose weight is still whole.
+        dtype: Dtype of the weight before it was quantized, which is that of its bias and its results.
+    """
+    import torch
+    from torch import nn
+
+    if module.bias is not None:
+        module.bias = nn.Parameter(torch.empty_like(module.bias, dtype=dtype, device="meta"), False)
+    if isinstance(module, _layers().Linear8bitLt):
+        _pack_in_8_bits(module)
+    else:
+        _pack_in_4_bits(module, dtype)
+
+
+def quantized_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of bitsandbytes in a model."""
+    kinds = (_layers().Linear4bit, _layers().Linear8bitLt)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def _layers() -> Any:
+    import bitsandbytes.nn
+
+    return bitsandbytes.nn
+
+
+def quantization_statistics(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors beside a quantized weight: scales, code books, offsets."""
+    state: Any = getattr(parameter, "quant_state", None)
+    if state is None:
+        rows = getattr(parameter, "SCB", None)
+        return [] if rows is None else [rows]
+    nested = state.state2
+    found = [state.absmax, state.code, state.offset, *((nested.absmax, nested.code) if nested else ())]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _pack_in_8_bits(module: Any) -> None:
+    import torch
+
+    packed = torch.empty(module.out_features, module.in_features, dtype=torch.int8, device="meta")
+    rows = torch.empty(module.out_features, dtype=torch.float32, device="meta")
+    module.weight = _layers().Int8Params(packed, requires_grad=False, CB=packed, SCB=rows)
+    # With a threshold the number of outlier columns depends on values; they are few.
+    module.state.threshold = 0.0
+
+
+def _pack_in_4_bits(module: Any, dtype: torch.dtype) -> None:
+    import torch
+    from bitsandbytes.functional import QuantState
+
+    make_state: Any = QuantState
+    whole = module.weight
+    numbers, blocks = whole.numel(), -(-whole.numel() // _BLOCK)
+
+    def empty(size: int, kind: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=kind, device="meta")
+
+    nested = None
+    if whole.compress_statistics:
+        nested = make_state(
+            absmax=empty(-(-blocks // _NESTED_BLOCK), torch.float32),
+            code=empty(256, torch.float32),
+            blocksize=_NESTED_BLOCK,
+            dtype=torch.float32,
+        )
+    state = make_state(
+        absmax=empty(blocks, torch.uint8 if nested else torch.float32),
+        shape=torch.Size((module.out_features, module.in_features)),
+        code=empty(16, torch.float32),
+        blocksize=_BLOCK,
+        quant_type=whole.quant_type,
+        dtype=dtype,
+        offset=torch.empty((), dtype=torch.float32, device="meta") if nested else None,
+        state2=nested,
+    )
+    storage = whole.quant_storage
+    module.weight = _layers().Params4bit(
+        torch.empty((numbers + 1) // 2 // storage.itemsize, 1, dtype=storage, device="meta"),
+        requires_grad=False,
+        quant_state=state,
+        blocksize=_BLOCK,
+        compress_statistics=whole.compress_statistics,
+        quant_type=whole.quant_type,
+        quant_storage=storage,
+        bnb_quantized=True,
+        module=module,
+    )
+    module.quant_state = state

@@ -50,13 +50,13 @@ def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     facts = base_facts(found, base_parameters(found))
     if facts.carries_adapter:
         wrapped = Refusal("", "the base already carries an adapter")
-        return _assembled(ADAPTER, settings, settings, facts, Survey(model, 0), (), wrapped)
+        return assembled(ADAPTER, settings, settings, facts, Survey(model, 0), (), wrapped)
     tried = copy.deepcopy(config)
     injected, error = dry_run(tried, skeleton(model))
     refusal = None if error is None else Refusal(type(error).__name__, str(error))
     after = found if injected is None else survey(injected)
     layers = tuple(layer_facts(after.lora, ADAPTER))
-    return _assembled(ADAPTER, settings, Settings.of(tried), facts, after, layers, refusal)
+    return assembled(ADAPTER, settings, Settings.of(tried), facts, after, layers, refusal)
 
 
 def dry_run(config: LoraConfig, model: nn.Module) -> tuple[nn.Module | None, Exception | None]:
@@ -90,14 +90,14 @@ def live_config_facts(
     added = heads_by_task_type(settings.task_type)
     named = tuple(name for name in settings.modules_to_save if name not in added or _leaves(base, name))
     settings = replace(settings, modules_to_save=named)
-    return _assembled(adapter, settings, settings, base, found, layers, None, live=True)
+    return assembled(adapter, settings, settings, base, found, layers, None, live=True)
 
 
 def _leaves(base: BaseFacts, name: str) -> bool:
     return any(is_named(module, name) for module in base.module_names)
 
 
-def _assembled(
+def assembled(
     adapter: str,
     written: Settings,
     applied: Settings,
@@ -107,6 +107,7 @@ def _assembled(
     refusal: Refusal | None,
     live: bool = False,
 ) -> ConfigFacts:
+    """Put together what a configuration means on a base; ``applied`` is what PEFT made of it."""
     return ConfigFacts(
         adapter=adapter,
         settings=written,

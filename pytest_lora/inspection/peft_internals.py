@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
@@ -33,6 +33,7 @@ __all__ = [
     "factors",
     "fused_parameter",
     "heads_by_task_type",
+    "load_state",
     "lora_configs",
     "own_geometry",
     "saved_state",
@@ -157,6 +158,19 @@ def saved_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     finally:
         config.base_model_name_or_path = named
     return state
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], adapter: str) -> tuple[list[str], list[str]]:
+    """Put tensors of an adapter file, on whatever device, in the place of a model's own.
+
+    Returns:
+        The names that the model has and the file has not, and those that the file has and the model has not.
+
+    Raises:
+        Exception: Whatever PEFT and torch raise where a shape or a head does not fit.
+    """
+    result: Any = set_peft_model_state_dict(model, state, adapter_name=adapter, low_cpu_mem_usage=True)
+    return list(result.missing_keys), list(result.unexpected_keys)
 
 
 def heads_by_task_type(task_type: str | None) -> tuple[str, ...]:

@@ -46,6 +46,18 @@ def resolve_base(base: Any, task_type: str | None = None) -> nn.Module:
     )
 
 
+def require_no_adapter(model: nn.Module) -> None:
+    """Refuse a base that carries an adapter.
+
+    Raises:
+        ValueError: It does.
+    """
+    if survey(model).carries_adapter:
+        raise ValueError(
+            f"base: this {type(model).__name__} carries an adapter already; give the model without it"
+        )
+
+
 def read_config(path: Path) -> PretrainedConfig:
     """Read a ``config.json`` (or the one in a folder) from disk; nothing is fetched or executed."""
     from transformers import AutoConfig

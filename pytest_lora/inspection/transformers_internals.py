@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from pytest_lora.inspection.bitsandbytes_internals import quantized_layers
 from pytest_lora.inspection.survey import Survey
 
 
@@ -56,3 +59,46 @@ def _calls_requires_grad(hook: Callable[..., Any]) -> bool:
     """Whether a hook's code mentions ``requires_grad``; one without readable code may do anything."""
     code = getattr(hook, "__code__", None)
     return code is None or any(name.startswith("requires_grad") for name in code.co_names)
+
+
+def quantized_linears(model: nn.Module, quantization: Any) -> list[nn.Module]:
+    """Replace the linear layers that transformers would quantize by bitsandbytes' own, weights aside.
+
+    Args:
+        model: A transformers model on the meta device; it is changed.
+        quantization: A ``BitsAndBytesConfig``.
+
+    Returns:
+        The new layers.
+    """
+    from transformers.integrations import bitsandbytes as integration
+
+    kept = [*_kept_whole(model), *(quantization.llm_int8_skip_modules or ())]
+    integration.replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=quantization)
+    return quantized_layers(model)
+
+
+def _kept_whole(model: nn.Module) -> list[str]:
+    """Layers that transformers does not quantize unless told: the output embeddings above all."""
+    from transformers.integrations import bitsandbytes as before_5
+    from transformers.quantizers import base as since_5
+
+    home: Any = since_5 if hasattr(since_5, "get_keys_to_not_convert") else before_5
+    names: list[str] = home.get_keys_to_not_convert(model)
+    return names
+
+
+@contextmanager
+def masks_without_values() -> Iterator[None]:
+    """Let transformers ask a mask without values whether it masks anything (see ``StorageTracker``)."""
+    from transformers import masking_utils
+
+    replaced: Any = masking_utils
+    if not hasattr(replaced, "fast_all"):  # before transformers 5
+        yield
+        return
+    before, replaced.fast_all = replaced.fast_all, torch.all
+    try:
+        yield
+    finally:
+        replaced.fast_all = before

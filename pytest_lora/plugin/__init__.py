@@ -5,6 +5,7 @@ Most sessions of an environment do not use LoRA, so nothing is imported here but
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,14 @@ from pytest_lora.plugin.fixtures import lora_config as lora_config
 from pytest_lora.plugin.fixtures import lora_device as lora_device
 from pytest_lora.plugin.fixtures import lora_expect as lora_expect
 from pytest_lora.plugin.fixtures import lora_model as lora_model
-from pytest_lora.plugin.options import MARKERS, OPTIONS, LoraOptions, add_options
+from pytest_lora.plugin.options import (
+    ADAPTER_FILES,
+    GPU_PROPERTY,
+    MARKERS,
+    add_options,
+    any_set,
+    is_gpu_test,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -30,11 +38,45 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> None:
+    """Before anything is imported: refuse adapters with code beside them, and pin an xdist worker to its GPU."""
+    if any(name in arg for arg in args for name in ADAPTER_FILES):
+        from pytest_lora.plugin import adapter_items
+
+        adapter_items.refuse_code_beside(args)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        from pytest_lora.plugin.session_options import asks_for_gpus
+
+        if asks_for_gpus(early_config):
+            from pytest_lora.plugin import gpu_pins
+
+            gpu_pins.pin_early(early_config)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers and read the options once."""
+    """Register the markers, read the options once, and make saved adapters test items where they are named."""
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
-    config.stash[OPTIONS] = LoraOptions.from_config(config)
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker and "pytest_lora.plugin.gpu_pins" in sys.modules:
+        from pytest_lora.plugin import gpu_pins
+
+        gpu_pins.unpin(config)
+    names_adapters = any(name in arg for arg in config.args for name in ADAPTER_FILES)
+    if not names_adapters and not any_set(config):
+        return
+    from pytest_lora.plugin.session_options import options_of
+
+    options = options_of(config)
+    if options.adapters or names_adapters:
+        from pytest_lora.plugin import adapter_items
+
+        adapter_items.enable(config, options.adapters)
+    if options.require_gpu and not is_worker:
+        from pytest_lora.plugin import gpu_report
+
+        config.pluginmanager.register(gpu_report.RequireGpu(), "lora-require-gpu")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -52,7 +94,9 @@ def pytest_pycollect_makeitem(collector: pytest.Collector) -> Generator[None, An
     """Refuse a mark that says nothing, where its test is collected."""
     made = yield
     for item in made if isinstance(made, list) else ():
-        if isinstance(item, pytest.Item) and item.get_closest_marker("lora"):
+        if isinstance(item, pytest.Item) and any(
+            mark.name.startswith("lora") for mark in item.iter_markers()
+        ):
             from pytest_lora.plugin import markers
 
             markers.require_valid(item)
@@ -68,14 +112,20 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         shared_base.guard(item)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the slow tests unless they are asked for."""
-    if config.stash[OPTIONS].slow:
-        return
-    skip = pytest.mark.skip(reason="lora_slow: run it with --lora-slow or RUN_SLOW=1")
-    for item in items:
-        if item.get_closest_marker("lora_slow"):
-            item.add_marker(skip)
+    """Skip the slow tests unless they are asked for; take care of the GPU tests that are left."""
+    if slow_tests := [item for item in items if item.get_closest_marker("lora_slow")]:
+        from pytest_lora.plugin.session_options import options_of
+
+        if not options_of(config).slow:
+            skip = pytest.mark.skip(reason="lora_slow: run it with --lora-slow or RUN_SLOW=1")
+            for item in slow_tests:
+                item.add_marker(skip)
+    if gpu_tests := [item for item in items if is_gpu_test(item)]:
+        from pytest_lora.plugin import gpu
+
+        gpu.begin(config, gpu_tests)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -126,14 +176,17 @@ def pytest_runtest_makereport(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Count the findings of the session by rule."""
-    reports = [
-        report
-        for group in terminalreporter.stats.values()
-        for report in group
-        if any(name == _REPORT for name, _ in getattr(report, "user_properties", ()))
-    ]
-    if reports:
+    """Count the findings of the session by rule, and tell of its GPU tests."""
+    reports: dict[str, list[pytest.TestReport]] = {_REPORT: [], GPU_PROPERTY: []}
+    for group in terminalreporter.stats.values():
+        for report in group:
+            for name in {name for name, _ in getattr(report, "user_properties", ())}.intersection(reports):
+                reports[name].append(report)
+    if reports[_REPORT]:
         from pytest_lora.plugin import summary
 
-        summary.write(terminalreporter, reports)
+        summary.write(terminalreporter, reports[_REPORT])
+    if reports[GPU_PROPERTY]:
+        from pytest_lora.plugin import gpu_report
+
+        gpu_report.write(terminalreporter, reports[GPU_PROPERTY])

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_lora.plugin.options import OPTIONS
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import TypeVar
@@ -23,11 +21,14 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def lora_device() -> torch.device:
-    """The torch.device of the LoRA fixtures: CUDA if there is one, else the CPU. Overrides need session scope."""
-    import torch
+def lora_device(request: pytest.FixtureRequest) -> torch.device:
+    """The torch.device of the LoRA fixtures: of --lora-device, else CUDA if there is one, else the CPU.
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    Overrides need session scope.
+    """
+    from pytest_lora.plugin import gpu_devices
+
+    return _or_fail(gpu_devices.device_of, request.config)
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +38,9 @@ def lora_base_model(request: pytest.FixtureRequest, lora_device: torch.device) -
     Override it to test on a model of your own, any torch.nn.Module; in session scope it is built once, watched
     and put back after each test. A test that changes its weights, buffers or layers is an error at teardown.
     """
-    folder = request.config.stash[OPTIONS].model
+    from pytest_lora.plugin.session_options import options_of
+
+    folder = options_of(request.config).model
     if folder is None:
         from pytest_lora.tiny import load_tiny
 

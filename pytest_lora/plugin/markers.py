@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from pytest_lora.expect import Expect
-from pytest_lora.plugin.options import OPTIONS
+from pytest_lora.plugin.options import GPU_NAMES, MARKERS
+from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+NAMES = tuple(text.partition(":")[0].partition("(")[0] for text in MARKERS)
 
 _MEANT = {
     "rank": "r",
@@ -38,9 +41,9 @@ def fields_for(node: pytest.Item) -> Fields:
     Raises:
         ValueError: A field does not exist, or a mark has a positional argument.
     """
-    merged = dict(node.config.stash[OPTIONS].fields)
+    merged = dict(options_of(node.config).fields)
     split(merged, f"{_source(node)}, in lora_config")
-    for mark in _farthest_first(node):
+    for mark in farthest_first(node, "lora"):
         if mark.args:
             raise ValueError(_positional(node.nodeid, mark.args[0]))
         merged |= mark.kwargs
@@ -61,15 +64,40 @@ def expect_for(node: pytest.Item) -> Expect:
 
 
 def require_valid(item: pytest.Item) -> None:
-    """Check the marks of a test.
+    """Check the marks of a test that begin with "lora".
 
     Raises:
         pytest.Collector.CollectError: A mark is wrong.
     """
+    names = {mark.name for mark in item.iter_markers() if mark.name.startswith("lora")}
     try:
-        expect_for(item)
+        _require_known(item, names - set(NAMES))
+        if "lora" in names:
+            expect_for(item)
+        if "lora_slow" in names:
+            _require_bare(item)
+        if names.intersection(GPU_NAMES):
+            from pytest_lora.plugin.gpu_marks import need_of
+
+            need_of(item)
     except ValueError as error:
         raise pytest.Collector.CollectError(str(error)) from error
+
+
+def _require_known(item: pytest.Item, names: set[str]) -> None:
+    """Refuse what is nearly a marker of ours, unless it is registered as somebody else's."""
+    registered = {line.partition(":")[0].partition("(")[0].strip() for line in item.config.getini("markers")}
+    for name in sorted(names - registered):
+        if close := difflib.get_close_matches(name, NAMES, n=1, cutoff=0.75):
+            raise ValueError(f"{item.nodeid}: there is no marker {name!r}; did you mean {close[0]!r}?")
+
+
+def _require_bare(item: pytest.Item) -> None:
+    for mark in item.iter_markers("lora_slow"):
+        for argument in (*mark.args, *mark.kwargs):
+            raise ValueError(
+                f"{item.nodeid}: @pytest.mark.lora_slow takes no arguments, and got {argument!r}"
+            )
 
 
 def split(fields: Mapping[str, object], where: str) -> Fields:
@@ -100,13 +128,13 @@ def lora_config_fields() -> tuple[str, ...]:
     return tuple(inspect.signature(LoraConfig).parameters)
 
 
-def _farthest_first(node: pytest.Item) -> Iterator[pytest.Mark]:
-    """The marks from the module to the parameter set, so that the closest comes last.
+def farthest_first(node: pytest.Item, name: str) -> Iterator[pytest.Mark]:
+    """The marks of a name from the module to the parameter set, so that the closest comes last.
 
     pytest lists base classes before subclasses, but of stacked decorators the closest one first.
     """
     for owner in node.listchain():
-        marks = [mark for mark in owner.own_markers if mark.name == "lora"]
+        marks = [mark for mark in owner.own_markers if mark.name == name]
         of_parameters = list(getattr(getattr(owner, "callspec", None), "marks", ()))
         stacked = [mark for mark in marks if mark not in of_parameters]
         yield from stacked if isinstance(owner, pytest.Class) else reversed(stacked)

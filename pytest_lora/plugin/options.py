@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import os
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +10,25 @@ MARKERS = (
     "lora(**fields): set fields of peft.LoraConfig (r=16, target_modules='all-linear') or of "
     "pytest_lora.Expect (alpha_ratio=2.0) for the LoRA fixtures of a test, a class or a module; the mark closest "
     "to the test wins, field by field.",
+    "lora_gpu(min_vram_gb=None, count=1, capability=None): a test that needs GPUs, skipped where they are missing: "
+    "GB (10**9 bytes) of memory on each, how many, and the CUDA compute capability, as in (8, 0).",
+    "lora_vram_limit(size): a GPU test that fails if more than this, as in '8GiB', is allocated at a time on a GPU.",
     "lora_slow: a slow LoRA test, skipped unless --lora-slow or RUN_SLOW=1 is given.",
 )
+
+GPU_NAMES = ("lora_gpu", "lora_vram_limit")
+"""Markers of tests that only run on a GPU."""
+GPU_PROPERTY = "lora_gpu"
+"""The user property in which a GPU test's measurements travel, as JSON."""
+
+
+def is_gpu_test(item: pytest.Item) -> bool:
+    """Whether a test only runs on a GPU."""
+    return any(mark.name in GPU_NAMES for mark in item.iter_markers())
+
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""Files by which a saved adapter is known, and by which it can be named on the command line."""
 
 
 class _Option:
@@ -37,12 +50,46 @@ TABLE = (
         "string",
     ),
     _Option(
+        "adapters",
+        "folder of saved adapters, each of which becomes test items, one a group of rules; may be given more than "
+        "once, and nothing in the folder is executed. From ini it counts where no path is given to pytest",
+        {"metavar": "DIR", "action": "append", "default": []},
+        "linelist",
+    ),
+    _Option(
+        "base",
+        "model folder or config.json that the saved adapters are compared with; no weights are read",
+        {"metavar": "PATH"},
+        "string",
+    ),
+    _Option(
         "config",
         "defaults for every test, one a line: FIELD = PYTHON LITERAL, fields as for @pytest.mark.lora",
         ini="linelist",
     ),
     _Option(
         "slow", "run the tests marked lora_slow; RUN_SLOW=1 does it too", {"action": "store_true"}, "bool"
+    ),
+    _Option(
+        "device",
+        "device of the LoRA fixtures and of GPU tests: auto, cpu, cuda, cuda:N, xpu or mps; auto takes CUDA if there "
+        "is any, and for GPU tests else XPU or MPS",
+        {"metavar": "DEVICE", "default": "auto"},
+    ),
+    _Option(
+        "require-gpu",
+        "fail GPU tests that would be skipped for want of a GPU, and fail the session if no GPU test ran",
+        {"action": "store_true"},
+    ),
+    _Option(
+        "gpu-report",
+        "list memory and seconds of the GPU tests, and what was skipped; also to $GITHUB_STEP_SUMMARY",
+        {"action": "store_true"},
+    ),
+    _Option(
+        "gpus_per_worker",
+        "GPUs that each pytest-xdist worker sees; without it as many as the most demanding test counts",
+        ini="string",
     ),
     _Option("rules", "list the rules: code, severity, name, summary", {"action": "store_true"}),
     _Option("explain", "print the documentation of a rule, such as LORA203", {"metavar": "CODE"}),
@@ -55,68 +102,23 @@ def add_options(parser: pytest.Parser) -> None:
     for option in TABLE:
         if option.flag is not None:
             group.addoption(
-                f"--lora-{option.name}", dest=f"lora_{option.name}", help=option.text, **option.flag
+                f"--lora-{option.name}",
+                dest=f"lora_{option.name}".replace("-", "_"),
+                help=option.text,
+                **option.flag,
             )
         if option.ini is not None:
             parser.addini(f"lora_{option.name}", option.text, type=option.ini)
 
 
-@dataclass(frozen=True)
-class LoraOptions:
-    """The settings of a session.
-
-    Attributes:
-        model: Folder of the base model, absolute; ``None`` for the built-in one.
-        fields: Defaults of ``LoraConfig`` and ``Expect`` fields for every test.
-        slow: Whether tests marked ``lora_slow`` run.
-    """
-
-    model: Path | None
-    fields: dict[str, object]
-    slow: bool
-
-    @classmethod
-    def from_config(cls, config: pytest.Config) -> LoraOptions:
-        """Read flags, ini and environment.
-
-        Raises:
-            pytest.UsageError: The model folder is none, or an ini line is not ``field = literal``.
-        """
-        env = os.environ.get("RUN_SLOW", "").lower() in ("1", "yes", "true", "on", "y")
-        return cls(
-            model=_model_folder(config),
-            fields=dict(_field(line) for line in config.getini("lora_config")),
-            slow=bool(config.getoption("lora_slow") or config.getini("lora_slow") or env),
-        )
-
-
-OPTIONS = pytest.StashKey[LoraOptions]()
-
-
-def _model_folder(config: pytest.Config) -> Path | None:
-    if flag := config.getoption("lora_model"):
-        source, folder = "--lora-model", config.invocation_params.dir / Path(flag).expanduser()
-    elif ini := config.getini("lora_model"):
-        origin = config.inipath.parent if config.inipath else config.rootpath
-        source, folder = "ini lora_model", origin / Path(ini).expanduser()
-    else:
-        return None
-    if not folder.is_dir():
-        raise pytest.UsageError(f"{source}: there is no folder {str(folder)!r}; models are never downloaded")
-    if not (folder / "config.json").is_file():
-        raise pytest.UsageError(
-            f"{source}: {str(folder)!r} holds no config.json, so it is no transformers model"
-        )
-    return folder
-
-
-def _field(line: str) -> tuple[str, object]:
-    name, equals, literal = (part.strip() for part in line.partition("="))
-    try:
-        if not equals or not name.isidentifier():
-            raise ValueError
-        return name, ast.literal_eval(literal)
-    except (ValueError, SyntaxError) as error:
-        raise pytest.UsageError(
-            f"ini lora_config: {line!r} is not FIELD = PYTHON LITERAL, as in r = 16 or target_modules = ['q_proj']"
-        ) from error
+def any_set(config: pytest.Config) -> bool:
+    """Whether a flag or ini value of the table is set, so that there is something to read."""
+    for option in TABLE:
+        flag, default = option.flag, None
+        if flag is not None:
+            default = flag.get("default", False if flag.get("action") == "store_true" else None)
+            if config.getoption(f"lora_{option.name}".replace("-", "_")) != default:
+                return True
+        if option.ini is not None and config.getini(f"lora_{option.name}"):
+            return True
+    return False

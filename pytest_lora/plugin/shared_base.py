@@ -15,7 +15,7 @@ from pytest_lora.findings import grouped
 from pytest_lora.snapshot import Damage, Snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from peft import LoraConfig, PeftModel
 
@@ -79,6 +79,10 @@ class SharedBases:
         alive = {id(value) for _, value in self.made}
         self.bases = [base for base in self.bases if id(base.model) in alive]
 
+    def kept_adapters(self) -> set[int]:
+        """Identities of the models with an adapter that are kept for a later test."""
+        return {id(model) for base in self.bases for model, _ in base.kept()}
+
     def shared(self, model: nn.Module) -> Base | None:
         """The record of a model that more than one test gets; ``None`` for a test's own."""
         return next((base for base in self.bases if base.model is model), None)
@@ -126,6 +130,10 @@ class Base:
         self.model = model
         self.pristine = Snapshot(model)
         self._kept: dict[str, tuple[PeftModel, Snapshot]] = {}
+
+    def kept(self) -> Iterable[tuple[PeftModel, Snapshot]]:
+        """The adapters that were on it, and what they were when new."""
+        return self._kept.values()
 
     def put_on(self, config: LoraConfig) -> tuple[PeftModel, Snapshot]:
         """Put a fresh adapter on, and say what the model then is.

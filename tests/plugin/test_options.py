@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pytest_lora.plugin.options import LoraOptions
+from pytest_lora.plugin.session_options import LoraOptions
 from pytest_lora.rules import catalogue
 
 
@@ -97,20 +97,45 @@ def test_options_are_read_from_ini(pytester: pytest.Pytester, monkeypatch: pytes
     pytester.makeini(
         "[pytest]\nlora_slow = true\nlora_model = llama\nlora_config =\n    r = 4\n    target_modules = ['a', 'b']\n"
     )
-    expected = LoraOptions(model=folder, fields={"r": 4, "target_modules": ["a", "b"]}, slow=True)
+    expected = LoraOptions(
+        model=folder,
+        adapters=(),
+        base=None,
+        fields={"r": 4, "target_modules": ["a", "b"]},
+        slow=True,
+        device="auto",
+        require_gpu=False,
+        gpu_report=False,
+        gpus_per_worker=0,
+    )
     assert LoraOptions.from_config(pytester.parseconfig()) == expected
 
 
 def test_help_names_flags_ini_values_and_markers(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest_subprocess("--help")
-    for setting in ("--lora-model=PATH", "--lora-slow", "--lora-rules", "--lora-explain=CODE"):
+    for setting in (
+        "--lora-model=PATH",
+        "--lora-slow",
+        "--lora-device=DEVICE",
+        "--lora-require-gpu",
+        "--lora-gpu-report",
+        "--lora-rules",
+        "--lora-explain=CODE",
+    ):
         result.stdout.fnmatch_lines([f"*{setting}*"])
-    for setting in ("lora_model (string):*", "lora_slow (bool):*", "lora_config (linelist):*"):
+    for setting in (
+        "lora_model (string):*",
+        "lora_slow (bool):*",
+        "lora_config (linelist):*",
+        "lora_gpus_per_worker *",
+    ):
         result.stdout.fnmatch_lines([f"*{setting}*"])
     result = pytester.runpytest_subprocess("--markers")
     result.stdout.fnmatch_lines(
         [
             "@pytest.mark.lora(**fields): set fields of peft.LoraConfig (r=16, target_modules='all-linear') or *",
+            "@pytest.mark.lora_gpu(min_vram_gb=None, count=1, capability=None): a test that needs GPUs, *",
+            "@pytest.mark.lora_vram_limit(size): a GPU test that fails if more than this, *",
             "@pytest.mark.lora_slow: a slow LoRA test, skipped unless --lora-slow or RUN_SLOW=1 is given.",
         ]
     )

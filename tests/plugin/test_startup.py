@@ -6,7 +6,12 @@ import json
 
 import pytest
 
+from tests.plugin.simulated import machine
+
 HEAVY = {"torch", "numpy", "transformers", "peft", "bitsandbytes", "hypothesis", "accelerate", "safetensors"}
+
+ALONE = ("-p", "no:hypothesispytest", "-p", "no:pytest_torch")
+"""Plugins of others that import what is looked for here, or may do so."""
 
 PRINT_MODULES = """
 import json, sys
@@ -17,7 +22,7 @@ def pytest_unconfigure():
 
 
 def loaded(pytester: pytest.Pytester, *args: str) -> set[str]:
-    result = pytester.runpytest_subprocess("-s", "-p", "no:hypothesispytest", "-p", "no:xdist", *args)
+    result = pytester.runpytest_subprocess("-s", *ALONE, "-p", "no:xdist", *args)
     assert result.ret == 0
     line = next(line for line in result.outlines if "MODULES " in line)
     return set(json.loads(line.partition("MODULES ")[2]))
@@ -39,6 +44,32 @@ def test_a_session_without_lora_loads_at_most_five_own_modules_and_nothing_heavy
     assert modules - without == own
 
 
+def test_a_worker_of_xdist_loads_no_more(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        PRINT_MODULES.replace("import json, sys", "import json, os, sys")
+        .replace('print("MODULES"', 'print(os.environ.get("PYTEST_XDIST_WORKER"), "MODULES"')
+        .replace(")))", ")), file=open('modules.log', 'a'))")
+    )
+    pytester.makepyfile("def test_plain(): ...")
+    assert pytester.runpytest_subprocess(*ALONE, "-n", "1").ret == 0
+    lines = (pytester.path / "modules.log").read_text().splitlines()
+    worker = json.loads(next(line for line in lines if line.startswith("gw0")).partition("MODULES ")[2])
+    assert len([name for name in worker if name.partition(".")[0] == "pytest_lora"]) <= 5
+    assert not {name.partition(".")[0] for name in worker} & HEAVY
+
+
+def test_gpu_marks_import_no_torch_before_set_up(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 24)
+    pytester.makeconftest(PRINT_MODULES)
+    pytester.makepyfile(
+        "import pytest\n@pytest.mark.lora_gpu(min_vram_gb=16)\ndef test_runs(): ...\n"
+        "@pytest.mark.lora_gpu(min_vram_gb=99)\ndef test_is_skipped(): ..."
+    )
+    assert not {name.partition(".")[0] for name in loaded(pytester)} & HEAVY
+
+
 def test_marks_of_expect_fields_import_no_peft(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(PRINT_MODULES)
     pytester.makepyfile("import pytest\n@pytest.mark.lora(alpha_ratio=2.0)\ndef test_plain(): ...")
@@ -47,7 +78,7 @@ def test_marks_of_expect_fields_import_no_peft(pytester: pytest.Pytester) -> Non
 
 def test_tests_that_ask_for_nothing_get_no_fixture(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_plain(request): assert request.fixturenames == ['request']")
-    assert pytester.runpytest_subprocess("-p", "no:hypothesispytest").ret == 0
+    assert pytester.runpytest_subprocess(*ALONE).ret == 0
 
 
 def test_can_be_switched_off(pytester: pytest.Pytester) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,18 +14,36 @@ from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
+    PretrainedConfig,
 )
 
 import pytest_lora
+from tests.rules import folders
 
 LAYERS = 2
 WIDTH = 64
 VOCABULARY = 128
+
+BASE_FIELDS = {"num_hidden_layers", "hidden_size", "vocab_size"}
+"""Fields of LlamaConfig that ``adapter`` takes in an example."""
+
+FOLDER_TOOLS = (
+    "add_base_weights",
+    "configure",
+    "cut",
+    "edit",
+    "pickle_weights",
+    "remove",
+    "rename",
+    "write",
+    "write_sparse",
+)
 
 
 def _llama_config(**changes: Any) -> LlamaConfig:
@@ -141,6 +161,21 @@ BATCHES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
 }
 
 
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama_7b": LlamaConfig,  # its defaults are Llama-2-7B
+    "fused_moe": lambda: GptOssConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        head_dim=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        vocab_size=1000,
+    ),
+}
+
+
 @cache
 def names() -> dict[str, Any]:
     """What an example may use besides the bases: torch, PEFT and this package."""
@@ -153,11 +188,28 @@ def names() -> dict[str, Any]:
 class Namespace(dict[str, Any]):
     """Names for one example; a base or batch is built, from a fixed seed, when it is first mentioned."""
 
+    def __init__(self, scratch: Path) -> None:
+        super().__init__()
+        self.scratch = scratch
+
+    def adapter(self, on: nn.Module | None = None, **fields: Any) -> Path:
+        """Folder of a saved adapter; fields of LlamaConfig among the others make it one of another base."""
+        changes = {name: fields.pop(name) for name in BASE_FIELDS & fields.keys()}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            base = LlamaForCausalLM(_llama_config(**changes)) if on is None else on
+            return folders.adapter(self.scratch, base, **fields)
+
     def __missing__(self, name: str) -> Any:
-        if name in BASES or name in BATCHES:
+        if name == "adapter":
+            return self.adapter
+        if name in FOLDER_TOOLS:
+            return getattr(folders, name)
+        made = {**BASES, **BATCHES, **CONFIGS}
+        if name in made:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                self[name] = {**BASES, **BATCHES}[name]()
+                self[name] = made[name]()
             return self[name]
         if name in names():
             return names()[name]
@@ -166,8 +218,9 @@ class Namespace(dict[str, Any]):
 
 def run(code: str) -> pytest_lora.Report:
     """Run an example and hand back the report that it made."""
-    namespace = Namespace()
-    exec(compile(code, "<example>", "exec"), namespace)
+    with tempfile.TemporaryDirectory() as scratch:
+        namespace = Namespace(Path(scratch))
+        exec(compile(code, "<example>", "exec"), namespace)
     report = namespace["report"]
     assert isinstance(report, pytest_lora.Report)
     return report

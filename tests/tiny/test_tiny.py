@@ -412,27 +412,27 @@ class TestPretrained:
 
 @pytest.mark.lora_slow
 def test_pretraining_script(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest_lora.tiny.pretrain", "--steps", "20", "--out"]
-    settings = ["--validate-every", "10", "--validation-windows", "32"]
+    command = [sys.executable, "-m", "pytest_lora.tiny.pretrain", "--steps", "8", "--out"]
+    settings = ["--validate-every", "4", "--validation-windows", "8"]
     outputs = []
     for folder in (tmp_path / "first", tmp_path / "second"):
         done = subprocess.run(
             [*command, str(folder), *settings], capture_output=True, text=True, check=True, timeout=300
         )
         outputs.append(done.stdout)
-    assert "step 10/20" in outputs[0]
+    assert "step 4/8" in outputs[0]
     assert "final validation" in outputs[0]
 
     record = json.loads((tmp_path / "first" / "training.json").read_text(encoding="utf-8"))
-    assert record["steps"] == 20
-    assert record["tokens"] == 20 * 1024
-    assert record["validation_nats_per_byte"] < 4.0 < math.log(VOCAB_SIZE)
+    assert record["steps"] == 8
+    assert record["tokens"] == 8 * 1024
+    assert record["validation_nats_per_byte"] < 5.0 < math.log(VOCAB_SIZE)
     stored = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
     assert stored[0] == stored[1]
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=torch.float32)
     assert model.config.vocab_size == VOCAB_SIZE
-    assert unseen_loss(model) < 4.0
+    assert unseen_loss(model) < 5.0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
-NEED_FLOATS = ("pissa", "corda", "loftq")
+NEED_FLOATS = ("pissa", "corda", "loftq", "orthogonal")
 READ_WEIGHTS = ("pissa", "corda", "loftq", "olora", "orthogonal", "lora_ga", "mica")
 
 
@@ -16,11 +16,11 @@ def init_does_not_fit_the_weights(facts: ConfigFacts, expect: Expect) -> Iterato
     """The initialisation computes with base weights that are quantized, or that it cannot find.
 
     ## What it does
-    Looks for `init_lora_weights` of PiSSA, CorDA or LoftQ on modules that are already quantized, and of any
-    method that reads the base weight on fused parameters (`target_parameters`).
+    Looks for `init_lora_weights` of PiSSA, CorDA, LoftQ or the orthogonal one on modules that are already
+    quantized, and of any method that reads the base weight on fused parameters (`target_parameters`).
 
     ## Why is this bad?
-    These methods decompose the float weight. On packed weights PEFT stops (PiSSA, CorDA), or computes with
+    These methods decompose the float weight. On packed weights PEFT stops (PiSSA, CorDA, orthogonal), or computes with
     numbers that are no weights (LoftQ, which wants to quantize by itself); on a fused parameter it stops.
 
     ## Example

@@ -1,0 +1,109 @@
+"""Time of memory estimates: the first of a base, and further ones with other rank, batch and sequence.
+
+    python benchmarks/memory_speed.py [--json benchmarks/results/memory_speed.json]
+
+Each first estimate is made in a process of its own, imports aside; rates are medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, int]] = {
+    "7B": {},  # the defaults of LlamaConfig
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+FIRST_BUDGET = 2.0
+ALLOCATED_BUDGET = 1000
+RESERVED_BUDGET = 20
+
+
+def measured(shape: str, rounds: int) -> dict[str, float]:
+    from peft import LoraConfig
+    from transformers import LlamaConfig
+
+    import pytest_lora.memory as memory
+
+    for name in ("bitsandbytes", "pytest_lora.inspection.memory.predictor"):
+        importlib.import_module(name)
+    base = LlamaConfig(**SHAPES[shape])
+    config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    setting: dict[str, Any] = {"quantization": "nf4", "gradient_checkpointing": True}
+    start = time.perf_counter()
+    memory.estimate_memory(base, config, batch_size=4, seq_len=512, **setting)
+    first = time.perf_counter() - start
+
+    step = memory.step_memory(base, config, **setting)
+    start = time.perf_counter()
+    for batch_size in range(2, 10):
+        step.peak_allocated(batch_size, 300)
+    fitting = time.perf_counter() - start
+
+    pick = random.Random(0)
+    points = [(pick.randint(2, 16), pick.randint(16, 8192), pick.randint(2, 256)) for _ in range(1000)]
+
+    def rate(call: Any, points: list[tuple[int, int, int]]) -> float:
+        start = time.perf_counter()
+        for point in points:
+            call(*point)
+        return len(points) / (time.perf_counter() - start)
+
+    return {
+        "first_seconds": first,
+        "fitting_seconds": fitting,
+        "allocated_per_second": statistics.median(rate(step.peak_allocated, points) for _ in range(rounds)),
+        "reserved_per_second": statistics.median(
+            rate(step.peak_reserved, points[:20]) for _ in range(rounds)
+        ),
+    }
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--json", type=Path)
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--shape", choices=SHAPES, help="measure one shape in this process")
+    chosen = arguments.parse_args()
+    if chosen.shape:
+        print(json.dumps(measured(chosen.shape, chosen.rounds)))
+        return
+    rows = {}
+    for shape in SHAPES:
+        command = [sys.executable, __file__, "--shape", shape, "--rounds", str(chosen.rounds)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        row = rows[shape] = json.loads(output.splitlines()[-1])
+        print(
+            f"{shape:4s} first {row['first_seconds']:.2f} s (bound {FIRST_BUDGET:g}), "
+            f"fit {row['fitting_seconds']:.2f} s once, then {row['allocated_per_second']:,.0f} allocated peaks "
+            f"a second (bound {ALLOCATED_BUDGET:,}), {row['reserved_per_second']:.0f} reserved "
+            f"(bound {RESERVED_BUDGET})"
+        )
+    if chosen.json:
+        names = ("torch", "transformers", "peft", "bitsandbytes")
+        result = {
+            "versions": {n: version(n) for n in names},
+            "python": platform.python_version(),
+            "rows": rows,
+        }
+        chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Sizes of memory: read from what users write, and written as users read them."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS: dict[str, int] = {
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)},
+}
+_SIZE = re.compile(r"\s*(\d+)(?:\.(\d+))?\s*([a-z]*)\s*", re.ASCII | re.IGNORECASE)
+
+
+def parse_bytes(value: object, argument: str) -> int:
+    """A size in bytes.
+
+    Args:
+        value: Whole bytes as an int, or a string with a unit: ``"24GiB"`` is 24 * 2**30 bytes, ``"24GB"`` is
+            24 * 10**9. B, KB, MB, GB, TB, KiB, MiB, GiB and TiB are known, in any case; fractions and a space
+            before the unit are fine. A fraction of a byte is dropped.
+        argument: What the user calls the value, for the errors.
+
+    Returns:
+        The size in bytes, at least 1.
+
+    Raises:
+        TypeError: The value is neither.
+        ValueError: The string has no unit or is no size, or the size is less than a byte.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(
+            f'{argument} must be a size such as "24GiB" (or "24GB") or whole bytes, not {type(value).__name__}'
+        )
+    size = value if isinstance(value, int) else _parsed(value, argument)
+    if size < 1:
+        raise ValueError(f"{argument} must be at least 1 byte, got {_quoted(value)}")
+    return size
+
+
+def format_bytes(size: int) -> str:
+    """A size in bytes as a reader wants it: ``"12.3 GiB"``, in the largest binary unit of which there is one.
+
+    Args:
+        size: Bytes; negative for a difference.
+    """
+    sign, size = ("-", -size) if size < 0 else ("", size)
+    if size < 1024:
+        return f"{sign}{size} B"
+    value = float(size)
+    for unit in ("KiB", "MiB", "GiB"):
+        value /= 1024
+        if value < 1023.95:  # above, one decimal would say 1024.0
+            return f"{sign}{value:.1f} {unit}"
+    return f"{sign}{value / 1024:.1f} TiB"
+
+
+def _parsed(text: str, argument: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f'{argument} must be a size such as "24GiB" (or "24GB"), got {_quoted(text)}')
+    whole, fraction, unit = match[1], match[2] or "", match[3].lower()
+    number = f"{whole}.{fraction}" if fraction else whole
+    if not unit or f"{unit}b" in _UNITS:
+        prefix = unit[:1].upper() or "G"
+        raise ValueError(
+            f'{argument} must carry a unit: "{number}{prefix}iB" (or "{number}{prefix}B"), got {_quoted(text)}'
+        )
+    if unit not in _UNITS:
+        raise ValueError(
+            f"{argument} has the unknown unit {_quoted(match[3])}: write B, KiB, MiB, GiB or TiB (or KB, MB, GB, TB), "
+            f"got {_quoted(text)}"
+        )
+    scale: int = 10 ** len(fraction)
+    return int(whole + fraction) * _UNITS[unit] // scale
+
+
+def _quoted(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)

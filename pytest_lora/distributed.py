@@ -1,0 +1,307 @@
+"""Several processes: run a function on every rank, and hold that all ranks have the same adapter."""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import importlib
+import os
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from filelock import FileLock, Timeout
+
+Backend = Literal["gloo", "nccl"]
+
+GRACE = 2.0
+"""Seconds between the word of a rank that ran out of time and its end, with which the launcher ends the others."""
+
+
+class RanksFailedError(AssertionError):
+    """A rank raised, died or did not end in time. The message has the traceback of each that did."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a rank does; travels to it by pickle."""
+
+    module: str
+    name: str
+    arguments: tuple[Any, ...]
+    backend: str
+    timeout: float
+    folder: str
+
+
+def run_distributed(
+    fn: Callable[..., Any],
+    world_size: int = 2,
+    backend: Backend = "gloo",
+    *,
+    args: Sequence[Any] = (),
+    timeout: float = 120.0,
+) -> list[Any]:
+    """Run a function in several new processes of this machine, as torchrun would, and wait for them.
+
+    Each rank has a process group: ``torch.distributed`` is set up before the function and taken down after it.
+    With ``"nccl"`` rank N has ``cuda:N`` as its current device.
+
+    Args:
+        fn: A function of a module that the ranks can import, not a lambda nor one defined inside another.
+        world_size: Number of ranks, 1 or more.
+        backend: ``"gloo"`` (CPU) or ``"nccl"`` (one GPU each).
+        args: Positional arguments for it, the same on each rank; they are pickled.
+        timeout: Seconds that a rank may take, from when it has started; then it is ended.
+
+    Returns:
+        What the function returned, by rank; pickled, so tensors should be on the CPU.
+
+    Raises:
+        TypeError: ``fn`` cannot be imported by its name.
+        ValueError: ``world_size``, ``backend`` or ``timeout`` is none.
+        RanksFailedError: A rank raised, died or took too long; has its traceback.
+    """
+    _check(fn, world_size, backend, timeout)
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=world_size,
+            run_id=Path(folder).name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        task = _Task(fn.__module__, fn.__qualname__, tuple(args), backend, timeout, folder)
+        failure = ""
+        try:
+            results = elastic_launch(config, _rank)(task)
+        except ChildFailedError as error:
+            exits = {rank: one.exitcode for rank, one in error.failures.items()}
+            failure = _told(Path(folder), fn.__qualname__, world_size, exits)
+    if failure:
+        raise RanksFailedError(failure)
+    return [results[rank] for rank in range(world_size)]
+
+
+def assert_adapters_in_sync(model: Any) -> None:
+    """Assert that every rank has the same adapter, bit for bit; call it on all ranks, after an optimizer step.
+
+    What is compared are the adapter's weights and all that is trained. Sharded weights (FSDP) are put together
+    first, by all ranks at once.
+
+    Args:
+        model: A model with LoRA layers, also inside DDP or FSDP.
+
+    Raises:
+        AssertionError: Weights differ; names them, the ranks and by how much. Raised on every rank.
+        RuntimeError: There is no process group.
+        TypeError: The model has no adapter.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "assert_adapters_in_sync needs a process group: call it in run_distributed or torchrun"
+        )
+    with ExitStack() as stack, torch.no_grad():
+        _gather_shards(model, stack)
+        own = {name: _whole(tensor).detach() for name, tensor in _adapter_weights(model)}
+        if not own:
+            raise TypeError(
+                f"{type(model).__name__} has no adapter: no LoRA weights and nothing that is trained"
+            )
+        digests: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(digests, {name: _digest(tensor) for name, tensor in own.items()})
+        problems = list(_differences(digests, own))
+    assert not problems, "\n".join(
+        [
+            f"the adapter differs between {len(digests)} ranks, in {len(problems)} of {len(own)} weights:",
+            *problems[:10],
+        ]
+    )
+
+
+def _check(fn: Any, world_size: object, backend: object, timeout: object) -> None:
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+        raise ValueError(f"world_size must be a whole number of ranks, 1 or more, not {world_size!r}")
+    if backend not in ("gloo", "nccl"):
+        raise ValueError(f"backend must be 'gloo' or 'nccl', not {backend!r}")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        raise ValueError(f"timeout must be a number of seconds greater than 0, not {timeout!r}")
+    name = getattr(fn, "__qualname__", "")
+    module = sys.modules.get(getattr(fn, "__module__", None) or "")
+    if not callable(fn) or module is None or getattr(module, name, None) is not fn:
+        raise TypeError(
+            f"fn must be a function at the top level of a module, which each rank imports, not {fn!r}"
+        )
+
+
+def _rank(task: _Task) -> Any:
+    """One rank: set up, run, take down. What goes wrong is written where the launching process reads it."""
+    import torch
+    import torch.distributed as dist
+
+    home = Path(task.folder)
+    rank = os.environ["RANK"]
+    alive = FileLock(_note(home, "alive", rank))
+    alive.acquire()
+    with open(_note(home, "hang", rank), "w") as stacks:
+        watchdog = threading.Timer(task.timeout, _give_up, [stacks])
+        watchdog.daemon = True
+        watchdog.start()
+        # Where a library keeps Python from running, that one never gets its turn.
+        faulthandler.dump_traceback_later(task.timeout + 2 * GRACE, exit=True, file=stacks)
+        try:
+            fn = getattr(importlib.import_module(task.module), task.name)
+            if task.backend == "nccl":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group(task.backend)
+            result = fn(*task.arguments)
+            dist.destroy_process_group()
+        except BaseException:
+            _note(home, "error", rank).write_text(traceback.format_exc())
+            _note_death_of_others(home, int(os.environ["WORLD_SIZE"]), int(rank))
+            # The other ranks may wait for this one for ever; the launcher ends them when this one is gone.
+            os._exit(1)
+        finally:
+            watchdog.cancel()
+            faulthandler.cancel_dump_traceback_later()
+        _note(home, "done", rank).touch()
+        return result
+
+
+def _give_up(stacks: TextIO) -> None:
+    """Write where every thread of this rank is, leave the other ranks the time to do so, and end it."""
+    faulthandler.dump_traceback(file=stacks, all_threads=True)
+    time.sleep(GRACE)
+    os._exit(1)
+
+
+def _note(home: Path, what: str, rank: object) -> Path:
+    return home / f"{what}-{rank}.txt"
+
+
+def _note_death_of_others(home: Path, world_size: int, own: int) -> None:
+    """Note ranks that died without a word, which the others notice before the system has let go of their locks.
+
+    The launcher reports only one rank, perhaps not the one that was the cause.
+    """
+    deadline = time.monotonic() + GRACE / 2
+    while time.monotonic() < deadline:
+        silent = [
+            rank
+            for rank in range(world_size)
+            if rank != own and not any(_note(home, what, rank).exists() for what in ("error", "done"))
+        ]
+        dead = [rank for rank in silent if _is_dead(home, rank)]
+        if dead or not silent:
+            return
+        time.sleep(0.05)
+
+
+def _is_dead(home: Path, rank: int) -> bool:
+    """Whether a rank began and is gone, which is noted then."""
+    if not _note(home, "alive", rank).exists():
+        return False
+    alive = FileLock(_note(home, "alive", rank))
+    try:
+        alive.acquire(timeout=0)
+    except Timeout:
+        return False
+    alive.release()
+    _note(home, "dead", rank).touch()
+    return True
+
+
+def _told(home: Path, name: str, world_size: int, exits: dict[int, int]) -> str:
+    """What became of the ranks that failed: the cause first, and of those that failed after it the last line."""
+    causes, errors = [], []
+    for rank in range(world_size):
+        error, hang = _note(home, "error", rank), _note(home, "hang", rank)
+        stacks = hang.read_text().rstrip() if hang.exists() else ""
+        if error.exists():
+            errors.append((error.stat().st_mtime_ns, rank, error.read_text().rstrip()))
+        elif stacks:
+            causes.append(f"rank {rank} of {world_size} did not end in time:\n{stacks}")
+        elif _note(home, "dead", rank).exists():
+            causes.append(f"rank {rank} of {world_size} died without raising")
+        elif exits.get(rank, 0) > 0:  # the launcher itself ends ranks by signals, whose codes are negative
+            causes.append(f"rank {rank} of {world_size} ended with exit code {exits[rank]}")
+    if not causes and not errors:
+        causes = [f"rank {rank} of {world_size} ended with exit code {code}" for rank, code in exits.items()]
+    for _, rank, text in sorted(errors):
+        if causes:
+            causes.append(f"rank {rank} of {world_size} failed after that: {text.splitlines()[-1]}")
+        else:
+            causes.append(f"rank {rank} of {world_size} raised:\n{text}")
+    return f"{name} failed\n\n" + "\n\n".join(causes)
+
+
+def _gather_shards(model: Any, stack: ExitStack) -> None:
+    """Put together, for the time being, what the first FSDP has sharded."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        stack.enter_context(FullyShardedDataParallel.summon_full_params(model, writeback=False))
+
+
+def _adapter_weights(model: Any) -> Iterator[tuple[str, Any]]:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or "lora_" in name:
+            yield name, parameter
+
+
+def _whole(tensor: Any) -> Any:
+    """A tensor of the second FSDP put together; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _digest(tensor: Any) -> str:
+    import torch
+
+    numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(numbers.tobytes()).hexdigest()}"
+
+
+def _differences(digests: list[dict[str, str]], own: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each weight that is not the same everywhere; all ranks see the same ones, in one order."""
+    import torch.distributed as dist
+
+    names = sorted({name for digest in digests for name in digest})
+    for name in names:
+        there = [digest.get(name) for digest in digests]
+        if len(set(there)) == 1:
+            continue
+        ranks = [rank for rank, value in enumerate(there) if value != there[0]]
+        line = (
+            f"  {name}: {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))} unlike rank 0"
+        )
+        if any(value is None for value in there):
+            yield f"{line}, where only some have it"
+            continue
+        if len({value.rpartition(" ")[0] for value in there if value}) > 1:
+            yield f"{line}, in shape or dtype"
+            continue
+        first = own[name].clone()
+        dist.broadcast(first, src=0)
+        largest = (own[name].double() - first.double()).abs().max()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        yield f"{line}, by up to {largest.item():.3g}"

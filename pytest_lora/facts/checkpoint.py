@@ -1,0 +1,387 @@
+"""Facts about a saved adapter: its folder, its configuration, its tensors, and how they fit a base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from pytest_lora.facts.base import BaseFacts
+from pytest_lora.facts.config import ConfigFacts, Settings, is_named
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+PREFIX = "base_model.model."
+
+WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_forward_module": "Lightning",
+    "module": "DDP or DeepSpeed",
+}
+"""What wrappers call the model that they hold, and so put into the keys of its state dict."""
+
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+_LORA = re.compile(
+    r"^(?:(?P<module>.*)\.)?(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<kind>weight|bias))?$"
+)
+_OTHER_TOOLS = re.compile(
+    r"lora_(?:down|up)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te\d?|transformer)_|"
+    r"^(?:unet|transformer|text_encoder(?:_\d)?)\..*lora_|\.(?:hada_w\d|lokr_w\d|diff)(?:_[ab])?$"
+)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.(?:safetensors|bin)$")
+_MERGED = re.compile(r"(?:model|pytorch_model)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)(?:\.index\.json)?")
+
+EntryKind = Literal["file", "folder", "link", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Something that lies in the folder.
+
+    Attributes:
+        name: Its name there.
+        kind: What it is; a link that stays in the folder (or in its hub cache) is what it points to.
+        bytes: Size, 0 for anything but files.
+    """
+
+    name: str
+    kind: EntryKind
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileFault:
+    """Why a file could not be read, or not be trusted.
+
+    Attributes:
+        file: Name in the folder.
+        kind: ``"link"``, ``"kind"``, ``"denied"``, ``"changed"``, ``"size"``, ``"format"`` or ``"pattern"``.
+        observed: What was seen, in words.
+    """
+
+    file: str
+    kind: Literal["link", "kind", "denied", "changed", "size", "format", "pattern"]
+    observed: str
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What the numbers of a tensor are like: how many are NaN or infinite, and whether all are zero."""
+
+    nans: int
+    infinities: int
+    zero: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """One tensor of the file.
+
+    Attributes:
+        name: Its key.
+        dtype: As safetensors writes it (``"F32"``, ``"BF16"``, ``"I8"``, ...).
+        shape: Its sizes.
+        values: What its numbers are like; None where they were not read.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    values: Values | None = None
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds."""
+        product = 1
+        for size in self.shape:
+            product *= size
+        return product
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of the file taken apart.
+
+    Attributes:
+        module: The base module that it is about, without prefixes and wrappers.
+        part: ``"lora_A"``, ``"lora_B"``, ``"lora_embedding_A"``, ``"lora_embedding_B"`` or
+            ``"lora_magnitude_vector"``; ``""`` for anything else.
+        prefixes: How often ``base_model.model.`` stands before the module.
+        wrappers: Names of wrappers that stand in it, in their order.
+        adapter: The name of the adapter, where that stands in it, else ``""``.
+        peft_name: The key as PEFT would write it.
+    """
+
+    module: str
+    part: str
+    prefixes: int
+    wrappers: tuple[str, ...]
+    adapter: str
+    peft_name: str
+
+    @classmethod
+    def of(cls, name: str) -> Key:
+        """Take a key apart."""
+        steps = name.split(".")
+        # "module" may be what a base calls a part of itself, so only at the top is it a wrapper's.
+        inside = tuple(step for step in steps if step.startswith("_") and step in WRAPPERS)
+        rest = ".".join(step for step in steps if step not in inside)
+        prefixes, outside = 0, 0
+        while True:
+            if rest.startswith(PREFIX):
+                rest, prefixes = rest.removeprefix(PREFIX), prefixes + 1
+            elif rest.startswith("module."):
+                rest, outside = rest.removeprefix("module."), outside + 1
+            else:
+                break
+        found = _LORA.match(rest)
+        wrappers = inside + ("module",) * outside
+        if found is None:
+            module = rest.rpartition(".")[0] or rest
+            return cls(module, "", prefixes, wrappers, "", PREFIX + rest)
+        module, part = found["module"] or "", found["part"]
+        bare = part in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+        ending = f".{found['kind'] or 'weight'}" if not bare else ""
+        adapter = found["adapter"] or ""
+        return cls(module, part, prefixes, wrappers, adapter, f"{PREFIX}{module}.{part}{ending}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModule:
+    """A base module for which the file holds LoRA tensors.
+
+    Attributes:
+        name: Name of the module in the base.
+        a: ``lora_A`` (or ``lora_embedding_A``), or None.
+        b: ``lora_B`` (or ``lora_embedding_B``), or None.
+        magnitude: DoRA's vector, or None.
+        configured_rank: The rank that the configuration gives it, or None where there is none to read.
+    """
+
+    name: str
+    a: TensorFacts | None
+    b: TensorFacts | None
+    magnitude: TensorFacts | None
+    configured_rank: int | None
+
+    @property
+    def rank(self) -> int | None:
+        """Rows of ``lora_A``, which are the rank; None where they cannot be read."""
+        shape = self.a.shape if self.a is not None else ()
+        return shape[0] if len(shape) > 1 and 0 not in shape else None
+
+    @property
+    def b_rank(self) -> int | None:
+        """Columns of ``lora_B``, which are the rank as well; None where they cannot be read."""
+        shape = self.b.shape if self.b is not None else ()
+        return shape[1] if len(shape) > 1 and 0 not in shape else None
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """``adapter_config.json``.
+
+    Attributes:
+        fields: The names that it sets.
+        peft_type: The method, in capitals; ``""`` where it is not said.
+        base: ``base_model_name_or_path``, or None where it is null, empty or no text.
+        base_class: Class of the base model that ``auto_mapping`` names, or None.
+        library: The library of that class, or None.
+        settings: The LoRA fields; None where one of them is nothing that LoRA can use, or for other methods.
+        problem: Why ``settings`` is None though the method is LoRA, else None.
+        unjudged: Fields that are set and change the structure in ways that are not followed here.
+        code: Fields that name code to import (``auto_map``).
+    """
+
+    fields: tuple[str, ...]
+    peft_type: str
+    base: str | None
+    base_class: str | None
+    library: str | None
+    settings: Settings | None
+    problem: str | None
+    unjudged: tuple[str, ...]
+    code: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """A tensor whose shape is not the one that the base asks for."""
+
+    name: str
+    found: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What PEFT makes of the file on one base.
+
+    Attributes:
+        base: The base.
+        base_name: The name that the base goes by, or None.
+        config: The configuration on the base; None where there is none that could be asked about.
+        misfits: Tensors of another shape than this base and configuration ask for.
+        missing: Keys that PEFT looks for and that the file lacks, whatever they are called there.
+        unused: Keys of the file, in PEFT's spelling, that nothing looks for.
+        wanted: The keys that PEFT would write for this base and configuration.
+        compared: Whether PEFT could be asked at all.
+        loads: Whether PEFT finds a place for every tensor and a tensor for every place.
+    """
+
+    base: BaseFacts
+    base_name: str | None
+    config: ConfigFacts | None
+    misfits: tuple[Misfit, ...] = ()
+    missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    wanted: frozenset[str] = frozenset()
+    compared: bool = False
+    loads: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """A saved adapter.
+
+    Attributes:
+        name: Name of the folder.
+        entries: What lies in it, at most a few thousand entries.
+        config: ``adapter_config.json``; None where it is missing or unreadable.
+        weights: Name of the file that the tensors are from, or None.
+        pickled: Whether that file is a pickle.
+        tensors: What that file holds.
+        faults: Files that could not be read.
+        adapted: The LoRA tensors by base module.
+        tokens: The highest token id that a tokenizer in the folder was given beyond its vocabulary, or None.
+        within: Folders in it that hold an adapter of their own, a few of them.
+        unread: Bytes of tensors whose values were not read.
+        fit: How it fits a base; None where no base is given.
+    """
+
+    name: str
+    entries: tuple[Entry, ...]
+    config: ConfigFile | None
+    weights: str | None
+    pickled: bool
+    tensors: tuple[TensorFacts, ...]
+    faults: tuple[FileFault, ...]
+    adapted: tuple[AdaptedModule, ...]
+    tokens: int | None = None
+    within: tuple[str, ...] = ()
+    unread: int = 0
+    fit: Fit | None = None
+    keys: dict[str, Key] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Settings | None:
+        """The LoRA fields of the configuration, or None."""
+        return self.config.settings if self.config else None
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether there are tensors to judge, also none at all in a sound file."""
+        return self.weights is not None and not any(f.file == self.weights for f in self.faults)
+
+    @cached_property
+    def other_method(self) -> str | None:
+        """What made the adapter where it is not PEFT's LoRA, in words; else None."""
+        if self.config is not None and self.config.peft_type not in ("", "LORA"):
+            return f"peft_type {self.config.peft_type}"
+        if self.config is None and any(_OTHER_TOOLS.search(t.name) for t in self.tensors):
+            return "LoRA in the format of diffusers or kohya-ss"
+        if self.config is not None and self.config.unjudged:
+            return f"LoRA with {', '.join(self.config.unjudged)}"
+        return None
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether keys and shapes can be judged: tensors were read, and PEFT's LoRA made them."""
+        return self.is_readable and self.other_method is None
+
+    @cached_property
+    def misnamed(self) -> tuple[TensorFacts, ...]:
+        """Tensors whose keys PEFT does not recognise for what stands before or in them."""
+        if not self.is_judged or (self.fit is not None and self.fit.loads):
+            return ()
+        return tuple(t for t in self.lora if self._is_misnamed(self.key(t)))
+
+    def _is_misnamed(self, key: Key) -> bool:
+        return key.prefixes != 1 or bool(key.wrappers) or key.adapter not in ("", "default")
+
+    @cached_property
+    def is_foreign(self) -> bool:
+        """Whether not one adapted module exists in the base."""
+        if self.fit is None or not self.adapted or self.fit.loads:
+            return False
+        known = set(self.fit.base.module_names)
+        held = [m.name.removesuffix(".base_layer") for m in self.adapted]
+        return not any(name in known or f"{name}." in known for name in held)
+
+    @property
+    def fits(self) -> Fit | None:
+        """The comparison with the base, where there is one worth speaking of in detail."""
+        fit = self.fit
+        return fit if fit is not None and fit.compared and not fit.loads and not self.is_foreign else None
+
+    def key(self, tensor: TensorFacts) -> Key:
+        """The key of a tensor taken apart."""
+        return self.keys[tensor.name]
+
+    @cached_property
+    def plain(self) -> tuple[TensorFacts, ...]:
+        """Tensors that are no LoRA factors: heads, tokens, biases, or weights of the base."""
+        return tuple(t for t in self.tensors if not self.key(t).part and ".lora_" not in t.name)
+
+    @cached_property
+    def lora(self) -> tuple[TensorFacts, ...]:
+        """The LoRA factors and what belongs to them."""
+        plain = set(map(id, self.plain))
+        return tuple(t for t in self.tensors if id(t) not in plain)
+
+    def has(self, name: str) -> bool:
+        """Whether something of this name lies in the folder."""
+        return any(entry.name == name for entry in self.entries)
+
+    @property
+    def files(self) -> Iterator[Entry]:
+        """The files of the folder."""
+        return (entry for entry in self.entries if entry.kind == "file")
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Files that hold a part of the adapter each."""
+        return tuple(
+            e.name for e in self.files if e.name.startswith("adapter_model") and _SHARD.search(e.name)
+        )
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Files that hold a whole model."""
+        return tuple(e.name for e in self.files if _MERGED.fullmatch(e.name))
+
+    @property
+    def pickles(self) -> tuple[str, ...]:
+        """Files that are pickles by their names, the file that was read aside."""
+        read = self.weights if self.pickled else None
+        return tuple(e.name for e in self.files if e.name.endswith(PICKLE_ENDINGS) and e.name != read)
+
+    def holds(self, module: str) -> bool:
+        """Whether a plain tensor belongs to a module of this name (its last parts are enough)."""
+        return any(_owns(module, self.key(tensor)) for tensor in self.plain)
+
+
+def _owns(module: str, key: Key) -> bool:
+    name = key.module
+    while name:
+        if is_named(name, module):
+            return True
+        name = name.rpartition(".")[0]
+    return False

@@ -1,0 +1,179 @@
+"""Memory of one training step, as facts: what is asked, what is predicted, what else was tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from pytest_lora.byte_sizes import format_bytes
+
+Checkpointing = bool | Literal["reentrant"]
+
+CATEGORIES = (
+    "base weights",
+    "quantized base weights",
+    "quantization statistics",
+    "embeddings and head",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits and loss",
+    "dequantization buffers",
+    "workspace",
+)
+"""What memory is held for, in the order in which it is shown."""
+
+
+AMPERE_WORKSPACE = 8_519_680
+"""Bytes of cuBLAS's workspace on Ampere and Ada (``CUBLAS_WORKSPACE_CONFIG`` ``:4096:2:16:8``, which torch sets);
+on Hopper 32 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How bitsandbytes stores the linear layers of the base.
+
+    Attributes:
+        method: ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        double_quant: Whether the scales of 4-bit blocks are quantized too.
+        storage: Dtype that packs 4-bit numbers.
+        compute_dtype: Dtype that 4-bit layers compute in.
+        skip_modules: Layers that stay whole, besides those that transformers keeps whole.
+    """
+
+    method: str
+    double_quant: bool = False
+    storage: str = "uint8"
+    compute_dtype: str = "bfloat16"
+    skip_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepSetting:
+    """Everything about a training step, the base and the adapter aside, that decides its memory.
+
+    Attributes:
+        batch_size: Sequences in one micro-batch.
+        seq_len: Tokens in each.
+        quantization: How the base is quantized; None if it is not.
+        dtype: Dtype of the base's unquantized weights.
+        adapter_dtype: Dtype of the adapter's weights.
+        gradient_checkpointing: ``False``, ``True`` (non-reentrant) or ``"reentrant"``.
+        optimizer: Name as in ``TrainingArguments(optim=...)``.
+        padding_mask: Whether batches hold padding, so that attention needs a mask.
+        accumulation: Micro-batches to one optimizer step.
+        outputs_held: Whether the training loop keeps the model's outputs until the step has ended.
+        prepare_for_kbit: Whether ``prepare_model_for_kbit_training`` casts what is not quantized to float32.
+        autocast: Whether the forward runs under ``torch.autocast`` in ``dtype``.
+        use_cache: Whether the model keeps keys and values for generation.
+        empty_cache: Whether the training loop empties the allocator's cache between steps.
+        workspace: Bytes of the workspace that cuBLAS allocates.
+    """
+
+    batch_size: int
+    seq_len: int
+    quantization: Quantization | None = None
+    dtype: str = "bfloat16"
+    adapter_dtype: str = "float32"
+    gradient_checkpointing: Checkpointing = False
+    optimizer: str = "adamw_torch"
+    padding_mask: bool = False
+    accumulation: int = 1
+    outputs_held: bool = False
+    prepare_for_kbit: bool = False
+    autocast: bool = False
+    use_cache: bool = False
+    empty_cache: bool = False
+    workspace: int = AMPERE_WORKSPACE
+
+
+class TimelinePoint(NamedTuple):
+    """A stretch of the step: its phase, the repeated layer it ran in (None outside), its peak in bytes."""
+
+    phase: str
+    layer: int | None
+    peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Predicted GPU memory of a training step, in bytes.
+
+    Attributes:
+        setting: What was asked.
+        architecture: Class of the base model.
+        rank: ``r`` of the adapter.
+        peak_allocated: What ``torch.cuda.max_memory_allocated`` would say.
+        peak_reserved: What ``torch.cuda.max_memory_reserved`` would say, with the allocator's own rounding.
+        loaded: Allocated once the model is loaded, before the first step.
+        after_step: Allocated between two steps: weights, quantization statistics, optimizer state.
+        breakdown: Bytes by category at the peak; they add up to ``peak_allocated``.
+        peak_phase: ``"forward"``, ``"backward"`` or ``"optimizer"``.
+        peak_operation: The operation whose result makes the peak.
+        timeline: Peak of each stretch of the step, in order.
+        paged: Optimizer state in unified memory, which the allocator does not count.
+        cuda_context: What the CUDA context takes beside it, a rough figure; ``nvidia-smi`` counts it.
+    """
+
+    setting: StepSetting
+    architecture: str
+    rank: int
+    peak_allocated: int
+    peak_reserved: int
+    loaded: int
+    after_step: int
+    breakdown: Mapping[str, int]
+    peak_phase: str
+    peak_operation: str
+    timeline: tuple[TimelinePoint, ...]
+    paged: int
+    cuda_context: int
+
+    def __str__(self) -> str:
+        asked = self.setting
+        rows = [
+            ("peak allocated", self.peak_allocated),
+            *((f"  {name}", size) for name, size in self.breakdown.items()),
+            ("peak reserved", self.peak_reserved),
+            ("between steps", self.after_step),
+            *((("optimizer state in paged memory", self.paged),) if self.paged else ()),
+            ("CUDA context beside it, roughly", self.cuda_context),
+        ]
+        width = max(len(name) for name, _ in rows)
+        head = (
+            f"a training step of {self.architecture}, batch {asked.batch_size} x {asked.seq_len} tokens, "
+            f"r={self.rank}; peak in the {self.peak_phase}, {self.peak_operation}"
+        )
+        return "\n".join((head, *(f"{name.ljust(width)}  {format_bytes(size):>10s}" for name, size in rows)))
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """What one change would make of the peak.
+
+    Attributes:
+        change: The change, as one would write it.
+        peak_allocated: Bytes.
+        smaller_rank: Whether it does nothing but lower the rank.
+    """
+
+    change: str
+    peak_allocated: int
+    smaller_rank: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFacts:
+    """A predicted step, the memory there is, and what else was tried.
+
+    Attributes:
+        estimate: The prediction.
+        budget: Bytes of GPU memory.
+        alternatives: The smallest change first; empty where the step fits.
+    """
+
+    estimate: MemoryEstimate
+    budget: int
+    alternatives: tuple[Alternative, ...] = ()

@@ -1,0 +1,215 @@
+"""A saved adapter as facts. Folders come from anywhere: nothing is unpickled unless asked for, nothing in them is
+imported or executed, no link out of them is followed, nothing is fetched, and time and memory are bounded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_lora.facts.checkpoint import (
+    CONFIG,
+    PICKLED,
+    WEIGHTS,
+    AdaptedModule,
+    CheckpointFacts,
+    ConfigFile,
+    Entry,
+    FileFault,
+    Key,
+    TensorFacts,
+)
+from pytest_lora.inspection.checkpoint.config_file import MAX_CONFIG, config_file
+from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
+from pytest_lora.inspection.checkpoint.header import read_header
+from pytest_lora.inspection.checkpoint.json_file import read_object
+from pytest_lora.inspection.checkpoint.patterns import refusal
+from pytest_lora.inspection.checkpoint.values import read_values
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pytest_lora.inspection.checkpoint.fit import Base
+
+OTHER_WEIGHTS = ("pytorch_lora_weights.safetensors",)
+"""What diffusers calls a LoRA file."""
+
+TOKENIZER = ("added_tokens.json", "tokenizer_config.json")
+
+
+def folder_of(path: str | os.PathLike[str]) -> Path:
+    """The folder that a user means by a path: a folder, or a file in it.
+
+    Raises:
+        TypeError: ``path`` is no path.
+        ValueError: There is nothing of this name.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be that of an adapter folder, not {type(path).__name__}")
+    place = Path(path)
+    try:
+        if place.is_dir():
+            return place
+        if os.path.lexists(place):
+            return place.parent
+    except (OSError, ValueError) as error:
+        raise ValueError(f"path: {str(place)[:200]!r} cannot be looked at: {error}") from error
+    raise ValueError(f"path: {str(place)!r} does not exist; adapters are never downloaded")
+
+
+def checkpoint_facts(path: Path, base: Base | None = None, *, read_pickle: bool = False) -> CheckpointFacts:
+    """Look at an adapter folder; what cannot be read becomes a fault in the facts.
+
+    Args:
+        path: The folder.
+        base: The base to compare it with.
+        read_pickle: Whether ``adapter_model.bin`` is read, with ``weights_only=True``.
+    """
+    reading = _Reading(Folder(path))
+    entries = reading.listing()
+    raw = reading.config()
+    weights = _weights_file(reading.folder, entries, has_config=raw is not None)
+    pickled = weights is None and read_pickle and reading.folder.exists(PICKLED)
+    if pickled:
+        weights = PICKLED
+        reading.unpickle()
+    elif weights is not None:
+        reading.safetensors(weights)
+    keys = {tensor.name: Key.of(tensor.name) for tensor in reading.tensors}
+    config = reading.judge_patterns(raw, keys, base)
+    facts = CheckpointFacts(
+        name=path.name or str(path),
+        entries=entries,
+        config=config,
+        weights=weights,
+        pickled=pickled,
+        tensors=reading.tensors,
+        faults=tuple(reading.faults),
+        adapted=tuple(_adapted(reading.tensors, keys, config)),
+        tokens=reading.tokens(),
+        within=() if raw else tuple(_adapters_within(reading.folder, entries)),
+        unread=reading.unread,
+        keys=keys,
+    )
+    if base is None or raw is None or config is None or config.settings is None or not facts.is_judged:
+        return facts
+    return replace(facts, fit=base.fit(raw, facts.tensors, keys))
+
+
+@dataclass
+class _Reading:
+    """One pass over a folder, which goes on after a fault."""
+
+    folder: Folder
+    faults: list[FileFault] = field(default_factory=list)
+    tensors: tuple[TensorFacts, ...] = ()
+    unread: int = 0
+
+    def listing(self) -> tuple[Entry, ...]:
+        try:
+            return self.folder.entries()
+        except UnreadableError as error:
+            self.faults.append(error.fault)
+            return ()
+
+    def config(self) -> dict[str, Any] | None:
+        if not self.folder.exists(CONFIG):
+            return None
+        return self._object(CONFIG)
+
+    def safetensors(self, name: str) -> None:
+        try:
+            with self.folder.opened(name) as (file, size):
+                stored = read_header(file, size, name)
+                values, self.unread = read_values(file, stored, name)
+        except UnreadableError as error:
+            self.faults.append(error.fault)
+            return
+        self.tensors = tuple(TensorFacts(t.name, t.dtype, t.shape, values.get(t.name)) for t in stored)
+
+    def unpickle(self) -> None:
+        from pytest_lora.inspection.checkpoint.pickled import read_pickled
+
+        try:
+            self.tensors = read_pickled(self.folder, PICKLED)
+        except UnreadableError as error:
+            self.faults.append(error.fault)
+
+    def judge_patterns(
+        self, raw: dict[str, Any] | None, keys: dict[str, Key], base: Base | None
+    ) -> ConfigFile | None:
+        if raw is None:
+            return None
+        names = {key.module for key in keys.values()}
+        if base is not None:
+            names.update(base.facts.module_names)
+        why = refusal(raw, names)
+        if why is not None:
+            self.faults.append(FileFault(CONFIG, "pattern", why))
+        return config_file(raw, why)
+
+    def tokens(self) -> int | None:
+        """The highest id among the tokens that were added to the tokenizer in the folder."""
+        highest = None
+        for name in TOKENIZER:
+            if not self.folder.exists(name):
+                continue
+            found = self._object(name) or {}
+            ids: Iterable[Any] = found.values()
+            if name == "tokenizer_config.json":
+                decoder = found.get("added_tokens_decoder")
+                ids = map(_id, decoder) if isinstance(decoder, dict) else ()
+            for number in ids:
+                if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**31:
+                    highest = max(number, highest or 0)
+        return highest
+
+    def _object(self, name: str) -> dict[str, Any] | None:
+        try:
+            return read_object(self.folder, name, MAX_CONFIG)
+        except UnreadableError as error:
+            self.faults.append(error.fault)
+            return None
+
+
+def _id(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else None
+
+
+def _adapters_within(folder: Folder, entries: tuple[Entry, ...], limit: int = 3) -> Iterable[str]:
+    """The first folders in a folder that hold an adapter: PEFT saves one with a name of its own in its own folder."""
+    inside = (entry.name for entry in entries if entry.kind == "folder")
+    return islice((name for name in inside if folder.exists(f"{name}/{CONFIG}")), limit)
+
+
+def _weights_file(folder: Folder, entries: tuple[Entry, ...], *, has_config: bool) -> str | None:
+    """The safetensors file to read: PEFT's, or that of another tool where there is no configuration of PEFT."""
+    if folder.exists(WEIGHTS):
+        return WEIGHTS
+    if has_config:
+        return None
+    return next((name for name in OTHER_WEIGHTS if folder.exists(name)), None)
+
+
+def _adapted(
+    tensors: tuple[TensorFacts, ...], keys: dict[str, Key], config: ConfigFile | None
+) -> Iterable[AdaptedModule]:
+    parts: dict[str, dict[str, TensorFacts]] = {}
+    for tensor in tensors:
+        key = keys[tensor.name]
+        # The bias of a factor is none of them.
+        if key.part and not key.peft_name.endswith(".bias"):
+            parts.setdefault(key.module, {})[key.part.removeprefix("lora_").removeprefix("embedding_")] = (
+                tensor
+            )
+    settings = config.settings if config else None
+    for module, held in parts.items():
+        yield AdaptedModule(
+            name=module,
+            a=held.get("A"),
+            b=held.get("B"),
+            magnitude=held.get("magnitude_vector"),
+            configured_rank=settings.rank_of(module) if settings else None,
+        )

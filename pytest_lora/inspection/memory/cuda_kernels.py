@@ -1,0 +1,149 @@
+"""What CUDA's kernels hold in memory, where the CPU build of torch would take another path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+_torch_attention = functional.scaled_dot_product_attention
+_torch_dropout = functional.dropout
+_torch_autocast = torch.autocast
+
+LOWERED: tuple[tuple[Any, str], ...] = (
+    (functional, "linear"),
+    (functional, "conv1d"),
+    (functional, "conv2d"),
+    (torch, "matmul"),
+    (torch, "bmm"),
+    (torch, "addmm"),
+    (torch, "baddbmm"),
+    (torch.Tensor, "matmul"),
+    (torch.Tensor, "__matmul__"),
+)
+RAISED: tuple[tuple[Any, str], ...] = (
+    (functional, "layer_norm"),
+    (functional, "softmax"),
+    (functional, "log_softmax"),
+    (functional, "cross_entropy"),
+)
+"""What autocast runs in the lower precision, and what in float32:
+https://docs.pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior"""
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def cuda_kernels(autocast: torch.dtype | None) -> Iterator[None]:
+    """Let attention and dropout on the meta device leave the storages that their CUDA kernels leave.
+
+    - Scaled dot product attention takes the flash kernel, or with a mask the memory-efficient one; either
+      holds its inputs, its output and the log-sum-exp. What neither can run takes the math path, as on CUDA
+      (``torch.nn.attention.SDPBackend``, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    - Dropout keeps a mask of one byte a number (``aten::native_dropout``).
+    - Autocast, which torch does not know for the meta device, casts the arguments of ``LOWERED`` to the given
+      dtype and those of ``RAISED`` to float32 (the lists of torch.amp that models run into).
+
+    The functions are replaced where modules look them up: a ``TorchFunctionMode`` would be off in the
+    backward, where checkpointing runs the forward again.
+    """
+    replaced: list[tuple[Any, str, Any]] = [
+        (functional, "scaled_dot_product_attention", _attention),
+        (functional, "dropout", _dropout),
+        (torch, "autocast", _autocast),
+    ]
+    if autocast is not None:
+        replaced[0] = (functional, "scaled_dot_product_attention", _casting(_attention, autocast))
+        replaced += [(m, n, _casting(getattr(m, n), autocast)) for m, n in LOWERED]
+        replaced += [(m, n, _casting(getattr(m, n), torch.float32)) for m, n in RAISED]
+    before = [(home, name, vars(home).get(name)) for home, name, _ in replaced]
+    try:
+        for home, name, function in replaced:
+            setattr(home, name, function)
+        yield
+    finally:
+        for home, name, function in before:
+            if function is None:  # inherited
+                delattr(home, name)
+            else:
+                setattr(home, name, function)
+
+
+def _dropout(tensor: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if not training or p == 0.0 or not tensor.is_meta:
+        return _torch_dropout(tensor, p, training, inplace)
+    return torch.ops.aten.native_dropout(tensor, p, True)[0]
+
+
+def _casting(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    def cast(value: Any) -> Any:
+        castable = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != dtype
+        return value.to(dtype) if castable and value.is_meta else value
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+    return called
+
+
+def _autocast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+    return nullcontext() if device_type == "meta" else _torch_autocast(device_type, *args, **kwargs)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    flash = attn_mask is None and query.dtype in _HALF and query.shape[-1] <= 256
+    same_heads = query.shape[1] == key.shape[1]
+    differentiable_mask = attn_mask is not None and attn_mask.requires_grad
+    if query.dim() == 4 and query.is_meta and (flash or same_heads) and not differentiable_mask:
+        bias = None
+        if attn_mask is not None:
+            bias = attn_mask if attn_mask.dtype == query.dtype else attn_mask.to(query.dtype)
+        fused: Any = _FusedAttention
+        out: torch.Tensor = fused.apply(query, key, value, bias)
+        return out
+    return _torch_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Storages of the flash and the memory-efficient kernel, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        batch, heads, length, _ = query.shape
+        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        log_sum_exp = query.new_empty(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, log_sum_exp, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        query, key, value, _, log_sum_exp, _ = ctx.saved_tensors
+        delta = torch.empty_like(log_sum_exp)
+        query_accumulated = query.new_empty(query.shape, dtype=torch.float32)
+        wide = []
+        if key.shape[1] != query.shape[1]:  # one gradient a query head, summed over each group afterwards
+            wide = [query.new_empty(query.shape[0], query.shape[1], *t.shape[2:]) for t in (key, value)]
+        gradients = tuple(_like(t) for t in (query, key, value))
+        del delta, query_accumulated, wide
+        return *gradients, None
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor:
+    """A gradient in the kernels' own layout: (batch, length, heads, width) in memory."""
+    batch, heads, length, width = tensor.shape
+    return tensor.new_empty(batch, length, heads, width).transpose(1, 2)

@@ -1,0 +1,174 @@
+"""Runs forward and backward of one micro-batch on the meta device and records every storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pytest_lora.facts.memory import StepSetting
+from pytest_lora.inspection.memory.batches import batch_for
+from pytest_lora.inspection.memory.cuda_kernels import cuda_kernels
+from pytest_lora.inspection.memory.layer_stacks import KEPT, Stack
+from pytest_lora.inspection.memory.meta_model import MetaModel
+from pytest_lora.inspection.memory.stand_ins import StandIns
+from pytest_lora.inspection.memory.storage_tracker import (
+    OUTSIDE,
+    NeedsValuesError,
+    StorageTracker,
+    collected_late,
+    quiet,
+)
+from pytest_lora.inspection.transformers_internals import masks_without_values
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Storages of one micro-batch, in order; see ``StorageTracker`` for the lists.
+
+    Attributes:
+        events, units, phases: By event; unit ``KEPT * n + i`` is unit ``i`` of the model's stack ``n``.
+        sizes, categories, operations: By storage.
+    """
+
+    events: list[int]
+    units: list[int]
+    phases: list[str]
+    sizes: list[int]
+    categories: list[str]
+    operations: list[str]
+
+
+def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = False) -> Trace:
+    """Record one micro-batch; the model's gradients are dropped again.
+
+    Args:
+        built: The model.
+        setting: Batch size, sequence length, mask, and whether outputs are held.
+        gradients_held: Whether the micro-batch adds to gradients of another one.
+
+    Raises:
+        ValueError: The model does something that needs values; the message names it.
+    """
+    model = built.model
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    config = _text_config(model)
+    autocast = getattr(torch, setting.dtype) if setting.autocast else None
+    stand_ins = StandIns(padded=setting.padding_mask, experts=_first_of(config, _EXPERTS))
+    tracker = StorageTracker(_first_of(config, ("vocab_size",)), stand_ins)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tracker.ignore(tensor)
+    if gradients_held:
+        for parameter in trainable:
+            parameter.grad = torch.empty_like(parameter)
+            tracker.ignore(parameter.grad)
+    try:
+        with (
+            _following(built.stacks, tracker),
+            _gradients_noticed(trainable, tracker),
+            quiet(),
+            collected_late(),
+            masks_without_values(),
+            cuda_kernels(autocast),
+            tracker.recorded(),
+        ):
+            _step(model, setting, tracker)
+    except Exception as error:
+        kind = "" if isinstance(error, NeedsValuesError) else f"{type(error).__name__}: "
+        raise ValueError(
+            f"base: a step of {type(_transformer(model)).__name__} cannot be traced: {kind}{error}"
+        ) from error
+    finally:
+        tracker.recording = False
+    for parameter in trainable:
+        parameter.grad = None
+    return Trace(
+        tracker.events,
+        tracker.units,
+        tracker.phases,
+        tracker.sizes,
+        tracker.categories,
+        tracker.operations,
+    )
+
+
+def _step(model: nn.Module, setting: StepSetting, tracker: StorageTracker) -> None:
+    batch = batch_for(_transformer(model), setting)
+    outputs: Any = model(**batch)
+    tracker.unit = OUTSIDE
+    loss = outputs["loss"] if "loss" in outputs else outputs[0].float().mean()
+    if not setting.outputs_held:
+        del outputs
+    tracker.phase = "backward"
+    loss.backward()
+    tracker.unit = OUTSIDE
+
+
+def _transformer(model: nn.Module) -> nn.Module:
+    wrapper: Any = model
+    inner: nn.Module = wrapper.get_base_model()
+    return inner
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(_transformer(model), "config", None)
+    return getattr(config, "text_config", config)
+
+
+def _first_of(config: Any, names: tuple[str, ...]) -> int | None:
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
+
+
+@contextmanager
+def _gradients_noticed(trainable: list[nn.Parameter], tracker: StorageTracker) -> Iterator[None]:
+    def notice(parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            tracker.recategorize(parameter.grad, "gradients")
+
+    parameters: list[Any] = list(trainable)
+    handles = [p.register_post_accumulate_grad_hook(notice) for p in parameters]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _following(stacks: list[Stack], tracker: StorageTracker) -> Iterator[None]:
+    """Tell the tracker which unit runs: by the layers' calls, and by the gradients of their outputs."""
+    handles = []
+    for stack in stacks:
+        for i, layers in enumerate(stack.units):
+            for layer in layers:
+                enter = _entering(tracker, KEPT * stack.number + i)
+                handles.append(layer.register_forward_pre_hook(enter))
+                handles.append(layer.register_forward_hook(enter))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _entering(tracker: StorageTracker, unit: int) -> Callable[..., None]:
+    def on_gradient(_: torch.Tensor) -> None:
+        tracker.unit = unit
+
+    def hook(module: nn.Module, *values: Any) -> None:
+        tracker.unit = unit
+        if len(values) > 1:  # after the call: inputs and outputs
+            outputs = values[-1]
+            first: Any = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+            if getattr(first, "requires_grad", False):
+                first.register_hook(on_gradient)
+
+    return hook

@@ -1,0 +1,119 @@
+"""From events of a step to the figures that users ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytest_lora.facts.memory import CATEGORIES, TimelinePoint
+from pytest_lora.inspection.memory.cuda_allocator import max_reserved, rounded
+from pytest_lora.inspection.memory.step import PHASES, Step
+from pytest_lora.inspection.memory.timeline import Timeline, expand
+
+Integers = NDArray[np.int64]
+
+
+class FastPeak:
+    """The peak from the events that decide it: of a stretch that repeats, its first and its last time.
+
+    A stretch of equal changes rises or falls by the same amount each time, so that no time between is higher.
+    """
+
+    def __init__(self, line: Timeline, storages: Integers) -> None:
+        stretches = [(b, time) for b in line.blocks for time in range(min(b.repeat, 2))]
+        index = np.concatenate([np.arange(b.low, b.high) for b, _ in stretches])
+        lengths = [b.high - b.low for b, _ in stretches]
+        self._storages = storages[index]
+        self._weights = line.weights[index]
+        self._starts = np.cumsum([0, *lengths[:-1]])
+        self._skipped = np.array([max(b.repeat - 2, 0) if time == 0 else 0 for b, time in stretches])
+
+    def __call__(self, sizes: Integers) -> int:
+        """The most bytes allocated at once; ``sizes`` are rounded, shape (storages,)."""
+        change = sizes[self._storages] * self._weights
+        skipped = np.add.reduceat(change, self._starts) * self._skipped
+        change[self._starts[1:]] += skipped[:-1]
+        return int(np.cumsum(change).max())
+
+
+class StepShape:
+    """What stays the same in a step when rank, batch or sequence change: everything but the sizes.
+
+    Raises:
+        NotRepeatingError: The layers that were traced cannot stand for those that were not.
+    """
+
+    def __init__(self, step: Step) -> None:
+        like: list[object] = list(zip(step.sizes, step.categories, step.operations, strict=True))
+        self.step = step
+        self.line = expand(step.events, step.units, step.copies, like)
+        events = np.array(step.events, dtype=np.int64)
+        self._storages = np.where(events < 0, ~events, events)
+        self._frees = events < 0
+        self._categories = np.array([CATEGORIES.index(c) for c in step.categories])
+        self._phases = np.array([PHASES.index(p) for p in step.phases])
+        self._second_step = int(np.flatnonzero(self.line.index >= step.first)[0])
+        self._loaded = int(np.flatnonzero(self.line.index >= step.loaded)[0])
+        self._fast = FastPeak(self.line, self._storages)
+
+    def peak_allocated(self, sizes: Integers) -> int:
+        """The most bytes allocated at once; ``sizes`` by storage, shape (storages,)."""
+        return self._fast(rounded(sizes))
+
+    def peak_reserved(self, sizes: Integers, *, emptied: bool) -> int:
+        """The most bytes that the allocator takes from the device; its cache may be emptied between steps."""
+        index = self.line.index
+        return max_reserved(
+            sizes[self._storages[index]],
+            self.line.instances,
+            self._frees[index],
+            self._second_step if emptied else None,
+        )
+
+    def figures(self, sizes: Integers) -> Figures:
+        """Peak, what it is made of and when it comes."""
+        index = self.line.index
+        storages = self._storages[index]
+        change = np.where(self._frees[index], -1, 1) * rounded(sizes)[storages]
+        level = np.cumsum(change)
+        peak = int(level.argmax())
+        held = np.bincount(
+            self._categories[storages[: peak + 1]], change[: peak + 1], minlength=len(CATEGORIES)
+        )
+        return Figures(
+            peak_allocated=int(level[peak]),
+            loaded=int(level[self._loaded - 1]),
+            after_step=int(level[-1]),
+            breakdown={c: int(b) for c, b in zip(CATEGORIES, held, strict=True) if b},
+            peak_phase=PHASES[self._phases[index[peak]]],
+            peak_operation=self.step.operations[storages[peak]],
+            timeline=tuple(self._points(level)),
+        )
+
+    def _points(self, level: Integers) -> Iterator[TimelinePoint]:
+        """The second step: the first has no optimizer state yet."""
+        index, layers = self.line.index, self.line.layers
+        phases = self._phases[index]
+        second = self._second_step
+        phases, layers, level = phases[second:], layers[second:], level[second:]
+        starts = np.flatnonzero(np.diff(phases, prepend=-1) | np.diff(layers, prepend=-2))
+        peaks = np.maximum.reduceat(level, starts)
+        for start, peak in zip(starts, peaks, strict=True):
+            layer = int(layers[start])
+            yield TimelinePoint(PHASES[phases[start]], layer if layer >= 0 else None, int(peak))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of one step; see ``MemoryEstimate``."""
+
+    peak_allocated: int
+    loaded: int
+    after_step: int
+    breakdown: dict[str, int]
+    peak_phase: str
+    peak_operation: str
+    timeline: tuple[TimelinePoint, ...]

@@ -1,0 +1,94 @@
+"""Repeated layers: which a trace can leave out because they are like the ones it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+LONGEST_PERIOD = 8
+"""Layers after which a pattern of layer kinds may repeat; five local and one global is the longest in use."""
+
+KEPT = 5
+"""Units that a trace keeps of a repeated run: two that the start may touch, two inner ones, and the last."""
+
+FIRST_INNER, LAST_INNER = 2, 3
+"""The kept units that stand for all between them; the gradient that ends in the first unit makes the second
+one differ from those above it."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of like units of layers, cut to ``KEPT`` of them.
+
+    Attributes:
+        units: Layers of each kept unit, in the order in which they run.
+        copies: Inner units of the whole run: those that the two kept inner ones stand for.
+        number: Position among the stacks of the model.
+    """
+
+    units: tuple[tuple[nn.Module, ...], ...]
+    copies: int
+    number: int
+
+
+def cut_stacks(model: nn.Module) -> list[Stack]:
+    """Take the inner layers of long runs of like layers out of a model; what stays keeps its name."""
+    stacks: list[Stack] = []
+    for layers in list(_outermost_lists(model)):
+        start, period, count = _longest_run([_signature(layer) for layer in layers])
+        if count <= KEPT:
+            continue
+        names = list(layers._modules)
+        unit_names = [
+            names[start + i * period : start + (i + 1) * period] for i in (0, 1, 2, count - 2, count - 1)
+        ]
+        for name in names[start + 3 * period : start + (count - 2) * period]:
+            del layers._modules[name]
+        units = tuple(tuple(layers.get_submodule(name) for name in unit) for unit in unit_names)
+        stacks.append(Stack(units, count - 3, len(stacks)))
+    return stacks
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):  # what it holds, experts for one, is not cut
+            yield child
+        else:
+            yield from _outermost_lists(child)
+
+
+def _signature(layer: nn.Module) -> tuple[Any, ...]:
+    """What tells one layer from another but for its index: modules, shapes, and plain attributes."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((n, p.shape, p.dtype) for n, p in module._parameters.items() if p is not None),
+            tuple((n, b.shape, b.dtype) for n, b in module._buffers.items() if b is not None),
+            tuple((n, v) for n, v in vars(module).items() if isinstance(v, _PLAIN) and n not in _INDICES),
+        )
+        for name, module in layer.named_modules()
+    )
+
+
+_PLAIN = (int, float, str, bool, type(None))
+_INDICES = frozenset({"layer_idx", "layer_id", "idx", "index"})
+
+
+def _longest_run(kinds: list[Any]) -> tuple[int, int, int]:
+    """``(start, period, count)`` of the run of like units whose cut leaves the fewest layers."""
+    best = (0, 1, 1)
+    saved = 0
+    for period in range(1, LONGEST_PERIOD + 1):
+        start = 0
+        for end in range(period, len(kinds) + 1):
+            if end < len(kinds) and kinds[end] == kinds[end - period]:
+                continue
+            count = (end - start) // period
+            if (count - KEPT) * period > saved:
+                best, saved = (start, period, count), (count - KEPT) * period
+            start = end - period + 1
+    return best

@@ -1,0 +1,181 @@
+"""A (Q)LoRA model on the meta device: real modules of transformers, bitsandbytes and PEFT without weights."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pytest_lora.facts.memory import Quantization, StepSetting
+from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
+from pytest_lora.inspection.config import DATA_INITS
+from pytest_lora.inspection.memory.layer_stacks import Stack, cut_stacks
+from pytest_lora.inspection.memory.weights import Weight, loaded_weights, units_of
+from pytest_lora.inspection.skeleton import META, require_no_adapter, resolve_base, skeleton
+from pytest_lora.inspection.transformers_internals import quantized_linears
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_LAYER_FIELDS = ("layers_to_transform", "layer_replication", "rank_pattern", "exclude_modules")
+_NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """A model with adapters, ready to train but for its weights.
+
+    Attributes:
+        model: The model, in training mode.
+        stacks: The repeated layers that were cut.
+        unit_of: The unit of each parameter and buffer in them, by identity.
+        weights: What is on the device once it is loaded.
+    """
+
+    model: nn.Module
+    stacks: list[Stack]
+    unit_of: dict[int, int]
+    weights: list[Weight]
+
+
+def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> MetaModel:
+    """Build the model of a setting on the meta device.
+
+    Args:
+        base: A live model, a ``PretrainedConfig``, or a path; see ``resolve_base``.
+        config: The adapter; it is not changed.
+        setting: Quantization, dtype and checkpointing.
+        cut: Leave out inner layers that are like their neighbours.
+
+    Raises:
+        TypeError: ``base`` is nothing that a base can be made of.
+        ValueError: The base cannot be built, carries an adapter, or PEFT refuses the configuration.
+    """
+    from transformers import PreTrainedModel
+
+    dtype: torch.dtype = getattr(torch, setting.dtype)
+    with _default_dtype(dtype):
+        model = resolve_base(base, getattr(config.task_type, "value", config.task_type))
+    if isinstance(base, nn.Module):
+        require_no_adapter(model)
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"base: a step can be run of transformers models, not of a {type(model).__name__}"
+            )
+        model = _in_dtype(skeleton(model), dtype)
+    stacks = cut_stacks(model) if cut and same_in_every_layer(config) else []
+    if setting.quantization is not None:
+        _quantize(model, setting.quantization, dtype)
+    _prepare(model, setting)
+    adapted = _with_adapter(model, config, setting).train()
+    unit_of = units_of(stacks)
+    return MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of))
+
+
+def architecture(model: nn.Module) -> str:
+    """Class of the base under the adapter."""
+    wrapper: Any = model
+    return type(wrapper.get_base_model()).__name__
+
+
+def same_in_every_layer(config: LoraConfig) -> bool:
+    """Whether a configuration cannot tell one layer from another by its number."""
+    names = [config.target_modules, config.modules_to_save, config.target_parameters]
+    if any(getattr(config, field, None) for field in _LAYER_FIELDS):
+        return False
+    if isinstance(config.target_modules, str):
+        return config.target_modules == "all-linear"
+    return not any(_NUMBERED.search(name) for group in names for name in group or ())
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _quantize(model: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
+    """Replace linear layers as transformers does, and give them quantized weights without values."""
+    in_4_bits = quantization.method != "int8"
+    for module in quantized_linears(model, _bitsandbytes_config(quantization)):
+        pack_on_meta(module, dtype)
+    marked: Any = model
+    marked.is_quantized = True
+    marked.is_loaded_in_4bit, marked.is_loaded_in_8bit = in_4_bits, not in_4_bits
+
+
+def _bitsandbytes_config(quantization: Quantization) -> Any:
+    import transformers
+
+    make: Any = transformers.BitsAndBytesConfig
+    if quantization.method == "int8":
+        return make(load_in_8bit=True, llm_int8_skip_modules=list(quantization.skip_modules) or None)
+    return make(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.method,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, quantization.compute_dtype),
+        bnb_4bit_quant_storage=getattr(torch, quantization.storage),
+        llm_int8_skip_modules=list(quantization.skip_modules) or None,
+    )
+
+
+def _prepare(model: nn.Module, setting: StepSetting) -> None:
+    """Freeze the base and switch checkpointing on, as PEFT's helper or the Trainer do."""
+    transformer: Any = model
+    reentrant = setting.gradient_checkpointing == "reentrant"
+    checkpointing = bool(setting.gradient_checkpointing)
+    arguments = {"use_reentrant": reentrant}
+    if setting.prepare_for_kbit:
+        import peft
+
+        prepare: Any = peft.prepare_model_for_kbit_training
+        prepare(
+            transformer, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=arguments
+        )
+    elif checkpointing:
+        transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+        if reentrant:
+            transformer.enable_input_require_grads()
+    if checkpointing or not setting.use_cache:
+        transformer.config.use_cache = False
+
+
+def _with_adapter(model: nn.Module, config: LoraConfig, setting: StepSetting) -> nn.Module:
+    from peft import get_peft_model
+
+    config = copy.deepcopy(config)
+    config.inference_mode = False
+    if str(config.init_lora_weights).lower().startswith(DATA_INITS):
+        config.init_lora_weights = True
+    transformer: Any = model
+    try:
+        with warnings.catch_warnings(), META:
+            warnings.simplefilter("ignore")
+            adapted: nn.Module = get_peft_model(
+                transformer,
+                config,
+                low_cpu_mem_usage=True,
+                autocast_adapter_dtype=setting.adapter_dtype == "float32",
+            )
+    except Exception as error:
+        raise ValueError(f"config: PEFT refuses it on this base: {error}") from error
+    return adapted

@@ -1,0 +1,151 @@
+"""Memory of the steps of one base and adapter, at any batch size, sequence length and rank."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytest_lora.facts.memory import MemoryEstimate, StepSetting
+from pytest_lora.inspection.memory.estimate import StepShape
+from pytest_lora.inspection.memory.meta_model import MetaModel, architecture, build
+from pytest_lora.inspection.memory.sizes import Family, Point, Surface, fitted
+from pytest_lora.inspection.memory.step import Step, assemble
+from pytest_lora.inspection.memory.storage_tracker import quiet
+from pytest_lora.inspection.memory.timeline import NotRepeatingError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+CUDA_CONTEXT = 512 * 2**20
+"""Bytes that CUDA's context takes on the device beside the allocator; 0.4 to 0.6 GiB is usual."""
+
+TOLERANCE = 0.0005
+"""Share of the bytes by which an interpolated step may differ from a traced one."""
+
+FIT_AFTER = 6
+"""Points that are traced one by one before a surface is fitted, which takes a dozen traces."""
+
+_WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window")
+
+
+class Predictor:
+    """Predicts: the first points asked are traced, further ones of the same kind are interpolated.
+
+    Args:
+        base: A live model, a ``PretrainedConfig``, or a path.
+        config: The adapter.
+        setting: Everything else; its batch size and sequence length do not matter.
+
+    Raises:
+        TypeError, ValueError: See ``meta_model.build``.
+    """
+
+    def __init__(self, base: Any, config: LoraConfig, setting: StepSetting) -> None:
+        self.setting = setting
+        self._base = base
+        self._config = config
+        self._thresholds = _thresholds(base)
+        self._models: dict[int, MetaModel] = {}
+        self._traced: dict[Point, tuple[StepShape, Step]] = {}
+        self._surfaces: dict[Any, tuple[StepShape, Surface] | None] = {}
+        self._asked: Counter[Any] = Counter()
+        self._whole = False
+
+    def peak_allocated(self, batch_size: int, seq_len: int, rank: int) -> int:
+        """Bytes that ``torch.cuda.max_memory_allocated`` would give."""
+        shape, sizes, _ = self._at((batch_size, seq_len, rank))
+        return shape.peak_allocated(sizes)
+
+    def peak_reserved(self, batch_size: int, seq_len: int, rank: int) -> int:
+        """Bytes that ``torch.cuda.max_memory_reserved`` would give."""
+        shape, sizes, _ = self._at((batch_size, seq_len, rank))
+        return shape.peak_reserved(sizes, emptied=self.setting.empty_cache)
+
+    def estimate(self, batch_size: int, seq_len: int, rank: int) -> MemoryEstimate:
+        """Everything about one step."""
+        point = (batch_size, seq_len, rank)
+        shape, sizes, paged = self._at(point)
+        figures = shape.figures(sizes)
+        return MemoryEstimate(
+            setting=replace(self.setting, batch_size=batch_size, seq_len=seq_len),
+            architecture=architecture(next(iter(self._models.values())).model),
+            rank=point[2],
+            peak_allocated=figures.peak_allocated,
+            peak_reserved=shape.peak_reserved(sizes, emptied=self.setting.empty_cache),
+            after_step=figures.after_step,
+            loaded=figures.loaded,
+            breakdown=figures.breakdown,
+            peak_phase=figures.peak_phase,
+            peak_operation=figures.peak_operation,
+            timeline=figures.timeline,
+            paged=paged,
+            cuda_context=CUDA_CONTEXT,
+        )
+
+    def _at(self, point: Point) -> tuple[StepShape, NDArray[np.int64], int]:
+        family = Family(point, self._thresholds)
+        surface = self._surfaces.get(family.key)
+        if surface is None and point not in self._traced:
+            self._asked[family.key] += 1
+            if self._asked[family.key] > FIT_AFTER:
+                surface = self._fit(family)
+        if surface is not None:
+            shape, fit = surface
+            sizes = fit(point)
+            return shape, sizes[:-1], int(sizes[-1])
+        shape, step = self._trace(point)
+        return shape, np.array(step.sizes), step.paged
+
+    def _fit(self, family: Family) -> tuple[StepShape, Surface] | None:
+        if family.key not in self._surfaces:
+            steps: dict[Point, Step] = {}
+
+            def sizes_at(point: Point) -> tuple[Any, NDArray[np.int64]]:
+                step = steps[point] = self._step(point)
+                return (step.events, step.units), np.array([*step.sizes, step.paged])
+
+            found = fitted(family, sizes_at, TOLERANCE)
+            shape = None if found is None else StepShape(next(iter(steps.values())))
+            self._surfaces[family.key] = None if found is None or shape is None else (shape, found[1])
+        return self._surfaces[family.key]
+
+    def _trace(self, point: Point) -> tuple[StepShape, Step]:
+        if point not in self._traced:
+            step = self._step(point)
+            try:
+                shape = StepShape(step)
+            except NotRepeatingError:
+                self._whole = True
+                self._models.clear()
+                step = self._step(point)
+                shape = StepShape(step)
+            self._traced[point] = shape, step
+        return self._traced[point]
+
+    def _step(self, point: Point) -> Step:
+        batch_size, seq_len, rank = point
+        setting = replace(self.setting, batch_size=batch_size, seq_len=seq_len)
+        return assemble(self._model(rank), setting)
+
+    def _model(self, rank: int) -> MetaModel:
+        if rank not in self._models:
+            config = copy.copy(self._config)
+            config.r = rank
+            with quiet():
+                self._models = {rank: build(self._base, config, self.setting, cut=not self._whole)}
+        return self._models[rank]
+
+
+def _thresholds(base: Any) -> list[int]:
+    """Sequence lengths from which a model attends in another way."""
+    config = getattr(base, "config", base)
+    found: set[int] = set()
+    for part in (config, getattr(config, "text_config", None)):
+        values = (getattr(part, name, None) for name in _WINDOWS)
+        found |= {value for value in values if isinstance(value, int) and value > 1}
+    return sorted(found)

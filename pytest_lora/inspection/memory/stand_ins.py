@@ -1,0 +1,64 @@
+"""Operations that have no answer without values, and the answer that stands in for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_aten = torch.ops.aten
+
+
+class StandIns:
+    """Answers for tensors on the meta device.
+
+    - ``all()`` of a mask is true unless the batch is padded, ``any()`` is false: nothing is infinite or packed.
+    - Experts get equal shares of the tokens; in float32 they multiply as in bfloat16, which the meta kernel asks for.
+
+    Args:
+        padded: Whether batches hold padding.
+        experts: Experts of a mixture, if the model is one.
+    """
+
+    def __init__(self, *, padded: bool, experts: int | None) -> None:
+        self._padded = padded
+        self._experts = experts
+        self._asked = 0
+        self._answers: dict[Any, Callable[..., torch.Tensor | int | None]] = {
+            _aten.all.default: lambda mask: torch.tensor(not self._padded),
+            _aten.any.default: lambda mask: torch.tensor(False),
+            _aten.histc.default: lambda values, bins=100, *limits, **named: values.new_empty(bins),
+            _aten.nonzero.default: self._nonzero,
+            _aten._local_scalar_dense.default: self._expert,
+            _aten._grouped_mm.default: _grouped_mm,
+        }
+
+    def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | int | None:
+        """The stand-in for an operation's result; None where it can run."""
+        known = self._answers.get(func)
+        return known(*args, **kwargs) if known is not None and args[0].is_meta else None
+
+    def _expert(self, index: torch.Tensor) -> int | None:
+        """A loop over experts asks for the number of one: each in turn."""
+        if self._experts is None or index.is_floating_point():
+            return None
+        self._asked += 1
+        return (self._asked - 1) % self._experts
+
+    def _nonzero(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """Every expert is hit, and each by its share of the (choice, token) pairs."""
+        if self._experts is None:
+            return None
+        hits = mask.numel() if mask.dim() == 1 else -(-mask.numel() // self._experts)
+        return mask.new_empty(hits, mask.dim(), dtype=torch.long)
+
+
+def _grouped_mm(
+    left: torch.Tensor, right: torch.Tensor, offs: torch.Tensor | None = None, *args: Any, **kwargs: Any
+) -> torch.Tensor | None:
+    if left.dtype == torch.bfloat16 or left.dim() != 2 or offs is None:
+        return None
+    if right.dim() == 3:
+        return left.new_empty(left.shape[0], right.shape[2])
+    return left.new_empty(offs.shape[0], left.shape[0], right.shape[1])

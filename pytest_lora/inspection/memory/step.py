@@ -1,0 +1,138 @@
+"""Two training steps as one sequence of events: loading, micro-batches, optimizer, and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pytest_lora.facts.memory import StepSetting
+from pytest_lora.inspection.memory.dry_run import Trace, trace
+from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT
+from pytest_lora.inspection.memory.meta_model import MetaModel
+from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, PAGED_FROM, state_bytes
+from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
+
+LOAD, OPTIMIZER = "load", "optimizer"
+PHASES = (LOAD, "forward", "backward", OPTIMIZER)
+
+
+@dataclass
+class Step:
+    """Events of two steps, and what each storage is.
+
+    Attributes:
+        events, units: As in a trace.
+        sizes: Bytes by storage.
+        categories, operations: By storage.
+        phases: Phase of each event.
+        loaded, first: Number of events after loading, and after the first step.
+        paged: Bytes of optimizer state outside of the allocator.
+        copies: Inner units of the whole model by stack.
+    """
+
+    events: list[int] = field(default_factory=list)
+    units: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    categories: list[str] = field(default_factory=list)
+    operations: list[str] = field(default_factory=list)
+    phases: list[str] = field(default_factory=list)
+    loaded: int = 0
+    first: int = 0
+    paged: int = 0
+    copies: dict[int, int] = field(default_factory=dict)
+
+    def make(self, size: int, category: str, operation: str, phase: str, unit: int) -> int:
+        index = len(self.sizes)
+        self.sizes.append(size)
+        self.categories.append(category)
+        self.operations.append(operation)
+        self._event(index, phase, unit)
+        return index
+
+    def free(self, index: int, phase: str, unit: int) -> None:
+        self._event(~index, phase, unit)
+
+    def _event(self, event: int, phase: str, unit: int) -> None:
+        self.events.append(event)
+        self.phases.append(phase)
+        self.units.append(unit)
+
+    def play(self, traced: Trace) -> dict[int, int]:
+        """Add a traced micro-batch; returns the gradients it leaves, by the storage's number in the trace."""
+        offset = len(self.sizes)
+        self.sizes += traced.sizes
+        self.categories += traced.categories
+        self.operations += traced.operations
+        left: dict[int, int] = {}
+        for event, unit, phase in zip(traced.events, traced.units, traced.phases, strict=True):
+            self._event(event + offset if event >= 0 else event - offset, phase, unit)
+            if event >= 0 and traced.categories[event] == "gradients":
+                left[event] = event + offset
+            elif event < 0:
+                left.pop(~event, None)
+        return left
+
+
+def assemble(built: MetaModel, setting: StepSetting) -> Step:
+    """Load the model, then run two optimizer steps: the first has no optimizer state yet."""
+    step = Step(copies={stack.number: stack.copies for stack in built.stacks})
+    for weight in built.weights:
+        step.make(weight.size, weight.category, "load", LOAD, weight.unit)
+    step.make(setting.workspace, "workspace", "cuBLAS workspace", LOAD, OUTSIDE)
+    step.loaded = len(step.events)
+    micro = [trace(built, setting)]
+    if setting.accumulation > 1:
+        micro.append(trace(built, setting, gradients_held=True))
+    trainable = [p for p in built.model.parameters() if p.requires_grad]
+    for first in (True, False):
+        gradients = list(step.play(micro[0]).values())
+        homes = _homes(step)
+        for repeated in micro[1:]:
+            step.play(repeated)
+        _optimize(step, trainable, built.unit_of, setting, first=first)
+        for index in gradients:
+            step.free(index, OPTIMIZER, homes[index])
+        if first:
+            step.first = len(step.events)
+    return step
+
+
+def _homes(step: Step) -> dict[int, int]:
+    """The unit in which each storage was made."""
+    return {event: unit for event, unit in zip(step.events, step.units, strict=True) if event >= 0}
+
+
+def _optimize(
+    step: Step,
+    trainable: Iterable[Any],
+    unit_of: dict[int, int],
+    setting: StepSetting,
+    *,
+    first: bool,
+) -> None:
+    kind = OPTIMIZERS[setting.optimizer]
+    temporaries: list[tuple[int, int]] = []
+    for parameter in trainable:
+        unit = unit_of.get(id(parameter), OUTSIDE)
+        paged = kind.paged and parameter.numel() >= PAGED_FROM
+        states = state_bytes(setting.optimizer, tuple(parameter.shape), parameter.dtype) if first else ()
+        if paged:
+            step.paged += sum(states) * _copies(step, unit)
+        else:
+            for size in states:
+                step.make(size, "optimizer", setting.optimizer, OPTIMIZER, unit)
+    if kind.temporaries:
+        for parameter in trainable:
+            unit = unit_of.get(id(parameter), OUTSIDE)
+            size = kind.temporaries * parameter.numel()
+            made = step.make(size, "optimizer", f"{setting.optimizer} step", OPTIMIZER, unit)
+            temporaries.append((made, unit))
+    for made, unit in temporaries:
+        step.free(made, OPTIMIZER, unit)
+
+
+def _copies(step: Step, unit: int) -> int:
+    """How many layers of the whole model a parameter of a cut one stands for."""
+    stack, role = divmod(unit, KEPT)
+    return step.copies[stack] - 1 if unit >= 0 and role == FIRST_INNER else 1

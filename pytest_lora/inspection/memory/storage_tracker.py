@@ -1,0 +1,154 @@
+"""Follows the life of every storage that is made while a step runs on the meta device."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pytest_lora.inspection.memory.stand_ins import StandIns
+
+OUTSIDE = -1
+"""Unit of an event that belongs to no repeated layer."""
+
+_META = torch.device("meta")
+
+
+class NeedsValuesError(RuntimeError):
+    """An operation cannot run without values."""
+
+
+class StorageTracker:
+    """Records when storages are made and freed, in order.
+
+    Attributes:
+        events: ``i`` where storage ``i`` is made, ``~i`` where it is freed.
+        units: The unit (repeated layer) that was running at each event, or ``OUTSIDE``.
+        phases: The phase of each event.
+        sizes: Bytes of each storage, before the allocator rounds them.
+        categories, operations: What each storage holds, and what made it.
+    """
+
+    def __init__(self, vocab_size: int | None, stand_ins: StandIns) -> None:
+        self.events: list[int] = []
+        self.units: list[int] = []
+        self.phases: list[str] = []
+        self.sizes: list[int] = []
+        self.categories: list[str] = []
+        self.operations: list[str] = []
+        self.unit = OUTSIDE
+        self.phase = "forward"
+        self.recording = True
+        self._vocab_size = vocab_size
+        self._stand_ins = stand_ins
+        self._live: dict[int, int] = {}
+        self._watched: dict[int, weakref.ref[Any]] = {}
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """A storage that was there before the step is no event of it."""
+        storage = tensor.untyped_storage()
+        self._live[id(storage)] = -1
+        self._watched[id(storage)] = weakref.ref(storage)
+
+    def recategorize(self, tensor: torch.Tensor, category: str) -> None:
+        """Say what a storage turned out to hold."""
+        index = self._live.get(id(tensor.untyped_storage()), -1)
+        if index >= 0:
+            self.categories[index] = category
+
+    def recorded(self) -> AbstractContextManager[Any]:
+        """Follow what happens inside."""
+
+        def dispatch(
+            mode: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            return self._run(func, args, kwargs or {})
+
+        mode: Any = type("Recording", (TorchDispatchMode,), {"__torch_dispatch__": dispatch})
+        context: AbstractContextManager[Any] = mode()
+        return context
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = self._stand_ins.answer(func, args, kwargs)
+        try:
+            out = func(*args, **kwargs) if out is None else out
+        except (NotImplementedError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise NeedsValuesError(f"{func} in the {self.phase} needs values: {reason}") from error
+        if isinstance(out, torch.Tensor):
+            self._made(out, func)
+        elif out is not None:
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, torch.Tensor):
+                    self._made(leaf, func)
+        return out
+
+    def _made(self, tensor: torch.Tensor, func: Any) -> None:
+        if tensor.device != _META:
+            return
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._live:
+            return
+        size = storage.nbytes()
+        if not size:
+            return
+        index = len(self.sizes)
+        self._live[key] = index
+        self._watched[key] = weakref.ref(storage, lambda _: self._freed(key))
+        self.sizes.append(size)
+        name = str(func)
+        self.operations.append(name)
+        self.categories.append(self._category(name, tensor))
+        self._event(index)
+
+    def _freed(self, key: int) -> None:
+        index = self._live.pop(key)
+        del self._watched[key]
+        if index >= 0 and self.recording:
+            self._event(~index)
+
+    def _event(self, event: int) -> None:
+        self.events.append(event)
+        self.units.append(self.unit)
+        self.phases.append(self.phase)
+
+    def _category(self, operation: str, tensor: torch.Tensor) -> str:
+        if "dequantize" in operation:
+            return "dequantization buffers"
+        if self._vocab_size is not None and self._vocab_size in tensor.shape:
+            return "logits and loss"
+        return "activations"
+
+
+@contextmanager
+def collected_late() -> Iterator[None]:
+    """Keep the garbage collector from freeing storages at moments that differ from run to run."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep libraries from warning about a step that nobody trains."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,273 @@
+"""Saved adapters as test items, one a group of rules; imported only where a session names adapters.
+
+Collecting looks at names in folders and at nothing else. Our own nodes stand in the place of pytest's folders, so that
+no conftest.py, no __init__.py and no test file among the adapters is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_lora.assertions import LoraHealthError, delivered
+from pytest_lora.findings import Finding, LoraHealthWarning, Report
+from pytest_lora.plugin.options import ADAPTER_FILES
+from pytest_lora.plugin.session_options import options_of
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+
+    from pytest_lora.inspection.checkpoint.fit import Base
+
+GROUPS = {
+    "files": ("LORA40",),
+    "config": ("LORA41", "LORA1"),
+    "keys": ("LORA42",),
+    "shapes": ("LORA43",),
+    "values": ("LORA44",),
+    "base": ("LORA45",),
+}
+"""Names of the items of an adapter, and the codes that each judges."""
+
+KNOWN_BY = (*ADAPTER_FILES, "adapter_model.bin", "pytorch_lora_weights.safetensors")
+"""Files that make a folder one with an adapter; the first that is there gives the items their names."""
+
+MAX_DEPTH = 32
+"""Folders within folders that are searched."""
+
+CODE = ("conftest.py", "__init__.py")
+"""Files beside an argument that pytest itself imports."""
+
+KEPT = 8
+"""Reports that are kept for the other items of their adapters; xdist may run these in turns."""
+
+
+def enable(config: pytest.Config, folders: tuple[Path, ...]) -> None:
+    """Collect the adapters of a session.
+
+    Raises:
+        pytest.UsageError: pytest took its settings from a file among the adapters.
+    """
+    for folder in folders:
+        _refuse_settings_in(folder, config)
+    config.pluginmanager.register(Adapters(config, folders), "lora-adapter-items")
+
+
+def _refuse_settings_in(folder: Path, config: pytest.Config) -> None:
+    """Stop at an ini file of the adapters, unless pytest was called among them.
+
+    Before pytest knows our option it takes a word that stands alone, as in ``--lora-adapters DIR``, for a path of
+    tests, and looks for an ini file there; such a file can make it import anything.
+    """
+    ini, called = config.inipath, config.invocation_params.dir.resolve()
+    if ini is not None and ini.resolve().is_relative_to(folder) and not called.is_relative_to(folder):
+        raise pytest.UsageError(
+            f"pytest took its settings from {ini}, which lies among the adapters; write --lora-adapters=DIR, "
+            "with the equals sign, and give --rootdir if need be"
+        )
+
+
+def refuse_code_beside(args: Sequence[str]) -> None:
+    """Stop before pytest imports code that lies beside an adapter named on the command line.
+
+    Raises:
+        pytest.UsageError: There is such code.
+    """
+    for arg in args:
+        path = Path(arg.partition("::")[0])
+        if path.name not in ADAPTER_FILES:
+            continue
+        for name in CODE:
+            if os.path.lexists(path.parent / name):
+                raise pytest.UsageError(
+                    f"{path.parent / name} lies beside {path.name}, and pytest would run it; "
+                    f"--lora-adapters={path.parent} checks the adapter and runs nothing"
+                )
+
+
+class Adapters:
+    """The hooks of a session with adapters, and what its items share."""
+
+    def __init__(self, config: pytest.Config, folders: tuple[Path, ...]) -> None:
+        self.config = config
+        self.folders = frozenset(folders)
+        self._base: Base | None = None
+        self._reports: OrderedDict[Path, Report] = OrderedDict()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(
+        self, collector: pytest.Collector
+    ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        """Put the folders beside what is named on the command line.
+
+        As further arguments they would not do: of overlapping ones pytest 8 drops tests.
+        """
+        report = yield
+        if isinstance(collector, pytest.Session) and report.passed:
+            report.result = [*report.result, *self._unnamed(collector)]
+        return report
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        """Take the folders of adapters out of pytest's hands."""
+        if path not in self.folders:
+            return None
+        named = parent.session.isinitpath(path, with_parents=True)
+        return self._folder(path, parent, AdapterDirectory if named else Nothing)
+
+    def _unnamed(self, session: pytest.Session) -> Iterator[pytest.Collector]:
+        for folder in sorted(self.folders):
+            if not session.isinitpath(folder):
+                yield self._folder(folder, session, AdapterDirectory)
+
+    def _folder(self, path: Path, parent: pytest.Collector, kind: type[AdapterDirectory]) -> pytest.Collector:
+        return kind.from_parent(parent, name=path.name, path=path, nodeid=_nodeid(path, self), adapters=self)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        """Collect an adapter that is named on the command line."""
+        if file_path.name not in ADAPTER_FILES or not parent.session.isinitpath(file_path):
+            return None
+        adapter: pytest.Collector = Adapter.from_parent(
+            parent, path=file_path, nodeid=_nodeid(file_path, self), adapters=self
+        )
+        return adapter
+
+    def report(self, item: AdapterItem) -> Report:
+        """The whole report on the adapter of an item.
+
+        Raises:
+            ValueError: The base cannot be built, or an ini field has a wrong value.
+        """
+        folder = item.path.parent
+        found = self._reports.get(folder)
+        if found is None:
+            found = self._reports[folder] = self._judged(item, folder)
+            if len(self._reports) > KEPT:
+                self._reports.popitem(last=False)
+        return found
+
+    def _judged(self, item: AdapterItem, folder: Path) -> Report:
+        from pytest_lora import checks
+        from pytest_lora.plugin import markers
+
+        path = options_of(self.config).base
+        if path is not None and self._base is None:
+            self._base = checks.checkpoint_base(path)
+        return checks.judge_checkpoint(folder, self._base, markers.expect_for(item))
+
+
+class AdapterDirectory(pytest.Collector):
+    """A folder of adapters; no ``pytest.Directory``, for which pytest would import a conftest.py."""
+
+    def __init__(self, *, adapters: Adapters, path: Path, depth: int = 0, **others: Any) -> None:
+        super().__init__(path=path, **others)
+        self.adapters, self.depth = adapters, depth
+
+    def collect(self) -> Iterator[pytest.Collector]:
+        """Yield the adapter in this folder, and the folders in it."""
+        folders: list[str] = []
+        files: set[str] = set()
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                if entry.name in KNOWN_BY:
+                    files.add(entry.name)
+                elif not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.name)
+        known_by = next((name for name in KNOWN_BY if name in files), None)
+        if known_by is not None:
+            yield self._child(Adapter, known_by)
+        for name in sorted(folders) if self.depth < MAX_DEPTH else ():
+            yield self._child(AdapterDirectory, name, depth=self.depth + 1)
+
+    def _child(self, kind: type[pytest.Collector], name: str, **others: Any) -> pytest.Collector:
+        child: pytest.Collector = kind.from_parent(
+            self,
+            name=name,
+            path=self.path / name,
+            nodeid=f"{self.nodeid}/{name}".removeprefix("./"),
+            adapters=self.adapters,
+            **others,
+        )
+        return child
+
+
+class Nothing(AdapterDirectory):
+    """What stands in the place of a folder of adapters where pytest comes across it: it is collected elsewhere."""
+
+    def collect(self) -> Iterator[pytest.Collector]:
+        """Yield nothing."""
+        return iter(())
+
+
+class Adapter(pytest.File):
+    """One saved adapter."""
+
+    def __init__(self, *, adapters: Adapters, **others: Any) -> None:
+        super().__init__(**others)
+        self.adapters = adapters
+
+    def collect(self) -> Iterator[pytest.Item]:
+        """Yield an item for each group of rules."""
+        for group in GROUPS:
+            yield AdapterItem.from_parent(self, name=group, adapters=self.adapters)
+
+
+class AdapterItem(pytest.Item):
+    """One group of rules on one adapter."""
+
+    def __init__(self, *, adapters: Adapters, **others: Any) -> None:
+        super().__init__(**others)
+        self.adapters = adapters
+
+    def runtest(self) -> None:
+        """Judge the adapter.
+
+        Raises:
+            LoraHealthError: There are errors in this group.
+            LoraHealthWarning: There are warnings, and a filter makes them errors.
+        """
+        whole = self.adapters.report(self)
+        report = Report(whole.subject, tuple(f for f in whole.findings if group_of(f) == self.name))
+        delivered.append(report)
+        strict = [str(finding) for finding in report.warnings if self._is_strict(finding)]
+        if not report.ok:
+            raise LoraHealthError(report)
+        if strict:
+            raise LoraHealthWarning("\n\n".join(strict))
+
+    def _is_strict(self, finding: Finding) -> bool:
+        try:
+            warnings.warn_explicit(str(finding), LoraHealthWarning, str(self.path), 1)
+        except LoraHealthWarning:
+            return True
+        return False
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """The report alone, where that is what failed."""
+        if isinstance(excinfo.value, (LoraHealthError, LoraHealthWarning, ValueError)):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        """Where the item is, and its name in headings."""
+        return self.path, None, f"{self.path.parent.name}: {self.name}"
+
+
+def group_of(finding: Finding) -> str:
+    """The item that a finding belongs to."""
+    return next(name for name, codes in GROUPS.items() if finding.code.startswith(codes))
+
+
+def _nodeid(path: Path, adapters: Adapters) -> str:
+    """The path from the root of the session; outside of it, from the folder of adapters on."""
+    root = adapters.config.rootpath
+    if path.is_relative_to(root):
+        return path.relative_to(root).as_posix()
+    top = next((folder for folder in (path, *path.parents) if folder in adapters.folders), path.parent)
+    return path.relative_to(top.parent).as_posix()

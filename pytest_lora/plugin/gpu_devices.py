@@ -1,0 +1,118 @@
+"""The devices that a session may use, as this process sees them, and whether a test can run on its share of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_lora.plugin import hardware
+from pytest_lora.plugin.gpu_marks import lacking
+from pytest_lora.plugin.gpu_pins import PIN
+from pytest_lora.plugin.session_options import options_of
+
+if TYPE_CHECKING:
+    import pytest
+    import torch
+
+    from pytest_lora.plugin.gpu_marks import Need
+    from pytest_lora.plugin.hardware import Device, Hardware
+
+
+class Devices:
+    """What ``--lora-device``, the hardware and the worker's pin leave of the devices."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._wanted = options_of(config).device
+        self._pin = config.stash.get(PIN, None)
+        self._known: Hardware | None = None
+        kind, _, index = self._wanted.partition(":")
+        self._kind = kind
+        self._only = int(index) if index else None
+
+    @property
+    def hardware(self) -> Hardware:
+        """What this process sees, as far as it has had to be found out."""
+        if self._known is None:
+            self._known = self._named(hardware.found(self._kind))
+        return self._known
+
+    def obstacle(self, need: Need) -> str:
+        """Why a test cannot run here: what it needs and what there is; empty if it can.
+
+        torch is asked only if all else says that the test can run, which will import torch anyway.
+        """
+        lack = self._lack(need)
+        if lack or self.hardware.is_sure:
+            return lack
+        self._known = self._named(hardware.confirmed(self._kind))
+        return self._lack(need)
+
+    def of(self, need: Need) -> dict[int, Device]:
+        """The devices of a test that can run, by torch's number of them."""
+        first = self._first
+        return {number: self.hardware.devices[number] for number in range(first, first + need.count)}
+
+    def key(self, device: Device) -> str:
+        """The name of a device that all processes of the machine give it."""
+        return f"{self.hardware.kind}:{device.key}"
+
+    @property
+    def _first(self) -> int:
+        """torch's number of the first device that tests may use: a pinned worker sees no other."""
+        return self._only if self._only is not None and self._pin is None else 0
+
+    def _named(self, found: Hardware) -> Hardware:
+        return self._pin.labelled(found) if self._pin else found
+
+    def _lack(self, need: Need) -> str:
+        seen = self.hardware
+        if not seen.devices:
+            return f"needs a GPU; there is none: {seen.why_none}"
+        if self._first >= len(seen.devices):
+            return (
+                f"needs a GPU; there is none: --lora-device {self._wanted}, and there are {len(seen.devices)}"
+            )
+        if self._pin and len(seen.devices) > len(self._pin.seen):
+            meant = len(self._pin.seen)
+            return (
+                f"needs a worker that sees {meant} of the GPUs, and this one sees {len(seen.devices)}: CUDA was "
+                f"started before it could be pinned; ini lora_gpus_per_worker = {meant} pins workers before anything "
+                "is imported"
+            )
+        mine = seen.devices[self._first :][: need.count if self._only is None else 1]
+        lack = lacking(need, mine, () if self._only is not None else seen.devices)
+        if lack:
+            return lack + self._hint(need, len(mine))
+        if need.limit and seen.kind == "mps":
+            return "needs a GPU whose peak memory torch counts; for mps it does not"
+        return ""
+
+    def _hint(self, need: Need, seen: int) -> str:
+        """How a worker would see enough devices, where there are enough."""
+        if self._pin is None or not seen < need.count <= len(self._pin.caller):
+            return ""
+        return f" of {len(self._pin.caller)}: set ini lora_gpus_per_worker = {need.count}"
+
+
+def device_of(config: pytest.Config) -> torch.device:
+    """The device of the LoRA fixtures, by ``--lora-device``: with auto CUDA if there is any, else the CPU.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    import torch
+
+    wanted = options_of(config).device
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = wanted.partition(":")
+    if kind == "cpu":
+        return torch.device("cpu")
+    seen = hardware.confirmed(kind)
+    if not seen.devices:
+        raise ValueError(f"--lora-device {wanted}: there is none: {seen.why_none}")
+    if not index:
+        return torch.device(kind)
+    number = 0 if PIN in config.stash else int(index)
+    if number >= len(seen.devices):
+        raise ValueError(f"--lora-device {wanted}: there are {len(seen.devices)}")
+    return torch.device(kind, number)

@@ -1,0 +1,168 @@
+"""What a user has set for a session; imported where a session has something set, or a test asks."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The settings of a session.
+
+    Attributes:
+        model: Folder of the base model, absolute; ``None`` for the built-in one.
+        adapters: Folders of saved adapters to make test items of, absolute.
+        base: Model folder or ``config.json`` that these are compared with, absolute; ``None`` for none.
+        fields: Defaults of ``LoraConfig`` and ``Expect`` fields for every test.
+        slow: Whether tests marked ``lora_slow`` run.
+        device: ``"auto"``, or what ``--lora-device`` says.
+        require_gpu: Whether GPU tests must run.
+        gpu_report: Whether GPU tests are listed at the end.
+        gpus_per_worker: How many GPUs an xdist worker sees; 0 to find out.
+    """
+
+    model: Path | None
+    adapters: tuple[Path, ...]
+    base: Path | None
+    fields: dict[str, object]
+    slow: bool
+    device: str
+    require_gpu: bool
+    gpu_report: bool
+    gpus_per_worker: int
+
+    @classmethod
+    def from_config(cls, config: pytest.Config) -> LoraOptions:
+        """Read flags, ini and environment.
+
+        Raises:
+            pytest.UsageError: A folder or file that is named does not exist, an ini line is not ``field = literal``,
+                there is no such device, or the number of GPUs is none.
+        """
+        env = os.environ.get("RUN_SLOW", "").lower() in ("1", "yes", "true", "on", "y")
+        return cls(
+            model=_model_folder(config),
+            adapters=tuple(_adapter_folders(config)),
+            base=_base_path(config),
+            fields=dict(_field(line) for line in config.getini("lora_config")),
+            slow=bool(config.getoption("lora_slow") or config.getini("lora_slow") or env),
+            device=_device(config.getoption("lora_device")),
+            require_gpu=config.getoption("lora_require_gpu"),
+            gpu_report=config.getoption("lora_gpu_report"),
+            gpus_per_worker=gpus_per_worker(config),
+        )
+
+
+_OPTIONS = pytest.StashKey[LoraOptions]()
+
+
+def options_of(config: pytest.Config) -> LoraOptions:
+    """The settings of a session, read once.
+
+    Raises:
+        pytest.UsageError: See ``LoraOptions.from_config``.
+    """
+    if _OPTIONS not in config.stash:
+        config.stash[_OPTIONS] = LoraOptions.from_config(config)
+    return config.stash[_OPTIONS]
+
+
+def _model_folder(config: pytest.Config) -> Path | None:
+    source, folder = _path(config, "model")
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise pytest.UsageError(f"{source}: there is no folder {str(folder)!r}; models are never downloaded")
+    if not (folder / "config.json").is_file():
+        raise pytest.UsageError(
+            f"{source}: {str(folder)!r} holds no config.json, so it is no transformers model"
+        )
+    return folder
+
+
+def _base_path(config: pytest.Config) -> Path | None:
+    source, path = _path(config, "base")
+    if path is not None and not (path.is_file() or (path / "config.json").is_file()):
+        raise pytest.UsageError(f"{source}: {str(path)!r} is no model folder and no config.json")
+    return path
+
+
+def _adapter_folders(config: pytest.Config) -> Iterator[Path]:
+    for flag in config.getoption("lora_adapters"):
+        yield _folder_of_adapters("--lora-adapters", config.invocation_params.dir / Path(flag).expanduser())
+    if config.getoption("lora_adapters") or config.args_source is config.ArgsSource.ARGS:
+        return
+    for line in config.getini("lora_adapters"):
+        yield _folder_of_adapters("ini lora_adapters", _beside_ini(config) / Path(line).expanduser())
+
+
+def _folder_of_adapters(source: str, folder: Path) -> Path:
+    if not folder.is_dir():
+        raise pytest.UsageError(
+            f"{source}: there is no folder {str(folder)!r}; adapters are never downloaded"
+        )
+    return folder.resolve()
+
+
+def _path(config: pytest.Config, name: str) -> tuple[str, Path | None]:
+    """Where a path is set, and the path: the flag is relative to where pytest was called, ini to its own folder."""
+    if flag := config.getoption(f"lora_{name}"):
+        return f"--lora-{name}", config.invocation_params.dir / Path(flag).expanduser()
+    if ini := config.getini(f"lora_{name}"):
+        return f"ini lora_{name}", _beside_ini(config) / Path(ini).expanduser()
+    return "", None
+
+
+def _beside_ini(config: pytest.Config) -> Path:
+    return config.inipath.parent if config.inipath else config.rootpath
+
+
+def _device(text: str) -> str:
+    kind, colon, index = text.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "xpu", "mps") or (
+        colon and not (kind == "cuda" and index.isdecimal())
+    ):
+        raise pytest.UsageError(f"--lora-device: {text!r} is none of auto, cpu, cuda, cuda:N, xpu, mps")
+    return text
+
+
+def gpus_per_worker(config: pytest.Config) -> int:
+    """The ini value; 0 if it is not set.
+
+    Raises:
+        pytest.UsageError: It is no number.
+    """
+    text = config.getini("lora_gpus_per_worker") or "0"
+    if not text.isdecimal():
+        raise pytest.UsageError(f"ini lora_gpus_per_worker: {text!r} is no number of GPUs")
+    return int(text)
+
+
+def asks_for_gpus(early_config: pytest.Config) -> bool:
+    """Whether the command line or the ini file shows, before anything is imported, that there are GPU tests.
+
+    Raises:
+        pytest.UsageError: There is no such device.
+    """
+    flags = early_config.known_args_namespace
+    device = _device(flags.lora_device)
+    asked = flags.lora_require_gpu or flags.lora_gpu_report or early_config.getini("lora_gpus_per_worker")
+    return device.startswith("cuda") or bool(device == "auto" and asked)
+
+
+def _field(line: str) -> tuple[str, object]:
+    name, equals, literal = (part.strip() for part in line.partition("="))
+    try:
+        if not equals or not name.isidentifier():
+            raise ValueError
+        return name, ast.literal_eval(literal)
+    except (ValueError, SyntaxError) as error:
+        raise pytest.UsageError(
+            f"ini lora_config: {line!r} is not FIELD = PYTHON LITERAL, as in r = 16 or target_modules = ['q_proj']"
+        ) from error

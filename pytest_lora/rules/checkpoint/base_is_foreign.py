@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA451", severity="error", needs=CheckpointFacts)
+def base_is_foreign(facts: CheckpointFacts, expect: Expect) -> Iterator[Violation]:
+    """The adapter is for another kind of base model.
+
+    ## What it does
+    Looks whether any adapted module of the file exists in the base.
+
+    ## Why is this bad?
+    Not one tensor finds its place: PEFT raises, or loads nothing.
+
+    ## Example
+    ```python
+    path = adapter()
+    report = check_checkpoint(path, gpt2_base)
+    ```
+
+    ## Use instead
+    ```python
+    report = check_checkpoint(adapter(), base)
+    ```
+
+    ## References
+    - https://huggingface.co/docs/peft/developer_guides/checkpoint
+    """
+    if not facts.is_judged or facts.fit is None or not facts.is_foreign:
+        return
+    held = grouped(m.name for m in facts.adapted)
+    named = facts.config.base if facts.config else None
+    meant = (
+        f"load it on {named!r}, which its configuration names"
+        if named
+        else "load it on the base it was trained on"
+    )
+    renamed = _renamed(facts.adapted[0].name, facts.fit.base.module_names)
+    yield Violation(
+        where=facts.fit.base.architecture,
+        observed=f"no adapter key matches this base: not one of the adapted modules exists in it ({held})",
+        expected="the base that the adapter was trained on",
+        fix=f"the base calls it {renamed!r}: if this is the same model, rename the keys; else {meant}"
+        if renamed
+        else meant,
+    )
+
+
+def _renamed(module: str, known: tuple[str, ...]) -> str | None:
+    """The module of the base that stands at the same place of a block, under another path."""
+    parts = module.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if not number:
+        return None
+    ending = "." + ".".join(parts[number - 1 :])
+    return next((name for name in known if f".{name}".endswith(ending)), None)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA443", severity="warning", needs=CheckpointFacts)
+def init_is_not_converted(facts: CheckpointFacts, expect: Expect) -> Iterator[Violation]:
+    """The adapter was saved under an initialisation that changed the base, without conversion.
+
+    ## What it does
+    Looks at init_lora_weights for PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ, which move a part of the base
+    weights into the adapter or quantize them anew.
+
+    ## Why is this bad?
+    The adapter belongs to the base weights that the initialisation left (the residual), not to those that
+    everybody has. PEFT repeats the initialisation while loading, slowly and not always to the same numbers;
+    merged, or loaded by anything else, the result is wrong.
+
+    ## Example
+    ```python
+    report = check_checkpoint(adapter(init_lora_weights="olora"))
+    ```
+
+    ## Use instead
+    ```python
+    report = check_checkpoint(adapter())
+    ```
+
+    ## References
+    - https://huggingface.co/docs/peft/developer_guides/lora#pissa
+    - https://arxiv.org/abs/2404.02948
+    """
+    settings = facts.settings
+    if not facts.is_judged or settings is None or not facts.lora:
+        return
+    init = str(settings.init_lora_weights).lower()
+    if init.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
+        yield Violation(
+            where=f"init_lora_weights in {facts.name}",
+            observed=f"init_lora_weights={settings.init_lora_weights!r}: the adapter was not converted, and fits "
+            "only the base weights that this initialisation left (the residual)",
+            expected="an adapter for the original base weights",
+            fix=_FIX
+            if not init.startswith("loftq")
+            else "publish the base that LoftQ quantized together with the adapter",
+        )
+
+
+_FIX = (
+    "save the fresh adapter before training, and the trained one with "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+)

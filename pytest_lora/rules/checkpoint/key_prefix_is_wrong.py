@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.checkpoint import PREFIX, WRAPPERS, CheckpointFacts, Key
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA422", severity="error", needs=CheckpointFacts)
+def key_prefix_is_wrong(facts: CheckpointFacts, expect: Expect) -> Iterator[Violation]:
+    """The keys carry another prefix than PEFT looks for, so that they match nothing.
+
+    ## What it does
+    Looks at what stands before (and in) the names of the LoRA tensors: `base_model.model.` once, no name of
+    a wrapper (torch.compile, DDP, FSDP, DeepSpeed), no adapter name of its own. With a base, PEFT itself
+    has the last word.
+
+    ## Why is this bad?
+    Keys that PEFT does not know are dropped; the adapter loads with a warning at most, and changes nothing.
+
+    ## Example
+    ```python
+    path = adapter()
+    edit(path, lambda tensors: {f"module.{k}": v for k, v in tensors.items()})
+    report = check_checkpoint(path)
+    ```
+
+    ## Use instead
+    ```python
+    report = check_checkpoint(adapter())
+    ```
+
+    ## References
+    - https://github.com/huggingface/peft/issues/2115
+    - https://github.com/vllm-project/vllm/issues/34186
+    - https://huggingface.co/docs/peft/developer_guides/checkpoint
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for tensor in facts.misnamed:
+        groups.setdefault(_diagnosis(facts.key(tensor)), []).append(tensor.name)
+    for (seen, fix), names in groups.items():
+        yield Violation(
+            where=f"{facts.weights} in {facts.name}",
+            observed=f"{len(names)} of {len(facts.lora)} adapter keys {seen}, so they match nothing in the model: "
+            f"{names[0][:150]}",
+            expected=f"keys such as {facts.keys[names[0]].peft_name[:150]}",
+            fix=fix,
+            severity="warning" if _may_be_meant(names[0], facts) else None,
+        )
+
+
+def _may_be_meant(name: str, facts: CheckpointFacts) -> bool:
+    """Whether a base could call a part of itself "module", which only a base can tell."""
+    return facts.fit is None and name.startswith(f"{PREFIX}module.")
+
+
+def _diagnosis(key: Key) -> tuple[str, str]:
+    if key.wrappers:
+        wrapper = key.wrappers[0]
+        origin = WRAPPERS[wrapper]
+        return (
+            f"carry '{wrapper}.' of {origin}",
+            f"take '{wrapper}.' out of the keys; save the unwrapped model next time",
+        )
+    if key.prefixes == 0:
+        return (
+            "lack the prefix base_model.model.",
+            "put base_model.model. before every key; save_pretrained of the PeftModel writes it",
+        )
+    if key.prefixes > 1:
+        return (
+            "carry the prefix base_model.model. twice, as from a PeftModel nested inside a PeftModel",
+            "strip all but one base_model.model. from the keys",
+        )
+    return (
+        f"carry the adapter name {key.adapter!r}",
+        f"take '.{key.adapter}' out of the keys; PEFT puts the name in while it loads",
+    )

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA431", severity="error", needs=CheckpointFacts)
+def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator[Violation]:
+    """The tensors have another rank than adapter_config.json says.
+
+    ## What it does
+    Compares the rows of lora_A (and the columns of lora_B) with r and rank_pattern.
+
+    ## Why is this bad?
+    Loading fails with a size mismatch. Where only r is read, as in other engines, the scaling alpha/r is
+    wrong.
+
+    ## Example
+    ```python
+    path = adapter(r=8)
+    configure(path, r=16)
+    report = check_checkpoint(path)
+    ```
+
+    ## Use instead
+    ```python
+    report = check_checkpoint(adapter())
+    ```
+
+    ## References
+    - https://github.com/huggingface/peft/issues/1746
+    - https://github.com/oobabooga/text-generation-webui/issues/3944
+    """
+    if not facts.is_judged or (facts.fit is not None and facts.fit.loads):
+        return
+    torn = [m for m in facts.adapted if m.rank and m.b_rank and m.rank != m.b_rank]
+    if torn:
+        yield Violation(
+            where=grouped(m.name for m in torn),
+            observed=f"lora_A has rank {torn[0].rank}, but lora_B has rank {torn[0].b_rank}",
+            expected="two factors of one rank",
+            fix="save the adapter again from the trained model; the file is put together from two adapters",
+        )
+    broken = {m.name for m in torn}
+    wrong: dict[tuple[int, int], list[str]] = {}
+    for module in facts.adapted:
+        rank, configured = module.rank, module.configured_rank
+        if rank and configured and rank != configured and module.name not in broken:
+            fused = bool(facts.settings and facts.settings.target_parameters) and rank % configured == 0
+            if not fused:
+                wrong.setdefault((configured, rank), []).append(module.name)
+    for (configured, rank), names in wrong.items():
+        yield Violation(
+            where=grouped(names),
+            observed=f"adapter_config.json says r={configured}, but the tensors have rank {rank} "
+            f"in {len(names)} of {len(facts.adapted)} modules",
+            expected="the rank of the tensors in r or rank_pattern",
+            fix=f"restore r={rank} (or rank_pattern) and the lora_alpha of the training; ranks are fixed "
+            "at initialisation",
+        )

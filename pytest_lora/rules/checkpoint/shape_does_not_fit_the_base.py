@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.checkpoint import PREFIX, CheckpointFacts, Misfit
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA433", severity="error", needs=CheckpointFacts)
+def shape_does_not_fit_the_base(facts: CheckpointFacts, expect: Expect) -> Iterator[Violation]:
+    """A tensor has another shape than the base asks for.
+
+    ## What it does
+    Compares every tensor with the one that PEFT makes for this base and configuration. Ranks and
+    vocabularies have rules of their own.
+
+    ## Why is this bad?
+    Loading fails with a size mismatch: the adapter is for a base of another width, or the head for another
+    number of classes.
+
+    ## Example
+    ```python
+    wider = adapter(hidden_size=128)
+    report = check_checkpoint(wider, base)
+    ```
+
+    ## Use instead
+    ```python
+    report = check_checkpoint(adapter(), base)
+    ```
+
+    ## References
+    - https://github.com/huggingface/peft/issues/1746
+    """
+    fit = facts.fits
+    if fit is None:
+        return
+    settings = facts.settings
+    ranks_differ = {m.name for m in facts.adapted if m.rank != m.configured_rank or m.rank != m.b_rank}
+    embeddings = {fit.base.input_embeddings, fit.base.output_embeddings}
+    wrong: dict[bool, list[tuple[str, Misfit]]] = {}
+    for misfit in fit.misfits:
+        key = facts.keys[misfit.name]
+        module = key.module.removesuffix(".base_layer").removesuffix(".token_adapter")
+        if module not in embeddings and not (key.part and module in ranks_differ):
+            wrong.setdefault(bool(key.part), []).append((module, misfit))
+    for is_lora, found in wrong.items():
+        module, first = found[0]
+        is_head = not is_lora and settings is not None and settings.saves(module)
+        yield Violation(
+            where=grouped(dict.fromkeys(module for module, _ in found)),
+            observed=f"{first.name.removeprefix(PREFIX)} is {_shaped(first.found)}, but "
+            f"{fit.base.architecture} asks for {_shaped(first.wanted)} "
+            f"({len(found)} of {len(facts.tensors)} tensors do not fit)",
+            expected="the shapes of the base that the adapter was trained on",
+            fix=f"load the base with num_labels={first.found[0]}, as in training"
+            if is_head and first.found
+            else "load it on the base that it was trained on",
+        )
+
+
+def _shaped(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a single number"

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.checkpoint import CheckpointFacts, Key
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA432", severity="error", needs=CheckpointFacts)
+def tensor_is_empty(facts: CheckpointFacts, expect: Expect) -> Iterator[Violation]:
+    """A LoRA tensor has no numbers, or has lost a dimension.
+
+    ## What it does
+    Looks for lora_A and lora_B with fewer than two dimensions or with a size of zero.
+
+    ## Why is this bad?
+    DeepSpeed ZeRO-3 and FSDP keep each parameter in parts, and what is left in its place is an empty or
+    flat tensor. It was saved without being gathered.
+
+    ## Example
+    ```python
+    path = adapter()
+    edit(path, lambda tensors: {k: torch.empty(0) for k in tensors})
+    report = check_checkpoint(path)
+    ```
+
+    ## Use instead
+    ```python
+    report = check_checkpoint(adapter())
+    ```
+
+    ## References
+    - https://github.com/huggingface/trl/issues/4416
+    - https://huggingface.co/docs/peft/accelerate/deepspeed
+    """
+    if not facts.is_judged:
+        return
+    empty = [t for t in facts.lora if t.numbers == 0]
+    flat = [t for t in facts.lora if t.numbers and _is_factor(facts.key(t)) and len(t.shape) < 2]
+    for found, words in ((empty, "empty"), (flat, "flat")):
+        if found:
+            shape = "x".join(map(str, found[0].shape)) or "a single number"
+            yield Violation(
+                where=grouped(facts.key(t).module for t in found),
+                observed=f"{len(found)} of {len(facts.lora)} adapter tensors are {words} (shape {shape}): "
+                "they were saved before the shards of ZeRO-3 or FSDP were gathered",
+                expected="lora_A of rank x in_features, lora_B of out_features x rank",
+                fix="gather before saving: deepspeed.zero.GatheredParameters, or FSDP with a full state dict",
+            )
+
+
+def _is_factor(key: Key) -> bool:
+    return key.part not in ("", "lora_magnitude_vector") and not key.peft_name.endswith(".bias")

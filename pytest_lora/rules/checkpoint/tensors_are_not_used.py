@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.checkpoint import CheckpointFacts, Key
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA425", severity="error", needs=CheckpointFacts)
+def tensors_are_not_used(facts: CheckpointFacts, expect: Expect) -> Iterator[Violation]:
+    """The file holds LoRA tensors that nothing looks for.
+
+    ## What it does
+    With a base, asks PEFT which tensors it would load. Without one, compares the modules in the file with
+    the targets of the configuration.
+
+    ## Why is this bad?
+    Tensors that no module takes are dropped without a word: a part of what was trained is lost.
+
+    ## Example
+    ```python
+    deeper = adapter(num_hidden_layers=4)
+    report = check_checkpoint(deeper, base)
+    ```
+
+    ## Use instead
+    ```python
+    report = check_checkpoint(adapter(), base)
+    ```
+
+    ## References
+    - https://github.com/huggingface/peft/issues/1932
+    - https://github.com/vllm-project/vllm/issues/34186
+    """
+    if not facts.is_judged or facts.misnamed or not facts.adapted:
+        return
+    if facts.fit is None:
+        yield from _untargeted(facts)
+        return
+    fit = facts.fits
+    unused = fit.unused if fit is not None else ()
+    if fit is None or not unused:
+        return
+    known = set(fit.base.module_names)
+    modules = list(dict.fromkeys(Key.of(name).module for name in unused))
+    foreign = [m for m in modules if m not in known]
+    if foreign:
+        yield Violation(
+            where=grouped(foreign),
+            observed=f"{_counted(foreign)} of the file {'do' if len(foreign) > 1 else 'does'} not exist in "
+            f"{fit.base.architecture}: their adapter keys "
+            f"match nothing, are unexpected and would be dropped{_layers(foreign)}",
+            expected="every tensor to have its place in the base",
+            fix="load it on the base that it was trained on",
+        )
+    if rest := [m for m in modules if m in known]:
+        yield Violation(
+            where=grouped(rest),
+            observed=f"adapter keys of {_counted(rest)} are not used: {_reason(facts, unused)}",
+            expected="a configuration under which every tensor of the file is used",
+            fix="restore the adapter_config.json that the adapter was trained with",
+        )
+
+
+def _counted(modules: list[str]) -> str:
+    return f"{len(modules)} module{'s' if len(modules) > 1 else ''}"
+
+
+def _layers(modules: list[str]) -> str:
+    numbers = sorted({int(p) for m in modules for p in m.split(".") if p.isdigit() and len(p) < 6})
+    return f" (layers {', '.join(map(str, numbers[:8]))})" if numbers else ""
+
+
+def _reason(facts: CheckpointFacts, unused: tuple[str, ...]) -> str:
+    if all("lora_magnitude_vector" in name for name in unused):
+        return "they hold DoRA magnitudes, and use_dora is not set"
+    return "the configuration does not adapt these modules"
+
+
+def _untargeted(facts: CheckpointFacts) -> Iterator[Violation]:
+    settings = facts.settings
+    if settings is None:
+        return
+    if not settings.use_dora and (scaled := [m.name for m in facts.adapted if m.magnitude is not None]):
+        yield Violation(
+            where=grouped(scaled),
+            observed="adapter keys hold DoRA magnitudes, but use_dora is not set: they match nothing and are dropped",
+            expected="use_dora=true, as in training",
+            fix="restore the adapter_config.json that the adapter was trained with",
+        )
+    targets = settings.target_modules
+    if not targets or str(targets).lower() == "all-linear" or settings.target_parameters:
+        return
+    missed = [
+        m.name for m in facts.adapted if not settings.targets(m.name) or settings.skips_layer_of(m.name)
+    ]
+    if missed:
+        yield Violation(
+            where=grouped(missed),
+            observed=f"adapter keys of {len(missed)} of {len(facts.adapted)} modules match no name in "
+            "target_modules (or its layers): they would be dropped",
+            expected="target_modules that name every module in the file",
+            fix="restore the adapter_config.json that the adapter was trained with",
+        )

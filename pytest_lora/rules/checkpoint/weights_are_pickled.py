@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.checkpoint import PICKLED, WEIGHTS, CheckpointFacts
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA403", severity="warning", needs=CheckpointFacts)
+def weights_are_pickled(facts: CheckpointFacts, expect: Expect) -> Iterator[Violation]:
+    """The adapter is a pickle, which is not opened, so that nothing in it was judged.
+
+    ## What it does
+    Names adapter_model.bin where it is the only file with weights. Under `Expect(read_pickle=True)` it is
+    read by torch with `weights_only=True`. Other pickles in the folder are mentioned.
+
+    ## Why is this bad?
+    Loading a pickle can run any code. PEFT has written safetensors by default since 0.6.
+
+    ## Example
+    ```python
+    path = adapter()
+    pickle_weights(path)
+    report = check_checkpoint(path)
+    ```
+
+    ## Use instead
+    ```python
+    report = check_checkpoint(adapter())
+    ```
+
+    ## References
+    - https://huggingface.co/docs/safetensors/index
+    - https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only-security
+    """
+    names = facts.pickles
+    if PICKLED in names and facts.weights is None:
+        yield Violation(
+            where=f"{PICKLED} in {facts.name}",
+            observed="the adapter is a pickle; it was not opened, so nothing in it was judged",
+            expected=WEIGHTS,
+            fix="save it again with safe_serialization=True; if you trust it, Expect(read_pickle=True) reads it "
+            "with weights_only=True",
+        )
+        names = tuple(name for name in names if name != PICKLED)
+    if names:
+        yield Violation(
+            where=f"{', '.join(names[:5])} in {facts.name}",
+            observed=f"{len(names)} pickle{'s lie' if len(names) > 1 else ' lies'} beside the adapter, not opened",
+            expected="no pickles in a folder that is passed on",
+            fix="leave them out where the adapter is published; PEFT does not load them",
+            severity="info",
+        )

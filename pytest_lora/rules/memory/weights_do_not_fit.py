@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.byte_sizes import format_bytes
+from pytest_lora.expect import Expect
+from pytest_lora.facts.memory import MemoryFacts
+from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.memory_words import advice, largest_parts, step_in_words
+
+_WEIGHTS = (
+    "base weights",
+    "quantized base weights",
+    "quantization statistics",
+    "embeddings and head",
+    "adapters",
+)
+
+
+@rule("LORA501", severity="error", needs=MemoryFacts)
+def weights_do_not_fit(facts: MemoryFacts, expect: Expect) -> Iterator[Violation]:
+    """The model does not fit the memory of the GPU, before a single step is taken.
+
+    ## What it does
+    Compares what is allocated once base and adapter are loaded with the budget.
+
+    ## Why is this bad?
+    Loading the model runs out of memory. Neither a smaller batch nor a shorter sequence helps.
+
+    ## Example
+    ```python
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    report = check_memory(llama_7b, config, batch_size=1, seq_len=512, budget="22GiB", dtype="float32")
+    ```
+
+    ## Use instead
+    ```python
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    report = check_memory(llama_7b, config, batch_size=1, seq_len=512, budget="22GiB", dtype="bfloat16")
+    ```
+
+    ## References
+    - Anatomy of a model's memory: https://huggingface.co/docs/transformers/model_memory_anatomy
+    """
+    estimate = facts.estimate
+    if estimate.loaded <= facts.budget:
+        return
+    yield Violation(
+        where=step_in_words(estimate),
+        observed=f"the loaded model weights need {format_bytes(estimate.loaded)}, "
+        f"{format_bytes(estimate.loaded - facts.budget)} more than the budget: "
+        f"{largest_parts(estimate, _WEIGHTS)}",
+        expected=f"weights below the budget of {format_bytes(facts.budget)}, with room for a step",
+        fix=advice(facts),
+    )

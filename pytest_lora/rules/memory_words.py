@@ -1,0 +1,63 @@
+"""What the rules on memory say alike: the step, what fills it, and the table of what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pytest_lora.byte_sizes import format_bytes
+from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts
+
+_INDENT = "\n            "
+_NAMED = 3
+
+
+def step_in_words(estimate: MemoryEstimate) -> str:
+    """``"a step of LlamaForCausalLM, batch 4 x 2048 tokens, r=16, nf4, bfloat16, checkpointing off"``."""
+    asked = estimate.setting
+    stored = asked.dtype
+    if asked.quantization is not None:
+        double = " with double quantization" if asked.quantization.double_quant else ""
+        stored = f"{asked.quantization.method}{double}, else {asked.dtype}"
+    return (
+        f"a step of {estimate.architecture}, batch {asked.batch_size} x {asked.seq_len} tokens, r={estimate.rank}, "
+        f"base in {stored}, gradient checkpointing {'on' if asked.gradient_checkpointing else 'off'}"
+    )
+
+
+def largest_parts(estimate: MemoryEstimate, categories: Iterable[str] | None = None) -> str:
+    """``"activations 12.1 GiB, logits and loss 3.2 GiB"``, the largest first."""
+    chosen = estimate.breakdown if categories is None else categories
+    parts = [(name, estimate.breakdown[name]) for name in chosen if name in estimate.breakdown]
+    largest = sorted(parts, key=lambda part: -part[1])[:_NAMED]
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
+
+
+def advice(facts: MemoryFacts) -> str:
+    """The smallest change that fits, what else was tried, and whether the rank matters."""
+    if not facts.alternatives:
+        return "run it again with advise=True, the default, to see what would fit"
+    fitting = [a for a in facts.alternatives if a.peak_allocated <= facts.budget]
+    first = (
+        f"{fitting[0].change}: {format_bytes(fitting[0].peak_allocated)}"
+        if fitting
+        else "none of the changes tried is enough; take a larger GPU, a smaller base, or several GPUs"
+    )
+    return _INDENT.join((first, *_rank_words(facts), "what if:", *_rows(facts)))
+
+
+def _rank_words(facts: MemoryFacts) -> list[str]:
+    ranks = [a for a in facts.alternatives if a.smaller_rank]
+    if not ranks or any(a.peak_allocated <= facts.budget for a in ranks):
+        return []
+    least = min(ranks, key=lambda a: a.peak_allocated)
+    saved = format_bytes(facts.estimate.peak_allocated - least.peak_allocated)
+    return [f"lowering the rank will not help: {least.change} saves {saved}"]
+
+
+def _rows(facts: MemoryFacts) -> list[str]:
+    width = max((len(a.change) for a in facts.alternatives), default=0)
+    return [
+        f"  {a.change.ljust(width)}  {format_bytes(a.peak_allocated).rjust(9)}"
+        f"  {'fits' if a.peak_allocated <= facts.budget else 'too much'}"
+        for a in facts.alternatives
+    ]

@@ -1,0 +1,338 @@
+"""Configurations that are valid for their base by construction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hypothesis import strategies as st
+from peft import LoraConfig
+
+from pytest_lora.expect import Expect
+from pytest_lora.strategies.ground import Ground, Target, ground_of
+
+if TYPE_CHECKING:
+    import os
+
+    from torch import nn
+    from transformers import PretrainedConfig
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+RANKS = range(1, 257)
+"""Ranks that are drawn: LoRA (arXiv:2106.09685) uses 1 to 64, QLoRA (arXiv:2305.14314) 8 to 256."""
+
+INITS = ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4")
+VARIANTS = ("rslora", "dora", *INITS)
+"""What a configuration may add to plain LoRA: two flags, and initialisations that need no data."""
+
+_READS_WEIGHTS = ("olora", "pissa", "pissa_niter_4")
+_DROPOUTS = (0.0, 0.05, 0.1)
+_BOOLEANS = st.booleans()
+_LIMITS = Expect()
+DEFAULT_ALPHA = 8
+"""``LoraConfig().lora_alpha``, which is left out where it is meant."""
+
+
+class Choice(NamedTuple):
+    """What ``target_modules`` says and which targets that are."""
+
+    written: list[str] | str
+    targets: tuple[Target, ...]
+
+    @property
+    def size(self) -> int:
+        """The largest rank for all of them together."""
+        return min(target.size for target in self.targets)
+
+
+def lora_configs(
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str] | None = None,
+    *,
+    ranks: Iterable[int] = RANKS,
+    targets: str | Iterable[str] | None = None,
+    variants: Iterable[str] = VARIANTS,
+) -> st.SearchStrategy[LoraConfig]:
+    """Draw a ``LoraConfig`` that is valid for a base: ``check_config`` has neither error nor warning for it.
+
+    It varies rank, alpha, target modules (names, a regular expression, "all-linear"), rank and alpha patterns,
+    blocks, dropout, bias, rsLoRA, DoRA, initialisations that suit the weights, and modules to save. A failing
+    example shrinks to the fewest targets, the smallest rank, one block, and defaults for the rest; Hypothesis
+    prints it as the call of ``LoraConfig`` that makes it.
+
+    Args:
+        base: A live model without adapter, a ``PretrainedConfig``, or the path of a model folder or
+            ``config.json``. Without one, names are those of Llama's linear layers, or ``targets``, and nothing
+            is drawn that depends on blocks, biases, values or sizes.
+        ranks: The ranks to draw from. A rank at which an adapter would hold more numbers than the
+            matrix that it adapts is not drawn for it.
+        targets: Names to draw from (the last part of a module's name), or "all-linear". Default: all that PEFT
+            can adapt in this base.
+        variants: What may be added to plain LoRA, of "rslora", "dora" and the initialisations "gaussian",
+            "orthogonal", "olora", "pissa", "pissa_niter_4"; nothing for plain LoRA alone. An initialisation
+            that does not suit the weights of the drawn targets is left out.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The base cannot be built or carries an adapter, a name is none of this base, a variant is
+            unknown, or every rank is too large for every target.
+    """
+    wanted = _require_variants(variants)
+    return drawn_configs(_narrowed(ground_of(base), _require_ranks(ranks), targets, wanted))
+
+
+class Room(NamedTuple):
+    """What is drawn from: the targets of a base that take at least one of the ranks."""
+
+    ground: Ground
+    targets: tuple[Target, ...]
+    all_linear: Target | None
+    ranks: tuple[int, ...]
+    variants: tuple[str, ...]
+
+    def ranks_for(self, size: int, *, even: bool = False) -> list[int]:
+        """Ranks up to a size."""
+        return [rank for rank in self.ranks if rank <= size and not (even and rank % 2)]
+
+
+class Kind(NamedTuple):
+    """What is added to plain LoRA."""
+
+    rslora: bool
+    dora: bool
+    init: str | None
+
+    @property
+    def even(self) -> bool:
+        """Whether ranks must be even: the orthogonal initialisation splits them in halves."""
+        return self.init == "orthogonal"
+
+
+def suits(init: str, targets: Sequence[Target]) -> bool:
+    """Whether an initialisation works on all of these targets without changing quantized weights."""
+    if init in _READS_WEIGHTS:
+        return all(target.plain for target in targets)
+    return init != "orthogonal" or all(target.linear and not target.quantized for target in targets)
+
+
+def _narrowed(ground: Ground, ranks: tuple[int, ...], targets: Any, variants: tuple[str, ...]) -> Room:
+    everything = isinstance(targets, str) and targets.lower() == "all-linear"
+    named = ground.targets if targets is None else () if everything else ground.named(_require_names(targets))
+    whole = ground.all_linear if targets is None or everything else None
+    if everything and whole is None:
+        raise ValueError('targets: "all-linear" does not suit this base; name its modules')
+    named = tuple(target for target in named if target.size >= ranks[0])
+    whole = whole if whole is not None and whole.size >= ranks[0] else None
+    if not named and whole is None:
+        raise ValueError(f"ranks: the smallest, {ranks[0]}, is too large for every target of this base")
+    return Room(ground, named, whole, ranks, variants)
+
+
+@st.composite
+def drawn_configs(draw: Draw, room: Room) -> LoraConfig:
+    """One configuration out of what a base has room for."""
+    return made(draw, drawn_fields(draw, room))
+
+
+def made(draw: Draw, fields: dict[str, Any]) -> LoraConfig:
+    """The configuration with these fields, in a way that Hypothesis prints as the call that makes it."""
+    config: LoraConfig = draw(
+        st.builds(LoraConfig, **{name: st.just(value) for name, value in fields.items()})
+    )
+    return config
+
+
+def drawn_fields(draw: Draw, room: Room) -> dict[str, Any]:
+    """Fields that are not at their defaults, in the order in which people write them.
+
+    What is drawn does not depend on the targets: taking one away must leave the rest of an example as it is,
+    or it would not shrink. What does not suit the targets falls back to what does.
+    """
+    choice = drawn_choice(draw, room)
+    layers = _layers(draw, room, choice)
+    kind = _kind(draw, room, choice)
+    rank = draw(_sampled(room.ranks_for(choice.size, even=kind.even)))
+    alpha = _sound_alpha(draw(_sampled(_ALPHAS)), rank, kind.rslora)
+    fields: dict[str, Any] = {"r": rank}
+    if alpha != DEFAULT_ALPHA:
+        fields["lora_alpha"] = alpha
+    fields["target_modules"] = choice.written
+    if layers is not None:
+        fields["layers_to_transform"] = layers
+    fields |= _kind_fields(kind)
+    fields |= _patterns(draw, room, choice, kind, rank, alpha)
+    if dropout := draw(_sampled(_DROPOUTS)):
+        fields["lora_dropout"] = dropout
+    if room.ground.biases and draw(_BOOLEANS):
+        fields["bias"] = "lora_only"
+    fields |= dict(room.ground.needs)
+    fields |= _saved(draw, room.ground, choice, fields)
+    if any("Conv1D" in target.kinds for target in choice.targets):
+        fields["fan_in_fan_out"] = True
+    return fields
+
+
+@cache
+def _sampled_from(values: tuple[Any, ...]) -> st.SearchStrategy[Any]:
+    return st.sampled_from(values)
+
+
+def _sampled(values: Iterable[Any]) -> st.SearchStrategy[Any]:
+    """``sampled_from``, made once for the same values: making a strategy costs more than drawing from it."""
+    return _sampled_from(tuple(values))
+
+
+@cache
+def several(values: tuple[Any, ...]) -> st.SearchStrategy[list[Any]]:
+    """A few different ones of some values.
+
+    Not by ``unique=True``: its choices mean something else once one before them is gone, and lists of the
+    wrong values stay.
+    """
+    several = st.lists(_sampled_from(values), min_size=1, max_size=len(values))
+    return several.map(lambda drawn: list(dict.fromkeys(drawn)))
+
+
+def drawn_choice(draw: Draw, room: Room) -> Choice:
+    """Names in a list, a regular expression for the same, or "all-linear".
+
+    The names are drawn in any case: a way with fewer choices would be the simpler one to Hypothesis.
+    """
+    ways = [*(["names", "regex"] if room.targets else []), *(["all-linear"] if room.all_linear else [])]
+    way = draw(_sampled(ways))
+    targets = draw(several(room.targets)) if room.targets else []
+    if way == "all-linear":
+        assert room.all_linear is not None
+        return Choice(way, (room.all_linear,))
+    names = [target.name for target in targets]
+    return Choice(names if way == "names" else rf"(.*\.)?({'|'.join(names)})", tuple(targets))
+
+
+def _kind(draw: Draw, room: Room, choice: Choice) -> Kind:
+    rslora = "rslora" in room.variants and draw(_BOOLEANS)
+    dora = "dora" in room.variants and draw(_BOOLEANS)
+    init = draw(_sampled((None, *(name for name in INITS if name in room.variants))))
+    if init is not None and not suits(init, choice.targets):
+        init = None
+    if init == "orthogonal" and not room.ranks_for(choice.size, even=True):
+        init = None
+    return Kind(rslora, dora, init)
+
+
+def _layers(draw: Draw, room: Room, choice: Choice) -> list[int] | None:
+    """Numbers for ``layers_to_transform``, which PEFT takes beside a list of names alone."""
+    known = room.ground.blocks
+    if not known:
+        return None
+    block, way = draw(_sampled(known)), draw(_sampled(("one", "some", "all")))
+    drawn = {block, *draw(several(known))} if way == "some" else {block}
+    if way == "all" or isinstance(choice.written, str):
+        return None
+    shared = frozenset.intersection(*(target.layers for target in choice.targets))
+    return sorted(shared & drawn) or None
+
+
+def scaling(alpha: float, rank: int, rslora: bool) -> float:
+    """The effective scaling (LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732)."""
+    return float(alpha / rank**0.5 if rslora else alpha / rank)
+
+
+def _sound(value: float, rslora: bool) -> bool:
+    """Whether a scaling is one that no rule mentions."""
+    return _LIMITS.low_scaling <= value <= (_LIMITS.max_scaling_rslora if rslora else _LIMITS.max_scaling)
+
+
+_ALPHAS: tuple[int | str, ...] = (DEFAULT_ALPHA, "r", "2r", 16, 32, 64)
+"""PEFT's default, the rank and twice the rank, and fixed ones."""
+
+
+def _sound_alpha(written: int | str, rank: int, rslora: bool) -> int:
+    """The alpha that is meant, or the first of a sound scaling."""
+    return next(a for a in _alphas(rank, written, *_ALPHAS) if _sound(scaling(a, rank, rslora), rslora))
+
+
+def _alphas(rank: int, *written: int | str) -> Iterator[int]:
+    for alpha in written:
+        yield alpha if isinstance(alpha, int) else 2 * rank if alpha == "2r" else rank
+
+
+def _kind_fields(kind: Kind) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if kind.rslora:
+        fields["use_rslora"] = True
+    if kind.dora:
+        fields["use_dora"] = True
+    if kind.init is not None:
+        fields["init_lora_weights"] = kind.init
+    return fields
+
+
+def _patterns(draw: Draw, room: Room, choice: Choice, kind: Kind, rank: int, alpha: int) -> dict[str, Any]:
+    """A rank or an alpha of its own for one target, its scaling near that of the others."""
+    way = draw(_sampled((None, "rank_pattern", "alpha_pattern")))
+    if way is None or choice.written == "all-linear":
+        return {}
+    target = draw(_sampled(choice.targets))
+    usual = scaling(alpha, rank, kind.rslora)
+
+    def near(value: float) -> bool:
+        spread = max(value, usual) / min(value, usual)
+        return _sound(value, kind.rslora) and spread <= _LIMITS.max_scaling_spread
+
+    if way == "rank_pattern":
+        ranks = room.ranks_for(target.size, even=kind.even)
+        values = [r for r in ranks if r != rank and near(scaling(alpha, r, kind.rslora))]
+    else:
+        alphas = dict.fromkeys(_alphas(rank, *_ALPHAS))
+        values = [a for a in alphas if a != alpha and near(scaling(a, rank, kind.rslora))]
+    return {way: {target.name: draw(_sampled(values))}} if values else {}
+
+
+def _saved(draw: Draw, ground: Ground, choice: Choice, fields: dict[str, Any]) -> dict[str, Any]:
+    if not ground.saveable or not draw(_BOOLEANS):
+        return {}
+    targeted = {target.name for target in choice.targets}
+    chosen = [name for name in draw(several(ground.saveable)) if name not in targeted]
+    return {"modules_to_save": [*fields.get("modules_to_save", ()), *chosen]} if chosen else {}
+
+
+def _require_ranks(ranks: Any) -> tuple[int, ...]:
+    if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Iterable):
+        raise TypeError(f"ranks must be whole numbers such as [4, 8, 16], not {ranks!r}")
+    wanted = list(dict.fromkeys(ranks))
+    if not wanted:
+        raise ValueError("ranks must not be empty")
+    for rank in wanted:
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise TypeError(f"ranks must be whole numbers, but one is {rank!r}")
+        if rank < 1:
+            raise ValueError(f"ranks must be at least 1, but one is {rank}")
+    return tuple(sorted(wanted))
+
+
+def _require_names(targets: Any) -> tuple[str, ...]:
+    if isinstance(targets, str):
+        raise TypeError(f'targets must be a list of names, or "all-linear", not {targets!r}')
+    if not isinstance(targets, Iterable):
+        raise TypeError(f"targets must be module names, not {targets!r}")
+    names = tuple(targets)
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"targets must be module names, but one is {wrong[0]!r}")
+    if not names:
+        raise ValueError("targets must not be empty; leave it out for all that can be adapted")
+    return names
+
+
+def _require_variants(variants: Any) -> tuple[str, ...]:
+    if isinstance(variants, str) or not isinstance(variants, Iterable):
+        raise TypeError(f'variants must be a list such as ["rslora", "dora"], not {variants!r}')
+    wanted = tuple(dict.fromkeys(variants))
+    if unknown := [variant for variant in wanted if variant not in VARIANTS]:
+        raise ValueError(f"variants: {unknown[0]!r} is none of {', '.join(VARIANTS)}")
+    return wanted
+
+
+def room_of(base: Any) -> Room:
+    """Everything that a base has room for under the defaults."""
+    return _narrowed(ground_of(base), tuple(RANKS), None, VARIANTS)

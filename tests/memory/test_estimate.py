@@ -1,0 +1,307 @@
+"""Predicted memory: against figures that others measured, against whole traces, and for every kind of model."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import BitsAndBytesConfig, LlamaConfig
+
+from benchmarks.memory_cases import CASES, GIB, adapter_of, base_of, setting_of
+from pytest_lora import MemoryEstimate, StepMemory, estimate_memory, largest_that_fits, step_memory
+from pytest_lora.facts.memory import StepSetting
+from pytest_lora.inspection.memory import predictor
+from pytest_lora.inspection.memory.predictor import Predictor
+
+SMALL: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+
+
+def adapter(**fields: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **fields})
+
+
+def predicted(case: dict[str, Any]) -> MemoryEstimate:
+    return estimate_memory(base_of(case), adapter_of(case), **setting_of(case))
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case["name"])
+def test_reserved_memory_is_what_was_measured(case: dict[str, Any]) -> None:
+    assert predicted(case).peak_reserved / case["measured"]["bytes"] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("case", CASES[4:], ids=lambda case: case["name"])
+def test_memory_after_a_step_is_what_was_measured(case: dict[str, Any]) -> None:
+    assert predicted(case).after_step / (case["measured"]["after_step_gib"] * GIB) == pytest.approx(
+        1, abs=0.015
+    )
+
+
+def configuration(seed: int) -> tuple[LlamaConfig, LoraConfig, dict[str, Any], tuple[int, int, int]]:
+    """A random small setting, and a point to ask for."""
+    pick = random.Random(seed)
+    heads = pick.choice([2, 4, 8])
+    base = LlamaConfig(
+        hidden_size=heads * pick.choice([16, 32]),
+        intermediate_size=pick.choice([96, 256]),
+        num_hidden_layers=pick.randint(6, 9),
+        num_attention_heads=heads,
+        num_key_value_heads=pick.choice([1, heads]),
+        vocab_size=pick.choice([320, 1000]),
+        tie_word_embeddings=pick.random() < 0.5,
+    )
+    targets = pick.choice(["all-linear", ["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]])
+    config = adapter(target_modules=targets, use_dora=pick.random() < 0.3, lora_dropout=pick.choice([0, 0.1]))
+    setting = {
+        "quantization": pick.choice([None, "nf4", "int8"]),
+        "gradient_checkpointing": pick.choice([False, True, "reentrant"]),
+        "padding_mask": pick.random() < 0.4,
+        "outputs_held": pick.random() < 0.3,
+        "accumulation": pick.choice([1, 2]),
+        "optimizer": pick.choice(["adamw_torch", "adamw_torch_fused", "sgd", "adamw_8bit"]),
+        "autocast": pick.random() < 0.5,
+    }
+    return base, config, setting, (pick.randint(1, 9), pick.randint(5, 300), pick.choice([1, 4, 24, 64]))
+
+
+@pytest.mark.lora_slow
+@pytest.mark.parametrize("seed", range(20))
+def test_a_few_layers_stand_for_the_whole_step(seed: int) -> None:
+    base, config, setting, (batch_size, seq_len, rank) = configuration(seed)
+    config.r = rank
+    cut = estimate_memory(base, config, batch_size=batch_size, seq_len=seq_len, **setting)
+    whole = Predictor(base, config, cut.setting)
+    whole._whole = True
+    traced = whole.estimate(batch_size, seq_len, rank)
+    assert (cut.peak_allocated, cut.peak_reserved, cut.after_step) == (
+        traced.peak_allocated,
+        traced.peak_reserved,
+        traced.after_step,
+    )
+    assert sum(cut.breakdown.values()) == cut.peak_allocated
+    assert step_memory(base, config, **setting).peak_allocated(batch_size, seq_len) == cut.peak_allocated
+
+
+@pytest.mark.lora_slow
+@pytest.mark.parametrize("seed", range(20, 28))
+def test_corner_points_stand_for_any_other(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, config, setting, point = configuration(seed)
+    monkeypatch.setattr(predictor, "FIT_AFTER", 0)
+    memory = step_memory(base, config, **setting)
+    interpolated = memory.estimate(*point)
+    config.r = point[2]
+    monkeypatch.setattr(predictor, "FIT_AFTER", 10**6)
+    traced = Predictor(base, config, interpolated.setting).estimate(*point)
+    assert interpolated.peak_allocated == pytest.approx(traced.peak_allocated, rel=0.001)
+    assert interpolated.peak_reserved == pytest.approx(traced.peak_reserved, rel=0.001)
+    assert interpolated.after_step == pytest.approx(traced.after_step, rel=0.001)
+    assert memory.peak_allocated(*point) == interpolated.peak_allocated
+
+
+MODELS: dict[str, Any] = {
+    "gpt2": lambda: transformers.GPT2Config(n_embd=64, n_head=4, n_layer=6),
+    "bert": lambda: transformers.BertConfig(**SMALL, num_hidden_layers=6),
+    "t5": lambda: transformers.T5Config(
+        d_model=64, d_kv=16, d_ff=128, num_layers=6, num_heads=4, decoder_start_token_id=0
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **SMALL, num_hidden_layers=6, num_key_value_heads=2, num_local_experts=4
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **SMALL, num_hidden_layers=36, head_dim=32, num_key_value_heads=2, sliding_window=64
+    ),
+    "vit": lambda: transformers.ViTConfig(
+        **SMALL, num_hidden_layers=6, image_size=32, architectures=["ViTForImageClassification"]
+    ),
+    "llava": lambda: transformers.LlavaConfig(text_config={"model_type": "llama", **SMALL}),
+}
+TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "vit": None, "llava": None}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_every_kind_of_model(kind: str, padded: bool) -> None:
+    config = adapter(task_type=TASKS.get(kind, "CAUSAL_LM"))
+    estimate = estimate_memory(
+        MODELS[kind](), config, batch_size=2, seq_len=96, padding_mask=padded, gradient_checkpointing=padded
+    )
+    assert 0 < estimate.loaded < estimate.after_step <= estimate.peak_allocated <= estimate.peak_reserved
+    assert sum(estimate.breakdown.values()) == estimate.peak_allocated
+    assert max(p.peak for p in estimate.timeline) == estimate.peak_allocated
+    assert estimate.breakdown["adapters"] > 0
+
+
+def small(**fields: Any) -> LlamaConfig:
+    return LlamaConfig(**{**SMALL, "num_hidden_layers": 8, "vocab_size": 512, **fields})
+
+
+def peak(**fields: Any) -> int:
+    fields = {"batch_size": 4, "seq_len": 128, **fields}
+    return estimate_memory(
+        fields.pop("base", small()), adapter(r=fields.pop("r", 8)), **fields
+    ).peak_allocated
+
+
+def test_more_of_anything_needs_more_memory() -> None:
+    assert peak(batch_size=1) < peak(batch_size=2) < peak(batch_size=16)
+    assert peak(seq_len=64) < peak() < peak(seq_len=1024)
+    assert peak(r=1) < peak(r=8) < peak(r=64)
+    assert peak(gradient_checkpointing=True) < peak()
+    assert peak(optimizer="sgd", batch_size=1, seq_len=8) < peak(batch_size=1, seq_len=8)
+    assert peak() < peak(padding_mask=True)
+
+
+def test_paged_optimizers_keep_their_state_outside_of_the_allocator() -> None:
+    wide = small(hidden_size=1024)
+    inside = estimate_memory(wide, adapter(r=128), batch_size=1, seq_len=8, optimizer="adamw_8bit")
+    paged = estimate_memory(wide, adapter(r=128), batch_size=1, seq_len=8, optimizer="paged_adamw_8bit")
+    assert inside.paged == 0
+    assert paged.paged > 0
+    assert paged.after_step < inside.after_step
+
+
+def test_a_live_model_is_read_and_left_alone() -> None:
+    config = small(num_hidden_layers=2)
+    model = transformers.LlamaForCausalLM(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    live = estimate_memory(model, adapter(), batch_size=2, seq_len=32)
+    described = estimate_memory(config, adapter(), batch_size=2, seq_len=32)
+    assert live.peak_allocated == pytest.approx(described.peak_allocated, rel=0.001)
+    assert all((model.state_dict()[name] == tensor).all() for name, tensor in before.items())
+    assert not any(p.grad is not None or p.is_meta for p in model.parameters())
+
+
+def test_a_folder_with_a_configuration_is_enough(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    read = estimate_memory(tmp_path, adapter(), batch_size=2, seq_len=32)
+    assert read.peak_allocated == peak(batch_size=2, seq_len=32)
+
+
+def test_largest_that_fits_is_the_last_that_does() -> None:
+    budget = 64 * 2**20
+    for vary in ("batch_size", "seq_len", "r"):
+        largest = largest_that_fits(small(), adapter(), budget, vary=vary, batch_size=2, seq_len=64)
+        at = {"batch_size": 2, "seq_len": 64, "r": 8}
+        assert largest > 1
+        assert peak(**{**at, vary: largest}) <= budget < peak(**{**at, vary: largest + 1})
+    assert largest_that_fits(small(), adapter(), "1MiB", vary="r") == 0
+
+
+def test_one_adapter_at_many_points() -> None:
+    memory = step_memory(small(), adapter(r=4), quantization="nf4")
+    assert isinstance(memory, StepMemory)
+    assert memory.rank == 4
+    assert memory.peak_allocated(2, 64) == memory.peak_allocated(2, 64, 4) < memory.peak_allocated(2, 64, 32)
+    assert memory.peak_reserved(2, 64) == memory.estimate(2, 64).peak_reserved
+    with pytest.raises(ValueError, match=r"^batch_size must be at least 1, not 0$"):
+        memory.peak_allocated(0, 64)
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"batch_size": -1}, ValueError, "batch_size must be at least 1, not -1"),
+    ({"seq_len": 1.5}, TypeError, "seq_len must be a whole number, not 1.5"),
+    ({"optimizer": "adam"}, ValueError, "optimizer must be one of adamw_torch, adamw_torch_fused, sgd, "),
+    ({"quantization": "4bit"}, ValueError, "quantization must be one of nf4, fp4, int8, not '4bit'"),
+    (
+        {"quantization": 4},
+        TypeError,
+        "quantization must be one of nf4, fp4, int8, a BitsAndBytesConfig or None",
+    ),
+    ({"quantization": BitsAndBytesConfig()}, ValueError, "this BitsAndBytesConfig loads neither in 4 nor"),
+    ({"dtype": "bf16"}, ValueError, "dtype must be one of bfloat16, float16, float32, not 'bf16'"),
+    (
+        {"gradient_checkpointing": "yes"},
+        ValueError,
+        "gradient_checkpointing must be True, False or 'reentrant'",
+    ),
+    ({"padding_mask": 1}, TypeError, "padding_mask must be True or False, not 1"),
+    ({"accumulation": 0}, ValueError, "accumulation must be at least 1, not 0"),
+    ({"workspace": "32"}, ValueError, 'workspace must carry a unit: "32GiB" '),
+    ({"dtype": "float32", "autocast": True}, ValueError, "autocast needs a dtype to cast to"),
+]
+
+
+@pytest.mark.parametrize(("fields", "error", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_arguments_are_named(fields: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
+        estimate_memory(small(), adapter(), **{"batch_size": 1, "seq_len": 8, **fields})
+    assert message in str(raised.value)
+
+
+def test_what_is_no_lora_or_no_base_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^config must be a peft\.LoraConfig, not dict$"):
+        estimate_memory(small(), {"r": 8}, batch_size=1, seq_len=8)  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"^base must be a torch\.nn\.Module, a transformers PretrainedConfig"
+    ):
+        estimate_memory(7, adapter(), batch_size=1, seq_len=8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^config: PEFT refuses it on this base: Target modules"):
+        estimate_memory(small(), adapter(target_modules=["nope"]), batch_size=1, seq_len=8)
+
+
+def test_a_base_with_an_adapter_and_one_that_transformers_does_not_know_are_refused() -> None:
+    adapted = get_peft_model(transformers.LlamaForCausalLM(small(num_hidden_layers=1)), adapter())
+    with pytest.raises(
+        ValueError, match=r"^base: this PeftModelForCausalLM carries an adapter already; give the model"
+    ):
+        estimate_memory(adapted, adapter(), batch_size=1, seq_len=8)
+    network = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(
+        ValueError, match=r"^base: a step can be run of transformers models, not of a Sequential$"
+    ):
+        estimate_memory(network, LoraConfig(target_modules=["0"]), batch_size=1, seq_len=8)
+
+
+def test_what_cannot_be_traced_is_named() -> None:
+    base = transformers.DebertaV2Config(**SMALL, num_hidden_layers=2)
+    with pytest.raises(
+        ValueError, match=r"^base: a step of DebertaV2\w+ cannot be traced: aten\.nonzero\.default"
+    ):
+        estimate_memory(base, adapter(task_type="SEQ_CLS"), batch_size=1, seq_len=8)
+
+
+def test_nothing_global_is_left_changed() -> None:
+    import gc
+    import logging
+
+    import torch
+    from torch.nn import functional
+
+    replaced = (
+        torch.autocast,
+        functional.linear,
+        functional.dropout,
+        functional.scaled_dot_product_attention,
+    )
+    before = (
+        torch.get_default_dtype(),
+        gc.isenabled(),
+        logging.root.manager.disable,
+        torch.get_rng_state().sum(),
+    )
+    peak(gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="cannot be traced"):
+        estimate_memory(
+            transformers.DebertaV2Config(**SMALL, num_hidden_layers=2),
+            adapter(task_type="SEQ_CLS"),
+            batch_size=1,
+            seq_len=8,
+        )
+    assert before == (
+        torch.get_default_dtype(),
+        gc.isenabled(),
+        logging.root.manager.disable,
+        torch.get_rng_state().sum(),
+    )
+    now = (torch.autocast, functional.linear, functional.dropout, functional.scaled_dot_product_attention)
+    assert now == replaced
+    assert "__matmul__" not in vars(torch.Tensor)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        StepSetting(1, 1).batch_size = 2  # type: ignore[misc]

@@ -1,0 +1,89 @@
+"""GPUs that are not there: the hardware as JSON, and a card whose memory follows what tests hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pytest_lora.plugin import gpu_locks, hardware
+
+GB = 10**9
+
+
+def machine(
+    monkeypatch: pytest.MonkeyPatch,
+    *gigabytes: float,
+    kind: str = "cuda",
+    capability: tuple[int, int] | None = (8, 9),
+) -> None:
+    """Replace the hardware of sessions that are started as processes; no memory means no device."""
+    devices = [
+        {"name": f"card {i}", "total": int(size * GB), "capability": capability}
+        for i, size in enumerate(gigabytes)
+    ]
+    told = {"kind": kind, "devices": devices, "why_none": "the test says so"}
+    monkeypatch.setenv(hardware.REPLACED, json.dumps(told))
+    for name in (hardware.VISIBLE, "PYTEST_XDIST_WORKER", "RUN_SLOW", "GITHUB_STEP_SUMMARY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def shared(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
+    """Let processes meet in a folder of this test; the log of holds and releases."""
+    log = folder / "holds.log"
+    monkeypatch.setenv(gpu_locks.FOLDER, str(folder / "locks"))
+    monkeypatch.setenv(gpu_locks.LOG, str(log))
+    return log
+
+
+CARD = """
+import pytest
+from pytest_lora.plugin.gpu_memory import MEMORY
+
+class Card:
+    "One GPU's memory in bytes; a block is free when nothing refers to it any more."
+
+    total, now, top, cached, broken = 24 * 10**9, 0, 0, 0, ""
+
+    def take(self, size):
+        if self.broken:
+            raise RuntimeError(self.broken)
+        if self.now + size > self.total:
+            import torch
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
+        return Block(self, size)
+
+    def fail(self):
+        self.broken = "CUDA error: device-side assert triggered"
+        raise RuntimeError(self.broken)
+
+    def _sound(self):
+        if self.broken:
+            raise RuntimeError(self.broken)
+
+    def synchronize(self): self._sound()
+    def allocated(self, ordinal): self._sound(); return self.now
+    def peak(self, ordinal): self._sound(); return self.top
+    def restart(self, ordinal): self._sound(); self.top = self.now
+    def taken(self, ordinal): return self.now + 10**9
+    def release(self): self._sound(); self.cached = 0
+
+class Block:
+    def __init__(self, card, size):
+        self.card, self.size = card, size
+        card.now += size
+        card.cached += size
+        card.top = max(card.top, card.now)
+
+    def __del__(self):
+        self.card.now -= self.size
+
+CARD = Card()
+
+def pytest_configure(config):
+    config.stash[MEMORY] = CARD
+
+@pytest.fixture(scope="session")
+def card(): return CARD
+"""

@@ -1,0 +1,432 @@
+"""Memory of GPU tests: limits, what is left behind, out of memory, and a CUDA that broke; on a simulated card."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from typing import Any
+
+import pytest
+
+from pytest_lora.plugin import gpu_memory
+from pytest_lora.plugin.options import GPU_PROPERTY
+from tests.plugin.simulated import CARD, machine
+
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def _card(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 24)
+    pytester.makeconftest(CARD)
+
+
+def section(lines: list[str], title: str) -> list[str]:
+    """The lines below a title, up to the next one."""
+    titles = [i for i, line in enumerate(lines) if line[:3] in ("---", "===", "___")]
+    start = next(i for i in titles if f" {title} " in lines[i])
+    end = next(i for i in titles if i > start)
+    return lines[start + 1 : end]
+
+
+def measured(pytester: pytest.Pytester) -> dict[str, dict[str, Any]]:
+    """The property of each GPU test in JUnit XML."""
+    return {
+        str(case.get("name")): json.loads(prop.get("value", ""))
+        for case in ET.parse(pytester.path / "out.xml").iter("testcase")
+        for prop in case.iter("property")
+        if prop.get("name") == GPU_PROPERTY
+    }
+
+
+def test_a_test_over_its_limit_fails_with_the_peak(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+        from pytest_lora.plugin.gpu_run import PREDICTION, Prediction
+
+        LIMIT = pytest.mark.lora_vram_limit("8GiB")
+
+        @LIMIT
+        def test_over(card): card.take(9 * 2**30)
+
+        @LIMIT
+        def test_at_it(card): card.take(8 * 2**30)
+
+        @pytest.fixture
+        def batch(card): return card.take(5 * 2**30)
+
+        @LIMIT
+        def test_over_with_its_fixture(card, batch): card.take(4 * 2**30)
+
+        @LIMIT
+        def test_estimated(card, request):
+            request.node.stash[PREDICTION] = Prediction(7 * 2**30, {"weights": 4 * 2**30, "activations": 3 * 2**30})
+            card.take(9 * 2**30)
+
+        @LIMIT
+        def test_fails_anyway(card):
+            card.take(9 * 2**30)
+            assert 0, "its own failure"
+
+        @pytest.fixture(scope="module")
+        def base(card): return card.take(6 * 2**30)
+
+        @pytest.mark.lora_gpu
+        def test_makes_the_base(base): ...
+
+        @pytest.mark.lora_vram_limit(9_000_000_000)
+        def test_on_top_of_the_base(base, card): card.take(3 * 2**30)
+        """
+    )
+    result = pytester.runpytest_subprocess("--junit-xml=out.xml")
+    result.assert_outcomes(passed=2, failed=5)
+    lines = result.outlines
+    over = 'peak memory of 9.0 GiB on cuda:0 is over the limit of 8.0 GiB, by @pytest.mark.lora_vram_limit("8GiB")'
+    assert section(lines, "test_over") == [over]
+    assert section(lines, "test_over_with_its_fixture") == [over]
+    assert section(lines, "test_estimated") == [
+        over,
+        "the estimate of this test's peak:",
+        "  weights      4.0 GiB",
+        "  activations  3.0 GiB",
+    ]
+    assert section(lines, "test_fails_anyway")[-1].endswith("AssertionError")
+    assert section(lines, "test_on_top_of_the_base")[:2] == [
+        "peak memory of 9.0 GiB on cuda:0 is over the limit of 8.4 GiB, by @pytest.mark.lora_vram_limit(9000000000)",
+        "  allocated before the test  6.0 GiB",
+    ]
+    told = measured(pytester)
+    assert told["test_at_it"] == {
+        "devices": ["cuda:0"],
+        "peak_bytes": 8 * GIB,
+        "limit_bytes": 8 * GIB,
+        "predicted_bytes": None,
+        "left_bytes": 0,
+        "seconds": told["test_at_it"]["seconds"],
+        "skipped": None,
+        "broken_by": None,
+    }
+    assert told["test_estimated"]["predicted_bytes"] == 7 * GIB
+    assert {one["left_bytes"] for one in told.values()} == {0}
+
+
+LEFT = """
+import pytest
+
+KEPT = []
+
+@pytest.mark.lora_gpu
+def test_keeps(card): KEPT.append(card.take(512 * 2**20))
+
+@pytest.mark.lora_gpu
+def test_cycle(card):
+    block = card.take(2**30)
+    block.itself = block
+
+@pytest.mark.lora_gpu
+def test_fails(card):
+    block = card.take(2**30)
+    try:
+        inner(card)
+    except ValueError as error:
+        raise KeyError from error
+
+def inner(card):
+    block = card.take(2**20)
+    raise ValueError
+
+@pytest.fixture
+def broken(card):
+    block = card.take(2**30)
+    raise RuntimeError("set-up")
+
+@pytest.mark.lora_gpu
+def test_fails_in_setup(broken): ...
+
+@pytest.fixture(scope="module")
+def base(card):
+    yield card.take(2**30)
+
+@pytest.fixture
+def by_request(request): return request.getfixturevalue("base")
+
+@pytest.mark.lora_gpu
+def test_base(by_request): ...
+
+@pytest.mark.lora_gpu
+def test_base_again(base, card): KEPT.append(card.take(100))
+
+@pytest.fixture(params=[1, 2], scope="module")
+def model(request, card):
+    yield card.take(request.param * 2**20)
+
+@pytest.mark.lora_gpu
+def test_model(model): ...
+
+def test_plain_keeps(card): KEPT.append(card.take(7))
+
+@pytest.mark.lora_gpu
+def test_clean(card):
+    card.take(2**20)
+    assert card.now == 2**30 + 514 * 2**20 + 107, card.now
+    card.cached = 1
+
+@pytest.mark.lora_gpu
+def test_cache_is_empty(card): assert card.cached == 0
+"""
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2", "--dist", "loadfile"]], ids=["plain", "xdist"])
+def test_what_a_test_leaves_is_told_with_its_name(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, workers: list[str]
+) -> None:
+    pytester.makepyfile(test_it=LEFT)
+    result = pytester.runpytest_subprocess(*workers)
+    result.assert_outcomes(passed=9, failed=1, errors=1)
+    assert section(result.outlines, "GPU tests") == [
+        "test_it.py::test_keeps left 512.0 MiB (536870912 bytes) allocated on cuda:0",
+        "test_it.py::test_base_again left 100 B (100 bytes) allocated on cuda:0",
+    ]
+
+
+def test_what_lora_model_keeps_for_the_next_test_is_not_left_by_this_one(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        """
+        import gc
+        import torch
+        from pytest_lora.plugin.gpu_memory import MEMORY, NoMemory
+
+        class Everything(NoMemory):
+            def allocated(self, ordinal):
+                tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+                storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+                return sum(storages.values())
+
+        def pytest_configure(config):
+            config.stash[MEMORY] = Everything()
+        """
+    )
+    pytester.makepyfile(
+        test_it="""
+        import pytest, torch
+
+        pytestmark = pytest.mark.lora_gpu
+        KEPT = []
+
+        def test_first(lora_model, lora_batch): lora_model(**lora_batch).loss.backward()
+        def test_again(lora_model, lora_batch): lora_model(**lora_batch).loss.backward()
+        def test_keeps(lora_model): KEPT.append(torch.zeros(1000))
+
+        @pytest.mark.lora(r=4)
+        def test_other(lora_model): ...
+        """
+    )
+    result = pytester.runpytest_subprocess()
+    result.assert_outcomes(passed=4)
+    left = [line for line in section(result.outlines, "GPU tests") if " B (" not in line]
+    assert left == ["test_it.py::test_keeps left 3.9 KiB (4000 bytes) allocated on cuda:0"]
+
+
+def test_out_of_memory_is_diagnosed_and_the_next_test_runs(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        test_it="""
+        import pytest
+
+        KEPT = []
+
+        @pytest.mark.lora_gpu(min_vram_gb=16)
+        def test_too_much(card):
+            held = card.take(20 * 2**30)
+            card.take(10 * 2**30)
+
+        @pytest.mark.lora_gpu
+        def test_next(card):
+            assert card.now == 0
+            KEPT.append(card.take(10 * 2**30))
+
+        @pytest.mark.lora_gpu
+        def test_crowded(card): card.take(20 * 2**30)
+
+        @pytest.mark.lora_gpu(min_vram_gb=24)
+        def test_wrapped(card):
+            KEPT.clear()
+            try:
+                card.take(30 * 2**30)
+            except RuntimeError as error:
+                raise ValueError("the trainer gave up") from error
+        """
+    )
+    result = pytester.runpytest_subprocess()
+    result.assert_outcomes(passed=1, failed=3)
+    lines = result.outlines
+    less = (
+        "smaller batches, shorter sequences, gradient checkpointing or a base in 4 bits take less; the rank of the "
+        "adapter hardly matters"
+    )
+    at = [i for i, line in enumerate(lines) if set(line) <= set("- GPU") and " GPU " in line]
+    diagnoses = [lines[i + 1 : i + 7] for i in at]
+    assert diagnoses[0][:5] == [
+        "out of memory on cuda:0 (card 0, 22.4 GiB)",
+        "  allocated before the test        0 B",
+        "  peak of the test                 20.0 GiB",
+        "  taken of cuda:0 by all processes 20.9 GiB",
+        f"fix: {less}; if it needs this much, @pytest.mark.lora_gpu(min_vram_gb=23) skips it on smaller devices",
+    ]
+    assert diagnoses[1] == [
+        "out of memory on cuda:0 (card 0, 22.4 GiB)",
+        "  allocated before the test        10.0 GiB",
+        "    left by test_it.py::test_next: 10.0 GiB",
+        "  peak of the test                 10.0 GiB",
+        "  taken of cuda:0 by all processes 10.9 GiB",
+        "fix: free what the tests named above left: 10.0 GiB were taken before this test began",
+    ]
+    assert len(diagnoses) == 3
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["plain", "xdist"])
+def test_a_broken_cuda_is_told_once_and_stops_the_gpu_tests(
+    pytester: pytest.Pytester, workers: list[str]
+) -> None:
+    pytester.makepyfile(
+        test_it="""
+        import pytest
+
+        @pytest.mark.lora_gpu
+        def test_fine(card): card.take(1)
+
+        @pytest.mark.lora_gpu
+        def test_breaks(card): card.fail()
+
+        @pytest.mark.lora_gpu
+        @pytest.mark.parametrize("n", range(50))
+        def test_more(card, n): card.take(1)
+
+        def test_plain(): ...
+        """
+    )
+    result = pytester.runpytest_subprocess("-rs", *workers)
+    result.assert_outcomes(passed=2, failed=1, skipped=50)
+    reason = "not run: CUDA is broken in this process since test_it.py::test_breaks (device-side assert)"
+    assert sum(reason in line for line in result.outlines) == 1
+    assert section(result.outlines, "GPU")[0] == (
+        "CUDA is broken in this process now (device-side assert). GPU tests that follow in it are not run: each "
+        "would fail with the same error. CUDA_LAUNCH_BLOCKING=1 shows the line that broke it."
+    )
+    assert section(result.outlines, "GPU tests") == [
+        "test_it.py::test_breaks broke CUDA: 50 GPU tests were not run after it in that process"
+    ]
+
+
+BREAKS_UNSEEN = """
+import pytest
+
+@pytest.mark.lora_gpu
+def test_breaks_unseen(card):
+    with pytest.raises(RuntimeError):
+        card.fail()
+
+@pytest.mark.lora_gpu
+@pytest.mark.xfail
+def test_next(card): card.take(1)
+"""
+
+
+def test_a_test_that_breaks_cuda_unseen_fails(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_it=BREAKS_UNSEEN)
+    result = pytester.runpytest_subprocess("-rs")
+    result.assert_outcomes(failed=1, skipped=1)
+    assert section(result.outlines, "test_breaks_unseen") == [
+        "this test left CUDA broken: device-side assert"
+    ]
+    result.stdout.fnmatch_lines(["SKIPPED * not run: CUDA is broken in this process since *"])
+
+
+def test_a_required_session_fails_if_a_broken_cuda_stopped_tests(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.lora_gpu
+        @pytest.mark.xfail
+        def test_breaks(card): card.fail()
+
+        @pytest.mark.lora_gpu
+        def test_next(card): card.take(1)
+        """
+    )
+    assert pytester.runpytest_subprocess().ret == 0
+    result = pytester.runpytest_subprocess("--lora-require-gpu")
+    result.assert_outcomes(xfailed=1, skipped=1)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert "ERROR: --lora-require-gpu: 1 not run, as CUDA was broken" in result.outlines
+
+
+def test_an_error_that_only_quotes_the_words_breaks_nothing() -> None:
+    for error in (
+        AssertionError("CUDA error: device-side assert triggered"),
+        RuntimeError("device-side assert"),
+        RuntimeError("CUDA error: out of memory"),
+    ):
+        assert not gpu_memory.poison(error)
+    for text in (
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: unspecified launch failure",
+        "HIP error: misaligned address",
+        "CUDA error: uncorrectable ECC error encountered",
+    ):
+        assert gpu_memory.poison(ExceptionGroup("several", [ValueError(), RuntimeError(text)]))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("CUDA out of memory. Tried to allocate 20.00 GiB", True),
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("MPS backend out of memory", True),
+        ("the disk is out of memory", False),
+    ],
+)
+def test_out_of_memory_has_many_names(text: str, told: bool) -> None:
+    assert gpu_memory.is_out_of_memory(RuntimeError(text)) is told
+
+
+def test_where_the_model_is_known_the_estimate_explains_what_ran_out(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 0.03)
+    pytester.makepyfile(
+        """
+        import pytest
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        @pytest.fixture
+        def lora_device():
+            return torch.device("cpu")
+
+        @pytest.fixture
+        def lora_base_model():
+            return LlamaForCausalLM(LlamaConfig(
+                hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, vocab_size=259
+            ))
+
+        @pytest.mark.lora_gpu
+        def test_step(card, lora_model, lora_batch):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        @pytest.mark.lora_gpu
+        def test_without_a_model(card):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        """
+    )
+    result = pytester.runpytest_subprocess("--lora-gpu-report")
+    result.assert_outcomes(failed=2)
+    at = [i for i, line in enumerate(result.outlines) if set(line) <= set("- GPU") and " GPU " in line]
+    first, second = ("\n".join(result.outlines[i : i + 40]) for i in at)
+    assert "a training step of LlamaForCausalLM, batch 4 x 64 tokens, r=8; peak in the" in first
+    assert "peak allocated" in first
+    assert "error[LORA502]: step does not fit" in first
+    assert "gradient_checkpointing=True" in first.partition("what if:")[2]
+    assert "a training step" not in second.partition("short test summary")[0]

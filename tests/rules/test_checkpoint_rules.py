@@ -1,0 +1,464 @@
+"""Rules on saved adapters, beyond the examples of their documentation."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from pytest_lora import Expect, Report, check_checkpoint
+from tests.rules import folders
+from tests.rules.bases import BASES, Namespace, quantized
+from tests.rules.folders import Tensors, configure, edit
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> Namespace:
+    return Namespace(tmp_path)
+
+
+def loud(report: Report) -> list[str]:
+    return [finding.code for finding in (*report.errors, *report.warnings)]
+
+
+def both(path: Path, base: Any, **expect: Any) -> list[list[str]]:
+    """What is said without a base, and with it."""
+    meant = Expect(**expect)
+    return [loud(check_checkpoint(path, expect=meant)), loud(check_checkpoint(path, base, expect=meant))]
+
+
+HEALTHY: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "every linear layer": {"target_modules": ALL_LINEAR},
+    "all-linear": {"target_modules": "all-linear"},
+    "a pattern": {"target_modules": r".*\.layers\.\d+\.self_attn\.(q|v)_proj"},
+    "one layer": {"layers_to_transform": [1]},
+    "rank and alpha patterns": {"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"v_proj": 8}},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "saved head": {"modules_to_save": ["lm_head"]},
+    "saved embedding and head": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "token rows": {"trainable_token_indices": [126, 127]},
+    "token rows by name": {"trainable_token_indices": {"embed_tokens": [126, 127]}},
+    "bias": {"bias": "lora_only"},
+    "lora bias": {"lora_bias": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "fused names": {"target_modules": ["self_attn.q_proj", "mlp.up_proj"]},
+    "high rank": {"r": 64, "lora_alpha": 16},
+    "no task type": {"task_type": None},
+}
+
+
+@pytest.mark.parametrize("case", HEALTHY)
+def test_sound_adapters_pass_with_and_without_a_base(names: Namespace, case: str) -> None:
+    path = names.adapter(**HEALTHY[case])
+    assert both(path, names["base"]) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("base", "fields"),
+    [
+        ("gpt2_base", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+        ("tied_base", {"target_modules": ALL_LINEAR}),
+        ("classifier_base", {"task_type": "SEQ_CLS"}),
+        ("moe_base", {}),
+        ("vision_language_base", {"task_type": None, "target_modules": r"language_model\..*"}),
+        ("batchnorm_base", {"task_type": None, "target_modules": ["conv"], "modules_to_save": ["head"]}),
+        ("fused_moe_base", {"task_type": None, "target_modules": [], "target_parameters": ["experts.up"]}),
+    ],
+)
+def test_sound_adapters_of_other_bases_pass(names: Namespace, base: str, fields: dict[str, Any]) -> None:
+    path = names.adapter(on=names[base], **fields)
+    assert both(path, BASES[base]()) == [[], []]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_floating_point_dtype_is_sound(names: Namespace, dtype: torch.dtype) -> None:
+    path = edit(names.adapter(), lambda tensors: {k: v.to(dtype) for k, v in tensors.items()})
+    assert both(path, names["base"]) == [[], []]
+
+
+def test_a_quantized_base_and_a_config_file_serve_as_bases(names: Namespace, tmp_path: Path) -> None:
+    path, base = names.adapter(), names["base"]
+    file = tmp_path / "model"
+    base.save_pretrained(file)
+    assert loud(check_checkpoint(path, quantized(BASES["base"]()))) == []
+    assert loud(check_checkpoint(path, file)) == []
+    assert loud(check_checkpoint(path, str(file / "config.json"))) == []
+    assert loud(check_checkpoint(path, base.config)) == []
+
+
+def test_what_a_trainer_leaves_beside_the_adapter_is_mentioned_only(names: Namespace) -> None:
+    path = names.adapter()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+        torch.save({}, path / name)
+    for name in ("trainer_state.json", "tokenizer_config.json", "README.md"):
+        (path / name).write_text("{}")
+    report = check_checkpoint(path, names["base"])
+    assert (loud(report), [f.code for f in report.infos]) == ([], ["LORA403"])
+    assert report.infos[0].observed == "4 pickles lie beside the adapter, not opened"
+
+
+def test_an_adapter_of_an_older_transformers_loads_where_peft_converts_it(names: Namespace) -> None:
+    """PEFT has the last word: it maps the names of experts that transformers has since fused."""
+    base = BASES["moe_base"]()
+    path = names.adapter(on=BASES["moe_base"]())
+    assert loud(check_checkpoint(path, base)) == []
+
+
+def test_the_name_default_in_the_keys_is_what_peft_loads(names: Namespace) -> None:
+    path = edit(names.adapter(), lambda t: {k.replace(".weight", ".default.weight"): v for k, v in t.items()})
+    assert both(path, names["base"]) == [[], []]
+
+
+def test_a_resized_vocabulary_that_peft_saved_is_sound_on_a_resized_base(names: Namespace) -> None:
+    path = names.adapter()
+    edit(path, lambda t: {**t, "base_model.model.model.embed_tokens.weight": torch.randn(130, 64)})
+    report = check_checkpoint(path, names["base"])
+    (finding,) = report.errors
+    assert finding.code == "LORA434"
+    assert finding.observed == (
+        "the file has 130 rows for 'embed_tokens', but the vocabulary of LlamaForCausalLM has 128"
+    )
+    assert finding.fix == "call base.resize_token_embeddings(130) before the adapter is loaded"
+    names["base"].resize_token_embeddings(130)
+    assert both(path, names["base"]) == [[], []]
+
+
+def rename_keys(change: Callable[[str], str]) -> Callable[[Path], Path]:
+    return lambda path: edit(path, lambda t: {change(k): v for k, v in t.items()})
+
+
+def change_values(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[Path], Path]:
+    return lambda path: edit(path, lambda t: {k: change(k, v) for k, v in t.items()})
+
+
+def keep(wanted: Callable[[str], bool]) -> Callable[[Path], Path]:
+    return lambda path: edit(path, lambda t: {k: v for k, v in t.items() if wanted(k)})
+
+
+def cast(dtype: torch.dtype) -> Callable[[Path], Path]:
+    return change_values(lambda k, v: v.to(dtype))
+
+
+DAMAGE: dict[str, tuple[dict[str, Any], Callable[[Path], Any], list[str], list[str]]] = {
+    "no prefix": ({}, rename_keys(lambda k: k.removeprefix("base_model.model.")), ["LORA422"], ["LORA422"]),
+    "prefix twice": ({}, rename_keys(lambda k: f"base_model.model.{k}"), ["LORA422"], ["LORA422"]),
+    "DDP": ({}, rename_keys(lambda k: f"module.{k}"), ["LORA422"], ["LORA422"]),
+    "DDP inside": (
+        {},
+        rename_keys(lambda k: k.replace("base_model.model.", "base_model.model.module.")),
+        ["LORA422"],
+        ["LORA422"],
+    ),
+    "torch.compile": ({}, rename_keys(lambda k: f"_orig_mod.{k}"), ["LORA422"], ["LORA422"]),
+    "torch.compile inside": (
+        {},
+        rename_keys(lambda k: k.replace("base_model.model.", "base_model.model._orig_mod.")),
+        ["LORA422"],
+        ["LORA422"],
+    ),
+    "FSDP": (
+        {},
+        rename_keys(lambda k: k.replace(".self_attn", "._fsdp_wrapped_module.self_attn")),
+        ["LORA422"],
+        ["LORA422"],
+    ),
+    "adapter name": (
+        {},
+        rename_keys(lambda k: k.replace(".weight", ".math.weight")),
+        ["LORA422"],
+        ["LORA422"],
+    ),
+    "no lora_A": ({}, keep(lambda k: "lora_A" not in k), ["LORA423"], ["LORA423"]),
+    "half of lora_B": (
+        {},
+        keep(lambda k: not ("lora_B" in k and "layers.1." in k)),
+        ["LORA423"],
+        ["LORA423"],
+    ),
+    "no magnitude": ({"use_dora": True}, keep(lambda k: "magnitude" not in k), ["LORA423"], ["LORA423"]),
+    "use_dora lost": ({"use_dora": True}, lambda p: configure(p, use_dora=False), ["LORA425"], ["LORA425"]),
+    "a layer lost": ({}, keep(lambda k: "layers.1." not in k), [], ["LORA424"]),
+    "targets lost": (
+        {},
+        lambda p: configure(p, target_modules=["q_proj"]),
+        ["LORA425"],
+        ["LORA425"],
+    ),
+    "targets added": (
+        {},
+        lambda p: configure(p, target_modules=["q_proj", "v_proj", "o_proj"]),
+        [],
+        ["LORA424"],
+    ),
+    "rank pattern lost": (
+        {"rank_pattern": {"v_proj": 4}},
+        lambda p: configure(p, rank_pattern={}),
+        ["LORA431"],
+        ["LORA431"],
+    ),
+    "rank above the config's": ({}, lambda p: configure(p, r=4), ["LORA431"], ["LORA431"]),
+    "empty tensors": ({}, change_values(lambda k, v: v[:0]), ["LORA432"], ["LORA432"]),
+    "flat tensors": ({}, change_values(lambda k, v: v.reshape(-1)), ["LORA432"], ["LORA432"]),
+    "transposed": (
+        {},
+        change_values(lambda k, v: v.T if "lora_A" in k else v),
+        ["LORA431"],
+        ["LORA431"],
+    ),
+    "whole numbers": ({}, cast(torch.int8), ["LORA435"], ["LORA435"]),
+    "zero B": (
+        {},
+        change_values(lambda k, v: v * 0 if "lora_B" in k else v),
+        ["LORA442"],
+        ["LORA442"],
+    ),
+    "zero A": (
+        {},
+        change_values(lambda k, v: v * 0 if "lora_A" in k else v),
+        ["LORA442"],
+        ["LORA442"],
+    ),
+    "one layer zero": (
+        {},
+        change_values(lambda k, v: v * 0 if "lora_B" in k and "layers.1." in k else v),
+        ["LORA442"],
+        ["LORA442"],
+    ),
+    "infinite": (
+        {},
+        change_values(lambda k, v: v + float("inf") if "layers.0." in k else v),
+        ["LORA441"],
+        ["LORA441"],
+    ),
+    "head lost": (
+        {"modules_to_save": ["lm_head"]},
+        keep(lambda k: "lora_" in k),
+        ["LORA426"],
+        ["LORA426"],
+    ),
+    "token rows lost": (
+        {"trainable_token_indices": [126, 127]},
+        keep(lambda k: "lora_" in k),
+        ["LORA426"],
+        ["LORA426"],
+    ),
+    "alpha of zero": ({}, lambda p: configure(p, lora_alpha=0), ["LORA413"], ["LORA101"]),
+    "no alpha": ({}, lambda p: configure(p, lora_alpha=None), ["LORA414"], ["LORA414"]),
+    "PiSSA": ({}, lambda p: configure(p, init_lora_weights="pissa_niter_4"), ["LORA443"], ["LORA443"]),
+    "rank of zero": ({}, lambda p: configure(p, r=0), ["LORA413"], ["LORA413"]),
+    "rank as text": ({}, lambda p: configure(p, r="8"), ["LORA413"], ["LORA413"]),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named_once(names: Namespace, case: str) -> None:
+    fields, damage, without, with_base = DAMAGE[case]
+    path = names.adapter(**fields)
+    damage(path)
+    assert both(path, names["base"]) == [without, with_base]
+
+
+def test_fresh_adapters_are_meant_where_it_is_said(names: Namespace) -> None:
+    path = edit(names.adapter(), lambda t: {k: v * 0 if "lora_B" in k else v for k, v in t.items()})
+    assert both(path, names["base"], fresh=True) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"hidden_size": 128}, "LORA433"),
+        ({"num_hidden_layers": 4}, "LORA425"),
+        ({"num_hidden_layers": 1}, "LORA424"),
+    ],
+)
+def test_adapters_of_a_base_of_another_size(names: Namespace, changes: dict[str, int], code: str) -> None:
+    assert loud(check_checkpoint(names.adapter(**changes), names["base"])) == [code]
+
+
+def test_shapes_of_another_base_are_told_once(names: Namespace) -> None:
+    (finding,) = check_checkpoint(names.adapter(hidden_size=128), names["base"]).errors
+    assert finding.observed == (
+        "model.layers.0.self_attn.q_proj.lora_A.weight is 8x128, but LlamaForCausalLM asks for 8x64 "
+        "(8 of 8 tensors do not fit)"
+    )
+
+
+def test_a_head_with_other_classes(names: Namespace) -> None:
+    path = names.adapter(on=names["classifier_base"], task_type="SEQ_CLS")
+    edit(path, lambda t: {k: torch.randn(8, 64) if "score" in k else v for k, v in t.items()})
+    report = check_checkpoint(path, BASES["classifier_base"]())
+    (finding,) = report.errors
+    assert (finding.code, finding.fix) == ("LORA433", "load the base with num_labels=8, as in training")
+
+
+def test_a_tokenizer_with_more_tokens_than_rows(names: Namespace) -> None:
+    path = folders.write(names.adapter(), "added_tokens.json", json.dumps({"<a>": 128, "<b>": 129}))
+    (finding,) = check_checkpoint(path, names["base"]).errors
+    assert (finding.code, finding.observed) == (
+        "LORA434",
+        "the tokenizer knows token 129, but the vocabulary of LlamaForCausalLM has only 128 rows, and the file adds "
+        "none",
+    )
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "loudly"),
+    [
+        ("org/tiny-llama", "org/tiny-llama", []),
+        ("org/tiny-llama", "other/tiny-llama", []),
+        ("org/tiny-llama", "/data/models/tiny-llama", []),
+        ("org/Tiny-Llama", "unsloth/tiny-llama-bnb-4bit", []),
+        ("unsloth/tiny-llama-unsloth-bnb-4bit", "org/tiny-llama", []),
+        ("org/tiny-llama", "/home/me/output/checkpoint-500", []),
+        ("/mnt/a/tiny-llama-v2", "org/tiny-llama", []),
+        ("/root/.cache/huggingface/hub/models--org--tiny-llama/snapshots/abc", "org/tiny-llama", []),
+        ("org/tiny-llama", "org/tiny-llama-instruct", ["LORA453"]),
+        ("org/tiny-llama-v0.1", "org/tiny-llama-v0.3", ["LORA453"]),
+        ("org/tiny-llama", "org/tiny-mistral", ["LORA453"]),
+    ],
+)
+def test_names_of_bases(names: Namespace, named: str, given: str, loudly: list[str]) -> None:
+    path = configure(names.adapter(), base_model_name_or_path=named)
+    names["base"].name_or_path = given
+    assert loud(check_checkpoint(path, names["base"])) == loudly
+
+
+def test_biases_that_were_trained_and_lost(names: Namespace) -> None:
+    fields = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "lora_only"}
+    path = names.adapter(on=names["gpt2_base"], **fields)
+    if not any(key.endswith("bias") for key in load_file(path / "adapter_model.safetensors")):
+        pytest.skip("this version of PEFT neither saves nor loads them")
+    assert both(path, BASES["gpt2_base"]()) == [[], []]
+    edit(path, lambda t: {k: v for k, v in t.items() if "lora_" in k})
+    (finding,) = check_checkpoint(path, BASES["gpt2_base"]()).errors
+    assert (finding.code, finding.observed) == (
+        "LORA426",
+        "bias='lora_only' asks for it, but it is missing: the file has no weights of it",
+    )
+
+
+def test_keys_under_another_path_of_the_same_model(names: Namespace) -> None:
+    path = edit(
+        names.adapter(),
+        lambda t: {k.replace("model.layers", "model.language_model.layers"): v for k, v in t.items()},
+    )
+    (finding,) = check_checkpoint(path, names["base"]).errors
+    assert finding.code == "LORA451"
+    assert finding.fix == (
+        "the base calls it 'model.layers.0.self_attn.q_proj': if this is the same model, rename the keys; "
+        "else load it on 'org/tiny-llama', which its configuration names"
+    )
+
+
+def test_the_folder_above_a_named_adapter(names: Namespace, tmp_path: Path) -> None:
+    (tmp_path / "above").mkdir()
+    names.adapter().rename(tmp_path / "above" / "math")
+    (finding,) = check_checkpoint(tmp_path / "above").errors
+    assert (finding.code, finding.fix) == (
+        "LORA411",
+        "adapters with names of their own lie in folders of their own: point to math",
+    )
+
+
+def test_a_nested_peft_model_is_recognised_by_its_keys(names: Namespace, tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], r=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = get_peft_model(get_peft_model(names["base"], config), config)
+        for name, parameter in nested.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+        nested.save_pretrained(tmp_path / "nested")
+    report = check_checkpoint(tmp_path / "nested", BASES["base"]())
+    assert "LORA422" in loud(report) or "LORA425" in loud(report)
+
+
+@pytest.mark.parametrize("method", ["LOHA", "IA3", "PROMPT_TUNING", "ADALORA", "SOMETHING_NEW"])
+def test_other_methods_are_named_and_not_judged(names: Namespace, method: str) -> None:
+    path = configure(names.adapter(), peft_type=method, r=99)
+    report = check_checkpoint(path, names["base"])
+    (finding,) = report.findings
+    assert (finding.severity, finding.code) == ("info", "LORA415")
+    assert finding.observed == f"peft_type {method}: keys and shapes were not judged"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "unet.down_blocks.0.attentions.0.to_q.lora_A.weight",
+        "unet.down_blocks.0.attentions.0.processor.to_q_lora.down.weight",
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+        "lora_unet_down_blocks_0_attentions_0_to_q.lora_down.weight",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight",
+    ],
+)
+def test_files_of_diffusers_are_named_and_not_judged(tmp_path: Path, key: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file({key: torch.randn(4, 8)}, tmp_path / "pytorch_lora_weights.safetensors")
+    report = check_checkpoint(tmp_path)
+    assert [(f.severity, f.code) for f in report.findings] == [("info", "LORA415")]
+    assert "diffusers or kohya-ss" in report.findings[0].observed
+
+
+def test_values_of_other_methods_are_looked_at(names: Namespace) -> None:
+    path = configure(names.adapter(), peft_type="LOHA")
+    edit(path, lambda t: {k: v * float("nan") for k, v in t.items()})
+    assert loud(check_checkpoint(path)) == ["LORA441"]
+
+
+def test_a_pickle_is_read_on_request(names: Namespace) -> None:
+    path = folders.pickle_weights(names.adapter())
+    assert loud(check_checkpoint(path, names["base"])) == ["LORA403"]
+    assert check_checkpoint(path, names["base"], expect=Expect(read_pickle=True)).findings == ()
+    configure(path, r=16)
+    assert loud(check_checkpoint(path, names["base"], expect=Expect(read_pickle=True))) == ["LORA431"]
+
+
+def test_new_tokens_that_nobody_trained(names: Namespace) -> None:
+    report = check_checkpoint(names.adapter(), names["base"], expect=Expect(new_tokens=2))
+    assert set(loud(report)) == {"LORA119"}
+    saved: Tensors = {"base_model.model.model.embed_tokens.weight": torch.randn(128, 64)}
+    path = edit(names.adapter(), lambda t: {**t, **saved})
+    assert loud(check_checkpoint(path, names["base"], expect=Expect(new_tokens=2))) == []
+
+
+def test_the_configuration_that_was_meant_is_compared(names: Namespace) -> None:
+    meant = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], use_rslora=True)
+    report = check_checkpoint(names.adapter(), names["base"], expect=Expect(config=meant))
+    assert loud(report) == ["LORA126"]
+
+
+def test_arguments_are_named(names: Namespace, tmp_path: Path) -> None:
+    wrong: Any = 3
+    with pytest.raises(TypeError, match="path must be that of an adapter folder, not int"):
+        check_checkpoint(wrong)
+    with pytest.raises(ValueError, match="does not exist; adapters are never downloaded"):
+        check_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(TypeError, match=r"base must be a torch\.nn\.Module"):
+        check_checkpoint(names.adapter(), wrong)
+    with pytest.raises(TypeError, match="expect must be an Expect, not int"):
+        check_checkpoint(names.adapter(), expect=wrong)
+    with pytest.raises(ValueError, match="base: it carries adapters itself"):
+        check_checkpoint(
+            names.adapter(), get_peft_model(names["base"], LoraConfig(target_modules=["q_proj"]))
+        )
+
+
+def test_a_file_stands_for_its_folder(names: Namespace) -> None:
+    path = configure(names.adapter(), r=16)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert loud(check_checkpoint(path / file)) == ["LORA431"]

@@ -1,0 +1,130 @@
+"""Rules on memory, beyond the examples of their documentation: what is said, and in which order."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+from transformers import LlamaConfig
+
+from pytest_lora import (
+    Finding,
+    LoraHealthError,
+    LoraHealthWarning,
+    assert_fits_memory,
+    check_memory,
+    estimate_memory,
+)
+from pytest_lora.byte_sizes import format_bytes
+
+BASE = LlamaConfig(
+    hidden_size=512, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=8, vocab_size=4000
+)
+STEP: dict[str, Any] = {"batch_size": 8, "seq_len": 512}
+
+
+def adapter(**fields: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **fields})
+
+
+def finding(budget: str | int, **setting: Any) -> Finding:
+    (found,) = check_memory(BASE, adapter(), budget=budget, **{**STEP, **setting}).findings
+    return found
+
+
+def rows(found: Finding) -> dict[str, str]:
+    """The what-if table: each change and whether it fits, in order."""
+    table = found.fix.partition("what if:")[2]
+    return dict(re.findall(r"^ +(\S.*?)  +[\d.]+ \w+B  (fits|too much)$", table, flags=re.MULTILINE))
+
+
+def test_the_report_reads_like_a_compiler_error() -> None:
+    text = str(finding("600MiB"))
+    assert re.fullmatch(
+        r"error\[LORA502\]: step does not fit\n"
+        r"  --> a step of LlamaForCausalLM, batch 8 x 512 tokens, r=16, base in bfloat16, gradient checkpointing off\n"
+        r"  observed: the peak needs \d\.\d GiB, \d+\.\d MiB more than the budget, in the backward \(aten\.\S+\): "
+        r"activations \d\.\d GiB, logits and loss \d+\.\d MiB, base weights \d+\.\d MiB\n"
+        r"  expected: a peak of at most 600\.0 MiB\n"
+        r"  fix:      gradient_checkpointing=True: \d+\.\d MiB\n"
+        r"            lowering the rank will not help: r=1 saves \d+\.\d MiB\n"
+        r"            what if:\n(              .+\n?)+",
+        text,
+    ), text
+
+
+def test_what_fits_comes_first_and_the_rank_last() -> None:
+    table = rows(finding("600MiB"))
+    assert next(iter(table.items())) == ("gradient_checkpointing=True", "fits")
+    verdicts = list(table.values())
+    assert verdicts == sorted(verdicts)
+    assert list(table)[-2:] == ["r=8", "r=1"]
+    assert {
+        'optimizer="adamw_8bit"',
+        'quantization="nf4"',
+        "target_modules=['q_proj', 'v_proj']",
+        "batch_size=4 with accumulation=2",
+        "seq_len=256",
+    } <= table.keys()
+
+
+def test_every_row_is_an_estimate_of_its_own() -> None:
+    found = finding("600MiB")
+    half = estimate_memory(BASE, adapter(), batch_size=8, seq_len=256)
+    assert re.search(rf"seq_len=256 +{format_bytes(half.peak_allocated)} ", found.fix)
+
+
+def test_where_one_change_is_not_enough_all_are_tried_together() -> None:
+    base = LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=8)
+    found = check_memory(base, adapter(), batch_size=1, seq_len=4096, budget="460MiB").findings[0]
+    together = next(row for row in rows(found) if " with " in row)
+    assert together.startswith(
+        'gradient_checkpointing=True with optimizer="adamw_8bit" with quantization="nf4"'
+    )
+
+
+def test_weights_that_do_not_fit_are_another_matter() -> None:
+    found = finding("40MiB", batch_size=1, seq_len=8)
+    assert found.code == "LORA501"
+    assert "the loaded model weights need" in found.observed
+    assert not any("seq_len" in row or "batch_size" in row for row in rows(found) if " with " not in row)
+
+
+def test_where_a_smaller_rank_does_fit_nobody_says_it_does_not_help() -> None:
+    config = adapter(r=256)
+    peak = estimate_memory(BASE, config, batch_size=1, seq_len=8).peak_allocated
+    report = check_memory(BASE, config, batch_size=1, seq_len=8, budget=peak - 2**20)
+    assert "r=128" in report.findings[0].fix
+    assert "will not help" not in report.findings[0].fix
+
+
+def test_the_assertion_raises_warns_and_returns() -> None:
+    with pytest.raises(LoraHealthError, match=r"LORA502"):
+        assert_fits_memory(BASE, adapter(), budget="600MiB", **STEP)
+    peak = estimate_memory(BASE, adapter(), **STEP).peak_allocated
+    with pytest.warns(LoraHealthWarning, match=r"no room for the cuda context"):
+        assert_fits_memory(BASE, adapter(), budget=peak + 2**20, **STEP)
+    assert assert_fits_memory(BASE, adapter(), budget="80GiB", **STEP).ok
+    assert assert_fits_memory(BASE, adapter(), budget="600MiB", ignore=["LORA5"], **STEP).ok
+
+
+@pytest.mark.parametrize(
+    ("budget", "error", "message"),
+    [
+        ("24", ValueError, 'budget must carry a unit: "24GiB" (or "24GB"), got "24"'),
+        (24, ValueError, 'budget is 24 bytes; write "24GiB" for gibibytes'),
+        (24.0, TypeError, 'budget must be a size such as "24GiB" (or "24GB") or whole bytes, not float'),
+        ("cuda:7", ValueError, "budget is the device 'cuda:7', but there is no"),
+    ],
+)
+def test_a_budget_that_is_none_is_named(budget: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
+        check_memory(BASE, adapter(), budget=budget, **STEP)
+    assert str(raised.value).startswith(message)
+
+
+def test_an_unknown_setting_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'quantisation'"):
+        check_memory(BASE, adapter(), budget="24GiB", quantisation="nf4", **STEP)

@@ -1,0 +1,131 @@
+"""Laws of LoRA: kept by every kind of layer, and a planted breach of each is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear
+from torch import nn
+
+from pytest_lora import LoraHealthError, assert_lora_laws
+from pytest_lora.laws import check_lora_laws
+from pytest_lora.strategies import lora_models
+from pytest_lora.tiny import text_batch
+from tests.rules.bases import image_batch
+from tests.test_roundtrip import BATCH, HEALTHY, adapted, assert_same, base, codes, state, trained
+
+IDS = {"input_ids": text_batch()["input_ids"][:1, :24]}
+
+
+def convolution() -> nn.Module:
+    config = LoraConfig(r=2, target_modules=["conv", "head"])
+    return trained(get_peft_model(base("batchnorm_base"), config))  # type: ignore[arg-type]
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    **{name: (make, BATCH) for name, make in HEALTHY.items()},
+    "Conv1D": (lambda: adapted("gpt2_base", target_modules=["c_attn"], fan_in_fan_out=True), BATCH),
+    "Conv2d": (convolution, image_batch()),
+    "DoRA in 4 bits": (lambda: adapted("base_4bit", use_dora=True), BATCH),
+    "all-linear": (lambda: adapted(target_modules="all-linear", use_rslora=True), BATCH),
+    "ranks of their own": (lambda: adapted(rank_pattern={"q_proj": 7}), BATCH),
+    "orthogonal": (lambda: adapted(init_lora_weights="orthogonal"), BATCH),
+    "PiSSA": (lambda: adapted(init_lora_weights="pissa"), BATCH),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_keeps_the_laws(name: str) -> None:
+    make, batch = LAYERS[name]
+    assert not assert_lora_laws(make(), batch).findings
+
+
+@pytest.mark.lora_slow
+@settings(
+    max_examples=8,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(lora_models())
+def test_drawn_models_keep_the_laws(model: nn.Module) -> None:
+    assert not check_lora_laws(model, IDS).errors
+
+
+@pytest.mark.parametrize("name", ["plain", "4-bit", "token rows"])
+def test_the_model_is_left_as_it_was(name: str) -> None:
+    model = HEALTHY[name]().train()
+    model(**BATCH).logits.sum().backward()
+    before = state(model)
+    check_lora_laws(model, BATCH)
+    assert_same(state(model), before)
+
+
+# ------------------------------------------------------------------ planted breaches
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, forward: Callable[..., torch.Tensor]) -> nn.Module:
+    real = Linear.forward
+    monkeypatch.setattr(Linear, "forward", lambda self, x, *a, **k: forward(self, real(self, x, *a, **k), x))
+    return adapted()
+
+
+def test_an_adapter_that_adds_more_than_its_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(layer: Any, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return out if layer.disable_adapters or layer.merged else out + 0.5
+
+    with pytest.raises(LoraHealthError, match="LORA930"):
+        assert_lora_laws(broken(monkeypatch, forward), BATCH)
+
+
+def test_a_disabled_adapter_that_still_acts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = broken(monkeypatch, lambda layer, out, x: out + 0.5)
+    assert "LORA931" in codes(check_lora_laws(model, BATCH))
+
+
+def test_an_effect_that_is_squared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(layer: Any, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        plain = layer.base_layer(x)
+        return plain + (out - plain) ** 2 * 100 if not (layer.disable_adapters or layer.merged) else out
+
+    assert "LORA932" in codes(check_lora_laws(broken(monkeypatch, forward), BATCH))
+
+
+def test_a_forward_that_scales_by_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(layer: Any, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        plain = layer.base_layer(x)
+        return plain + (out - plain) * layer.lora_A["default"].weight.shape[0]
+
+    assert "LORA933" in codes(check_lora_laws(broken(monkeypatch, forward), BATCH))
+
+
+def test_adapters_that_share_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Linear.update_layer
+
+    def update(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        real(self, adapter_name, *args, **kwargs)
+        self.base_layer.weight.data += 1e-3
+
+    model = adapted()
+    monkeypatch.setattr(Linear, "update_layer", update)
+    assert "LORA934" in codes(check_lora_laws(model, BATCH))
+
+
+def test_a_merge_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: 2 * real(self, adapter))
+    assert "LORA915" in codes(check_lora_laws(adapted(), BATCH))
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    with pytest.raises(TypeError, match="carry LoRA layers"):
+        assert_lora_laws(base(), BATCH)
+    with pytest.raises(TypeError, match="batch must be"):
+        assert_lora_laws(adapted(), "text")
