@@ -12,7 +12,7 @@ import pytest
 
 from pytest_lora.plugin.adapter_items import GROUPS
 from pytest_lora.rules import catalogue
-from tests.plugin.sessions import run
+from tests.plugin.sessions import MODES, run, session
 from tests.rules import folders
 from tests.rules.bases import Namespace
 
@@ -60,10 +60,9 @@ def test_each_adapter_is_an_item_for_each_group(adapters: Path, pytester: pytest
     assert list(GROUPS) == ["files", "config", "keys", "shapes", "values", "base"]
 
 
-@pytest.mark.parametrize("mode", ["plain", "xdist"])
+@MODES
 def test_failures_show_the_report(adapters: Path, pytester: pytest.Pytester, mode: str) -> None:
-    option = "--lora-adapters=adapters"
-    result = run(pytester, option) if mode == "plain" else pytester.runpytest_subprocess("-n", "2", option)
+    result = session(pytester, mode, "--lora-adapters", "adapters", workers=2)
     result.assert_outcomes(passed=16, failed=2)
     result.stdout.fnmatch_lines(
         [

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from pytest_lora.findings import Report
-from tests.plugin.sessions import run
+from tests.plugin.sessions import MODES, run, session
 
 REPORTS = """
 import pytest
@@ -51,15 +51,6 @@ def test_healthy():
 def test_asks_for_nothing(): ...
 """
 
-MODES = pytest.mark.parametrize("mode", ["plain", "xdist"])
-
-
-def session(pytester: pytest.Pytester, mode: str, *args: str) -> pytest.RunResult:
-    pytester.makepyfile(test_it=REPORTS)
-    if mode == "plain":
-        return run(pytester, *args)
-    return pytester.runpytest_subprocess("-n", "2", *args)
-
 
 def section(lines: list[str]) -> list[str]:
     start = next(i for i, line in enumerate(lines) if " LoRA health " in line)
@@ -71,7 +62,8 @@ def section(lines: list[str]) -> list[str]:
 def test_reports_are_counted_by_rule_worst_first_and_are_in_junit_xml(
     pytester: pytest.Pytester, mode: str
 ) -> None:
-    result = session(pytester, mode, "--junit-xml=out.xml")
+    pytester.makepyfile(test_it=REPORTS)
+    result = session(pytester, mode, "--junit-xml=out.xml", workers=2)
     result.assert_outcomes(passed=4, failed=3, warnings=4)
     assert section(result.outlines) == [
         "model: healthy in 2 of 6 tests",
@@ -100,6 +92,7 @@ def test_reports_are_counted_by_rule_worst_first_and_are_in_junit_xml(
 
 @MODES
 def test_verbose_shows_infos_and_whole_reports(pytester: pytest.Pytester, mode: str) -> None:
+    pytester.makepyfile(test_it=REPORTS)
     result = session(pytester, mode, "-v")
     assert section(result.outlines)[-1] == "LORA109 info    odd but fine             2 findings in 2 tests"
     lines = result.outlines
