@@ -18,20 +18,17 @@ from numpy.typing import NDArray
 ROUNDING = 512
 """Bytes; all sizes and addresses below are in units of it."""
 
-ADDRESS_BITS = 34
-"""A free block is one number, its size above its address: a sorted list of them finds the best fit."""
-
-ADDRESS = (1 << ADDRESS_BITS) - 1
-
-NEW_SEGMENT = -1
-"""What an allocation chose where no free block was large enough."""
-
 _MIB = 2**20 // ROUNDING
 _SMALL = _MIB
 _SMALL_SEGMENT = 2 * _MIB
 _MEDIUM = 10 * _MIB
 _MEDIUM_SEGMENT = 20 * _MIB
 _SEGMENT_ROUNDING = 2 * _MIB
+_SHIFT = 34
+"""A block is one number, its size above its address: a sorted list of the free ones finds the best fit."""
+_ADDRESS = (1 << _SHIFT) - 1
+_NONE = 1 << 62
+"""Sorts behind all blocks."""
 
 
 def rounded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -39,10 +36,36 @@ def rounded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.maximum(1, -(-sizes // ROUNDING)) * ROUNDING
 
 
-def is_small(units: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which rounded sizes, in units, the pool of small blocks serves."""
-    found: NDArray[np.bool_] = units <= _SMALL
-    return found
+def max_reserved(
+    sizes: NDArray[np.int64],
+    storages: NDArray[np.int64],
+    instances: NDArray[np.int64],
+    frees: NDArray[np.bool_],
+    emptied_before: int | None = None,
+) -> int:
+    """The most bytes reserved in a sequence of events.
+
+    Args:
+        sizes: Bytes of each storage, shape (storages,).
+        storages: Each event's storage, shape (events,).
+        instances: Each event's copy of that storage, shape (events,): numbers from 0.
+        frees: Whether the event frees the copy, shape (events,).
+        emptied_before: The event before which the cache is emptied, if any.
+    """
+    units = rounded(sizes) // ROUNDING
+    of_small = (units <= _SMALL)[storages]
+    asked = np.where(frees, 0, units[storages] << _SHIFT)
+    places = [0] * (int(instances.max(initial=-1)) + 1)
+    total = 0
+    for chosen, smallest_rest in ((of_small, 1), (~of_small, _SMALL + 1)):
+        pool = _Pool(smallest_rest, places)
+        first = 0 if emptied_before is None else int(np.count_nonzero(chosen[:emptied_before]))
+        mine, whose = asked[chosen].tolist(), instances[chosen].tolist()
+        pool.play(mine[:first], whose[:first])
+        pool.empty_cache()
+        pool.play(mine[first:], whose[first:])
+        total += pool.most
+    return total * ROUNDING
 
 
 def _segment_for(size: int) -> int:
@@ -53,108 +76,81 @@ def _segment_for(size: int) -> int:
     return -(-size // _SEGMENT_ROUNDING) * _SEGMENT_ROUNDING
 
 
-class Pool:
-    """Blocks of one size class; the two pools of the allocator share nothing.
+class _Pool:
+    """Blocks of small storages, or of all others: the two share nothing.
 
     Attributes:
-        free: The free blocks, sorted; see ``ADDRESS_BITS``.
-        free_at: The same by address.
-        size_at: Units of every block by address.
-        before: Address of the block before, by address; negative at the start of a segment.
-        address_of: Address of every allocated storage by its number.
-        reserved, most: Units held now, and the most so far.
-        next_address: Where the next segment will be. Segments lie a unit apart, so that their blocks never join.
+        most: The most units reserved so far.
     """
 
-    def __init__(self, *, small: bool) -> None:
-        self.free: list[int] = []
-        self.free_at: dict[int, int] = {}
-        self.size_at: dict[int, int] = {}
-        self.before: dict[int, int] = {}
-        self.address_of: dict[int, int] = {}
-        self.reserved = self.most = self.next_address = 0
-        self._smallest_rest = 1 if small else _SMALL + 1
+    def __init__(self, smallest_rest: int, places: list[int]) -> None:
+        """``smallest_rest``: units from which a block is split; ``places``: the block of each copy of a storage."""
+        self.most = 0
+        self._smallest_rest = smallest_rest << _SHIFT
+        self._places = places
+        self._free = [_NONE]
+        self._starting: dict[int, int] = {}  # the free blocks again, by where they start and where they end
+        self._ending: dict[int, int] = {}
+        self._segments: dict[int, int] = {}
+        self._reserved = 0
+        self._next_address = 0
 
-    def play(
-        self, sizes: Sequence[int], instances: Sequence[int], frees: Sequence[bool]
-    ) -> tuple[list[int], list[int]]:
-        """Make and free storages in order; the sequences have one entry an event.
+    def play(self, asked: Sequence[int], instances: Sequence[int]) -> None:
+        """Make and free blocks; ``asked`` has the size of a new one, shifted, or 0 where one is freed.
 
-        Returns:
-            The free block that each allocation chose, or ``NEW_SEGMENT``; and every change of the free list in
-            order, ``block`` where one was added, ``~block`` where one was taken.
+        Nearly all the time of a replay is spent here, once an event: hence no calls, and no attributes.
         """
-        free, free_at, size_at, before = self.free, self.free_at, self.size_at, self.before
-        address_of, smallest_rest = self.address_of, self._smallest_rest
-        chosen: list[int] = []
-        changes: list[int] = []
-        for size, instance, is_free in zip(sizes, instances, frees, strict=True):
-            if not is_free:
-                position = bisect_left(free, size << ADDRESS_BITS)
-                if position < len(free):
-                    block = free.pop(position)
-                    address = block & ADDRESS
-                    whole = block >> ADDRESS_BITS
-                    del free_at[address]
-                    chosen.append(block)
-                    changes.append(~block)
+        free, starting, ending, places = self._free, self._starting, self._ending, self._places
+        smallest_rest = self._smallest_rest
+        for size, instance in zip(asked, instances, strict=True):
+            if size:
+                block = free.pop(bisect_left(free, size))
+                if block == _NONE:
+                    free.append(block)
+                    block = self._new_segment(size >> _SHIFT)
+                address = block & _ADDRESS
+                starting.pop(address, None)
+                if block - size >= smallest_rest:
+                    after = address + (size >> _SHIFT)
+                    rest = block - address - size | after
+                    starting[after] = ending[after + (rest >> _SHIFT)] = rest
+                    insort(free, rest)
+                    places[instance] = size | address
                 else:
-                    whole = _segment_for(size)
-                    address = self.add_segment(whole)
-                    chosen.append(NEW_SEGMENT)
-                rest = whole - size
-                if rest >= smallest_rest:
-                    after = address + size
-                    size_at[address] = size
-                    size_at[after] = rest
-                    before[after] = address
-                    if address + whole in before:
-                        before[address + whole] = after
-                    free_at[after] = block = (rest << ADDRESS_BITS) | after
-                    insort(free, block)
-                    changes.append(block)
-                address_of[instance] = address
+                    ending.pop(address + (block >> _SHIFT), None)
+                    places[instance] = block
                 continue
-            address = address_of.pop(instance)
-            size = size_at[address]
-            after = address + size
-            if after in free_at:
-                block = free_at.pop(after)
-                del free[bisect_left(free, block)]
-                changes.append(~block)
-                size += size_at.pop(after)
-                del before[after]
-            previous = before[address]
-            if previous in free_at:
-                block = free_at.pop(previous)
-                del free[bisect_left(free, block)]
-                changes.append(~block)
-                size += size_at[previous]
-                del size_at[address], before[address]
-                address = previous
-            size_at[address] = size
-            if address + size in before:
-                before[address + size] = address
-            free_at[address] = block = (size << ADDRESS_BITS) | address
+            block = places[instance]
+            address = block & _ADDRESS
+            end = address + (block >> _SHIFT)
+            if end in starting:
+                joined = starting.pop(end)
+                del free[bisect_left(free, joined)]
+                block += joined - end
+                end += joined >> _SHIFT
+            if address in ending:
+                joined = ending.pop(address)
+                del free[bisect_left(free, joined)]
+                block += joined - address
+                address = joined & _ADDRESS
+            starting[address] = ending[end] = block
             insort(free, block)
-            changes.append(block)
-        return chosen, changes
 
-    def add_segment(self, size: int) -> int:
-        """Take a segment from the device; returns its address, where one block fills it."""
-        address = self.next_address
-        self.next_address += size + 1
-        self.reserved += size
-        self.most = max(self.most, self.reserved)
-        self.size_at[address] = size
-        self.before[address] = -1
-        return address
+    def _new_segment(self, size: int) -> int:
+        """A block of its own from the device. Segments lie a unit apart, so that their blocks never join."""
+        whole = _segment_for(size)
+        address = self._next_address
+        self._next_address += whole + 1
+        self._segments[address] = whole
+        self._reserved += whole
+        self.most = max(self.most, self._reserved)
+        return whole << _SHIFT | address
 
     def empty_cache(self) -> None:
         """Give segments that nothing lives in back to the device."""
-        for address, block in list(self.free_at.items()):
-            size = self.size_at[address]
-            if self.before[address] < 0 and address + size not in self.before:
-                self.free.remove(block)
-                self.reserved -= size
-                del self.free_at[address], self.size_at[address], self.before[address]
+        for address, block in list(self._starting.items()):
+            size = block >> _SHIFT
+            if self._segments.get(address) == size:
+                self._free.remove(block)
+                self._reserved -= self._segments.pop(address)
+                del self._starting[address], self._ending[address + size]

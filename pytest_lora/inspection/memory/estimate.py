@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_lora.facts.memory import CATEGORIES, TimelinePoint
-from pytest_lora.inspection.memory.cuda_allocator import rounded
-from pytest_lora.inspection.memory.reserved import max_reserved
+from pytest_lora.inspection.memory.cuda_allocator import max_reserved, rounded
 from pytest_lora.inspection.memory.step import PHASES, Step
 from pytest_lora.inspection.memory.timeline import Timeline, expand
 
@@ -68,11 +67,11 @@ class StepShape:
         """The most bytes that the allocator takes from the device; its cache may be emptied between steps."""
         index = self.line.index
         return max_reserved(
-            sizes[self._storages[index]],
+            sizes,
+            self._storages[index],
             self.line.instances,
             self._frees[index],
             self._second_step if emptied else None,
-            self.line.stretches,
         )
 
     def figures(self, sizes: Integers) -> Figures:

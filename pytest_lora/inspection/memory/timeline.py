@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -12,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, LAST_INNER
-from pytest_lora.inspection.memory.reserved import ONCE, Stretches
 
 Integers = NDArray[np.int64]
 
@@ -39,7 +37,6 @@ class Timeline:
         index: For each event of the whole step that of the trace which it is a copy of.
         instances: For each event of the whole step a number for the storage that it is about.
         layers: For each event of the whole step the unit of its stack in the whole model, or -1.
-        stretches: Where the copies of a layer are in the whole step.
     """
 
     blocks: tuple[Block, ...]
@@ -47,7 +44,6 @@ class Timeline:
     index: Integers
     instances: Integers
     layers: Integers
-    stretches: Stretches
 
 
 def expand(events: list[int], units: list[int], copies: dict[int, int], like: list[object]) -> Timeline:
@@ -115,10 +111,7 @@ class _Expansion:
                 weights[low:high] *= np.bincount(part.events - low, minlength=high - low)
         index, instances, layers = (np.concatenate(column) for column in zip(*parts, strict=True))
         self._check(index, instances)
-        ends = np.cumsum([len(part.events) for part in parts])
-        kinds = _kinds([(stretch.low, part.instance) for stretch, part in zip(played, parts, strict=True)])
-        stretches = Stretches(ends - [len(part.events) for part in parts], kinds)
-        return Timeline(tuple(blocks), weights, index, instances, layers, stretches)
+        return Timeline(tuple(blocks), weights, index, instances, layers)
 
     def _check(self, index: Integers, instances: Integers) -> None:
         """Every storage is made once, and freed at most once and later."""
@@ -231,21 +224,6 @@ class _Expansion:
         if role < FIRST_INNER:
             return role
         return FIRST_INNER - 1 + (stretch.copy if self._is_inner(stretch.unit) else self.copies[stack] + 1)
-
-
-def _kinds(parts: list[tuple[int, Integers]]) -> Integers:
-    """A number for stretches of the same events, whose storages are the same ones at the same places; or ``ONCE``."""
-    alike = [(low, len(instances), _first_places(instances).tobytes()) for low, instances in parts]
-    often = {kind for kind, count in Counter(alike).items() if count > 1}
-    numbers = {kind: number for number, kind in enumerate(often)}
-    return np.array([numbers.get(kind, ONCE) for kind in alike], dtype=np.int64)
-
-
-def _first_places(instances: Integers) -> Integers:
-    """For each event of a stretch the first one that is about the same storage."""
-    _, first, which = np.unique(instances, return_index=True, return_inverse=True)
-    places: Integers = first[which]
-    return places
 
 
 class _Stretch(NamedTuple):
