@@ -168,8 +168,15 @@ class LoraLifecycle(RuleBasedStateMachine):
         with tempfile.TemporaryDirectory() as folder:
             save_adapters(self.model, folder, selected_adapters=[source])
             self.model.load_adapter(str(Path(folder) / source), adapter_name=name, is_trainable=True)
-        self.outputs[name] = self.outputs[source]
         self.model.set_adapter(name)
+        moved = not self._contiguous(source)
+        self._same(self._now(), self.outputs[source], f"adapter {source!r}, loaded", rounded=moved)
+        self.outputs[name] = self._now()
+
+    def _contiguous(self, adapter: str) -> bool:
+        """Whether its factors lie in memory as they are loaded; products of another layout round differently."""
+        factors = [p for name, p in self.model.named_parameters() if f".{adapter}." in name]
+        return all(factor.is_contiguous() for factor in factors)
 
     @precondition(lambda self: self._at_rest() and self._free())
     @rule()
