@@ -190,3 +190,25 @@ def test_strict_mode(pytester: pytest.Pytester, how: list[str]) -> None:
             "E * --> second",
         ]
     )
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_exhibits_travel_only_where_somebody_looks(pytester: pytest.Pytester, asked: bool) -> None:
+    pytester.makepyfile(
+        test_it="""
+        from pytest_lora.assertions import demand
+        from pytest_lora.exhibits import LossCurve
+        from pytest_lora.findings import Report
+
+        def test_many_times():
+            for n in range(25):
+                demand(Report("model", (), (LossCurve(f"run {n}", (), (), (), (), (0, 1), 2.0, 1.0, None),)))
+        """
+    )
+    pytester.runpytest_inprocess("--junit-xml=out.xml", *(["--lora-report=out.json"] if asked else []))
+    values = [p.get("value", "") for p in ET.parse(pytester.path / "out.xml").iter("property")]
+    shown = [
+        one.title for value in values for one in Report.from_json(value).exhibits if hasattr(one, "title")
+    ]
+    assert shown == ([f"run {n}" for n in range(5, 25)] if asked else [])
+    assert len(values) == (21 if asked else 1)
