@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from pytest_lora.findings import Report
+from pytest_lora.plugin.summary import SHOWN_EXHIBITS
 
 REPORTS = """
 import pytest
@@ -201,14 +202,14 @@ def test_exhibits_travel_only_where_somebody_looks(pytester: pytest.Pytester, as
         from pytest_lora.findings import Report
 
         def test_many_times():
-            for n in range(25):
+            for n in range(TIMES):
                 demand(Report("model", (), (LossCurve(f"run {n}", (), (), (), (), (0, 1), 2.0, 1.0, None),)))
-        """
+        """.replace("TIMES", str(SHOWN_EXHIBITS + 5))
     )
     pytester.runpytest_inprocess("--junit-xml=out.xml", *(["--lora-report=out.json"] if asked else []))
     values = [p.get("value", "") for p in ET.parse(pytester.path / "out.xml").iter("property")]
     shown = [
         one.title for value in values for one in Report.from_json(value).exhibits if hasattr(one, "title")
     ]
-    assert shown == ([f"run {n}" for n in range(5, 25)] if asked else [])
-    assert len(values) == (21 if asked else 1)
+    assert shown == ([f"run {n}" for n in range(5, SHOWN_EXHIBITS + 5)] if asked else [])
+    assert len(values) == (SHOWN_EXHIBITS + 1 if asked else 1)
