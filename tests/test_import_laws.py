@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,24 @@ def test_imports_point_one_way(part: str) -> None:
     known = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
     for file in modules(part):
         assert own(file) & known <= FLOORS[part], file
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    files = {
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in PACKAGE.rglob("*.py")
+    }
+    # "from package import module" asks nothing of the package's own __init__.
+    packages = {name for name, file in files.items() if file.name == "__init__.py"}
+    graph = {
+        name: {
+            wanted
+            for wanted in set(imports(file)) & set(files)
+            if wanted not in packages or not any(one.startswith(f"{wanted}.") for one in imports(file))
+        }
+        for name, file in files.items()
+    }
+    TopologicalSorter(graph).prepare()  # names the circle
 
 
 def test_every_part_of_the_package_has_its_floor() -> None:

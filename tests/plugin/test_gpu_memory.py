@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pytest_lora.plugin import gpu_memory
+from pytest_lora.plugin.gpu import memory
 from pytest_lora.plugin.options import GPU_PROPERTY
 from tests.plugin.simulated import CARD, machine
 
@@ -43,7 +43,7 @@ def test_a_test_over_its_limit_fails_with_the_peak(pytester: pytest.Pytester) ->
     pytester.makepyfile(
         """
         import pytest
-        from pytest_lora.plugin.gpu_run import PREDICTION, Prediction
+        from pytest_lora.plugin.gpu.run import PREDICTION, Prediction
 
         LIMIT = pytest.mark.lora_vram_limit("8GiB")
 
@@ -195,7 +195,7 @@ def test_what_lora_model_keeps_for_the_next_test_is_not_left_by_this_one(pyteste
         """
         import gc
         import torch
-        from pytest_lora.plugin.gpu_memory import MEMORY, NoMemory
+        from pytest_lora.plugin.gpu.memory import MEMORY, NoMemory
 
         class Everything(NoMemory):
             def allocated(self, ordinal):
@@ -368,14 +368,14 @@ def test_an_error_that_only_quotes_the_words_breaks_nothing() -> None:
         RuntimeError("device-side assert"),
         RuntimeError("CUDA error: out of memory"),
     ):
-        assert not gpu_memory.poison(error)
+        assert not memory.poison(error)
     for text in (
         "CUDA error: an illegal memory access was encountered",
         "CUDA error: unspecified launch failure",
         "HIP error: misaligned address",
         "CUDA error: uncorrectable ECC error encountered",
     ):
-        assert gpu_memory.poison(ExceptionGroup("several", [ValueError(), RuntimeError(text)]))
+        assert memory.poison(ExceptionGroup("several", [ValueError(), RuntimeError(text)]))
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_an_error_that_only_quotes_the_words_breaks_nothing() -> None:
     ],
 )
 def test_out_of_memory_has_many_names(text: str, told: bool) -> None:
-    assert gpu_memory.is_out_of_memory(RuntimeError(text)) is told
+    assert memory.is_out_of_memory(RuntimeError(text)) is told
 
 
 def test_where_the_model_is_known_the_estimate_explains_what_ran_out(

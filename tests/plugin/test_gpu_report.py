@@ -11,7 +11,7 @@ from tests.plugin.test_gpu_memory import measured, section
 
 TESTS = """
 import pytest
-from pytest_lora.plugin.gpu_run import PREDICTION, Prediction
+from pytest_lora.plugin.gpu.run import PREDICTION, Prediction
 
 @pytest.mark.lora_vram_limit("8GiB")
 def test_a(card, request):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_lora.plugin import gpu_locks
+from pytest_lora.plugin.gpu import locks
 from tests.plugin.simulated import GB, machine, shared
 
 pytestmark = pytest.mark.lora_slow
@@ -256,8 +256,8 @@ def test_a_failing_test_lets_its_devices_go(
 
 HOLD = """
 import sys, time
-from pytest_lora.plugin import gpu_locks
-with gpu_locks.held({"cuda:0": 10}, {"cuda:0": 10}, "the other process"):
+from pytest_lora.plugin.gpu import locks
+with locks.held({"cuda:0": 10}, {"cuda:0": 10}, "the other process"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -269,14 +269,14 @@ def test_what_a_dead_process_held_is_free(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert process.stdout
     assert process.stdout.readline() == "held\n"
     with (
-        pytest.raises(gpu_locks.NotSharedError, match=r"^waited 0 s for cuda:0, held by the other process$"),
-        gpu_locks.held({"cuda:0": 1}, {"cuda:0": 10}, "this", patience=0.2),
+        pytest.raises(locks.NotSharedError, match=r"^waited 0 s for cuda:0, held by the other process$"),
+        locks.held({"cuda:0": 1}, {"cuda:0": 10}, "this", patience=0.2),
     ):
         pass
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    with gpu_locks.held({"cuda:0": 10}, {"cuda:0": 10}, "this", patience=5):
+    with locks.held({"cuda:0": 10}, {"cuda:0": 10}, "this", patience=5):
         pass
     assert [(event["event"], event["who"]) for event in events(log)] == [
         ("hold", "the other process"),
@@ -284,12 +284,12 @@ def test_what_a_dead_process_held_is_free(monkeypatch: pytest.MonkeyPatch, tmp_p
         ("hold", "this"),
         ("release", "this"),
     ]
-    assert {path.name for path in gpu_locks.folder().iterdir()} <= {"ledger.json", "ledger.lock"}
+    assert {path.name for path in locks.folder().iterdir()} <= {"ledger.json", "ledger.lock"}
 
 
 def test_more_than_there_is_counts_as_all_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log = shared(monkeypatch, tmp_path)
-    with gpu_locks.held({"cuda:0": 16}, {"cuda:0": 15}, "a T4", patience=1):
+    with locks.held({"cuda:0": 16}, {"cuda:0": 15}, "a T4", patience=1):
         pass
     assert events(log)[0]["shares"] == {"cuda:0": 15}
 
@@ -312,7 +312,7 @@ def test_who_came_later_never_goes_before_who_waits(
     for number, entry in enumerate(waiting):
         entry["ticket"] = str(number)
     own = data.draw(st.integers(0, len(waiting) - 1))
-    ahead = gpu_locks.before(waiting, str(own))
+    ahead = locks.before(waiting, str(own))
     assert all(entry in ahead for entry in waiting[:own])
     assert all(entry["holds"] for entry in ahead if entry not in waiting[:own])
     assert waiting[own] not in ahead

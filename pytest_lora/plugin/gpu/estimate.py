@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.plugin.gpu_run import PREDICTION, Prediction
+from pytest_lora.plugin.gpu.run import PREDICTION, Prediction
 
 if TYPE_CHECKING:
     import pytest
