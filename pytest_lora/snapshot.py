@@ -168,7 +168,7 @@ class Snapshot:
         with torch._C.DisableTorchFunctionSubclass():
             if differing is None:
                 differing = frozenset(state.name for state in self._own_contents.differing())
-            suspects = self._tensors.values()
+            suspects = list(self._tensors.values())
             if self._settings() == self._settings_before:
                 suspects = [state for state in suspects if state.name in differing] if differing else []
             lost = [state.name for state in suspects if not state.restore(state.name in differing)]
@@ -228,9 +228,16 @@ class _Attributes:
 
     def replaced_entries(self, module: nn.Module) -> Iterator[tuple[str, str, Any]]:
         """Yield registry, name and new value of each child, parameter or buffer that is another object now."""
+        attributes = vars(module)
         for registry in _REGISTRIES:
-            before, now = self.containers[registry], vars(module)[registry]
-            if len(before) == len(now) and all(map(is_, before.values(), now.values())) and [*before] == [*now]:
+            before, now = self.containers[registry], attributes[registry]
+            if not before and not now:
+                continue
+            if (
+                len(before) == len(now)
+                and all(map(is_, before.values(), now.values()))
+                and [*before] == [*now]
+            ):
                 continue
             for key in {**before, **now}:
                 value = now.get(key, _ABSENT)
@@ -504,12 +511,12 @@ def _is_packed(tensor: Tensor) -> bool:
 
 
 def _is_peft(value: object) -> bool:
-    return _is_of_peft(type(value))
+    return _is_in_peft(type(value).__module__)
 
 
 @cache
-def _is_of_peft(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] == "peft"
+def _is_in_peft(module: str) -> bool:
+    return module.partition(".")[0] == "peft"
 
 
 def _merged_layers(name: str, layer: Any) -> Iterator[str]:
