@@ -21,8 +21,7 @@ LOWERED: tuple[tuple[Any, str], ...] = (
     (torch, "bmm"),
     (torch, "addmm"),
     (torch, "baddbmm"),
-    (torch.Tensor, "matmul"),
-    (torch.Tensor, "__matmul__"),
+    *((torch.Tensor, name) for name in ("matmul", "__matmul__", "bmm", "addmm", "baddbmm")),
 )
 RAISED: tuple[tuple[Any, str], ...] = (
     (functional, "layer_norm"),
