@@ -79,7 +79,7 @@ def quantized_linears(model: nn.Module, quantization: Any) -> list[nn.Module]:
 
 
 def _kept_whole(model: Any, skipped: list[str] | None) -> list[str]:
-    """Layers that transformers does not quantize: those skipped, or else the output embeddings, and those in float32."""
+    """Layers that transformers leaves whole: those skipped, or else the output embeddings; and those in float32."""
     from transformers.quantizers.base import HfQuantizer
 
     quantizer: Any = HfQuantizer

@@ -68,16 +68,17 @@ def joined(segment: list[Block]) -> list[Block]:
 @st.composite
 def traces(draw: st.DrawFn) -> tuple[list[tuple[int, int, bool]], int | None]:
     """Storages of a few sizes, made and freed in any order."""
-    near = st.sampled_from([512, 300 * KIB, MIB, MIB + 1, 3 * MIB, 10 * MIB - 512, 10 * MIB, 11 * MIB, 40 * MIB])
+    near = st.sampled_from(
+        [512, 300 * KIB, MIB, MIB + 1, 3 * MIB, 10 * MIB - 512, 10 * MIB, 11 * MIB, 40 * MIB]
+    )
     sizes = draw(st.lists(near | st.integers(1, 24 * MIB), min_size=1, max_size=6))
     events: list[tuple[int, int, bool]] = []
     live: list[tuple[int, int]] = []
     for instance, size in enumerate(draw(st.lists(st.sampled_from(sizes), max_size=60))):
         events.append((instance, size, False))
         live.append((instance, size))
-        for place in draw(st.lists(st.integers(0, 60), max_size=3)):
-            if place < len(live):
-                events.append((*live.pop(place), True))
+        places = draw(st.lists(st.integers(0, 60), max_size=3))
+        events.extend((*live.pop(place), True) for place in places if place < len(live))
     return events, draw(st.none() | st.integers(0, len(events)))
 
 
