@@ -49,9 +49,9 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
         from pytest_lora.plugin.session_options import asks_for_gpus
 
         if asks_for_gpus(early_config):
-            from pytest_lora.plugin import gpu_pins
+            from pytest_lora.plugin.gpu import pins
 
-            gpu_pins.pin_early(early_config)
+            pins.pin_early(early_config)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,10 +59,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     is_worker = hasattr(config, "workerinput")
-    if not is_worker and "pytest_lora.plugin.gpu_pins" in sys.modules:
-        from pytest_lora.plugin import gpu_pins
+    if not is_worker and "pytest_lora.plugin.gpu.pins" in sys.modules:
+        from pytest_lora.plugin.gpu import pins
 
-        gpu_pins.unpin(config)
+        pins.unpin(config)
     names_adapters = any(name in arg for arg in config.args for name in ADAPTER_FILES)
     if not names_adapters and not any_set(config):
         return
@@ -74,9 +74,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
         adapter_items.enable(config, options.adapters)
     if options.require_gpu and not is_worker:
-        from pytest_lora.plugin import gpu_report
+        from pytest_lora.plugin.gpu import report as gpu_report
 
         config.pluginmanager.register(gpu_report.RequireGpu(), "lora-require-gpu")
+    if options.reports and not is_worker:
+        from pytest_lora.plugin import session_report
+
+        config.pluginmanager.register(
+            session_report.SessionReport(config, options.reports), "lora-session-report"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -97,9 +103,9 @@ def pytest_pycollect_makeitem(collector: pytest.Collector) -> Generator[None, An
         if isinstance(item, pytest.Item) and any(
             mark.name.startswith("lora") for mark in item.iter_markers()
         ):
-            from pytest_lora.plugin import markers
+            from pytest_lora.plugin import mark_checks
 
-            markers.require_valid(item)
+            mark_checks.require_valid(item)
     return made
 
 
@@ -123,9 +129,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in slow_tests:
                 item.add_marker(skip)
     if gpu_tests := [item for item in items if is_gpu_test(item)]:
-        from pytest_lora.plugin import gpu
+        from pytest_lora.plugin.gpu import hooks
 
-        gpu.begin(config, gpu_tests)
+        hooks.begin(config, gpu_tests)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -187,6 +193,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
         summary.write(terminalreporter, reports[_REPORT])
     if reports[GPU_PROPERTY]:
-        from pytest_lora.plugin import gpu_report
+        from pytest_lora.plugin.gpu import report as gpu_report
 
         gpu_report.write(terminalreporter, reports[GPU_PROPERTY])

@@ -7,6 +7,7 @@ import re
 import pytest
 
 import pytest_lora.tiny.model as tiny
+from tests.plugin.sessions import MODES, run, session
 
 CONFTEST = """
 import random
@@ -282,7 +283,6 @@ ADVICE = (
     "copy.deepcopy(lora_base_model), or a lora_base_model fixture of function scope."
 )
 ANEW = "The next test gets a base made anew by the fixture lora_base_model of {}."
-WORKERS = pytest.mark.parametrize("workers", [[], ["-n", "2", "--dist", "loadfile"]], ids=["plain", "xdist"])
 
 
 def teardown_errors(lines: list[str]) -> dict[str, list[str]]:
@@ -299,14 +299,14 @@ def teardown_errors(lines: list[str]) -> dict[str, list[str]]:
     return errors
 
 
-@WORKERS
-def test_the_shared_base_survives_its_tests(pytester: pytest.Pytester, workers: list[str]) -> None:
+@MODES
+def test_the_shared_base_survives_its_tests(pytester: pytest.Pytester, mode: str) -> None:
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_state=STATE)
     others = pytester.mkpydir("others")
     (others / "conftest.py").write_text(FOLDER_CONFTEST)
     (others / "test_others.py").write_text(OTHERS)
-    result = pytester.runpytest_subprocess("-p", "no:hypothesispytest", *workers)
+    result = session(pytester, mode)
     errors = teardown_errors(result.outlines)
     result.assert_outcomes(passed=66, errors=16)
     changed = {
@@ -360,4 +360,4 @@ def test_a_local_folder_takes_the_place_of_the_built_in_base(pytester: pytest.Py
         """.replace("NAME", repr(str(tiny.WEIGHTS)))
     )
     pytester.makeini(f"[pytest]\nlora_model = {tiny.WEIGHTS}\n")
-    pytester.runpytest_subprocess("-p", "no:hypothesispytest").assert_outcomes(passed=1)
+    run(pytester).assert_outcomes(passed=1)
