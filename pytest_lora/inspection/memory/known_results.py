@@ -9,7 +9,7 @@ import torch
 _META = torch.device("meta")
 
 
-class _Unknown(Exception):
+class _UnknownError(Exception):
     """An argument that says nothing about the result's shape, or too much."""
 
 
@@ -28,7 +28,7 @@ class KnownResults:
         try:
             key = (func, _described(args), _described(tuple(kwargs.items())))
             known = self._known.get(key)
-        except (_Unknown, TypeError):
+        except (_UnknownError, TypeError):
             return func(*args, **kwargs)
         if known is not None:
             shape, stride, dtype = known
@@ -43,7 +43,7 @@ def _described(value: Any) -> Any:
     """What decides the result's shape, of an argument or several; 1, 1.0 and True are not the same."""
     if isinstance(value, torch.Tensor):
         if value.device != _META:
-            raise _Unknown
+            raise _UnknownError
         return value.shape, value.stride(), value.dtype
     if isinstance(value, (tuple, list)):
         return tuple([_described(part) for part in value])
