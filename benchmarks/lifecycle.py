@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 import warnings
 from collections import Counter
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bitsandbytes
 import peft
@@ -26,11 +28,10 @@ import torch
 import transformers
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
-from torch import nn
-from transformers.modeling_outputs import CausalLMOutput
 
 from pytest_lora import lifecycle
 from pytest_lora.lifecycle import LoraLifecycle
+from tests.test_lifecycle import SmallLifecycle
 
 BLOCK = 25
 COUNTED = {
@@ -62,34 +63,8 @@ def counting(operation: str, function: Callable[..., Any]) -> Callable[..., Any]
     return counted
 
 
-class Network(nn.Module):
-    """An embedding, two linear layers and a head: what PEFT does with them costs more than they do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(32, 64)
-        self.up = nn.Linear(64, 64)
-        self.down = nn.Linear(64, 64, bias=False)
-        self.head = nn.Linear(64, 32)
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> CausalLMOutput:
-        hidden = self.embed(input_ids)
-        logits = self.head(hidden + self.down(nn.functional.gelu(self.up(hidden))))
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
-
-
-class Small(Counted):
-    """On a network of four layers, which is fast."""
-
-    targets = ("embed", "up", "down")
-
-    def make_base(self) -> Any:
-        return Network()
-
-    def make_batch(self) -> Any:
-        ids = torch.arange(32).view(2, 16)
-        return {"input_ids": ids, "labels": ids.flip(1)}
+class Small(SmallLifecycle, Counted):
+    """On the network of four layers that the tests use, which is fast."""
 
 
 BASES = {"small": Small, "built-in": Counted}
