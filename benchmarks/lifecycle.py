@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 import warnings
 from collections import Counter
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bitsandbytes
 import peft
@@ -26,10 +28,10 @@ import torch
 import transformers
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from pytest_lora import lifecycle
 from pytest_lora.lifecycle import LoraLifecycle
+from tests.test_lifecycle import SmallLifecycle
 
 BLOCK = 25
 COUNTED = {
@@ -61,19 +63,8 @@ def counting(operation: str, function: Callable[..., Any]) -> Callable[..., Any]
     return counted
 
 
-class Small(Counted):
-    """On a Llama of one block and width 64 with random weights, which is fast."""
-
-    def make_base(self) -> Any:
-        config = LlamaConfig(
-            vocab_size=300,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-        return LlamaForCausalLM(config)
+class Small(SmallLifecycle, Counted):
+    """On the network of four layers that the tests use, which is fast."""
 
 
 BASES = {"small": Small, "built-in": Counted}

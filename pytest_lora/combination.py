@@ -58,9 +58,16 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
 
 def _of_summed_factors(layer: Any, weights: Mapping[str, float]) -> Tensor:
     shares = {name: (weight * layer.scaling[name]) ** 0.5 for name, weight in weights.items()}
-    down = [share * layer.lora_A[name].weight.detach().double() for name, share in shares.items()]
-    up = [share * layer.lora_B[name].weight.detach().double() for name, share in shares.items()]
-    return torch.stack(up).sum(0) @ torch.stack(down).sum(0)
+    factors = [(share, *_factors(layer, name)) for name, share in shares.items()]
+    down = torch.stack([share * a.detach().double() for share, a, _ in factors]).sum(0)
+    up = torch.stack([share * b.detach().double() for share, _, b in factors]).sum(0)
+    return (up @ down).T if layer.lora_embedding_A else up @ down
+
+
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
 def _beyond(update: Tensor, rank: int) -> float:

@@ -195,6 +195,7 @@ class LoraLifecycle(RuleBasedStateMachine):
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=_RATE)
         self.model(**self.batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         self.outputs[self._active()] = self._now()

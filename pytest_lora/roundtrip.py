@@ -208,19 +208,22 @@ def base_without_adapter(adapted: nn.Module, *, forget_trained: bool = False) ->
     for layer in list(base.modules()):
         if isinstance(layer, LoraLayer):
             layer.unmerge()
-    replaced: tuple[str, ...] = ()
-    for name, module in list(base.named_modules()):
-        inner = _inner(module)
-        if inner is not None and not name.startswith(replaced):
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, inner)
-            replaced += (f"{name}.",)
+    _unwrap(base)
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         vars(base).pop(attribute, None)
     for parameter in base.parameters():
         if forget_trained and parameter.requires_grad and parameter.is_floating_point():
             parameter.data.zero_()
     return _quiet_eval(base)
+
+
+def _unwrap(parent: nn.Module) -> None:
+    """Replace wrappers by what they wrap, which may hold wrappers too: attention's ``out_proj`` is one."""
+    for name, child in list(parent.named_children()):
+        inner = _inner(child)
+        if inner is not None:
+            setattr(parent, name, inner)
+        _unwrap(child if inner is None else inner)
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
