@@ -272,7 +272,7 @@ def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Pa
 
     if not isinstance(adapted, PeftModel):
         raise ValueError(f"model cannot be saved: PEFT has no save_pretrained for {type(adapted).__name__}")
-    adapted.save_pretrained(str(folder))
+    save_adapters(adapted, str(folder))
     homes = {name: folder if name == "default" else folder / name for name in adapted.peft_config}
     (first, home), *others = homes.items()
     with _loading():
@@ -281,6 +281,15 @@ def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Pa
             reloaded.load_adapter(str(home), adapter_name=name)
         reloaded.base_model.set_adapter(active)
     return _as_module(reloaded)
+
+
+def save_adapters(model: Any, folder: str, **how: Any) -> None:
+    """PEFT's ``save_pretrained`` without the model card, whose template takes longer than all the rest."""
+    vars(model)["create_or_update_model_card"] = lambda output_dir: None
+    try:
+        model.save_pretrained(folder, **how)
+    finally:
+        del vars(model)["create_or_update_model_card"]
 
 
 def _reloaded_transformers(adapted: Any, fresh: Any, active: list[str], folder: Path) -> nn.Module:

@@ -77,6 +77,12 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_lora.plugin.gpu import report as gpu_report
 
         config.pluginmanager.register(gpu_report.RequireGpu(), "lora-require-gpu")
+    if options.reports and not is_worker:
+        from pytest_lora.plugin import session_report
+
+        config.pluginmanager.register(
+            session_report.SessionReport(config, options.reports), "lora-session-report"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)
