@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
+import bitsandbytes
 import pytest
 
 import pytest_lora.tiny.model as tiny
@@ -361,3 +364,19 @@ def test_a_local_folder_takes_the_place_of_the_built_in_base(pytester: pytest.Py
     )
     pytester.makeini(f"[pytest]\nlora_model = {tiny.WEIGHTS}\n")
     run(pytester).assert_outcomes(passed=1)
+
+
+def test_the_file_of_the_base_is_mapped_so_that_workers_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs the system to list what is mapped")
+    quantize, mapped = bitsandbytes.functional.quantize_4bit, []
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        mapped.append(str(tiny.WEIGHTS / "model.safetensors") in maps.read_text())
+        return quantize(*args, **kwargs)
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", look)
+    tiny.load_tiny()
+    assert mapped
+    assert all(mapped)

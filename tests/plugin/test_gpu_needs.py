@@ -92,7 +92,7 @@ def test_a_card_counts_as_what_it_was_sold_with(
             "cuda",
             ["--lora-device", "xpu"],
             (9, 0),
-            "needs a GPU; there is none: --lora-device xpu, and the devices are of kind cuda",
+            "needs a GPU; there is none: the devices are of kind cuda, and --lora-device is xpu",
         ),
         (
             "cuda",
@@ -344,6 +344,15 @@ def test_the_device_of_the_fixtures_follows_the_option(
         run(pytester, "--lora-device", device).assert_outcomes(passed=1)
     result = run(pytester, "--lora-device", "cuda:2")
     assert "--lora-device cuda:2: there are 2" in result.outlines
+    for kind in ("xpu", "mps"):
+        machine(monkeypatch, 24, kind=kind, capability=None)
+        monkeypatch.setenv("EXPECTED", kind)
+        run(pytester, "--lora-device", kind).assert_outcomes(passed=1)
+    result = run(pytester, "--lora-device", "cuda")
+    assert (
+        "--lora-device cuda: there is none: the devices are of kind mps, and --lora-device is cuda"
+        in result.outlines
+    )
     machine(monkeypatch)
     result = run(pytester, "--lora-device", "cuda")
     assert "--lora-device cuda: there is none: the test says so" in result.outlines
