@@ -107,7 +107,7 @@ def assert_lora_healthy(
     if batch is not None:
         taken = PROBE_STEPS if steps is None else steps
         trained = check_training(model, batch, optimizer=optimizer, steps=taken, expect=expect)
-        report = Report(report.subject, (*report.findings, *trained.findings))
+        report = Report(report.subject, (*report.findings, *trained.findings), trained.exhibits)
     return demand(_selected(report, select, ignore))
 
 
@@ -252,7 +252,7 @@ def assert_config_healthy(
 def _selected(report: Report, select: Iterable[str], ignore: Iterable[str]) -> Report:
     from pytest_lora.rules import selected
 
-    return Report(report.subject, tuple(selected(report.findings, select, ignore)))
+    return report.with_findings(selected(report.findings, select, ignore))
 
 
 def assert_fits_memory(

@@ -91,6 +91,12 @@ TABLE = (
         "GPUs that each pytest-xdist worker sees; without it as many as the most demanding test counts",
         ini="string",
     ),
+    _Option(
+        "report",
+        "write a report of the session to look at: .html (one file, to open anywhere), .md or .json; may be given more "
+        "than once",
+        {"metavar": "PATH", "action": "append", "default": []},
+    ),
     _Option("rules", "list the rules: code, severity, name, summary", {"action": "store_true"}),
     _Option("explain", "print the documentation of a rule, such as LORA203", {"metavar": "CODE"}),
 )

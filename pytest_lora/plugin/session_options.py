@@ -25,6 +25,8 @@ class LoraOptions:
         require_gpu: Whether GPU tests must run.
         gpu_report: Whether GPU tests are listed at the end.
         gpus_per_worker: How many GPUs an xdist worker sees; 0 to find out.
+        reports: Files to write a report to, absolute.
+        step_summary: GitHub's job summary, to which a report is added; ``None`` elsewhere.
     """
 
     model: Path | None
@@ -36,6 +38,13 @@ class LoraOptions:
     require_gpu: bool
     gpu_report: bool
     gpus_per_worker: int
+    reports: tuple[Path, ...]
+    step_summary: Path | None
+
+    @property
+    def exhibits(self) -> bool:
+        """Whether anybody is going to look at more than findings, so that it is worth carrying along."""
+        return bool(self.reports or self.step_summary)
 
     @classmethod
     def from_config(cls, config: pytest.Config) -> LoraOptions:
@@ -43,7 +52,7 @@ class LoraOptions:
 
         Raises:
             pytest.UsageError: A folder or file that is named does not exist, an ini line is not ``field = literal``,
-                there is no such device, or the number of GPUs is none.
+                there is no such device, the number of GPUs is none, or a report has no known ending.
         """
         env = os.environ.get("RUN_SLOW", "").lower() in ("1", "yes", "true", "on", "y")
         return cls(
@@ -56,6 +65,8 @@ class LoraOptions:
             require_gpu=config.getoption("lora_require_gpu"),
             gpu_report=config.getoption("lora_gpu_report"),
             gpus_per_worker=gpus_per_worker(config),
+            reports=tuple(_report_file(config, given) for given in config.getoption("lora_report")),
+            step_summary=Path(summary) if (summary := os.environ.get("GITHUB_STEP_SUMMARY")) else None,
         )
 
 
@@ -100,6 +111,18 @@ def _adapter_folders(config: pytest.Config) -> Iterator[Path]:
         return
     for line in config.getini("lora_adapters"):
         yield _folder_of_adapters("ini lora_adapters", _beside_ini(config) / Path(line).expanduser())
+
+
+REPORT_ENDINGS = (".html", ".md", ".json")
+
+
+def _report_file(config: pytest.Config, given: str) -> Path:
+    path: Path = config.invocation_params.dir / Path(given).expanduser()
+    if path.suffix.lower() not in REPORT_ENDINGS:
+        raise pytest.UsageError(f"--lora-report: {given!r} must end in {', '.join(REPORT_ENDINGS)}")
+    if path.is_dir():
+        raise pytest.UsageError(f"--lora-report: {given!r} is a folder; name a file")
+    return path
 
 
 def _folder_of_adapters(source: str, folder: Path) -> Path:

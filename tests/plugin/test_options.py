@@ -107,6 +107,8 @@ def test_options_are_read_from_ini(pytester: pytest.Pytester, monkeypatch: pytes
         require_gpu=False,
         gpu_report=False,
         gpus_per_worker=0,
+        reports=(),
+        step_summary=None,
     )
     assert LoraOptions.from_config(pytester.parseconfig()) == expected
 
@@ -119,6 +121,7 @@ def test_help_names_flags_ini_values_and_markers(pytester: pytest.Pytester) -> N
         "--lora-device=DEVICE",
         "--lora-require-gpu",
         "--lora-gpu-report",
+        "--lora-report=PATH",
         "--lora-rules",
         "--lora-explain=CODE",
     ):
