@@ -57,11 +57,10 @@ def on_files(files: Any, config: Any) -> Any:
     for uri, text in pages.items():
         files.append(File.generated(config, uri, content=text))
     sources = {file.src_uri: file.content_string for file in files.documentation_pages()}
-    for uri, text in sources.items():
-        for target in linked_files(uri, text):
-            file = File.generated(config, site_uri(target), content=as_page(target))
-            file.inclusion = InclusionLevel.NOT_IN_NAV
-            files.append(file)
+    for target in {target for uri, text in sources.items() for target in linked_files(uri, text)}:
+        file = File.generated(config, site_uri(target), content=as_page(target))
+        file.inclusion = InclusionLevel.NOT_IN_NAV
+        files.append(file)
     return files
 
 
