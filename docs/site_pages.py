@@ -81,7 +81,14 @@ def made_pages() -> Iterator[tuple[str, str]]:
 
 def options_page() -> str:
     """Options, ini values, markers and fixtures, each from the one place that declares it."""
-    lines = ["# Options, markers, fixtures", "", "## Options", "", "| command line | ini | |", "| --- | --- | --- |"]
+    lines = [
+        "# Options, markers, fixtures",
+        "",
+        "## Options",
+        "",
+        "| command line | ini | |",
+        "| --- | --- | --- |",
+    ]
     for option in TABLE:
         value = (option.flag or {}).get("metavar")
         flag = f"`--lora-{option.name}{f'={value}' if value else ''}`" if option.flag is not None else ""
@@ -115,7 +122,9 @@ def rules_index() -> str:
     for stage, title in STAGES.items():
         lines += ["", f"## {title}", "", "| code | severity | name | |", "| --- | --- | --- | --- |"]
         for rule in of_stage(stage):
-            lines.append(f"| [{rule.code}]({rule.code}.md) | {rule.severity} | {title_of(rule)} | {rule.summary} |")
+            lines.append(
+                f"| [{rule.code}]({rule.code}.md) | {rule.severity} | {title_of(rule)} | {rule.summary} |"
+            )
     return "\n".join([*lines, ""])
 
 
@@ -219,4 +228,4 @@ def as_page(target: str) -> str:
     if target.endswith(".json"):
         return text
     kind = {".py": "python", ".yml": "yaml"}.get(path.suffix, "text")
-    return f"# {target}\n\n````{kind} title=\"{target}\"\n{text}\n````\n"
+    return f'# {target}\n\n````{kind} title="{target}"\n{text}\n````\n'

@@ -1,10 +1,10 @@
 """Every code block of README.md and docs/ is executed, and what is shown as output is what comes out.
 
-Python blocks are test files of one pytest session, each in a folder of its own beside the page's last conftest.py; names
-that they take for granted come from preamble.py. Blocks of sh are commands: pytest runs them where that is cheap,
+Python blocks are test files of one pytest session, each in a folder of its own beside the page's last conftest.py;
+names that they take for granted come from preamble.py. Blocks of sh are commands: pytest runs them where that is cheap,
 and else collects only, which refuses options that there are not. A block without a language is output, of the block of
-Python above it or of the command in the comment above it. A block that is not executed says why in such a comment:
-``<!-- skip: reason -->``.
+Python above it or of the demo where the comment above it says so. A block that is not executed says why in such a
+comment: ``<!-- skip: reason -->``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hypothesis import settings
 
 import pytest_lora
 from pytest_lora.assertions import delivered
+from pytest_lora.plugin import demo
 from pytest_lora.plugin.options import TABLE
 from tests.docs import preamble
 from tests.docs.blocks import ROOT, Block, blocks
@@ -46,7 +47,9 @@ def missing_names(code: str) -> list[str]:
     made = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     made |= {n.arg for n in nodes if isinstance(n, ast.arg)}
     made |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-    made |= {a.asname or a.name for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    made |= {
+        a.asname or a.name for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names
+    }
     used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     unknown = used - made - set(vars(builtins))
     return sorted(unknown & {*preamble.NAMES, *COMMON})
@@ -185,9 +188,8 @@ def test_output_is_what_comes_out(
     block: Block, source: Block | None, outcomes: Outcomes, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if block.remark == "output":
-        command, *args = shlex.split(block.about)
-        assert command == "pytest"
-        run_pytest(place, *args)
+        assert block.about == "pytest --lora-demo"
+        run_pytest(place, str(demo.HERE / "test_demo.py"))
         text = capsys.readouterr().out
     else:
         assert source is not None
@@ -196,8 +198,9 @@ def test_output_is_what_comes_out(
 
 
 def plain(text: str) -> str:
-    """Lines without their margins, in which pytest marks errors."""
-    return "\n".join(re.sub(r"^E(?= )", "", line).strip() for line in text.splitlines())
+    """Lines without their margins, in which pytest marks errors, and without the class of an assertion's error."""
+    margin = r"^(E(?= ))?\s*(pytest_lora\.assertions\.LoraHealthError: )?"
+    return "\n".join(re.sub(margin, "", line).rstrip() for line in text.splitlines())
 
 
 def pattern(shown: str) -> str:
@@ -232,7 +235,9 @@ def require_valid(name: str, args: list[str], place: Path) -> None:
             code = run_pytest(place, f"--rootdir={place}", *args, *([] if is_cheap else ["--collect-only"]))
             good = {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}
             # Nothing is collected here, and with this option that is a failure.
-            assert code in (good | {pytest.ExitCode.TESTS_FAILED} if "--lora-require-gpu" in args else good), args
+            assert code in (
+                good | {pytest.ExitCode.TESTS_FAILED} if "--lora-require-gpu" in args else good
+            ), args
         case "pip" | "python3" | "python" | "mkdocs":
             require_files_and_extras(args)
         case _:
