@@ -175,9 +175,13 @@ def pytest_runtest_makereport(
         return (yield)
     from pytest_lora.plugin import summary
 
-    summary.collect(item)
+    judged = summary.collect(item)
     report = yield
     summary.add_section(report, call, item.config)
+    if judged and item.config.getoption("htmlpath", None):  # of pytest-html
+        from pytest_lora.plugin import html_extras
+
+        html_extras.add(report, judged, item.config)
     return report
 
 
@@ -192,6 +196,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         from pytest_lora.plugin import summary
 
         summary.write(terminalreporter, reports[_REPORT])
+        if "GITHUB_ACTIONS" in os.environ or "GITHUB_STEP_SUMMARY" in os.environ:
+            from pytest_lora.plugin import github
+
+            github.tell(terminalreporter)
     if reports[GPU_PROPERTY]:
         from pytest_lora.plugin.gpu import report as gpu_report
 

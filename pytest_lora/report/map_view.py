@@ -20,6 +20,10 @@ STATES: dict[CellState, str] = {
 """What the state of a cell is called, in the order of the legend."""
 
 
+NARROW = 12
+"""Layers of which two grids fit beside each other on a page."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plane:
     """One of the things that a map can be coloured by.
@@ -81,12 +85,26 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class MapView:
-    """An adapter map, ready to be drawn."""
+    """An adapter map, ready to be drawn.
+
+    Attributes:
+        planes: What it can be coloured by.
+        first: Which of them is the most telling.
+        stacks: Its grids.
+        states: The states that occur, each with its words and how often.
+        runs: The same as lines of a table.
+    """
 
     planes: tuple[Plane, ...]
+    first: int
     stacks: tuple[Stack, ...]
     states: tuple[tuple[CellState, str, int], ...]
     runs: tuple[Run, ...]
+
+    @property
+    def wide(self) -> bool:
+        """Whether it needs the whole width of a page."""
+        return any(len(stack.layers) > NARROW for stack in self.stacks)
 
 
 def map_view(shown: AdapterMap) -> MapView:
@@ -108,8 +126,11 @@ def map_view(shown: AdapterMap) -> MapView:
             runs += _runs(shown, module, layers, places)
         stacks.append(Stack(name, layers, tuple(lines), _ticks(layers)))
     counts = {state: shown.states.count(state) for state in STATES}
+    rank, scaling, *measured = planes
+    first = 2 if measured else 1 if rank.low == rank.high and scaling.low != scaling.high else 0
     return MapView(
         planes,
+        first,
         tuple(stacks),
         tuple((state, STATES[state], number) for state, number in counts.items() if number),
         tuple(runs),
