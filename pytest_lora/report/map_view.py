@@ -160,9 +160,9 @@ def _plane(name: str, values: tuple[Any, ...], unit: str, *, logarithmic: bool =
             if value <= 0:
                 return 0.0
             # A factor of ten is the least that spans the scale, or noise would look like a pattern.
-            span = max(math.log10(high / low), 1.0)
-            return round(1 - math.log10(high / value) / span * 0.9, 2)
-        return round(0.1 + 0.9 * (value - low) / (high - low), 2)
+            span = max(math.log10(high) - math.log10(low), 1.0)
+            return round(1 - 0.9 * (math.log10(high) - math.log10(value)) / span, 2)
+        return round(0.1 + 0.9 * (value / 2 - low / 2) / (high / 2 - low / 2), 2)
 
     return Plane(name, values, tuple(map(shade, values)), number(low), number(high), unit)
 

@@ -142,7 +142,7 @@ def _map(one: Shown[AdapterMap]) -> Iterator[str]:
     yield f"### Adapter {markdown(shown.adapter)} on {markdown(shown.base)}"
     yield ""
     yield (
-        f"{shown.trainable_parameters:,} of {shown.total_parameters:,} parameters train: {number(shown.percent)} %"
+        f"{shown.trainable_parameters:,} of {shown.total_parameters:,} parameters train: {number(shown.percent, 3)} %"
     )
     yield ""
     steps = ("gradient", "update") if shown.gradients else ()
@@ -150,7 +150,12 @@ def _map(one: Shown[AdapterMap]) -> Iterator[str]:
     for run in map_view(shown).runs[:100]:
         measured = (run.gradient, run.update) if steps else ()
         yield _row(
-            markdown_code(run.module), markdown(run.layers), run.state, run.rank, run.scaling, *measured
+            markdown_code(run.module, in_table=True),
+            markdown(run.layers),
+            run.state,
+            run.rank,
+            run.scaling,
+            *measured,
         )
     yield ""
 
@@ -161,8 +166,8 @@ def _losses(curves: Sequence[Shown[LossCurve]]) -> Iterator[str]:
     yield from _table(("run", "before", "after", "drop", "asked for"), 4)
     for one in curves:
         curve = one.exhibit
-        drop = "" if curve.drop is None else f"{number(100 * curve.drop)} %"
-        wanted = "" if curve.wanted is None else f"{number(100 * curve.wanted)} %"
+        drop = "" if curve.drop is None else f"{number(100 * curve.drop, 3)} %"
+        wanted = "" if curve.wanted is None else f"{number(100 * curve.wanted, 3)} %"
         yield _row(markdown(curve.title), number(curve.before), number(curve.after), drop, wanted)
     yield ""
 

@@ -109,6 +109,7 @@ def _environment() -> Environment:
         "planes": _planes,
         "percent": _percent,
         "flops": _flops,
+        "printable": printable,
     }
     made.globals |= {
         "map_view": map_view,
