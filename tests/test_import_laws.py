@@ -24,6 +24,7 @@ FLOORS = {
     "findings": {"exhibits"},
     "expect": set(),
     "facts": {"byte_sizes", "facts"},
+    "report": {"byte_sizes", "exhibits", "findings", "report", "rules"},
     "rules": {"byte_sizes", "facts", "findings", "expect", "rules"},
     "inspection": {"facts", "inspection"},
     "tiny": {"tiny", "inspection"},

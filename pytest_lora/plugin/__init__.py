@@ -84,6 +84,12 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_lora.plugin.gpu import report as gpu_report
 
         config.pluginmanager.register(gpu_report.RequireGpu(), "lora-require-gpu")
+    if options.reports and not is_worker:
+        from pytest_lora.plugin import session_report
+
+        config.pluginmanager.register(
+            session_report.SessionReport(config, options.reports), "lora-session-report"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -180,9 +186,13 @@ def pytest_runtest_makereport(
         return (yield)
     from pytest_lora.plugin import summary
 
-    summary.collect(item)
+    judged = summary.collect(item)
     report = yield
     summary.add_section(report, call, item.config)
+    if judged and item.config.getoption("htmlpath", None):  # of pytest-html
+        from pytest_lora.plugin import html_extras
+
+        html_extras.add(report, judged, item.config)
     return report
 
 
@@ -197,6 +207,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         from pytest_lora.plugin import summary
 
         summary.write(terminalreporter, reports[_REPORT])
+        if "GITHUB_ACTIONS" in os.environ or "GITHUB_STEP_SUMMARY" in os.environ:
+            from pytest_lora.plugin import github
+
+            github.tell(terminalreporter)
     if reports[GPU_PROPERTY]:
         from pytest_lora.plugin.gpu import report as gpu_report
 
