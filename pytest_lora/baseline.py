@@ -51,9 +51,10 @@ TOLERANCES = {
 }
 """By the first words of a quantity's name.
 
-Parameters are counted, and a scaling is exact but for rounding. A predicted peak changes with the libraries whose code is
-traced; 2 % is the bound of its own error. A measured one also varies with the allocator, so it has 5 %. The drop of a loss
-is a fraction of that loss, and differs a little between machines and versions: 10 % of it, or a hundredth of the loss.
+Parameters are counted, and a scaling is exact but for rounding. A predicted peak changes with the libraries
+whose code is traced; 2 % is the bound of its own error. A measured one also varies with the allocator, so
+it has 5 %. The drop of a loss is a fraction of that loss, and differs a little between machines and
+versions: 10 % of it, or a hundredth of the loss.
 """
 
 

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
-_REMARK = re.compile(r"<!-- (skip|fails|output)(?:: (.+?))? -->")
+_REMARK = re.compile(r"<!-- (skip|fails)(?:: (.+?))? -->")
 _TITLE = re.compile(r'title="([^"]+)"')
 
 
@@ -25,8 +25,8 @@ class Block:
         line: Number of the first line of code, from 1.
         language: Its info word; empty for output.
         title: The file that the reader is to save it as, or empty.
-        remark: ``"skip"`` (not executed; ``about`` is the reason), ``"fails"`` (its test fails), ``"output"`` (the
-            output of the command ``about``), or empty.
+        remark: ``"skip"`` (not executed), ``"fails"`` (its test fails), or empty.
+        about: The reason for a skip.
     """
 
     page: str

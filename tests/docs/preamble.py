@@ -13,6 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pytest_lora.baseline import to_json
+
 
 def tiny_llama() -> LlamaForCausalLM:
     with torch.random.fork_rng():
@@ -78,6 +80,7 @@ def lay_out(folder: Path) -> None:
     of_a_run = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     save_adapter(folder / "runs/checkpoint-500", of_a_run)
     (folder / "examples").mkdir()
+    (folder / "lora-baseline.json").write_text(to_json({}))
 
 
 def save_adapter(folder: Path, config: LoraConfig) -> None:

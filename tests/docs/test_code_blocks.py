@@ -3,8 +3,8 @@
 Python blocks are test files of one pytest session, each in a folder of its own beside the page's last conftest.py;
 names that they take for granted come from preamble.py. Blocks of sh are commands: pytest runs them where that is cheap,
 and else collects only, which refuses options that there are not. A block without a language is output, of the block of
-Python above it or of the demo where the comment above it says so. A block that is not executed says why in such a
-comment: ``<!-- skip: reason -->``.
+Python above it; where the comment ``<!-- fails -->`` is above that one, its test fails. A block that is not executed
+says why: ``<!-- skip: reason -->``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from hypothesis import settings
 
 import pytest_lora
 from pytest_lora.assertions import delivered
-from pytest_lora.plugin import demo
 from pytest_lora.plugin.options import TABLE
 from tests.docs import preamble
 from tests.docs.blocks import ROOT, Block, blocks
@@ -180,20 +179,12 @@ def outputs() -> Iterator[pytest.ParameterSet]:
         if block.language == "python":
             above[block.page] = block
         elif block.language in OUTPUT and block.remark != "skip":
-            yield pytest.param(block, above.get(block.page), id=f"{block.page}:{block.line}")
+            yield pytest.param(block, above[block.page], id=f"{block.page}:{block.line}")
 
 
 @pytest.mark.parametrize(("block", "source"), list(outputs()))
-def test_output_is_what_comes_out(
-    block: Block, source: Block | None, outcomes: Outcomes, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if block.remark == "output":
-        assert block.about == "pytest --lora-demo"
-        run_pytest(place, str(demo.HERE / "test_demo.py"))
-        text = capsys.readouterr().out
-    else:
-        assert source is not None
-        text = outcomes.text[source.name]
+def test_output_is_what_comes_out(block: Block, source: Block, outcomes: Outcomes) -> None:
+    text = outcomes.text[source.name]
     assert re.search(pattern(block.code), f"\n{plain(text)}\n"), text
 
 
@@ -230,6 +221,8 @@ def test_commands(block: Block, place: Path, capsys: pytest.CaptureFixture[str])
 def require_valid(name: str, args: list[str], place: Path) -> None:
     """Run a command of pytest, or let it collect only; of others see that what they name is there."""
     match name:
+        case "pytest" if "--lora-demo" in args:
+            pass  # tests/plugin/test_demo.py runs it
         case "pytest":
             is_cheap = any(arg.startswith(("--lora-adapters", "adapters/")) for arg in args)
             code = run_pytest(place, f"--rootdir={place}", *args, *([] if is_cheap else ["--collect-only"]))

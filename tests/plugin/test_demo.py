@@ -15,13 +15,17 @@ from pytest_lora.plugin.summary import PROPERTY
 def test_demo_shows_five_diagnoses_and_touches_nothing_here(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytester.makeconftest("raise SystemExit('not to be imported')")
-    pytester.makepyfile("def test_of_the_user(): assert False")
-    pytester.makeini("[pytest]\naddopts = -x --strict-config\npython_functions = nothing\n")
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing_of_this_name")
-    scratch = pytester.mkdir("scratch")
+    scratch, place = pytester.mkdir("scratch"), pytester.mkdir("place")
     monkeypatch.setenv("TMPDIR", str(scratch))
-    own = {path.name for path in pytester.path.iterdir()} | {"runpytest-0", "stdout", "stderr"}
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing_of_this_name")
+    theirs = {
+        "conftest.py": "raise SystemExit('not to be imported')",
+        "test_theirs.py": "raise SystemExit('not to be collected')",
+        "pytest.ini": "[pytest]\naddopts = -x --strict-config\npython_functions = nothing\n",
+    }
+    for name, text in theirs.items():
+        (place / name).write_text(text)
     result = pytester.runpytest_subprocess("--lora-demo")
     assert result.ret == 0
     result.stdout.fnmatch_lines(
@@ -37,7 +41,10 @@ def test_demo_shows_five_diagnoses_and_touches_nothing_here(
             "*= 5 failed, 1 passed* =*",
         ]
     )
-    assert {path.name for path in pytester.path.iterdir()} == own
+    assert {path.name for path in place.iterdir()} == set(theirs)
+    (report,) = scratch.glob("*/*")
+    result.stdout.fnmatch_lines([f"report:  {report}"])
+    assert "LORA104" in report.read_text()
 
 
 def stats(**changes: str | None) -> Any:
