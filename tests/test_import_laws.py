@@ -20,6 +20,7 @@ FLOORS = {
     "byte_sizes": set(),
     "exhibits": set(),
     "exhibition": {"exhibits", "facts"},
+    "baseline": set(),
     "findings": {"exhibits"},
     "expect": set(),
     "facts": {"byte_sizes", "facts"},

@@ -41,6 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> None:
     """Before anything is imported: refuse adapters with code beside them, and pin an xdist worker to its GPU."""
+    if early_config.known_args_namespace.lora_demo:
+        early_config.known_args_namespace.noconftest = True
     if any(name in arg for arg in args for name in ADAPTER_FILES):
         from pytest_lora.plugin import adapter_items
 
@@ -73,6 +75,11 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_lora.plugin import adapter_items
 
         adapter_items.enable(config, options.adapters)
+    if options.baseline and not is_worker:
+        from pytest_lora.plugin import baseline_gate
+
+        gate = baseline_gate.BaselineGate(options.baseline, update=options.update_baseline)
+        config.pluginmanager.register(gate, "lora-baseline")
     if options.require_gpu and not is_worker:
         from pytest_lora.plugin.gpu import report as gpu_report
 
@@ -87,7 +94,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Answer ``--lora-rules`` and ``--lora-explain`` instead of running tests."""
+    """Answer ``--lora-rules`` and ``--lora-explain``, and show ``--lora-demo``, instead of running tests."""
+    if config.getoption("lora_demo"):
+        from pytest_lora.plugin import demo
+
+        return demo.show(config)
     if not (config.getoption("lora_rules") or config.getoption("lora_explain")):
         return None
     from pytest_lora.plugin import rule_pages
@@ -175,9 +186,13 @@ def pytest_runtest_makereport(
         return (yield)
     from pytest_lora.plugin import summary
 
-    summary.collect(item)
+    judged = summary.collect(item)
     report = yield
     summary.add_section(report, call, item.config)
+    if judged and item.config.getoption("htmlpath", None):  # of pytest-html
+        from pytest_lora.plugin import html_extras
+
+        html_extras.add(report, judged, item.config)
     return report
 
 
@@ -192,6 +207,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         from pytest_lora.plugin import summary
 
         summary.write(terminalreporter, reports[_REPORT])
+        if "GITHUB_ACTIONS" in os.environ or "GITHUB_STEP_SUMMARY" in os.environ:
+            from pytest_lora.plugin import github
+
+            github.tell(terminalreporter)
     if reports[GPU_PROPERTY]:
         from pytest_lora.plugin.gpu import report as gpu_report
 

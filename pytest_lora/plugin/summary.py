@@ -31,11 +31,15 @@ def start(item: pytest.Item) -> None:
     item.user_properties[:] = [(name, value) for name, value in item.user_properties if name != PROPERTY]
 
 
-def collect(item: pytest.Item) -> None:
+def collect(item: pytest.Item) -> list[Report]:
     """Move the delivered reports to the test's properties, each distinct one once.
 
     What they show beside findings goes along only where somebody is going to look at it.
+
+    Returns:
+        The reports that are new.
     """
+    new: list[Report] = []
     kept = SHOWN_EXHIBITS if options_of(item.config).exhibits else 0
     while delivered:
         report = delivered.popleft()
@@ -44,6 +48,8 @@ def collect(item: pytest.Item) -> None:
         entry = (PROPERTY, report.to_json())
         if entry not in item.user_properties:
             item.user_properties.append(entry)
+            new.append(report)
+    return new
 
 
 def add_section(report: pytest.TestReport, call: pytest.CallInfo[None], config: pytest.Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -53,10 +54,15 @@ def gallery(session: Session) -> Gallery:
             by_kind.setdefault(type(exhibit), {}).setdefault(exhibit, []).append(test)
     return Gallery(
         _room(by_kind.get(AdapterMap, {}), 12, lambda one: "dead" not in one.states),
-        _room(by_kind.get(LossCurve, {}), 24, lambda one: one.drop is not None and one.drop > 0),
+        _room(by_kind.get(LossCurve, {}), 24, _went_down),
         _room(by_kind.get(MemoryBudget, {}), 12, lambda one: one.fits),
         _room(by_kind.get(RankSweep, {}), 6, lambda one: one.chosen is not None),
     )
+
+
+def _went_down(curve: LossCurve) -> bool:
+    finite = all(map(math.isfinite, curve.losses))
+    return finite and curve.drop is not None and curve.drop >= (curve.wanted or 0.0)
 
 
 def _room(found: dict[E, list[RanTest]], most: int, is_fine: Callable[[E], bool]) -> Room[E]:

@@ -20,6 +20,10 @@ STATES: dict[CellState, str] = {
 """What the state of a cell is called, in the order of the legend."""
 
 
+NARROW = 12
+"""Layers of which two grids fit beside each other on a page."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plane:
     """One of the things that a map can be coloured by.
@@ -81,12 +85,26 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class MapView:
-    """An adapter map, ready to be drawn."""
+    """An adapter map, ready to be drawn.
+
+    Attributes:
+        planes: What it can be coloured by.
+        first: Which of them is the most telling.
+        stacks: Its grids.
+        states: The states that occur, each with its words and how often.
+        runs: The same as lines of a table.
+    """
 
     planes: tuple[Plane, ...]
+    first: int
     stacks: tuple[Stack, ...]
     states: tuple[tuple[CellState, str, int], ...]
     runs: tuple[Run, ...]
+
+    @property
+    def wide(self) -> bool:
+        """Whether it needs the whole width of a page."""
+        return any(len(stack.layers) > NARROW for stack in self.stacks)
 
 
 def map_view(shown: AdapterMap) -> MapView:
@@ -108,8 +126,11 @@ def map_view(shown: AdapterMap) -> MapView:
             runs += _runs(shown, module, layers, places)
         stacks.append(Stack(name, layers, tuple(lines), _ticks(layers)))
     counts = {state: shown.states.count(state) for state in STATES}
+    rank, scaling, *measured = planes
+    first = 2 if measured else 1 if rank.low == rank.high and scaling.low != scaling.high else 0
     return MapView(
         planes,
+        first,
         tuple(stacks),
         tuple((state, STATES[state], number) for state, number in counts.items() if number),
         tuple(runs),
@@ -139,9 +160,9 @@ def _plane(name: str, values: tuple[Any, ...], unit: str, *, logarithmic: bool =
             if value <= 0:
                 return 0.0
             # A factor of ten is the least that spans the scale, or noise would look like a pattern.
-            span = max(math.log10(high / low), 1.0)
-            return round(1 - math.log10(high / value) / span * 0.9, 2)
-        return round(0.1 + 0.9 * (value - low) / (high - low), 2)
+            span = max(math.log10(high) - math.log10(low), 1.0)
+            return round(1 - 0.9 * (math.log10(high) - math.log10(value)) / span, 2)
+        return round(0.1 + 0.9 * (value / 2 - low / 2) / (high / 2 - low / 2), 2)
 
     return Plane(name, values, tuple(map(shade, values)), number(low), number(high), unit)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from pytest_lora.byte_sizes import format_bytes
@@ -11,7 +11,7 @@ from pytest_lora.report.gallery import Shown, gallery
 from pytest_lora.report.map_view import map_view, number
 from pytest_lora.report.rule_groups import FoundIn, rule_groups
 from pytest_lora.report.session import RanTest, Session, counted_tests
-from pytest_lora.report.text import markdown, markdown_code, printable
+from pytest_lora.report.text import markdown, markdown_block, markdown_code, printable
 
 ROOM = 400_000
 """Characters of findings; GitHub takes 1 MiB for all summaries of a step."""
@@ -22,27 +22,32 @@ SHOWN_FAILURES = 50
 _MARKS = {"error": "❌", "warning": "⚠️", "healthy": "✅"}
 
 
-def markdown_report(session: Session) -> str:
-    """Everything that can be said without pictures."""
+def markdown_report(session: Session, *, gpu: bool = True) -> str:
+    """Everything that can be said without pictures; ``gpu`` for what was measured on GPUs."""
     shown = gallery(session)
     parts = (
         _head(session),
         _rules(session),
         _failures(session),
-        (line for one in shown.maps.shown for line in _map(one)),
-        _losses(shown.curves.shown),
-        (line for one in shown.budgets.shown for line in _budget(one.exhibit)),
-        (line for one in shown.sweeps.shown for line in _sweep(one.exhibit)),
-        _gpu([test for test in session.tests if test.gpu is not None]),
-        _session(session),
+        _folded("Adapters", (line for one in shown.maps.shown for line in _map(one))),
+        _folded("Losses", _losses(shown.curves.shown)),
+        _folded("Memory", (line for one in shown.budgets.shown for line in _budget(one.exhibit))),
+        _folded("Ranks", (line for one in shown.sweeps.shown for line in _sweep(one.exhibit))),
+        _folded("GPU tests", _gpu([test for test in session.tests if gpu and test.gpu is not None])),
+        _folded("Session", _session(session)),
     )
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
-def step_summary(session: Session) -> str:
-    """The verdict and the findings, for a job summary; GPU tests have one of their own."""
-    parts = (_head(session), _rules(session), _failures(session))
-    return "\n".join(line for part in parts for line in part) + "\n"
+def _folded(title: str, lines: Iterable[str]) -> Iterator[str]:
+    """Lines under a title that unfolds them; nothing where there are none."""
+    inside = list(lines)
+    if inside:
+        yield f"<details><summary>{title}</summary>"
+        yield ""
+        yield from inside
+        yield "</details>"
+        yield ""
 
 
 def _table(columns: Sequence[str], numbers: int = 0) -> Iterator[str]:
@@ -107,7 +112,13 @@ def _finding(one: FoundIn) -> Iterator[str]:
     yield f"- **{markdown(finding.where)}**"
     yield f"  - observed: {markdown(finding.observed)}"
     yield f"  - expected: {markdown(finding.expected)}"
-    yield f"  - fix: **{markdown(finding.fix)}**"
+    if "\n" in finding.fix:
+        yield "  - fix:"
+        yield ""
+        yield markdown_block(finding.fix, "    ")
+        yield ""
+    else:
+        yield f"  - fix: **{markdown(finding.fix)}**"
     named = ", ".join(markdown_code(test.nodeid) for test in one.tests[:NAMED_TESTS])
     more = f" and {counted_tests(len(one.tests) - NAMED_TESTS)} more" if len(one.tests) > NAMED_TESTS else ""
     yield f"  - in {named}{more}"
@@ -131,7 +142,7 @@ def _map(one: Shown[AdapterMap]) -> Iterator[str]:
     yield f"### Adapter {markdown(shown.adapter)} on {markdown(shown.base)}"
     yield ""
     yield (
-        f"{shown.trainable_parameters:,} of {shown.total_parameters:,} parameters train: {number(shown.percent)} %"
+        f"{shown.trainable_parameters:,} of {shown.total_parameters:,} parameters train: {number(shown.percent, 3)} %"
     )
     yield ""
     steps = ("gradient", "update") if shown.gradients else ()
@@ -139,7 +150,12 @@ def _map(one: Shown[AdapterMap]) -> Iterator[str]:
     for run in map_view(shown).runs[:100]:
         measured = (run.gradient, run.update) if steps else ()
         yield _row(
-            markdown_code(run.module), markdown(run.layers), run.state, run.rank, run.scaling, *measured
+            markdown_code(run.module, in_table=True),
+            markdown(run.layers),
+            run.state,
+            run.rank,
+            run.scaling,
+            *measured,
         )
     yield ""
 
@@ -147,13 +163,11 @@ def _map(one: Shown[AdapterMap]) -> Iterator[str]:
 def _losses(curves: Sequence[Shown[LossCurve]]) -> Iterator[str]:
     if not curves:
         return
-    yield "### Losses"
-    yield ""
     yield from _table(("run", "before", "after", "drop", "asked for"), 4)
     for one in curves:
         curve = one.exhibit
-        drop = "" if curve.drop is None else f"{number(100 * curve.drop)} %"
-        wanted = "" if curve.wanted is None else f"{number(100 * curve.wanted)} %"
+        drop = "" if curve.drop is None else f"{number(100 * curve.drop, 3)} %"
+        wanted = "" if curve.wanted is None else f"{number(100 * curve.wanted, 3)} %"
         yield _row(markdown(curve.title), number(curve.before), number(curve.after), drop, wanted)
     yield ""
 
@@ -176,7 +190,7 @@ def _budget(budget: MemoryBudget) -> Iterator[str]:
         yield from _table(("", "what if", "peak"), 1)
         for one in budget.what_if:
             mark = _MARKS["healthy" if one.fits else "error"]
-            yield _row(mark, markdown_code(one.change), format_bytes(one.peak))
+            yield _row(mark, markdown_code(one.change, in_table=True), format_bytes(one.peak))
         yield ""
 
 
@@ -199,32 +213,36 @@ def _sweep(sweep: RankSweep) -> Iterator[str]:
 def _gpu(tests: Sequence[RanTest]) -> Iterator[str]:
     if not tests:
         return
-    yield "### GPU tests"
-    yield ""
     yield from _table(("test", "devices", "peak", "limit", "predicted", "seconds"), 4)
     for test in tests:
         use = test.gpu
         if use is None:
             continue
         if use.skipped:
-            yield _row(markdown_code(test.nodeid), f"skipped: {markdown(use.skipped)}", "", "", "", "")
+            yield _row(
+                markdown_code(test.nodeid, in_table=True), f"skipped: {markdown(use.skipped)}", "", "", "", ""
+            )
             continue
         sizes = (
             "" if b is None else format_bytes(b)
             for b in (use.peak_bytes, use.limit_bytes, use.predicted_bytes)
         )
-        yield _row(markdown_code(test.nodeid), markdown(", ".join(use.devices)), *sizes, number(use.seconds))
+        yield _row(
+            markdown_code(test.nodeid, in_table=True),
+            markdown(", ".join(use.devices)),
+            *sizes,
+            number(use.seconds),
+        )
     yield ""
 
 
 def _session(session: Session) -> Iterator[str]:
-    yield "### Session"
-    yield ""
     yield f"- run again: {markdown_code(session.command)} in {markdown_code(session.folder)}"
     yield f"- started {markdown(session.started)}, took {number(session.seconds)} s"
     yield f"- tests: {', '.join(f'{count} {markdown(outcome)}' for outcome, count in session.counts) or 'none ended'}"
     yield f"- seeds: {', '.join(markdown(' '.join(pair)) for pair in session.seeds) or 'none set by pytest'}"
     yield f"- versions: {', '.join(markdown(' '.join(pair)) for pair in session.versions)}"
+    yield ""
 
 
 def _plain(text: str) -> str:

@@ -109,6 +109,7 @@ def _environment() -> Environment:
         "planes": _planes,
         "percent": _percent,
         "flops": _flops,
+        "printable": printable,
     }
     made.globals |= {
         "map_view": map_view,
@@ -163,7 +164,9 @@ def _seconds(value: float | None) -> str:
 
 def _percent(value: float) -> str:
     """A share, as exact as anybody looks."""
-    return f"{value:.0f} %" if value >= 9.95 else f"{value:.1f} %" if value >= 0.05 else "< 0.1 %"
+    return (f"{value:.0f} %" if value >= 9.95 else f"{value:.1f} %" if value >= 0.05 else "< 0.1 %").replace(
+        " ", "\u00a0"
+    )
 
 
 def _flops(value: float | None) -> str:

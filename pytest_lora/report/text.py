@@ -11,7 +11,7 @@ LONGEST = 4000
 _SUSPECT = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
-_FOR_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+|~&$!])")
+_FOR_MARKDOWN = re.compile(r"([\\`*\[\]<>#|~&$]|(?<![^\W_])_|_(?![^\W_]))")
 
 
 def printable(text: str, longest: int = LONGEST) -> str:
@@ -34,9 +34,18 @@ def markdown(text: str) -> str:
     return _FOR_MARKDOWN.sub(r"\\\1", " ".join(printable(text).split()))
 
 
-def markdown_code(text: str) -> str:
-    """A text as code in Markdown, on one line, also in a cell of a table."""
-    shown = " ".join(printable(text).split(" ")).replace("\n", " ").replace("|", "\\|")
+def markdown_block(text: str, indent: str) -> str:
+    """A text of several lines as a block of code in Markdown, indented as part of a list."""
+    shown = printable(text)
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    return "\n".join(f"{indent}{line}" for line in (f"{fence}text", *shown.splitlines(), fence))
+
+
+def markdown_code(text: str, *, in_table: bool = False) -> str:
+    """A text as code in Markdown, on one line; in the cell of a table even code may not hold a bare ``|``."""
+    shown = printable(text).replace("\n", " ")
+    if in_table:
+        shown = shown.replace("|", "\\|")
     if not shown.strip():
         return ""
     longest = max((len(run) for run in re.findall("`+", shown)), default=0)

@@ -109,6 +109,8 @@ def test_options_are_read_from_ini(pytester: pytest.Pytester, monkeypatch: pytes
         gpu_report=False,
         gpus_per_worker=0,
         reports=(),
+        baseline=None,
+        update_baseline=False,
         step_summary=None,
     )
     assert LoraOptions.from_config(pytester.parseconfig()) == expected

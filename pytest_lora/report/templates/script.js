@@ -6,8 +6,9 @@ for (const button of document.querySelectorAll("[data-fold]")) {
 }
 
 function reveal() {
-  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  if (target && target.tagName === "DETAILS") target.open = true;
+  // The browser itself knows how to read the address.
+  const target = document.querySelector("details:target");
+  if (target) target.open = true;
 }
 addEventListener("hashchange", reveal);
 reveal();
