@@ -36,11 +36,11 @@ PACKAGES = (
     "safetensors",
 )
 
-FIRST_WRITE = 2.0
-"""Seconds between two writes while the session goes on, at least."""
+WAIT = 2.0
+"""Seconds from one write to the next while the session goes on, at least."""
 
-SHARE_OF_TIME = 0.02
-"""Of the time of the session, writing takes no more than this."""
+REST = 20.0
+"""How many times as long as a write took there is none after it."""
 
 _OUTCOMES = ("failed", "error", "passed", "skipped", "xfailed", "xpassed", "rerun")
 
@@ -124,7 +124,7 @@ class SessionReport:
     def __init__(self, config: pytest.Config, files: Iterable[Path]) -> None:
         self._gathered = Gathered(config)
         self._files = tuple(files)
-        self._write_at = time.monotonic() + FIRST_WRITE
+        self._write_at = time.monotonic() + WAIT
         self._trouble = ""
         self._stopped: State | None = None
 
@@ -191,7 +191,7 @@ class SessionReport:
         except OSError as error:
             self._trouble = f"not written: {error}"
         took = time.monotonic() - began
-        self._write_at = time.monotonic() + max(FIRST_WRITE, took / SHARE_OF_TIME)
+        self._write_at = time.monotonic() + max(WAIT, REST * took)
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -217,7 +217,7 @@ def _outcome(report: pytest.TestReport) -> str | None:
     if str(report.outcome) == "rerun":  # pytest-rerunfailures: it will be tried again
         return "rerun"
     if report.failed:
-        return "failed" if report.when == "call" else "error"
+        return "error" if report.when in ("setup", "teardown") else "failed"
     if hasattr(report, "wasxfail"):
         return "xfailed" if report.skipped else "xpassed"
     if report.skipped:
@@ -229,7 +229,7 @@ def _failure(report: pytest.TestReport) -> tuple[str, int | None, str]:
     """File, line and first line of a failure."""
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is None:
-        return report.location[0], None, _first_line(report.longreprtext)
+        return report.location[0], None, _first_line(str(report.longrepr))
     # Where the traceback leaves the test: what it called is hidden, or is no place to mend anything.
     file, line = report.location[0], None
     for entry in getattr(getattr(report.longrepr, "reprtraceback", None), "reprentries", ()):

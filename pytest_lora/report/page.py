@@ -25,6 +25,7 @@ from pytest_lora.report.rule_docs import rule_doc
 from pytest_lora.report.rule_groups import FoundIn, RuleGroup, rule_groups
 from pytest_lora.report.session import RanTest, Session, counted_tests
 from pytest_lora.report.text import printable
+from pytest_lora.rules import catalogue
 
 ROOM = 900_000
 """Characters that findings may take in full. A page stays under 2 MB, which opens at once; the rest is counted, and
@@ -39,9 +40,13 @@ NAMED_TESTS = 12
 
 @dataclass(frozen=True, slots=True)
 class _ShownGroup:
-    """A rule on the page: its group, the findings that are shown in full, and how many are not."""
+    """A rule on the page: its group and documentation, the findings that are shown in full, and how many are not.
+
+    There is no documentation of a property that an assertion looks at without a rule.
+    """
 
     group: RuleGroup
+    doc: str
     shown: tuple[FoundIn, ...]
     more: int
 
@@ -75,6 +80,7 @@ def page(session: Session) -> str:
 
 def _within(groups: list[RuleGroup]) -> list[_ShownGroup]:
     """Cut the groups to the room that there is; of every rule something is shown."""
+    docs = {rule.code: rule.doc for rule in catalogue()} if groups else {}
     room = ROOM
     cut: list[_ShownGroup] = []
     for group in groups:
@@ -87,7 +93,7 @@ def _within(groups: list[RuleGroup]) -> list[_ShownGroup]:
             if shown and room < 0:
                 break
             shown.append(one)
-        cut.append(_ShownGroup(group, tuple(shown), len(group.found) - len(shown)))
+        cut.append(_ShownGroup(group, docs.get(group.code, ""), tuple(shown), len(group.found) - len(shown)))
     return cut
 
 

@@ -24,7 +24,7 @@ def _blocks(text: str) -> Markup:
     for block in re.split(r"\n\s*\n", text.strip()):
         heading, _, rest = block.partition("\n") if block.startswith("## ") else ("", "", block)
         if heading:
-            html += Markup("<h4>{}</h4>").format(heading.removeprefix("## "))
+            html += Markup("<h3>{}</h3>").format(heading.removeprefix("## "))
         if rest.startswith("- "):
             items = re.split(r"^- ", rest, flags=re.MULTILINE)[1:]
             html += Markup("<ul>{}</ul>").format(

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from pytest_lora.findings import SEVERITIES, Finding, Severity, counted
 from pytest_lora.report.session import RanTest, Session, counted_tests
-from pytest_lora.rules import catalogue
 
 
 @dataclass(slots=True)
@@ -25,13 +24,11 @@ class RuleGroup:
         code: Its code.
         title: Its name as words.
         found: Each distinct finding, the gravest first.
-        doc: Its documentation; empty for a property that an assertion looks at without a rule.
     """
 
     code: str
     title: str
     found: list[FoundIn]
-    doc: str
 
     @property
     def severity(self) -> Severity:
@@ -52,7 +49,6 @@ class RuleGroup:
 
 def rule_groups(session: Session) -> list[RuleGroup]:
     """The groups of a session, errors first, then by code."""
-    docs = {rule.code: rule.doc for rule in catalogue()} if session.judged else {}
     groups: dict[str, dict[Finding, FoundIn]] = {}
     for test in session.tests:
         for finding in dict.fromkeys(test.findings):
@@ -63,7 +59,6 @@ def rule_groups(session: Session) -> list[RuleGroup]:
             code,
             next(iter(found)).title,
             sorted(found.values(), key=lambda one: SEVERITIES.index(one.finding.severity)),
-            docs.get(code, ""),
         )
         for code, found in groups.items()
     ]

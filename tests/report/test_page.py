@@ -174,11 +174,11 @@ def test_errors_come_first_and_equal_findings_are_one() -> None:
 def test_every_rule_can_be_explained_on_the_page() -> None:
     for rule in catalogue():
         outline = Outline(str(rule_doc(rule.doc)))
-        assert {tag for tag, _ in outline.tags} <= {"h4", "p", "ul", "li", "pre", "code", "a"}, rule.code
+        assert {tag for tag, _ in outline.tags} <= {"h3", "p", "ul", "li", "pre", "code", "a"}, rule.code
         assert [
             text
             for tag, text in zip([t for t, _ in outline.tags], outline.texts, strict=False)
-            if tag == "h4"
+            if tag == "h3"
         ]
         shown = re.sub(r"\W", "", "".join(outline.texts))
         told = re.sub(
