@@ -143,7 +143,7 @@ def choose(
         Verdict("doubling", by_doubling, rank == by_doubling, stops),
         _time_verdict(ranks, shares, rank, metric_share, time_share),
     )
-    runner_up, why = _runner_up(ranks, shares, rank, verdicts, maximise)
+    runner_up, why = _runner_up(ranks, shares, rank, verdicts)
     return RankChoice(
         rank=rank,
         reason=_reason(rank, by_metric, by_doubling, shares, rank == ranks[-1].rank),
@@ -263,7 +263,6 @@ def _runner_up(
     shares: dict[int, float],
     rank: int,
     verdicts: Sequence[Verdict],
-    maximise: bool,
 ) -> tuple[int | None, str]:
     others = [o for o in ranks if o.rank != rank]
     if not others:
@@ -275,8 +274,10 @@ def _runner_up(
     for verdict in verdicts:
         if verdict.rank not in (None, rank):
             return verdict.rank, f"the {verdict.rule} rule alone would take it{told(verdict.rank or 0)}"
-    best = max(others, key=lambda o: (o.metric or 0.0) * (1 if maximise else -1))
-    return best.rank, f"the best of the others{told(best.rank)}"
+    larger = [o for o in others if o.rank > rank]
+    if larger:
+        return larger[0].rank, f"the next larger one{told(larger[0].rank)}"
+    return others[-1].rank, f"the next smaller one{told(others[-1].rank)}"
 
 
 def _thin(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -34,29 +35,27 @@ class Cost:
 def cost_of_training(model: nn.Module) -> Iterator[Cost]:
     """Measure what happens inside; the cost is complete when the block ends, also by an exception.
 
-    Counting operations slows each of them, so that only the first step is counted, up to the model's second forward
-    pass with gradients, and the others in proportion to the numbers that go in (tokens of a language model). Where the
-    loop does not call the model itself, all of the training is counted.
+    Counting operations slows each of them, so that they are counted up to the end of the first step of an optimizer
+    only; the rest is in proportion to the numbers that go into the model (tokens of a language model), or to the steps
+    where the loop does not call the model itself. Without any step of a ``torch.optim`` optimizer all is counted.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     cuda = device.type == "cuda"
     cost = Cost()
-    calls = _Calls(cost)
-    hook = model.register_forward_pre_hook(calls, with_kwargs=True)
+    watch = _Watch(cost)
     if cuda:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     try:
-        with calls.counting():
+        with watch.on(model):
             yield cost
     finally:
-        hook.remove()
         if cuda:
             _synchronize(device)
             cost.peak_bytes = torch.cuda.max_memory_allocated(device)
         cost.seconds = time.perf_counter() - start
-        cost.flops = calls.flops()
+        cost.flops = watch.flops()
 
 
 def _synchronize(device: torch.device) -> None:
@@ -67,44 +66,57 @@ def _synchronize(device: torch.device) -> None:
         return
 
 
-class _Calls:
-    """A forward pre-hook that ends the counting at the second call, and adds up what goes in."""
+class _Watch:
+    """Hooks on the model's forward passes and on steps of any optimizer."""
 
     def __init__(self, cost: Cost) -> None:
         self.cost = cost
         self.counter: Any = FlopCounterMode(display=False)
         self.is_counting = False
-        self.sizes: list[int] = []
+        self.steps = 0
+        self.seen = self.seen_counting = self.largest = 0
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
+    def on(self, model: nn.Module) -> Iterator[None]:
+        hooks = (
+            model.register_forward_pre_hook(self._forward, with_kwargs=True),
+            register_optimizer_step_post_hook(self._stepped),
+        )
         self.counter.__enter__()
         self.is_counting = True
         try:
             yield
         finally:
             self._stop()
+            for hook in hooks:
+                hook.remove()
 
     def _stop(self) -> None:
         if self.is_counting:
             self.is_counting = False
             self.counter.__exit__(None, None, None)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _stepped(self, *_: Any) -> None:
+        self.steps += 1
+        self._stop()
+
+    def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
-        if self.sizes:
-            self._stop()
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         size = tensors[0].numel() if tensors else 1
-        if size > max(self.sizes, default=0):
-            self.cost.batch = dict(kwargs)
-        self.sizes.append(size)
+        if size > self.largest:
+            self.largest, self.cost.batch = size, dict(kwargs)
+        self.seen += size
+        if self.is_counting:
+            self.seen_counting += size
 
     def flops(self) -> int | None:
         counted: int = self.counter.get_total_flops()
-        if self.sizes and self.sizes[0]:
-            counted = round(counted * (sum(self.sizes) / self.sizes[0]))
+        if self.seen_counting:
+            counted = round(counted * (self.seen / self.seen_counting))
+        elif self.steps:
+            counted *= self.steps
         return counted or None
 
 
