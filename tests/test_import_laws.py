@@ -50,6 +50,16 @@ FLOORS = {
     "watch": {"findings", "expect", "rules", "inspection", "checks", "assertions"},
     "callback": {"expect", "watch"},
     "lifecycle": {"checks", "expect", "roundtrip", "tiny"},
+    "sweep": {
+        "assertions",
+        "byte_sizes",
+        "checks",
+        "findings",
+        "inspection",
+        "memory",
+        "roundtrip",
+        "sweep",
+    },
     "strategies": {"expect", "facts", "inspection", "strategies", "tiny"},
 }
 """What each part of the package may import from the package; the plugin may import everything."""

@@ -91,6 +91,12 @@ TABLE = (
         "GPUs that each pytest-xdist worker sees; without it as many as the most demanding test counts",
         ini="string",
     ),
+    _Option(
+        "ranks",
+        "ranks of the fixture lora_rank_sweep, as in 4,8,16, which is the default",
+        {"metavar": "RANKS"},
+        "string",
+    ),
     _Option("rules", "list the rules: code, severity, name, summary", {"action": "store_true"}),
     _Option("explain", "print the documentation of a rule, such as LORA203", {"metavar": "CODE"}),
 )

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
+from pytest_lora.inspection.peft_internals import LoraLayer
+
 
 @dataclass
 class Cost:
@@ -74,12 +76,15 @@ class _Watch:
         self.counter: Any = FlopCounterMode(display=False)
         self.is_counting = False
         self.steps = 0
+        self.before_steps: int | None = None
         self.seen = self.seen_counting = self.largest = 0
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         hooks = (
             model.register_forward_pre_hook(self._forward, with_kwargs=True),
+            *(layer.register_forward_pre_hook(self._begin) for layer in layers),
             register_optimizer_step_post_hook(self._stepped),
         )
         self.counter.__enter__()
@@ -96,6 +101,11 @@ class _Watch:
             self.is_counting = False
             self.counter.__exit__(None, None, None)
 
+    def _begin(self, *_: Any) -> None:
+        """What was counted before the first forward pass is no part of a step: a teacher's logits, say."""
+        if self.before_steps is None and torch.is_grad_enabled():
+            self.before_steps = self.counter.get_total_flops()
+
     def _stepped(self, *_: Any) -> None:
         self.steps += 1
         self._stop()
@@ -103,6 +113,7 @@ class _Watch:
     def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
+        self._begin()
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         size = tensors[0].numel() if tensors else 1
         if size > self.largest:
@@ -113,10 +124,11 @@ class _Watch:
 
     def flops(self) -> int | None:
         counted: int = self.counter.get_total_flops()
+        once = self.before_steps or 0
         if self.seen_counting:
-            counted = round(counted * (self.seen / self.seen_counting))
+            counted = once + round((counted - once) * (self.seen / self.seen_counting))
         elif self.steps:
-            counted *= self.steps
+            counted = once + (counted - once) * self.steps
         return counted or None
 
 

@@ -64,15 +64,16 @@ def _compose(figure: Figure, result: SweepResult, choice: RankChoice, theme: The
     rows = [row for row in result.rows if row.metric is not None]
     figure.set_facecolor(theme.background)
     share = dict(choice.shares).get(choice.rank)
-    of_best = "" if share is None else f", {percent(share)} of the best {result.metric}"
+    of_best = "" if share is None else f": it reaches {percent(share)} of the best"
     figure.suptitle(
-        f"Rank {choice.rank} is chosen{of_best}",
+        f"Rank {choice.rank}{of_best}",
         x=0.012,
         ha="left",
         color=theme.ink,
         fontsize=14,
         fontweight="bold",
     )
+    figure.set_layout_engine("constrained", hspace=0.08, wspace=0.05, w_pad=0.1, h_pad=0.08)
     grid = figure.add_gridspec(3, 2, width_ratios=(1.9, 1))
     main = figure.add_subplot(grid[:, 0])
     _metric(main, result, rows, choice, theme)
@@ -108,12 +109,16 @@ def _metric(
         values = [value for _, value in row.metrics]
         if len(values) > 1:
             axes.plot([row.rank] * len(values), values, "o", color=theme.line, alpha=0.35, ms=4, mew=0)
-    spreads = [row.spread or 0.0 for row in rows]
-    axes.errorbar(ranks, means, spreads, color=theme.line, lw=2, marker="o", ms=6, capsize=4, zorder=3)
+    axes.plot(ranks, means, color=theme.line, lw=2, marker="o", ms=6, zorder=3)
+    spread = [(row.rank, row.metric or 0.0, row.spread) for row in rows if row.spread is not None]
+    for rank, mean, deviation in spread:
+        axes.errorbar(rank, mean, deviation, color=theme.line, lw=1.5, capsize=5, zorder=3)
     enough = _enough(result, choice, means)
-    for level, text in (
-        (enough, f"{percent(choice.metric_share)} of the best"),
-        (result.before, "before training"),
+    # At the right, the room between the two lines is free, whether the curve has risen or fallen.
+    inwards = -1 if result.maximise else 1
+    for level, text, side in (
+        (enough, f"{percent(choice.metric_share)} of the best", inwards),
+        (result.before, "before training", -inwards),
     ):
         if level is not None:
             axes.axhline(level, color=theme.faint, lw=1, ls=(0, (5, 4)), zorder=1)
@@ -121,9 +126,10 @@ def _metric(
                 text,
                 (0.99, level),
                 xycoords=("axes fraction", "data"),
-                xytext=(0, 3),
+                xytext=(0, 4 * side),
                 textcoords="offset points",
                 ha="right",
+                va="bottom" if side > 0 else "top",
                 color=theme.faint,
                 fontsize=9,
             )
@@ -132,13 +138,14 @@ def _metric(
     axes.annotate(
         f"r={choice.rank}: {number(best)}",
         (choice.rank, best),
-        xytext=(0, -20 if result.maximise else 14),
+        xytext=(0, 13 if result.maximise else -13),
         textcoords="offset points",
         ha="center",
+        va="bottom" if result.maximise else "top",
         color=theme.chosen,
         fontweight="bold",
     )
-    axes.margins(y=0.14)
+    axes.margins(y=0.16)
 
 
 def _enough(result: SweepResult, choice: RankChoice, means: list[float]) -> float | None:
@@ -160,7 +167,7 @@ def _cost(
     points = [(rank, value) for rank, value in zip(ranks, values, strict=True) if value is not None]
     if not points:
         axes.set_yticks([])
-        axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", color=theme.faint)
+        axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", color=theme.faint, fontsize=9)
         return
     axes.plot(*zip(*points, strict=True), color=theme.line, lw=2, marker="o", ms=5, zorder=3)
     marked = [point for point in points if point[0] == chosen]
@@ -178,7 +185,8 @@ def _prepare(axes: Axes, ranks: list[int], chosen: int, theme: Theme) -> None:
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(min(ranks) / 1.35, max(ranks) * 1.35)
-    axes.axvspan(chosen / 1.13, chosen * 1.13, color=theme.chosen, alpha=0.14, lw=0, zorder=0)
+    half = (1.35**2 * max(ranks) / min(ranks)) ** 0.025
+    axes.axvspan(chosen / half, chosen * half, color=theme.chosen, alpha=0.14, lw=0, zorder=0)
     axes.grid(True, axis="y", color=theme.grid, lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=theme.faint, labelcolor=theme.ink, length=3, labelsize=9)
