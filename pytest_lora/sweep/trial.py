@@ -26,6 +26,9 @@ from pytest_lora.sweep.measure import Cost, cost_of_training, first_line, peak_m
 from pytest_lora.sweep.plan import TrialPlan
 from pytest_lora.sweep.rows import Failure, TrialRow
 
+LARGE = 2**26
+"""Bytes of a model on the CPU from which on its memory is wanted back before the next trial."""
+
 MakeModel = Callable[[], nn.Module]
 Train = Callable[[nn.Module, TrialPlan], Iterable[float] | None]
 Evaluate = Callable[[nn.Module], Any]
@@ -69,9 +72,11 @@ def run_trial(job: Job) -> TrialRow:
             trial.row = replace(trial.row, metric=None, failure=diagnosis(error))
             # Frames of a failed step hold its activations, which the next trial needs the memory of.
             traceback.clear_frames(error.__traceback__)
-        row = trial.row
+        row, is_large = trial.row, trial.is_large
         del trial
-    gc.collect()
+    # Models of PEFT are cycles. A collection takes up to a second, which small models are not worth.
+    if is_large:
+        gc.collect()
     cuda: Any = torch.cuda
     if cuda.is_initialized():
         cuda.empty_cache()
@@ -82,7 +87,7 @@ class _Trial:
     """The steps of a trial, and the row as far as it has come."""
 
     def __init__(self, job: Job, row: TrialRow) -> None:
-        self.job, self.row = job, row
+        self.job, self.row, self.is_large = job, row, False
 
     def run(self) -> None:
         job, plan = self.job, self.job.plan
@@ -92,6 +97,7 @@ class _Trial:
             raise TypeError(f"make_model must return a torch.nn.Module, not {type(base).__name__}")
         model = fresh_adapter(base, job.config, plan)
         device = next(model.parameters()).device
+        self.is_large = device.type != "cpu" or sum(p.nbytes for p in model.parameters()) > LARGE
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.row = replace(self.row, trainable=sum(p.numel() for p in trainable), device=str(device))
         if plan.epochs:
