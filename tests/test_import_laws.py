@@ -54,6 +54,7 @@ FLOORS = {
         "assertions",
         "byte_sizes",
         "checks",
+        "expect",
         "findings",
         "inspection",
         "memory",

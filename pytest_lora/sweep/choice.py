@@ -366,7 +366,8 @@ def _share_in_doubt(
 
 def percent(share: float) -> str:
     """A share in percent, with three digits: ``"97.8 %"``."""
-    return f"{100 * share:.3g} %" if abs(share) < 9.995 else f"{100 * share:.0f} %"
+    value = 100 * share + 0.0  # which makes a plain zero of a negative one
+    return f"{value:.3g} %" if abs(value) < 999.5 else f"{value:.0f} %"
 
 
 def require_share(name: str, value: object) -> float:

@@ -211,8 +211,9 @@ def _losses(given: Any) -> tuple[float, ...]:
 
 def _health(model: nn.Module, losses: tuple[float, ...]) -> tuple[Finding, ...]:
     from pytest_lora.checks import check_model, diagnose_history
+    from pytest_lora.expect import Expect
 
-    found = list(check_model(model).findings)
+    found = list(check_model(model, expect=Expect(fresh=False)).findings)
     if losses:
         found += diagnose_history(losses).findings
     return tuple(found)

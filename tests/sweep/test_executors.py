@@ -73,9 +73,16 @@ def test_a_trial_that_always_kills_its_worker_is_the_only_one_lost(here: SweepRe
 
 
 def test_what_a_process_pool_cannot_take_is_refused_before_any_trial(tmp_path: Path) -> None:
-    with pool() as executor, pytest.raises(TypeError, match="^train cannot be sent to the processes of executor"):
+    with (
+        pool() as executor,
+        pytest.raises(TypeError, match=r"^train cannot be sent to the processes of executor"),
+    ):
         rank_sweep(
-            toys.make_model, lambda model, plan: None, toys.evaluate, executor=executor, journal=tmp_path / "j"
+            toys.make_model,
+            lambda model, plan: None,
+            toys.evaluate,
+            executor=executor,
+            journal=tmp_path / "j",
         )
     assert not (tmp_path / "j").exists()
 
@@ -114,7 +121,10 @@ def test_dask_starts_the_trial_of_a_killed_worker_again(here: SweepResult, tmp_p
     distributed = pytest.importorskip("distributed")
     dask = pytest.importorskip("dask")
     train = partial(toys.train_and_be_killed_once, str(tmp_path), 2)
-    settings = {"distributed.worker.multiprocessing-method": "fork", "distributed.comm.timeouts.connect": "60s"}
+    settings = {
+        "distributed.worker.multiprocessing-method": "fork",
+        "distributed.comm.timeouts.connect": "60s",
+    }
     start = time.monotonic()
     with (
         dask.config.set(settings),
@@ -123,7 +133,12 @@ def test_dask_starts_the_trial_of_a_killed_worker_again(here: SweepResult, tmp_p
     ):
         print("cluster", time.monotonic() - start)
         result = rank_sweep(
-            toys.make_model, train, toys.evaluate, executor=client.get_executor(), journal=tmp_path / "j", **SWEEP
+            toys.make_model,
+            train,
+            toys.evaluate,
+            executor=client.get_executor(),
+            journal=tmp_path / "j",
+            **SWEEP,
         )
         print("sweep", time.monotonic() - start)
     assert (tmp_path / "killed").exists()
