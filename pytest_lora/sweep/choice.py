@@ -135,7 +135,7 @@ def choose(
             "no rank can be chosen, as no trial has a metric" + "".join(f"\n  {s}" for s in seen)
         )
     shares = metric_shares(ranks, before, maximise)
-    by_metric = next((rank for rank, share in shares.items() if share >= metric_share), None)
+    by_metric = next((rank for rank, share in shares.items() if is_enough(share, metric_share)), None)
     by_doubling, stops = _stop(ranks, before, maximise, min_gain)
     rank = max(by_metric or 0, by_doubling)
     verdicts = (
@@ -215,7 +215,9 @@ def _metric_verdict(
         return Verdict("metric", None, None, why)
     of_what = "of the best metric" if before is None else "of the best improvement over the metric before"
     said = ", ".join(f"{o.rank}: {percent(shares[o.rank])}" for o in ranks)
-    return Verdict("metric", pick, shares[rank] >= wanted, f"{said} {of_what}; {percent(wanted)} is enough")
+    return Verdict(
+        "metric", pick, is_enough(shares[rank], wanted), f"{said} {of_what}; {percent(wanted)} is enough"
+    )
 
 
 def _time_verdict(
@@ -230,7 +232,7 @@ def _time_verdict(
     if rank not in seconds or len(seconds) < 2 or not seconds[largest]:
         return Verdict("time", None, None, "there are no times of two ranks to compare")
     ratios = {r: s / seconds[largest] for r, s in seconds.items()}
-    quick = [r for r in ratios if ratios[r] < wanted and shares.get(r, 0.0) >= metric_share]
+    quick = [r for r in ratios if ratios[r] < wanted and is_enough(shares.get(r, 0.0), metric_share)]
     taken = (
         "is the largest" if rank == largest else f"takes {percent(ratios[rank])} of the time of r={largest}"
     )
@@ -362,6 +364,11 @@ def _share_in_doubt(
         f"r={chosen.rank} may have less than {percent(wanted)} of the best: "
         f"it may be as much as {gap:.3g} behind r={best.rank}"
     )
+
+
+def is_enough(share: float, wanted: float) -> bool:
+    """Whether a share reaches a threshold; the last digits, which are rounding, do not count."""
+    return share >= wanted - 1e-9
 
 
 def percent(share: float) -> str:

@@ -58,7 +58,13 @@ class _Pool:
         futures: dict[Future[TrialRow], Job] = {}
         try:
             for job in jobs:
-                futures[self.executor.submit(run_trial, job)] = job
+                future = self.executor.submit(run_trial, job)
+                if not isinstance(future, Future):
+                    raise TypeError(
+                        f"executor must give futures of concurrent.futures, but {type(self.executor).__name__}.submit "
+                        f"gave a {type(future).__name__}"
+                    )
+                futures[future] = job
         except BrokenExecutor:
             pass  # the futures so far say the same
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pytest_lora.assertions import demand
 from pytest_lora.findings import Finding, Report
-from pytest_lora.sweep.choice import METRIC_SHARE, percent, require_share
+from pytest_lora.sweep.choice import METRIC_SHARE, is_enough, percent, require_share
 from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.table import number
 
@@ -58,10 +58,10 @@ def _finding(result: SweepResult, rank: int, wanted: float) -> Finding | None:
     where = f"r={rank} of a sweep over {', '.join(f'r={r}' for r in rows)}"
     if rank not in shares:
         return _untold(result, where, rows[rank])
-    if shares[rank] >= wanted:
+    if is_enough(shares[rank], wanted):
         return None
     best = max(shares, key=lambda other: shares[other])
-    enough = min(other for other, share in shares.items() if share >= wanted)
+    enough = min(other for other, share in shares.items() if is_enough(share, wanted))
     observed = (
         f"{result.metric} is {_said(rows[rank])} at r={rank} and {_said(rows[best])} at r={best}, "
         f"{percent(shares[rank])} of the best"

@@ -78,7 +78,8 @@ class KnownRankTask:
         left = torch.randn(head.out_features, self.rank, generator=generator, dtype=torch.double)
         right = torch.randn(DIRECTIONS, self.rank, generator=generator, dtype=torch.double)
         whitened = torch.linalg.qr(right)[0].T @ torch.diag(values.rsqrt()) @ vectors.T
-        return (torch.linalg.qr(left)[0] @ whitened).float()
+        change: Tensor = (torch.linalg.qr(left)[0] @ whitened).float()
+        return change
 
     def make_model(self) -> nn.Module:
         """A fresh base."""

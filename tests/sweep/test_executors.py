@@ -87,6 +87,17 @@ def test_what_a_process_pool_cannot_take_is_refused_before_any_trial(tmp_path: P
     assert not (tmp_path / "j").exists()
 
 
+class _OtherExecutor:
+    def submit(self, function: object, *args: object) -> int:
+        return 1
+
+
+def test_what_gives_no_futures_is_named() -> None:
+    message = r"^executor must give futures of concurrent.futures, but _OtherExecutor\.submit gave a int$"
+    with pytest.raises(TypeError, match=message):
+        rank_sweep(toys.make_model, toys.train, toys.evaluate, executor=_OtherExecutor(), **SWEEP)
+
+
 def sweep_here(folder: Path) -> SweepResult:
     return rank_sweep(
         partial(toys.make_model_or_wait, str(folder)),
