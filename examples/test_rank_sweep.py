@@ -3,8 +3,8 @@
     pytest examples/test_rank_sweep.py -s
 
 The data are made by code: a teacher whose output head differs from the built-in base's by a change of rank 4, so that
-the right answer is known. With data of your own, three functions take its place: one that makes the base, one that trains,
-one that measures.
+the right answer is known. With data of your own, three functions take its place: one that makes the base, one that
+trains, one that measures.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ FLOORS = {
     },
     "watch": {"findings", "expect", "rules", "inspection", "checks", "assertions"},
     "callback": {"expect", "watch"},
-<<<<<<< HEAD
-    "lifecycle": {"checks", "expect", "roundtrip", "tiny"},
+    "combination": {"inspection", "roundtrip"},
+    "lifecycle": {"checks", "combination", "expect", "inspection", "laws", "roundtrip", "tiny"},
     "sweep": {
         "assertions",
         "byte_sizes",
@@ -67,12 +67,7 @@ FLOORS = {
         "roundtrip",
         "sweep",
     },
-    "strategies": {"expect", "facts", "inspection", "strategies", "tiny"},
-=======
-    "combination": {"inspection", "roundtrip"},
-    "lifecycle": {"checks", "combination", "expect", "inspection", "laws", "roundtrip", "tiny"},
     "strategies": {"expect", "facts", "inspection", "roundtrip", "strategies", "tiny"},
->>>>>>> main
 }
 """What each part of the package may import from the package; the plugin may import everything."""
 

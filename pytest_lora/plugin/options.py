@@ -92,12 +92,12 @@ TABLE = (
         ini="string",
     ),
     _Option(
-<<<<<<< HEAD
         "ranks",
         "ranks of the fixture lora_rank_sweep, as in 4,8,16, which is the default",
         {"metavar": "RANKS"},
         "string",
-=======
+    ),
+    _Option(
         "report",
         "write a report of the session to look at: .html (one file, to open anywhere), .md or .json; may be given more "
         "than once",
@@ -119,7 +119,6 @@ TABLE = (
         "instead of running tests, show what is told of a healthy adapter and of five broken ones, and write a report "
         "(--lora-report, else in a temporary folder); exit status 0 if all went as it should",
         {"action": "store_true"},
->>>>>>> main
     ),
     _Option("rules", "list the rules: code, severity, name, summary", {"action": "store_true"}),
     _Option("explain", "print the documentation of a rule, such as LORA203", {"metavar": "CODE"}),

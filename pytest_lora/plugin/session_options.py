@@ -25,14 +25,11 @@ class LoraOptions:
         require_gpu: Whether GPU tests must run.
         gpu_report: Whether GPU tests are listed at the end.
         gpus_per_worker: How many GPUs an xdist worker sees; 0 to find out.
-<<<<<<< HEAD
         ranks: Ranks of the fixture ``lora_rank_sweep``.
-=======
         reports: Files to write a report to, absolute.
         baseline: File to compare what was measured with, absolute; ``None`` for none.
         update_baseline: Whether that file is written instead.
         step_summary: GitHub's job summary, to which a report is added; ``None`` elsewhere.
->>>>>>> main
     """
 
     model: Path | None
@@ -44,9 +41,7 @@ class LoraOptions:
     require_gpu: bool
     gpu_report: bool
     gpus_per_worker: int
-<<<<<<< HEAD
     ranks: tuple[int, ...]
-=======
     reports: tuple[Path, ...]
     baseline: Path | None
     update_baseline: bool
@@ -56,7 +51,6 @@ class LoraOptions:
     def exhibits(self) -> bool:
         """Whether anybody is going to look at more than findings, so that it is worth carrying along."""
         return bool(self.reports or self.step_summary or self.baseline)
->>>>>>> main
 
     @classmethod
     def from_config(cls, config: pytest.Config) -> LoraOptions:
@@ -64,11 +58,7 @@ class LoraOptions:
 
         Raises:
             pytest.UsageError: A folder or file that is named does not exist, an ini line is not ``field = literal``,
-<<<<<<< HEAD
-                there is no such device, the number of GPUs is none, or a rank is none.
-=======
-                there is no such device, the number of GPUs is none, or a report has no known ending.
->>>>>>> main
+                there is no such device, the number of GPUs or a rank is none, or a report has no known ending.
         """
         env = os.environ.get("RUN_SLOW", "").lower() in ("1", "yes", "true", "on", "y")
         return cls(
@@ -81,14 +71,11 @@ class LoraOptions:
             require_gpu=config.getoption("lora_require_gpu"),
             gpu_report=config.getoption("lora_gpu_report"),
             gpus_per_worker=gpus_per_worker(config),
-<<<<<<< HEAD
             ranks=_ranks(config),
-=======
             baseline=_baseline_file(config),
             update_baseline=config.getoption("lora_update_baseline"),
             reports=tuple(_report_file(config, given) for given in config.getoption("lora_report")),
             step_summary=Path(summary) if (summary := os.environ.get("GITHUB_STEP_SUMMARY")) else None,
->>>>>>> main
         )
 
 
