@@ -16,4 +16,5 @@ def _sessions_of_their_own(request: pytest.FixtureRequest, monkeypatch: pytest.M
     if "pytester" in request.fixturenames:
         request.getfixturevalue("pytester")  # which clears PYTEST_ADDOPTS
         monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:randomly")
-        monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+        for name in ("PYTEST_XDIST_WORKER", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
+            monkeypatch.delenv(name, raising=False)

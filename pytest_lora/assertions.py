@@ -107,7 +107,7 @@ def assert_lora_healthy(
     if batch is not None:
         taken = PROBE_STEPS if steps is None else steps
         trained = check_training(model, batch, optimizer=optimizer, steps=taken, expect=expect)
-        report = Report(report.subject, (*report.findings, *trained.findings))
+        report = Report(report.subject, (*report.findings, *trained.findings), trained.exhibits)
     return demand(_selected(report, select, ignore))
 
 
@@ -252,7 +252,7 @@ def assert_config_healthy(
 def _selected(report: Report, select: Iterable[str], ignore: Iterable[str]) -> Report:
     from pytest_lora.rules import selected
 
-    return Report(report.subject, tuple(selected(report.findings, select, ignore)))
+    return report.with_findings(selected(report.findings, select, ignore))
 
 
 def assert_fits_memory(
@@ -271,7 +271,11 @@ def assert_fits_memory(
     """Assert that a training step fits the memory of a GPU, without a GPU; see ``check_memory``.
 
     Args:
-        base, config, batch_size, seq_len, setting: As for ``estimate_memory``.
+        base: As for ``estimate_memory``.
+        config: The adapter.
+        batch_size: Sequences (or images) in a micro-batch.
+        seq_len: Tokens in each, padding included.
+        setting: The other arguments of ``estimate_memory``.
         budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked.
         advise: Whether other settings are estimated where it does not fit, which takes a second or two. A
             search over many settings does without.

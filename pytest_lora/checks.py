@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.exhibition import config_maps, drop_curve, history_curve, memory_budget, model_maps
 from pytest_lora.expect import Expect
 from pytest_lora.findings import Report
 from pytest_lora.rules import judge
@@ -60,7 +61,7 @@ def check_config(
 
     expect = _require_expect(expect)
     facts = config_facts(config, base)
-    return Report(f"LoraConfig on {_named(facts.base)}", tuple(judge([facts], expect)))
+    return Report(f"LoraConfig on {_named(facts.base)}", tuple(judge([facts], expect)), config_maps(facts))
 
 
 def check_model(
@@ -89,7 +90,8 @@ def check_model(
     judged: list[object] = [facts, *(c for c in facts.configs if c.adapter in facts.active)]
     if optimizer is not None:
         judged.append(optimizer_facts(model, optimizer))
-    return Report(f"{type(model).__name__} of {_named(facts.base)}", tuple(judge(judged, expect)))
+    subject = f"{type(model).__name__} of {_named(facts.base)}"
+    return Report(subject, tuple(judge(judged, expect)), model_maps(facts))
 
 
 def check_memory(
@@ -108,7 +110,10 @@ def check_memory(
     Where it does not fit, other settings are estimated too, and the smallest change that fits comes first.
 
     Args:
-        base, config, batch_size, seq_len: As for ``estimate_memory``.
+        base: As for ``estimate_memory``.
+        config: The adapter.
+        batch_size: Sequences (or images) in a micro-batch.
+        seq_len: Tokens in each, padding included.
         budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked.
         advise: Whether other settings are estimated where it does not fit, which takes a second or two. A
             search over many settings does without.
@@ -162,7 +167,8 @@ def _judge_memory(
     wanted = advise and estimate.peak_allocated > limit
     others = alternatives(base, config, setting, estimate, limit) if wanted else ()
     subject = f"memory of a training step of {estimate.architecture}"
-    return Report(subject, tuple(judge([MemoryFacts(estimate, limit, others)], expect)))
+    judged = MemoryFacts(estimate, limit, others)
+    return Report(subject, tuple(judge([judged], expect)), (memory_budget(judged),))
 
 
 OF_SAVED_CONFIGS = frozenset(
@@ -295,7 +301,7 @@ def diagnose_history(
     )
     count = len(facts.train)
     subject = f"history of {count} training loss{'es' if count > 1 else ''}"
-    return Report(subject, tuple(judge([facts], expect)))
+    return Report(subject, tuple(judge([facts], expect)), (history_curve(subject, facts),))
 
 
 PROBE_STEPS = 3
@@ -370,7 +376,7 @@ def check_training(
     if plan.history:
         judged.append(history_facts(plan.history))
     subject = f"training of {type(model).__name__} of {_named(facts.model.base)}"
-    return Report(subject, tuple(judge(judged, expect)))
+    return Report(subject, tuple(judge(judged, expect)), model_maps(facts.model, facts))
 
 
 OWN_DROP = 0.01
@@ -427,9 +433,8 @@ def measure_loss_drop(
     plan = Plan(steps=steps, rate=lr, optimizer=optimizer, loss_fn=loss_fn)
     facts, drop = loss_drop(model, batches, plan, by, place(model, device, optimizer))
     subject = f"loss of {type(model).__name__} of {facts.model.base.architecture} over {steps} steps"
-    if drop.healthy:
-        return Report(subject), drop
-    return Report(subject, tuple(judge([drop, facts, facts.optimizer], Expect()))), drop
+    findings = () if drop.healthy else tuple(judge([drop, facts, facts.optimizer], Expect()))
+    return Report(subject, findings, (drop_curve(subject, drop), *model_maps(facts.model, facts))), drop
 
 
 def _require_at_least(name: str, value: Any, *, least: float) -> None:

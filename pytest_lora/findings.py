@@ -6,8 +6,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, get_args
+
+from pytest_lora.exhibits import Exhibit, from_plain, to_plain
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
@@ -64,10 +66,16 @@ class Report:
     """The findings of one check, the gravest first.
 
     ``ok`` is true when no finding is an error: warnings and infos never fail an assertion.
+
+    Attributes:
+        subject: What was judged.
+        findings: What was found.
+        exhibits: What was seen on the way and is worth a look: a map of the adapter, a loss curve, a memory budget.
     """
 
     subject: str
     findings: tuple[Finding, ...] = ()
+    exhibits: tuple[Exhibit, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         ordered = sorted(self.findings, key=lambda f: (SEVERITIES.index(f.severity), f.code))
@@ -109,17 +117,38 @@ class Report:
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
+    def with_findings(self, findings: Iterable[Finding]) -> Report:
+        """The same report with other findings."""
+        return replace(self, findings=tuple(findings))
+
+    def without_exhibits(self) -> Report:
+        """The findings alone, which is what a test's log needs."""
+        return replace(self, exhibits=())
+
     def to_json(self) -> str:
-        """The report as one JSON object: ``subject``, ``ok`` and ``findings``."""
-        return json.dumps(
-            {"subject": self.subject, "ok": self.ok, "findings": [asdict(f) for f in self.findings]}
-        )
+        """The report as one JSON object: ``subject``, ``ok``, ``findings``, and ``exhibits`` where there are any."""
+        data: dict[str, object] = {
+            "subject": self.subject,
+            "ok": self.ok,
+            "findings": [asdict(f) for f in self.findings],
+        }
+        if self.exhibits:
+            data["exhibits"] = [to_plain(one) for one in self.exhibits]
+        return json.dumps(data)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report that ``to_json`` wrote."""
+        """The report that ``to_json`` wrote.
+
+        Raises:
+            ValueError: It is no JSON, or has an exhibit of a kind that this version does not know.
+        """
         data = json.loads(text)
-        return cls(data["subject"], tuple(Finding(**f) for f in data["findings"]))
+        return cls(
+            data["subject"],
+            tuple(Finding(**f) for f in data["findings"]),
+            tuple(from_plain(one) for one in data.get("exhibits", ())),
+        )
 
 
 def counted(severities: Iterable[str]) -> str:

@@ -137,7 +137,7 @@ class Watch:
         if not fresh:
             return
         self._known.update((f.code, f.severity) for f in fresh)
-        new = Report(report.subject, fresh)
+        new = report.with_findings(fresh)
         self.reports.append(new)
         delivered.append(new)
         self.should_stop |= bool(new.errors)

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,13 @@ HEAVY = ("torch", "numpy", "transformers", "peft", "bitsandbytes", "hypothesis",
 
 FLOORS = {
     "byte_sizes": set(),
-    "findings": set(),
+    "exhibits": set(),
+    "exhibition": {"exhibits", "facts"},
+    "baseline": set(),
+    "findings": {"exhibits"},
     "expect": set(),
     "facts": {"byte_sizes", "facts"},
+    "report": {"byte_sizes", "exhibits", "findings", "report", "rules"},
     "rules": {"byte_sizes", "facts", "findings", "expect", "rules"},
     "inspection": {"facts", "inspection"},
     "tiny": {"tiny", "inspection"},
@@ -29,7 +34,7 @@ FLOORS = {
     "memory": {"byte_sizes", "facts", "inspection"},
     "what_if": {"facts", "memory"},
     "distributed": set(),
-    "checks": {"facts", "findings", "expect", "rules", "inspection", "memory", "what_if"},
+    "checks": {"exhibition", "facts", "findings", "expect", "rules", "inspection", "memory", "what_if"},
     "adapter_properties": {"facts", "findings", "inspection", "counting"},
     "roundtrip": {"facts", "findings", "inspection"},
     "resumption": {"facts", "findings", "inspection"},
@@ -90,12 +95,30 @@ def test_imports_point_one_way(part: str) -> None:
         assert own(file) & known <= FLOORS[part], file
 
 
+def test_no_module_imports_one_that_imports_it() -> None:
+    files = {
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in PACKAGE.rglob("*.py")
+    }
+    # "from package import module" asks nothing of the package's own __init__.
+    packages = {name for name, file in files.items() if file.name == "__init__.py"}
+    graph = {
+        name: {
+            wanted
+            for wanted in set(imports(file)) & set(files)
+            if wanted not in packages or not any(one.startswith(f"{wanted}.") for one in imports(file))
+        }
+        for name, file in files.items()
+    }
+    TopologicalSorter(graph).prepare()  # names the circle
+
+
 def test_every_part_of_the_package_has_its_floor() -> None:
     parts = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
     assert parts - {"__init__", "plugin"} == set(FLOORS)
 
 
-@pytest.mark.parametrize("part", ["facts", "findings", "expect", "rules"])
+@pytest.mark.parametrize("part", ["exhibits", "exhibition", "facts", "findings", "expect", "rules"])
 def test_facts_and_rules_never_import_heavy_packages(part: str) -> None:
     for file in modules(part):
         assert not {name.split(".")[0] for name in imports(file)} & set(HEAVY), file

@@ -324,6 +324,12 @@ class ConfigFacts:
         """Whether a module is trained in full and saved, itself or as a part of another."""
         return any(module == saved or module.startswith(f"{saved}.") for saved in self.saved_modules)
 
+    @property
+    def trainable_parameters(self) -> int:
+        """Logical numbers that it trains: the adapters, and the modules saved in full."""
+        saved = sum(m.in_features * m.out_features for m in self.base.modules if self.keeps(m.name))
+        return saved + sum(layer.parameters for layer in self.layers)
+
     def trained_rows(self, embedding: str) -> frozenset[int] | None:
         """Rows of an embedding that are trained one by one; None where there are none."""
         if embedding not in self.token_modules:

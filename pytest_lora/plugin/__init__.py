@@ -41,6 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> None:
     """Before anything is imported: refuse adapters with code beside them, and pin an xdist worker to its GPU."""
+    if early_config.known_args_namespace.lora_demo:
+        early_config.known_args_namespace.noconftest = True
     if any(name in arg for arg in args for name in ADAPTER_FILES):
         from pytest_lora.plugin import adapter_items
 
@@ -49,9 +51,9 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
         from pytest_lora.plugin.session_options import asks_for_gpus
 
         if asks_for_gpus(early_config):
-            from pytest_lora.plugin import gpu_pins
+            from pytest_lora.plugin.gpu import pins
 
-            gpu_pins.pin_early(early_config)
+            pins.pin_early(early_config)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,10 +61,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     is_worker = hasattr(config, "workerinput")
-    if not is_worker and "pytest_lora.plugin.gpu_pins" in sys.modules:
-        from pytest_lora.plugin import gpu_pins
+    if not is_worker and "pytest_lora.plugin.gpu.pins" in sys.modules:
+        from pytest_lora.plugin.gpu import pins
 
-        gpu_pins.unpin(config)
+        pins.unpin(config)
     names_adapters = any(name in arg for arg in config.args for name in ADAPTER_FILES)
     if not names_adapters and not any_set(config):
         return
@@ -73,15 +75,30 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_lora.plugin import adapter_items
 
         adapter_items.enable(config, options.adapters)
+    if options.baseline and not is_worker:
+        from pytest_lora.plugin import baseline_gate
+
+        gate = baseline_gate.BaselineGate(options.baseline, update=options.update_baseline)
+        config.pluginmanager.register(gate, "lora-baseline")
     if options.require_gpu and not is_worker:
-        from pytest_lora.plugin import gpu_report
+        from pytest_lora.plugin.gpu import report as gpu_report
 
         config.pluginmanager.register(gpu_report.RequireGpu(), "lora-require-gpu")
+    if options.reports and not is_worker:
+        from pytest_lora.plugin import session_report
+
+        config.pluginmanager.register(
+            session_report.SessionReport(config, options.reports), "lora-session-report"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Answer ``--lora-rules`` and ``--lora-explain`` instead of running tests."""
+    """Answer ``--lora-rules`` and ``--lora-explain``, and show ``--lora-demo``, instead of running tests."""
+    if config.getoption("lora_demo"):
+        from pytest_lora.plugin import demo
+
+        return demo.show(config)
     if not (config.getoption("lora_rules") or config.getoption("lora_explain")):
         return None
     from pytest_lora.plugin import rule_pages
@@ -97,9 +114,9 @@ def pytest_pycollect_makeitem(collector: pytest.Collector) -> Generator[None, An
         if isinstance(item, pytest.Item) and any(
             mark.name.startswith("lora") for mark in item.iter_markers()
         ):
-            from pytest_lora.plugin import markers
+            from pytest_lora.plugin import mark_checks
 
-            markers.require_valid(item)
+            mark_checks.require_valid(item)
     return made
 
 
@@ -123,9 +140,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in slow_tests:
                 item.add_marker(skip)
     if gpu_tests := [item for item in items if is_gpu_test(item)]:
-        from pytest_lora.plugin import gpu
+        from pytest_lora.plugin.gpu import hooks
 
-        gpu.begin(config, gpu_tests)
+        hooks.begin(config, gpu_tests)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -169,9 +186,13 @@ def pytest_runtest_makereport(
         return (yield)
     from pytest_lora.plugin import summary
 
-    summary.collect(item)
+    judged = summary.collect(item)
     report = yield
     summary.add_section(report, call, item.config)
+    if judged and item.config.getoption("htmlpath", None):  # of pytest-html
+        from pytest_lora.plugin import html_extras
+
+        html_extras.add(report, judged, item.config)
     return report
 
 
@@ -186,7 +207,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         from pytest_lora.plugin import summary
 
         summary.write(terminalreporter, reports[_REPORT])
+        if "GITHUB_ACTIONS" in os.environ or "GITHUB_STEP_SUMMARY" in os.environ:
+            from pytest_lora.plugin import github
+
+            github.tell(terminalreporter)
     if reports[GPU_PROPERTY]:
-        from pytest_lora.plugin import gpu_report
+        from pytest_lora.plugin.gpu import report as gpu_report
 
         gpu_report.write(terminalreporter, reports[GPU_PROPERTY])

@@ -233,7 +233,7 @@ class AdapterItem(pytest.Item):
             LoraHealthWarning: There are warnings, and a filter makes them errors.
         """
         whole = self.adapters.report(self)
-        report = Report(whole.subject, tuple(f for f in whole.findings if group_of(f) == self.name))
+        report = whole.with_findings(f for f in whole.findings if group_of(f) == self.name)
         delivered.append(report)
         strict = [str(finding) for finding in report.warnings if self._is_strict(finding)]
         if not report.ok:

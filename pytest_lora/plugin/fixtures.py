@@ -26,9 +26,9 @@ def lora_device(request: pytest.FixtureRequest) -> torch.device:
 
     Overrides need session scope.
     """
-    from pytest_lora.plugin import gpu_devices
+    from pytest_lora.plugin.gpu import devices
 
-    return _or_fail(gpu_devices.device_of, request.config)
+    return _or_fail(devices.device_of, request.config)
 
 
 @pytest.fixture(scope="session")

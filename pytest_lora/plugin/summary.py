@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_lora.assertions import delivered
 from pytest_lora.findings import SEVERITIES, Finding, Report, Severity, counted
+from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     import pytest
 
 PROPERTY = "lora_report"
+SHOWN_EXHIBITS = 20
+"""Reports of a phase that keep what they show beside findings: a property test makes hundreds, of which the last ones
+are those of a failure."""
 _COLOURS: dict[Severity, dict[str, bool]] = {
     "error": {"red": True},
     "warning": {"yellow": True},
@@ -27,12 +31,25 @@ def start(item: pytest.Item) -> None:
     item.user_properties[:] = [(name, value) for name, value in item.user_properties if name != PROPERTY]
 
 
-def collect(item: pytest.Item) -> None:
-    """Move the delivered reports to the test's properties, each distinct one once."""
+def collect(item: pytest.Item) -> list[Report]:
+    """Move the delivered reports to the test's properties, each distinct one once.
+
+    What they show beside findings goes along only where somebody is going to look at it.
+
+    Returns:
+        The reports that are new.
+    """
+    new: list[Report] = []
+    kept = SHOWN_EXHIBITS if options_of(item.config).exhibits else 0
     while delivered:
-        entry = (PROPERTY, delivered.popleft().to_json())
+        report = delivered.popleft()
+        if len(delivered) >= kept:
+            report = report.without_exhibits()
+        entry = (PROPERTY, report.to_json())
         if entry not in item.user_properties:
             item.user_properties.append(entry)
+            new.append(report)
+    return new
 
 
 def add_section(report: pytest.TestReport, call: pytest.CallInfo[None], config: pytest.Config) -> None:

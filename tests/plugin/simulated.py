@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_lora.plugin import gpu_locks, hardware
+from pytest_lora.plugin.gpu import hardware, locks
 
 GB = 10**9
 
@@ -32,14 +32,17 @@ def machine(
 def shared(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
     """Let processes meet in a folder of this test; the log of holds and releases."""
     log = folder / "holds.log"
-    monkeypatch.setenv(gpu_locks.FOLDER, str(folder / "locks"))
-    monkeypatch.setenv(gpu_locks.LOG, str(log))
+    monkeypatch.setenv(locks.FOLDER, str(folder / "locks"))
+    monkeypatch.setenv(locks.LOG, str(log))
     return log
 
 
 CARD = """
 import pytest
-from pytest_lora.plugin.gpu_memory import MEMORY
+from pytest_lora.plugin.gpu.memory import MEMORY
+
+class OutOfMemoryError(RuntimeError):
+    "As torch calls its own."
 
 class Card:
     "One GPU's memory in bytes; a block is free when nothing refers to it any more."
@@ -50,8 +53,7 @@ class Card:
         if self.broken:
             raise RuntimeError(self.broken)
         if self.now + size > self.total:
-            import torch
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
+            raise OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
         return Block(self, size)
 
     def fail(self):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_lora.plugin import gpu_memory, hardware
-from pytest_lora.plugin.hardware import Device, Hardware
+from pytest_lora.plugin.gpu import hardware, memory
+from pytest_lora.plugin.gpu.hardware import Device, Hardware
 
 GB = 10**9
 
@@ -148,11 +148,11 @@ def test_memory_is_read_by_the_functions_that_torch_has(monkeypatch: pytest.Monk
             monkeypatch.setattr(getattr(torch, kind), name, record(name, result))
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", record("workspaces"), raising=False)
     for kind in ("cuda", "xpu"):
-        memory = gpu_memory.of_kind(kind)
-        assert (memory.allocated(1), memory.peak(1), memory.taken(1)) == (5, 7, 7)
-        memory.restart(1)
-        memory.synchronize()
-        memory.release()
+        card = memory.of_kind(kind)
+        assert (card.allocated(1), card.peak(1), card.taken(1)) == (5, 7, 7)
+        card.restart(1)
+        card.synchronize()
+        card.release()
     expected = ["init", "memory_allocated", "max_memory_allocated", "mem_get_info", "reset_peak_memory_stats"]
     expected += ["synchronize", "workspaces", "empty_cache"]
     assert [name for name, _ in calls] == expected + [name for name in expected if name != "workspaces"]

@@ -35,8 +35,7 @@ def parameter_share_is_outside_the_band(facts: ConfigFacts, expect: Expect) -> I
     ## References
     - LoRA, table 15 and QLoRA, section 4: https://arxiv.org/abs/2305.14314
     """
-    saved = sum(m.in_features * m.out_features for m in facts.base.modules if facts.keeps(m.name))
-    trained = sum(layer.parameters for layer in facts.layers) + saved
+    trained = facts.trainable_parameters
     share = trained / (facts.base.parameters + trained) if trained else 0.0
     if expect.param_ratio is not None:
         low, high = expect.param_ratio

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_lora.plugin.gpu_marks import Need
+from pytest_lora.plugin.gpu.marks import Need
 from pytest_lora.plugin.options import GPU_PROPERTY
 
 if TYPE_CHECKING:
-    from pytest_lora.plugin.hardware import Device
+    from pytest_lora.plugin.gpu.hardware import Device
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_lora.plugin import hardware
+from pytest_lora.plugin.gpu import hardware
 from pytest_lora.plugin.session_options import gpus_per_worker, options_of
 
 if TYPE_CHECKING:
-    from pytest_lora.plugin.hardware import Hardware
+    from pytest_lora.plugin.gpu.hardware import Hardware
 
 
 @dataclass(frozen=True)

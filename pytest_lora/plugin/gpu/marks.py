@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from pytest_lora.plugin.hardware import Device
+    from pytest_lora.plugin.gpu.hardware import Device
 
 ARGUMENTS = ("min_vram_gb", "count", "capability")
 GB = 10**9

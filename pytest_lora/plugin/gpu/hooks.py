@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lora.plugin import gpu_estimate, gpu_locks, gpu_memory, gpu_pins, hardware
-from pytest_lora.plugin.gpu_devices import Devices
-from pytest_lora.plugin.gpu_diagnosis import out_of_memory, over_limit
-from pytest_lora.plugin.gpu_marks import need_of
-from pytest_lora.plugin.gpu_run import PREDICTION, Run
+from pytest_lora.plugin.gpu import estimate, hardware, locks, memory, pins
+from pytest_lora.plugin.gpu.devices import Devices
+from pytest_lora.plugin.gpu.diagnosis import out_of_memory, over_limit
+from pytest_lora.plugin.gpu.marks import need_of
+from pytest_lora.plugin.gpu.run import PREDICTION, Run
 from pytest_lora.plugin.options import is_gpu_test
 from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from pytest_lora.plugin.gpu_memory import Memory
+    from pytest_lora.plugin.gpu.memory import Memory
 
 _RUN = pytest.StashKey[Run]()
 
@@ -31,7 +31,7 @@ _RUN = pytest.StashKey[Run]()
 def begin(config: pytest.Config, tests: list[pytest.Item]) -> None:
     """Take care of the GPU tests that were collected."""
     if "PYTEST_XDIST_WORKER" in os.environ and hasattr(config, "workerinput"):
-        gpu_pins.pin_collected(config, max(_count(item) for item in tests))
+        pins.pin_collected(config, max(_count(item) for item in tests))
     config.pluginmanager.register(GpuTests(config), "lora-gpu")
 
 
@@ -78,7 +78,7 @@ class GpuTests:
         run = item.stash.get(_RUN, None)
         if run is None:
             return
-        if isinstance(run.problem, ValueError | gpu_locks.NotSharedError):
+        if isinstance(run.problem, ValueError | locks.NotSharedError):
             pytest.fail(str(run.problem), pytrace=False)
         if run.problem is not None:
             raise run.problem
@@ -128,7 +128,7 @@ class GpuTests:
         self._require_sound(was_broken)
         limit = run.need.limit
         if limit and run.peak is not None and run.peak > limit.size:
-            gpu_estimate.predict(item)
+            estimate.predict(item)
             prediction = item.stash.get(PREDICTION, None)
             breakdown = prediction.breakdown if prediction else {}
             message = over_limit(run.peak, limit, tuple(run.devices.values()), run.before, breakdown)
@@ -160,7 +160,7 @@ class GpuTests:
         if call.when == "call":
             run.seconds = round(call.duration, 3)
             if options_of(self._config).gpu_report:
-                gpu_estimate.predict(item)
+                estimate.predict(item)
         diagnosis = self._diagnosis(item, run, call.excinfo.value) if call.excinfo else ""
         run.publish(item)
         report = yield
@@ -185,14 +185,14 @@ class GpuTests:
         if hasattr(self._config, "workerinput"):
             totals = {self._devices.key(device): device.total for device in run.devices.values()}
             shares = {key: total if run.need.vram is None else run.need.vram for key, total in totals.items()}
-            stack.enter_context(gpu_locks.held(shares, totals, item.nodeid))
+            stack.enter_context(locks.held(shares, totals, item.nodeid))
 
     @property
     def _memory(self) -> Memory:
         if self._cached_memory is None:
-            replaced = self._config.stash.get(gpu_memory.MEMORY, None)
+            replaced = self._config.stash.get(memory.MEMORY, None)
             kind = "cpu" if hardware.is_replaced() else self._devices.hardware.kind
-            self._cached_memory = replaced or gpu_memory.of_kind(kind)
+            self._cached_memory = replaced or memory.of_kind(kind)
         return self._cached_memory
 
     def _allocated(self, run: Run) -> int:
@@ -234,7 +234,7 @@ class GpuTests:
     def _clean_up(self, item: pytest.Item, run: Run) -> None:
         # pytest forgets the values of its fixtures right after this hook.
         getattr(item, "funcargs", {}).clear()
-        gpu_memory.let_go(run.errors)
+        memory.let_go(run.errors)
         if self._broken or not run.devices:
             return
         try:
@@ -250,7 +250,7 @@ class GpuTests:
 
     def _note_break(self, item: pytest.Item, error: BaseException) -> bool:
         """Note that CUDA is broken, if that is what an error says."""
-        words = gpu_memory.poison(error)
+        words = memory.poison(error)
         if words and not self._broken:
             self._broken, self._broken_by = words, item.nodeid
         return bool(words)
@@ -267,10 +267,10 @@ class GpuTests:
                 f"CUDA is broken in this process now ({self._broken}). GPU tests that follow in it are not run: each "
                 "would fail with the same error. CUDA_LAUNCH_BLOCKING=1 shows the line that broke it."
             )
-        if self._broken or not run.devices or not gpu_memory.is_out_of_memory(error):
+        if self._broken or not run.devices or not memory.is_out_of_memory(error):
             return ""
         self._look(item, run)
         taken = {number: self._memory.taken(number) for number in run.devices}
         seen = out_of_memory(run.devices, run.before, run.peak, taken, run.need.vram, self._left)
         smallest = min(device.total for device in run.devices.values())
-        return "\n".join(filter(None, (seen, gpu_estimate.explained(item, smallest))))
+        return "\n".join(filter(None, (seen, estimate.explained(item, smallest))))

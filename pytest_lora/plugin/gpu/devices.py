@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_lora.plugin import hardware
-from pytest_lora.plugin.gpu_marks import lacking
-from pytest_lora.plugin.gpu_pins import PIN
+from pytest_lora.plugin.gpu import hardware
+from pytest_lora.plugin.gpu.marks import lacking
+from pytest_lora.plugin.gpu.pins import PIN
 from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
     import pytest
     import torch
 
-    from pytest_lora.plugin.gpu_marks import Need
-    from pytest_lora.plugin.hardware import Device, Hardware
+    from pytest_lora.plugin.gpu.hardware import Device, Hardware
+    from pytest_lora.plugin.gpu.marks import Need
 
 
 class Devices:

@@ -10,8 +10,8 @@ from pytest_lora.byte_sizes import format_bytes
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pytest_lora.plugin.gpu_marks import Limit
-    from pytest_lora.plugin.hardware import Device
+    from pytest_lora.plugin.gpu.hardware import Device
+    from pytest_lora.plugin.gpu.marks import Limit
 
 LESS = (
     "smaller batches, shorter sequences, gradient checkpointing or a base in 4 bits take less; the rank of the adapter "

@@ -1,0 +1,108 @@
+"""On GitHub: findings in the job summary, and as annotations on the lines of the tests that have them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_lora.findings import Severity
+from pytest_lora.plugin.session_options import options_of
+from pytest_lora.plugin.session_report import Gathered
+from pytest_lora.report.markdown import markdown_report
+from pytest_lora.report.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pytest
+
+    from pytest_lora.report.session import RanTest, Session
+
+MOST = 10
+"""Annotations of a severity that GitHub shows of one step."""
+
+_OTHERS: dict[Severity, tuple[str, ...]] = {
+    "error": ("annotate_errors", "torch-github-annotations"),
+    "warning": ("annotate_warnings",),
+}
+"""Plugins that annotate every failing test, or every warning: those of pytest-github-actions-annotate-failures and of
+pytest-torch. Their messages hold our findings, and two annotations on a line say no more than one."""
+
+
+class Annotation(NamedTuple):
+    """What is said at a line."""
+
+    severity: Severity
+    file: str
+    line: int | None
+    title: str
+    message: str
+
+    def __str__(self) -> str:
+        place = [f"file={_property(self.file)}", *([f"line={self.line}"] if self.line else [])]
+        return f"::{self.severity} {','.join(place)},title={_property(self.title)}::{_data(self.message)}"
+
+
+def tell(terminal: pytest.TerminalReporter) -> None:
+    """Add to the job summary where there is one, and annotate where this is a job of GitHub Actions."""
+    config = terminal.config
+    if hasattr(config, "workerinput"):
+        return
+    gathered = Gathered(config)
+    reports = [one for group in terminal.stats.values() for one in group if hasattr(one, "user_properties")]
+    for report in sorted(reports, key=lambda one: getattr(one, "start", 0.0)):
+        gathered.add(report)
+    gathered.state = "finished"
+    session = gathered.session()
+    options = options_of(config)
+    if options.step_summary:
+        with open(options.step_summary, "a", encoding="utf-8", errors="backslashreplace") as summary:
+            summary.write(markdown_report(session, gpu=not options.gpu_report))
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        silent = [s for s, names in _OTHERS.items() if any(map(config.pluginmanager.has_plugin, names))]
+        terminal.ensure_newline()
+        for annotation in annotated(session, config.rootpath):
+            if annotation.severity not in silent:
+                terminal.write_line(str(annotation))
+
+
+def annotated(session: Session, root: Path) -> Iterator[Annotation]:
+    """Errors of tests that failed by them, and warnings of tests that did not fail; at a line each rule once."""
+    told: set[tuple[str, int | None, str]] = set()
+    count = {"error": 0, "warning": 0}
+    for test in session.judged:
+        if test.outcome not in ("failed", "error", "passed"):
+            continue
+        severity: Severity = "warning" if test.outcome == "passed" else "error"
+        for finding in test.findings:
+            place = test.file, test.line, finding.code
+            if finding.severity != severity or place in told or count[severity] == MOST:
+                continue
+            told.add(place)
+            count[severity] += 1
+            yield Annotation(
+                severity,
+                _in_workspace(test, root),
+                test.line,
+                f"{finding.code} {finding.title}",
+                f"{finding.where}: {finding.observed}. Fix: {finding.fix.partition(chr(10))[0]}",
+            )
+
+
+def _in_workspace(test: RanTest, root: Path) -> str:
+    """The file of a test as GitHub knows it."""
+    path = root / test.file
+    workspace = os.environ.get("GITHUB_WORKSPACE")
+    if workspace and path.is_relative_to(workspace):
+        return path.relative_to(workspace).as_posix()
+    return test.file
+
+
+def _data(text: str) -> str:
+    """A text as the message of a workflow command, on one line."""
+    return " ".join(printable(text, 1000).split()).replace("%", "%25")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")

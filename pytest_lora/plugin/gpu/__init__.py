@@ -1,0 +1,1 @@
+"""GPU tests: what they need, which devices they get, what they took, and what is told of it."""

@@ -1,0 +1,156 @@
+"""Where points, ticks and levels lie on a chart, in percent of its width and height from the top left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pytest_lora.exhibits import LossCurve, RankSweep
+from pytest_lora.report.map_view import number
+
+Point = tuple[float, float]
+
+FLATTEST = 0.6
+"""A loss chart reaches down to this share of its highest loss, or lower."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A linear scale from numbers to percent; ``flip`` for a vertical one, on which larger is higher."""
+
+    low: float
+    high: float
+    flip: bool = False
+
+    @classmethod
+    def over(cls, values: Iterable[float], *, flip: bool = False) -> Scale:
+        """A scale over all finite values; a vertical one with a little air above and below them."""
+        known = [value for value in values if math.isfinite(value)] or [0.0]
+        low, high = min(known), max(known)
+        if flip or low == high:
+            air = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+            low, high = low - air, high + air
+        return cls(low, high, flip)
+
+    def __call__(self, value: float) -> float:
+        """The place of a value."""
+        share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+        return round(100 * (1 - share if self.flip else share), 2)
+
+    def ticks(self, most: int = 4) -> tuple[tuple[float, str], ...]:
+        """Round numbers within the scale: the place and the text of each."""
+        span = self.high - self.low
+        if not (span > 0 and math.isfinite(span)):
+            return ()
+        rough = span / most
+        magnitude = 10.0 ** math.floor(math.log10(rough))
+        step = next(magnitude * m for m in (1, 2, 5, 10) if magnitude * m >= rough * 0.999)
+        first = math.ceil(self.low / step - 1e-9)
+        values = [step * n for n in range(first, first + most + 2) if step * n <= self.high + step * 1e-9]
+        return tuple((self(value), number(value + 0.0)) for value in values)
+
+
+@dataclass(frozen=True, slots=True)
+class CurveChart:
+    """A loss curve, ready to be drawn.
+
+    Attributes:
+        lines: Stretches of finite training losses.
+        evals: Losses on held-out data.
+        broken: Where along the way a loss was not finite.
+        x_ticks, y_ticks: Places and texts.
+        window: Left and right edge of what was judged.
+        before, after: Heights of the levels that were compared; None where there are none.
+    """
+
+    lines: tuple[tuple[Point, ...], ...]
+    evals: tuple[Point, ...]
+    broken: tuple[float, ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+    window: tuple[float, float]
+    before: float | None
+    after: float | None
+
+
+def curve_chart(curve: LossCurve) -> CurveChart:
+    """Lay out a loss curve."""
+    levels = [level for level in (curve.before, curve.after) if level is not None and math.isfinite(level)]
+    x = Scale.over([*curve.steps, *curve.eval_steps, *curve.window])
+    known = [loss for loss in (*curve.losses, *curve.eval_losses, *levels) if math.isfinite(loss)]
+    # Noise on a flat curve must not look like a landscape.
+    y = Scale.over([*known, FLATTEST * max(known, default=0.0)], flip=True)
+
+    def height(level: float | None) -> float | None:
+        return y(level) if level is not None and math.isfinite(level) else None
+
+    lines: list[list[Point]] = [[]]
+    broken: list[float] = []
+    for step, loss in zip(curve.steps, curve.losses, strict=True):
+        if math.isfinite(loss):
+            lines[-1].append((x(step), y(loss)))
+        else:
+            broken.append(x(step))
+            lines.append([])
+    evals = zip(curve.eval_steps, curve.eval_losses, strict=True)
+    return CurveChart(
+        lines=tuple(tuple(line) for line in lines if line),
+        evals=tuple((x(step), y(loss)) for step, loss in evals if math.isfinite(loss)),
+        broken=tuple(broken),
+        x_ticks=tuple(tick for tick in x.ticks(6) if "." not in tick[1]),
+        y_ticks=y.ticks(),
+        window=(x(curve.window[0]), x(curve.window[1])),
+        before=height(curve.before),
+        after=height(curve.after),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """A rank on the chart: its place, the ends of its spread, and whether it was chosen."""
+
+    at: Point
+    spread: tuple[float, float] | None
+    rank: int
+    chosen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SweepChart:
+    """A rank sweep, ready to be drawn: ranks one step apart, whatever their size."""
+
+    points: tuple[SweepPoint, ...]
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+
+
+def sweep_chart(sweep: RankSweep) -> SweepChart:
+    """Lay out a sweep; ranks without a metric have a tick and no point."""
+    x = Scale(-0.5, max(1, len(sweep.trials)) - 0.5)
+    ends: dict[int, tuple[float, float]] = {}
+    for index, trial in enumerate(sweep.trials):
+        if trial.metric is not None and math.isfinite(trial.metric):
+            spread = trial.spread if trial.spread is not None and math.isfinite(trial.spread) else 0.0
+            ends[index] = trial.metric - spread, trial.metric + spread
+    y = Scale.over([value for pair in ends.values() for value in pair], flip=True)
+    points: list[SweepPoint] = []
+    for index, (low, high) in ends.items():
+        trial = sweep.trials[index]
+        at = x(index), y((low + high) / 2)
+        points.append(
+            SweepPoint(at, (y(low), y(high)) if high > low else None, trial.rank, trial.rank == sweep.chosen)
+        )
+    return SweepChart(
+        points=tuple(points),
+        x_ticks=tuple((x(index), str(trial.rank)) for index, trial in enumerate(sweep.trials)),
+        y_ticks=y.ticks(),
+    )
+
+
+def path(points: Sequence[Point]) -> str:
+    """Points as the data of an SVG path; a single one is a dot where line ends are round."""
+    if not points:
+        return ""
+    (x, y), *others = points
+    return f"M{x:g} {y:g}" + ("".join(f"L{x:g} {y:g}" for x, y in others) or f"L{x:g} {y:g}")

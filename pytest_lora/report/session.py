@@ -1,0 +1,169 @@
+"""A session of tests as a report shows it: plain data, whoever ran it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from pytest_lora.findings import SEVERITIES, Finding, Report
+
+State = Literal["running", "finished", "interrupted", "crashed"]
+"""Whether all tests ran: a report that says "running" is of a session that nobody ended, or that still goes on."""
+
+Verdict = Literal["error", "warning", "healthy", "not judged"]
+
+FORMAT = 1
+"""Version of the JSON that a session is written as; another one where a field changes its meaning."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuUse:
+    """What was measured of a test on a GPU, in bytes and seconds; None where it is not known.
+
+    Attributes:
+        devices: Where it ran; none if it did not.
+        peak_bytes: The most that was allocated at a time on one device.
+        limit_bytes: What it may take.
+        predicted_bytes: What the estimate says.
+        left_bytes: What it left allocated.
+        seconds: Of the call.
+        skipped: Why it did not run.
+        broken_by: The test that broke CUDA before it.
+    """
+
+    devices: tuple[str, ...]
+    peak_bytes: int | None
+    limit_bytes: int | None
+    predicted_bytes: int | None
+    left_bytes: int | None
+    seconds: float | None
+    skipped: str | None
+    broken_by: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RanTest:
+    """A test that has something to show: it judged a LoRA set-up, used a GPU, or failed.
+
+    Attributes:
+        nodeid: Its id.
+        outcome: What pytest says: ``"passed"``, ``"failed"``, ``"error"``, ``"skipped"``, ``"xfailed"``, ``"xpassed"``.
+        seconds: Set-up, call and teardown together.
+        file: Its file, relative to the root of the session.
+        line: The line that failed or else where the test begins, from 1; None where unknown.
+        message: The first line of a failure; empty where there is none.
+        reports: What it judged.
+        gpu: What was measured on a GPU; None elsewhere.
+    """
+
+    nodeid: str
+    outcome: str
+    seconds: float
+    file: str
+    line: int | None
+    message: str
+    reports: tuple[Report, ...]
+    gpu: GpuUse | None = None
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All findings of its reports."""
+        return tuple(finding for report in self.reports for finding in report.findings)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The gravest finding, infos aside."""
+        if not self.reports:
+            return "not judged"
+        grave = {finding.severity for finding in self.findings}
+        return "error" if "error" in grave else "warning" if "warning" in grave else "healthy"
+
+    @property
+    def fails_otherwise(self) -> bool:
+        """Whether it failed, and no error among its findings says why."""
+        return self.outcome in ("failed", "error") and self.verdict != "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One run of pytest.
+
+    Attributes:
+        name: What was tested: the folder's name.
+        state: How it ended.
+        problem: What ended it early; empty if nothing did.
+        started: When, as ISO 8601 with the offset of the time zone.
+        seconds: How long it took so far.
+        collected: How many tests there were to run.
+        counts: How many ended in which outcome.
+        folder: Where pytest was called.
+        command: What was called there.
+        versions: Names and versions of what ran.
+        seeds: Names and values of the seeds that are known.
+        tests: The tests that have something to show, in the order in which they ended.
+    """
+
+    name: str
+    state: State
+    problem: str
+    started: str
+    seconds: float
+    collected: int
+    counts: tuple[tuple[str, int], ...]
+    folder: str
+    command: str
+    versions: tuple[tuple[str, str], ...]
+    seeds: tuple[tuple[str, str], ...]
+    tests: tuple[RanTest, ...]
+
+    @property
+    def judged(self) -> tuple[RanTest, ...]:
+        """The tests that judged a LoRA set-up, the gravest first."""
+        order = (*SEVERITIES[:2], "healthy")
+        judged = [test for test in self.tests if test.reports]
+        return tuple(sorted(judged, key=lambda test: (order.index(test.verdict), test.nodeid)))
+
+    @property
+    def done(self) -> int:
+        """How many tests ended."""
+        return sum(number for _, number in self.counts)
+
+    def with_verdict(self, verdict: Verdict) -> int:
+        """How many tests have this verdict."""
+        return sum(test.verdict == verdict for test in self.tests)
+
+    @property
+    def verdict(self) -> str:
+        """The session in one sentence."""
+        judged, errors, warned = len(self.judged), self.with_verdict("error"), self.with_verdict("warning")
+        if not judged:
+            return "No test judged a LoRA set-up"
+        of_all = f"of {counted_tests(judged)}"
+        if errors:
+            return f"{errors} {of_all} found errors"
+        if warned:
+            return f"No errors, and warnings in {warned} {of_all}"
+        return (
+            "The test that judged a LoRA set-up found it healthy"
+            if judged == 1
+            else f"All {judged} tests healthy"
+        )
+
+    def to_json(self) -> str:
+        """The session as one JSON object, with the version of its ``format``."""
+        data = asdict(self)
+        # asdict knows neither how a report travels nor that JSON has no NaN.
+        for told, test in zip(data["tests"], self.tests, strict=True):
+            told["reports"] = [json.loads(report.to_json()) for report in test.reports]
+        data["counts"], data["versions"], data["seeds"] = (
+            dict(self.counts),
+            dict(self.versions),
+            dict(self.seeds),
+        )
+        return json.dumps({"format": FORMAT, **data}, indent=1, allow_nan=False)
+
+
+def counted_tests(number: int) -> str:
+    """``"1 test"``, ``"2 tests"``."""
+    return f"{number} test{'' if number == 1 else 's'}"

@@ -1,0 +1,196 @@
+"""What pictures are drawn from: places stay on the page, whatever the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_lora.exhibits import AdapterMap, LossCurve, MemoryBudget, WhatIf
+from pytest_lora.report.charts import Scale, curve_chart, path, sweep_chart
+from pytest_lora.report.gallery import gallery
+from pytest_lora.report.map_view import map_view, number
+from pytest_lora.report.memory_view import memory_view
+from pytest_lora.report.page import _flops, _percent, _seconds
+from tests.report.sample import BROKEN, BUDGET, FALLING, MAP, SESSION, SWEEP, ran
+from tests.test_exhibits import CURVES, SWEEPS, maps
+
+LOSSES = st.floats(0, 1e6) | st.sampled_from([math.nan, math.inf])
+
+
+@given(st.lists(st.floats(-1e9, 1e9), max_size=6), st.booleans())
+def test_scales_hold_their_values_and_ticks(values: list[float], flip: bool) -> None:
+    scale = Scale.over(values, flip=flip)
+    assert all(0 <= scale(value) <= 100 for value in values)
+    places = [place for place, _ in scale.ticks()]
+    assert all(-0.01 <= place <= 100.01 for place in places)
+    assert len(places) <= 6
+    assert all((a > b) is flip for a, b in pairwise(places))
+
+
+def test_ticks_are_round() -> None:
+    assert [text for _, text in Scale(0.0, 4.3).ticks()] == ["0", "2", "4"]
+    assert [text for _, text in Scale(3.91, 3.95).ticks()] == ["3.91", "3.92", "3.93", "3.94", "3.95"]
+
+
+@given(st.lists(LOSSES, min_size=1, max_size=8))
+def test_curves_stay_on_the_chart(losses: list[float]) -> None:
+    steps = tuple(range(len(losses)))
+    chart = curve_chart(
+        dataclasses.replace(
+            FALLING, steps=steps, losses=tuple(losses), window=(0, len(losses)), before=losses[0]
+        )
+    )
+    points = [point for line in chart.lines for point in line]
+    assert len(points) + len(chart.broken) == len(losses)
+    assert all(0 <= x <= 100 and 0 <= y <= 100 for x, y in points)
+    assert chart.before is None or 0 <= chart.before <= 100
+
+
+def test_a_loss_that_is_not_finite_breaks_the_line() -> None:
+    chart = curve_chart(BROKEN)
+    assert [len(line) for line in chart.lines] == [25, 4]
+    assert len(chart.broken) == 1
+
+
+def test_noise_on_a_flat_curve_looks_flat() -> None:
+    flat = dataclasses.replace(
+        FALLING, losses=tuple(3.9 + 0.01 * (n % 3) for n in range(20)), before=3.9, after=3.9
+    )
+    (line,) = curve_chart(flat).lines
+    heights = [y for _, y in line]
+    assert max(heights) - min(heights) < 3
+
+
+@given(CURVES | SWEEPS)
+def test_anything_can_be_drawn(exhibit: object) -> None:
+    if isinstance(exhibit, LossCurve):
+        if len(exhibit.steps) == len(exhibit.losses) and len(exhibit.eval_steps) == len(exhibit.eval_losses):
+            curve_chart(exhibit)
+    else:
+        sweep_chart(exhibit)  # type: ignore[arg-type]
+
+
+def test_ranks_are_one_step_apart_and_failed_ones_have_no_point() -> None:
+    chart = sweep_chart(SWEEP)
+    assert [(round(x), text) for x, text in chart.x_ticks] == [(17, "4"), (50, "8"), (83, "16")]
+    assert [(point.rank, point.chosen, point.spread is None) for point in chart.points] == [
+        (4, False, False),
+        (8, True, True),
+    ]
+    assert path([]) == ""
+    assert path([(1, 2)]) == "M1 2L1 2"
+
+
+def test_a_map_has_a_grid_for_each_stack() -> None:
+    two = dataclasses.replace(
+        MAP, rows=tuple(f"{'encoder' if n < 8 else 'decoder'}.block.{n % 8}" for n in range(16))
+    )
+    view = map_view(two)
+    assert [(stack.name, len(stack.layers)) for stack in view.stacks] == [
+        ("encoder.block", 8),
+        ("decoder.block", 8),
+    ]
+    assert [name for name, _ in view.stacks[0].lines] == list(MAP.columns)
+
+
+def test_a_map_shows_states_shades_and_runs() -> None:
+    view = map_view(MAP)
+    assert {state: number for state, _, number in view.states} == {
+        "dead": 2,
+        "missing": 2,
+        "frozen": 3,
+        "idle": 3,
+        "live": 38,
+    }
+    rank, scaling, gradient, _ = view.planes
+    assert (rank.low, rank.high, set(rank.shades)) == ("8", "32", {0.1, 1.0, None})
+    assert (scaling.low, scaling.high, set(scaling.shades)) == ("2", "2", {0.6, None})
+    assert min(shade for shade in gradient.shades if shade is not None) == 0.0
+    assert view.first == 2
+    assert [(run.layers, run.state) for run in view.runs if run.module == "self_attn.v_proj"] == [
+        ("0", "frozen"),
+        ("1", "inactive, disabled or merged"),
+        ("2", "trains"),
+        ("3", "dead: no gradient can reach it"),
+        ("4 to 8", "trains"),
+        ("9", "dead: no gradient can reach it"),
+        ("10 to 15", "trains"),
+    ]
+
+
+@given(maps())
+def test_any_map_can_be_drawn(shown: AdapterMap) -> None:
+    view = map_view(shown)
+    drawn = [cell for stack in view.stacks for _, cells in stack.lines for cell in cells if cell.state]
+    assert len(drawn) == sum(state is not None for state in shown.states)
+    assert all(shade is None or 0 <= shade <= 1 for cell in drawn for shade in cell.shades)
+
+
+@given(
+    st.lists(st.integers(0, 2**40), min_size=1, max_size=12),
+    st.integers(1, 2**40),
+    st.none() | st.integers(0, 2**40),
+)
+def test_bars_stay_within_their_track(sizes: list[int], limit: int, measured: int | None) -> None:
+    budget = MemoryBudget(
+        "step",
+        tuple((f"part {n}", size) for n, size in enumerate(sizes)),
+        sum(sizes),
+        sum(sizes),
+        limit,
+        "forward",
+        (WhatIf("less", sizes[0], sizes[0] <= limit),),
+        measured,
+    )
+    view = memory_view(budget)
+    assert sum(part.percent for part in view.segments) <= 100.1
+    assert [part.size for part in view.segments] == sorted(sizes, reverse=True)
+    assert 0 <= view.limit <= 100
+    assert all(0 <= place <= 100 for place in (view.peak, view.bars[0].percent, view.measured or 0))
+    assert (view.peak <= view.limit) is budget.fits or abs(view.peak - view.limit) < 0.01
+
+
+def test_the_gallery_shows_each_once_and_failing_tests_first() -> None:
+    shown = gallery(SESSION)
+    assert [one.exhibit for one in shown.curves.shown] == [BROKEN, FALLING]
+    (budget,) = shown.budgets.shown
+    assert [test.nodeid for test in budget.tests] == ["tests/test_memory.py::test_fits"]
+    twice = dataclasses.replace(SESSION, tests=(*SESSION.tests, *SESSION.tests[2:3]))
+    assert len(gallery(twice).budgets.shown[0].tests) == 2
+    many = tuple(
+        ran(f"t::{n}", "passed", dataclasses.replace(SESSION.tests[1].reports[0], findings=()))
+        for n in range(3)
+    )
+    assert len(gallery(dataclasses.replace(SESSION, tests=many)).maps.shown) == 1
+
+
+def test_a_measured_peak_joins_the_budget_of_its_test() -> None:
+    test = dataclasses.replace(SESSION.tests[2], gpu=SESSION.tests[7].gpu)
+    (shown,) = gallery(dataclasses.replace(SESSION, tests=(test,))).budgets.shown
+    assert shown.exhibit == dataclasses.replace(BUDGET, measured=36 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("shown", "text"),
+    [
+        (number(None), ""),
+        (number(2.0), "2"),
+        (number(0.00012345), "0.0001234"),
+        (number(math.nan), "nan"),
+        (number(12345.6), "12,346"),
+        (_percent(0.01), "< 0.1 %"),
+        (_percent(4.34), "4.3 %"),
+        (_percent(89.2), "89 %"),
+        (_flops(3.1e15), "3.10 PFLOP"),
+        (_flops(12.0), "12 FLOP"),
+        (_seconds(0.4), "0.40 s"),
+        (_seconds(141.2), "2 min 21 s"),
+    ],
+)
+def test_numbers_read_well(shown: str, text: str) -> None:
+    assert shown.replace("\u00a0", " ") == text
