@@ -14,7 +14,6 @@ from pytest_lora.rules import judge
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     import torch

@@ -47,6 +47,7 @@ from pytest_lora import (
     oom_frontier,
     rank_table,
     step_memory,
+    suggest_rank,
     watch_training,
 )
 from pytest_lora.inspection.peft_internals import saved_state
@@ -139,6 +140,7 @@ LOOKING: dict[str, Callable[[Setup], object]] = {
     "assert_alpha_ratio": lambda s: assert_alpha_ratio(s.model, 2.0),
     "count_parameters": lambda s: count_parameters(s.model),
     "rank_table": lambda s: rank_table(s.base, [2, 4], target_modules=["q_proj"]),
+    "suggest_rank": lambda s: suggest_rank(s.base, 5000),
     "estimate_memory": lambda s: estimate_memory(s.base, CONFIG, batch_size=2, seq_len=16),
     "step_memory": lambda s: step_memory(s.base, CONFIG).peak_allocated(2, 16),
     "largest_that_fits": lambda s: largest_that_fits(s.base, CONFIG, "64MiB", vary="batch_size", seq_len=16),
@@ -162,7 +164,7 @@ def test_every_check_that_takes_a_model_is_here() -> None:
         for name, value in public.items()
         if inspect.isfunction(value) and models & set(inspect.signature(value).parameters)
     }
-    assert listed == takes - {"suggest_rank"}  # advice: it reads the shape of the base alone
+    assert listed == takes
 
 
 def _bytes(tensor: torch.Tensor | None) -> Any:

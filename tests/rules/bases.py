@@ -33,18 +33,6 @@ VOCABULARY = 128
 BASE_FIELDS = {"num_hidden_layers", "hidden_size", "vocab_size"}
 """Fields of LlamaConfig that ``adapter`` takes in an example."""
 
-FOLDER_TOOLS = (
-    "add_base_weights",
-    "configure",
-    "cut",
-    "edit",
-    "pickle_weights",
-    "remove",
-    "rename",
-    "write",
-    "write_sparse",
-)
-
 
 def _llama_config(**changes: Any) -> LlamaConfig:
     fields: dict[str, Any] = {
@@ -203,7 +191,7 @@ class Namespace(dict[str, Any]):
     def __missing__(self, name: str) -> Any:
         if name == "adapter":
             return self.adapter
-        if name in FOLDER_TOOLS:
+        if name in folders.__all__:
             return getattr(folders, name)
         made = {**BASES, **BATCHES, **CONFIGS}
         if name in made:
