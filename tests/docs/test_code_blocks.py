@@ -231,7 +231,7 @@ def require_valid(name: str, args: list[str], place: Path) -> None:
             assert code in (
                 good | {pytest.ExitCode.TESTS_FAILED} if "--lora-require-gpu" in args else good
             ), args
-        case "pip" | "python3" | "python" | "mkdocs":
+        case "." | "pip" | "python3" | "python" | "mkdocs":
             require_files_and_extras(args)
         case _:
             pytest.fail(f"nobody executes {name!r}")
