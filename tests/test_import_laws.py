@@ -60,6 +60,7 @@ FLOORS = {
         "assertions",
         "byte_sizes",
         "checks",
+        "exhibits",
         "expect",
         "findings",
         "inspection",

@@ -7,6 +7,7 @@ from typing import Any
 from pytest_lora.assertions import demand
 from pytest_lora.findings import Finding, Report
 from pytest_lora.sweep.choice import METRIC_SHARE, is_enough, percent, require_share
+from pytest_lora.sweep.exhibit import exhibited
 from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.table import number
 
@@ -26,7 +27,8 @@ def check_rank_suffices(result: SweepResult, rank: int, metric_share: float = ME
     if rank not in ranks:
         raise ValueError(f"rank: r={rank} was not measured; the sweep has {', '.join(map(str, ranks))}")
     finding = _finding(result, rank, wanted)
-    return Report(f"rank {rank} for {result.metric}", () if finding is None else (finding,))
+    subject = f"rank {rank} for {result.metric}"
+    return Report(subject, () if finding is None else (finding,), (exhibited(result),))
 
 
 def assert_rank_suffices(result: SweepResult, rank: int, metric_share: float = METRIC_SHARE) -> Report:

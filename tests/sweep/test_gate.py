@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from pytest_lora import LoraHealthError, SweepResult, assert_rank_suffices, suggest_rank
+from pytest_lora import LoraHealthError, Report, SweepResult, assert_rank_suffices, suggest_rank
+from pytest_lora.exhibits import RankSweep
 from pytest_lora.sweep.advice import advise
 from pytest_lora.sweep.rows import Failure, TrialRow
 from pytest_lora.tiny import tiny_config
@@ -77,6 +78,22 @@ def test_bad_arguments() -> None:
         assert_rank_suffices({}, 8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^metric_share must be above 0"):
         assert_rank_suffices(sweep, 8, metric_share=95)
+
+
+def test_the_report_shows_the_whole_sweep() -> None:
+    report = assert_rank_suffices(result({4: [0.6, 0.7], 8: [0.9, 0.9], 16: [None]}), 8)
+    (shown,) = Report.from_json(report.to_json()).exhibits
+    assert isinstance(shown, RankSweep)
+    assert (shown.metric, shown.maximise, shown.chosen) == ("accuracy", True, 8)
+    assert [(trial.rank, trial.metric, trial.problem) for trial in shown.trials] == [
+        (4, pytest.approx(0.65), ""),
+        (8, 0.9, ""),
+        (16, None, "out of memory: much; take less"),
+    ]
+    assert (
+        shown.reasons[0]
+        == "it has 100 % of the best, no smaller rank has enough, and no larger one was measured"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,44 @@
+"""A sweep as an exhibit: the numbers that a report of the session shows."""
+
+from __future__ import annotations
+
+from pytest_lora.exhibits import RankSweep, RankTrial
+from pytest_lora.sweep.choice import RankChoice
+from pytest_lora.sweep.result import SweepResult
+from pytest_lora.sweep.rows import RankOutcome
+
+
+def exhibited(result: SweepResult) -> RankSweep:
+    """The sweep with its choice; without one where no trial has a metric."""
+    measured = any(row.metric is not None for row in result.rows)
+    choice = result.choose() if measured else None
+    return RankSweep(
+        title=result.settings.get("data") or result.metric,
+        metric=result.metric,
+        maximise=result.maximise,
+        trials=tuple(_trial(row) for row in result.rows),
+        chosen=choice.rank if choice else None,
+        reasons=_reasons(choice) if choice else (),
+    )
+
+
+def _reasons(choice: RankChoice) -> tuple[str, ...]:
+    runner_up = (
+        () if choice.runner_up is None else (f"runner-up r={choice.runner_up}: {choice.runner_up_reason}",)
+    )
+    thin = tuple(f"too thin to tell: {said}" for said in choice.thin)
+    return (choice.reason, *map(str, choice.verdicts), *runner_up, *thin)
+
+
+def _trial(row: RankOutcome) -> RankTrial:
+    problem = "" if row.metric is not None else "; ".join(sorted({str(failure) for failure in row.failures}))
+    return RankTrial(
+        rank=row.rank,
+        metric=row.metric,
+        spread=row.spread,
+        seconds=row.seconds or 0.0,
+        flops=row.flops,
+        peak_bytes=row.peak_bytes,
+        trainable_parameters=row.trainable or 0,
+        problem=problem,
+    )
