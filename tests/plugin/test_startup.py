@@ -74,7 +74,7 @@ def test_marks_import_nothing_heavy_before_set_up(
 
 def test_tests_that_ask_for_nothing_get_no_fixture(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_plain(request): assert request.fixturenames == ['request']")
-    assert run(pytester).ret == 0
+    assert run(pytester, *ALONE).ret == 0
 
 
 def test_can_be_switched_off(pytester: pytest.Pytester) -> None:
