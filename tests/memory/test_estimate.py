@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig
 
 from benchmarks.memory_cases import CASES, GIB, adapter_of, base_of, setting_of
 from pytest_lora import MemoryEstimate, StepMemory, estimate_memory, largest_that_fits, step_memory
-from pytest_lora.facts.memory import StepSetting
+from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.memory import predictor
 from pytest_lora.inspection.memory.predictor import Predictor
 
@@ -133,6 +133,13 @@ def test_every_kind_of_model(kind: str, padded: bool) -> None:
     assert sum(estimate.breakdown.values()) == estimate.peak_allocated
     assert max(p.peak for p in estimate.timeline) == estimate.peak_allocated
     assert estimate.breakdown["adapters"] > 0
+
+
+def test_a_quantized_base_with_biases_makes_the_same_storages_each_time() -> None:
+    """bitsandbytes casts biases in the first forward: where the old ones were, other storages come to lie."""
+    setting = StepSetting(2, 96, Quantization("nf4"), prepare_for_kbit=True, autocast=True)
+    steps = [Predictor(MODELS["gpt2"](), adapter(), setting)._step((2, 96, 8)) for _ in range(3)]
+    assert all((s.events, s.sizes) == (steps[0].events, steps[0].sizes) for s in steps)
 
 
 def small(**fields: Any) -> LlamaConfig:

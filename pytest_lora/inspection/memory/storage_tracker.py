@@ -57,8 +57,10 @@ class StorageTracker:
     def ignore(self, tensor: torch.Tensor) -> None:
         """A storage that was there before the step is no event of it."""
         storage = tensor.untyped_storage()
-        self._live[id(storage)] = -1
-        self._watched[id(storage)] = weakref.ref(storage)
+        key = id(storage)
+        self._live[key] = -1
+        # A layer may replace what it holds; the next storage at the same place is another one.
+        self._watched[key] = weakref.ref(storage, lambda _: self._freed(key))
 
     def recategorize(self, tensor: torch.Tensor, category: str) -> None:
         """Say what a storage turned out to hold."""
