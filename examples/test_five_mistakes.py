@@ -1,28 +1,20 @@
-"""Five classic mistakes, each found in seconds and without training, and what the report says, word for word."""
+"""Five classic mistakes, each found in seconds and without training, and what the report says, word for word.
+
+The mistakes themselves are the tests of ``pytest --lora-demo``, in pytest_lora/plugin/demo/test_demo.py, which fail.
+"""
 
 from __future__ import annotations
 
 import pytest
-from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
-from transformers import LlamaConfig
+from peft import PeftModel
 
-from pytest_lora import (
-    Expect,
-    LoraHealthError,
-    LoraHealthWarning,
-    assert_config_healthy,
-    assert_lora_healthy,
-)
-
-LLAMA_2_7B = LlamaConfig()
-"""The configuration alone: no weights are needed to judge what an adapter would be on them."""
+from pytest_lora import LoraHealthError, LoraHealthWarning
+from pytest_lora.plugin.demo import test_demo as mistakes
 
 
 def test_half_of_the_targets_match_nothing() -> None:
-    """Names of another model family. PEFT drops them without a word as long as one of them matches."""
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "query_key_value", "dense"])
     with pytest.raises(LoraHealthError) as failure:
-        assert_config_healthy(config, LLAMA_2_7B)
+        mistakes.test_half_of_the_targets_match_nothing()
     assert str(failure.value) == (
         "LoraConfig on LlamaForCausalLM: 1 error\n"
         "\n"
@@ -36,10 +28,8 @@ def test_half_of_the_targets_match_nothing() -> None:
 
 
 def test_alpha_was_left_over_from_another_rank() -> None:
-    """alpha=16 was right for r=8. At r=64 the same adapter learns at an eighth of the rate."""
-    config = LoraConfig(r=64, lora_alpha=16, target_modules=["q_proj", "v_proj"])
     with pytest.raises(LoraHealthError) as failure:
-        assert_config_healthy(config, LLAMA_2_7B, expect=Expect(alpha_ratio=2.0))
+        mistakes.test_alpha_was_left_over_from_another_rank()
     assert str(failure.value) == (
         "LoraConfig on LlamaForCausalLM: 1 error\n"
         "\n"
@@ -52,10 +42,8 @@ def test_alpha_was_left_over_from_another_rank() -> None:
 
 
 def test_the_adapter_was_frozen(lora_model: PeftModel) -> None:
-    """The base is prepared after the adapter was put on, which freezes the adapter too."""
-    prepare_model_for_kbit_training(lora_model, use_gradient_checkpointing=False)
     with pytest.raises(LoraHealthError) as failure:
-        assert_lora_healthy(lora_model)
+        mistakes.test_the_adapter_was_frozen(lora_model)
     (error,) = failure.value.report.errors
     assert error.code == "LORA201"
     assert error.observed == "all 35 LoRA layers are frozen (requires_grad=False); trainable: nothing"
@@ -66,11 +54,8 @@ def test_the_adapter_was_frozen(lora_model: PeftModel) -> None:
 
 
 def test_the_percentage_counts_packed_weights(lora_model: PeftModel) -> None:
-    """In 4 bits one stored byte is two weights: numel() halves the total."""
-    trainable = sum(p.numel() for p in lora_model.parameters() if p.requires_grad)
-    printed = 100 * trainable / sum(p.numel() for p in lora_model.parameters())
     with pytest.warns(LoraHealthWarning) as warned:
-        assert_lora_healthy(lora_model, expect=Expect(reported_percent=printed))
+        mistakes.test_the_percentage_counts_packed_weights(lora_model)
     assert str(warned[0].message) == (
         "warning[LORA218]: reported percent is wrong\n"
         "  --> reported_percent of LlamaForCausalLM\n"
@@ -83,9 +68,8 @@ def test_the_percentage_counts_packed_weights(lora_model: PeftModel) -> None:
 
 
 def test_the_loaded_adapter_holds_nothing(lora_model: PeftModel) -> None:
-    """A file whose keys do not fit loads as nothing: lora_B stays at its initial zero."""
     with pytest.raises(LoraHealthError) as failure:
-        assert_lora_healthy(lora_model, expect=Expect(fresh=False))
+        mistakes.test_the_loaded_adapter_holds_nothing(lora_model)
     (error,) = failure.value.report.errors
     assert error.code == "LORA225"
     assert error.observed == "lora_B is all zero in 35 of 35 modules of 'default'"

@@ -271,7 +271,11 @@ def assert_fits_memory(
     """Assert that a training step fits the memory of a GPU, without a GPU; see ``check_memory``.
 
     Args:
-        base, config, batch_size, seq_len, setting: As for ``estimate_memory``.
+        base: As for ``estimate_memory``.
+        config: The adapter.
+        batch_size: Sequences (or images) in a micro-batch.
+        seq_len: Tokens in each, padding included.
+        setting: The other arguments of ``estimate_memory``.
         budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked.
         advise: Whether other settings are estimated where it does not fit, which takes a second or two. A
             search over many settings does without.

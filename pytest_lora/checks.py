@@ -110,7 +110,10 @@ def check_memory(
     Where it does not fit, other settings are estimated too, and the smallest change that fits comes first.
 
     Args:
-        base, config, batch_size, seq_len: As for ``estimate_memory``.
+        base: As for ``estimate_memory``.
+        config: The adapter.
+        batch_size: Sequences (or images) in a micro-batch.
+        seq_len: Tokens in each, padding included.
         budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked.
         advise: Whether other settings are estimated where it does not fit, which takes a second or two. A
             search over many settings does without.

@@ -155,6 +155,26 @@ class _Call:
         dora = getattr(self.layer, "use_dora", {})
         return not any(dora.get(name) for name in names)
 
+    @property
+    def takes_more_rows(self) -> bool:
+        """Whether rows of zeros in the factors are more rank."""
+        return True
+
+
+@dataclass(frozen=True)
+class _Update(_Call):
+    """A layer whose output is no sum of base and update: its weight is, and the update is looked at alone."""
+
+    def output(self) -> Tensor:
+        names = list(active_adapters(self.layer))
+        updates = torch.stack([self.layer.get_delta_weight(name) for name in names])
+        return torch.zeros_like(updates[0]) if self.layer.disable_adapters else updates.sum(0)
+
+    @property
+    def takes_more_rows(self) -> bool:
+        """Whether the rank is the number of rows; experts in one parameter have their rows one after another."""
+        return fused_parameter(self.layer) is None
+
 
 def _layer_laws(adapted: nn.Module, layers: dict[str, Any], batch: Any) -> Iterator[Finding]:
     calls = _calls(adapted, layers, batch)
@@ -164,7 +184,7 @@ def _layer_laws(adapted: nn.Module, layers: dict[str, Any], batch: Any) -> Itera
         for call in calls:
             if call.acts_alone and (off := _deviation_from_linear(call)) is not None:
                 nonlinear[call.name] = off
-            if (off := _deviation_when_padded(call)) is not None:
+            if call.takes_more_rows and (off := _deviation_when_padded(call)) is not None:
                 padded[call.name] = off
     if nonlinear:
         yield _finding(
@@ -185,7 +205,7 @@ def _layer_laws(adapted: nn.Module, layers: dict[str, Any], batch: Any) -> Itera
 
 
 def _calls(adapted: nn.Module, layers: dict[str, Any], batch: Any) -> list[_Call]:
-    """The last call of each layer whose forward can be repeated on its own."""
+    """The last call of each layer whose forward can be repeated on its own, and the updates of the others."""
     found: dict[str, _Call] = {}
 
     def recorder(name: str, layer: Any) -> Callable[..., None]:
@@ -203,7 +223,8 @@ def _calls(adapted: nn.Module, layers: dict[str, Any], batch: Any) -> list[_Call
     finally:
         for hook in hooks:
             hook.remove()
-    return list(found.values())
+    others = [_Update(n, m, (), {}) for n, m in layers.items() if n not in plain and active_adapters(m)]
+    return [*found.values(), *others]
 
 
 def _deviation_from_linear(call: _Call) -> float | None:
@@ -245,10 +266,17 @@ def _leaking(adapted: nn.Module, batch: Any) -> Iterator[Finding]:
     pair: Any = copy.deepcopy(adapted)
     first = list(pair.base_model.active_adapters)
     before = output_of(pair, batch)
+    # PEFT's attention layer merges and unmerges in every forward.
+    rounds = any("Attention" in type(m).__name__ for m in pair.modules() if isinstance(m, LoraLayer))
     config = copy.deepcopy(pair.peft_config[first[0]])
     config.init_lora_weights, config.bias = False, "none"
     config.modules_to_save = config.trainable_token_indices = None
-    pair.add_adapter(_SECOND, config)
+    try:
+        pair.add_adapter(_SECOND, config)
+    except ValueError:
+        if config.target_parameters:  # of which PEFT 0.17 takes one adapter only
+            return
+        raise
     pair.eval()
     added = output_of(pair, batch)
     pair.set_adapter(_SECOND)
@@ -257,7 +285,7 @@ def _leaking(adapted: nn.Module, batch: Any) -> Iterator[Finding]:
     pair.set_adapter(first[0]) if len(first) == 1 else pair.base_model.set_adapter(first)
     back = output_of(pair, batch)
     for seen, when in ((added, "after a second adapter was added"), (back, "after the second was active")):
-        if not identical(before, seen):
+        if not (identical(before, seen) or (rounds and _near(before, seen))):
             yield _finding(
                 "LORA934",
                 f"the output under {', '.join(first)}",

@@ -151,7 +151,8 @@ def step_memory(
     For many estimates, which then share what they have in common.
 
     Args:
-        base, config: As for ``estimate_memory``.
+        base: As for ``estimate_memory``.
+        config: The adapter.
         setting: The other arguments of ``estimate_memory``, ``batch_size`` and ``seq_len`` aside.
 
     Raises:
@@ -179,10 +180,12 @@ def largest_that_fits(
     """The largest batch size, sequence length or rank whose step fits a budget, 0 if none does.
 
     Args:
-        base, config: As for ``estimate_memory``.
+        base: As for ``estimate_memory``.
+        config: The adapter.
         budget: GPU memory: ``"24GiB"``, or whole bytes. The peak that is allocated must not pass it.
         vary: ``"batch_size"``, ``"seq_len"`` or ``"r"``; the others stay as given.
-        batch_size, seq_len: The values that stay.
+        batch_size: Stays, unless it is varied.
+        seq_len: Stays, unless it is varied.
         setting: The other arguments of ``estimate_memory``.
 
     Raises:
@@ -279,7 +282,8 @@ def oom_frontier(
     """The largest batch that fits a budget, for every sequence length and rank.
 
     Args:
-        base, config: As for ``estimate_memory``.
+        base: As for ``estimate_memory``.
+        config: The adapter.
         budget: GPU memory: ``"24GiB"``, or whole bytes. The peak that is allocated must not pass it.
         seq_lens: Sequence lengths in tokens.
         ranks: Ranks; by default that of ``config`` alone.

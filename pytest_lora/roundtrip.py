@@ -208,19 +208,22 @@ def base_without_adapter(adapted: nn.Module, *, forget_trained: bool = False) ->
     for layer in list(base.modules()):
         if isinstance(layer, LoraLayer):
             layer.unmerge()
-    replaced: tuple[str, ...] = ()
-    for name, module in list(base.named_modules()):
-        inner = _inner(module)
-        if inner is not None and not name.startswith(replaced):
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, inner)
-            replaced += (f"{name}.",)
+    _unwrap(base)
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         vars(base).pop(attribute, None)
     for parameter in base.parameters():
         if forget_trained and parameter.requires_grad and parameter.is_floating_point():
             parameter.data.zero_()
     return _quiet_eval(base)
+
+
+def _unwrap(parent: nn.Module) -> None:
+    """Replace wrappers by what they wrap, which may hold wrappers too: attention's ``out_proj`` is one."""
+    for name, child in list(parent.named_children()):
+        inner = _inner(child)
+        if inner is not None:
+            setattr(parent, name, inner)
+        _unwrap(child if inner is None else inner)
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
@@ -272,7 +275,7 @@ def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Pa
 
     if not isinstance(adapted, PeftModel):
         raise ValueError(f"model cannot be saved: PEFT has no save_pretrained for {type(adapted).__name__}")
-    adapted.save_pretrained(str(folder))
+    save_adapters(adapted, str(folder))
     homes = {name: folder if name == "default" else folder / name for name in adapted.peft_config}
     (first, home), *others = homes.items()
     with _loading():
@@ -281,6 +284,15 @@ def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Pa
             reloaded.load_adapter(str(home), adapter_name=name)
         reloaded.base_model.set_adapter(active)
     return _as_module(reloaded)
+
+
+def save_adapters(model: Any, folder: str, **how: Any) -> None:
+    """PEFT's ``save_pretrained`` without the model card, whose template takes longer than all the rest."""
+    vars(model)["create_or_update_model_card"] = lambda output_dir: None
+    try:
+        model.save_pretrained(folder, **how)
+    finally:
+        del vars(model)["create_or_update_model_card"]
 
 
 def _reloaded_transformers(adapted: Any, fresh: Any, active: list[str], folder: Path) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import cache
 from operator import is_
 from typing import Any
 
@@ -18,6 +18,8 @@ COPIED_BYTES = 256 * 2**20
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
 _TENSOR_REGISTRIES = ("_parameters", "_buffers")
 _ABSENT = object()
+_SMALL_BYTES = 2**17
+"""Up to this size, calling a comparison costs more than comparing, so that such tensors are compared together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,10 @@ class Snapshot:
             content = shared or _Content.of(tensor, self.copied)
             self._tensors[id(tensor)] = _TensorState.of(name, tensor, owner, content, shared is not None)
         self._settings_before = self._settings()
+        states = list(self._tensors.values())
+        self._contents = _Contents(states)
+        own = [state for state in states if not state.is_shared]
+        self._own_contents = _Contents(own) if len(own) < len(states) else self._contents
         # The other snapshot is restored first, so modules that are alike in both need no look. Those that are not
         # surely have changed; apart from them, the rest mostly compares equal at once.
         both = sharing._by_id if sharing else {}
@@ -128,8 +134,8 @@ class Snapshot:
                 elif other is None or other[1].entry(registry, key) is not value:
                     (layers if registry == "_modules" else replaced).append(full)
         with torch._C.DisableTorchFunctionSubclass():  # it slows down every look at a quantized weight
-            differing = [state for state in self._tensors.values() if not state.is_intact()]
-        repacked = tuple(f"{state.name}." for state in self._tensors.values() if state.is_repacked())
+            differing = self._contents.differing()
+        repacked = tuple(f"{state.name}." for state in differing if state.is_repacked())
         contents = [
             state.name
             for state in differing
@@ -160,18 +166,12 @@ class Snapshot:
         for config in self._configs.values():
             config.restore()
         with torch._C.DisableTorchFunctionSubclass():
+            if differing is None:
+                differing = frozenset(state.name for state in self._own_contents.differing())
             suspects = list(self._tensors.values())
             if self._settings() == self._settings_before:
-                suspects = [
-                    state
-                    for state in suspects
-                    if not state.is_shared and (differing is None or state.name in differing)
-                ]
-            lost = [
-                state.name
-                for state in suspects
-                if not state.restore(differing is None or state.name in differing)
-            ]
+                suspects = [state for state in suspects if state.name in differing] if differing else []
+            lost = [state.name for state in suspects if not state.restore(state.name in differing)]
         return not lost
 
     def _settings(self) -> tuple[list[bool], list[int], list[tuple[int, list[int]]]]:
@@ -228,9 +228,16 @@ class _Attributes:
 
     def replaced_entries(self, module: nn.Module) -> Iterator[tuple[str, str, Any]]:
         """Yield registry, name and new value of each child, parameter or buffer that is another object now."""
+        attributes = vars(module)
         for registry in _REGISTRIES:
-            before, now = self.containers[registry], vars(module)[registry]
-            if (not before and not now) or (registry == "_modules" and before == now):
+            before, now = self.containers[registry], attributes[registry]
+            if not before and not now:
+                continue
+            if (
+                len(before) == len(now)
+                and all(map(is_, before.values(), now.values()))
+                and [*before] == [*now]
+            ):
                 continue
             for key in {**before, **now}:
                 value = now.get(key, _ABSENT)
@@ -255,33 +262,40 @@ class _Batch:
 
     def __init__(self, attributes: list[_Attributes]) -> None:
         self._all = attributes
-        held = [(a, key) for a in attributes for key in a.containers]
+        held = [(a, key, a.values[key], before) for a in attributes for key, before in a.containers.items()]
+        # Most containers are for hooks, and empty: to ask for that needs no look at what they held before.
+        self._empty = [now for _, _, now, before in held if not before]
+        self._owners_of_empty = [a for a, _, _, before in held if not before]
+        filled = [entry for entry in held if entry[3]]
         # Tensors are told apart by identity: comparing them by value gives tensors.
-        self._registries = [(a, a.values[key]) for a, key in held if key in _TENSOR_REGISTRIES]
-        self._registered = [_identities(registry) for _, registry in self._registries]
-        self._flat = self._tensors()
-        others = [(a, a.values[key], a.containers[key]) for a, key in held if key not in _TENSOR_REGISTRIES]
-        self._dicts = [(a, vars(a.owner), a.values) for a in attributes] + others
-        self._now = [now for _, now, _ in self._dicts]
-        self._before = [before for _, _, before in self._dicts]
-
-    def _tensors(self) -> list[tuple[str, Any]]:
-        return list(chain.from_iterable(registry.items() for _, registry in self._registries))
+        tensors = [(a, now) for a, key, now, _ in filled if key in _TENSOR_REGISTRIES]
+        self._owners_of_tensors = [a for a, _ in tensors]
+        self._registries = [registry for _, registry in tensors]
+        self._registered = list(map(_identities, self._registries))
+        others = [(a, now, before) for a, key, now, before in filled if key not in _TENSOR_REGISTRIES]
+        dicts = [*((a, vars(a.owner), a.values) for a in attributes), *others]
+        self._owners = [a for a, _, _ in dicts]
+        self._now = [now for _, now, _ in dicts]
+        self._before = [before for _, _, before in dicts]
 
     def changed(self) -> list[_Attributes]:
         """Those that are not what they were; one may come twice."""
+        registered = list(map(_identities, self._registries))
+        changed: list[_Attributes] = []
         try:
-            if self._now == self._before and _same_pairs(self._tensors(), self._flat):
-                return []
-            changed = [a for a, now, before in self._dicts if now != before]
+            if any(self._empty):
+                changed += [a for a, now in zip(self._owners_of_empty, self._empty, strict=True) if now]
+            if self._now != self._before:
+                changed += _differing(self._owners, self._now, self._before)
+            if registered != self._registered:
+                changed += _differing(self._owners_of_tensors, registered, self._registered)
         except (RuntimeError, ValueError):  # a tensor or an array in the place of something else
             return self._all
-        registered = zip(self._registries, self._registered, strict=True)
-        return changed + [a for (a, registry), before in registered if _identities(registry) != before]
+        return changed
 
 
-def _same_pairs(one: list[tuple[str, Any]], two: list[tuple[str, Any]]) -> bool:
-    return len(one) == len(two) and all(a[0] == b[0] and a[1] is b[1] for a, b in zip(one, two, strict=True))
+def _differing(owners: list[_Attributes], now: list[Any], before: list[Any]) -> list[_Attributes]:
+    return [owner for owner, one, two in zip(owners, now, before, strict=True) if one != two]
 
 
 def _identities(registry: dict[str, Any]) -> list[tuple[str, int]]:
@@ -359,13 +373,42 @@ class _Content:
         return torch.equal(self.live, self.words)
 
 
+class _Contents:
+    """Contents of many tensors: the small ones in CPU memory are compared at once."""
+
+    def __init__(self, states: list[_TensorState]) -> None:
+        self._small = [s for s in states if s.content.live is not None and s.tensor.nbytes <= _SMALL_BYTES]
+        small = set(map(id, self._small))
+        self._others = [state for state in states if id(state) not in small]
+        self._tensors = [state.tensor for state in self._small]
+        with torch._C.DisableTorchFunctionSubclass():
+            self._places = self._now()
+        kinds: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for state in self._small:
+            if state.content.live is not None and state.content.words is not None:
+                live, words = kinds.setdefault(state.content.words.dtype, ([], []))
+                live.append(state.content.live)
+                words.append(state.content.words)
+        self._joined = [(live, torch.cat(words)) for live, words in kinds.values()]
+
+    def _now(self) -> list[tuple[int, torch.dtype, torch.Size, tuple[int, ...]]]:
+        return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._tensors]
+
+    def differing(self) -> list[_TensorState]:
+        """The tensors that are not what they were."""
+        suspects = self._others
+        if self._now() != self._places or not all(torch.equal(torch.cat(a), b) for a, b in self._joined):
+            suspects = suspects + self._small
+        return [state for state in suspects if not state.is_intact()]
+
+
 @dataclass(frozen=True, slots=True)
 class _TensorState:
     name: str
     tensor: Tensor
     owner: nn.Module
     content: _Content
-    form: tuple[torch.dtype, torch.Size, torch.device]
+    form: _Form
     requires_grad: bool
     grad: Tensor | None
     packed: bool
@@ -383,9 +426,7 @@ class _TensorState:
         return cls(name, tensor, owner, content, form, tensor.requires_grad, grad, packed, is_shared, hooks)
 
     def is_intact(self) -> bool:
-        tensor, (dtype, shape, device) = self.tensor, self.form
-        same_form = tensor.dtype is dtype and tensor.shape == shape and tensor.device == device
-        return same_form and self.content.equals(tensor)
+        return _form(self.tensor) == self.form and self.content.equals(self.tensor)
 
     def is_repacked(self) -> bool:
         """Whether bitsandbytes packed 4-bit weights anew for inference on this CPU."""
@@ -425,8 +466,12 @@ class _TensorState:
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-def _form(tensor: Tensor) -> tuple[torch.dtype, torch.Size, torch.device]:
-    return tensor.dtype, tensor.shape, tensor.device
+_Form = tuple[torch.dtype, torch.Size, torch.device, tuple[int, ...]]
+
+
+def _form(tensor: Tensor) -> _Form:
+    strides = tensor.stride() if tensor.layout is torch.strided else ()
+    return tensor.dtype, tensor.shape, tensor.device, strides
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -466,7 +511,12 @@ def _is_packed(tensor: Tensor) -> bool:
 
 
 def _is_peft(value: object) -> bool:
-    return type(value).__module__.partition(".")[0] == "peft"
+    return _is_in_peft(type(value).__module__)
+
+
+@cache
+def _is_in_peft(module: str) -> bool:
+    return module.partition(".")[0] == "peft"
 
 
 def _merged_layers(name: str, layer: Any) -> Iterator[str]:

@@ -20,6 +20,7 @@ FLOORS = {
     "byte_sizes": set(),
     "exhibits": set(),
     "exhibition": {"exhibits", "facts"},
+    "baseline": set(),
     "findings": {"exhibits"},
     "expect": set(),
     "facts": {"byte_sizes", "facts"},
@@ -53,8 +54,9 @@ FLOORS = {
     },
     "watch": {"findings", "expect", "rules", "inspection", "checks", "assertions"},
     "callback": {"expect", "watch"},
-    "lifecycle": {"checks", "expect", "roundtrip", "tiny"},
-    "strategies": {"expect", "facts", "inspection", "strategies", "tiny"},
+    "combination": {"inspection", "roundtrip"},
+    "lifecycle": {"checks", "combination", "expect", "inspection", "laws", "roundtrip", "tiny"},
+    "strategies": {"expect", "facts", "inspection", "roundtrip", "strategies", "tiny"},
 }
 """What each part of the package may import from the package; the plugin may import everything."""
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Linear
+from peft.tuners.lora.layer import Linear, MultiheadAttention
 from torch import nn
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from pytest_lora import LoraHealthError, assert_lora_laws
 from pytest_lora.laws import check_lora_laws
 from pytest_lora.strategies import lora_models
-from pytest_lora.tiny import text_batch
+from pytest_lora.tiny import load_tiny, text_batch
 from tests.rules.bases import image_batch
 from tests.test_roundtrip import BATCH, HEALTHY, adapted, assert_same, base, codes, state, trained
 
@@ -27,10 +28,59 @@ def convolution() -> nn.Module:
     return trained(get_peft_model(base("batchnorm_base"), config))  # type: ignore[arg-type]
 
 
+class Attention(nn.Module):
+    """What PEFT adapts as a whole: projections in one parameter, and one in a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.head = nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.attention(x, x, x, need_weights=False)[0])
+        return result
+
+
+def attention() -> nn.Module:
+    torch.manual_seed(0)
+    model: Any = Attention()
+    return trained(get_peft_model(model, LoraConfig(r=2, target_modules=["attention", "head"])))
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def experts() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "vocab_size": 64,
+        "num_hidden_layers": 1,
+        "head_dim": 8,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = GptOssForCausalLM(GptOssConfig(**sizes, **heads))
+    return trained(
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=EXPERTS))
+    )
+
+
+def in_8_bits() -> nn.Module:
+    try:
+        base = load_tiny(quantization="int8")
+    except ValueError as refused:
+        pytest.skip(str(refused))
+    return trained(get_peft_model(base, LoraConfig(r=2, target_modules=["v_proj"])))
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     **{name: (make, BATCH) for name, make in HEALTHY.items()},
     "Conv1D": (lambda: adapted("gpt2_base", target_modules=["c_attn"], fan_in_fan_out=True), BATCH),
     "Conv2d": (convolution, image_batch()),
+    "MultiheadAttention": (attention, torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))),
+    "experts in one parameter": (experts, BATCH),
+    "8-bit": (in_8_bits, BATCH),
     "DoRA in 4 bits": (lambda: adapted("base_4bit", use_dora=True), BATCH),
     "all-linear": (lambda: adapted(target_modules="all-linear", use_rslora=True), BATCH),
     "ranks of their own": (lambda: adapted(rank_pattern={"q_proj": 7}), BATCH),
@@ -104,6 +154,24 @@ def test_a_forward_that_scales_by_the_shape(monkeypatch: pytest.MonkeyPatch) -> 
         return plain + (out - plain) * layer.lora_A["default"].weight.shape[0]
 
     assert "LORA933" in codes(check_lora_laws(broken(monkeypatch, forward), BATCH))
+
+
+@pytest.mark.parametrize(
+    ("code", "factor"),
+    [
+        ("LORA932", lambda layer: layer.scaling["default"]),
+        ("LORA933", lambda layer: layer.lora_A["default"].weight.shape[0]),
+    ],
+)
+def test_an_attention_whose_update_is_another(
+    monkeypatch: pytest.MonkeyPatch, code: str, factor: Callable[[Any], float]
+) -> None:
+    real = MultiheadAttention.get_delta_weight
+    monkeypatch.setattr(
+        MultiheadAttention, "get_delta_weight", lambda self, name: factor(self) * real(self, name)
+    )
+    model, batch = LAYERS["MultiheadAttention"]
+    assert code in codes(check_lora_laws(model(), batch))
 
 
 def test_adapters_that_share_state(monkeypatch: pytest.MonkeyPatch) -> None:

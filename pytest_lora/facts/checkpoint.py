@@ -117,6 +117,7 @@ class Key:
         wrappers: Names of wrappers that stand in it, in their order.
         adapter: The name of the adapter, where that stands in it, else ``""``.
         peft_name: The key as PEFT would write it.
+        is_cut: Whether ``.weight`` is missing at its end, without which PEFT takes it for something else.
     """
 
     module: str
@@ -125,6 +126,7 @@ class Key:
     wrappers: tuple[str, ...]
     adapter: str
     peft_name: str
+    is_cut: bool = False
 
     @classmethod
     def of(cls, name: str) -> Key:
@@ -150,7 +152,8 @@ class Key:
         bare = part in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
         ending = f".{found['kind'] or 'weight'}" if not bare else ""
         adapter = found["adapter"] or ""
-        return cls(module, part, prefixes, wrappers, adapter, f"{PREFIX}{module}.{part}{ending}")
+        is_cut = not bare and found["kind"] is None
+        return cls(module, part, prefixes, wrappers, adapter, f"{PREFIX}{module}.{part}{ending}", is_cut)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +317,7 @@ class CheckpointFacts:
         return tuple(t for t in self.lora if self._is_misnamed(self.key(t)))
 
     def _is_misnamed(self, key: Key) -> bool:
-        return key.prefixes != 1 or bool(key.wrappers) or key.adapter not in ("", "default")
+        return key.prefixes != 1 or bool(key.wrappers) or key.is_cut or key.adapter not in ("", "default")
 
     @cached_property
     def is_foreign(self) -> bool:

@@ -206,6 +206,7 @@ class LabelFacts:
         ids_outside: Input ids that have no row, each once.
         same: Share of labels equal to the input at their own position.
         ahead: Share of labels equal to the input one position later.
+        behind: Share of labels equal to the input one position earlier.
     """
 
     batch: int
@@ -225,6 +226,7 @@ class LabelFacts:
     ids_outside: tuple[int, ...]
     same: float
     ahead: float
+    behind: float
 
 
 @dataclass(frozen=True, slots=True)

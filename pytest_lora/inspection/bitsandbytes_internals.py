@@ -42,6 +42,56 @@ def pack_on_meta(module: Any, dtype: torch.dtype) -> None:
         _pack_in_4_bits(module, dtype)
 
 
+def pack_linear_layers(model: nn.Module) -> None:
+    """Pack the linear layers of a live model to NF4 in place, but the last one and the output head.
+
+    transformers keeps those two as they are when it loads a model in 4 bits.
+    """
+    from torch import nn
+
+    layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    last = next(reversed(layers), None)
+    for name, layer in layers.items():
+        if name != last and layer is not head:
+            model.set_submodule(name, _packed(layer))
+    keep_packing(model)
+    vars(model)["is_loaded_in_4bit"] = True
+
+
+def _packed(layer: nn.Linear) -> Any:
+    packed = _layers().Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=layer.weight.dtype,
+        quant_type="nf4",
+    )
+    packed.weight = _layers().Params4bit(
+        layer.weight.data, requires_grad=False, quant_type="nf4", module=packed
+    )
+    packed.bias = layer.bias
+    return packed.to(layer.weight.device)
+
+
+def unpack_linear_layers(model: nn.Module) -> None:
+    """Put whole linear layers with the values of the packed ones into their place."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from torch import nn
+
+    unpack: Any = dequantize_4bit
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, _layers().Linear4bit):
+            continue
+        with torch.no_grad():
+            weight = unpack(layer.weight.data, layer.weight.quant_state)
+        whole = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        whole.weight, whole.bias = nn.Parameter(weight, False), layer.bias
+        model.set_submodule(name, whole)
+    vars(model)["is_loaded_in_4bit"] = False
+
+
 def quantized_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of bitsandbytes in a model."""
     kinds = (_layers().Linear4bit, _layers().Linear8bitLt)

@@ -13,6 +13,7 @@ from pytest_lora.inspection.config import live_config_facts
 from pytest_lora.inspection.layers import CPU_NUMBERS, UNREAD, layer_states, read_values
 from pytest_lora.inspection.parameters import count
 from pytest_lora.inspection.peft_internals import (
+    WRAPPERS,
     ModulesToSaveWrapper,
     active_adapters,
     lora_configs,
@@ -46,9 +47,11 @@ def model_facts(model: nn.Module) -> ModelFacts:
     """Everything that the rules ask about a live model.
 
     Raises:
-        TypeError: ``model`` carries no LoRA layers.
+        TypeError: ``model`` carries no LoRA layers, and PEFT has no LoRA configuration for it either.
     """
-    found = adapted_survey(model)
+    found = survey(model)
+    if not found.lora and not _is_unloaded(model, found):
+        found = adapted_survey(model)
     parameters = base_parameters(found)
     base = base_facts(found, parameters)
     configs = lora_configs(found.root)
@@ -80,6 +83,12 @@ def model_facts(model: nn.Module) -> ModelFacts:
         stored_parameters=counted.stored,
         reentrant_without_inputs=transformers_internals.reentrant_without_inputs(found),
     )
+
+
+def _is_unloaded(model: nn.Module, found: Survey) -> bool:
+    """Whether a PEFT model is left that was made for LoRA, but whose LoRA layers were taken off."""
+    wrappers = (module for module in model.modules() if isinstance(module, WRAPPERS))
+    return not found.other_tuners and any(map(lora_configs, wrappers))
 
 
 def _trained_biases(configs: Iterable[object], layers: tuple[LayerState, ...]) -> frozenset[str] | None:

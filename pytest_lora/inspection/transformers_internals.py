@@ -73,18 +73,17 @@ def quantized_linears(model: nn.Module, quantization: Any) -> list[nn.Module]:
     """
     from transformers.integrations import bitsandbytes as integration
 
-    kept = [*_kept_whole(model), *(quantization.llm_int8_skip_modules or ())]
+    kept = _kept_whole(model, quantization.llm_int8_skip_modules)
     integration.replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=quantization)
     return quantized_layers(model)
 
 
-def _kept_whole(model: nn.Module) -> list[str]:
-    """Layers that transformers does not quantize unless told: the output embeddings above all."""
-    from transformers.integrations import bitsandbytes as before_5
-    from transformers.quantizers import base as since_5
+def _kept_whole(model: Any, skipped: list[str] | None) -> list[str]:
+    """Layers that transformers leaves whole: those skipped, or else the output embeddings; and those in float32."""
+    from transformers.quantizers.base import HfQuantizer
 
-    home: Any = since_5 if hasattr(since_5, "get_keys_to_not_convert") else before_5
-    names: list[str] = home.get_keys_to_not_convert(model)
+    quantizer: Any = HfQuantizer
+    names: list[str] = quantizer.get_modules_to_not_convert(model, skipped, model._keep_in_fp32_modules)
     return names
 
 

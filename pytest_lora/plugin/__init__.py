@@ -41,6 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) -> None:
     """Before anything is imported: refuse adapters with code beside them, and pin an xdist worker to its GPU."""
+    if early_config.known_args_namespace.lora_demo:
+        early_config.known_args_namespace.noconftest = True
     if any(name in arg for arg in args for name in ADAPTER_FILES):
         from pytest_lora.plugin import adapter_items
 
@@ -73,6 +75,11 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_lora.plugin import adapter_items
 
         adapter_items.enable(config, options.adapters)
+    if options.baseline and not is_worker:
+        from pytest_lora.plugin import baseline_gate
+
+        gate = baseline_gate.BaselineGate(options.baseline, update=options.update_baseline)
+        config.pluginmanager.register(gate, "lora-baseline")
     if options.require_gpu and not is_worker:
         from pytest_lora.plugin.gpu import report as gpu_report
 
@@ -87,7 +94,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Answer ``--lora-rules`` and ``--lora-explain`` instead of running tests."""
+    """Answer ``--lora-rules`` and ``--lora-explain``, and show ``--lora-demo``, instead of running tests."""
+    if config.getoption("lora_demo"):
+        from pytest_lora.plugin import demo
+
+        return demo.show(config)
     if not (config.getoption("lora_rules") or config.getoption("lora_explain")):
         return None
     from pytest_lora.plugin import rule_pages

@@ -42,15 +42,18 @@ def config_for(node: pytest.Item, parameter: object = None) -> LoraConfig:
 
 
 def fitted(config: LoraConfig, base: nn.Module, node: pytest.Item) -> LoraConfig:
-    """A copy of the configuration, in which defaults that only fit a causal LM of transformers fit the base."""
-    config = copy.deepcopy(config)
-    given = fields_for(node).config
-    if "task_type" not in given and not hasattr(base, "prepare_inputs_for_generation"):
-        config.task_type = None
+    """The configuration, or a copy in which defaults that only fit a causal LM of transformers fit the base."""
+    changes: dict[str, object] = {}
+    if not hasattr(base, "prepare_inputs_for_generation") and "task_type" not in fields_for(node).config:
+        changes["task_type"] = None
     if config.target_modules == "all-linear" and not isinstance(base, PreTrainedModel):
-        config.target_modules = [
+        changes["target_modules"] = [
             name for name, module in base.named_modules() if name and isinstance(module, nn.Linear)
         ]
+    if not changes:
+        return config
+    config = copy.deepcopy(config)
+    vars(config).update(changes)
     return config
 
 

@@ -97,6 +97,23 @@ TABLE = (
         "than once",
         {"metavar": "PATH", "action": "append", "default": []},
     ),
+    _Option(
+        "baseline",
+        "compare what the tests measure (trainable parameters, scaling, peaks, drop of the loss, codes that fire) with "
+        "this JSON file, and fail the session where something regressed",
+        {"metavar": "FILE"},
+    ),
+    _Option(
+        "update-baseline",
+        "write what was measured to the file of --lora-baseline instead; tests that did not run keep their lines",
+        {"action": "store_true"},
+    ),
+    _Option(
+        "demo",
+        "instead of running tests, show what is told of a healthy adapter and of five broken ones, and write a report "
+        "(--lora-report, else in a temporary folder); exit status 0 if all went as it should",
+        {"action": "store_true"},
+    ),
     _Option("rules", "list the rules: code, severity, name, summary", {"action": "store_true"}),
     _Option("explain", "print the documentation of a rule, such as LORA203", {"metavar": "CODE"}),
 )

@@ -26,6 +26,8 @@ class LoraOptions:
         gpu_report: Whether GPU tests are listed at the end.
         gpus_per_worker: How many GPUs an xdist worker sees; 0 to find out.
         reports: Files to write a report to, absolute.
+        baseline: File to compare what was measured with, absolute; ``None`` for none.
+        update_baseline: Whether that file is written instead.
         step_summary: GitHub's job summary, to which a report is added; ``None`` elsewhere.
     """
 
@@ -39,12 +41,14 @@ class LoraOptions:
     gpu_report: bool
     gpus_per_worker: int
     reports: tuple[Path, ...]
+    baseline: Path | None
+    update_baseline: bool
     step_summary: Path | None
 
     @property
     def exhibits(self) -> bool:
         """Whether anybody is going to look at more than findings, so that it is worth carrying along."""
-        return bool(self.reports or self.step_summary)
+        return bool(self.reports or self.step_summary or self.baseline)
 
     @classmethod
     def from_config(cls, config: pytest.Config) -> LoraOptions:
@@ -65,6 +69,8 @@ class LoraOptions:
             require_gpu=config.getoption("lora_require_gpu"),
             gpu_report=config.getoption("lora_gpu_report"),
             gpus_per_worker=gpus_per_worker(config),
+            baseline=_baseline_file(config),
+            update_baseline=config.getoption("lora_update_baseline"),
             reports=tuple(_report_file(config, given) for given in config.getoption("lora_report")),
             step_summary=Path(summary) if (summary := os.environ.get("GITHUB_STEP_SUMMARY")) else None,
         )
@@ -122,6 +128,18 @@ def _report_file(config: pytest.Config, given: str) -> Path:
         raise pytest.UsageError(f"--lora-report: {given!r} must end in {', '.join(REPORT_ENDINGS)}")
     if path.is_dir():
         raise pytest.UsageError(f"--lora-report: {given!r} is a folder; name a file")
+    return path
+
+
+def _baseline_file(config: pytest.Config) -> Path | None:
+    given = config.getoption("lora_baseline")
+    if given is None:
+        if config.getoption("lora_update_baseline"):
+            raise pytest.UsageError("--lora-update-baseline: say which file, with --lora-baseline FILE")
+        return None
+    path: Path = config.invocation_params.dir / Path(given).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise pytest.UsageError(f"--lora-baseline: {given!r} must be a file in a folder that exists")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -141,13 +142,13 @@ class Base:
         The weights depend on the configuration only, and no random state is touched. On a base small enough to
         copy, the layers of an adapter are used again, put back to what they were when new.
         """
-        key = repr(sorted(vars(config).items(), key=str))
+        key = repr(vars(config))
         if key in self._kept:
             model, state = self._kept[key]
             if state.restore():
                 return model, state
         with _own_randomness(self.model):
-            made = peft.get_peft_model(self.model, config)
+            made = peft.get_peft_model(self.model, copy.deepcopy(config))  # PEFT writes to it
         state = Snapshot(made, sharing=self.pristine)
         if state.copied:
             self._kept[key] = made, state

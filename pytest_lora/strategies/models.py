@@ -23,7 +23,8 @@ _UPDATE = 0.05
 
 
 @cache
-def _tiny_base() -> PreTrainedModel:
+def tiny_base() -> PreTrainedModel:
+    """The built-in base in 4 bits, loaded once a process; it is copied before anything changes it."""
     return load_tiny()
 
 
@@ -43,7 +44,7 @@ def build_lora_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        copied = copy.deepcopy(_tiny_base() if base is None else base)
+        copied = copy.deepcopy(tiny_base() if base is None else base)
         _own_packed_weights(copied)
         model: PeftModel = get_peft_model(copied, copy.deepcopy(config))
         if trained:
@@ -60,6 +61,20 @@ def _own_packed_weights(model: nn.Module) -> None:
         for parameter in module._parameters.values():
             if isinstance(getattr(parameter, "module", None), nn.Module):
                 vars(parameter)["module"] = module
+
+
+def require_base(base: object) -> None:
+    """Refuse what is no live model."""
+    if base is not None and not isinstance(base, nn.Module):
+        raise TypeError(f"base must be a torch.nn.Module, not {type(base).__name__}")
+
+
+def require_configs(configs: object) -> None:
+    """Refuse what is no strategy."""
+    if configs is not None and not isinstance(configs, st.SearchStrategy):
+        raise TypeError(
+            f"configs must be a strategy such as lora_configs(base), not {type(configs).__name__}"
+        )
 
 
 def lora_models(
@@ -81,15 +96,11 @@ def lora_models(
         TypeError: An argument has the wrong type.
         ValueError: The base carries an adapter, or has nothing that could be adapted.
     """
-    if base is not None and not isinstance(base, nn.Module):
-        raise TypeError(f"base must be a torch.nn.Module, not {type(base).__name__}")
-    if configs is not None and not isinstance(configs, st.SearchStrategy):
-        raise TypeError(
-            f"configs must be a strategy such as lora_configs(base), not {type(configs).__name__}"
-        )
+    require_base(base)
+    require_configs(configs)
     if trained is not None and not isinstance(trained, bool):
         raise TypeError(f"trained must be True, False or None, not {trained!r}")
-    drawn = lora_configs(_tiny_base() if base is None else base) if configs is None else configs
+    drawn = lora_configs(tiny_base() if base is None else base) if configs is None else configs
     given: dict[str, Any] = {} if base is None else {"base": st.just(base)}
     state = st.booleans() if trained is None else st.just(trained)
     return st.builds(build_lora_model, drawn, trained=state, **given)

@@ -41,6 +41,9 @@ CARD = """
 import pytest
 from pytest_lora.plugin.gpu.memory import MEMORY
 
+class OutOfMemoryError(RuntimeError):
+    "As torch calls its own."
+
 class Card:
     "One GPU's memory in bytes; a block is free when nothing refers to it any more."
 
@@ -50,8 +53,7 @@ class Card:
         if self.broken:
             raise RuntimeError(self.broken)
         if self.now + size > self.total:
-            import torch
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
+            raise OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
         return Block(self, size)
 
     def fail(self):

@@ -12,6 +12,7 @@ import pytest
 
 from pytest_lora.plugin.adapter_items import GROUPS
 from pytest_lora.rules import catalogue
+from tests.plugin.sessions import MODES, run, session
 from tests.rules import folders
 from tests.rules.bases import Namespace
 
@@ -50,7 +51,7 @@ def test_every_rule_on_checkpoints_belongs_to_one_item() -> None:
 
 
 def test_each_adapter_is_an_item_for_each_group(adapters: Path, pytester: pytest.Pytester) -> None:
-    result = pytester.runpytest_subprocess(*PLAIN, "--collect-only", "-q", "--lora-adapters", "adapters")
+    result = run(pytester, "--collect-only", "-q", "--lora-adapters", "adapters")
     assert ids(result) == [
         f"adapters/{name}/adapter_config.json::{group}"
         for name in ("rank", "sound", "zeros")
@@ -59,9 +60,9 @@ def test_each_adapter_is_an_item_for_each_group(adapters: Path, pytester: pytest
     assert list(GROUPS) == ["files", "config", "keys", "shapes", "values", "base"]
 
 
-@pytest.mark.parametrize("mode", [("-p", "no:xdist"), ("-n", "2")], ids=["plain", "xdist"])
-def test_failures_show_the_report(adapters: Path, pytester: pytest.Pytester, mode: tuple[str, ...]) -> None:
-    result = pytester.runpytest_subprocess(*mode, "-p", "no:cacheprovider", "--lora-adapters", "adapters")
+@MODES
+def test_failures_show_the_report(adapters: Path, pytester: pytest.Pytester, mode: str) -> None:
+    result = session(pytester, mode, "--lora-adapters", "adapters", workers=2)
     result.assert_outcomes(passed=16, failed=2)
     result.stdout.fnmatch_lines(
         [
@@ -96,33 +97,29 @@ def test_failures_show_the_report(adapters: Path, pytester: pytest.Pytester, mod
 
 
 def test_one_adapter_is_named_on_the_command_line(adapters: Path, pytester: pytest.Pytester) -> None:
-    pytester.runpytest_subprocess(*PLAIN, "adapters/sound/adapter_config.json").assert_outcomes(passed=6)
-    pytester.runpytest_subprocess(*PLAIN, "adapters/rank/adapter_config.json::shapes").assert_outcomes(
-        failed=1
+    run(pytester, "adapters/sound/adapter_config.json").assert_outcomes(passed=6)
+    run(pytester, "adapters/rank/adapter_config.json::shapes").assert_outcomes(failed=1)
+    run(pytester, "adapters/rank/adapter_config.json", "-k", "not shapes").assert_outcomes(
+        passed=5, deselected=1
     )
-    pytester.runpytest_subprocess(
-        *PLAIN, "adapters/rank/adapter_config.json", "-k", "not shapes"
-    ).assert_outcomes(passed=5, deselected=1)
 
 
 def test_tests_and_adapters_run_together_and_once(adapters: Path, pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_plain(): ...")
-    result = pytester.runpytest_subprocess(*PLAIN, "--lora-adapters", "adapters/sound")
+    result = run(pytester, "--lora-adapters", "adapters/sound")
     result.assert_outcomes(passed=7)
-    result = pytester.runpytest_subprocess(*PLAIN, "--lora-adapters", "adapters", ".")
+    result = run(pytester, "--lora-adapters", "adapters", ".")
     result.assert_outcomes(passed=17, failed=2)
-    result = pytester.runpytest_subprocess(*PLAIN, "--lora-adapters=adapters", "adapters")
+    result = run(pytester, "--lora-adapters=adapters", "adapters")
     result.assert_outcomes(passed=16, failed=2)
 
 
 def test_ini_counts_where_no_path_is_given(adapters: Path, pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\nlora_adapters =\n    adapters/sound\n    adapters/zeros\n")
     pytester.makepyfile("def test_plain(): ...")
-    pytester.runpytest_subprocess(*PLAIN).assert_outcomes(passed=12, failed=1)
-    pytester.runpytest_subprocess(*PLAIN, "test_ini_counts_where_no_path_is_given.py").assert_outcomes(
-        passed=1
-    )
-    pytester.runpytest_subprocess(*PLAIN, "--lora-adapters", "adapters/sound").assert_outcomes(passed=7)
+    run(pytester).assert_outcomes(passed=12, failed=1)
+    run(pytester, "test_ini_counts_where_no_path_is_given.py").assert_outcomes(passed=1)
+    run(pytester, "--lora-adapters", "adapters/sound").assert_outcomes(passed=7)
 
 
 def test_adapters_outside_the_root_keep_readable_names(
@@ -131,9 +128,7 @@ def test_adapters_outside_the_root_keep_readable_names(
     project = pytester.mkdir("project")
     (project / "pytest.ini").write_text("[pytest]\n")
     os.chdir(project)
-    result = pytester.runpytest_subprocess(
-        *PLAIN, "--collect-only", "-q", f"--lora-adapters={adapters / 'sound'}"
-    )
+    result = run(pytester, "--collect-only", "-q", f"--lora-adapters={adapters / 'sound'}")
     assert ids(result) == [f"sound/adapter_config.json::{group}" for group in GROUPS]
 
 
@@ -142,26 +137,26 @@ def test_the_base_is_compared(adapters: Path, pytester: pytest.Pytester) -> None
     names["gpt2_base"].save_pretrained(pytester.path / "gpt2")
     names["base"].save_pretrained(pytester.path / "llama")
     arguments = ("--lora-adapters", "adapters/sound", "--lora-base")
-    result = pytester.runpytest_subprocess(*PLAIN, *arguments, "gpt2/config.json")
+    result = run(pytester, *arguments, "gpt2/config.json")
     result.assert_outcomes(passed=5, failed=1)
     result.stdout.fnmatch_lines(["error[[]LORA451[]]: base is foreign"])
     pytester.makeini("[pytest]\nlora_adapters = adapters/sound\nlora_base = llama\n")
-    pytester.runpytest_subprocess(*PLAIN).assert_outcomes(passed=6)
+    run(pytester).assert_outcomes(passed=6)
 
 
 def test_warnings_can_be_made_errors(adapters: Path, pytester: pytest.Pytester) -> None:
     folders.configure(adapters / "sound", base_model_name_or_path=None)
     arguments = ("--lora-adapters", "adapters/sound")
-    result = pytester.runpytest_subprocess(*PLAIN, *arguments)
+    result = run(pytester, *arguments)
     result.assert_outcomes(passed=6, warnings=1)
     result.stdout.fnmatch_lines(["*LoraHealthWarning: warning[[]LORA452[]]: base name is missing"])
     strict = ("-W", "error::pytest_lora.LoraHealthWarning")
-    pytester.runpytest_subprocess(*PLAIN, *arguments, *strict).assert_outcomes(passed=5, failed=1)
+    run(pytester, *arguments, *strict).assert_outcomes(passed=5, failed=1)
 
 
 def test_what_is_meant_comes_from_ini(adapters: Path, pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\nlora_config =\n    fresh = True\n")
-    pytester.runpytest_subprocess(*PLAIN, "--lora-adapters", "adapters/zeros").assert_outcomes(passed=6)
+    run(pytester, "--lora-adapters", "adapters/zeros").assert_outcomes(passed=6)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +174,7 @@ def test_what_is_meant_comes_from_ini(adapters: Path, pytester: pytest.Pytester)
     ],
 )
 def test_wrong_paths_are_usage_errors(pytester: pytest.Pytester, args: list[str], message: str) -> None:
-    result = pytester.runpytest_subprocess(*PLAIN, *args)
+    result = run(pytester, *args)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert f"ERROR: {message.format(path=pytester.path)}" in result.stderr.lines
 
@@ -189,8 +184,11 @@ def test_nothing_among_the_adapters_is_executed(adapters: Path, pytester: pytest
         for name in ("conftest.py", "__init__.py", "test_evil.py", "modeling.py"):
             (folder / name).write_text(EVIL)
         (folder / "pytest.ini").write_text(EVIL_INI)
-    for more in ((*PLAIN,), ("-n", "1"), (*PLAIN, ".")):
-        result = pytester.runpytest_subprocess("--lora-adapters=adapters", *more)
+    for result in (
+        pytester.runpytest_subprocess("--lora-adapters=adapters", "-n", "1"),
+        run(pytester, "--lora-adapters=adapters"),
+        run(pytester, "--lora-adapters=adapters", "."),
+    ):
         result.assert_outcomes(passed=16, failed=2)
     assert not list(adapters.rglob("*.EXECUTED"))
 
@@ -200,7 +198,7 @@ def test_an_ini_file_that_pytest_found_among_the_adapters_is_refused(
 ) -> None:
     """Before it knows the option, pytest takes a word that stands alone for a path and looks for an ini file there."""
     (adapters / "pytest.ini").write_text("[pytest]\n")
-    result = pytester.runpytest_subprocess(*PLAIN, "--lora-adapters", "adapters")
+    result = run(pytester, "--lora-adapters", "adapters")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(
         [
@@ -209,13 +207,13 @@ def test_an_ini_file_that_pytest_found_among_the_adapters_is_refused(
         ]
     )
     os.chdir(adapters)
-    pytester.runpytest_subprocess(*PLAIN, "--lora-adapters", ".").assert_outcomes(passed=16, failed=2)
+    run(pytester, "--lora-adapters", ".").assert_outcomes(passed=16, failed=2)
 
 
 @pytest.mark.parametrize("name", ["conftest.py", "__init__.py"])
 def test_code_beside_an_argument_is_refused(adapters: Path, pytester: pytest.Pytester, name: str) -> None:
     (adapters / "sound" / name).write_text(EVIL)
-    result = pytester.runpytest_subprocess(*PLAIN, "adapters/sound/adapter_config.json")
+    result = run(pytester, "adapters/sound/adapter_config.json")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(
         [
@@ -229,13 +227,13 @@ def test_code_beside_an_argument_is_refused(adapters: Path, pytester: pytest.Pyt
 def test_links_to_folders_are_not_followed(adapters: Path, pytester: pytest.Pytester, saved: Path) -> None:
     (adapters / "link").symlink_to(saved, target_is_directory=True)
     (adapters / "sound" / "loop").symlink_to(adapters, target_is_directory=True)
-    result = pytester.runpytest_subprocess(*PLAIN, "--collect-only", "-q", "--lora-adapters", "adapters")
+    result = run(pytester, "--collect-only", "-q", "--lora-adapters", "adapters")
     assert len(ids(result)) == 18
 
 
 def test_a_folder_without_a_configuration_is_an_item_too(adapters: Path, pytester: pytest.Pytester) -> None:
     (adapters / "sound" / "adapter_config.json").unlink()
-    result = pytester.runpytest_subprocess(*PLAIN, "-q", "--lora-adapters", "adapters/sound")
+    result = run(pytester, "-q", "--lora-adapters", "adapters/sound")
     result.stdout.fnmatch_lines(["FAILED adapters/sound/adapter_model.safetensors::config*"])
 
 

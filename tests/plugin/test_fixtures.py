@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
+import bitsandbytes
 import pytest
 
 import pytest_lora.tiny.model as tiny
+from tests.plugin.sessions import MODES, run, session
 
 CONFTEST = """
 import random
@@ -282,7 +286,6 @@ ADVICE = (
     "copy.deepcopy(lora_base_model), or a lora_base_model fixture of function scope."
 )
 ANEW = "The next test gets a base made anew by the fixture lora_base_model of {}."
-WORKERS = pytest.mark.parametrize("workers", [[], ["-n", "2", "--dist", "loadfile"]], ids=["plain", "xdist"])
 
 
 def teardown_errors(lines: list[str]) -> dict[str, list[str]]:
@@ -299,14 +302,14 @@ def teardown_errors(lines: list[str]) -> dict[str, list[str]]:
     return errors
 
 
-@WORKERS
-def test_the_shared_base_survives_its_tests(pytester: pytest.Pytester, workers: list[str]) -> None:
+@MODES
+def test_the_shared_base_survives_its_tests(pytester: pytest.Pytester, mode: str) -> None:
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_state=STATE)
     others = pytester.mkpydir("others")
     (others / "conftest.py").write_text(FOLDER_CONFTEST)
     (others / "test_others.py").write_text(OTHERS)
-    result = pytester.runpytest_subprocess("-p", "no:hypothesispytest", *workers)
+    result = session(pytester, mode)
     errors = teardown_errors(result.outlines)
     result.assert_outcomes(passed=66, errors=16)
     changed = {
@@ -360,4 +363,20 @@ def test_a_local_folder_takes_the_place_of_the_built_in_base(pytester: pytest.Py
         """.replace("NAME", repr(str(tiny.WEIGHTS)))
     )
     pytester.makeini(f"[pytest]\nlora_model = {tiny.WEIGHTS}\n")
-    pytester.runpytest_subprocess("-p", "no:hypothesispytest").assert_outcomes(passed=1)
+    run(pytester).assert_outcomes(passed=1)
+
+
+def test_the_file_of_the_base_is_mapped_so_that_workers_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs the system to list what is mapped")
+    quantize, mapped = bitsandbytes.functional.quantize_4bit, []
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        mapped.append(str(tiny.WEIGHTS / "model.safetensors") in maps.read_text())
+        return quantize(*args, **kwargs)
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", look)
+    tiny.load_tiny()
+    assert mapped
+    assert all(mapped)

@@ -10,6 +10,7 @@ import pytest
 
 from pytest_lora.plugin.gpu import memory
 from pytest_lora.plugin.options import GPU_PROPERTY
+from tests.plugin.sessions import MODES, run, session
 from tests.plugin.simulated import CARD, machine
 
 GIB = 2**30
@@ -79,7 +80,7 @@ def test_a_test_over_its_limit_fails_with_the_peak(pytester: pytest.Pytester) ->
         def test_on_top_of_the_base(base, card): card.take(3 * 2**30)
         """
     )
-    result = pytester.runpytest_subprocess("--junit-xml=out.xml")
+    result = run(pytester, "--junit-xml=out.xml")
     result.assert_outcomes(passed=2, failed=5)
     lines = result.outlines
     over = 'peak memory of 9.0 GiB on cuda:0 is over the limit of 8.0 GiB, by @pytest.mark.lora_vram_limit("8GiB")'
@@ -177,12 +178,10 @@ def test_cache_is_empty(card): assert card.cached == 0
 """
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2", "--dist", "loadfile"]], ids=["plain", "xdist"])
-def test_what_a_test_leaves_is_told_with_its_name(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, workers: list[str]
-) -> None:
+@MODES
+def test_what_a_test_leaves_is_told_with_its_name(pytester: pytest.Pytester, mode: str) -> None:
     pytester.makepyfile(test_it=LEFT)
-    result = pytester.runpytest_subprocess(*workers)
+    result = session(pytester, mode)
     result.assert_outcomes(passed=9, failed=1, errors=1)
     assert section(result.outlines, "GPU tests") == [
         "test_it.py::test_keeps left 512.0 MiB (536870912 bytes) allocated on cuda:0",
@@ -222,7 +221,7 @@ def test_what_lora_model_keeps_for_the_next_test_is_not_left_by_this_one(pyteste
         def test_other(lora_model): ...
         """
     )
-    result = pytester.runpytest_subprocess()
+    result = run(pytester)
     result.assert_outcomes(passed=4)
     left = [line for line in section(result.outlines, "GPU tests") if " B (" not in line]
     assert left == ["test_it.py::test_keeps left 3.9 KiB (4000 bytes) allocated on cuda:0"]
@@ -257,7 +256,7 @@ def test_out_of_memory_is_diagnosed_and_the_next_test_runs(pytester: pytest.Pyte
                 raise ValueError("the trainer gave up") from error
         """
     )
-    result = pytester.runpytest_subprocess()
+    result = run(pytester)
     result.assert_outcomes(passed=1, failed=3)
     lines = result.outlines
     less = (
@@ -284,10 +283,8 @@ def test_out_of_memory_is_diagnosed_and_the_next_test_runs(pytester: pytest.Pyte
     assert len(diagnoses) == 3
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["plain", "xdist"])
-def test_a_broken_cuda_is_told_once_and_stops_the_gpu_tests(
-    pytester: pytest.Pytester, workers: list[str]
-) -> None:
+@MODES
+def test_a_broken_cuda_is_told_once_and_stops_the_gpu_tests(pytester: pytest.Pytester, mode: str) -> None:
     pytester.makepyfile(
         test_it="""
         import pytest
@@ -305,7 +302,7 @@ def test_a_broken_cuda_is_told_once_and_stops_the_gpu_tests(
         def test_plain(): ...
         """
     )
-    result = pytester.runpytest_subprocess("-rs", *workers)
+    result = session(pytester, mode, "-rs")
     result.assert_outcomes(passed=2, failed=1, skipped=50)
     reason = "not run: CUDA is broken in this process since test_it.py::test_breaks (device-side assert)"
     assert sum(reason in line for line in result.outlines) == 1
@@ -334,7 +331,7 @@ def test_next(card): card.take(1)
 
 def test_a_test_that_breaks_cuda_unseen_fails(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_it=BREAKS_UNSEEN)
-    result = pytester.runpytest_subprocess("-rs")
+    result = run(pytester, "-rs")
     result.assert_outcomes(failed=1, skipped=1)
     assert section(result.outlines, "test_breaks_unseen") == [
         "this test left CUDA broken: device-side assert"
@@ -355,8 +352,8 @@ def test_a_required_session_fails_if_a_broken_cuda_stopped_tests(pytester: pytes
         def test_next(card): card.take(1)
         """
     )
-    assert pytester.runpytest_subprocess().ret == 0
-    result = pytester.runpytest_subprocess("--lora-require-gpu")
+    assert run(pytester).ret == 0
+    result = run(pytester, "--lora-require-gpu")
     result.assert_outcomes(xfailed=1, skipped=1)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert "ERROR: --lora-require-gpu: 1 not run, as CUDA was broken" in result.outlines
@@ -416,13 +413,16 @@ def test_where_the_model_is_known_the_estimate_explains_what_ran_out(
         def test_step(card, lora_model, lora_batch):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
+        @pytest.mark.lora_vram_limit("1GiB")
+        def test_over(card, lora_model, lora_batch): card.take(2**31)
+
         @pytest.mark.lora_gpu
         def test_without_a_model(card):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         """
     )
-    result = pytester.runpytest_subprocess("--lora-gpu-report")
-    result.assert_outcomes(failed=2)
+    result = run(pytester, "--lora-gpu-report")
+    result.assert_outcomes(failed=3)
     at = [i for i, line in enumerate(result.outlines) if set(line) <= set("- GPU") and " GPU " in line]
     first, second = ("\n".join(result.outlines[i : i + 40]) for i in at)
     assert "a training step of LlamaForCausalLM, batch 4 x 64 tokens, r=8; peak in the" in first
@@ -430,3 +430,9 @@ def test_where_the_model_is_known_the_estimate_explains_what_ran_out(
     assert "error[LORA502]: step does not fit" in first
     assert "gradient_checkpointing=True" in first.partition("what if:")[2]
     assert "a training step" not in second.partition("short test summary")[0]
+    over = section(result.outlines, "test_over")
+    assert over[1] == "the estimate of this test's peak:"
+    assert any(line.startswith("  activations ") for line in over)
+    rows = {row[0].rpartition("::")[2]: row for row in map(str.split, section(result.outlines, "GPU tests"))}
+    assert rows["test_step"][-2] == "MiB"  # the predicted peak, before the seconds
+    assert rows["test_without_a_model"][-2] == "-"

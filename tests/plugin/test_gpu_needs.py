@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_lora.plugin.session_options import LoraOptions
+from tests.plugin.sessions import run
 from tests.plugin.simulated import machine
 from tests.plugin.test_startup import ALONE
 
@@ -46,7 +47,7 @@ def test_reasons_say_what_was_needed_and_what_was_found(
 ) -> None:
     machine(monkeypatch, 24)
     pytester.makepyfile(test_it=TESTS)
-    result = pytester.runpytest_subprocess("-rs")
+    result = run(pytester, "-rs")
     result.assert_outcomes(passed=4, skipped=4)
     assert reasons(result) == [
         "needs 40 GB on one device; cuda:0 has 24 GB",
@@ -62,7 +63,7 @@ def test_a_machine_with_all_of_it_skips_nothing(
 ) -> None:
     machine(monkeypatch, 80, 80, capability=(9, 0))
     pytester.makepyfile(test_it=TESTS)
-    pytester.runpytest_subprocess("--lora-require-gpu").assert_outcomes(passed=8)
+    run(pytester, "--lora-require-gpu").assert_outcomes(passed=8)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_card_counts_as_what_it_was_sold_with(
 ) -> None:
     machine(monkeypatch, total)
     pytester.makepyfile(f"import pytest\n@pytest.mark.lora_gpu(min_vram_gb={asked})\ndef test_it(): ...")
-    result = pytester.runpytest_subprocess("-rs")
+    result = run(pytester, "-rs")
     result.assert_outcomes(passed=int(runs), skipped=int(not runs))
     assert runs or reasons(result) == ["needs 24 GB on one device; cuda:0 has 22.5 GB"]
 
@@ -91,7 +92,7 @@ def test_a_card_counts_as_what_it_was_sold_with(
             "cuda",
             ["--lora-device", "xpu"],
             (9, 0),
-            "needs a GPU; there is none: --lora-device xpu, and the devices are of kind cuda",
+            "needs a GPU; there is none: the devices are of kind cuda, and --lora-device is xpu",
         ),
         (
             "cuda",
@@ -117,7 +118,7 @@ def test_other_devices_answer_sensibly(
         "import pytest\n@pytest.mark.lora_gpu(min_vram_gb=8)\ndef test_memory(): ...\n"
         "@pytest.mark.lora_gpu(capability=(8, 0))\ndef test_capability(): ..."
     )
-    result = pytester.runpytest_subprocess("-rs", *args)
+    result = run(pytester, "-rs", *args)
     result.assert_outcomes(**({"skipped": 2} if args else {"passed": 1, "skipped": 1}))
     assert set(reasons(result)) == {found}
 
@@ -127,18 +128,18 @@ def test_a_limit_is_not_judged_where_nobody_counts(
 ) -> None:
     machine(monkeypatch, 24, kind="mps", capability=None)
     pytester.makepyfile("import pytest\n@pytest.mark.lora_vram_limit('8GiB')\ndef test_it(): ...")
-    result = pytester.runpytest_subprocess("-rs")
+    result = run(pytester, "-rs")
     assert reasons(result) == ["needs a GPU whose peak memory torch counts; for mps it does not"]
 
 
 def test_a_device_can_be_chosen(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 16, 80)
     pytester.makepyfile("import pytest\n@pytest.mark.lora_gpu(min_vram_gb=40)\ndef test_it(): ...")
-    result = pytester.runpytest_subprocess("-rs")
+    result = run(pytester, "-rs")
     assert reasons(result) == [
         "needs 40 GB on one device; cuda:0 has 16 GB (cuda:1 would do: --lora-device cuda:1)"
     ]
-    pytester.runpytest_subprocess("--lora-device", "cuda:1").assert_outcomes(passed=1)
+    run(pytester, "--lora-device", "cuda:1").assert_outcomes(passed=1)
 
 
 def test_hidden_devices_do_not_count(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +153,7 @@ def test_hidden_devices_do_not_count(pytester: pytest.Pytester, monkeypatch: pyt
         ("-1", "needs a GPU; there is none: CUDA_VISIBLE_DEVICES is '-1'"),
     ):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        result = pytester.runpytest_subprocess("-rs")
+        result = run(pytester, "-rs")
         assert reasons(result) == ([reason] if reason else [])
 
 
@@ -161,7 +162,7 @@ def test_without_any_gpu_torch_says_why(pytester: pytest.Pytester, monkeypatch: 
     if torch.cuda.is_available() or torch.version.cuda:
         pytest.skip("this torch knows CUDA")
     pytester.makepyfile("import pytest\n@pytest.mark.lora_gpu\ndef test_it(): ...")
-    result = pytester.runpytest_subprocess("-rs")
+    result = run(pytester, "-rs")
     assert reasons(result) == [f"needs a GPU; there is none: torch {torch.__version__} is built without CUDA"]
 
 
@@ -186,30 +187,31 @@ def test_required_gpus_fail_instead_of_skipping(
         test_it=TESTS + "\n@pytest.mark.skip(reason='own')\n@pytest.mark.lora_gpu(min_vram_gb=99)\n"
         "def test_own_skip(): ...\n@pytest.mark.lora_slow\n@pytest.mark.lora_gpu\ndef test_slow(): ..."
     )
-    result = pytester.runpytest_subprocess("--lora-require-gpu", "-rs")
+    result = run(pytester, "--lora-require-gpu", "-rs")
     result.assert_outcomes(passed=4, errors=4, skipped=2)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert "--lora-require-gpu: needs 40 GB on one device; cuda:0 has 24 GB" in result.outlines
     result.stdout.no_fnmatch_line("*no GPU test ran*")
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["plain", "xdist"])
-@pytest.mark.parametrize(
-    "tests",
-    [
-        "def test_plain(): ...",
-        "@pytest.mark.lora_gpu\n@pytest.mark.skip\ndef test_it(): ...\ndef test_plain(): ...",
-        "@pytest.mark.lora_gpu\ndef test_it(): pytest.skip('by itself')\ndef test_plain(): ...",
-    ],
-    ids=["none", "skipped", "skips itself"],
-)
+NONE_RAN = {
+    "none": "def test_plain(): ...",
+    "skipped": "@pytest.mark.lora_gpu\n@pytest.mark.skip\ndef test_it(): ...\ndef test_plain(): ...",
+    "skips_itself": "@pytest.mark.lora_gpu\ndef test_it(): pytest.skip('by itself')\ndef test_plain(): ...",
+}
+
+
 def test_a_required_session_that_ran_no_gpu_test_fails(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, tests: str, workers: list[str]
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, 24)
-    pytester.makepyfile("import pytest\n" + tests)
-    assert pytester.runpytest_subprocess(*workers).ret == 0
-    result = pytester.runpytest_subprocess("--lora-require-gpu", *workers)
+    pytester.makepyfile(**{f"test_{name}": f"import pytest\n{tests}" for name, tests in NONE_RAN.items()})
+    for name in NONE_RAN:
+        assert run(pytester, f"test_{name}.py").ret == 0
+        result = run(pytester, f"test_{name}.py", "--lora-require-gpu")
+        assert result.ret == pytest.ExitCode.TESTS_FAILED, name
+        assert "ERROR: --lora-require-gpu: no GPU test ran" in result.outlines
+    result = pytester.runpytest_subprocess("--lora-require-gpu", "-n", "1")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert "ERROR: --lora-require-gpu: no GPU test ran" in result.outlines
 
@@ -219,13 +221,10 @@ def test_requiring_fails_an_empty_session_and_passes_one_that_ran(
 ) -> None:
     machine(monkeypatch, 24)
     pytester.makepyfile(test_it=TESTS)
-    for workers in ([], ["-n", "2"]):
-        assert pytester.runpytest_subprocess("--lora-require-gpu", "-k", "test_any", *workers).ret == 0
-    assert (
-        pytester.runpytest_subprocess("--lora-require-gpu", "-k", "nothing").ret
-        == pytest.ExitCode.TESTS_FAILED
-    )
-    assert pytester.runpytest_subprocess("--lora-require-gpu", "--collect-only").ret == 0
+    assert run(pytester, "--lora-require-gpu", "-k", "test_any").ret == 0
+    assert pytester.runpytest_subprocess("--lora-require-gpu", "-k", "test_any", "-n", "1").ret == 0
+    assert run(pytester, "--lora-require-gpu", "-k", "nothing").ret == pytest.ExitCode.TESTS_FAILED
+    assert run(pytester, "--lora-require-gpu", "--collect-only").ret == 0
 
 
 def test_marks_merge_argument_by_argument(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +247,7 @@ def test_marks_merge_argument_by_argument(pytester: pytest.Pytester, monkeypatch
         def test_none(): ...
         """
     )
-    result = pytester.runpytest_subprocess("-rs")
+    result = run(pytester, "-rs")
     result.assert_outcomes(passed=2, skipped=2)
     assert reasons(result) == [
         "needs 40 GB on one device; cuda:0 has 24 GB",
@@ -308,7 +307,7 @@ def test_wrong_marks_are_collection_errors_that_name_the_argument(pytester: pyte
         pytester.makepyfile(
             **{f"test_{name}": f"import pytest\n{mark}\ndef test_it(): ...\ndef test_other(): ..."}
         )
-    result = pytester.runpytest_subprocess()
+    result = run(pytester)
     assert result.ret == pytest.ExitCode.INTERRUPTED
     result.assert_outcomes(errors=len(WRONG), warnings=result.parseoutcomes().get("warnings", 0))
     lines = result.outlines
@@ -323,7 +322,7 @@ def test_markers_of_others_are_left_alone(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         "import pytest\n@pytest.mark.lora_gpux\n@pytest.mark.lora_experiments\ndef test_it(): ..."
     )
-    pytester.runpytest_subprocess().assert_outcomes(passed=1, warnings=1)
+    run(pytester).assert_outcomes(passed=1, warnings=1)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:0", "cuda:", "CUDA"])
@@ -342,9 +341,18 @@ def test_the_device_of_the_fixtures_follows_the_option(
     )
     for device, expected in (("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
         monkeypatch.setenv("EXPECTED", expected)
-        pytester.runpytest_subprocess("--lora-device", device).assert_outcomes(passed=1)
-    result = pytester.runpytest_subprocess("--lora-device", "cuda:2")
+        run(pytester, "--lora-device", device).assert_outcomes(passed=1)
+    result = run(pytester, "--lora-device", "cuda:2")
     assert "--lora-device cuda:2: there are 2" in result.outlines
+    for kind in ("xpu", "mps"):
+        machine(monkeypatch, 24, kind=kind, capability=None)
+        monkeypatch.setenv("EXPECTED", kind)
+        run(pytester, "--lora-device", kind).assert_outcomes(passed=1)
+    result = run(pytester, "--lora-device", "cuda")
+    assert (
+        "--lora-device cuda: there is none: the devices are of kind mps, and --lora-device is cuda"
+        in result.outlines
+    )
     machine(monkeypatch)
-    result = pytester.runpytest_subprocess("--lora-device", "cuda")
+    result = run(pytester, "--lora-device", "cuda")
     assert "--lora-device cuda: there is none: the test says so" in result.outlines

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from tests.plugin.sessions import MODES, run, session
 from tests.plugin.simulated import CARD, machine, shared
 from tests.plugin.test_gpu_memory import measured, section
 
@@ -33,16 +34,14 @@ def test_d(): ...
 def test_plain(): ...
 """
 
-WORKERS = pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["plain", "xdist"])
-
 
 def without_seconds(lines: list[str]) -> list[str]:
     return [re.sub(r"\d\.\d\d( \|)?$", r"S\1", line) for line in lines]
 
 
-@WORKERS
+@MODES
 def test_every_gpu_test_is_listed(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, workers: list[str]
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     machine(monkeypatch, 24)
     shared(monkeypatch, pytester.path)
@@ -51,7 +50,7 @@ def test_every_gpu_test_is_listed(
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     pytester.makeconftest(CARD)
     pytester.makepyfile(test_it=TESTS)
-    result = pytester.runpytest_subprocess("--lora-gpu-report", "--junit-xml=out.xml", *workers)
+    result = session(pytester, mode, "--lora-gpu-report", "--junit-xml=out.xml")
     result.assert_outcomes(passed=2, failed=1, skipped=2)
     assert without_seconds(section(result.outlines, "GPU tests")) == [
         "test                     devices     peak    limit  predicted  seconds",
@@ -91,7 +90,7 @@ def test_nothing_is_written_without_being_asked(
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "summary.md"))
     pytester.makeconftest(CARD)
     pytester.makepyfile(test_it=TESTS)
-    result = pytester.runpytest_subprocess("-k", "test_a or test_c")
+    result = run(pytester, "-k", "test_a or test_c")
     result.stdout.no_fnmatch_line("*= GPU tests =*")
     assert not (pytester.path / "summary.md").exists()
 
@@ -126,7 +125,7 @@ def pytest_runtest_protocol(item, nextitem):
             assert len(TRIES) == 2
         """
     )
-    result = pytester.runpytest_subprocess("--lora-gpu-report")
+    result = run(pytester, "--lora-gpu-report")
     assert without_seconds(section(result.outlines, "GPU tests")) == [
         "test                 devices       peak  limit  predicted  seconds",
         "test_it.py::test_it  cuda:0   512.0 MiB      -          -     S",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,10 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_lora.plugin.gpu import locks
+from pytest_lora.plugin.gpu import hardware, locks, pins
+from tests.plugin.sessions import run
 from tests.plugin.simulated import GB, machine, shared
 
 pytestmark = pytest.mark.lora_slow
+
+ALONE = ("-p", "no:hypothesispytest")
 
 SEES = """
 import json, os, sys, time
@@ -84,7 +88,7 @@ def test_each_worker_sees_one_of_the_callers_devices_before_anything_is_imported
         + "@pytest.mark.lora_gpu\n@pytest.mark.parametrize('n', range(12))\ndef test_it(request, n): note(request)"
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3,7")
-    result = pytester.runpytest_subprocess("-n", "4", "--lora-require-gpu", "--lora-gpu-report")
+    result = pytester.runpytest_subprocess(*ALONE, "-n", "4", "--lora-require-gpu", "--lora-gpu-report")
     result.assert_outcomes(passed=12)
     own = {"gw0": "5", "gw1": "3", "gw2": "7", "gw3": "5"}
     assert all(visible == {own[worker]} for worker, visible in seen(pytester).items())
@@ -98,14 +102,10 @@ def test_each_worker_sees_one_of_the_callers_devices_before_anything_is_imported
     ("args", "marks", "expected"),
     [
         ([], "lora_gpu", {"gw0": {"0"}, "gw1": {"1"}}),
-        (["--lora-device", "cuda:3"], "lora_gpu", {"gw0": {"3"}, "gw1": {"3"}}),
-        (["-o", "lora_gpus_per_worker=2"], "lora_gpu", {"gw0": {"0,1"}, "gw1": {"1,2"}}),
-        ([], "lora_gpu(count=2)", {"gw0": {"0,1"}, "gw1": {"1,2"}}),
         (["--lora-require-gpu"], "lora_gpu(count=3)", {"gw0": {"0,1,2"}, "gw1": {"1,2,3"}}),
-        (["--lora-device", "cpu"], "skipif(False, reason='')", {"gw0": {None}, "gw1": {None}}),
         ([], "skipif(False, reason='')", {"gw0": {None}, "gw1": {None}}),
     ],
-    ids=["late", "device", "ini", "count", "early count", "cpu", "no GPU test"],
+    ids=["late", "early count", "no GPU test"],
 )
 def test_how_many_devices_a_worker_sees(
     pytester: pytest.Pytester,
@@ -120,8 +120,40 @@ def test_how_many_devices_a_worker_sees(
         SEES
         + f"@pytest.mark.{marks}\n@pytest.mark.parametrize('n', range(4))\ndef test_it(request, n): note(request)"
     )
-    pytester.runpytest_subprocess("-n", "2", *args).assert_outcomes(passed=4)
+    pytester.runpytest_subprocess(*ALONE, "-n", "2", *args).assert_outcomes(passed=4)
     assert seen(pytester) == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "count", "at_start", "expected"),
+    [
+        ([], 1, None, "1"),
+        ([], 2, None, "1,2"),
+        (["-o", "lora_gpus_per_worker=2"], 1, "1,2", "1,2"),
+        (["-o", "lora_gpus_per_worker=2"], 3, "1,2", "1,2"),
+        (["--lora-gpu-report"], 3, "1", "1,2,3"),
+        (["--lora-device", "cuda"], 1, "1", "1"),
+        (["--lora-device", "cuda:3"], 1, "3", "3"),
+        (["--lora-device", "cpu"], 1, None, None),
+        (["--lora-device", "xpu"], 1, None, None),
+    ],
+)
+def test_what_a_worker_is_pinned_to_at_its_start_and_after_collection(
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+    args: list[str],
+    count: int,
+    at_start: str | None,
+    expected: str | None,
+) -> None:
+    machine(monkeypatch, *[24] * 4)
+    monkeypatch.setenv(hardware.VISIBLE, "")  # so that it is put back to what it was
+    monkeypatch.delenv(hardware.VISIBLE)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw1")
+    config = pytester.parseconfig(*args)
+    assert os.environ.get(hardware.VISIBLE) == at_start
+    pins.pin_collected(config, count)
+    assert os.environ.get(hardware.VISIBLE) == expected
 
 
 def test_a_test_gets_as_many_devices_as_it_counts(
@@ -133,7 +165,7 @@ def test_a_test_gets_as_many_devices_as_it_counts(
         "import pytest\n@pytest.mark.lora_gpu(count=2)\n@pytest.mark.parametrize('n', range(6))\ndef test_two(n): ...\n"
         "@pytest.mark.lora_gpu(count=5)\ndef test_five(): ..."
     )
-    result = pytester.runpytest_subprocess("-n", "3", "-rs", "--lora-gpu-report")
+    result = pytester.runpytest_subprocess(*ALONE, "-n", "2", "-rs", "--lora-gpu-report")
     result.assert_outcomes(passed=6, skipped=1)
     assert all(len(event["shares"]) == 2 for event in events(log))
     replay(events(log), 24 * GB)
@@ -148,11 +180,11 @@ def test_too_narrow_a_worker_says_what_to_set(
     shared(monkeypatch, pytester.path)
     pytester.makeini("[pytest]\nlora_gpus_per_worker = 1")
     pytester.makepyfile("import pytest\n@pytest.mark.lora_gpu(count=2)\ndef test_it(): ...")
-    result = pytester.runpytest_subprocess("-n", "1", "-rs")
+    result = pytester.runpytest_subprocess(*ALONE, "-n", "1", "-rs")
     result.stdout.fnmatch_lines(
         ["SKIPPED * needs 2 devices; there is 1: cuda:0 of 4: set ini lora_gpus_per_worker = 2"]
     )
-    result = pytester.runpytest_subprocess("-o", "lora_gpus_per_worker=two")
+    result = run(pytester, "-o", "lora_gpus_per_worker=two")
     result.stderr.fnmatch_lines(["ERROR: ini lora_gpus_per_worker: 'two' is no number of GPUs"])
 
 
@@ -173,7 +205,7 @@ def test_a_worker_that_could_not_be_pinned_runs_no_gpu_test(
     shared(monkeypatch, pytester.path)
     pytester.makeconftest(STARTED)
     pytester.makepyfile("import pytest\n@pytest.mark.lora_gpu\ndef test_it(): ...")
-    result = pytester.runpytest_subprocess("-n", "1", "--lora-require-gpu")
+    result = pytester.runpytest_subprocess(*ALONE, "-n", "1", "--lora-require-gpu")
     result.assert_outcomes(errors=1)
     assert (
         "--lora-require-gpu: needs a worker that sees 1 of the GPUs, and this one sees 4: CUDA was started before it "
@@ -216,7 +248,7 @@ def test_fifty_tests_of_eight_workers_never_take_more_than_four_devices_have(
     machine(monkeypatch, *[24] * 4)
     log = shared(monkeypatch, pytester.path)
     pytester.makepyfile(SUITE)
-    result = pytester.runpytest_subprocess("-n", "8", "--lora-require-gpu")
+    result = pytester.runpytest_subprocess(*ALONE, "-n", "8", "--lora-require-gpu")
     result.assert_outcomes(passed=50)
     held = events(log)
     assert sum(event["event"] == "hold" for event in held) == 50
@@ -249,7 +281,7 @@ def test_a_failing_test_lets_its_devices_go(
         "@pytest.fixture\ndef broken(): assert 0\ndef test_error(broken): ...\n"
         "def test_dies(): os._exit(1)\ndef test_passes(): ..."
     )
-    result = pytester.runpytest_subprocess("-n", "2")
+    result = pytester.runpytest_subprocess(*ALONE, "-n", "2")
     result.assert_outcomes(failed=2, errors=1, passed=1)
     assert max(replay(events(log), 24 * GB).values()) == 1
 
@@ -327,7 +359,7 @@ def test_no_worker_is_pinned_in_the_session_that_a_test_of_a_worker_starts(
     for visible in (None, "1,0"):
         if visible:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        pytester.runpytest_subprocess("--lora-require-gpu").assert_outcomes(passed=1)
+        run(pytester, "--lora-require-gpu").assert_outcomes(passed=1)
         assert visible in seen(pytester)["gw1"]
 
 
@@ -338,11 +370,11 @@ def test_waiting_is_not_counted_as_the_tests_time(
     shared(monkeypatch, pytester.path)
     pytester.makepyfile(
         "import time, pytest\npytestmark = pytest.mark.lora_gpu\n"
-        "@pytest.mark.parametrize('n', range(3))\ndef test_it(n): time.sleep(0.5)"
+        "@pytest.mark.parametrize('n', range(2))\ndef test_it(n): time.sleep(0.5)"
     )
     started = time.monotonic()
-    result = pytester.runpytest_subprocess("-n", "3", "--lora-gpu-report")
-    result.assert_outcomes(passed=3)
-    assert time.monotonic() - started > 1.5
+    result = pytester.runpytest_subprocess(*ALONE, "-n", "2", "--lora-gpu-report")
+    result.assert_outcomes(passed=2)
+    assert time.monotonic() - started > 1.0
     rows = [line.split() for line in result.outlines if "::test_it[" in line]
     assert all(0.4 < float(row[-1]) < 0.9 for row in rows if row[1] == "cuda:0")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.plugin.sessions import run
+
 WRONG = {
     "unknown": ("@pytest.mark.lora(rnk=4)", "has no field 'rnk'; did you mean 'r'?"),
     "alias": ("@pytest.mark.lora(rank=4)", "has no field 'rank'; did you mean 'r'?"),
@@ -35,7 +37,7 @@ def test_wrong_marks_are_collection_errors_that_name_argument_test_and_closest_n
         pytester.makepyfile(
             **{f"test_{name}": f"import pytest\n{mark}\ndef test_it({argument}): ...\ndef test_other(): ..."}
         )
-    result = pytester.runpytest_subprocess()
+    result = run(pytester)
     assert result.ret == pytest.ExitCode.INTERRUPTED
     result.assert_outcomes(errors=len(WRONG))
     lines = result.outlines
@@ -111,7 +113,7 @@ def test_defaults_of_ini(lora_config):
 def test_fields_merge_from_ini_to_parameter(pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\nlora_config =\n    r = 32\n    use_rslora = True\n    alpha_ratio = 9.0\n")
     pytester.makepyfile(test_it=MERGED)
-    result = pytester.runpytest_subprocess("-rA")
+    result = run(pytester, "-rA")
     result.assert_outcomes(passed=13, errors=4)
     result.stdout.no_fnmatch_line("*During handling*")
     for message in (
@@ -127,6 +129,6 @@ def test_fields_merge_from_ini_to_parameter(pytester: pytest.Pytester) -> None:
 def test_unknown_field_in_ini_is_named(pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\nlora_config =\n    rnk = 32\n")
     pytester.makepyfile("def test_it(lora_config): ...")
-    result = pytester.runpytest_subprocess()
+    result = run(pytester)
     result.assert_outcomes(errors=1)
     assert "tox.ini, in lora_config has no field 'rnk'; did you mean 'r'?" in result.outlines

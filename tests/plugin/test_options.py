@@ -8,10 +8,11 @@ import pytest
 
 from pytest_lora.plugin.session_options import LoraOptions
 from pytest_lora.rules import catalogue
+from tests.plugin.sessions import run
 
 
 def test_rules_lists_every_rule(pytester: pytest.Pytester) -> None:
-    result = pytester.runpytest_subprocess("--lora-rules")
+    result = run(pytester, "--lora-rules")
     assert result.ret == 0
     lines = [line.split(maxsplit=3) for line in result.outlines]
     assert lines == [[rule.code, rule.severity, rule.name, rule.summary] for rule in catalogue()]
@@ -19,7 +20,7 @@ def test_rules_lists_every_rule(pytester: pytest.Pytester) -> None:
 
 @pytest.mark.parametrize("asked", ["LORA203", "lora203", "adapter_left_merged", "adapter-left-merged"])
 def test_explain_prints_the_documentation(pytester: pytest.Pytester, asked: str) -> None:
-    result = pytester.runpytest_subprocess("--lora-explain", asked)
+    result = run(pytester, "--lora-explain", asked)
     assert result.ret == 0
     rule = next(rule for rule in catalogue() if rule.code == "LORA203")
     assert "\n".join(result.outlines) == f"LORA203 adapter_left_merged (error)\n\n{rule.doc}"
@@ -34,7 +35,7 @@ def test_explain_prints_the_documentation(pytester: pytest.Pytester, asked: str)
     ],
 )
 def test_unknown_rule_is_a_usage_error(pytester: pytest.Pytester, asked: str, hint: str) -> None:
-    result = pytester.runpytest_subprocess("--lora-explain", asked)
+    result = run(pytester, "--lora-explain", asked)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: --lora-explain: there is no rule '{asked}'; {hint}"])
 
@@ -56,7 +57,7 @@ def test_missing_model_folder_is_a_usage_error(pytester: pytest.Pytester) -> Non
             f"--lora-model: '{pytester.path / 'empty'}' holds no config.json, so it is no transformers model",
         ),
     ):
-        result = pytester.runpytest_subprocess(*args)
+        result = run(pytester, *args)
         assert result.ret == pytest.ExitCode.USAGE_ERROR
         assert f"ERROR: {message}" in result.stderr.lines
 
@@ -74,10 +75,10 @@ def test_slow_tests_run_only_when_asked_for(
 ) -> None:
     pytester.makepyfile("import pytest\n@pytest.mark.lora_slow\ndef test_long(): ...\ndef test_short(): ...")
     monkeypatch.delenv("RUN_SLOW", raising=False)
-    result = pytester.runpytest_subprocess("-rs")
+    result = run(pytester, "-rs")
     result.assert_outcomes(passed=1, skipped=1)
     result.stdout.fnmatch_lines(["SKIPPED * lora_slow: run it with --lora-slow or RUN_SLOW=1"])
-    pytester.runpytest_subprocess("--lora-slow").assert_outcomes(passed=2)
+    run(pytester, "--lora-slow").assert_outcomes(passed=2)
 
 
 @pytest.mark.parametrize(
@@ -108,13 +109,15 @@ def test_options_are_read_from_ini(pytester: pytest.Pytester, monkeypatch: pytes
         gpu_report=False,
         gpus_per_worker=0,
         reports=(),
+        baseline=None,
+        update_baseline=False,
         step_summary=None,
     )
     assert LoraOptions.from_config(pytester.parseconfig()) == expected
 
 
 def test_help_names_flags_ini_values_and_markers(pytester: pytest.Pytester) -> None:
-    result = pytester.runpytest_subprocess("--help")
+    result = run(pytester, "--help")
     for setting in (
         "--lora-model=PATH",
         "--lora-slow",
@@ -133,7 +136,7 @@ def test_help_names_flags_ini_values_and_markers(pytester: pytest.Pytester) -> N
         "lora_gpus_per_worker *",
     ):
         result.stdout.fnmatch_lines([f"*{setting}*"])
-    result = pytester.runpytest_subprocess("--markers")
+    result = run(pytester, "--markers")
     result.stdout.fnmatch_lines(
         [
             "@pytest.mark.lora(**fields): set fields of peft.LoraConfig (r=16, target_modules='all-linear') or *",
@@ -145,7 +148,7 @@ def test_help_names_flags_ini_values_and_markers(pytester: pytest.Pytester) -> N
 
 
 def test_fixtures_are_listed_with_their_documentation(pytester: pytest.Pytester) -> None:
-    result = pytester.runpytest_subprocess("--fixtures")
+    result = run(pytester, "--fixtures")
     for name in (
         "lora_base_model [[]session scope[]]",
         "lora_batch",

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.plugin.sessions import run
 from tests.plugin.simulated import machine
 
 HEAVY = {"torch", "numpy", "transformers", "peft", "bitsandbytes", "hypothesis", "accelerate", "safetensors"}
@@ -58,30 +59,25 @@ def test_a_worker_of_xdist_loads_no_more(pytester: pytest.Pytester) -> None:
     assert not {name.partition(".")[0] for name in worker} & HEAVY
 
 
-def test_gpu_marks_import_no_torch_before_set_up(
+def test_marks_import_nothing_heavy_before_set_up(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(monkeypatch, 24)
     pytester.makeconftest(PRINT_MODULES)
     pytester.makepyfile(
         "import pytest\n@pytest.mark.lora_gpu(min_vram_gb=16)\ndef test_runs(): ...\n"
-        "@pytest.mark.lora_gpu(min_vram_gb=99)\ndef test_is_skipped(): ..."
+        "@pytest.mark.lora_gpu(min_vram_gb=99)\ndef test_is_skipped(): ...\n"
+        "@pytest.mark.lora(alpha_ratio=2.0)\ndef test_plain(): ..."
     )
-    assert not {name.partition(".")[0] for name in loaded(pytester)} & HEAVY
-
-
-def test_marks_of_expect_fields_import_no_peft(pytester: pytest.Pytester) -> None:
-    pytester.makeconftest(PRINT_MODULES)
-    pytester.makepyfile("import pytest\n@pytest.mark.lora(alpha_ratio=2.0)\ndef test_plain(): ...")
     assert not {name.partition(".")[0] for name in loaded(pytester)} & HEAVY
 
 
 def test_tests_that_ask_for_nothing_get_no_fixture(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_plain(request): assert request.fixturenames == ['request']")
-    assert pytester.runpytest_subprocess(*ALONE).ret == 0
+    assert run(pytester).ret == 0
 
 
 def test_can_be_switched_off(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_plain(lora_device): ...")
-    result = pytester.runpytest_subprocess("-p", "no:lora")
+    result = run(pytester, "-p", "no:lora")
     result.stdout.fnmatch_lines(["E       fixture 'lora_device' not found"])

@@ -8,6 +8,7 @@ import pytest
 
 from pytest_lora.findings import Report
 from pytest_lora.plugin.summary import SHOWN_EXHIBITS
+from tests.plugin.sessions import MODES, run, session
 
 REPORTS = """
 import pytest
@@ -51,8 +52,6 @@ def test_healthy():
 def test_asks_for_nothing(): ...
 """
 
-WORKERS = pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["plain", "xdist"])
-
 
 def section(lines: list[str]) -> list[str]:
     start = next(i for i, line in enumerate(lines) if " LoRA health " in line)
@@ -60,10 +59,12 @@ def section(lines: list[str]) -> list[str]:
     return lines[start + 1 : end]
 
 
-@WORKERS
-def test_section_counts_by_rule_worst_first(pytester: pytest.Pytester, workers: list[str]) -> None:
+@MODES
+def test_reports_are_counted_by_rule_worst_first_and_are_in_junit_xml(
+    pytester: pytest.Pytester, mode: str
+) -> None:
     pytester.makepyfile(test_it=REPORTS)
-    result = pytester.runpytest_subprocess(*workers)
+    result = session(pytester, mode, "--junit-xml=out.xml", workers=2)
     result.assert_outcomes(passed=4, failed=3, warnings=4)
     assert section(result.outlines) == [
         "model: healthy in 2 of 6 tests",
@@ -72,25 +73,6 @@ def test_section_counts_by_rule_worst_first(pytester: pytest.Pytester, workers: 
     ]
     assert "E       ... 3 more (-v shows all)" in result.outlines
     result.stdout.no_fnmatch_line("*LoRA report*")
-
-
-@WORKERS
-def test_verbose_shows_infos_and_whole_reports(pytester: pytest.Pytester, workers: list[str]) -> None:
-    pytester.makepyfile(test_it=REPORTS)
-    result = pytester.runpytest_subprocess("-v", *workers)
-    assert section(result.outlines)[-1] == "LORA109 info    odd but fine             2 findings in 2 tests"
-    lines = result.outlines
-    many = next(i for i, line in enumerate(lines) if "___ test_many ___" in line)
-    whole = next(i for i, line in enumerate(lines) if i > many and "--- LoRA report ---" in line)
-    assert lines[whole + 1] == "model: 13 errors"
-    assert sum(line.startswith("  --> module ") for line in lines[whole:][: 13 * 6 + 2]) == 13
-    assert sum("--- LoRA report ---" in line for line in lines) == 3
-
-
-@WORKERS
-def test_reports_are_in_junit_xml(pytester: pytest.Pytester, workers: list[str]) -> None:
-    pytester.makepyfile(test_it=REPORTS)
-    pytester.runpytest_subprocess("--junit-xml=out.xml", *workers)
     found = {
         case.get("name"): [
             Report.from_json(prop.get("value", ""))
@@ -109,16 +91,29 @@ def test_reports_are_in_junit_xml(pytester: pytest.Pytester, workers: list[str])
     assert found["test_asks_for_nothing"] == []
 
 
+@MODES
+def test_verbose_shows_infos_and_whole_reports(pytester: pytest.Pytester, mode: str) -> None:
+    pytester.makepyfile(test_it=REPORTS)
+    result = session(pytester, mode, "-v")
+    assert section(result.outlines)[-1] == "LORA109 info    odd but fine             2 findings in 2 tests"
+    lines = result.outlines
+    many = next(i for i, line in enumerate(lines) if "___ test_many ___" in line)
+    whole = next(i for i, line in enumerate(lines) if i > many and "--- LoRA report ---" in line)
+    assert lines[whole + 1] == "model: 13 errors"
+    assert sum(line.startswith("  --> module ") for line in lines[whole:][: 13 * 6 + 2]) == 13
+    assert sum("--- LoRA report ---" in line for line in lines) == 3
+
+
 def test_a_healthy_session_says_what_was_checked(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_it=REPORTS)
-    result = pytester.runpytest_subprocess("-k", "healthy or with_an_info or nothing")
+    result = run(pytester, "-k", "healthy or with_an_info or nothing")
     result.assert_outcomes(passed=3, deselected=4)
     assert section(result.outlines)[-1] == "model: healthy in 2 of 2 tests"
 
 
 def test_nothing_is_printed_when_nothing_was_checked(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_it=REPORTS)
-    result = pytester.runpytest_subprocess("-k", "nothing")
+    result = run(pytester, "-k", "nothing")
     result.assert_outcomes(passed=1, deselected=6)
     result.stdout.no_fnmatch_line("*LoRA health*")
 
@@ -140,7 +135,7 @@ def test_a_test_tried_again_counts_once(pytester: pytest.Pytester) -> None:
         + "\ntries = []\ndef test_flaky():\n    tries.append(1)\n"
         + "    assert_healthy(('LORA107', 'warning', f'try {len(tries)}'))\n"
     )
-    result = pytester.runpytest_subprocess("-k", "test_flaky or test_fails_too")
+    result = run(pytester, "-k", "test_flaky or test_fails_too")
     assert section(result.outlines) == [
         "model: healthy in 0 of 2 tests",
         "LORA203 error   adapter left merged      1 error, 1 warning in 1 test",
@@ -150,7 +145,7 @@ def test_a_test_tried_again_counts_once(pytester: pytest.Pytester) -> None:
 
 def test_reports_of_collection_are_of_no_test(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_it=REPORTS + "\ndemand(report(('LORA107', 'warning', 'at import')))\n")
-    result = pytester.runpytest_subprocess("-k", "healthy")
+    result = run(pytester, "-k", "healthy")
     assert section(result.outlines) == ["model: healthy in 1 of 1 test"]
 
 
@@ -169,7 +164,7 @@ def test_warnings_point_at_the_line_of_the_test(pytester: pytest.Pytester) -> No
             nested["outer"](REPORT)
         """
     )
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result = run(pytester)
     result.stdout.fnmatch_lines(["*/test_it.py:9: LoraHealthWarning: warning[[]LORA107[]]: alpha damps"])
 
 

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-NAME = "org/tiny-llama"
+from pytest_lora.strategies.damage import WEIGHTS, configure, cut, edit, pickle_weights, remove, rename
 
-Tensors = dict[str, torch.Tensor]
+__all__ = [
+    "adapter",
+    "add_base_weights",
+    "configure",
+    "cut",
+    "edit",
+    "pickle_weights",
+    "remove",
+    "rename",
+    "write",
+    "write_sparse",
+]
+
+NAME = "org/tiny-llama"
 
 
 def adapter(scratch: Path, base: nn.Module, **fields: Any) -> Path:
@@ -35,21 +43,6 @@ def adapter(scratch: Path, base: nn.Module, **fields: Any) -> Path:
     return configure(path, base_model_name_or_path=NAME)
 
 
-def configure(path: Path, **fields: Any) -> Path:
-    """Set fields of the configuration; None takes a field out."""
-    file = path / CONFIG
-    written = {**json.loads(file.read_text()), **fields}
-    file.write_text(json.dumps({name: value for name, value in written.items() if value is not None}))
-    return path
-
-
-def edit(path: Path, change: Callable[[Tensors], Tensors]) -> Path:
-    """Write the tensors anew, changed."""
-    changed = change(load_file(path / WEIGHTS))
-    save_file({name: tensor.clone().contiguous() for name, tensor in changed.items()}, path / WEIGHTS)
-    return path
-
-
 def add_base_weights(path: Path, base: nn.Module) -> Path:
     """Put the weights of the base into the adapter file, as model.state_dict() names them."""
     adapted = ("q_proj", "v_proj")
@@ -62,35 +55,10 @@ def add_base_weights(path: Path, base: nn.Module) -> Path:
     return edit(path, lambda t: {**t, **{name(k): v.clone() for k, v in base.state_dict().items()}})
 
 
-def cut(path: Path, name: str, by: int) -> Path:
-    """Take bytes off the end of a file."""
-    content = (path / name).read_bytes()
-    (path / name).write_bytes(content[:-by])
-    return path
-
-
-def remove(path: Path, name: str) -> Path:
-    """Remove a file."""
-    (path / name).unlink()
-    return path
-
-
-def rename(path: Path, name: str, to: str) -> Path:
-    """Rename a file."""
-    (path / name).rename(path / to)
-    return path
-
-
 def write(path: Path, name: str, text: str) -> Path:
     """Write a file."""
     (path / name).write_text(text)
     return path
-
-
-def pickle_weights(path: Path) -> Path:
-    """Put a pickle in the place of the safetensors file."""
-    torch.save(load_file(path / WEIGHTS), path / "adapter_model.bin")
-    return remove(path, WEIGHTS)
 
 
 def write_sparse(path: Path, gigabytes: int) -> Path:

@@ -181,6 +181,7 @@ DAMAGE: dict[str, tuple[dict[str, Any], Callable[[Path], Any], list[str], list[s
         ["LORA422"],
         ["LORA422"],
     ),
+    "no .weight": ({}, rename_keys(lambda k: k.removesuffix(".weight")), ["LORA422"], ["LORA422"]),
     "no lora_A": ({}, keep(lambda k: "lora_A" not in k), ["LORA423"], ["LORA423"]),
     "half of lora_B": (
         {},

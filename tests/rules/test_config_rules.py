@@ -61,6 +61,7 @@ def test_targets_written_in_another_form_get_the_form_to_use(targets: Any, fix: 
         ("LORA107", "base", {"rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 16}}),
         ("LORA108", "base", {"alpha_pattern": {"q_proj": 256}}),
         ("LORA110", "base", {"modules_to_save": "lm_head"}),
+        ("LORA111", "classifier_base", {"target_modules": ["q_proj", "score"], "task_type": "SEQ_CLS"}),
         ("LORA113", "tied_base", {"modules_to_save": ["embed_tokens"]}),
         ("LORA115", "base_4bit", {"init_lora_weights": "pissa", "r": 8}),
         ("LORA120", "base", {"trainable_token_indices": [500]}),

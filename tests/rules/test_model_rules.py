@@ -184,6 +184,12 @@ def nothing_active() -> Case:
     return model, Expect()
 
 
+def merged_and_unloaded_in_place() -> Case:
+    model = adapted()
+    model.merge_and_unload()
+    return model, Expect()
+
+
 def fraction_reported() -> Case:
     model = adapted()
     trainable, total = model.get_nb_trainable_parameters()
@@ -346,6 +352,7 @@ FAULTS: list[tuple[Callable[..., Case], str, str]] = [
     (second_transformers_adapter_not_chosen, "trainable_adapter_is_not_active", "error"),
     (trainable_adapter_loaded_but_not_chosen, "trainable_adapter_is_not_active", "error"),
     (nothing_active, "no_adapter_is_active", "error"),
+    (merged_and_unloaded_in_place, "no_adapter_is_active", "error"),
     (fraction_reported, "reported_percent_is_wrong", "warning"),
     (invented_percentage, "reported_percent_is_wrong", "warning"),
     (base_dropout_live_in_evaluation, "dropout_is_live", "error"),

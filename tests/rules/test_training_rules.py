@@ -110,6 +110,19 @@ def no_rate_for_b() -> Report:
     return check_training(model, language_batch(), optimizer=torch.optim.AdamW(groups, lr=1e-3))
 
 
+def next_to_no_rate_for_b() -> Report:
+    model = adapted()
+    groups = [{"params": trainable(model, "lora_A")}, {"params": trainable(model, "lora_B"), "lr": 1e-9}]
+    return check_training(model, language_batch(), optimizer=torch.optim.AdamW(groups, lr=1e-3))
+
+
+def schedule_that_takes_nearly_all() -> Report:
+    model = adapted()
+    optimizer = adam(model, 1e-3)
+    scheduler = LambdaLR(optimizer, lambda step: 1e-6)
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=scheduler)
+
+
 def constant_rate_of_zero() -> Report:
     model = adapted()
     return check_training(model, language_batch(), optimizer=adam(model, 0.0))
@@ -240,6 +253,13 @@ def shifted_twice() -> Report:
     return check_training(adapted(), with_labels(shift))
 
 
+def shifted_the_wrong_way() -> Report:
+    def shift(batch: dict[str, torch.Tensor]) -> None:
+        batch["labels"] = torch.cat([torch.full((4, 1), -100), batch["input_ids"][:, :-1]], 1)
+
+    return check_training(adapted(), with_labels(shift))
+
+
 def summed_over_tokens() -> Report:
     def loss(model: Any, batch: Any) -> torch.Tensor:
         logits = model(input_ids=batch["input_ids"]).logits
@@ -267,6 +287,14 @@ def base_was_trained_before() -> Report:
     with torch.no_grad():
         model.base_model.model.model.layers[0].mlp.up_proj.weight.add_(0.01)
     return check_training(model, language_batch(), base_snapshot=snapshot)
+
+
+def head_trained_that_was_to_stay_put() -> Report:
+    model = adapted()
+    head = model.base_model.model.lm_head.weight.requires_grad_(True)
+    return check_training(
+        model, language_batch(), base_snapshot={"base_model.model.lm_head.weight": head + 0.1}
+    )
 
 
 def statistics_moved_before() -> Report:
@@ -345,6 +373,8 @@ FAULTS: dict[Build, tuple[str, str]] = {
     sgd_that_diverges: ("LORA304", "its own size"),
     schedule_that_ended_early: ("LORA303", "zero from step 4 on"),
     no_rate_for_b: ("LORA303", "lora_B is 0"),
+    next_to_no_rate_for_b: ("LORA305", "1e-09 of lora_B"),
+    schedule_that_takes_nearly_all: ("LORA305", "a learning rate of 1e-09"),
     constant_rate_of_zero: ("LORA303", "learning rate is 0"),
     clipped_to_next_to_nothing: ("LORA307", "clipped to 1e-09"),
     decay_of_a_hundred: ("LORA306", "weight_decay=100"),
@@ -367,10 +397,12 @@ FAULTS: dict[Build, tuple[str, str]] = {
     answers_cut_off: ("LORA320", "3 of 4 rows"),
     only_the_first_label_is_left: ("LORA320", "all labels are -100"),
     shifted_twice: ("LORA324", "shifted already"),
+    shifted_the_wrong_way: ("LORA324", "equal the previous input token"),
     summed_over_tokens: ("LORA325", "summed over 60 labels"),
     summed_over_accumulation: ("LORA325", "sum over 4 accumulation steps"),
     everything_trains: ("LORA330", "requires_grad=True"),
     base_was_trained_before: ("LORA330", "up_proj"),
+    head_trained_that_was_to_stay_put: ("LORA330", "lm_head"),
     statistics_moved_before: ("LORA331", "running statistics"),
     infinite_inputs: ("LORA310", "step 1"),
     loss_that_divides_by_zero: ("LORA310", "inf"),

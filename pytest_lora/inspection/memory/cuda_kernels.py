@@ -21,8 +21,7 @@ LOWERED: tuple[tuple[Any, str], ...] = (
     (torch, "bmm"),
     (torch, "addmm"),
     (torch, "baddbmm"),
-    (torch.Tensor, "matmul"),
-    (torch.Tensor, "__matmul__"),
+    *((torch.Tensor, name) for name in ("matmul", "__matmul__", "bmm", "addmm", "baddbmm")),
 )
 RAISED: tuple[tuple[Any, str], ...] = (
     (functional, "layer_norm"),
@@ -52,12 +51,15 @@ def cuda_kernels(autocast: torch.dtype | None) -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
         (functional, "scaled_dot_product_attention", _attention),
         (functional, "dropout", _dropout),
-        (torch, "autocast", _autocast),
     ]
     if autocast is not None:
-        replaced[0] = (functional, "scaled_dot_product_attention", _casting(_attention, autocast))
-        replaced += [(m, n, _casting(getattr(m, n), autocast)) for m, n in LOWERED]
-        replaced += [(m, n, _casting(getattr(m, n), torch.float32)) for m, n in RAISED]
+        casts = _Autocast()
+        replaced[0] = (functional, "scaled_dot_product_attention", casts.casting(_attention, autocast))
+        replaced += [(m, n, casts.casting(getattr(m, n), autocast)) for m, n in LOWERED]
+        replaced += [(m, n, casts.casting(getattr(m, n), torch.float32)) for m, n in RAISED]
+        replaced.append((torch, "autocast", casts.autocast))
+    else:
+        replaced.append((torch, "autocast", _no_autocast))
     before = [(home, name, vars(home).get(name)) for home, name, _ in replaced]
     try:
         for home, name, function in replaced:
@@ -77,18 +79,44 @@ def _dropout(tensor: torch.Tensor, p: float = 0.5, training: bool = True, inplac
     return torch.ops.aten.native_dropout(tensor, p, True)[0]
 
 
-def _casting(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-    def cast(value: Any) -> Any:
-        castable = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != dtype
-        return value.to(dtype) if castable and value.is_meta else value
+class _Autocast:
+    """Whether arguments are cast now: code may turn that off for a while."""
 
-    def called(*args: Any, **kwargs: Any) -> Any:
-        return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+    def __init__(self) -> None:
+        self._enabled = True
 
-    return called
+    def casting(self, function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+        """The function with its floating-point arguments in a dtype."""
+
+        def cast(value: Any) -> Any:
+            castable = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != dtype
+            return value.to(dtype) if castable and value.is_meta else value
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if not self._enabled:
+                return function(*args, **kwargs)
+            return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+        return called
+
+    def autocast(
+        self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **kwargs: Any
+    ) -> AbstractContextManager[Any]:
+        """In the place of ``torch.autocast``."""
+        if device_type != "meta":
+            return _torch_autocast(device_type, dtype, enabled, **kwargs)
+        return self._set(enabled)
+
+    @contextmanager
+    def _set(self, enabled: bool) -> Iterator[None]:
+        before, self._enabled = self._enabled, enabled
+        try:
+            yield
+        finally:
+            self._enabled = before
 
 
-def _autocast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+def _no_autocast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
     return nullcontext() if device_type == "meta" else _torch_autocast(device_type, *args, **kwargs)
 
 

@@ -67,7 +67,8 @@ class StepShape:
         """The most bytes that the allocator takes from the device; its cache may be emptied between steps."""
         index = self.line.index
         return max_reserved(
-            sizes[self._storages[index]],
+            sizes,
+            self._storages[index],
             self.line.instances,
             self._frees[index],
             self._second_step if emptied else None,

@@ -177,5 +177,15 @@ def _with_adapter(model: nn.Module, config: LoraConfig, setting: StepSetting) ->
                 autocast_adapter_dtype=setting.adapter_dtype == "float32",
             )
     except Exception as error:
-        raise ValueError(f"config: PEFT refuses it on this base: {error}") from error
+        raise ValueError(f"config: PEFT refuses it on this base: {error}{_hint(error, setting)}") from error
     return adapted
+
+
+def _hint(error: Exception, setting: StepSetting) -> str:
+    """What to write where a layer that is to be trained in full was quantized: a new head, for one."""
+    if setting.quantization is None or "floating point dtype can require gradients" not in str(error):
+        return ""
+    return (
+        "; a layer of modules_to_save (a classifier is one by its task_type) is quantized: leave it whole with "
+        "BitsAndBytesConfig(..., llm_int8_skip_modules=[its name])"
+    )

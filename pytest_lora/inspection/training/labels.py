@@ -108,7 +108,7 @@ def _facts(
     if kind == "classes" and not words.single_label:
         limit = None
     ends, padding_ends = _closing(labels, ids if causal else None, mask, words)
-    same, ahead = _alignment(labels, ids) if causal and ids is not None else (0.0, 0.0)
+    same, ahead, behind = _alignment(labels, ids) if causal and ids is not None else (0.0, 0.0, 0.0)
     return LabelFacts(
         batch=index,
         kind=kind,
@@ -127,6 +127,7 @@ def _facts(
         ids_outside=() if ids is None else _outside(ids.flatten(), words.rows),
         same=same,
         ahead=ahead,
+        behind=behind,
     )
 
 
@@ -183,12 +184,15 @@ def _closing(labels: Tensor, ids: Tensor | None, mask: Tensor | None, words: Voc
     return int((closing & text).sum()), int((closing & ~text).sum())
 
 
-def _alignment(labels: Tensor, ids: Tensor) -> tuple[float, float]:
-    """Shares of labels equal to the input at their place, and at the place after it."""
+def _alignment(labels: Tensor, ids: Tensor) -> tuple[float, float, float]:
+    """Shares of labels equal to the input at their place, at the place after it, and at the one before."""
     counted = labels != IGNORED
-    inner = counted[:, :-1]
-    if not inner.any():
-        return 0.0, 0.0
-    same = (labels == ids)[counted].float().mean()
-    ahead = (labels[:, :-1] == ids[:, 1:])[inner].float().mean()
-    return float(same), float(ahead)
+    parts = (
+        (labels, ids, counted),
+        (labels[:, :-1], ids[:, 1:], counted[:, :-1]),
+        (labels[:, 1:], ids[:, :-1], counted[:, 1:]),
+    )
+    same, ahead, behind = (
+        float((left == right)[where].float().mean()) if where.any() else 0.0 for left, right, where in parts
+    )
+    return same, ahead, behind

@@ -25,11 +25,11 @@ def predict(item: pytest.Item) -> None:
 
 def explained(item: pytest.Item, budget: int) -> str:
     """The estimate of a test that ran out of memory, and what would fit ``budget`` bytes; empty if unknown."""
-    from pytest_lora.checks import judge_memory
-
     estimate = _estimated(item)
     if estimate is None:
         return ""
+    from pytest_lora.checks import judge_memory
+
     model, _ = _known(item)
     report: Report = judge_memory(model, estimate, budget)
     return "\n".join((str(estimate), *(str(finding) for finding in report.errors)))

@@ -68,15 +68,18 @@ def found(wanted: str = "auto") -> Hardware:
     """
     if wanted == "cpu":
         return none("--lora-device cpu rules them out")
-    hardware = _replaced() or _from_nvml(wanted) or _from_torch(wanted)
-    if hardware.devices and wanted not in ("auto", hardware.kind):
-        return none(f"--lora-device {wanted}, and the devices are of kind {hardware.kind}")
-    return hardware
+    return _of_kind(wanted, _replaced() or _from_nvml(wanted) or _from_torch(wanted))
 
 
 def confirmed(wanted: str = "auto") -> Hardware:
     """The GPUs that torch can use, by torch's word; imports torch and starts CUDA."""
-    return _replaced() or _from_torch(wanted)
+    return _of_kind(wanted, _replaced() or _from_torch(wanted))
+
+
+def _of_kind(wanted: str, hardware: Hardware) -> Hardware:
+    if hardware.devices and wanted not in ("auto", hardware.kind):
+        return none(f"the devices are of kind {hardware.kind}, and --lora-device is {wanted}")
+    return hardware
 
 
 def is_replaced() -> bool:

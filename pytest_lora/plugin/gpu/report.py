@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,15 +56,14 @@ def write(terminal: pytest.TerminalReporter, reports: Iterable[pytest.TestReport
     if hasattr(terminal.config, "workerinput"):  # a worker has a terminal of its own, which nobody sees
         return
     found = rows(reports)
-    is_listed = options_of(terminal.config).gpu_report
-    lines = [*(_listing(found) if is_listed else ()), *_troubles(found)]
+    options = options_of(terminal.config)
+    lines = [*(_listing(found) if options.gpu_report else ()), *_troubles(found)]
     if lines:
         terminal.section("GPU tests")
         for line in lines:
             terminal.write_line(line)
-    path = os.environ.get("GITHUB_STEP_SUMMARY")
-    if is_listed and path:
-        with open(path, "a", encoding="utf-8") as summary:
+    if options.gpu_report and options.step_summary:
+        with open(options.step_summary, "a", encoding="utf-8") as summary:
             summary.write("\n".join(markdown(found)) + "\n")
 
 

@@ -13,8 +13,8 @@ def key_prefix_is_wrong(facts: CheckpointFacts, expect: Expect) -> Iterator[Viol
 
     ## What it does
     Looks at what stands before (and in) the names of the LoRA tensors: `base_model.model.` once, no name of
-    a wrapper (torch.compile, DDP, FSDP, DeepSpeed), no adapter name of its own. With a base, PEFT itself
-    has the last word.
+    a wrapper (torch.compile, DDP, FSDP, DeepSpeed), no adapter name of its own; and at `.weight` at their
+    end. With a base, PEFT itself has the last word.
 
     ## Why is this bad?
     Keys that PEFT does not know are dropped; the adapter loads with a warning at most, and changes nothing.
@@ -72,6 +72,11 @@ def _diagnosis(key: Key) -> tuple[str, str]:
         return (
             "carry the prefix base_model.model. twice, as from a PeftModel nested inside a PeftModel",
             "strip all but one base_model.model. from the keys",
+        )
+    if key.is_cut:
+        return (
+            "lack .weight at their end",
+            "put .weight behind lora_A and lora_B in every key",
         )
     return (
         f"carry the adapter name {key.adapter!r}",

@@ -48,9 +48,9 @@ def target_is_also_saved(facts: ConfigFacts, expect: Expect) -> Iterator[Violati
 
 
 def _is_saved_everywhere(name: str, facts: ConfigFacts) -> bool:
-    # PEFT saves the head of some task types by itself, whatever the targets are: nobody wrote it twice.
+    # PEFT saves the head of some task types by itself. In a live model that is no sign of a name written twice.
     modules = [m for m in facts.modules_of(name) if not (facts.live and _is_in_a_head(m, facts))]
-    return bool(modules) and all(map(facts.settings.saves, modules))
+    return bool(modules) and all(facts.settings.saves(m) or m in facts.saved_modules for m in modules)
 
 
 def _is_in_a_head(module: str, facts: ConfigFacts) -> bool:

@@ -17,7 +17,8 @@ def no_adapter_is_active(facts: ModelFacts, expect: Expect) -> Iterator[Violatio
 
     ## Why is this bad?
     The layers are still there but run the base weight alone: nothing is trained, evaluated or saved but the
-    base. An adapter may have been deleted, or the active one never chosen.
+    base. An adapter may have been deleted, or the active one never chosen; or `unload()` or
+    `merge_and_unload()` took the layers off, which both do to the model itself.
 
     ## Example
     ```python
@@ -38,7 +39,15 @@ def no_adapter_is_active(facts: ModelFacts, expect: Expect) -> Iterator[Violatio
     ## References
     - https://huggingface.co/docs/peft/package_reference/peft_model#peft.PeftModel.delete_adapter
     """
-    if not facts.active:
+    if not facts.base.carries_adapter:
+        yield Violation(
+            where=facts.base.architecture or "the model",
+            observed="a PEFT model without any LoRA layer: the adapter was unloaded, or merged and unloaded",
+            expected="one active adapter",
+            fix="go on with what merge_and_unload() returned, as a plain model; to train on, load the base and the "
+            "adapter anew",
+        )
+    elif not facts.active:
         known = ", ".join(map(repr, facts.adapters))
         yield Violation(
             where=grouped(dict.fromkeys(layer.module for layer in facts.layers))

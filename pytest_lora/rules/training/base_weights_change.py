@@ -52,10 +52,12 @@ def base_weights_change(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
             continue
         meant = change.trainable and not change.adapted
         (others if meant else adapted).append(change)
-    for changes, severity in ((adapted, "error"), (others, "info")):
+    for changes in (adapted, others):
         if changes:
             worst = max(changes, key=lambda change: change.relative)
             since = "since base_snapshot" if worst.since == "snapshot" else "in the steps taken here"
+            # A snapshot says that the base is to stay put; else a module may be trained in full on purpose.
+            meant = changes is others and worst.since != "snapshot"
             trainable = sum(change.trainable for change in changes)
             yield Violation(
                 where=grouped(dict.fromkeys(change.name for change in changes)),
@@ -65,7 +67,7 @@ def base_weights_change(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
                 fix="freeze the base (get_peft_model does it) and leave requires_grad_ of its parameters alone"
                 if trainable
                 else "unmerge adapters, and load the base anew",
-                severity="error" if severity == "error" else "info",
+                severity="info" if meant else "error",
             )
 
 

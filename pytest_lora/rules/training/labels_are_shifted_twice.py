@@ -13,11 +13,12 @@ def labels_are_shifted_twice(facts: TrainingFacts, expect: Expect) -> Iterator[V
 
     ## What it does
     Compares labels with input ids: causal models of transformers shift labels themselves, so that a label
-    equals the input at its own position. Labels that equal the next input throughout are shifted twice.
+    equals the input at its own position. Labels that equal the next input throughout are shifted twice,
+    those that equal the previous input are shifted the wrong way as well.
 
     ## Why is this bad?
     The model is then trained to predict the token after the next one. The loss falls, to a worse value,
-    and generated text skips every other token.
+    and generated text skips every other token. Shifted the wrong way it learns to repeat its input.
 
     ## Example
     ```python
@@ -37,20 +38,28 @@ def labels_are_shifted_twice(facts: TrainingFacts, expect: Expect) -> Iterator[V
     ## References
     - https://huggingface.co/docs/transformers/tasks/language_modeling
     """
-    shifted = [
-        known
-        for known in facts.labels
-        if known.kind == "causal" and known.labels >= ENOUGH and known.ahead >= ALIKE and known.same < UNLIKE
-    ]
-    if shifted and not facts.custom_loss:
-        yield Violation(
-            where=f"batches {', '.join(str(known.batch) for known in shifted[:8])}: labels",
-            observed=f"{100 * shifted[0].ahead:.0f} % of the labels equal the next input token, "
-            f"{100 * shifted[0].same:.0f} % the one at their own position: they are shifted already, and the model "
-            "shifts them once more",
-            expected="labels[t] == input_ids[t]; the model shifts them",
-            fix="set labels = input_ids.clone(), with -100 where nothing is to be learned",
-        )
+    if facts.custom_loss:
+        return
+    known = [k for k in facts.labels if k.kind == "causal" and k.labels >= ENOUGH and k.same < UNLIKE]
+    ahead = [(k, k.ahead) for k in known if k.ahead >= ALIKE]
+    behind = [(k, k.behind) for k in known if k.behind >= ALIKE and k.ahead < ALIKE]
+    for shifted, which, outcome in (
+        (ahead, "next", "they are shifted already, and the model shifts them once more"),
+        (
+            behind,
+            "previous",
+            "they are shifted the wrong way, and the model, which shifts them itself, learns to repeat",
+        ),
+    ):
+        if shifted:
+            first, share = shifted[0]
+            yield Violation(
+                where=f"batches {', '.join(str(k.batch) for k, _ in shifted[:8])}: labels",
+                observed=f"{100 * share:.0f} % of the labels equal the {which} input token, "
+                f"{100 * first.same:.0f} % the one at their own position: {outcome}",
+                expected="labels[t] == input_ids[t]; the model shifts them",
+                fix="set labels = input_ids.clone(), with -100 where nothing is to be learned",
+            )
 
 
 ENOUGH, ALIKE, UNLIKE = 4, 0.9, 0.5

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.facts.training import GroupFacts, TrainingFacts
 from pytest_lora.rules import Violation, rule
 
 
@@ -38,10 +38,12 @@ def learning_rate_is_too_low(facts: TrainingFacts, expect: Expect) -> Iterator[V
     ## References
     - LoRA Without Regret, on rates of LoRA and full fine-tuning: https://thinkingmachines.ai/blog/lora/
     """
-    groups = [g for g in facts.optimizer.groups if "a" in g.parts or "b" in g.parts]
-    known = [rate for g in groups for rate in (*(s.rates[g.index] for s in facts.steps), g.initial_lr or 0.0)]
+    groups = _deciding_groups(facts)
+    known = [step.rates[group.index] for group in groups for step in facts.steps]
     if facts.schedule and facts.schedule.peak:
         known.append(facts.schedule.peak)
+    else:
+        known += [group.initial_lr or 0.0 for group in groups]
     rate = max(known, default=0.0)
     if not facts.steps or not rate > 0:
         return
@@ -53,10 +55,20 @@ def learning_rate_is_too_low(facts: TrainingFacts, expect: Expect) -> Iterator[V
     if too_low:
         yield Violation(
             where=f"optimizer ({facts.optimizer.optimizer})",
-            observed=f"a learning rate of {rate:g}: the adapter hardly moves",
+            observed=f"a learning rate of {rate:g}{_of(groups)}: the adapter hardly moves",
             expected=needed,
             fix="raise lr; LoRA takes about ten times the rate of full fine-tuning",
         )
+
+
+def _deciding_groups(facts: TrainingFacts) -> list[GroupFacts]:
+    """The groups of lora_B where it trains: the rest cannot act while it stays at zero."""
+    groups = facts.optimizer.groups
+    return [g for g in groups if "b" in g.parts] or [g for g in groups if "a" in g.parts]
+
+
+def _of(groups: list[GroupFacts]) -> str:
+    return " of lora_B" if all("a" not in group.parts for group in groups) else ""
 
 
 ADAPTIVE_LIMIT = 1e-7

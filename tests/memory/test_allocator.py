@@ -1,0 +1,100 @@
+"""The caching allocator's replay, against one that says the rules in the plainest way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_lora.inspection.memory.cuda_allocator import max_reserved
+
+KIB, MIB = 2**10, 2**20
+Block = list[Any]
+"""Size, and whether it is free; a segment is a list of them."""
+
+
+def plainly_reserved(events: list[tuple[int, int, bool]], emptied_before: int | None) -> int:
+    """Segments as lists of blocks, searched from end to end; events are instance, bytes, and whether it is freed."""
+    total = 0
+    for small in (True, False):
+        segments: list[list[Block]] = []
+        of: dict[int, Block] = {}
+        most = 0
+        for number, (instance, size, is_free) in enumerate(events):
+            if number == emptied_before:
+                segments = [s for s in segments if len(s) > 1 or not s[0][1]]
+            size = max(512, -(-size // 512) * 512)
+            if (size <= MIB) is not small:
+                continue
+            if is_free:
+                of.pop(instance)[1] = True
+                segments = [joined(segment) for segment in segments]
+                continue
+            fitting = [
+                (block[0], s, b)
+                for s, segment in enumerate(segments)
+                for b, block in enumerate(segment)
+                if block[1] and block[0] >= size
+            ]
+            if not fitting:
+                whole = 2 * MIB if small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+                segments.append([[whole, True]])
+                fitting = [(whole, len(segments) - 1, 0)]
+            whole, s, b = min(fitting)
+            rest = whole - size
+            taken = [whole, False]
+            segments[s][b : b + 1] = [taken]
+            if rest >= 512 if small else rest > MIB:
+                taken[0] = size
+                segments[s].insert(b + 1, [rest, True])
+            of[instance] = taken
+            most = max(most, sum(block[0] for segment in segments for block in segment))
+        total += most
+    return total
+
+
+def joined(segment: list[Block]) -> list[Block]:
+    found: list[Block] = []
+    for block in segment:
+        if found and found[-1][1] and block[1]:
+            found[-1][0] += block[0]
+        else:
+            found.append(block)
+    return found
+
+
+@st.composite
+def traces(draw: st.DrawFn) -> tuple[list[tuple[int, int, bool]], int | None]:
+    """Storages of a few sizes, made and freed in any order."""
+    near = st.sampled_from(
+        [512, 300 * KIB, MIB, MIB + 1, 3 * MIB, 10 * MIB - 512, 10 * MIB, 11 * MIB, 40 * MIB]
+    )
+    sizes = draw(st.lists(near | st.integers(1, 24 * MIB), min_size=1, max_size=6))
+    events: list[tuple[int, int, bool]] = []
+    live: list[tuple[int, int]] = []
+    for instance, size in enumerate(draw(st.lists(st.sampled_from(sizes), max_size=60))):
+        events.append((instance, size, False))
+        live.append((instance, size))
+        places = draw(st.lists(st.integers(0, 60), max_size=3))
+        events.extend((*live.pop(place), True) for place in places if place < len(live))
+    return events, draw(st.none() | st.integers(0, len(events)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(traces())
+def test_the_replay_keeps_the_rules(trace: tuple[list[tuple[int, int, bool]], int | None]) -> None:
+    events, emptied_before = trace
+    instances = np.array([instance for instance, _, _ in events], dtype=np.int64)
+    sizes = np.zeros(len({i for i, _, _ in events}), dtype=np.int64)
+    for instance, size, _ in events:
+        sizes[instance] = size
+    frees = np.array([is_free for _, _, is_free in events], dtype=np.bool_)
+    fast = max_reserved(sizes, instances, instances, frees, emptied_before)
+    assert fast == plainly_reserved(events, emptied_before)
+
+
+def test_nothing_reserves_nothing() -> None:
+    nothing = np.zeros(0, dtype=np.int64)
+    assert max_reserved(nothing, nothing, nothing, np.zeros(0, dtype=np.bool_)) == 0
