@@ -59,8 +59,8 @@ def test_any_text_reads_as_it_is(text: str) -> None:
 
 
 def test_a_fix_of_several_lines_keeps_them() -> None:
-    block = markdown_block("a ``` b\n  c", "    ")
-    assert block == "    ````text\n    a ``` b\n      c\n    ````"
+    block = markdown_block("a ``` b\n        what if:\n          c", "    ")
+    assert block == "    ````text\n    a ``` b\n    what if:\n      c\n    ````"
 
 
 def test_a_report_reads_well() -> None:
