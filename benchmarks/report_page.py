@@ -20,6 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from PIL import Image
+
 from pytest_lora.report.page import page
 from tests.report import browser
 from tests.report.sample import SESSION
@@ -123,6 +125,10 @@ def take_picture(picture: Path) -> None:
             )
             picture.parent.mkdir(parents=True, exist_ok=True)
             browser.photograph(driver, picture, width=920, height=round(end))
+    # A page has few colours, and with a palette a quarter of the bytes.
+    Image.open(picture).convert("RGB").quantize(
+        256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    ).save(picture, optimize=True)
 
 
 def main() -> int:

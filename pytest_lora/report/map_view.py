@@ -12,7 +12,7 @@ from pytest_lora.exhibits import AdapterMap, CellState
 
 STATES: dict[CellState, str] = {
     "live": "trains",
-    "dead": "dead: no gradient can reach it",
+    "dead": "dead: no gradient reaches it",
     "missing": "no adapter here",
     "frozen": "frozen",
     "idle": "inactive, disabled or merged",
