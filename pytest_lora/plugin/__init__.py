@@ -85,7 +85,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_lora.plugin.gpu import report as gpu_report
 
         config.pluginmanager.register(gpu_report.RequireGpu(), "lora-require-gpu")
-    if options.reports and not is_worker:
+    if options.reports and not is_worker and not config.option.collectonly:
         from pytest_lora.plugin import session_report
 
         config.pluginmanager.register(

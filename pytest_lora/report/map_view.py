@@ -12,7 +12,7 @@ from pytest_lora.exhibits import AdapterMap, CellState
 
 STATES: dict[CellState, str] = {
     "live": "trains",
-    "dead": "dead: no gradient can reach it",
+    "dead": "dead: no gradient reaches it",
     "missing": "no adapter here",
     "frozen": "frozen",
     "idle": "inactive, disabled or merged",
@@ -164,7 +164,7 @@ def _plane(name: str, values: tuple[Any, ...], unit: str, *, logarithmic: bool =
             return round(1 - 0.9 * (math.log10(high) - math.log10(value)) / span, 2)
         return round(0.1 + 0.9 * (value / 2 - low / 2) / (high / 2 - low / 2), 2)
 
-    return Plane(name, values, tuple(map(shade, values)), number(low), number(high), unit)
+    return Plane(name, values, tuple(map(shade, values)), number(low, 3), number(high, 3), unit)
 
 
 def _runs(shown: AdapterMap, module: str, layers: Sequence[str], places: Sequence[int]) -> Iterator[Run]:
@@ -192,7 +192,7 @@ def _span(values: Sequence[float | None], places: Sequence[int]) -> str:
     known = [v for place in places if values and (v := values[place]) is not None]
     if not known:
         return ""
-    low, high = number(min(known)), number(max(known))
+    low, high = number(min(known), 3), number(max(known), 3)
     return low if low == high else f"{low} to {high}"
 
 

@@ -24,7 +24,7 @@ from pytest_lora.report.memory_view import memory_view
 from pytest_lora.report.rule_docs import rule_doc
 from pytest_lora.report.rule_groups import FoundIn, RuleGroup, rule_groups
 from pytest_lora.report.session import RanTest, Session, counted_tests
-from pytest_lora.report.text import printable
+from pytest_lora.report.text import printable, without_margin
 from pytest_lora.rules import catalogue
 
 ROOM = 900_000
@@ -116,6 +116,7 @@ def _environment() -> Environment:
         "percent": _percent,
         "flops": _flops,
         "printable": printable,
+        "without_margin": without_margin,
     }
     made.globals |= {
         "map_view": map_view,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from textwrap import dedent
 from unicodedata import category
 
 LONGEST = 4000
@@ -29,6 +30,12 @@ def _escaped(found: re.Match[str]) -> str:
     return f"\\u{ord(char):04x}"
 
 
+def without_margin(text: str) -> str:
+    """A text of several lines without the margin that the lines after the first have in a terminal."""
+    first, newline, rest = text.partition("\n")
+    return first + newline + dedent(rest)
+
+
 def markdown(text: str) -> str:
     """A text as Markdown that shows it literally, on one line, also in a cell of a table."""
     return _FOR_MARKDOWN.sub(r"\\\1", " ".join(printable(text).split()))
@@ -36,7 +43,7 @@ def markdown(text: str) -> str:
 
 def markdown_block(text: str, indent: str) -> str:
     """A text of several lines as a block of code in Markdown, indented as part of a list."""
-    shown = printable(text)
+    shown = printable(without_margin(text))
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     return "\n".join(f"{indent}{line}" for line in (f"{fence}text", *shown.splitlines(), fence))
 

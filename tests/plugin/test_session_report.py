@@ -272,3 +272,10 @@ def test_findings_are_in_the_page_of_pytest_html(pytester: pytest.Pytester) -> N
     )
     assert "--&gt; &lt;b&gt;&amp;\n" in extra
     assert told["test_plain"] == []
+
+
+def test_collecting_alone_leaves_an_earlier_report_as_it_is(pytester: pytest.Pytester) -> None:
+    pytester.makefile(".json", out="earlier")
+    pytester.makepyfile(test_it="def test_plain(): ...")
+    assert pytester.runpytest_inprocess("--lora-report=out.json", "--collect-only").ret == 0
+    assert (pytester.path / "out.json").read_text() == "earlier"

@@ -116,9 +116,9 @@ def test_a_map_shows_states_shades_and_runs() -> None:
         ("0", "frozen"),
         ("1", "inactive, disabled or merged"),
         ("2", "trains"),
-        ("3", "dead: no gradient can reach it"),
+        ("3", "dead: no gradient reaches it"),
         ("4 to 8", "trains"),
-        ("9", "dead: no gradient can reach it"),
+        ("9", "dead: no gradient reaches it"),
         ("10 to 15", "trains"),
     ]
 

@@ -59,8 +59,8 @@ def test_any_text_reads_as_it_is(text: str) -> None:
 
 
 def test_a_fix_of_several_lines_keeps_them() -> None:
-    block = markdown_block("a ``` b\n  c", "    ")
-    assert block == "    ````text\n    a ``` b\n      c\n    ````"
+    block = markdown_block("a ``` b\n        what if:\n          c", "    ")
+    assert block == "    ````text\n    a ``` b\n    what if:\n      c\n    ````"
 
 
 def test_a_report_reads_well() -> None:
@@ -72,7 +72,7 @@ def test_a_report_reads_well() -> None:
     )
     assert f"- **{markdown(MERGED.where)}**\n  - observed: {MERGED.observed}\n" in text
     assert "- `tests/test_data.py::test_tokens`: AssertionError: assert 3 == 4" in text
-    assert "| `self_attn.v_proj` | 3 | dead: no gradient can reach it | 32 | 2 | 0 | 0 |" in text
+    assert "| `self_attn.v_proj` | 3 | dead: no gradient reaches it | 32 | 2 | 0 | 0 |" in text
     assert "| loss over 20 steps | 4.02 | 0.71 | 82.3 % | 1 % |" in text
     assert "| ❌ | `r=1` | 68.0 GiB |" in text
     assert "**rank 8 is chosen** by accuracy" in text
