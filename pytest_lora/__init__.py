@@ -51,6 +51,12 @@ if TYPE_CHECKING:
     from pytest_lora.memory import largest_that_fits as largest_that_fits
     from pytest_lora.memory import oom_frontier as oom_frontier
     from pytest_lora.memory import step_memory as step_memory
+    from pytest_lora.sweep.advice import RankAdvice as RankAdvice
+    from pytest_lora.sweep.advice import suggest_rank as suggest_rank
+    from pytest_lora.sweep.choice import RankChoice as RankChoice
+    from pytest_lora.sweep.gate import assert_rank_suffices as assert_rank_suffices
+    from pytest_lora.sweep.result import SweepResult as SweepResult
+    from pytest_lora.sweep.runner import rank_sweep as rank_sweep
     from pytest_lora.watch import watch_training as watch_training
 
 _HOMES = {
@@ -63,12 +69,15 @@ _HOMES = {
     "MemoryEstimate": "facts.memory",
     "OomFrontier": "memory",
     "ParameterCount": "counting",
+    "RankAdvice": "sweep.advice",
+    "RankChoice": "sweep.choice",
     "RankRow": "counting",
     "RankTable": "counting",
     "LossDrop": "facts.training",
     "RanksFailedError": "distributed",
     "Report": "findings",
     "StepMemory": "memory",
+    "SweepResult": "sweep.result",
     "assert_adapter_shapes": "assertions",
     "assert_adapters_in_sync": "distributed",
     "assert_alpha_ratio": "assertions",
@@ -80,6 +89,7 @@ _HOMES = {
     "assert_loss_decreases": "assertions",
     "assert_merge_exact": "assertions",
     "assert_param_ratio": "assertions",
+    "assert_rank_suffices": "sweep.gate",
     "assert_reload_exact": "assertions",
     "assert_resumable": "assertions",
     "check_checkpoint": "checks",
@@ -93,9 +103,11 @@ _HOMES = {
     "estimate_memory": "memory",
     "largest_that_fits": "memory",
     "oom_frontier": "memory",
+    "rank_sweep": "sweep.runner",
     "rank_table": "counting",
     "run_distributed": "distributed",
     "step_memory": "memory",
+    "suggest_rank": "sweep.advice",
     "watch_training": "watch",
 }
 

@@ -56,6 +56,17 @@ FLOORS = {
     "callback": {"expect", "watch"},
     "combination": {"inspection", "roundtrip"},
     "lifecycle": {"checks", "combination", "expect", "inspection", "laws", "roundtrip", "tiny"},
+    "sweep": {
+        "assertions",
+        "byte_sizes",
+        "checks",
+        "expect",
+        "findings",
+        "inspection",
+        "memory",
+        "roundtrip",
+        "sweep",
+    },
     "strategies": {"expect", "facts", "inspection", "roundtrip", "strategies", "tiny"},
 }
 """What each part of the package may import from the package; the plugin may import everything."""

@@ -162,7 +162,7 @@ def test_every_check_that_takes_a_model_is_here() -> None:
         for name, value in public.items()
         if inspect.isfunction(value) and models & set(inspect.signature(value).parameters)
     }
-    assert listed == takes
+    assert listed == takes - {"suggest_rank"}  # advice: it reads the shape of the base alone
 
 
 def _bytes(tensor: torch.Tensor | None) -> Any:

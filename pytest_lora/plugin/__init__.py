@@ -18,6 +18,7 @@ from pytest_lora.plugin.fixtures import lora_config as lora_config
 from pytest_lora.plugin.fixtures import lora_device as lora_device
 from pytest_lora.plugin.fixtures import lora_expect as lora_expect
 from pytest_lora.plugin.fixtures import lora_model as lora_model
+from pytest_lora.plugin.fixtures import lora_rank_sweep as lora_rank_sweep
 from pytest_lora.plugin.options import (
     ADAPTER_FILES,
     GPU_PROPERTY,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from pytest_lora.expect import Expect
     from pytest_lora.plugin.shared_base import Guarded
+    from pytest_lora.sweep.result import SweepResult
 
     T = TypeVar("T")
 
@@ -115,6 +116,20 @@ def lora_batch(lora_base_model: nn.Module, lora_device: torch.device) -> dict[st
     from pytest_lora.tiny import text_batch
 
     return lora_settings.within_vocabulary(text_batch(device=lora_device), lora_base_model)
+
+
+@pytest.fixture
+def lora_rank_sweep(
+    request: pytest.FixtureRequest, lora_base_model: nn.Module, lora_config: LoraConfig
+) -> Callable[..., SweepResult]:
+    """Sweep ranks on copies of the base: ``lora_rank_sweep(train, evaluate, **settings)``, a SweepResult.
+
+    Settings are those of pytest_lora.rank_sweep. Unless they are given, ranks are those of --lora-ranks (4, 8, 16),
+    the adapter is that of lora_config, and no progress bar is shown.
+    """
+    from pytest_lora.plugin import rank_sweeps
+
+    return rank_sweeps.sweeper(request.node, lora_base_model, lora_config)
 
 
 def _or_fail(settle: Callable[..., T], *arguments: object) -> T:

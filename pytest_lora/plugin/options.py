@@ -92,6 +92,12 @@ TABLE = (
         ini="string",
     ),
     _Option(
+        "ranks",
+        "ranks of the fixture lora_rank_sweep, as in 4,8,16, which is the default",
+        {"metavar": "RANKS"},
+        "string",
+    ),
+    _Option(
         "report",
         "write a report of the session to look at: .html (one file, to open anywhere), .md or .json; may be given more "
         "than once",

@@ -25,6 +25,7 @@ class LoraOptions:
         require_gpu: Whether GPU tests must run.
         gpu_report: Whether GPU tests are listed at the end.
         gpus_per_worker: How many GPUs an xdist worker sees; 0 to find out.
+        ranks: Ranks of the fixture ``lora_rank_sweep``.
         reports: Files to write a report to, absolute.
         baseline: File to compare what was measured with, absolute; ``None`` for none.
         update_baseline: Whether that file is written instead.
@@ -40,6 +41,7 @@ class LoraOptions:
     require_gpu: bool
     gpu_report: bool
     gpus_per_worker: int
+    ranks: tuple[int, ...]
     reports: tuple[Path, ...]
     baseline: Path | None
     update_baseline: bool
@@ -56,7 +58,7 @@ class LoraOptions:
 
         Raises:
             pytest.UsageError: A folder or file that is named does not exist, an ini line is not ``field = literal``,
-                there is no such device, the number of GPUs is none, or a report has no known ending.
+                there is no such device, the number of GPUs or a rank is none, or a report has no known ending.
         """
         env = os.environ.get("RUN_SLOW", "").lower() in ("1", "yes", "true", "on", "y")
         return cls(
@@ -69,6 +71,7 @@ class LoraOptions:
             require_gpu=config.getoption("lora_require_gpu"),
             gpu_report=config.getoption("lora_gpu_report"),
             gpus_per_worker=gpus_per_worker(config),
+            ranks=_ranks(config),
             baseline=_baseline_file(config),
             update_baseline=config.getoption("lora_update_baseline"),
             reports=tuple(_report_file(config, given) for given in config.getoption("lora_report")),
@@ -183,6 +186,24 @@ def gpus_per_worker(config: pytest.Config) -> int:
     if not text.isdecimal():
         raise pytest.UsageError(f"ini lora_gpus_per_worker: {text!r} is no number of GPUs")
     return int(text)
+
+
+RANKS = (4, 8, 16)
+
+
+def _ranks(config: pytest.Config) -> tuple[int, ...]:
+    for source, text in (
+        ("--lora-ranks", config.getoption("lora_ranks")),
+        ("ini lora_ranks", config.getini("lora_ranks")),
+    ):
+        if text:
+            parts = [part.strip() for part in text.split(",")]
+            if not all(part.isdecimal() and int(part) for part in parts) or len(set(parts)) < len(parts):
+                raise pytest.UsageError(
+                    f"{source}: {text!r} are no ranks; write different ones, as in 4,8,16"
+                )
+            return tuple(map(int, parts))
+    return RANKS
 
 
 def asks_for_gpus(early_config: pytest.Config) -> bool:

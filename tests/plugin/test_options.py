@@ -108,6 +108,7 @@ def test_options_are_read_from_ini(pytester: pytest.Pytester, monkeypatch: pytes
         require_gpu=False,
         gpu_report=False,
         gpus_per_worker=0,
+        ranks=(4, 8, 16),
         reports=(),
         baseline=None,
         update_baseline=False,

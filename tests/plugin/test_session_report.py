@@ -14,7 +14,8 @@ import pytest
 
 from pytest_lora.findings import Report
 from pytest_lora.plugin import session_report
-from tests.plugin.test_summary import WORKERS
+
+WORKERS = pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["plain", "xdist"])
 
 ALLOWED = ("-W", "always::pytest_lora.LoraHealthWarning")
 """Our own suite makes errors of them, and a session within it inherits that."""

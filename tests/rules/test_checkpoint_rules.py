@@ -17,7 +17,7 @@ from torch import nn
 from pytest_lora import Expect, Report, check_checkpoint
 from tests.rules import folders
 from tests.rules.bases import BASES, Namespace, quantized
-from tests.rules.folders import Tensors, configure, edit
+from tests.rules.folders import configure, edit
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -432,7 +432,7 @@ def test_a_pickle_is_read_on_request(names: Namespace) -> None:
 def test_new_tokens_that_nobody_trained(names: Namespace) -> None:
     report = check_checkpoint(names.adapter(), names["base"], expect=Expect(new_tokens=2))
     assert set(loud(report)) == {"LORA119"}
-    saved: Tensors = {"base_model.model.model.embed_tokens.weight": torch.randn(128, 64)}
+    saved = {"base_model.model.model.embed_tokens.weight": torch.randn(128, 64)}
     path = edit(names.adapter(), lambda t: {**t, **saved})
     assert loud(check_checkpoint(path, names["base"], expect=Expect(new_tokens=2))) == []
 

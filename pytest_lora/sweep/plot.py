@@ -1,0 +1,195 @@
+"""A sweep as a picture: what rank buys, and what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pytest_lora.sweep.choice import RankChoice, percent
+from pytest_lora.sweep.rows import RankOutcome
+from pytest_lora.sweep.table import number
+
+if TYPE_CHECKING:
+    import os
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from pytest_lora.sweep.result import SweepResult
+
+
+class Theme(NamedTuple):
+    """Colours, which also differ in lightness, so that they survive print and colour blindness."""
+
+    background: str
+    ink: str
+    faint: str
+    grid: str
+    line: str
+    chosen: str
+
+
+THEMES = {
+    "light": Theme("#ffffff", "#1f2328", "#6a737d", "#e3e6ea", "#2f6fb3", "#c2410c"),
+    "dark": Theme("#14171c", "#e6e8eb", "#98a1ab", "#2b3038", "#7db4ee", "#ff9d5c"),
+}
+
+
+def draw(
+    result: SweepResult,
+    path: str | os.PathLike[str],
+    theme: Literal["light", "dark"],
+    choice: RankChoice,
+) -> Path:
+    """Draw and write; ``SweepResult.plot`` documents the arguments."""
+    if theme not in THEMES:
+        raise ValueError(f"theme must be one of {', '.join(THEMES)}, not {theme!r}")
+    file = Path(path)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot needs matplotlib: pip install 'pytest-lora[plot]'") from error
+    figure = Figure(figsize=(10, 5.6), dpi=150, layout="constrained")
+    known = figure.canvas.get_supported_filetypes()
+    if file.suffix[1:].lower() not in known:
+        raise ValueError(f"path must end in one of .{', .'.join(sorted(known))}, not {file.name!r}")
+    _compose(figure, result, choice, THEMES[theme])
+    # Without a date, the same sweep gives the same file.
+    metadata: dict[str, Any] = {"Date": None} if file.suffix.lower() == ".svg" else {}
+    figure.savefig(file, metadata=metadata)
+    return file
+
+
+def _compose(figure: Figure, result: SweepResult, choice: RankChoice, theme: Theme) -> None:
+    rows = [row for row in result.rows if row.metric is not None]
+    figure.set_facecolor(theme.background)
+    share = dict(choice.shares).get(choice.rank)
+    of_best = "" if share is None else f": it reaches {percent(share)} of the best"
+    figure.suptitle(
+        f"Rank {choice.rank}{of_best}",
+        x=0.012,
+        ha="left",
+        color=theme.ink,
+        fontsize=14,
+        fontweight="bold",
+    )
+    figure.set_layout_engine("constrained", hspace=0.08, wspace=0.05, w_pad=0.1, h_pad=0.08)
+    grid = figure.add_gridspec(3, 2, width_ratios=(1.9, 1))
+    main = figure.add_subplot(grid[:, 0])
+    _metric(main, result, rows, choice, theme)
+    panels = (
+        ("training time, s", [row.seconds for row in rows]),
+        ("operations, TFLOP", [None if row.flops is None else row.flops / 1e12 for row in rows]),
+        _memory(rows),
+    )
+    for position, (title, values) in enumerate(panels):
+        axes = figure.add_subplot(grid[position, 1])
+        _cost(axes, rows, title, values, choice.rank, theme)
+        axes.tick_params(labelbottom=position == 2)
+        if position == 2:
+            axes.set_xlabel("rank", color=theme.ink)
+
+
+def _memory(rows: list[RankOutcome]) -> tuple[str, list[float | None]]:
+    sources = sorted({row.memory for row in rows if row.peak_bytes is not None})
+    title = f"peak memory, GiB ({' and '.join(sources)})" if sources else "peak memory, GiB"
+    return title, [None if row.peak_bytes is None else row.peak_bytes / 2**30 for row in rows]
+
+
+def _metric(
+    axes: Axes, result: SweepResult, rows: list[RankOutcome], choice: RankChoice, theme: Theme
+) -> None:
+    ranks = [row.rank for row in rows]
+    means = [row.metric or 0.0 for row in rows]
+    _prepare(axes, ranks, choice.rank, theme)
+    goal = "more is better" if result.maximise else "less is better"
+    axes.set_title(f"{result.metric} ({goal})", loc="left", color=theme.ink, fontsize=11)
+    axes.set_xlabel("rank", color=theme.ink)
+    for row in rows:
+        values = [value for _, value in row.metrics]
+        if len(values) > 1:
+            axes.plot([row.rank] * len(values), values, "o", color=theme.line, alpha=0.35, ms=4, mew=0)
+    axes.plot(ranks, means, color=theme.line, lw=2, marker="o", ms=6, zorder=3)
+    spread = [(row.rank, row.metric or 0.0, row.spread) for row in rows if row.spread is not None]
+    for rank, mean, deviation in spread:
+        axes.errorbar(rank, mean, deviation, color=theme.line, lw=1.5, capsize=5, zorder=3)
+    enough = _enough(result, choice, means)
+    # At the right, the room between the two lines is free, whether the curve has risen or fallen.
+    inwards = -1 if result.maximise else 1
+    for level, text, side in (
+        (enough, f"{percent(choice.metric_share)} of the best", inwards),
+        (result.before, "before training", -inwards),
+    ):
+        if level is not None:
+            axes.axhline(level, color=theme.faint, lw=1, ls=(0, (5, 4)), zorder=1)
+            axes.annotate(
+                text,
+                (0.99, level),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 4 * side),
+                textcoords="offset points",
+                ha="right",
+                va="bottom" if side > 0 else "top",
+                color=theme.faint,
+                fontsize=9,
+            )
+    best = means[ranks.index(choice.rank)]
+    axes.plot([choice.rank], [best], "o", ms=13, mfc="none", mec=theme.chosen, mew=2.5, zorder=4)
+    axes.annotate(
+        f"r={choice.rank}: {number(best)}",
+        (choice.rank, best),
+        xytext=(0, 13 if result.maximise else -13),
+        textcoords="offset points",
+        ha="center",
+        va="bottom" if result.maximise else "top",
+        color=theme.chosen,
+        fontweight="bold",
+    )
+    axes.margins(y=0.16)
+
+
+def _enough(result: SweepResult, choice: RankChoice, means: list[float]) -> float | None:
+    """The metric at which the metric rule is content; None where it was not judged."""
+    if not choice.shares:
+        return None
+    best = max(means) if result.maximise else min(means)
+    if result.before is not None:
+        return result.before + choice.metric_share * (best - result.before)
+    return best * choice.metric_share if result.maximise else best / choice.metric_share
+
+
+def _cost(
+    axes: Axes, rows: list[RankOutcome], title: str, values: list[float | None], chosen: int, theme: Theme
+) -> None:
+    ranks = [row.rank for row in rows]
+    _prepare(axes, ranks, chosen, theme)
+    axes.set_title(title, loc="left", color=theme.ink, fontsize=10)
+    points = [(rank, value) for rank, value in zip(ranks, values, strict=True) if value is not None]
+    if not points:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", color=theme.faint, fontsize=9)
+        return
+    axes.plot(*zip(*points, strict=True), color=theme.line, lw=2, marker="o", ms=5, zorder=3)
+    marked = [point for point in points if point[0] == chosen]
+    axes.plot(*zip(*marked, strict=True) if marked else ((), ()), "o", ms=5, color=theme.chosen, zorder=4)
+    # Costs start at zero: a curve that looks steep would overstate what rank changes.
+    axes.set_ylim(0, 1.25 * max(value for _, value in points))
+
+
+def _prepare(axes: Axes, ranks: list[int], chosen: int, theme: Theme) -> None:
+    """A logarithmic axis with the ranks themselves on it, a grid, and a band at the chosen rank."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_facecolor(theme.background)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(min(ranks) / 1.35, max(ranks) * 1.35)
+    half = (1.35**2 * max(ranks) / min(ranks)) ** 0.025
+    axes.axvspan(chosen / half, chosen * half, color=theme.chosen, alpha=0.14, lw=0, zorder=0)
+    axes.grid(True, axis="y", color=theme.grid, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme.faint, labelcolor=theme.ink, length=3, labelsize=9)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.faint)

@@ -1,0 +1,155 @@
+"""The result of a sweep: what was measured, and what can be asked of it. No torch, so that it can be read anywhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pytest_lora.sweep.choice import METRIC_SHARE, MIN_GAIN, TIME_SHARE, RankChoice, choose, metric_shares
+from pytest_lora.sweep.rows import RankOutcome, TrialRow, outcomes
+from pytest_lora.sweep.table import markdown_table, text_table
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """All trials of a sweep.
+
+    Attributes:
+        metric: Name of the metric.
+        maximise: Whether more of it is better.
+        before: The metric before training; None where it could not be measured.
+        trials: One row a trial, by rank and seed.
+        settings: What all trials share, as readable text: ``fraction``, ``epochs``, ``config``, ``data`` and so on.
+        versions: Versions of Python and of the packages that matter.
+    """
+
+    metric: str
+    maximise: bool
+    before: float | None
+    trials: tuple[TrialRow, ...]
+    settings: dict[str, str]
+    versions: dict[str, str]
+
+    @property
+    def rows(self) -> tuple[RankOutcome, ...]:
+        """One row a rank, the smallest first; means over seeds."""
+        return outcomes(self.trials)
+
+    @property
+    def failed(self) -> tuple[TrialRow, ...]:
+        """The trials without a metric, each with its diagnosis."""
+        return tuple(row for row in self.trials if row.failure is not None)
+
+    def shares(self) -> dict[int, float]:
+        """Share of the best metric by rank, as the metric rule counts it; empty where that means nothing."""
+        measured = [row for row in self.rows if row.metric is not None]
+        return metric_shares(measured, self.before, self.maximise)
+
+    def choose(
+        self,
+        metric_share: float = METRIC_SHARE,
+        time_share: float = TIME_SHARE,
+        min_gain: float = MIN_GAIN,
+    ) -> RankChoice:
+        """Choose a rank; ``pytest_lora.sweep.choice`` has the rules and their formulas.
+
+        Args:
+            metric_share: Share of the best metric that is enough.
+            time_share: Share of the largest rank's training time; told, but never decides.
+            min_gain: Gain of a doubling that pays, as a share of the metric's size.
+
+        Returns:
+            The rank, every rule's verdict, the runner-up, and what the evidence is too thin to tell.
+
+        Raises:
+            TypeError: A threshold is no number.
+            ValueError: A threshold is out of its range, or no trial has a metric.
+        """
+        return choose(
+            self.rows,
+            before=self.before,
+            maximise=self.maximise,
+            metric_share=metric_share,
+            time_share=time_share,
+            min_gain=min_gain,
+        )
+
+    def table(self, style: Literal["text", "markdown"] = "text") -> str:
+        """One line a rank: metric and spread, share of the best, time, operations, memory, parameters; then failures.
+
+        Raises:
+            ValueError: ``style`` is neither.
+        """
+        if style not in ("text", "markdown"):
+            raise ValueError(f"style must be 'text' or 'markdown', not {style!r}")
+        return (text_table if style == "text" else markdown_table)(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def plot(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        theme: Literal["light", "dark"] = "light",
+        choice: RankChoice | None = None,
+    ) -> Path:
+        """Draw the sweep; the ending of ``path`` says how, such as ``.png`` or ``.svg``. Needs ``pytest-lora[plot]``.
+
+        Args:
+            path: The file to write.
+            theme: ``"light"`` or ``"dark"``.
+            choice: The choice to mark; that of ``choose()`` by default.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: The theme is neither, the ending is unknown, or no trial has a metric.
+        """
+        from pytest_lora.sweep.plot import draw
+
+        return draw(self, path, theme, self.choose() if choice is None else choice)
+
+    def log(
+        self, *trackers: Any, project: str = "rank-sweep", folder: str = ".", choice: RankChoice | None = None
+    ) -> None:
+        """Write choice and evidence to experiment trackers, through accelerate.
+
+        Args:
+            trackers: Names (``"tensorboard"``, ``"wandb"``, ``"mlflow"``, ``"trackio"``, ...), or trackers that are
+                open already, such as ``accelerator.get_tracker("wandb")``, which stay open.
+            project: Name of the project or run, for trackers given by name.
+            folder: Where trackers that write files put them.
+            choice: The choice to write; that of ``choose()`` by default.
+
+        Raises:
+            TypeError: A tracker is neither a name nor a tracker.
+            ValueError: There is no tracker of that name, its package is not installed, or no trial has a metric.
+        """
+        from pytest_lora.sweep.trackers import log
+
+        log(self, trackers, project, folder, self.choose() if choice is None else choice)
+
+    def to_json(self) -> str:
+        """The result as one JSON object."""
+        return json.dumps(
+            {
+                "metric": self.metric,
+                "maximise": self.maximise,
+                "before": self.before,
+                "trials": [row.to_dict() for row in self.trials],
+                "settings": self.settings,
+                "versions": self.versions,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> SweepResult:
+        """The result that ``to_json`` wrote."""
+        data = json.loads(text)
+        trials = tuple(TrialRow.from_dict(row) for row in data.pop("trials"))
+        return cls(trials=trials, **data)

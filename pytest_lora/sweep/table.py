@@ -1,0 +1,76 @@
+"""A sweep as a table, for a terminal and in Markdown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_lora.byte_sizes import format_bytes
+from pytest_lora.sweep.choice import percent
+from pytest_lora.sweep.rows import RankOutcome
+
+if TYPE_CHECKING:
+    from pytest_lora.sweep.result import SweepResult
+
+MISSING = "-"
+
+
+def text_table(result: SweepResult) -> str:
+    """The table with aligned columns, its title above and failures below."""
+    cells = _cells(result)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join((_title(result), *lines, *_notes(result)))
+
+
+def markdown_table(result: SweepResult) -> str:
+    """The same in Markdown."""
+    head, *rows = (f"| {' | '.join(row)} |" for row in _cells(result))
+    rule = f"|{' ---: |' * len(_cells(result)[0])}"
+    notes = [f"- {note}" for note in _notes(result)]
+    return "\n".join((f"{_title(result)}:", "", head, rule, *rows, *([""] if notes else []), *notes))
+
+
+def _title(result: SweepResult) -> str:
+    seeds = len({row.seed for row in result.trials})
+    goal = "more is better" if result.maximise else "less is better"
+    before = "" if result.before is None else f", {number(result.before)} before training"
+    return f"{result.metric} by rank ({goal}{before}; {seeds} seed{'s' if seeds > 1 else ''})"
+
+
+def _cells(result: SweepResult) -> list[tuple[str, ...]]:
+    shares = result.shares()
+    memory = {row.memory for row in result.rows if row.peak_bytes is not None}
+    peak = "peak memory" + (f" ({memory.pop()})" if len(memory) == 1 else "")
+    head = ("rank", result.metric, "+-", "of the best", "seconds", "GFLOP", peak, "trainable")
+    return [head, *(_row(row, shares.get(row.rank)) for row in result.rows)]
+
+
+def _row(row: RankOutcome, share: float | None) -> tuple[str, ...]:
+    return (
+        str(row.rank),
+        MISSING if row.metric is None else number(row.metric),
+        MISSING if row.spread is None else f"{row.spread:.2g}",
+        MISSING if share is None else percent(share),
+        MISSING if row.seconds is None else f"{row.seconds:.3g}",
+        MISSING if row.flops is None else f"{row.flops / 1e9:,.4g}",
+        MISSING if row.peak_bytes is None else format_bytes(row.peak_bytes),
+        MISSING if row.trainable is None else f"{row.trainable:,}",
+    )
+
+
+def _notes(result: SweepResult) -> list[str]:
+    notes = [f"r={row.rank}, seed {row.seed}: {row.failure}" for row in result.failed]
+    unknown = {row.memory for row in result.rows if row.peak_bytes is None and row.memory}
+    notes += [f"peak memory {why}" for why in sorted(unknown)]
+    errors: dict[str, set[int]] = {}
+    for row in result.trials:
+        for finding in row.findings:
+            if finding.severity == "error":
+                errors.setdefault(f"{finding.code} {finding.title}", set()).add(row.rank)
+    notes += [f"{said} at r={', '.join(map(str, sorted(ranks)))}" for said, ranks in sorted(errors.items())]
+    return notes
+
+
+def number(value: float) -> str:
+    """A metric with four digits."""
+    return f"{value:.4g}"

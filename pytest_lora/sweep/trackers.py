@@ -1,0 +1,114 @@
+"""The choice and its evidence in an experiment tracker, through the trackers of accelerate."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pytest_lora.sweep.choice import RankChoice
+
+if TYPE_CHECKING:
+    from pytest_lora.sweep.result import SweepResult
+
+LONGEST = 500
+"""Characters of a value: what MLflow takes as a parameter in all its versions."""
+
+
+def log(result: SweepResult, trackers: Sequence[Any], project: str, folder: str, choice: RankChoice) -> None:
+    """Write to each tracker; ``SweepResult.log`` documents the arguments."""
+    tracking: Any = importlib.import_module("accelerate.tracking")
+    if not trackers:
+        raise ValueError("trackers must name at least one, such as 'tensorboard'")
+    for tracker in trackers:
+        _require_known(tracking, tracker)
+    with _no_state_left():
+        for tracker in trackers:
+            if not isinstance(tracker, str):
+                _write(tracker, result, choice)
+                continue
+            opened = _opened(tracking, tracker, project, folder)
+            try:
+                _write(opened, result, choice)
+            finally:
+                opened.finish()
+
+
+def _require_known(tracking: Any, tracker: Any) -> None:
+    if isinstance(tracker, tracking.GeneralTracker):
+        return
+    if not isinstance(tracker, str):
+        raise TypeError(
+            f"trackers must be names or trackers of accelerate, not {type(tracker).__name__} {tracker!r:.60}"
+        )
+    known = tracking.LOGGER_TYPE_TO_CLASS
+    if tracker not in known:
+        raise ValueError(f"there is no tracker {tracker!r}; accelerate has {', '.join(sorted(known))}")
+    if tracker not in [getattr(kind, "value", kind) for kind in tracking.get_available_trackers()]:
+        raise ValueError(f"the package of the tracker {tracker!r} is not installed")
+
+
+def _opened(tracking: Any, name: str, project: str, folder: str) -> Any:
+    made = tracking.LOGGER_TYPE_TO_CLASS[name]
+    tracker = made(project, folder) if made.requires_logging_directory else made(project)
+    # Trackers of older versions of accelerate start when they are made.
+    if hasattr(tracker, "start"):
+        tracker.start()
+    return tracker
+
+
+def _write(tracker: Any, result: SweepResult, choice: RankChoice) -> None:
+    tracker.store_init_configuration(provenance(result, choice))
+    for rank, values in measurements(result):
+        tracker.log(values, step=rank)
+
+
+def provenance(result: SweepResult, choice: RankChoice) -> dict[str, str | int | float]:
+    """Where the rank comes from, as flat values: the choice, its verdicts, settings, seeds, versions."""
+    chosen = next(row for row in result.rows if row.rank == choice.rank)
+    values: dict[str, str | int | float] = {
+        "rank": choice.rank,
+        "alpha": chosen.alpha,
+        "rank_reason": choice.reason,
+        "rank_runner_up": choice.runner_up or 0,
+        "rank_thin_evidence": "; ".join(choice.thin),
+        "sweep_ranks": ", ".join(str(row.rank) for row in result.rows),
+        "sweep_seeds": ", ".join(map(str, sorted({row.seed for row in result.trials}))),
+        "sweep_slice": ", ".join(sorted({row.data for row in result.trials if row.data})),
+        "sweep_failed_trials": len(result.failed),
+    }
+    values |= {f"rank_rule_{verdict.rule}": str(verdict) for verdict in choice.verdicts}
+    values |= {f"sweep_{name}": text for name, text in result.settings.items()}
+    values |= {f"version_{name}": text for name, text in result.versions.items()}
+    if result.before is not None:
+        values["metric_before"] = result.before
+    return {name: v[:LONGEST] if isinstance(v, str) else v for name, v in values.items()}
+
+
+def measurements(result: SweepResult) -> Iterator[tuple[int, dict[str, float]]]:
+    """Rank and what was measured of it, without what is not known."""
+    shares = result.shares()
+    for row in result.rows:
+        values = {
+            f"rank_sweep/{result.metric}": row.metric,
+            "rank_sweep/spread": row.spread,
+            "rank_sweep/share_of_best": shares.get(row.rank),
+            "rank_sweep/seconds": row.seconds,
+            "rank_sweep/flops": row.flops,
+            "rank_sweep/peak_bytes": row.peak_bytes,
+            "rank_sweep/trainable": row.trainable,
+        }
+        yield row.rank, {name: float(value) for name, value in values.items() if value is not None}
+
+
+@contextmanager
+def _no_state_left() -> Iterator[None]:
+    """Undo what accelerate sets up to find its main process, unless the user has set it up before."""
+    state: Any = importlib.import_module("accelerate.state").PartialState
+    was_there = bool(state._shared_state)
+    try:
+        yield
+    finally:
+        if not was_there:
+            state._reset_state()

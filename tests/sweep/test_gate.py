@@ -1,0 +1,132 @@
+"""The gate on a locked rank, and the advice where to start."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from pytest_lora import LoraHealthError, SweepResult, assert_rank_suffices, suggest_rank
+from pytest_lora.sweep.advice import advise
+from pytest_lora.sweep.rows import Failure, TrialRow
+from pytest_lora.tiny import tiny_config
+
+
+def result(
+    values: dict[int, list[float | None]], before: float | None = 0.5, maximise: bool = True
+) -> SweepResult:
+    trials = tuple(
+        TrialRow(rank, 2 * rank, seed, metric=value)
+        if value is not None
+        else TrialRow(rank, 2 * rank, seed, failure=Failure("out of memory", "much", "take less"))
+        for rank, metrics in values.items()
+        for seed, value in enumerate(metrics)
+    )
+    return SweepResult("accuracy", maximise, before, trials, {}, {})
+
+
+def test_a_rank_that_suffices() -> None:
+    report = assert_rank_suffices(result({4: [0.6], 8: [0.9], 16: [0.91]}), 8)
+    assert str(report) == "rank 8 for accuracy: healthy"
+    assert_rank_suffices(result({8: [0.6]}), 8)
+
+
+def test_a_rank_that_no_longer_suffices() -> None:
+    with pytest.raises(LoraHealthError) as failure:
+        assert_rank_suffices(result({4: [0.70, 0.72], 8: [0.88, 0.90], 16: [0.90, 0.92]}), 4)
+    assert str(failure.value) == (
+        "rank 4 for accuracy: 1 error\n"
+        "\n"
+        "error[LORA940]: rank no longer suffices\n"
+        "  --> r=4 of a sweep over r=4, r=8, r=16\n"
+        "  observed: accuracy is 0.71 +- 0.014 at r=4 and 0.91 +- 0.014 at r=16, 51.2 % of the best, counted from 0.5 "
+        "before\n"
+        "  expected: at least 95 % of the best\n"
+        "  fix:      r=8 has 95.1 %: lock that, or look at what changed in the data"
+    )
+    assert_rank_suffices(
+        result({4: [0.70], 8: [0.88], 16: [0.90]}), 4, metric_share=0.5
+    )  # 0.5, but for rounding
+
+
+@pytest.mark.parametrize(
+    ("sweep", "observed"),
+    [
+        (result({4: [0.9], 8: [None]}), "no trial of this rank has a metric: out of memory: much; take less"),
+        (result({4: [0.4], 8: [0.5]}), "no rank is better than the 0.5 before training"),
+        (
+            result({4: [-1.0], 8: [0.5]}, None),
+            "the metric before training is not known, and not all metrics are",
+        ),
+    ],
+)
+def test_what_cannot_be_judged_does_not_pass(sweep: SweepResult, observed: str) -> None:
+    with pytest.raises(LoraHealthError, match="LORA941") as failure:
+        assert_rank_suffices(sweep, 8)
+    assert observed in str(failure.value)
+
+
+def test_bad_arguments() -> None:
+    sweep = result({4: [0.9], 8: [0.9]})
+    with pytest.raises(ValueError, match=r"^rank: r=16 was not measured; the sweep has 4, 8$"):
+        assert_rank_suffices(sweep, 16)
+    with pytest.raises(TypeError, match=r"^rank must be a whole number, not '8'$"):
+        assert_rank_suffices(sweep, "8")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^result must be a SweepResult, not dict$"):
+        assert_rank_suffices({}, 8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^metric_share must be above 0"):
+        assert_rank_suffices(sweep, 8, metric_share=95)
+
+
+@pytest.mark.parametrize(
+    ("n_examples", "shift", "width", "rank"),
+    [
+        (200, False, 4096, 4),
+        (20_000, False, 4096, 8),
+        (100_000, False, 4096, 16),
+        (20_000, True, 4096, 16),
+        (100_000, True, 4096, 32),
+        (20_000, False, 8192, 16),
+    ],
+)
+def test_advice_follows_practice(n_examples: int, shift: bool, width: int, rank: int) -> None:
+    assert advise(width, width // 4, n_examples, shift).rank == rank
+
+
+def test_advice_on_real_shapes_says_why() -> None:
+    assert str(suggest_rank(LlamaConfig(), 500, ["q_proj", "v_proj"])) == (
+        "start with r=4 (500 examples are few: a larger rank would learn them by heart); "
+        "measure it: rank_sweep over 2, 4, 8"
+    )
+    assert str(suggest_rank(tiny_config(), 200_000, domain_shift=True)) == (
+        "start with r=32 (200,000 examples of another domain need and fill a larger rank); "
+        "measure it: rank_sweep over 16, 32, 64"
+    )
+
+
+@given(st.integers(1, 20_000), st.integers(1, 20_000), st.integers(1, 10**9), st.booleans())
+def test_advice_is_always_a_rank_that_the_targets_can_take(
+    width: int, side: int, n_examples: int, shift: bool
+) -> None:
+    advice = advise(width, min(width, side), n_examples, shift)
+    assert 1 <= advice.rank <= max(1, min(width, side) // 2)
+    assert advice.rank in advice.ranks
+    assert list(advice.ranks) == sorted(set(advice.ranks))
+    assert advice.reasons
+    assert advise(width, min(width, side), n_examples, True).rank >= advice.rank
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"n_examples": 0}, ValueError, "n_examples must be at least 1, not 0"),
+        ({"n_examples": "many"}, TypeError, "n_examples must be a whole number, not 'many'"),
+        ({"targets": ["query"]}, ValueError, r"targets: \['query'\] match no module of LlamaForCausalLM"),
+        ({"targets": []}, TypeError, "targets must be names of modules or 'all-linear'"),
+        ({"domain_shift": 1}, TypeError, "domain_shift must be True or False, not 1"),
+    ],
+)
+def test_advice_refuses(arguments: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        suggest_rank(tiny_config(), **{"n_examples": 10} | arguments)
