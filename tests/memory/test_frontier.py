@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
 from peft import LoraConfig
 from transformers import LlamaConfig
 
 from pytest_lora import (
+    LoraHealthError,
     OomFrontier,
     assert_fits_memory,
     check_memory,
     largest_that_fits,
     oom_frontier,
 )
+from pytest_lora.strategies import TrainingShape, lora_configs, training_shapes
 
 BASE = LlamaConfig(num_hidden_layers=4, hidden_size=512, intermediate_size=1024, num_attention_heads=8)
 CONFIG = LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
@@ -81,3 +84,35 @@ def test_without_advice_nothing_else_is_estimated() -> None:
     assert report.errors[0].fix == "run it again with advise=True, the default, to see what would fit"
     with pytest.raises(TypeError, match="advise must be True or False"):
         assert_fits_memory(BASE, CONFIG, batch_size=1, seq_len=1, budget="2GiB", advise=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.lora_slow
+def test_a_search_finds_and_shrinks_what_does_not_fit() -> None:
+    """Llama-2-7B in 4 bits on 24 GiB: the smallest adapter, batch 1, and the shortest sequence that is too long."""
+    llama = LlamaConfig()
+    shapes = training_shapes(
+        quantizations=["nf4"], optimizers=["adamw_torch"], gradient_checkpointing=[False]
+    )
+    failed: list[tuple[LoraConfig, TrainingShape]] = []
+
+    @settings(
+        max_examples=100,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
+    @given(lora_configs(targets="all-linear", variants=[]), shapes)
+    def fits(config: LoraConfig, shape: TrainingShape) -> None:
+        failed.append((config, shape))
+        asked = {"batch_size": shape.batch_size, "seq_len": shape.seq_len, "quantization": "nf4"}
+        assert_fits_memory(llama, config, budget="24GiB", advise=False, select=["LORA502"], **asked)
+        failed.pop()
+
+    with pytest.raises(LoraHealthError, match="LORA502"):
+        fits()
+    config, shape = failed[-1]
+    assert (config.r, config.lora_dropout, shape.batch_size) == (1, 0.0, 1)
+    largest = largest_that_fits(llama, config, "24GiB", vary="seq_len", quantization="nf4")
+    assert shape.seq_len == largest + 1
