@@ -1,8 +1,9 @@
 """What a draw costs, and whether what is drawn is what it should be.
 
 ``python benchmarks/strategies.py [--draws N] [--json PATH]`` times draws of ``lora_configs`` (Llama-2-7B without
-weights) and of ``lora_models``, then draws N configurations, sound and faulty, on each of six architectures, and
-judges them with ``check_config`` and ``check_model``. It prints Markdown tables.
+weights), ``lora_models`` and ``adapter_folders``, and a search for a step of Llama-2-7B that does not fit 24 GiB. Then
+it draws N configurations, sound and faulty, on each of six architectures, and judges them with ``check_config`` and
+``check_model``, and N saved adapters, whole and damaged, with ``check_checkpoint``. It prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -25,13 +26,29 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import peft
 import torch
 import transformers
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 
-from pytest_lora import Report, check_config, check_model
-from pytest_lora.strategies import lora_configs, lora_models, misconfigured_lora_configs
+from pytest_lora import (
+    LoraHealthError,
+    Report,
+    assert_fits_memory,
+    check_checkpoint,
+    check_config,
+    check_model,
+)
+from pytest_lora.strategies import (
+    AdapterFolder,
+    TrainingShape,
+    adapter_folders,
+    lora_configs,
+    lora_models,
+    misconfigured_lora_configs,
+    training_shapes,
+)
+from pytest_lora.strategies.models import tiny_base
 from tests.strategies.test_configs import NAMES, model
 
 
@@ -93,6 +110,60 @@ def judged(name: str, number: int) -> dict[str, Any]:
     return result
 
 
+def folders(number: int) -> dict[str, Any]:
+    """How many saved adapters were named as they should be, with and without their base."""
+    result: dict[str, Any] = {"whole": 0, "not_whole": [], "damaged": {}, "missed": []}
+
+    @draws(number)
+    @given(adapter_folders(damaged=False))
+    def whole(folder: AdapterFolder) -> None:
+        found = loud(check_checkpoint(folder.path)) + loud(check_checkpoint(folder.path, tiny_base()))
+        result["whole"] += 1
+        if found:
+            result["not_whole"].append(str(found))
+
+    @draws(number)
+    @given(adapter_folders(damaged=True))
+    def damaged(folder: AdapterFolder) -> None:
+        result["damaged"][folder.code] = result["damaged"].get(folder.code, 0) + 1
+        for base in (None, tiny_base()):
+            if folder.code not in {f.code for f in check_checkpoint(folder.path, base).findings}:
+                result["missed"].append(folder.code)
+
+    whole()
+    damaged()
+    return result
+
+
+def search() -> dict[str, Any]:
+    """Find and shrink a step of Llama-2-7B in 4 bits that does not fit 24 GiB; the first estimate is part of it."""
+    llama, tried = LlamaConfig(), 0
+    shapes = training_shapes(
+        quantizations=["nf4"], optimizers=["adamw_torch"], gradient_checkpointing=[False]
+    )
+
+    def too_large(drawn: tuple[LoraConfig, TrainingShape]) -> bool:
+        nonlocal tried
+        tried += 1
+        config, shape = drawn
+        size = {"batch_size": shape.batch_size, "seq_len": shape.seq_len}
+        try:
+            assert_fits_memory(
+                llama, config, budget="24GiB", quantization="nf4", advise=False, select=["LORA502"], **size
+            )
+        except LoraHealthError:
+            return True
+        return False
+
+    started = time.perf_counter()
+    chosen = settings(draws(100), phases=[Phase.generate, Phase.shrink])
+    found = find(
+        st.tuples(lora_configs(targets="all-linear", variants=[]), shapes), too_large, settings=chosen
+    )
+    seconds = round(time.perf_counter() - started, 1)
+    return {"seconds": seconds, "tried": tried, "rank": found[0].r, "shape": repr(found[1])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=500)
@@ -102,10 +173,21 @@ def main() -> None:
     costs = {
         "lora_configs": cost(lora_configs(LlamaConfig()), 500),
         "lora_models": cost(lora_models(), 100),
+        "adapter_folders": cost(adapter_folders(), 100),
     }
+    searched = search()
     print("| draw | median, ms | 90th percentile, ms |\n| --- | ---: | ---: |")
     for name, row in costs.items():
         print(f"| `{name}` | {row['median_ms']} | {row['p90_ms']} |")
+    print("\n| search on 24 GiB, s | settings tried | smallest that does not fit |\n| ---: | ---: | --- |")
+    print(f"| {searched['seconds']} | {searched['tried']} | r={searched['rank']}, {searched['shape']} |")
+    saved = folders(options.draws)
+    hurt = sum(saved["damaged"].values())
+    print("\n| whole folders | with a finding | damaged folders | kinds of damage | missed |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    print(
+        f"| {saved['whole']} | {len(saved['not_whole'])} | {hurt} | {len(saved['damaged'])} | {len(saved['missed'])} |"
+    )
     print(
         "\n| base | sound draws | not sound | faulty draws | missed |\n| --- | ---: | ---: | ---: | ---: |",
         flush=True,
@@ -117,7 +199,14 @@ def main() -> None:
         counts = (row["sound"], len(row["not_sound"]), row["faulty"], len(row["missed"]))
         print(f"| {name} | {' | '.join(map(str, counts))} |", flush=True)
     versions = {m.__name__: m.__version__ for m in (peft, transformers, torch)}
-    result = {"costs": costs, "bases": bases, "versions": versions, "python": platform.python_version()}
+    result = {
+        "costs": costs,
+        "search": searched,
+        "folders": saved,
+        "bases": bases,
+        "versions": versions,
+        "python": platform.python_version(),
+    }
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

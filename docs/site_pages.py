@@ -32,7 +32,13 @@ STAGES = {
 ALSO_PUBLIC = {
     "findings": ("Severity",),
     "lifecycle": ("LoraLifecycle",),
-    "strategies": ("lora_configs", "lora_models", "misconfigured_lora_configs", "training_shapes"),
+    "strategies": (
+        "adapter_folders",
+        "lora_configs",
+        "lora_models",
+        "misconfigured_lora_configs",
+        "training_shapes",
+    ),
     "tiny": ("load_tiny", "random_tiny"),
     "watch": ("Watch",),
 }

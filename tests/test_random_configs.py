@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -204,22 +203,15 @@ def tally(seeds: range) -> dict[str, int]:
 
 
 def test_some_random_configurations() -> None:
-    outcomes = tally(range(150))
-    assert min(outcomes.values()) > 15, outcomes
-
-
-@pytest.mark.lora_slow
-@pytest.mark.parametrize("first", range(1000, 3000, 250))
-def test_two_thousand_random_configurations(first: int) -> None:
-    outcomes = tally(range(first, first + 250))
-    assert min(outcomes.values()) > 25, outcomes
+    outcomes = tally(range(80))
+    assert min(outcomes.values()) > 8, outcomes
 
 
 def test_configurations_without_weights() -> None:
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=LAYERS
     )
-    for seed in range(100):
+    for seed in range(50):
         rng = random.Random(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -17,7 +17,9 @@ from pytest_lora import check_checkpoint
 from pytest_lora.strategies import AdapterFolder, adapter_folders, build_adapter_folder, lora_configs
 from pytest_lora.strategies.damage import CONFIG, DAMAGES
 from pytest_lora.strategies.models import tiny_base
-from tests.strategies.test_models import FEW
+from tests.strategies.test_models import FEW as DOZEN
+
+FEW = settings(DOZEN, max_examples=6)
 
 PLAIN = lora_configs(tiny_base(), targets=["q_proj", "v_proj"], variants=[])
 SAVING = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
