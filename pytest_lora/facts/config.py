@@ -128,6 +128,15 @@ class Settings:
         return bool(self.layers_to_transform) and number not in self.layers_to_transform
 
 
+def rewrites_base(init: object) -> bool:
+    """Whether this ``init_lora_weights`` takes the adapter out of the base weights, which keep the rest.
+
+    Source: PEFT's ``LoraLayer``, whose ``pissa_init``, ``olora_init``, ``corda_init``, ``loftq_init`` and
+    ``lora_ga_init`` write to the weight of the base layer.
+    """
+    return str(init).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+
+
 def deciding_key(keys: Iterable[str], module: str) -> str | None:
     """The first key of a rank or alpha pattern that matches a module (``peft.utils.get_pattern_key``)."""
     for key in keys:
