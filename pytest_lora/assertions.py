@@ -38,6 +38,14 @@ class LoraHealthError(AssertionError):
         self.report = report
 
 
+def stack_level(*packages: str) -> int:
+    """``stacklevel`` of a warning of the caller that names the first line outside of these packages."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in packages:
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
 def demand(report: Report) -> Report:
     """Deliver a report, warn of its warnings at the line that called the assertion, and raise if it has errors.
 
@@ -47,11 +55,7 @@ def demand(report: Report) -> Report:
     """
     __tracebackhide__ = True
     delivered.append(report)
-    depth = 2
-    frame = sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("pytest_lora."):
-        frame = frame.f_back
-        depth += 1
+    depth = stack_level("pytest_lora")
     strict: list[str] = []
     for finding in report.warnings:
         try:

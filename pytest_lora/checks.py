@@ -58,7 +58,7 @@ def check_config(
     """
     from pytest_lora.inspection.config import config_facts
 
-    expect = _require_expect(expect)
+    expect = require_expect(expect)
     facts = config_facts(config, base)
     return Report(f"LoraConfig on {_named(facts.base)}", tuple(judge([facts], expect)), config_maps(facts))
 
@@ -84,7 +84,7 @@ def check_model(
     from pytest_lora.inspection.model import model_facts
     from pytest_lora.inspection.training import optimizer_facts
 
-    expect = _require_expect(expect)
+    expect = require_expect(expect)
     facts = model_facts(model)
     judged: list[object] = [facts, *(c for c in facts.configs if c.adapter in facts.active)]
     if optimizer is not None:
@@ -129,7 +129,7 @@ def check_memory(
     """
     from pytest_lora.memory import estimate_memory, require_budget
 
-    expect = _require_expect(expect)
+    expect = require_expect(expect)
     if not isinstance(advise, bool):
         raise TypeError(f"advise must be True or False, not {advise!r}")
     limit = require_budget(budget)
@@ -207,7 +207,7 @@ def check_checkpoint(
     """
     from pytest_lora.inspection.checkpoint import folder_of
 
-    expect = _require_expect(expect)
+    expect = require_expect(expect)
     folder = folder_of(path)
     return judge_checkpoint(folder, None if base is None else checkpoint_base(base), expect)
 
@@ -290,7 +290,7 @@ def diagnose_history(
     """
     from pytest_lora.facts.history import history_facts
 
-    expect = _require_expect(expect)
+    expect = require_expect(expect)
     facts = history_facts(
         train_losses,
         eval_losses,
@@ -355,7 +355,7 @@ def check_training(
     from pytest_lora.facts.history import history_facts
     from pytest_lora.inspection.training import Plan, training_facts
 
-    expect = _require_expect(expect)
+    expect = require_expect(expect)
     require_steps(steps)
     require_trainers(optimizer, scheduler, scaler, loss_fn)
     _require_norm(max_grad_norm)
@@ -497,7 +497,8 @@ def _require_snapshot(snapshot: Any) -> Mapping[str, Tensor] | None:
     return snapshot
 
 
-def _require_expect(expect: Any) -> Expect:
+def require_expect(expect: Any) -> Expect:
+    """What is meant, the defaults for None; raise where it is something else."""
     if expect is None:
         return Expect()
     if not isinstance(expect, Expect):

@@ -54,8 +54,8 @@ FLOORS = {
         "resumption",
         "laws",
     },
-    "watch": {"findings", "expect", "rules", "inspection", "checks", "assertions"},
-    "callback": {"expect", "watch"},
+    "watch": {"facts", "findings", "expect", "rules", "inspection", "checks", "assertions"},
+    "callback": {"expect", "facts", "watch"},
     "combination": {"copies", "inspection"},
     "lifecycle": {"checks", "combination", "copies", "expect", "inspection", "laws", "roundtrip", "tiny"},
     "sweep": {
