@@ -171,7 +171,12 @@ def _bytes(tensor: torch.Tensor | None) -> Any:
     if tensor is None:
         return None
     data = tensor.detach().cpu().contiguous()
-    return str(data.dtype), tuple(data.shape), data.flatten().view(torch.uint8).numpy().tobytes()
+    return (
+        str(data.dtype),
+        tuple(data.shape),
+        tensor.stride(),
+        data.flatten().view(torch.uint8).numpy().tobytes(),
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -303,11 +308,17 @@ def test_no_trace(setup: Setup, check: str, ends: str, monkeypatch: pytest.Monke
     _equal(before, after)
 
 
+def _turn_in_memory(tensor: torch.Tensor) -> None:
+    """The same values in another order of the bytes."""
+    tensor.data = tensor.data.t().contiguous().t()
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda s: next(p for p in s.model.parameters() if p.requires_grad).data.add_(1e-7),
         lambda s: next(p for p in s.base.parameters() if p.is_floating_point()).data.add_(1e-3),
+        lambda s: _turn_in_memory(next(p for p in s.base.parameters() if p.ndim == 2)),
         lambda s: next(p for p in s.model.parameters() if p.requires_grad).requires_grad_(False),
         lambda s: next(p for p in s.model.parameters() if p.grad is not None).grad.add_(1),
         lambda s: s.optimizer.zero_grad(),

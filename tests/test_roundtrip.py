@@ -321,6 +321,7 @@ def test_weights_that_do_not_survive_are_named(monkeypatch: pytest.MonkeyPatch) 
 def state(model: nn.Module) -> dict[str, Any]:
     return {
         "values": {n: t.clone() for n, t in model.state_dict().items()},
+        "strides": {n: t.stride() for n, t in model.state_dict().items()},
         "ids": [id(p) for p in model.parameters()],
         "grads": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
         "requires": {n: p.requires_grad for n, p in model.named_parameters()},
