@@ -527,21 +527,40 @@ def byte_tokenizer() -> Any:
     return fast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def test_a_run_of_sft_trainer_is_watched(tmp_path: Path) -> None:
+def sft_trainer(folder: Path, model: Any, callback: LoraHealthCallback, **arguments: Any) -> Any:
+    """TRL's trainer with the defaults that it has for a GPU: bfloat16 and gradient checkpointing."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    model = on_attention(modules_to_save=["lm_head"])
-    callback = LoraHealthCallback()
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path), max_steps=4, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True
+    config = trl.SFTConfig(
+        output_dir=str(folder),
+        max_steps=4,
+        learning_rate=2e-3,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
     )
     rows = [{"input_ids": row["input_ids"].tolist()} for row in ROWS]
-    run = trl.SFTTrainer(
-        model=cut(model, everywhere(model)),
-        args=arguments,
+    return trl.SFTTrainer(
+        model=model,
+        args=config,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=byte_tokenizer(),
         callbacks=[callback],
+        **arguments,
     )
+
+
+def test_a_broken_run_of_sft_trainer_is_told(tmp_path: Path) -> None:
+    model = on_attention(modules_to_save=["lm_head"])
+    run = sft_trainer(tmp_path, cut(model, everywhere(model)), LoraHealthCallback())
     with pytest.warns(LoraHealthWarning, match="LORA313"):
         run.train()
+
+
+def test_a_healthy_run_of_sft_trainer_passes_in_silence(tmp_path: Path) -> None:
+    callback = LoraHealthCallback(on_error="raise")
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    sft_trainer(tmp_path, small(), callback, peft_config=config).train()
+    assert callback.watch.count == 4
+    assert not [f for report in callback.watch.reports for f in (*report.errors, *report.warnings)]
