@@ -175,12 +175,40 @@ def test_a_resumed_run_is_judged_with_its_earlier_losses(tmp_path: Path) -> None
     assert not callback.watch.reports
 
 
-def test_a_resumed_run_shows_its_first_steps(tmp_path: Path) -> None:
+class Reset(TrainerCallback):
+    """Takes the first layer's adapter back to its start after the third step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step == 3:
+            for name, parameter in given["model"].named_parameters():
+                if "layers.0." in name and "lora_B" in name:
+                    parameter.requires_grad_(False).zero_()
+
+
+def test_a_resumed_run_is_looked_at_again_after_its_first_steps(tmp_path: Path) -> None:
     trainer(tmp_path, LoraHealthCallback(), max_steps=2, save_strategy="steps", save_steps=2).train()
-    model: Any = adapted()
-    run = trainer(tmp_path, LoraHealthCallback(), cut(model, everywhere(model)), max_steps=5)
-    with pytest.warns(LoraHealthWarning, match="LORA31[34]"):
+    run = trainer(tmp_path, LoraHealthCallback(), max_steps=6)
+    run.add_callback(Reset())
+    with pytest.raises(LoraHealthWarning, match="LORA224"):
         run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 4
+
+
+def test_earlier_losses_are_not_those_of_the_first_steps() -> None:
+    model = on_attention(modules_to_save=["lm_head"])
+    cut(model, everywhere(model)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    watch = Watch(on_error="raise")
+    watch.recall([0.0, 0.0], {})
+    for _ in range(2):
+        loss = model(**text_batch(seq_len=48)).loss
+        loss.backward()
+        watch.before_step(model, optimizer)
+        optimizer.step()
+        watch.after_step()
+    watch._train.append(float(loss.detach()))
+    with pytest.raises(LoraHealthError, match="LORA313"):
+        watch.judge_first_steps()
 
 
 def test_a_merged_adapter_is_told_before_the_first_step(tmp_path: Path) -> None:
