@@ -26,11 +26,6 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
-def pytest_collection_finish() -> None:
-    """Leave the libraries out of garbage collections, which each Trainer run and each sweep asks for: 0.4 s each."""
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def _sessions_of_their_own(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions that a test starts are no workers of this one, and have no more plugins than they need."""
