@@ -7,10 +7,11 @@ from html import escape
 
 from pytest_lora.byte_sizes import format_bytes
 from pytest_lora.exhibits import AdapterMap, LossCurve, MemoryBudget, RankSweep
+from pytest_lora.report import gpu_view
 from pytest_lora.report.gallery import Shown, gallery
 from pytest_lora.report.map_view import map_view, number
 from pytest_lora.report.rule_groups import FoundIn, rule_groups
-from pytest_lora.report.session import RanTest, Session, counted_tests
+from pytest_lora.report.session import Session, counted_tests
 from pytest_lora.report.text import markdown, markdown_block, markdown_code, printable
 
 ROOM = 400_000
@@ -22,9 +23,10 @@ SHOWN_FAILURES = 50
 _MARKS = {"error": "❌", "warning": "⚠️", "healthy": "✅"}
 
 
-def markdown_report(session: Session, *, gpu: bool = True) -> str:
-    """Everything that can be said without pictures; ``gpu`` for what was measured on GPUs."""
+def markdown_report(session: Session, *, gpu_open: bool = False) -> str:
+    """Everything that can be said without pictures; ``gpu_open`` where GPU tests are not to be folded away."""
     shown = gallery(session)
+    gpu = _titled if gpu_open else _folded
     parts = (
         _head(session),
         _rules(session),
@@ -33,10 +35,24 @@ def markdown_report(session: Session, *, gpu: bool = True) -> str:
         _folded("Losses", _losses(shown.curves.shown)),
         _folded("Memory", (line for one in shown.budgets.shown for line in _budget(one.exhibit))),
         _folded("Ranks", (line for one in shown.sweeps.shown for line in _sweep(one.exhibit))),
-        _folded("GPU tests", _gpu([test for test in session.tests if gpu and test.gpu is not None])),
+        gpu("GPU tests", _gpu(session)),
         _folded("Session", _session(session)),
     )
     return "\n".join(line for part in parts for line in part) + "\n"
+
+
+def gpu_section(session: Session) -> str:
+    """What was measured on GPUs, alone."""
+    return "\n".join(_titled("GPU tests", _gpu(session))) + "\n"
+
+
+def _titled(title: str, lines: Iterable[str]) -> Iterator[str]:
+    """Lines under a heading; nothing where there are none."""
+    inside = list(lines)
+    if inside:
+        yield f"### {title}"
+        yield ""
+        yield from inside
 
 
 def _folded(title: str, lines: Iterable[str]) -> Iterator[str]:
@@ -210,29 +226,20 @@ def _sweep(sweep: RankSweep) -> Iterator[str]:
     yield ""
 
 
-def _gpu(tests: Sequence[RanTest]) -> Iterator[str]:
-    if not tests:
+def _gpu(session: Session) -> Iterator[str]:
+    uses = {test.nodeid: test.gpu for test in session.tests if test.gpu is not None}
+    if not uses:
         return
-    yield from _table(("test", "devices", "peak", "limit", "predicted", "seconds"), 4)
-    for test in tests:
-        use = test.gpu
-        if use is None:
-            continue
-        if use.skipped:
-            yield _row(
-                markdown_code(test.nodeid, in_table=True), f"skipped: {markdown(use.skipped)}", "", "", "", ""
-            )
-            continue
-        sizes = (
-            "" if b is None else format_bytes(b)
-            for b in (use.peak_bytes, use.limit_bytes, use.predicted_bytes)
-        )
-        yield _row(
-            markdown_code(test.nodeid, in_table=True),
-            markdown(", ".join(use.devices)),
-            *sizes,
-            number(use.seconds),
-        )
+    if ran := gpu_view.ran(uses):
+        yield from _table(gpu_view.COLUMNS, len(gpu_view.COLUMNS) - gpu_view.TEXT_COLUMNS)
+        for test, use in ran.items():
+            _, *others = gpu_view.cells(test, use)
+            yield _row(markdown_code(test, in_table=True), *map(markdown, others))
+        yield ""
+    for reason, tests in gpu_view.skipped(uses).items():
+        yield f"- skipped: {markdown(reason)}"
+        yield from (f"  - {markdown_code(test)}" for test in tests)
+    yield from (f"- {markdown(trouble)}" for trouble in gpu_view.troubles(uses))
     yield ""
 
 
