@@ -171,6 +171,7 @@ class RankSweep:
         trials: A row a rank, ascending.
         chosen: The rank chosen, or None.
         reasons: Why, a sentence each.
+        enough: The metric at which the metric rule is content; None where it was not judged.
     """
 
     kind: ClassVar[str] = "rank_sweep"
@@ -181,13 +182,14 @@ class RankSweep:
     trials: tuple[RankTrial, ...]
     chosen: int | None
     reasons: tuple[str, ...]
+    enough: float | None = None
 
 
 Exhibit = AdapterMap | LossCurve | MemoryBudget | RankSweep
 
 _KINDS: dict[str, type[Any]] = {one.kind: one for one in (AdapterMap, LossCurve, MemoryBudget, RankSweep)}
 _PACKED = ("states", "ranks", "scalings", "gradients", "updates")
-_FLOATS = ("losses", "eval_losses", "scalings", "gradients", "updates", "before", "after")
+_FLOATS = ("losses", "eval_losses", "scalings", "gradients", "updates", "before", "after", "enough")
 _TRIAL_FLOATS = ("metric", "spread", "seconds", "flops")
 
 

@@ -96,6 +96,7 @@ SWEEPS = st.builds(
     trials=st.lists(TRIALS, max_size=3).map(tuple),
     chosen=st.none() | st.integers(1, 64),
     reasons=st.lists(WORDS, max_size=2).map(tuple),
+    enough=st.none() | NUMBERS,
 )
 
 

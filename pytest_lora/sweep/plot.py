@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pytest_lora.sweep.choice import RankChoice, percent
+from pytest_lora.sweep.choice import RankChoice, enough, percent
 from pytest_lora.sweep.rows import RankOutcome
 from pytest_lora.sweep.table import number
 
@@ -121,11 +121,11 @@ def _metric(
     spread = [(row.rank, row.metric or 0.0, row.spread) for row in rows if row.spread is not None]
     for rank, middle, deviation in spread:
         axes.errorbar(rank, middle, deviation, color=theme.line, lw=1.5, capsize=5, zorder=3)
-    enough = _enough(result, choice, means)
+    level_of_enough = enough(rows, choice, before=result.before, maximise=result.maximise)
     # At the right, the room between the two lines is free, whether the curve has risen or fallen.
     inwards = -1 if result.maximise else 1
     for level, text, side in (
-        (enough, f"{percent(choice.metric_share)} of the best", inwards),
+        (level_of_enough, f"{percent(choice.metric_share)} of the best", inwards),
         (result.before, "before training", -inwards),
     ):
         if level is not None:
@@ -155,16 +155,6 @@ def _metric(
         fontweight="bold",
     )
     axes.margins(y=0.16)
-
-
-def _enough(result: SweepResult, choice: RankChoice, means: list[float]) -> float | None:
-    """The metric at which the metric rule is content; None where it was not judged."""
-    if not choice.shares:
-        return None
-    best = max(means) if result.maximise else min(means)
-    if result.before is not None:
-        return result.before + choice.metric_share * (best - result.before)
-    return best * choice.metric_share if result.maximise else best / choice.metric_share
 
 
 def _cost(

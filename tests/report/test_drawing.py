@@ -82,6 +82,8 @@ def test_ranks_are_one_step_apart_and_failed_ones_have_no_point() -> None:
         (4, False, False),
         (8, True, True),
     ]
+    assert chart.enough == pytest.approx(Scale.over([0.926, 0.941, 0.894, 0.914], flip=True)(0.894))
+    assert sweep_chart(dataclasses.replace(SWEEP, enough=None)).enough is None
     assert path([]) == ""
     assert path([(1, 2)]) == "M1 2L1 2"
 
