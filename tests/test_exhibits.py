@@ -51,6 +51,7 @@ def maps(draw: st.DrawFn) -> AdapterMap:
         cells(NUMBERS) if measured else (),
         draw(COUNTS),
         draw(COUNTS),
+        draw(st.booleans()),
     )
 
 

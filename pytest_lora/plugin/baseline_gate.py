@@ -152,7 +152,10 @@ def of_reports(reports: Iterable[Report]) -> dict[str, Value]:
 
 def _quantities(exhibit: Exhibit) -> Iterator[tuple[str, Value]]:
     if isinstance(exhibit, AdapterMap):
-        yield f"trainable parameters with {exhibit.adapter}", exhibit.trainable_parameters
+        yield (
+            f"{'saved' if exhibit.saved else 'trainable'} parameters with {exhibit.adapter}",
+            exhibit.trainable_parameters,
+        )
         for group in exhibit.columns:
             scalings = sorted({s for s in exhibit.column(group, exhibit.scalings) if s is not None})
             name = f"scaling of {group} in {exhibit.adapter}"

@@ -157,21 +157,23 @@ def _map(one: Shown[AdapterMap]) -> Iterator[str]:
     shown = one.exhibit
     yield f"### Adapter {markdown(shown.adapter)} on {markdown(shown.base)}"
     yield ""
-    yield (
-        f"{shown.trainable_parameters:,} of {shown.total_parameters:,} parameters train: {number(shown.percent, 3)} %"
-    )
+    share = f"{number(shown.percent, 3)} %"
+    if shown.saved:
+        of_all = f": {share} of the model" if shown.total_parameters else ""
+        yield f"saved, {shown.trainable_parameters:,} numbers in LoRA factors{of_all}"
+    else:
+        yield f"{shown.trainable_parameters:,} of {shown.total_parameters:,} parameters train: {share}"
     yield ""
-    steps = ("gradient", "update") if shown.gradients else ()
-    yield from _table(("module", "layers", "state", "rank", "scaling", *steps), 2 + len(steps))
+    measured = [n for n, values in (("gradient", shown.gradients), ("update", shown.updates)) if values]
+    yield from _table(("module", "layers", "state", "rank", "scaling", *measured), 2 + len(measured))
     for run in map_view(shown).runs[:100]:
-        measured = (run.gradient, run.update) if steps else ()
         yield _row(
             markdown_code(run.module, in_table=True),
             markdown(run.layers),
             run.state,
             run.rank,
             run.scaling,
-            *measured,
+            *(getattr(run, name) for name in measured),
         )
     yield ""
 

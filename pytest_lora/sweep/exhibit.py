@@ -19,7 +19,9 @@ def exhibited(result: SweepResult) -> RankSweep:
         trials=tuple(_trial(row) for row in result.rows),
         chosen=choice.rank if choice else None,
         reasons=_reasons(choice) if choice else (),
-        enough=enough(result.rows, choice, before=result.before, maximise=result.maximise) if choice else None,
+        enough=enough(result.rows, choice, before=result.before, maximise=result.maximise)
+        if choice
+        else None,
     )
 
 
