@@ -1,21 +1,34 @@
 """Fixtures that the tests of this repository share."""
 
+import gc
 import os
+from collections.abc import Generator
 
 import pytest
-
-LEFT_OUT = "-p no:randomly -p no:anyio -p no:html -p no:metadata"
-"""Plugins that sessions within tests do without: one shuffles their tests, the others take half of their start."""
 
 # Several workers with several threads each would only wait for each other: the models are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["pytester"]
 
+LEFT_OUT = " ".join(f"-p no:{name}" for name in ("randomly", "hypothesispytest", "anyio", "html", "metadata"))
+"""Plugins of others that have no part in the sessions that tests start: they would shuffle, or take time to import."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported stays: no time goes into looking through it for garbage, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
 
 @pytest.fixture(autouse=True)
 def _sessions_of_their_own(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sessions that a test starts are no workers of this one, and their tests keep the order they are written in."""
+    """Sessions that a test starts are no workers of this one, and have no more plugins than they need."""
     if "pytester" in request.fixturenames:
         request.getfixturevalue("pytester")  # which clears PYTEST_ADDOPTS
         monkeypatch.setenv("PYTEST_ADDOPTS", LEFT_OUT)

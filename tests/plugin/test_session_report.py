@@ -238,6 +238,7 @@ def test_a_report_that_cannot_be_written_fails_no_test(pytester: pytest.Pytester
 
 def test_seeds_are_told(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONHASHSEED", "3")
+    monkeypatch.delenv("PYTEST_ADDOPTS")  # which leaves the plugin of Hypothesis out
     pytester.makepyfile(test_it="def test_plain(): ...")
     pytester.runpytest_subprocess("--lora-report=out.json", "--hypothesis-seed=7")
     assert told(pytester)["seeds"] == {"Hypothesis": "7", "PYTHONHASHSEED": "3"}
@@ -258,7 +259,7 @@ def test_findings_are_in_the_page_of_pytest_html(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("pytest_html")
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:randomly -p no:anyio")
+    monkeypatch.delenv("PYTEST_ADDOPTS")  # which leaves pytest-html out
     pytester.makepyfile(test_it=TESTS)
     pytester.runpytest_subprocess("--html=page.html", "--self-contained-html", "-n", "1")
     page = (pytester.path / "page.html").read_text()

@@ -185,7 +185,7 @@ AUDIT = """
 const [options, done] = arguments;
 axe.run(document, options).then((result) => done([
     result.passes.map((one) => one.id),
-    result.violations.flatMap((one) => one.nodes.map((node) => `${one.id}: ${node.target} ${node.failureSummary}`)),
+    result.violations.flatMap((one) => one.nodes.map((node) => `${one.id}: ${node.html} ${node.failureSummary}`)),
 ]));
 """
 
