@@ -26,44 +26,35 @@ _MARKS = {"error": "❌", "warning": "⚠️", "healthy": "✅"}
 def markdown_report(session: Session, *, gpu_open: bool = False) -> str:
     """Everything that can be said without pictures; ``gpu_open`` where GPU tests are not to be folded away."""
     shown = gallery(session)
-    gpu = _titled if gpu_open else _folded
     parts = (
         _head(session),
         _rules(session),
         _failures(session),
-        _folded("Adapters", (line for one in shown.maps.shown for line in _map(one))),
-        _folded("Losses", _losses(shown.curves.shown)),
-        _folded("Memory", (line for one in shown.budgets.shown for line in _budget(one.exhibit))),
-        _folded("Ranks", (line for one in shown.sweeps.shown for line in _sweep(one.exhibit))),
-        gpu("GPU tests", _gpu(session)),
-        _folded("Session", _session(session)),
+        _section("Adapters", (line for one in shown.maps.shown for line in _map(one))),
+        _section("Losses", _losses(shown.curves.shown)),
+        _section("Memory", (line for one in shown.budgets.shown for line in _budget(one.exhibit))),
+        _section("Ranks", (line for one in shown.sweeps.shown for line in _sweep(one.exhibit))),
+        _section("GPU tests", _gpu(session), folded=not gpu_open),
+        _section("Session", _session(session)),
     )
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
 def gpu_section(session: Session) -> str:
     """What was measured on GPUs, alone."""
-    return "\n".join(_titled("GPU tests", _gpu(session))) + "\n"
+    return "\n".join(_section("GPU tests", _gpu(session), folded=False)) + "\n"
 
 
-def _titled(title: str, lines: Iterable[str]) -> Iterator[str]:
-    """Lines under a heading; nothing where there are none."""
+def _section(title: str, lines: Iterable[str], *, folded: bool = True) -> Iterator[str]:
+    """Lines under a title, which unfolds them where they are folded away; nothing where there are none."""
     inside = list(lines)
     if inside:
-        yield f"### {title}"
+        yield f"<details><summary>{title}</summary>" if folded else f"### {title}"
         yield ""
         yield from inside
-
-
-def _folded(title: str, lines: Iterable[str]) -> Iterator[str]:
-    """Lines under a title that unfolds them; nothing where there are none."""
-    inside = list(lines)
-    if inside:
-        yield f"<details><summary>{title}</summary>"
-        yield ""
-        yield from inside
-        yield "</details>"
-        yield ""
+        if folded:
+            yield "</details>"
+            yield ""
 
 
 def _table(columns: Sequence[str], numbers: int = 0) -> Iterator[str]:
