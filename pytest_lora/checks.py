@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.exhibition import config_maps, drop_curve, history_curve, memory_budget, model_maps
+from pytest_lora.exhibition import (
+    checkpoint_maps,
+    config_maps,
+    drop_curve,
+    history_curve,
+    memory_budget,
+    model_maps,
+)
 from pytest_lora.expect import Expect
 from pytest_lora.findings import Report
 from pytest_lora.rules import judge
@@ -234,7 +241,8 @@ def judge_checkpoint(folder: Path, base: Base | None, expect: Expect) -> Report:
     if fit is not None and fit.config is not None and not facts.is_foreign:
         findings += [f for f in judge([fit.config], expect) if _still_matters(f, facts)]
     subject = f"adapter {facts.name}"
-    return Report(subject if fit is None else f"{subject} on {_named(fit.base)}", tuple(findings))
+    named = subject if fit is None else f"{subject} on {_named(fit.base)}"
+    return Report(named, tuple(findings), checkpoint_maps(facts))
 
 
 OF_REFUSED_CONFIGS = OF_SAVED_CONFIGS | {"LORA104", "LORA105"}

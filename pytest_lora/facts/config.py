@@ -110,6 +110,13 @@ class Settings:
         key = self.alpha_key(module)
         return self.lora_alpha if key is None else dict(self.alpha_pattern)[key]
 
+    def scaling_of(self, module: str) -> float | None:
+        """The scaling that this configuration gives a module; None where the rank is no rank."""
+        rank = self.rank_of(module)
+        if rank < 1:
+            return None
+        return self.alpha_of(module) / (rank**0.5 if self.use_rslora else rank)
+
     def targets(self, module: str) -> bool:
         """Whether ``target_modules`` names a module; "all-linear" and None are not for names to decide."""
         return _means(self.target_modules, module)

@@ -14,8 +14,7 @@ import pytest
 
 from pytest_lora.findings import Report
 from pytest_lora.plugin import session_report
-
-WORKERS = pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["plain", "xdist"])
+from tests.plugin.sessions import MODES, session
 
 ALLOWED = ("-W", "always::pytest_lora.LoraHealthWarning")
 """Our own suite makes errors of them, and a session within it inherits that."""
@@ -66,16 +65,15 @@ def by_name(data: Any) -> dict[str, Any]:
     return {test["nodeid"].partition("::")[2]: test for test in data["tests"]}
 
 
-@WORKERS
+@MODES
 def test_every_format_is_written(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, workers: list[str]
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "summary.md"))
     pytester.makepyfile(test_it=TESTS)
     args = ["--lora-report=deep/er/out.html", "--lora-report", "out.md", "--lora-report=out.json"]
-    run = pytester.runpytest_subprocess if workers else pytester.runpytest_inprocess
-    result = run(*args, *workers, *ALLOWED)
+    result = session(pytester, mode, *args, *ALLOWED, workers=2)
     assert result.ret == 1
     folder = pytester.path
     assert [line for line in result.outlines if line.startswith("LoRA report: ")] == [
