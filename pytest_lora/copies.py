@@ -20,6 +20,7 @@ from pytest_lora.inspection.peft_internals import (
     LoraLayer,
     ModulesToSaveWrapper,
     TrainableTokensWrapper,
+    forget_adapters,
 )
 from pytest_lora.inspection.transformers_internals import quiet_libraries
 
@@ -109,8 +110,7 @@ def base_without_adapter(adapted: nn.Module, *, forget_trained: bool = False) ->
         if isinstance(layer, LoraLayer):
             layer.unmerge()
     _unwrap(base)
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        vars(base).pop(attribute, None)
+    forget_adapters(base)
     for parameter in base.parameters():
         if forget_trained and parameter.requires_grad and parameter.is_floating_point():
             parameter.data.zero_()

@@ -13,6 +13,7 @@ from peft.tuners.lora import Embedding, Linear, LoraModel, bnb
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
+from pytest_lora.inspection.peft_internals import SVD_SCALES_TWICE
 from pytest_lora.lifecycle import LoraLifecycle
 
 
@@ -104,7 +105,10 @@ def life() -> Any:
     return machine
 
 
-@pytest.mark.parametrize("kind", ["cat", "svd", "linear"])
+SVD = pytest.param("svd", marks=pytest.mark.skipif(SVD_SCALES_TWICE, reason="PEFT before 0.21 scales twice"))
+
+
+@pytest.mark.parametrize("kind", ["cat", SVD, "linear"])
 def test_two_adapters_are_combined(life: Any, kind: str) -> None:
     life.combine(Drawn(["first", "second"], 0.5, 2.0, kind))
     life.laws_hold()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import peft
+from packaging.version import Version
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -17,7 +19,11 @@ if TYPE_CHECKING:
 
 WRAPPERS = (PeftModel, PeftMixedModel)
 
+SVD_SCALES_TWICE = Version(peft.__version__) < Version("0.21")
+"""Whether ``add_weighted_adapter(..., combination_type="svd")`` multiplies by ``alpha / r`` once too often."""
+
 __all__ = [
+    "SVD_SCALES_TWICE",
     "WRAPPERS",
     "BaseTuner",
     "BaseTunerLayer",
@@ -31,6 +37,7 @@ __all__ = [
     "delta_weight",
     "dense_weight",
     "factors",
+    "forget_adapters",
     "fused_parameter",
     "heads_by_task_type",
     "load_state",
@@ -66,6 +73,15 @@ def lora_configs(base: nn.Module) -> dict[str, LoraConfig]:
     if not isinstance(configs, dict):
         return {}
     return {name: c for name, c in configs.items() if isinstance(c, LoraConfig)}
+
+
+def forget_adapters(base: nn.Module) -> None:
+    """Take off a base what PEFT and transformers note on it of adapters that are gone.
+
+    ``unload`` of PEFT before 0.19 leaves it there, and an adapter of a name that is noted is not loaded later.
+    """
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        vars(base).pop(attribute, None)
 
 
 def adapter_names(layer: LoraLayer) -> tuple[str, ...]:
