@@ -46,7 +46,9 @@ def plainly_reserved(events: list[tuple[int, int, bool]], emptied_before: int | 
                 if block[1] and block[0] >= size
             ]
             if not fitting:
-                whole = 2 * MIB if of_small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+                whole = (
+                    2 * MIB if of_small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+                )
                 segments.append([[whole, True]])
                 fitting = [(whole, len(segments) - 1, 0)]
             whole, s, b = min(fitting)

@@ -9,7 +9,17 @@ import pytest
 from tests.plugin.sessions import run
 from tests.plugin.simulated import machine
 
-HEAVY = {"torch", "numpy", "numba", "transformers", "peft", "bitsandbytes", "hypothesis", "accelerate", "safetensors"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "numba",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "hypothesis",
+    "accelerate",
+    "safetensors",
+}
 
 ALONE = ("-p", "no:hypothesispytest", "-p", "no:pytest_torch")
 """Plugins of others that import what is looked for here, or may do so."""

@@ -18,7 +18,13 @@ from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
 from pytest_lora.inspection.config import DATA_INITS
 from pytest_lora.inspection.memory.layer_stacks import Stack, cut_stacks
 from pytest_lora.inspection.memory.weights import Weight, loaded_weights, units_of
-from pytest_lora.inspection.skeleton import META, require_no_adapter, resolve_base, skeleton
+from pytest_lora.inspection.skeleton import (
+    META,
+    require_no_adapter,
+    resolve_base,
+    skeleton,
+    without_initial_values,
+)
 from pytest_lora.inspection.transformers_internals import quantized_linears
 
 if TYPE_CHECKING:
@@ -168,7 +174,7 @@ def _with_adapter(model: nn.Module, config: LoraConfig, setting: StepSetting) ->
         config.init_lora_weights = True
     transformer: Any = model
     try:
-        with warnings.catch_warnings(), META:
+        with warnings.catch_warnings(), META, without_initial_values():
             warnings.simplefilter("ignore")
             adapted: nn.Module = get_peft_model(
                 transformer,
