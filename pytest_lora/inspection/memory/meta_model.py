@@ -50,6 +50,13 @@ class MetaModel:
     unit_of: dict[int, int]
     weights: list[Weight]
 
+    @property
+    def transformer(self) -> nn.Module:
+        """The base under the adapter."""
+        wrapper: Any = self.model
+        inner: nn.Module = wrapper.get_base_model()
+        return inner
+
 
 def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> MetaModel:
     """Build the model of a setting on the meta device.
@@ -83,12 +90,6 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> 
     adapted = _with_adapter(model, config, setting).train()
     unit_of = units_of(stacks)
     return MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of))
-
-
-def architecture(model: nn.Module) -> str:
-    """Class of the base under the adapter."""
-    wrapper: Any = model
-    return type(wrapper.get_base_model()).__name__
 
 
 def same_in_every_layer(config: LoraConfig) -> bool:

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting
+from pytest_lora.inspection.memory.batches import has_tokens
 from pytest_lora.inspection.memory.compiled_replay import fastest_replay
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
 from pytest_lora.inspection.memory.estimate import StepShape
-from pytest_lora.inspection.memory.meta_model import MetaModel, architecture, build
+from pytest_lora.inspection.memory.meta_model import MetaModel, build
 from pytest_lora.inspection.memory.sizes import Family, Point, Surface, fitted
 from pytest_lora.inspection.memory.step import Step, assemble
 from pytest_lora.inspection.memory.storage_tracker import quiet
@@ -78,9 +79,10 @@ class Predictor:
         point = (batch_size, seq_len, rank)
         shape, sizes, paged = self._at(point)
         figures = shape.figures(sizes)
+        model = next(iter(self._models.values())).transformer
         return MemoryEstimate(
             setting=replace(self.setting, batch_size=batch_size, seq_len=seq_len),
-            architecture=architecture(next(iter(self._models.values())).model),
+            architecture=type(model).__name__,
             rank=point[2],
             peak_allocated=figures.peak_allocated,
             peak_reserved=self._reserved(shape, sizes),
@@ -92,6 +94,7 @@ class Predictor:
             timeline=figures.timeline,
             paged=paged,
             cuda_context=CUDA_CONTEXT,
+            has_tokens=has_tokens(model),
         )
 
     def _reserved(self, shape: StepShape, sizes: NDArray[np.int64]) -> int:
