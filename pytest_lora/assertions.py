@@ -38,6 +38,14 @@ class LoraHealthError(AssertionError):
         self.report = report
 
 
+def stack_level(*packages: str) -> int:
+    """``stacklevel`` of a warning of the caller that names the first line outside of these packages."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in packages:
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
 def demand(report: Report) -> Report:
     """Deliver a report, warn of its warnings at the line that called the assertion, and raise if it has errors.
 
@@ -47,11 +55,7 @@ def demand(report: Report) -> Report:
     """
     __tracebackhide__ = True
     delivered.append(report)
-    depth = 2
-    frame = sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("pytest_lora."):
-        frame = frame.f_back
-        depth += 1
+    depth = stack_level("pytest_lora")
     strict: list[str] = []
     for finding in report.warnings:
         try:
@@ -404,15 +408,18 @@ def assert_reload_exact(
     """Assert that saving the adapters and loading them on a fresh base gives the same output, bit for bit.
 
     A copy of the model is saved into a temporary folder with the model's own ``save_pretrained`` and loaded on
-    the base; both run the batch in evaluation mode. Task heads and token rows are part of it. The model itself
-    is neither run nor changed; memory for two copies of it is needed for a moment.
+    the base; both run the batch in evaluation mode, with adapters unmerged and enabled. Task heads and token rows
+    are part of it, buffers that change whenever the model runs are not. The model itself is neither run nor changed;
+    memory for two copies of it is needed for a moment.
 
     Args:
         model: A ``PeftModel`` or a transformers model after ``add_adapter``, also inside DDP,
-            ``torch.compile`` or a value head (which PEFT does not save, and which is not compared).
+            ``torch.compile`` or a value head (which PEFT does not save, and which is not compared). Of several
+            adapters after ``add_adapter`` the one that is active is saved and compared.
         batch: A mapping of arguments, a tuple of them, or one tensor, on the model's device.
         base: The base to load on, or a function that makes it; without, the base under the adapters, with
-            weights that were trained there set to zero so that only the checkpoint can bring them back.
+            weights that were trained there set to zero so that only the checkpoint can bring them back. It must be
+            given after PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA, which rewrote the weights under the adapter.
 
     Returns:
         The report; codes LORA910 to LORA914.
@@ -421,7 +428,9 @@ def assert_reload_exact(
         LoraHealthError: The reloaded model is not the same; the message says which tensors are missing or
             differ, and how to have them saved.
         TypeError: An argument has the wrong type, or the model carries no LoRA layers.
-        ValueError: The model cannot be copied or saved, its output is random, or ``base`` carries adapters.
+        ValueError: The model cannot be copied or saved, does not take the batch, or gives random or no finite numbers
+            for it; ``base`` is needed, cannot be made, carries adapters, or is given for a model that is merged.
+        OSError: The temporary folder cannot be written.
     """
     __tracebackhide__ = True
     from pytest_lora.roundtrip import check_reload
@@ -434,9 +443,9 @@ def assert_merge_exact(
 ) -> Report:
     """Assert that merging keeps the output, unmerging restores the weights, and unloading gives the base back.
 
-    All is done on copies: the model itself is neither run nor changed. On a quantized base a merge rounds the
-    weights again; how much that moves the output, and how that compares with what the adapter does, is an info,
-    or a warning where it is more than half.
+    All is done on copies, with adapters enabled: the model itself is neither run nor changed. On a quantized base a
+    merge rounds the weights again; how much that moves the output, and how that compares with what the adapter does,
+    is an info, or a warning where it is more than half.
 
     Args:
         model: Anything with PEFT LoRA layers.
@@ -451,7 +460,8 @@ def assert_merge_exact(
     Raises:
         LoraHealthError: The merged output, the unmerged weights or the unloaded base are not what they were.
         TypeError: An argument has the wrong type, or the model carries no LoRA layers.
-        ValueError: The model cannot be copied, its output is random, or a tolerance is negative.
+        ValueError: The model cannot be copied, does not take the batch, or gives random or no finite numbers for it;
+            a tolerance is negative.
     """
     __tracebackhide__ = True
     from pytest_lora.roundtrip import check_merge
@@ -480,7 +490,7 @@ def assert_lora_laws(model: nn.Module, batch: Any) -> Report:
         LoraHealthError: A law is broken (LORA930 to LORA934, or the errors of ``assert_merge_exact`` and
             ``assert_reload_exact``).
         TypeError: ``model`` carries no LoRA layers, or ``batch`` has another form.
-        ValueError: The model cannot be copied, or gives different outputs for the same batch.
+        ValueError: The model cannot be copied, does not take the batch, or gives random or no finite numbers for it.
     """
     __tracebackhide__ = True
     from pytest_lora.laws import check_lora_laws

@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.exhibition import config_maps, drop_curve, history_curve, memory_budget, model_maps
+from pytest_lora.exhibition import (
+    checkpoint_maps,
+    config_maps,
+    drop_curve,
+    history_curve,
+    memory_budget,
+    model_maps,
+)
 from pytest_lora.expect import Expect
 from pytest_lora.findings import Report
 from pytest_lora.rules import judge
@@ -58,7 +65,7 @@ def check_config(
     """
     from pytest_lora.inspection.config import config_facts
 
-    expect = _require_expect(expect)
+    expect = require_expect(expect)
     facts = config_facts(config, base)
     return Report(f"LoraConfig on {_named(facts.base)}", tuple(judge([facts], expect)), config_maps(facts))
 
@@ -84,7 +91,7 @@ def check_model(
     from pytest_lora.inspection.model import model_facts
     from pytest_lora.inspection.training import optimizer_facts
 
-    expect = _require_expect(expect)
+    expect = require_expect(expect)
     facts = model_facts(model)
     judged: list[object] = [facts, *(c for c in facts.configs if c.adapter in facts.active)]
     if optimizer is not None:
@@ -130,7 +137,7 @@ def check_memory(
     from pytest_lora.memory import estimate_memory
     from pytest_lora.memory_budget import require_budget
 
-    expect = _require_expect(expect)
+    expect = require_expect(expect)
     if not isinstance(advise, bool):
         raise TypeError(f"advise must be True or False, not {advise!r}")
     limit = require_budget(budget)
@@ -208,7 +215,7 @@ def check_checkpoint(
     """
     from pytest_lora.inspection.checkpoint import folder_of
 
-    expect = _require_expect(expect)
+    expect = require_expect(expect)
     folder = folder_of(path)
     return judge_checkpoint(folder, None if base is None else checkpoint_base(base), expect)
 
@@ -235,7 +242,8 @@ def judge_checkpoint(folder: Path, base: Base | None, expect: Expect) -> Report:
     if fit is not None and fit.config is not None and not facts.is_foreign:
         findings += [f for f in judge([fit.config], expect) if _still_matters(f, facts)]
     subject = f"adapter {facts.name}"
-    return Report(subject if fit is None else f"{subject} on {_named(fit.base)}", tuple(findings))
+    named = subject if fit is None else f"{subject} on {_named(fit.base)}"
+    return Report(named, tuple(findings), checkpoint_maps(facts))
 
 
 OF_REFUSED_CONFIGS = OF_SAVED_CONFIGS | {"LORA104", "LORA105"}
@@ -291,7 +299,7 @@ def diagnose_history(
     """
     from pytest_lora.facts.history import history_facts
 
-    expect = _require_expect(expect)
+    expect = require_expect(expect)
     facts = history_facts(
         train_losses,
         eval_losses,
@@ -356,7 +364,7 @@ def check_training(
     from pytest_lora.facts.history import history_facts
     from pytest_lora.inspection.training import Plan, training_facts
 
-    expect = _require_expect(expect)
+    expect = require_expect(expect)
     require_steps(steps)
     require_trainers(optimizer, scheduler, scaler, loss_fn)
     _require_norm(max_grad_norm)
@@ -498,7 +506,8 @@ def _require_snapshot(snapshot: Any) -> Mapping[str, Tensor] | None:
     return snapshot
 
 
-def _require_expect(expect: Any) -> Expect:
+def require_expect(expect: Any) -> Expect:
+    """What is meant, the defaults for None; raise where it is something else."""
     if expect is None:
         return Expect()
     if not isinstance(expect, Expect):

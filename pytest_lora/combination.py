@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from pytest_lora.copies import TOLERANCES
 from pytest_lora.inspection.peft_internals import LoraLayer
-from pytest_lora.roundtrip import TOLERANCES
 
 Combination = Literal["cat", "svd", "linear"]
 COMBINATIONS: tuple[Combination, ...] = get_args(Combination)

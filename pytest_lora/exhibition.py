@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, groupby
-from typing import TypeVar
+from typing import Literal
 
 from pytest_lora.exhibits import AdapterMap, CellState, LossCurve, MemoryBudget, WhatIf
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.config import ConfigFacts, LayerFacts
+from pytest_lora.facts.checkpoint import AdaptedModule, CheckpointFacts
+from pytest_lora.facts.config import ConfigFacts, Settings
 from pytest_lora.facts.history import HistoryFacts
 from pytest_lora.facts.memory import MemoryFacts
 from pytest_lora.facts.model import LayerState, ModelFacts
@@ -26,8 +28,11 @@ POINTS = 400
 _LAYER = re.compile(r"^((?:[^.]+\.)*?\d+)\.(.+)$")
 _EXPERT = re.compile(r"\bexperts\.\d+\b")
 
-L = TypeVar("L", bound=LayerFacts)
-Cell = tuple[CellState, int, float, float | None, float | None]
+MOST_CELLS = 20_000
+"""Cells of a map of a file: what a file names need not be layers of anything, and may be a million names."""
+
+Cell = tuple[CellState, int | None, float | None, float | None, float | None]
+"""State, rank, scaling, gradient and update."""
 
 
 def model_maps(facts: ModelFacts, training: TrainingFacts | None = None) -> tuple[AdapterMap, ...]:
@@ -37,13 +42,11 @@ def model_maps(facts: ModelFacts, training: TrainingFacts | None = None) -> tupl
     return tuple(
         _mapped(
             facts.base,
+            _named(facts.base),
             adapter,
-            facts.of(adapter),
-            lambda layer: (
-                _state(layer, facts, steps),
-                layer.rank,
-                layer.scaling,
-                *steps.of(layer.module, layer.adapter),
+            (
+                (layer.module, (_state(layer, facts, steps), layer.rank, layer.scaling, *steps.of(layer)))
+                for layer in facts.of(adapter)
             ),
             facts.trainable_parameters,
             facts.total_parameters,
@@ -61,13 +64,39 @@ def config_maps(facts: ConfigFacts) -> tuple[AdapterMap, ...]:
     return (
         _mapped(
             facts.base,
+            _named(facts.base),
             facts.adapter,
-            facts.layers,
-            lambda layer: (state, layer.rank, layer.scaling, None, None),
+            ((layer.module, (state, layer.rank, layer.scaling, None, None)) for layer in facts.layers),
             facts.trainable_parameters,
             facts.base.parameters + facts.trainable_parameters,
         ),
     )
+
+
+def checkpoint_maps(facts: CheckpointFacts) -> tuple[AdapterMap, ...]:
+    """A map of a saved adapter; none where its file holds no LoRA that can be told apart, or names without order."""
+    if not facts.is_judged:
+        return ()
+    cells = [(one.name.removesuffix(".base_layer"), _saved(one, facts.settings)) for one in facts.adapted]
+    places = [_place(module) for module, _ in cells]
+    if not cells or len({row for row, _ in places}) * len({column for _, column in places}) > MOST_CELLS:
+        return ()
+    numbers = sum(tensor.numbers for tensor in facts.lora)
+    if facts.fit is not None and not facts.is_foreign:
+        base = facts.fit.base
+        mapped = _mapped(base, _named(base), facts.name, cells, numbers, base.parameters + numbers)
+    else:
+        named = facts.config and (facts.config.base_class or facts.config.base)
+        mapped = _mapped(None, named or "a base that is not given", facts.name, cells, numbers, 0)
+    return (replace(mapped, saved=True),)
+
+
+def _saved(module: AdaptedModule, settings: Settings | None) -> Cell:
+    rank = module.rank
+    scaling = None if settings is None else settings.scaling_of(module.name)
+    size = module.b.values.rms if module.b and module.b.values else None
+    state: CellState = "dead" if module.holds_nothing else "live"
+    return state, rank, scaling, None, None if size is None else _rounded(size)
 
 
 def drop_curve(title: str, drop: LossDrop) -> LossCurve:
@@ -146,9 +175,9 @@ class _Steps:
         """Whether steps were taken and no gradient came here, which other data would not change."""
         return (layer.module, layer.adapter) in self._silent
 
-    def of(self, module: str, adapter: str) -> tuple[float | None, float | None]:
+    def of(self, layer: LayerState) -> tuple[float | None, float | None]:
         """Norm of the gradient, and size of the update; None where no step was taken."""
-        tensors = self._known.get((module, adapter))
+        tensors = self._known.get((layer.module, layer.adapter))
         if not tensors:
             return None, None
         gradient = math.hypot(*(t.gradients[-1] or 0.0 for t in tensors if t.gradients))
@@ -168,21 +197,22 @@ def _state(layer: LayerState, facts: ModelFacts, steps: _Steps) -> CellState:
 
 
 def _mapped(
-    base: BaseFacts,
+    base: BaseFacts | None,
+    named: str,
     adapter: str,
-    layers: Sequence[L],
-    cell: Callable[[L], Cell],
+    modules: Iterable[tuple[str, Cell]],
     trainable: int,
     total: int,
 ) -> AdapterMap:
-    """Arrange an adapter's modules by layer and kind."""
+    """Arrange an adapter's modules by layer and kind; without a base none is missing."""
     cells: dict[tuple[str, str], list[Cell]] = {}
-    for layer in layers:
-        cells.setdefault(_place(layer.module), []).append(cell(layer))
+    for module, cell in modules:
+        cells.setdefault(_place(module), []).append(cell)
     adapted = {column for _, column in cells}
     stacks = {_stack(row) for row, _ in cells}
     # In the order of the base; fused parameters are no modules of it.
-    known = [_place(name) for name in chain((m.name for m in base.modules), (p.name for p in base.fused))]
+    names = chain((m.name for m in base.modules), (p.name for p in base.fused)) if base else ()
+    known = [_place(name) for name in names]
     places = [place for place in known if place[1] in adapted and _stack(place[0]) in stacks]
     places += cells
     rows = tuple(dict.fromkeys(row for row, _ in places))
@@ -190,10 +220,8 @@ def _mapped(
     exists = set(places)
     grid = [cells.get((row, column), ()) for row in rows for column in columns]
     missing = [(row, column) in exists for row in rows for column in columns]
-    steps_known = any(one[3] is not None for found in grid for one in found)
-    quantization = next((m.quantization for m in base.modules if m.quantization), None)
     return AdapterMap(
-        base=f"{base.architecture} in {quantization}" if quantization else base.architecture,
+        base=named,
         adapter=adapter,
         rows=rows,
         columns=columns,
@@ -201,10 +229,12 @@ def _mapped(
             _worst(one[0] for one in found) if found else "missing" if lacks else None
             for found, lacks in zip(grid, missing, strict=True)
         ),
-        ranks=tuple(min((one[1] for one in found), default=None) for found in grid),
-        scalings=tuple(min((_rounded(one[2]) for one in found), default=None) for found in grid),
-        gradients=tuple(_mean(one[3] for one in found) for found in grid) if steps_known else (),
-        updates=tuple(_mean(one[4] for one in found) for found in grid) if steps_known else (),
+        ranks=tuple(min((one[1] for one in found if one[1] is not None), default=None) for found in grid),
+        scalings=tuple(
+            min((_rounded(one[2]) for one in found if one[2] is not None), default=None) for found in grid
+        ),
+        gradients=_means(grid, 3),
+        updates=_means(grid, 4),
         trainable_parameters=trainable,
         total_parameters=total,
     )
@@ -228,6 +258,17 @@ _GRAVITY: Mapping[CellState, int] = {"dead": 0, "idle": 1, "frozen": 2, "live": 
 
 def _worst(states: Iterable[CellState]) -> CellState:
     return min(states, key=_GRAVITY.__getitem__)
+
+
+def _named(base: BaseFacts) -> str:
+    quantization = next((m.quantization for m in base.modules if m.quantization), None)
+    return f"{base.architecture} in {quantization}" if quantization else base.architecture
+
+
+def _means(grid: Sequence[Sequence[Cell]], part: Literal[3, 4]) -> tuple[float | None, ...]:
+    """The mean of a part of each cell; nothing where none has it."""
+    means = tuple(_mean(one[part] for one in found) for found in grid)
+    return means if any(mean is not None for mean in means) else ()
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

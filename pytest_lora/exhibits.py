@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 
 CellState = Literal["live", "frozen", "idle", "dead", "missing"]
 """How an adapter stands on a module: it takes part and trains; it takes part and is frozen; it is inactive, disabled or
-merged; it is to train and no gradient reaches it; this module does not carry it, and others of its kind do."""
+merged; it is to train and no gradient reaches it, or a file holds nothing but zeros for it; this module does not carry
+it, and others of its kind do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,11 @@ class AdapterMap:
         ranks: The rank; None where there is no adapter. Of several experts the smallest.
         scalings: What the low-rank product is multiplied with. Of several experts the smallest.
         gradients: L2 norm of the gradient of the factors at the last step that was taken; empty where none was.
-        updates: Root mean square of what that step changed the factors by; empty where none was taken.
-        trainable_parameters: Numbers in the whole model that require gradients.
-        total_parameters: All numbers in the model, packed ones counted as what they stand for.
+        updates: Root mean square of what that step changed the factors by; empty where none was taken. Of a saved
+            adapter, root mean square of ``lora_B``, which starts at zero.
+        trainable_parameters: Numbers in the whole model that require gradients; those in the file of a saved adapter.
+        total_parameters: All numbers in the model, packed ones counted as what they stand for; 0 where it is not known.
+        saved: Whether this is an adapter in a file.
     """
 
     kind: ClassVar[str] = "adapter_map"
@@ -46,6 +49,7 @@ class AdapterMap:
     updates: tuple[float | None, ...]
     trainable_parameters: int
     total_parameters: int
+    saved: bool = False
 
     @property
     def percent(self) -> float:
@@ -171,6 +175,7 @@ class RankSweep:
         trials: A row a rank, ascending.
         chosen: The rank chosen, or None.
         reasons: Why, a sentence each.
+        enough: The metric at which the metric rule is content; None where it was not judged.
     """
 
     kind: ClassVar[str] = "rank_sweep"
@@ -181,13 +186,14 @@ class RankSweep:
     trials: tuple[RankTrial, ...]
     chosen: int | None
     reasons: tuple[str, ...]
+    enough: float | None = None
 
 
 Exhibit = AdapterMap | LossCurve | MemoryBudget | RankSweep
 
 _KINDS: dict[str, type[Any]] = {one.kind: one for one in (AdapterMap, LossCurve, MemoryBudget, RankSweep)}
 _PACKED = ("states", "ranks", "scalings", "gradients", "updates")
-_FLOATS = ("losses", "eval_losses", "scalings", "gradients", "updates", "before", "after")
+_FLOATS = ("losses", "eval_losses", "scalings", "gradients", "updates", "before", "after", "enough")
 _TRIAL_FLOATS = ("metric", "spread", "seconds", "flops")
 
 

@@ -10,6 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_lora.copies import (
+    TOLERANCES,
+    adapted_copy,
+    base_without_adapter,
+    distance,
+    identical,
+    largest,
+    no_trace,
+    output_of,
+    require_batch,
+    stable_output,
+    without_adapter,
+)
+from pytest_lora.facts.config import rewrites_base
 from pytest_lora.findings import Finding, Report, grouped
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import (
@@ -20,19 +34,7 @@ from pytest_lora.inspection.peft_internals import (
     fused_parameter,
     lora_configs,
 )
-from pytest_lora.roundtrip import (
-    TOLERANCES,
-    adapted_copy,
-    base_without_adapter,
-    check_merge,
-    check_reload,
-    distance,
-    identical,
-    no_trace,
-    output_of,
-    stable_output,
-    without_adapter,
-)
+from pytest_lora.roundtrip import check_merge, check_reload
 
 _NAMES = {
     "LORA930": "zeroed_adapter_changes_the_output",
@@ -41,17 +43,15 @@ _NAMES = {
     "LORA933": "padding_the_rank_changes_the_output",
     "LORA934": "second_adapter_leaks_into_the_first",
 }
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _SECOND = "pytest_lora_second"
 
 
 def check_lora_laws(model: nn.Module, batch: Any) -> Report:
     """Hold the laws that apply against copies of a model; see ``assert_lora_laws``."""
+    require_batch(batch)
     with no_trace():
         adapted = adapted_copy(model)
         layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
-        for layer in layers.values():
-            _as_any(layer).unmerge()
         stable_output(adapted, batch)
         findings = [
             *_disabled(adapted, layers, batch),
@@ -72,14 +72,8 @@ def _loads_as_it_is(adapted: nn.Module) -> bool:
     has ``path_initial_model_for_weight_conversion`` for that.
     """
     configs = lora_configs(adapted_survey(adapted).root).values()
-    changes_the_base = any(
-        str(config.init_lora_weights).lower().startswith(_CHANGE_THE_BASE) for config in configs
-    )
-    return hasattr(adapted, "save_pretrained") and not changes_the_base
-
-
-def _as_any(layer: Any) -> Any:
-    return layer
+    rewritten = any(rewrites_base(config.init_lora_weights) for config in configs)
+    return hasattr(adapted, "save_pretrained") and not rewritten
 
 
 def _finding(code: str, where: str, observed: str, expected: str, fix: str) -> Finding:
@@ -300,5 +294,4 @@ def _near(first: Tensor, second: Tensor, steps: float = 1.0) -> bool:
     """Equal within what rounding of their dtype makes of it, relative to the largest value."""
     if identical(first, second):
         return True
-    scale = float(second.abs().max()) if second.numel() else 0.0
-    return distance(first, second) <= steps * TOLERANCES.get(first.dtype, 0.0) * scale
+    return distance(first, second) <= steps * TOLERANCES.get(first.dtype, 0.0) * largest(second)

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import copy
-import random
-import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from pytest_lora.copies import (
+    TOLERANCES,
+    adapted_copy,
+    as_module,
+    base_without_adapter,
+    copy_of,
+    distance,
+    identical,
+    largest,
+    no_trace,
+    output_of,
+    quiet_eval,
+    require_batch,
+    watched_output,
+    without_adapter,
+)
+from pytest_lora.facts.config import rewrites_base
 from pytest_lora.findings import Finding, Report, Severity, grouped
-from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import (
     WRAPPERS,
     BaseTunerLayer,
     LoraLayer,
-    ModulesToSaveWrapper,
-    TrainableTokensWrapper,
     active_adapters,
+    adapter_names,
+    lora_configs,
 )
 
 Base = nn.Module | Callable[[], nn.Module]
@@ -42,28 +56,26 @@ _NAMES = {
     "LORA918": "unload_does_not_give_the_base_back",
     "LORA919": "adapter_cannot_be_merged",
 }
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Deviation of the merged output, relative to its largest value: about 1,000 rounding steps of float32, and 4 of
-the half precisions, whose weights are rounded once more by the merge."""
-
 _UNMERGE_STEPS = 4
 _LOST_TO_QUANTIZATION = 0.5
 
 
 def check_reload(model: nn.Module, batch: Any, *, base: Base | None = None) -> Report:
     """Save the adapters, load them on a fresh base, and compare; see ``assert_reload_exact``."""
+    require_batch(batch)
+    _require_base(model, base)
     with no_trace():
         adapted = adapted_copy(model)
         trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
-        expected = stable_output(adapted, batch)
+        expected, moving = watched_output(adapted, batch)
         fresh = _given_base(base) if base is not None else base_without_adapter(adapted, forget_trained=True)
         try:
             reloaded = _reloaded(adapted, fresh)
         except _LoadingError as error:
             findings = [_unloadable(error)]
         else:
-            findings = list(_tensor_findings(adapted, reloaded, trained, base is not None))
-            findings += _output_findings(expected, _output(reloaded, batch), findings)
+            findings = list(_tensor_findings(adapted, reloaded, trained, moving, base is not None))
+            findings += _output_findings(expected, output_of(reloaded, batch), findings)
     return Report(f"reload of {type(model).__name__}", tuple(findings))
 
 
@@ -71,15 +83,14 @@ def check_merge(
     model: nn.Module, batch: Any, *, rtol: float | None = None, atol: float | None = None
 ) -> Report:
     """Merge, unmerge and unload the adapters, and compare; see ``assert_merge_exact``."""
+    require_batch(batch)
     _require_tolerance("rtol", rtol)
     _require_tolerance("atol", atol)
     with no_trace():
         adapted = adapted_copy(model)
         layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
-        for layer in layers.values():
-            layer.unmerge()
-        expected = stable_output(adapted, batch)
-        before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+        expected, moving = watched_output(adapted, batch)
+        before = {name: tensor.clone() for name, tensor in adapted.state_dict().items() if name not in moving}
         findings = list(_unload_findings(adapted))
         findings += _merge_findings(adapted, layers, batch, expected, (rtol, atol), before)
     return Report(f"merge of {type(model).__name__}", tuple(findings))
@@ -89,153 +100,43 @@ def _finding(code: str, severity: Severity, where: str, observed: str, expected:
     return Finding(code, _NAMES[code], severity, where, observed, expected, fix)
 
 
-# ---------------------------------------------------------------------------------------- copies and outputs
-
-
-@contextmanager
-def no_trace() -> Iterator[None]:
-    """Restore every random state, and keep the warnings of PEFT and transformers out of the way."""
-    numpy: Any = sys.modules.get("numpy")
-    cuda: Any = torch.cuda
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    devices = list(range(cuda.device_count())) if cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
-
-
-def adapted_copy(model: nn.Module) -> nn.Module:
-    """A copy, in evaluation mode, of the part of the model that PEFT can save."""
-    found = adapted_survey(model)
-    wrapped: nn.Module | None = next((m for m in model.modules() if isinstance(m, WRAPPERS)), None)
-    try:
-        return _quiet_eval(copy.deepcopy(found.root if wrapped is None else wrapped))
-    except RuntimeError as error:
-        raise ValueError(f"model cannot be copied, which this check needs: {error}") from error
-
-
-def _quiet_eval(model: nn.Module) -> nn.Module:
-    keep_packing(model)
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            # A copied Params4bit still points to the original's module, and quantizing it anew writes there.
-            if isinstance(getattr(parameter, "module", None), nn.Module):
-                vars(parameter)["module"] = module
-    return model.eval()
-
-
-def output_of(model: nn.Module, batch: Any) -> Tensor:
-    """The logits, or the first tensor, that a model gives for a batch."""
-    return _output(model, batch)
-
-
-def _output(model: nn.Module, batch: Any) -> Tensor:
-    with torch.no_grad():
-        if isinstance(batch, Mapping):
-            result: Any = model(**batch)
-        elif isinstance(batch, (tuple, list)):
-            result = model(*batch)
-        elif isinstance(batch, Tensor):
-            result = model(batch)
-        else:
-            raise TypeError(
-                f"batch must be a mapping, a tuple or a tensor that the model takes, not {type(batch).__name__}"
-            )
-    return _main_tensor(result)
-
-
-def _main_tensor(result: Any) -> Tensor:
-    if isinstance(result, Tensor):
-        return result
-    values: dict[Any, Any] = dict(result) if isinstance(result, Mapping) else dict(enumerate(result))
-    preferred = [values.get("logits"), values.get("last_hidden_state"), *values.values()]
-    for value in preferred:
-        if isinstance(value, Tensor) and value.dim():
-            return value
-    raise ValueError("model gives no tensor that could be compared")
-
-
-def stable_output(model: nn.Module, batch: Any) -> Tensor:
-    first, second = _output(model, batch), _output(model, batch)
-    if not identical(first, second):
-        raise ValueError(
-            "model gives different outputs for the same batch in evaluation mode; nothing can be compared"
-        )
-    return first
-
-
-def identical(first: Tensor, second: Tensor) -> bool:
-    """Equal bit for bit, where NaN is equal to NaN."""
-    if torch.equal(first, second):
-        return True
-    if first.shape != second.shape or not first.is_floating_point():
-        return False
-    return torch.equal(first.nan_to_num(), second.nan_to_num()) and torch.equal(first.isnan(), second.isnan())
-
-
-def distance(first: Tensor, second: Tensor) -> float:
-    if first.shape != second.shape:
-        return float("inf")
-    return float((first.double() - second.double()).abs().max()) if first.numel() else 0.0
-
-
 # ---------------------------------------------------------------------------------------- reload
 
 
-def _given_base(base: Base) -> nn.Module:
+def _require_base(model: nn.Module, base: Base | None) -> None:
+    """Raise where what is given as ``base`` does not suit the model."""
+    found = adapted_survey(model)
+    if base is None:
+        for config in lora_configs(found.root).values():
+            if rewrites_base(config.init_lora_weights):
+                raise ValueError(
+                    f"base must be given: init_lora_weights={config.init_lora_weights!r} rewrote the weights under "
+                    "the adapter, and loading it starts from the original ones"
+                )
+        return
     if not callable(base):
         raise TypeError(f"base must be a model or a function that makes one, not {type(base).__name__}")
-    made = copy.deepcopy(base) if isinstance(base, nn.Module) else base()
+    merged = [name for name, layer in found.lora.items() if layer.merged]
+    if merged:
+        raise ValueError(
+            f"model is merged on {grouped(merged)}, which rounds the weights that base is compared with; "
+            "load it anew, or leave base out"
+        )
+
+
+def _given_base(base: Base) -> nn.Module:
+    if isinstance(base, nn.Module):
+        made: Any = base
+    else:
+        try:
+            made = base()
+        except Exception as error:  # whatever the user's function raises
+            raise ValueError(f"base: the function raises {type(error).__name__}: {error}") from error
     if not isinstance(made, nn.Module):
         raise TypeError(f"base must be a model or a function that makes one, not {type(made).__name__}")
     if any(isinstance(m, BaseTunerLayer) for m in made.modules()):
         raise ValueError("base must be a model without adapters")
-    return _quiet_eval(made)
-
-
-def base_without_adapter(adapted: nn.Module, *, forget_trained: bool = False) -> nn.Module:
-    """A copy of the base with every adapter and every trained copy taken off, not with PEFT's ``unload``.
-
-    That leaves a trained head in place. With ``forget_trained``, base weights that were trained are zeroed, so
-    that they come back only if the checkpoint holds them.
-    """
-    base = copy.deepcopy(adapted_survey(adapted).root)
-    for layer in list(base.modules()):
-        if isinstance(layer, LoraLayer):
-            layer.unmerge()
-    _unwrap(base)
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        vars(base).pop(attribute, None)
-    for parameter in base.parameters():
-        if forget_trained and parameter.requires_grad and parameter.is_floating_point():
-            parameter.data.zero_()
-    return _quiet_eval(base)
-
-
-def _unwrap(parent: nn.Module) -> None:
-    """Replace wrappers by what they wrap, which may hold wrappers too: attention's ``out_proj`` is one."""
-    for name, child in list(parent.named_children()):
-        inner = _inner(child)
-        if inner is not None:
-            setattr(parent, name, inner)
-        _unwrap(child if inner is None else inner)
-
-
-def _inner(module: nn.Module) -> nn.Module | None:
-    """What a wrapper of PEFT wraps, down to the bottom; None for any other module."""
-    inner: Any = module
-    while True:
-        if isinstance(inner, (ModulesToSaveWrapper, TrainableTokensWrapper)):
-            inner = inner.original_module
-        elif isinstance(inner, BaseTunerLayer):
-            inner = inner.get_base_layer()
-        else:
-            return None if inner is module else _as_module(inner)
+    return copy_of("base", made) if made is base else quiet_eval("base", made)
 
 
 class _LoadingError(Exception):
@@ -254,6 +155,17 @@ def _unloadable(error: _LoadingError) -> Finding:
 
 
 @contextmanager
+def _saving() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the adapter cannot be saved into a temporary folder in {tempfile.gettempdir()}: {error}; "
+            "let TMPDIR be a folder that can be written and has room for it"
+        ) from error
+
+
+@contextmanager
 def _loading() -> Iterator[None]:
     try:
         yield
@@ -264,10 +176,11 @@ def _loading() -> Iterator[None]:
 def _reloaded(adapted: nn.Module, fresh: nn.Module) -> nn.Module:
     layer = next(m for m in adapted.modules() if isinstance(m, LoraLayer))
     active = list(active_adapters(layer))
-    with tempfile.TemporaryDirectory() as folder:
-        if isinstance(adapted, WRAPPERS):
-            return _quiet_eval(_reloaded_peft(adapted, fresh, active, Path(folder)))
-        return _quiet_eval(_reloaded_transformers(adapted, fresh, active, Path(folder)))
+    reload = _reloaded_peft if isinstance(adapted, WRAPPERS) else _reloaded_transformers
+    with ExitStack() as stack:
+        with _saving():
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+        return quiet_eval("model", reload(adapted, fresh, active, Path(folder)))
 
 
 def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Path) -> nn.Module:
@@ -275,7 +188,8 @@ def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Pa
 
     if not isinstance(adapted, PeftModel):
         raise ValueError(f"model cannot be saved: PEFT has no save_pretrained for {type(adapted).__name__}")
-    save_adapters(adapted, str(folder))
+    with _saving():
+        save_adapters(adapted, str(folder))
     homes = {name: folder if name == "default" else folder / name for name in adapted.peft_config}
     (first, home), *others = homes.items()
     with _loading():
@@ -283,7 +197,7 @@ def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Pa
         for name, home in others:
             reloaded.load_adapter(str(home), adapter_name=name)
         reloaded.base_model.set_adapter(active)
-    return _as_module(reloaded)
+    return as_module(reloaded)
 
 
 def save_adapters(model: Any, folder: str, **how: Any) -> None:
@@ -301,21 +215,23 @@ def _reloaded_transformers(adapted: Any, fresh: Any, active: list[str], folder: 
             f"model cannot be saved: {type(adapted).__name__} with active adapters {active} has no save_pretrained "
             "that writes one adapter; wrap it with peft.get_peft_model"
         )
-    adapted.save_pretrained(str(folder))
+    with _saving():
+        adapted.save_pretrained(str(folder))
     with _loading():
         fresh.load_adapter(str(folder), adapter_name=active[0])
-    return _as_module(fresh)
-
-
-def _as_module(model: Any) -> nn.Module:
-    assert isinstance(model, nn.Module)
-    return model
+    return as_module(fresh)
 
 
 def _tensor_findings(
-    adapted: nn.Module, reloaded: nn.Module, trained: set[str], base_given: bool
+    adapted: nn.Module, reloaded: nn.Module, trained: set[str], moving: frozenset[str], base_given: bool
 ) -> Iterator[Finding]:
-    before, after = adapted.state_dict(), reloaded.state_dict()
+    left_out = _unsaved_adapters(adapted)
+    before = {
+        name: tensor
+        for name, tensor in adapted.state_dict().items()
+        if name not in moving and not left_out.intersection(name.split("."))
+    }
+    after = reloaded.state_dict()
     lost: list[str] = []
     changed: list[str] = []
     recast: list[str] = []
@@ -368,6 +284,14 @@ def _tensor_findings(
         )
 
 
+def _unsaved_adapters(adapted: nn.Module) -> set[str]:
+    """Names of adapters that the model's ``save_pretrained`` does not write: with transformers' own, the inactive."""
+    if isinstance(adapted, WRAPPERS):
+        return set()
+    layers = [m for m in adapted.modules() if isinstance(m, LoraLayer)]
+    return {name for layer in layers for name in adapter_names(layer) if name not in active_adapters(layer)}
+
+
 def _fix_for_lost(lost: list[str]) -> str:
     modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in lost})
     if all(name.endswith(".bias") for name in lost):
@@ -408,7 +332,7 @@ def _merge_findings(
     tolerance: tuple[float | None, float | None],
     before: dict[str, Tensor],
 ) -> Iterator[Finding]:
-    without = without_adapter(layers, lambda: _output(adapted, batch))
+    without = without_adapter(layers, lambda: output_of(adapted, batch))
     try:
         for layer in layers.values():
             layer.merge()
@@ -422,8 +346,8 @@ def _merge_findings(
             "keep the adapter apart, or train one without the variant that the message names",
         )
         return
-    merged = _output(adapted, batch)
-    largest = {n: float(t.abs().max()) for n, t in adapted.state_dict().items() if t.is_floating_point()}
+    merged = output_of(adapted, batch)
+    sizes = {n: largest(t) for n, t in adapted.state_dict().items() if n in before and t.is_floating_point()}
     quantized = [n for n, layer in layers.items() if _is_quantized(layer)]
     if quantized:
         yield from _requantized(quantized, expected, merged, without)
@@ -432,16 +356,7 @@ def _merge_findings(
     for layer in layers.values():
         layer.unmerge()
     if not quantized:
-        yield from _unmerge_findings(adapted, before, largest)
-
-
-def without_adapter(layers: dict[str, Any], run: Callable[[], Tensor]) -> Tensor:
-    for layer in layers.values():
-        layer.enable_adapters(False)
-    result = run()
-    for layer in layers.values():
-        layer.enable_adapters(True)
-    return result
+        yield from _unmerge_findings(adapted, before, sizes)
 
 
 def _is_quantized(layer: Any) -> bool:
@@ -453,13 +368,15 @@ def _requantized(
     quantized: list[str], expected: Tensor, merged: Tensor, without: Tensor
 ) -> Iterator[Finding]:
     loss, effect = distance(expected, merged), distance(expected, without)
-    share = loss / effect if effect else float("inf") if loss else 0.0
+    # A fresh adapter has no effect yet that could be lost.
+    share = loss / effect if effect else 0.0
+    own = f"moves it by {effect:.3g} ({share:.0%})" if effect else "does not move it yet"
     yield _finding(
         "LORA916",
         "warning" if share > _LOST_TO_QUANTIZATION else "info",
         grouped(quantized),
         f"merging rounds the weights to the quantized grid again: the output moves by up to {loss:.3g}, where the "
-        f"adapter itself moves it by {effect:.3g} ({share:.0%})",
+        f"adapter itself {own}",
         "a merge that loses little of what the adapter does",
         "dequantize the base or load it in bfloat16, merge there, and quantize the result if need be",
     )
@@ -472,8 +389,7 @@ def _merged_differs(
     rtol, atol = tolerance
     if rtol is None:
         rtol = max(TOLERANCES.get(dtype, 0.0) for dtype in (*dtypes, expected.dtype))
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    allowed = (atol or 0.0) + rtol * scale
+    allowed = (atol or 0.0) + rtol * largest(expected)
     apart = distance(expected, merged)
     if not apart <= allowed:
         yield _finding(
@@ -488,13 +404,10 @@ def _merged_differs(
 
 
 def _unmerge_findings(
-    adapted: nn.Module, before: dict[str, Tensor], largest: dict[str, float]
+    adapted: nn.Module, before: dict[str, Tensor], merged_sizes: dict[str, float]
 ) -> Iterator[Finding]:
-    damaged = [
-        name
-        for name, tensor in adapted.state_dict().items()
-        if tensor.is_floating_point() and not _restored(before[name], tensor, largest[name])
-    ]
+    after = adapted.state_dict()
+    damaged = [n for n, size in merged_sizes.items() if not _restored(before[n], after[n], size)]
     if damaged:
         yield _finding(
             "LORA917",
@@ -506,11 +419,11 @@ def _unmerge_findings(
         )
 
 
-def _restored(before: Tensor, after: Tensor, largest: float) -> bool:
-    """Whether adding and taking away again changed no more than rounding at the ``largest`` merged value does."""
+def _restored(before: Tensor, after: Tensor, merged_size: float) -> bool:
+    """Whether adding and taking away again changed no more than rounding at the largest merged value does."""
     if identical(before, after):
         return True
-    step = torch.finfo(before.dtype).eps * max(largest, float(before.abs().max()))
+    step = torch.finfo(before.dtype).eps * max(merged_size, largest(before))
     return distance(before, after) <= _UNMERGE_STEPS * step
 
 

@@ -499,7 +499,8 @@ def _fingerprint(tensor: Tensor, chunk: int = 2**22) -> int:
     raw = _bytes(tensor)
     whole = raw.numel() // 8 * 8
     words, rest = raw[:whole].clone().view(torch.int64), raw[whole:].to(torch.int64)
-    weights = torch.arange(chunk, device=raw.device, dtype=torch.int64) * 2 + 1
+    longest = min(chunk, max(words.numel(), rest.numel()))
+    weights = torch.arange(longest, device=raw.device, dtype=torch.int64) * 2 + 1
     total = 0
     for part in (*torch.split(words, chunk), rest):
         total = (total * 0x9E3779B97F4A7C15 + int((part * weights[: part.numel()]).sum())) % 2**64

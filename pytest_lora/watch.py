@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pytest_lora.assertions import LoraHealthError, delivered
-from pytest_lora.checks import check_model, diagnose_history
+from pytest_lora.assertions import LoraHealthError, delivered, stack_level
+from pytest_lora.checks import check_model, diagnose_history, require_expect
 from pytest_lora.expect import Expect
+from pytest_lora.facts.history import as_count, as_number
 from pytest_lora.findings import LoraHealthWarning, Report
 from pytest_lora.rules import judge
 
@@ -26,6 +27,10 @@ _LOOK_AGAIN = 1.25
 
 FIRST_STEPS = 2
 """The first step moves ``lora_B``, which gives ``lora_A`` its first gradient at the second."""
+
+
+_BETWEEN = ("pytest_lora", "contextlib", "transformers", "accelerate", "trl")
+"""Packages between the user's line and a finding, which is the line that a warning names."""
 
 
 class Watch:
@@ -47,14 +52,15 @@ class Watch:
     ) -> None:
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error must be one of {', '.join(get_args(OnError))}, not {on_error!r}")
-        self.total_steps = total_steps
-        self.steps_per_loss = steps_per_loss
+        self.total_steps = None if total_steps is None else as_count("total_steps", total_steps)
+        self.steps_per_loss = as_count("steps_per_loss", steps_per_loss)
         self.learning_rate: float | None = None
         self.reports: list[Report] = []
         self.should_stop = False
-        self._expect = expect
+        self._expect = require_expect(expect)
         self._on_error = on_error
         self._train: list[float] = []
+        self._earlier = 0
         self._evals: dict[int, float] = {}
         self._known: set[tuple[str, str]] = set()
         self._next_look = 0.0
@@ -66,11 +72,17 @@ class Watch:
         """Training losses on record."""
         return len(self._train)
 
+    def recall(self, losses: Sequence[float], eval_losses: Mapping[int, float]) -> None:
+        """Take the losses of a run that is resumed: those of training in order, of evaluations by optimizer step."""
+        self._train[:0] = losses
+        self._earlier = len(losses)
+        self._evals.update(eval_losses)
+
     def log(self, loss: Any, *, eval_loss: Any = None) -> None:
         """Record the loss of a step, and with it that of an evaluation, and judge the curve if it is time."""
-        self._train.append(_number(loss))
+        self._train.append(as_number("loss", loss))
         if eval_loss is not None:
-            self.log_eval(eval_loss)
+            self._note_evaluation("eval_loss", eval_loss)
         suspicious = self._train[-1] == 0 or self._train[-1] * 0 != 0
         if suspicious or len(self._train) >= self._next_look:
             self._next_look = len(self._train) * _LOOK_AGAIN
@@ -80,14 +92,18 @@ class Watch:
 
     def log_eval(self, loss: Any) -> None:
         """Record the loss of an evaluation after the latest step."""
-        self._evals[len(self._train) * self.steps_per_loss] = _number(loss)
+        self._note_evaluation("loss", loss)
+
+    def _note_evaluation(self, argument: str, loss: Any) -> None:
+        self._evals[len(self._train) * self.steps_per_loss] = as_number(argument, loss)
 
     def look(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """Judge the model and its optimizer as they stand."""
+        report = check_model(model, optimizer=optimizer, expect=self._expect)
         if optimizer is not None:
             rates = [group.get("lr") for group in optimizer.param_groups]
             self.learning_rate = max((float(r) for r in rates if r), default=self.learning_rate)
-        self._deliver(check_model(model, optimizer=optimizer, expect=self._expect))
+        self._deliver(report)
 
     def before_step(
         self, model: nn.Module, optimizer: Any, schedule: Any = None, *, scaler: bool = False
@@ -108,15 +124,21 @@ class Watch:
 
     def judge_first_steps(self) -> None:
         """Judge the first steps as far as they were seen, once."""
-        seen, self._first_steps, self._steps_to_note = self._first_steps, None, 0
-        if seen is None or seen.overflowed or not self._train:
+        seen = self._first_steps
+        self.forget_first_steps()
+        own = self._train[self._earlier :]
+        if seen is None or seen.overflowed or not own:
             return
-        losses = [self._train[min(i // self.steps_per_loss, self.count - 1)] for i in range(seen.count)]
+        losses = [own[min(i // self.steps_per_loss, len(own) - 1)] for i in range(seen.count)]
         # Trainers log a loss that is NaN as 0; the rules on the losses tell of both.
         if all(loss * 0 == 0 and loss != 0 for loss in losses):
             facts = seen.facts(losses)
             subject = f"first {seen.count} steps of {facts.model.base.architecture}"
-            self._deliver(Report(subject, tuple(judge([facts], self._expect or Expect()))))
+            self._deliver(Report(subject, tuple(judge([facts], self._expect))))
+
+    def forget_first_steps(self) -> None:
+        """Let go of the copies of what trains; no further step is noted."""
+        self._first_steps, self._steps_to_note = None, 0
 
     def judge(self) -> None:
         """Judge the losses so far."""
@@ -143,13 +165,9 @@ class Watch:
         self.should_stop |= bool(new.errors)
         for finding in (*new.errors, *new.warnings):
             if finding.severity == "warning" or self._on_error != "raise":
-                warnings.warn(str(finding), LoraHealthWarning, stacklevel=4)
+                warnings.warn(str(finding), LoraHealthWarning, stacklevel=stack_level(*_BETWEEN))
         if new.errors and self._on_error == "raise":
             raise LoraHealthError(new)
-
-
-def _number(loss: Any) -> float:
-    return float(loss.detach() if hasattr(loss, "detach") else loss)
 
 
 @contextmanager
@@ -186,15 +204,18 @@ def watch_training(
     Raises:
         LoraHealthError: Under ``"raise"``, at the first report with an error.
         TypeError: The model carries no LoRA layers, or an argument has the wrong type.
-        ValueError: ``on_error`` is none of these.
+        ValueError: ``on_error`` is none of these, or a number of steps is below 1.
     """
     watch = Watch(total_steps=total_steps, steps_per_loss=steps_per_loss, expect=expect, on_error=on_error)
     watch.look(model, optimizer)
-    with _at_each_step(watch, model, optimizer):
-        yield watch
-    watch.judge()
-    watch.judge_first_steps()
-    watch.look(model, optimizer)
+    try:
+        with _at_each_step(watch, model, optimizer):
+            yield watch
+        watch.judge()
+        watch.judge_first_steps()
+        watch.look(model, optimizer)
+    finally:
+        watch.forget_first_steps()
 
 
 @contextmanager

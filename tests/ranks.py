@@ -13,12 +13,6 @@ from torch import nn
 from pytest_lora import assert_adapters_in_sync
 
 
-def who(prefix: str) -> tuple[str, int, int]:
-    total = torch.ones(())
-    dist.all_reduce(total)
-    return prefix, dist.get_rank(), int(total)
-
-
 def second_raises() -> None:
     if dist.get_rank() == 1:
         raise ZeroDivisionError("only the second")
@@ -109,8 +103,10 @@ def no_adapter() -> None:
     assert_adapters_in_sync(nn.Linear(2, 2).requires_grad_(False))
 
 
-def every_verdict() -> dict[str, str]:
+def every_verdict(prefix: str) -> dict[str, str]:
     """What each of these models is told, one after the other: starting processes takes longer than all of them."""
+    total = torch.ones(())
+    dist.all_reduce(total)
     scenes = {
         "in sync": lambda: data_parallel(True),
         "drifting": lambda: data_parallel(False),
@@ -120,7 +116,7 @@ def every_verdict() -> dict[str, str]:
         "left out": left_out_of_the_shards,
         "no adapter": no_adapter,
     }
-    told = {}
+    told = {"who": f"{prefix} {dist.get_rank()} of {int(total)}"}
     for name, scene in scenes.items():
         try:
             scene()

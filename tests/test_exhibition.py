@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from pytest_lora import (
+    Expect,
     LoraHealthError,
     Report,
     assert_lora_healthy,
     assert_loss_decreases,
+    check_checkpoint,
     check_config,
     check_memory,
     check_model,
@@ -23,6 +28,7 @@ from pytest_lora import (
 from pytest_lora.assertions import delivered
 from pytest_lora.exhibits import AdapterMap, LossCurve, MemoryBudget
 from tests.rules.bases import BASES, language_batch
+from tests.rules.folders import adapter, edit, pickle_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -114,6 +120,69 @@ def test_a_configuration_is_a_map_too() -> None:
     assert (len(found.rows), found.columns) == (32, ("self_attn.q_proj",))
     assert found.trainable_parameters == 32 * 8 * (4096 + 4096)
     assert found.total_parameters == 6_738_415_616 + found.trainable_parameters
+
+
+def saved(tmp_path: Path, **changes: Any) -> tuple[Path, Any]:
+    """A saved adapter with values of a trained one, and its base."""
+    base = BASES["base"]()
+    return adapter(tmp_path, base, **changes), base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_saved_adapter_is_a_map_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder, base = saved(tmp_path, rank_pattern={"layers.1.self_attn.v_proj": 4}, use_rslora=True)
+    edit(folder, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    sizes = [
+        tensors[f"base_model.model.model.layers.{n}.self_attn.{kind}.lora_B.weight"].double()
+        for n in (0, 1)
+        for kind in ("q_proj", "v_proj")
+    ]
+    found = the_map(check_checkpoint(folder, base))
+    assert (found.base, found.adapter, found.saved) == ("LlamaForCausalLM", folder.name, True)
+    assert (found.rows, found.columns) == (
+        ("model.layers.0", "model.layers.1"),
+        ("self_attn.q_proj", "self_attn.v_proj"),
+    )
+    assert found.states == ("live",) * 4
+    assert found.ranks == (8, 8, 8, 4)
+    assert found.scalings == pytest.approx((16 / 8**0.5,) * 3 + (16 / 2,), rel=1e-3)
+    assert found.gradients == ()
+    assert found.updates == pytest.approx([b.square().mean().sqrt().item() for b in sizes], rel=1e-3)
+    assert found.trainable_parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert found.total_parameters == sum(p.numel() for p in base.parameters()) + found.trainable_parameters
+
+
+def test_what_a_saved_adapter_does_not_hold_is_dead_or_missing(tmp_path: Path) -> None:
+    folder, base = saved(tmp_path)
+    edit(
+        folder,
+        lambda tensors: {
+            name: tensor * 0 if "0.self_attn.q_proj.lora_B" in name else tensor
+            for name, tensor in tensors.items()
+            if "1.self_attn.v_proj" not in name
+        },
+    )
+    found = the_map(check_checkpoint(folder, base))
+    assert found.states == ("dead", "live", "live", "missing")
+    assert (found.updates[0], found.updates[3], found.ranks[3]) == (0, None, None)
+    alone = the_map(check_checkpoint(folder))
+    assert alone.states == ("dead", "live", "live", None)
+    assert (alone.base, alone.total_parameters) == ("org/tiny-llama", 0)
+    pickle_weights(folder)
+    assert the_map(check_checkpoint(folder, expect=Expect(read_pickle=True))).updates == alone.updates
+
+
+def test_a_file_of_names_without_order_is_no_map(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    factor = torch.ones(2, 2)
+    edit(
+        folder,
+        lambda _: {
+            f"base_model.model.l{n}.{n}.m{n}.lora_{part}.weight": factor for n in range(150) for part in "AB"
+        },
+    )
+    assert check_checkpoint(folder).exhibits == ()
 
 
 def test_selecting_and_training_keep_the_map() -> None:

@@ -51,6 +51,7 @@ def maps(draw: st.DrawFn) -> AdapterMap:
         cells(NUMBERS) if measured else (),
         draw(COUNTS),
         draw(COUNTS),
+        draw(st.booleans()),
     )
 
 
@@ -96,6 +97,7 @@ SWEEPS = st.builds(
     trials=st.lists(TRIALS, max_size=3).map(tuple),
     chosen=st.none() | st.integers(1, 64),
     reasons=st.lists(WORDS, max_size=2).map(tuple),
+    enough=st.none() | NUMBERS,
 )
 
 

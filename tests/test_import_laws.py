@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -49,9 +50,10 @@ FLOORS = {
         "what_if",
     },
     "adapter_properties": {"facts", "findings", "inspection", "counting"},
-    "roundtrip": {"facts", "findings", "inspection"},
+    "copies": {"inspection"},
+    "roundtrip": {"copies", "facts", "findings", "inspection"},
     "resumption": {"facts", "findings", "inspection"},
-    "laws": {"findings", "inspection", "roundtrip"},
+    "laws": {"copies", "facts", "findings", "inspection", "roundtrip"},
     "assertions": {
         "facts",
         "findings",
@@ -65,20 +67,20 @@ FLOORS = {
         "resumption",
         "laws",
     },
-    "watch": {"findings", "expect", "rules", "inspection", "checks", "assertions"},
-    "callback": {"expect", "watch"},
-    "combination": {"inspection", "roundtrip"},
-    "lifecycle": {"checks", "combination", "expect", "inspection", "laws", "roundtrip", "tiny"},
+    "watch": {"facts", "findings", "expect", "rules", "inspection", "checks", "assertions"},
+    "callback": {"expect", "facts", "watch"},
+    "combination": {"copies", "inspection"},
+    "lifecycle": {"checks", "combination", "copies", "expect", "inspection", "laws", "roundtrip", "tiny"},
     "sweep": {
         "assertions",
         "byte_sizes",
         "checks",
+        "copies",
         "exhibits",
         "expect",
         "findings",
         "inspection",
         "memory",
-        "roundtrip",
         "sweep",
     },
     "strategies": {"expect", "facts", "inspection", "roundtrip", "strategies", "tiny"},
@@ -91,13 +93,16 @@ def modules(part: str) -> list[Path]:
     return sorted(home.rglob("*.py")) if home.is_dir() else [PACKAGE / f"{part}.py"]
 
 
-def imports(file: Path, *, at_load: bool = False) -> Iterator[str]:
-    """Modules that a file imports; with ``at_load`` only what is imported when the file is."""
-    tree = ast.parse(file.read_text())
+@cache
+def imports(file: Path) -> frozenset[str]:
+    """Modules that a file imports."""
+    return frozenset(_imports(ast.parse(file.read_text())))
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
     skipped: set[ast.AST] = set()
     for node in ast.walk(tree):
-        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        if typing_only or (at_load and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             skipped.update(ast.walk(node))
     for node in ast.walk(tree):
         if node in skipped:
@@ -130,7 +135,7 @@ def test_no_module_imports_one_that_imports_it() -> None:
     graph = {
         name: {
             wanted
-            for wanted in set(imports(file)) & set(files)
+            for wanted in imports(file) & set(files)
             if wanted not in packages or not any(one.startswith(f"{wanted}.") for one in imports(file))
         }
         for name, file in files.items()

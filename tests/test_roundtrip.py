@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import random
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy
 import pytest
 import torch
 from peft import LoraConfig, PeftMixedModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 
+import pytest_lora.copies
 import pytest_lora.roundtrip
 from pytest_lora import LoraHealthError, LoraHealthWarning, Report, assert_merge_exact, assert_reload_exact
+from pytest_lora.inspection.peft_internals import BaseTunerLayer, ModulesToSaveWrapper
 from pytest_lora.roundtrip import check_merge, check_reload
 from tests.rules.bases import BASES
 
@@ -71,6 +77,105 @@ HEALTHY: dict[str, Callable[[], nn.Module]] = {
     "wrapped": lambda: nn.Sequential(adapted()),
     "training mode": lambda: adapted(lora_dropout=0.1).train(),
 }
+
+
+def merged() -> nn.Module:
+    model: Any = two_adapters()
+    model.merge_adapter(["default"])
+    return trained(model)
+
+
+def disabled(model: Any) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            module.enable_adapters(False)
+    found: nn.Module = model
+    return found
+
+
+def one_of_two() -> nn.Module:
+    model: Any = add_adapter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter(LoraConfig(r=2, target_modules=["k_proj"]), adapter_name="other")
+    model.set_adapter("other")
+    return trained(model)
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        found: torch.Tensor = self.inner(hidden)
+        return found
+
+
+def counting() -> nn.Module:
+    model: Any = base()
+    model.model.norm = Counting(model.model.norm)
+    return model
+
+
+def masked(model: Any) -> nn.Module:
+    """Some words of the vocabulary are never said."""
+    model.get_base_model().register_forward_hook(_mask)
+    found: nn.Module = model
+    return found
+
+
+def _mask(_: nn.Module, __: Any, output: Any) -> Any:
+    output.logits[..., 100:] = -torch.inf
+    return output
+
+
+UNUSUAL: dict[str, Callable[[], nn.Module]] = {
+    "merged": merged,
+    "disabled": lambda: disabled(adapted("classifier_base", task_type="SEQ_CLS")),
+    "add_adapter, disabled": lambda: disabled(add_adapter()),
+    "add_adapter, one of two": one_of_two,
+    "counts its calls": lambda: trained(
+        get_peft_model(counting(), LoraConfig(r=4, target_modules=["q_proj"]))
+    ),
+    "infinite logits": lambda: masked(adapted()),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_states_are_no_fault(name: str) -> None:
+    assert not assert_reload_exact(UNUSUAL[name](), BATCH).findings
+    assert not assert_merge_exact(UNUSUAL[name](), BATCH).findings
+
+
+def test_infinite_logits_hide_no_merge_that_loses() -> None:
+    model = masked(adapted("tied_base", target_modules=["embed_tokens"]))
+    assert codes(check_merge(model, BATCH)) == {"LORA915": "error"}
+
+
+def test_a_base_that_was_never_run_has_other_counters() -> None:
+    model = trained(get_peft_model(counting(), LoraConfig(r=4, target_modules=["q_proj"])))
+    model(**BATCH)
+    assert not assert_reload_exact(model, BATCH, base=counting).findings
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_inits_that_rewrite_the_base_need_the_original(init: str) -> None:
+    model = adapted(init_lora_weights=init)
+    with pytest.raises(ValueError, match=f"base must be given: init_lora_weights='{init}' rewrote"):
+        assert_reload_exact(model, BATCH)
+    assert not assert_reload_exact(model, BATCH, base=base).findings
+
+
+def test_a_fresh_adapter_on_four_bits_has_nothing_to_lose() -> None:
+    fresh = get_peft_model(base("base_4bit"), LoraConfig(r=4, target_modules=["q_proj"]))
+    (finding,) = assert_merge_exact(fresh, BATCH).findings
+    assert (finding.code, finding.severity) == ("LORA916", "info")
+    assert finding.observed.endswith("where the adapter itself does not move it yet")
 
 
 def codes(report: Report) -> dict[str, str]:
@@ -216,6 +321,7 @@ def test_weights_that_do_not_survive_are_named(monkeypatch: pytest.MonkeyPatch) 
 def state(model: nn.Module) -> dict[str, Any]:
     return {
         "values": {n: t.clone() for n, t in model.state_dict().items()},
+        "strides": {n: t.stride() for n, t in model.state_dict().items()},
         "ids": [id(p) for p in model.parameters()],
         "grads": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
         "requires": {n: p.requires_grad for n, p in model.named_parameters()},
@@ -253,7 +359,9 @@ def test_the_model_is_left_as_it_was(
     model(**BATCH).logits.sum().backward()
     before = state(model)
     if fails:
-        monkeypatch.setattr(pytest_lora.roundtrip, "_output", _broken_output())
+        output = _broken_output()
+        monkeypatch.setattr(pytest_lora.copies, "output_of", output)
+        monkeypatch.setattr(pytest_lora.roundtrip, "output_of", output)
         with pytest.raises(RuntimeError, match="out of luck"):
             check(model, BATCH)
     else:
@@ -262,7 +370,7 @@ def test_the_model_is_left_as_it_was(
 
 
 def _broken_output() -> Callable[[nn.Module, Any], torch.Tensor]:
-    real, calls = pytest_lora.roundtrip._output, []
+    real, calls = pytest_lora.copies.output_of, []
 
     def output(model: nn.Module, batch: Any) -> torch.Tensor:
         calls.append(torch.rand(()))
@@ -301,6 +409,98 @@ def test_what_cannot_be_done_is_said() -> None:
         assert_merge_exact(model, BATCH, rtol="small")
     with pytest.raises(ValueError, match="atol"):
         assert_merge_exact(model, BATCH, atol=-1.0)
+
+
+@pytest.mark.parametrize("check", [assert_reload_exact, assert_merge_exact])
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({}, "batch: the model raises ValueError for it: You must specify exactly one"),
+        ([BATCH], "batch: the model raises TypeError for it: embedding"),
+        ({"input_ids": torch.zeros(0, 8).long()}, "batch: the model raises RuntimeError for it"),
+        ({"input_ids": torch.full((2, 8), 1000)}, "batch: the model raises IndexError for it: index out of range"),
+        ({"input_ids": BATCH["input_ids"].to("meta")}, "batch is on the meta device"),
+    ],
+    ids=["empty", "a list of batches", "no rows", "outside the vocabulary", "meta"],
+)  # fmt: skip
+def test_a_batch_that_the_model_does_not_take_is_named(
+    check: Callable[..., Report], batch: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(adapted(), batch)
+
+
+def deleted(model: Any) -> nn.Module:
+    model.delete_adapter("default")
+    found: nn.Module = model
+    return found
+
+
+def with_a_lock() -> nn.Module:
+    model = adapted()
+    vars(model)["lock"] = Lock()
+    return model
+
+
+def without_numbers() -> nn.Module:
+    model = adapted()
+    model.get_parameter("base_model.model.model.norm.weight").data.fill_(torch.nan)
+    return model
+
+
+@pytest.mark.parametrize("check", [assert_reload_exact, assert_merge_exact])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: adapted().to("meta"), "model is on the meta device and has no values"),
+        (lambda: deleted(adapted()), "model must carry an adapter, but its LoRA layers hold none any more"),
+        (with_a_lock, "model cannot be copied, which this check needs: cannot pickle '_thread.lock' object"),
+        (without_numbers, "the model gives no finite number"),
+    ],
+    ids=["meta", "deleted", "lock", "NaN"],
+)
+def test_a_model_that_cannot_be_tried_is_named(
+    check: Callable[..., Report], make: Callable[[], nn.Module], message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        check(make(), BATCH)
+
+
+def test_a_base_that_cannot_be_had_is_named() -> None:
+    def unavailable() -> nn.Module:
+        raise OSError("no such folder")
+
+    with pytest.raises(ValueError, match="base: the function raises OSError: no such folder"):
+        assert_reload_exact(adapted(), BATCH, base=unavailable)
+    with pytest.raises(ValueError, match="base is on the meta device"):
+        assert_reload_exact(adapted(), BATCH, base=base().to("meta"))
+    with pytest.raises(ValueError, match=r"model is merged on 4 modules: .*leave base out"):
+        assert_reload_exact(merged(), BATCH, base=base)
+
+
+@pytest.mark.parametrize("fault", ["no folder", "no room"])
+def test_a_temporary_folder_that_cannot_be_used_is_named(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    model = adapted()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none" if fault == "no folder" else tmp_path))
+    if fault == "no room":
+        monkeypatch.setattr("safetensors.torch.serialize_file", full)
+    with pytest.raises(
+        OSError, match=f"cannot be saved into a temporary folder in {tmp_path}.*let TMPDIR be"
+    ):
+        assert_reload_exact(model, BATCH)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    model = add_adapter()
+    capfd.readouterr()
+    assert_reload_exact(model, BATCH)
+    assert not "".join(capfd.readouterr())
 
 
 def test_mixed_models_cannot_be_saved() -> None:

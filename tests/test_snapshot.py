@@ -31,6 +31,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "a value that is not a number": lambda m: m[0].weight.data[0, 0].fill_(float("nan")),
     "dtype": lambda m: m[0].bfloat16(),
     "shape": lambda m: setattr(m[0].weight, "data", torch.zeros(7, 6)),
+    "strides": lambda m: setattr(m[0].weight, "data", m[0].weight.data.t().contiguous().t()),
 }
 
 
@@ -53,6 +54,25 @@ def test_changed_contents_are_damage(change: Callable[[nn.Module], object], copi
             assert torch.equal(tensor, before[name])
             assert torch.equal(tensor.signbit(), before[name].signbit())
             assert tensor.dtype == before[name].dtype
+            assert tensor.stride() == before[name].stride()
+
+
+def test_strides_that_change_in_place_are_damage(copied: bool) -> None:
+    """The same values at the same address, read in another order."""
+    layer = nn.Linear(4, 4)
+    layer.weight.data = torch.eye(4)
+    state = Snapshot(layer)
+    layer.weight.data.t_()
+    assert not state.damage()
+    with torch.no_grad():
+        layer.weight.t_()
+    assert layer.weight.stride() == (1, 4)
+    damage = state.damage()
+    assert damage.contents == ("weight",)
+    if copied:
+        assert state.restore(damage.differing)
+        assert layer.weight.stride() == (4, 1)
+        assert torch.equal(layer.weight, torch.eye(4))
 
 
 def test_a_not_a_number_that_stays_is_no_change(copied: bool) -> None:

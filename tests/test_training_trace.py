@@ -121,7 +121,7 @@ def _bits(value: Any) -> Any:
         raw = (
             data.view(torch.uint8).numpy().tobytes() if data.numel() and data.ndim else data.numpy().tobytes()
         )
-        return id(value), str(value.dtype), tuple(value.shape), raw
+        return id(value), str(value.dtype), tuple(value.shape), value.stride(), raw
     if isinstance(value, dict):
         return {_name(k): _bits(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -179,8 +179,9 @@ def _healthy_or_not(run: Callable[[], object]) -> None:
         run()
 
 
-@pytest.fixture(params=SETUPS.values(), ids=SETUPS)
+@pytest.fixture(scope="module", params=SETUPS.values(), ids=SETUPS)
 def setup(request: pytest.FixtureRequest) -> Setup:
+    """One for all: none of the tests changes it, or they fail."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -251,6 +252,8 @@ def _vandal(after: int) -> Callable[[Any, Any], torch.Tensor]:
                 parameter.requires_grad_(False)
                 if parameter.is_floating_point():
                     parameter.mul_(2)
+                if parameter.ndim == 2:
+                    parameter.t_()
         for module in model.modules():
             module.register_forward_hook(lambda *_: None)
         torch.set_grad_enabled(False)
@@ -329,7 +332,7 @@ def test_an_iterator_is_used_as_far_as_needed() -> None:
 def test_evaluation_does_not_repack_4_bit_weights() -> None:
     """bitsandbytes 0.50 does so in evaluation mode on CPUs with AVX512-BF16, and gradients are wrong from then on."""
     setup = _four_bit_eval()
-    assert_loss_decreases(setup.model, setup.batch, steps=20, device="cpu")
+    _healthy_or_not(lambda: assert_loss_decreases(setup.model, setup.batch, steps=2, device="cpu"))
     weights = [m.weight for m in setup.model.modules() if type(m).__name__ == "Linear4bit"]
     assert weights
     assert not any(getattr(w.quant_state, "packing_format_for_cpu", False) for w in weights)

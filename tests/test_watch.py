@@ -1,20 +1,29 @@
-"""LoraHealthCallback in real Trainer runs on the built-in base, and watch_training in a loop of one's own."""
+"""LoraHealthCallback in real Trainer runs, and watch_training in a loop of one's own."""
 
 from __future__ import annotations
 
 import math
+import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from pytest_lora import LoraHealthCallback, LoraHealthError, LoraHealthWarning, watch_training
-from pytest_lora.tiny import BOS_ID, EOS_ID, PAD_ID, load_tiny, sample_texts, text_batch
+from pytest_lora.tiny import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, load_tiny, sample_texts, text_batch
 from pytest_lora.watch import Watch
 
 ROWS = [
@@ -23,10 +32,23 @@ ROWS = [
 ]
 
 
-def adapted() -> torch.nn.Module:
+def small() -> LlamaForCausalLM:
     torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    return LlamaForCausalLM(config)
+
+
+def adapted(base: Callable[[], Any] = small) -> torch.nn.Module:
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(load_tiny(), config)
+    model = base()
+    torch.manual_seed(0)
+    return get_peft_model(model, config)
 
 
 def trainer(folder: Path, callback: LoraHealthCallback, model: Any = None, **changes: Any) -> Trainer:
@@ -61,11 +83,17 @@ def quiet() -> Iterator[None]:
 
 def test_a_healthy_run_passes_in_silence(tmp_path: Path) -> None:
     callback = LoraHealthCallback(on_error="raise")
-    trainer(tmp_path, callback, eval_strategy="steps", eval_steps=4).train()
+    trainer(tmp_path, callback, adapted(load_tiny), eval_strategy="steps", eval_steps=4).train()
     assert callback.watch.count == 12
     assert callback.watch.total_steps == 12
     assert callback.watch.learning_rate == 2e-3
     assert not any(report.errors or report.warnings for report in callback.watch.reports)
+
+
+@pytest.fixture(scope="module")
+def healthy() -> torch.nn.Module:
+    """To look at only."""
+    return adapted()
 
 
 def poisoned() -> torch.nn.Module:
@@ -105,6 +133,84 @@ def test_a_run_that_is_nan_is_told_once_and_goes_on(tmp_path: Path) -> None:
     assert run.state.global_step == 5
 
 
+def test_a_callback_that_is_added_twice_hears_each_loss_once(tmp_path: Path) -> None:
+    callback = LoraHealthCallback(on_error="raise")
+    run = trainer(tmp_path, callback, max_steps=3)
+    run.add_callback(callback)
+    run.train()
+    assert callback.watch.count == 3
+    assert callback.watch.steps_per_loss == 1
+    assert not callback.watch.reports
+
+
+class Crash(TrainerCallback):
+    """Ends a run after its second step, as a full disk would."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            raise OSError("no space left on device")
+
+
+def test_a_run_that_crashed_can_be_started_again(tmp_path: Path) -> None:
+    callback = LoraHealthCallback(on_error="raise")
+    run = trainer(tmp_path, callback, max_steps=3)
+    crash = Crash()
+    run.add_callback(crash)
+    with pytest.raises(OSError, match="no space left"):
+        run.train()
+    assert callback.watch.count == 1
+    run.remove_callback(crash)
+    run.train()
+    assert callback.watch.count == 3
+    assert not callback.watch.reports
+
+
+def test_a_resumed_run_is_judged_with_its_earlier_losses(tmp_path: Path) -> None:
+    trainer(tmp_path, LoraHealthCallback(), max_steps=2, save_strategy="steps", save_steps=2).train()
+    callback = LoraHealthCallback(on_error="raise")
+    run = trainer(tmp_path, callback, max_steps=5, eval_strategy="steps", eval_steps=2)
+    run.train(resume_from_checkpoint=True)
+    assert callback.watch.count == 5
+    assert callback.watch.steps_per_loss == 1
+    assert not callback.watch.reports
+
+
+class Reset(TrainerCallback):
+    """Takes the first layer's adapter back to its start after the third step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step == 3:
+            for name, parameter in given["model"].named_parameters():
+                if "layers.0." in name and "lora_B" in name:
+                    parameter.requires_grad_(False).zero_()
+
+
+def test_a_resumed_run_is_looked_at_again_after_its_first_steps(tmp_path: Path) -> None:
+    trainer(tmp_path, LoraHealthCallback(), max_steps=2, save_strategy="steps", save_steps=2).train()
+    run = trainer(tmp_path, LoraHealthCallback(), max_steps=6)
+    run.add_callback(Reset())
+    with pytest.raises(LoraHealthWarning, match="LORA224"):
+        run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 4
+
+
+def test_earlier_losses_are_not_those_of_the_first_steps() -> None:
+    model = on_attention(modules_to_save=["lm_head"])
+    cut(model, everywhere(model)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    watch = Watch(on_error="raise")
+    watch.recall([0.0, 0.0], {})
+    for _ in range(2):
+        loss = model(**text_batch(seq_len=48)).loss
+        loss.backward()
+        watch.before_step(model, optimizer)
+        optimizer.step()
+        watch.after_step()
+    watch._train.append(float(loss.detach()))
+    with pytest.raises(LoraHealthError, match="LORA313"):
+        watch.judge_first_steps()
+
+
 def test_a_merged_adapter_is_told_before_the_first_step(tmp_path: Path) -> None:
     model: Any = adapted()
     model.merge_adapter()
@@ -117,8 +223,51 @@ def test_a_merged_adapter_is_told_before_the_first_step(tmp_path: Path) -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="on_error must be one of"):
         LoraHealthCallback(on_error="ignore")
-    with pytest.raises(ValueError, match="model_steps"):
+    with pytest.raises(ValueError, match="model_steps must be at least 1, not 0"):
         LoraHealthCallback(model_steps=0)
+    with pytest.raises(TypeError, match=r"model_steps must be a whole number of steps, not 1\.5"):
+        LoraHealthCallback(model_steps=1.5)
+    with pytest.raises(TypeError, match="expect must be an Expect, not str"):
+        LoraHealthCallback(expect="train")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"total_steps": "100"}, "total_steps must be a whole number of steps, not '100'"),
+        ({"total_steps": 0}, "total_steps must be at least 1, not 0"),
+        ({"steps_per_loss": 0}, "steps_per_loss must be at least 1, not 0"),
+        ({"optimizer": torch.optim.AdamW}, "optimizer must be a torch.optim.Optimizer, not type"),
+        ({"expect": {}}, "expect must be an Expect, not dict"),
+        ({"model": torch.nn.Linear(2, 2)}, "model must carry LoRA layers, but this Linear has none"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_a_watch_are_named_before_the_loop(
+    healthy: torch.nn.Module, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):  # noqa: SIM117
+        with watch_training(**{"model": healthy, **arguments}):
+            pytest.fail("the loop was entered")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [None, "1.0", torch.ones(3), torch.ones((), device="meta"), {"loss": 1.0}],
+    ids=["None", "str", "vector", "meta", "dict"],
+)
+def test_a_loss_that_is_no_number_is_named(loss: Any) -> None:
+    with pytest.raises(TypeError, match=r"^loss must be (a|one) number, not"):
+        Watch().log(loss)
+    with pytest.raises(TypeError, match=r"^loss must be (a|one) number, not"):
+        Watch().log_eval(loss)
+
+
+def test_a_loss_may_be_any_one_number() -> None:
+    watch = Watch()
+    for loss in (2, 1.9, np.float32(1.8), torch.tensor([1.7], requires_grad=True)):
+        watch.log(loss)
+    assert watch.count == 4
 
 
 def loop(steps: int = 6) -> tuple[torch.nn.Module, torch.optim.Optimizer, Iterator[torch.Tensor]]:
@@ -173,6 +322,67 @@ def test_an_error_of_the_loop_itself_is_not_covered_up() -> None:
         fed("raise", (1 / n for n in (1, 0)))
 
 
+def test_the_copies_of_what_trains_go_with_the_loop() -> None:
+    model, optimizer, losses = loop(1)
+    with pytest.raises(KeyError), watch_training(model, optimizer) as watch:  # noqa: PT012
+        watch.log(next(losses))
+        raise KeyError
+    assert watch._first_steps is None
+    assert not vars(optimizer)["_optimizer_step_pre_hooks"]
+
+
+def test_watches_of_one_optimizer_hear_each_its_own() -> None:
+    model, optimizer, losses = loop(3)
+    with (
+        watch_training(model, optimizer, on_error="raise") as outer,
+        watch_training(model, optimizer, on_error="raise") as inner,
+    ):
+        for loss in losses:
+            outer.log(loss)
+            inner.log(loss)
+    assert (outer.count, inner.count) == (3, 3)
+    assert not (*outer.reports, *inner.reports)
+    assert not vars(optimizer)["_optimizer_step_pre_hooks"]
+
+
+def test_an_optimizer_that_is_replaced_is_no_fault() -> None:
+    model, first, losses = loop(1)
+    with watch_training(model, first, on_error="raise") as watch:
+        watch.log(next(losses))
+        second = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+        for _ in range(3):
+            loss = model(**text_batch(seq_len=48)).loss
+            loss.backward()
+            second.step()
+            second.zero_grad()
+            watch.log(loss)
+    assert not watch.reports
+
+
+def test_weights_may_be_frozen_and_freed_in_a_loop() -> None:
+    model, optimizer, losses = loop(4)
+    factors = [p for n, p in model.named_parameters() if "lora_A" in n]
+    for p in factors:
+        p.requires_grad_(False)
+    with watch_training(model, optimizer, on_error="raise") as watch:
+        for step, loss in enumerate(losses):
+            watch.log(loss)
+            for p in factors:
+                p.requires_grad_(step == 1)
+    assert not [f for report in watch.reports for f in (*report.errors, *report.warnings)]
+
+
+def test_a_warning_names_the_line_of_the_user(tmp_path: Path) -> None:
+    run = trainer(tmp_path, LoraHealthCallback(), poisoned(), max_steps=1, logging_nan_inf_filter=False)
+    with pytest.warns(LoraHealthWarning) as told_in_a_run:
+        run.train()
+    with pytest.warns(LoraHealthWarning) as told_in_a_loop:
+        fed("warn", [2.0, math.nan])
+    told = [*told_in_a_run, *told_in_a_loop]
+    own = {one.filename for one in told if issubclass(one.category, LoraHealthWarning)}
+    assert own == {__file__}
+
+
 def cut(model: Any, layers: range) -> Any:
     """No gradient gets past the attention output of these layers, as behind a forgotten ``detach()``."""
     for name, module in model.named_modules():
@@ -182,9 +392,10 @@ def cut(model: Any, layers: range) -> Any:
 
 
 def on_attention(**changes: Any) -> torch.nn.Module:
-    torch.manual_seed(0)
     fields: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], **changes}
-    return get_peft_model(load_tiny(), LoraConfig(task_type="CAUSAL_LM", **fields))
+    model = small()
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **fields))
 
 
 def everywhere(model: Any) -> range:
@@ -224,7 +435,7 @@ def test_a_frozen_adapter_is_told_before_the_first_step(tmp_path: Path) -> None:
     model.requires_grad_(False)
     run = trainer(tmp_path, LoraHealthCallback(on_error="raise"), model)
     run.optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    with pytest.raises(LoraHealthError, match="all 35 LoRA layers are frozen"):
+    with pytest.raises(LoraHealthError, match="all 14 LoRA layers are frozen"):
         run.train()
     assert run.state.global_step == 0
 
@@ -344,21 +555,40 @@ def byte_tokenizer() -> Any:
     return fast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def test_a_run_of_sft_trainer_is_watched(tmp_path: Path) -> None:
+def sft_trainer(folder: Path, model: Any, callback: LoraHealthCallback, **arguments: Any) -> Any:
+    """TRL's trainer with the defaults that it has for a GPU: bfloat16 and gradient checkpointing."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    model = on_attention(modules_to_save=["lm_head"])
-    callback = LoraHealthCallback()
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path), max_steps=4, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True
+    config = trl.SFTConfig(
+        output_dir=str(folder),
+        max_steps=4,
+        learning_rate=2e-3,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
     )
     rows = [{"input_ids": row["input_ids"].tolist()} for row in ROWS]
-    run = trl.SFTTrainer(
-        model=cut(model, everywhere(model)),
-        args=arguments,
+    return trl.SFTTrainer(
+        model=model,
+        args=config,
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=byte_tokenizer(),
         callbacks=[callback],
+        **arguments,
     )
+
+
+def test_a_broken_run_of_sft_trainer_is_told(tmp_path: Path) -> None:
+    model = on_attention(modules_to_save=["lm_head"])
+    run = sft_trainer(tmp_path, cut(model, everywhere(model)), LoraHealthCallback())
     with pytest.warns(LoraHealthWarning, match="LORA313"):
         run.train()
+
+
+def test_a_healthy_run_of_sft_trainer_passes_in_silence(tmp_path: Path) -> None:
+    callback = LoraHealthCallback(on_error="raise")
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    sft_trainer(tmp_path, small(), callback, peft_config=config).train()
+    assert callback.watch.count == 4
+    assert not [f for report in callback.watch.reports for f in (*report.errors, *report.warnings)]

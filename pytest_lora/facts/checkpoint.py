@@ -73,11 +73,19 @@ class FileFault:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """What the numbers of a tensor are like: how many are NaN or infinite, and whether all are zero."""
+    """What the numbers of a tensor are like.
+
+    Attributes:
+        nans: How many are NaN.
+        infinities: How many are infinite.
+        zero: Whether all are zero.
+        rms: Their root mean square; None where it was not measured, which it is of ``lora_B`` alone.
+    """
 
     nans: int
     infinities: int
     zero: bool
+    rms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +193,11 @@ class AdaptedModule:
         """Columns of ``lora_B``, which are the rank as well; None where they cannot be read."""
         shape = self.b.shape if self.b is not None else ()
         return shape[1] if len(shape) > 1 and 0 not in shape else None
+
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether one of its factors is all zero, as far as values were read."""
+        return any(t is not None and t.values is not None and t.values.zero for t in (self.a, self.b))
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,13 @@ class Settings:
         key = self.alpha_key(module)
         return self.lora_alpha if key is None else dict(self.alpha_pattern)[key]
 
+    def scaling_of(self, module: str) -> float | None:
+        """The scaling that this configuration gives a module; None where the rank is no rank."""
+        rank = self.rank_of(module)
+        if rank < 1:
+            return None
+        return self.alpha_of(module) / (rank**0.5 if self.use_rslora else rank)
+
     def targets(self, module: str) -> bool:
         """Whether ``target_modules`` names a module; "all-linear" and None are not for names to decide."""
         return _means(self.target_modules, module)
@@ -126,6 +133,15 @@ class Settings:
         """Whether ``layers_to_transform`` leaves out the block that a module is in."""
         number = next((int(part) for part in module.split(".") if part.isdigit()), None)
         return bool(self.layers_to_transform) and number not in self.layers_to_transform
+
+
+def rewrites_base(init: object) -> bool:
+    """Whether this ``init_lora_weights`` takes the adapter out of the base weights, which keep the rest.
+
+    Source: PEFT's ``LoraLayer``, whose ``pissa_init``, ``olora_init``, ``corda_init``, ``loftq_init`` and
+    ``lora_ga_init`` write to the weight of the base layer.
+    """
+    return str(init).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
 def deciding_key(keys: Iterable[str], module: str) -> str | None:

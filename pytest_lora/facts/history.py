@@ -160,11 +160,11 @@ def history_facts(
     train = _losses("train_losses", train_losses)
     if not train:
         raise ValueError("train_losses must hold at least one loss")
-    steps_per_loss = _count("steps_per_loss", steps_per_loss)
+    steps_per_loss = as_count("steps_per_loss", steps_per_loss)
     if total_steps is not None:
-        total_steps = _count("total_steps", total_steps)
+        total_steps = as_count("total_steps", total_steps)
     if learning_rate is not None:
-        learning_rate = _number("learning_rate", learning_rate)
+        learning_rate = as_number("learning_rate", learning_rate)
         if not (math.isfinite(learning_rate) and learning_rate >= 0):
             raise ValueError(f"learning_rate must be a finite number of at least 0, not {learning_rate!r}")
     evals = _evals(eval_losses, len(train) * steps_per_loss)
@@ -225,7 +225,7 @@ def _evals(given: Iterable[float] | Mapping[int, float] | None, steps: int) -> t
         return ()
     if isinstance(given, Mapping):
         losses = _losses("eval_losses", list(given.values()))
-        positions = [_count("eval_losses", step, least=0) for step in given]
+        positions = [as_count("eval_losses", step, least=0) for step in given]
         return tuple(EvalLoss(*pair) for pair in sorted(zip(positions, losses, strict=True)))
     losses = _losses("eval_losses", given)
     return tuple(EvalLoss(round(steps * (i + 1) / len(losses)), loss) for i, loss in enumerate(losses))
@@ -234,11 +234,15 @@ def _evals(given: Iterable[float] | Mapping[int, float] | None, steps: int) -> t
 def _losses(argument: str, given: Any) -> tuple[float, ...]:
     if isinstance(given, (str, bytes, Set, Mapping)) or not isinstance(given, Iterable):
         raise TypeError(f"{argument} must be a list of losses, not {type(given).__name__}")
-    return tuple(_number(f"{argument}[{i}]", loss) for i, loss in enumerate(given))
+    return tuple(as_number(f"{argument}[{i}]", loss) for i, loss in enumerate(given))
 
 
-def _number(argument: str, value: Any) -> float:
-    """A number as a float, also one of NumPy or a tensor that holds one."""
+def as_number(argument: str, value: Any) -> float:
+    """A number as a float, also one of NumPy or a tensor that holds one.
+
+    Raises:
+        TypeError: It is something else.
+    """
     if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
         raise TypeError(f"{argument} must be a number, not {type(value).__name__} {value!r:.40}")
     try:
@@ -247,7 +251,13 @@ def _number(argument: str, value: Any) -> float:
         raise TypeError(f"{argument} must be one number, not {value!r:.40}") from error
 
 
-def _count(argument: str, value: Any, *, least: int = 1) -> int:
+def as_count(argument: str, value: Any, *, least: int = 1) -> int:
+    """A number of steps as an int.
+
+    Raises:
+        TypeError: It is no whole number.
+        ValueError: It is below ``least``.
+    """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{argument} must be a whole number of steps, not {value!r:.40}")
     steps = int(value)

@@ -16,6 +16,7 @@ from pytest_lora.inspection.peft_internals import (
     WRAPPERS,
     ModulesToSaveWrapper,
     active_adapters,
+    adapter_names,
     lora_configs,
     token_rows,
 )
@@ -28,7 +29,7 @@ def adapted_survey(model: nn.Module) -> Survey:
     """Survey a model that must carry LoRA layers.
 
     Raises:
-        TypeError: It is no module, or has no LoRA layers; the message says what was given.
+        TypeError: It is no module, or has no LoRA layers or none that hold an adapter; the message says so.
     """
     found = survey(model)
     if not found.lora:
@@ -39,6 +40,10 @@ def adapted_survey(model: nn.Module) -> Survey:
         raise TypeError(
             f"model must carry LoRA layers, but this {given} has none{other}; "
             "make them with peft.get_peft_model(base, LoraConfig(...))"
+        )
+    if not any(map(adapter_names, found.lora.values())):
+        raise TypeError(
+            "model must carry an adapter, but its LoRA layers hold none any more; add or load one"
         )
     return found
 

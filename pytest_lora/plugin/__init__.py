@@ -208,11 +208,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         from pytest_lora.plugin import summary
 
         summary.write(terminalreporter, reports[_REPORT])
-        if "GITHUB_ACTIONS" in os.environ or "GITHUB_STEP_SUMMARY" in os.environ:
-            from pytest_lora.plugin import github
-
-            github.tell(terminalreporter)
     if reports[GPU_PROPERTY]:
         from pytest_lora.plugin.gpu import report as gpu_report
 
         gpu_report.write(terminalreporter, reports[GPU_PROPERTY])
+    if any(reports.values()) and ("GITHUB_ACTIONS" in os.environ or "GITHUB_STEP_SUMMARY" in os.environ):
+        from pytest_lora.plugin import github
+
+        github.tell(terminalreporter)

@@ -127,10 +127,9 @@ def measurements(reports: Iterable[pytest.TestReport]) -> dict[str, dict[str, Va
     for nodeid, judged in reports_by_test(kept).items():
         if judged:
             found.setdefault(nodeid, {}).update(of_reports(judged))
-    for row in gpu_report.rows(kept):
-        peak = row.told["peak_bytes"]
-        if peak is not None:
-            found.setdefault(row.test, {})["measured peak"] = peak
+    for test, use in gpu_report.uses(kept).items():
+        if use.peak_bytes is not None:
+            found.setdefault(test, {})["measured peak"] = use.peak_bytes
     return found
 
 
@@ -153,7 +152,10 @@ def of_reports(reports: Iterable[Report]) -> dict[str, Value]:
 
 def _quantities(exhibit: Exhibit) -> Iterator[tuple[str, Value]]:
     if isinstance(exhibit, AdapterMap):
-        yield f"trainable parameters with {exhibit.adapter}", exhibit.trainable_parameters
+        yield (
+            f"{'saved' if exhibit.saved else 'trainable'} parameters with {exhibit.adapter}",
+            exhibit.trainable_parameters,
+        )
         for group in exhibit.columns:
             scalings = sorted({s for s in exhibit.column(group, exhibit.scalings) if s is not None})
             name = f"scaling of {group} in {exhibit.adapter}"

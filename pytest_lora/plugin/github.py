@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_lora.findings import Severity
 from pytest_lora.plugin.session_options import options_of
-from pytest_lora.plugin.session_report import Gathered
-from pytest_lora.report.markdown import markdown_report
+from pytest_lora.plugin.session_report import Gathered, SessionReport
+from pytest_lora.report.markdown import gpu_section, markdown_report
 from pytest_lora.report.text import printable
 
 if TYPE_CHECKING:
@@ -49,16 +49,11 @@ def tell(terminal: pytest.TerminalReporter) -> None:
     config = terminal.config
     if hasattr(config, "workerinput"):
         return
-    gathered = Gathered(config)
-    reports = [one for group in terminal.stats.values() for one in group if hasattr(one, "user_properties")]
-    for report in sorted(reports, key=lambda one: getattr(one, "start", 0.0)):
-        gathered.add(report)
-    gathered.state = "finished"
-    session = gathered.session()
+    session = _session(terminal)
     options = options_of(config)
     if options.step_summary:
         with open(options.step_summary, "a", encoding="utf-8", errors="backslashreplace") as summary:
-            summary.write(markdown_report(session, gpu=not options.gpu_report))
+            summary.write(_summary(session, gpu_asked=options.gpu_report))
     if os.environ.get("GITHUB_ACTIONS") == "true":
         silent = [s for s, names in _OTHERS.items() if any(map(config.pluginmanager.has_plugin, names))]
         terminal.ensure_newline()
@@ -67,17 +62,37 @@ def tell(terminal: pytest.TerminalReporter) -> None:
                 terminal.write_line(str(annotation))
 
 
+def _session(terminal: pytest.TerminalReporter) -> Session:
+    """What ``--lora-report`` has gathered; without it, what the terminal was told."""
+    writer: SessionReport | None = terminal.config.pluginmanager.get_plugin("lora-session-report")
+    if writer is not None:
+        return writer.gathered.session()
+    reports = [one for group in terminal.stats.values() for one in group if hasattr(one, "user_properties")]
+    reports.sort(key=lambda one: getattr(one, "start", 0.0))
+    gathered = Gathered(terminal.config, began=next((one.start for one in reports), None))
+    for report in reports:
+        gathered.add(report)
+    gathered.state = "finished"
+    return gathered.session()
+
+
+def _summary(session: Session, *, gpu_asked: bool) -> str:
+    """The whole where a LoRA set-up was judged; else GPU tests alone, and those only where they are asked for."""
+    if session.judged:
+        return markdown_report(session, gpu_open=gpu_asked)
+    return gpu_section(session) if gpu_asked else ""
+
+
 def annotated(session: Session, root: Path) -> Iterator[Annotation]:
     """Errors of tests that failed by them, and warnings of tests that did not fail; at a line each rule once."""
     told: set[tuple[str, int | None, str]] = set()
     count = {"error": 0, "warning": 0}
     for test in session.judged:
-        if test.outcome not in ("failed", "error", "passed"):
-            continue
-        severity: Severity = "warning" if test.outcome == "passed" else "error"
-        for finding in test.findings:
+        severity: Severity = "error" if test.failed else "warning"
+        warnings = [f for f in test.findings if f.severity == "warning" and test.outcome == "passed"]
+        for finding in test.decisive or warnings:
             place = test.file, test.line, finding.code
-            if finding.severity != severity or place in told or count[severity] == MOST:
+            if place in told or count[severity] == MOST:
                 continue
             told.add(place)
             count[severity] += 1

@@ -50,14 +50,15 @@ class Gathered:
 
     Args:
         config: That of the session.
+        began: When that began, in seconds since the epoch; by default now.
     """
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config, began: float | None = None) -> None:
         self.state: State = "running"
         self.problem = ""
         self.collected = 0
         self._config = config
-        self._began = time.time()
+        self._began = time.time() if began is None else began
         self._outcomes: dict[str, str] = {}
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._failures: dict[str, tuple[str, int | None, str]] = {}
@@ -89,7 +90,7 @@ class Gathered:
     def session(self) -> Session:
         """The session as far as it has come."""
         told = summary.reports_by_test(self._telling.values())
-        gpu = {row.test: _gpu_use(row.told) for row in gpu_report.rows(self._telling.values())}
+        gpu = gpu_report.uses(self._telling.values())
         shown = [n for n in self._outcomes if n in self._telling or n in self._failures]
         config = self._config
         return Session(
@@ -122,7 +123,7 @@ class SessionReport:
     """Hooks of the process that runs a session, and the files that it writes."""
 
     def __init__(self, config: pytest.Config, files: Iterable[Path]) -> None:
-        self._gathered = Gathered(config)
+        self.gathered = Gathered(config)
         self._files = tuple(files)
         self._write_at = time.monotonic() + WAIT
         self._trouble = ""
@@ -130,40 +131,40 @@ class SessionReport:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Note how many tests there are, and write that much: the first test may take the process with it."""
-        self._gathered.collected = max(self._gathered.collected, len(session.items))
+        self.gathered.collected = max(self.gathered.collected, len(session.items))
         self._write()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
         """The same, of a worker of pytest-xdist."""
-        if not self._gathered.collected:
-            self._gathered.collected = len(ids)
+        if not self.gathered.collected:
+            self.gathered.collected = len(ids)
             self._write()
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Note a file that cannot be collected."""
-        self._gathered.add_broken_file(report)
+        self.gathered.add_broken_file(report)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note what a test told."""
-        self._gathered.add(report)
+        self.gathered.add(report)
         if time.monotonic() >= self._write_at:
             self._write()
 
     def pytest_internalerror(self, excrepr: object) -> None:
         """Note that pytest itself, or a plugin, came to grief."""
         self._stopped = "crashed"
-        self._gathered.problem = _first_line(str(excrepr), last=True)
+        self.gathered.problem = _first_line(str(excrepr), last=True)
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         """Note that somebody stopped the session."""
         self._stopped = "interrupted"
-        self._gathered.problem = excinfo.exconly()
+        self.gathered.problem = excinfo.exconly()
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the whole."""
-        gathered = self._gathered
+        gathered = self.gathered
         stopped = self._stopped
         if stopped is None and session.shouldstop and gathered.session().done < gathered.collected:
             stopped, gathered.problem = "interrupted", str(session.shouldstop)
@@ -183,7 +184,7 @@ class SessionReport:
         from pytest_lora.report import rendered
 
         began = time.monotonic()
-        session = self._gathered.session()
+        session = self.gathered.session()
         try:
             for file in self._files:
                 write_whole(file, rendered(session, file.suffix.lower()))
@@ -247,10 +248,6 @@ def _first_line(text: str, *, last: bool = False) -> str:
 def _counts(outcomes: Iterable[str]) -> tuple[tuple[str, int], ...]:
     counts = Counter(outcomes)
     return tuple((outcome, counts[outcome]) for outcome in _OUTCOMES if counts[outcome])
-
-
-def _gpu_use(told: dict[str, Any]) -> GpuUse:
-    return GpuUse(**{**told, "devices": tuple(told["devices"])})
 
 
 def _versions() -> Iterable[tuple[str, str]]:

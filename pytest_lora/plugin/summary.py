@@ -98,7 +98,7 @@ def subject_lines(judged: Iterable[list[Report]], shown: int = 5) -> Iterator[st
     for subject, number in sorted(tests.items(), key=lambda pair: (-pair[1], pair[0]))[:shown]:
         yield f"{subject}: healthy in {healthy[subject]} of {_plural(number, 'test')}"
     if len(tests) > shown:
-        yield f"... and {len(tests) - shown} more subjects"
+        yield f"... and {_plural(len(tests) - shown, 'more subject')}"
 
 
 def rule_lines(

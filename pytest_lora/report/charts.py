@@ -118,9 +118,10 @@ class SweepPoint:
 
 @dataclass(frozen=True, slots=True)
 class SweepChart:
-    """A rank sweep, ready to be drawn: ranks one step apart, whatever their size."""
+    """A rank sweep, ready to be drawn: ranks one step apart, whatever their size; ``enough`` as a height."""
 
     points: tuple[SweepPoint, ...]
+    enough: float | None
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
 
@@ -133,7 +134,9 @@ def sweep_chart(sweep: RankSweep) -> SweepChart:
         if trial.metric is not None and math.isfinite(trial.metric):
             spread = trial.spread if trial.spread is not None and math.isfinite(trial.spread) else 0.0
             ends[index] = trial.metric - spread, trial.metric + spread
-    y = Scale.over([value for pair in ends.values() for value in pair], flip=True)
+    enough = sweep.enough if sweep.enough is not None and math.isfinite(sweep.enough) else None
+    levels = [] if enough is None else [enough]
+    y = Scale.over([*(value for pair in ends.values() for value in pair), *levels], flip=True)
     points: list[SweepPoint] = []
     for index, (low, high) in ends.items():
         trial = sweep.trials[index]
@@ -143,6 +146,7 @@ def sweep_chart(sweep: RankSweep) -> SweepChart:
         )
     return SweepChart(
         points=tuple(points),
+        enough=None if enough is None else y(enough),
         x_ticks=tuple((x(index), str(trial.rank)) for index, trial in enumerate(sweep.trials)),
         y_ticks=y.ticks(),
     )

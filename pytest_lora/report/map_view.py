@@ -19,6 +19,13 @@ STATES: dict[CellState, str] = {
 }
 """What the state of a cell is called, in the order of the legend."""
 
+STATES_IN_A_FILE: dict[CellState, str] = {
+    **STATES,
+    "live": "holds an update",
+    "dead": "holds nothing: a factor is all zero",
+}
+"""The same of a saved adapter, which trains no more."""
+
 
 NARROW = 12
 """Layers of which two grids fit beside each other on a page."""
@@ -132,9 +139,14 @@ def map_view(shown: AdapterMap) -> MapView:
         planes,
         first,
         tuple(stacks),
-        tuple((state, STATES[state], number) for state, number in counts.items() if number),
+        tuple((state, words_of(shown)[state], number) for state, number in counts.items() if number),
         tuple(runs),
     )
+
+
+def words_of(shown: AdapterMap) -> dict[CellState, str]:
+    """What the states of its cells are called."""
+    return STATES_IN_A_FILE if shown.saved else STATES
 
 
 def _planes(shown: AdapterMap) -> Iterator[Plane]:
@@ -142,7 +154,9 @@ def _planes(shown: AdapterMap) -> Iterator[Plane]:
     yield _plane("Scaling", shown.scalings, "scaling")
     if shown.gradients:
         yield _plane("Gradient", shown.gradients, "norm of the gradient at the last step", logarithmic=True)
-        yield _plane("Update", shown.updates, "mean change of a weight at the last step", logarithmic=True)
+    if shown.updates:
+        what = "root mean square of lora_B" if shown.saved else "mean change of a weight at the last step"
+        yield _plane("Update", shown.updates, what, logarithmic=True)
 
 
 def _plane(name: str, values: tuple[Any, ...], unit: str, *, logarithmic: bool = False) -> Plane:
@@ -180,7 +194,7 @@ def _runs(shown: AdapterMap, module: str, layers: Sequence[str], places: Sequenc
         yield Run(
             module=module,
             layers=first if first == last else f"{first} to {last}",
-            state=STATES[state],
+            state=words_of(shown)[state],
             rank=number(rank),
             scaling=number(scaling),
             gradient=_span(shown.gradients, [places[index] for index in indices]),

@@ -7,10 +7,11 @@ from html import escape
 
 from pytest_lora.byte_sizes import format_bytes
 from pytest_lora.exhibits import AdapterMap, LossCurve, MemoryBudget, RankSweep
+from pytest_lora.report import gpu_view
 from pytest_lora.report.gallery import Shown, gallery
 from pytest_lora.report.map_view import map_view, number
 from pytest_lora.report.rule_groups import FoundIn, rule_groups
-from pytest_lora.report.session import RanTest, Session, counted_tests
+from pytest_lora.report.session import Session, counted_tests
 from pytest_lora.report.text import markdown, markdown_block, markdown_code, printable
 
 ROOM = 400_000
@@ -22,32 +23,38 @@ SHOWN_FAILURES = 50
 _MARKS = {"error": "❌", "warning": "⚠️", "healthy": "✅"}
 
 
-def markdown_report(session: Session, *, gpu: bool = True) -> str:
-    """Everything that can be said without pictures; ``gpu`` for what was measured on GPUs."""
+def markdown_report(session: Session, *, gpu_open: bool = False) -> str:
+    """Everything that can be said without pictures; ``gpu_open`` where GPU tests are not to be folded away."""
     shown = gallery(session)
     parts = (
         _head(session),
         _rules(session),
         _failures(session),
-        _folded("Adapters", (line for one in shown.maps.shown for line in _map(one))),
-        _folded("Losses", _losses(shown.curves.shown)),
-        _folded("Memory", (line for one in shown.budgets.shown for line in _budget(one.exhibit))),
-        _folded("Ranks", (line for one in shown.sweeps.shown for line in _sweep(one.exhibit))),
-        _folded("GPU tests", _gpu([test for test in session.tests if gpu and test.gpu is not None])),
-        _folded("Session", _session(session)),
+        _section("Adapters", (line for one in shown.maps.shown for line in _map(one))),
+        _section("Losses", _losses(shown.curves.shown)),
+        _section("Memory", (line for one in shown.budgets.shown for line in _budget(one.exhibit))),
+        _section("Ranks", (line for one in shown.sweeps.shown for line in _sweep(one.exhibit))),
+        _section("GPU tests", _gpu(session), folded=not gpu_open),
+        _section("Session", _session(session)),
     )
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
-def _folded(title: str, lines: Iterable[str]) -> Iterator[str]:
-    """Lines under a title that unfolds them; nothing where there are none."""
+def gpu_section(session: Session) -> str:
+    """What was measured on GPUs, alone."""
+    return "\n".join(_section("GPU tests", _gpu(session), folded=False)) + "\n"
+
+
+def _section(title: str, lines: Iterable[str], *, folded: bool = True) -> Iterator[str]:
+    """Lines under a title, which unfolds them where they are folded away; nothing where there are none."""
     inside = list(lines)
     if inside:
-        yield f"<details><summary>{title}</summary>"
+        yield f"<details><summary>{title}</summary>" if folded else f"### {title}"
         yield ""
         yield from inside
-        yield "</details>"
-        yield ""
+        if folded:
+            yield "</details>"
+            yield ""
 
 
 def _table(columns: Sequence[str], numbers: int = 0) -> Iterator[str]:
@@ -141,21 +148,23 @@ def _map(one: Shown[AdapterMap]) -> Iterator[str]:
     shown = one.exhibit
     yield f"### Adapter {markdown(shown.adapter)} on {markdown(shown.base)}"
     yield ""
-    yield (
-        f"{shown.trainable_parameters:,} of {shown.total_parameters:,} parameters train: {number(shown.percent, 3)} %"
-    )
+    share = f"{number(shown.percent, 3)} %"
+    if shown.saved:
+        of_all = f": {share} of the model" if shown.total_parameters else ""
+        yield f"saved, {shown.trainable_parameters:,} numbers in LoRA factors{of_all}"
+    else:
+        yield f"{shown.trainable_parameters:,} of {shown.total_parameters:,} parameters train: {share}"
     yield ""
-    steps = ("gradient", "update") if shown.gradients else ()
-    yield from _table(("module", "layers", "state", "rank", "scaling", *steps), 2 + len(steps))
+    measured = [n for n, values in (("gradient", shown.gradients), ("update", shown.updates)) if values]
+    yield from _table(("module", "layers", "state", "rank", "scaling", *measured), 2 + len(measured))
     for run in map_view(shown).runs[:100]:
-        measured = (run.gradient, run.update) if steps else ()
         yield _row(
             markdown_code(run.module, in_table=True),
             markdown(run.layers),
             run.state,
             run.rank,
             run.scaling,
-            *measured,
+            *(getattr(run, name) for name in measured),
         )
     yield ""
 
@@ -210,29 +219,20 @@ def _sweep(sweep: RankSweep) -> Iterator[str]:
     yield ""
 
 
-def _gpu(tests: Sequence[RanTest]) -> Iterator[str]:
-    if not tests:
+def _gpu(session: Session) -> Iterator[str]:
+    uses = {test.nodeid: test.gpu for test in session.tests if test.gpu is not None}
+    if not uses:
         return
-    yield from _table(("test", "devices", "peak", "limit", "predicted", "seconds"), 4)
-    for test in tests:
-        use = test.gpu
-        if use is None:
-            continue
-        if use.skipped:
-            yield _row(
-                markdown_code(test.nodeid, in_table=True), f"skipped: {markdown(use.skipped)}", "", "", "", ""
-            )
-            continue
-        sizes = (
-            "" if b is None else format_bytes(b)
-            for b in (use.peak_bytes, use.limit_bytes, use.predicted_bytes)
-        )
-        yield _row(
-            markdown_code(test.nodeid, in_table=True),
-            markdown(", ".join(use.devices)),
-            *sizes,
-            number(use.seconds),
-        )
+    if ran := gpu_view.ran(uses):
+        yield from _table(gpu_view.COLUMNS, len(gpu_view.COLUMNS) - gpu_view.TEXT_COLUMNS)
+        for test, use in ran.items():
+            _, *others = gpu_view.cells(test, use)
+            yield _row(markdown_code(test, in_table=True), *map(markdown, others))
+        yield ""
+    for reason, tests in gpu_view.skipped(uses).items():
+        yield f"- skipped: {markdown(reason)}"
+        yield from (f"  - {markdown_code(test)}" for test in tests)
+    yield from (f"- {markdown(trouble)}" for trouble in gpu_view.troubles(uses))
     yield ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -13,13 +14,14 @@ from shlex import quote
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from pytest_lora.byte_sizes import format_bytes
 from pytest_lora.exhibits import AdapterMap, to_plain
+from pytest_lora.report import gpu_view
 from pytest_lora.report.charts import curve_chart, path, sweep_chart
 from pytest_lora.report.gallery import gallery
-from pytest_lora.report.map_view import map_view, number
+from pytest_lora.report.map_view import map_view, number, words_of
 from pytest_lora.report.memory_view import memory_view
 from pytest_lora.report.rule_docs import rule_doc
 from pytest_lora.report.rule_groups import FoundIn, RuleGroup, rule_groups
@@ -67,6 +69,10 @@ def page(session: Session) -> str:
             budgets=shown.budgets,
             sweeps=shown.sweeps,
             gpu=[test for test in session.tests if test.gpu is not None],
+            gpu_troubles=list(
+                gpu_view.troubles({t.nodeid: t.gpu for t in session.tests if t.gpu is not None})
+            ),
+            first_failure=next((test for test in session.tests if test.failed), None),
             tests=session.judged[:LISTED_TESTS],
             more_tests=len(session.judged[LISTED_TESTS:]),
             others=others[:LISTED_TESTS],
@@ -116,6 +122,7 @@ def _environment() -> Environment:
         "percent": _percent,
         "flops": _flops,
         "printable": printable,
+        "breakable": _breakable,
         "without_margin": without_margin,
     }
     made.globals |= {
@@ -148,9 +155,15 @@ def _planes(shown: AdapterMap) -> Any:
     }
     for name in ("rows", "columns"):
         kept[name] = [printable(one) for one in kept[name]]
+    kept["words"] = {state: words.partition(":")[0] for state, words in words_of(shown).items()}
     text = json.dumps(kept, separators=(",", ":"))
     # Inside of <script> only these could end the element or begin a comment.
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _breakable(text: str) -> Markup:
+    """The id of a test, which may go on in the next line after a part of it."""
+    return Markup(re.sub(r"(::|[/_])(?=[^/_:])", r"\1<wbr>", str(escape(printable(text)))))
 
 
 def _when(started: str) -> str:

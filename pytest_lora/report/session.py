@@ -80,9 +80,21 @@ class RanTest:
         return "error" if "error" in grave else "warning" if "warning" in grave else "healthy"
 
     @property
+    def failed(self) -> bool:
+        """Whether it, its set-up or its teardown failed."""
+        return self.outcome in ("failed", "error")
+
+    @property
+    def decisive(self) -> tuple[Finding, ...]:
+        """The findings that say why it failed: errors, and warnings where these are made errors."""
+        if not self.failed:
+            return ()
+        return tuple(f for f in self.findings if f.severity == "error" or f"[{f.code}]" in self.message)
+
+    @property
     def fails_otherwise(self) -> bool:
-        """Whether it failed, and no error among its findings says why."""
-        return self.outcome in ("failed", "error") and self.verdict != "error"
+        """Whether it failed, and none of its findings says why."""
+        return self.failed and not self.decisive
 
 
 @dataclass(frozen=True, slots=True)

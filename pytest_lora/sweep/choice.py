@@ -59,9 +59,13 @@ class Verdict:
     holds: bool | None
     reason: str
 
+    @property
+    def said(self) -> str:
+        """``holds`` in words."""
+        return {True: "holds", False: "does not hold", None: "not judged"}[self.holds]
+
     def __str__(self) -> str:
-        said = {True: "holds", False: "does not hold", None: "not judged"}[self.holds]
-        return f"{self.rule:<8}  {said:<13}  {self.reason}"
+        return f"{self.rule:<8}  {self.said:<13}  {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,19 @@ class RankChoice:
         if self.thin:
             lines += ["Too thin to tell:", *(f"  - {said}" for said in self.thin)]
         return "\n".join(lines)
+
+
+def enough(
+    outcomes: Sequence[RankOutcome], choice: RankChoice, *, before: float | None, maximise: bool
+) -> float | None:
+    """The metric at which the metric rule is content; None where it was not judged."""
+    known = [one.metric for one in outcomes if one.metric is not None]
+    if not choice.shares or not known:
+        return None
+    best = max(known) if maximise else min(known)
+    if before is not None:
+        return before + choice.metric_share * (best - before)
+    return best * choice.metric_share if maximise else best / choice.metric_share
 
 
 def choose(

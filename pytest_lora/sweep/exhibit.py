@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pytest_lora.exhibits import RankSweep, RankTrial
-from pytest_lora.sweep.choice import RankChoice
+from pytest_lora.sweep.choice import RankChoice, enough
 from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.rows import RankOutcome
 
@@ -19,6 +19,9 @@ def exhibited(result: SweepResult) -> RankSweep:
         trials=tuple(_trial(row) for row in result.rows),
         chosen=choice.rank if choice else None,
         reasons=_reasons(choice) if choice else (),
+        enough=enough(result.rows, choice, before=result.before, maximise=result.maximise)
+        if choice
+        else None,
     )
 
 
@@ -27,7 +30,8 @@ def _reasons(choice: RankChoice) -> tuple[str, ...]:
         () if choice.runner_up is None else (f"runner-up r={choice.runner_up}: {choice.runner_up_reason}",)
     )
     thin = tuple(f"too thin to tell: {said}" for said in choice.thin)
-    return (choice.reason, *map(str, choice.verdicts), *runner_up, *thin)
+    verdicts = (f"{one.rule} rule {one.said}; {one.reason}" for one in choice.verdicts)
+    return (choice.reason, *verdicts, *runner_up, *thin)
 
 
 def _trial(row: RankOutcome) -> RankTrial:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pytest_lora.sweep.choice import RankChoice, percent
+from pytest_lora.sweep.choice import RankChoice, enough, percent
 from pytest_lora.sweep.rows import RankOutcome
 from pytest_lora.sweep.table import number
 
@@ -33,6 +33,10 @@ THEMES = {
     "light": Theme("#ffffff", "#1f2328", "#6a737d", "#e3e6ea", "#2f6fb3", "#c2410c"),
     "dark": Theme("#14171c", "#e6e8eb", "#98a1ab", "#2b3038", "#7db4ee", "#ff9d5c"),
 }
+
+
+UNITS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6))
+"""Prefixes of operations."""
 
 
 def draw(
@@ -77,17 +81,21 @@ def _compose(figure: Figure, result: SweepResult, choice: RankChoice, theme: The
     grid = figure.add_gridspec(3, 2, width_ratios=(1.9, 1))
     main = figure.add_subplot(grid[:, 0])
     _metric(main, result, rows, choice, theme)
-    panels = (
-        ("training time, s", [row.seconds for row in rows]),
-        ("operations, TFLOP", [None if row.flops is None else row.flops / 1e12 for row in rows]),
-        _memory(rows),
-    )
+    panels = (("training time, s", [row.seconds for row in rows]), _operations(rows), _memory(rows))
     for position, (title, values) in enumerate(panels):
         axes = figure.add_subplot(grid[position, 1])
         _cost(axes, rows, title, values, choice.rank, theme)
         axes.tick_params(labelbottom=position == 2)
         if position == 2:
             axes.set_xlabel("rank", color=theme.ink)
+
+
+def _operations(rows: list[RankOutcome]) -> tuple[str, list[float | None]]:
+    most = max((row.flops for row in rows if row.flops is not None), default=None)
+    if most is None:
+        return "operations", [None for _ in rows]
+    unit, size = next((one for one in UNITS if most >= one[1]), UNITS[-1])
+    return f"operations, {unit}FLOP", [None if row.flops is None else row.flops / size for row in rows]
 
 
 def _memory(rows: list[RankOutcome]) -> tuple[str, list[float | None]]:
@@ -111,13 +119,13 @@ def _metric(
             axes.plot([row.rank] * len(values), values, "o", color=theme.line, alpha=0.35, ms=4, mew=0)
     axes.plot(ranks, means, color=theme.line, lw=2, marker="o", ms=6, zorder=3)
     spread = [(row.rank, row.metric or 0.0, row.spread) for row in rows if row.spread is not None]
-    for rank, mean, deviation in spread:
-        axes.errorbar(rank, mean, deviation, color=theme.line, lw=1.5, capsize=5, zorder=3)
-    enough = _enough(result, choice, means)
+    for rank, middle, deviation in spread:
+        axes.errorbar(rank, middle, deviation, color=theme.line, lw=1.5, capsize=5, zorder=3)
+    level_of_enough = enough(rows, choice, before=result.before, maximise=result.maximise)
     # At the right, the room between the two lines is free, whether the curve has risen or fallen.
     inwards = -1 if result.maximise else 1
     for level, text, side in (
-        (enough, f"{percent(choice.metric_share)} of the best", inwards),
+        (level_of_enough, f"{percent(choice.metric_share)} of the best", inwards),
         (result.before, "before training", -inwards),
     ):
         if level is not None:
@@ -133,11 +141,12 @@ def _metric(
                 color=theme.faint,
                 fontsize=9,
             )
-    best = means[ranks.index(choice.rank)]
-    axes.plot([choice.rank], [best], "o", ms=13, mfc="none", mec=theme.chosen, mew=2.5, zorder=4)
+    chosen = rows[ranks.index(choice.rank)]
+    mean, beyond = chosen.metric or 0.0, (chosen.spread or 0.0) * (1 if result.maximise else -1)
+    axes.plot([choice.rank], [mean], "o", ms=13, mfc="none", mec=theme.chosen, mew=2.5, zorder=4)
     axes.annotate(
-        f"r={choice.rank}: {number(best)}",
-        (choice.rank, best),
+        f"r={choice.rank}: {number(mean)}",
+        (choice.rank, mean + beyond),  # not on the bar of the spread
         xytext=(0, 13 if result.maximise else -13),
         textcoords="offset points",
         ha="center",
@@ -148,26 +157,16 @@ def _metric(
     axes.margins(y=0.16)
 
 
-def _enough(result: SweepResult, choice: RankChoice, means: list[float]) -> float | None:
-    """The metric at which the metric rule is content; None where it was not judged."""
-    if not choice.shares:
-        return None
-    best = max(means) if result.maximise else min(means)
-    if result.before is not None:
-        return result.before + choice.metric_share * (best - result.before)
-    return best * choice.metric_share if result.maximise else best / choice.metric_share
-
-
 def _cost(
     axes: Axes, rows: list[RankOutcome], title: str, values: list[float | None], chosen: int, theme: Theme
 ) -> None:
     ranks = [row.rank for row in rows]
-    _prepare(axes, ranks, chosen, theme)
-    axes.set_title(title, loc="left", color=theme.ink, fontsize=10)
     points = [(rank, value) for rank, value in zip(ranks, values, strict=True) if value is not None]
+    _prepare(axes, ranks, chosen if points else None, theme)
+    axes.set_title(title, loc="left", color=theme.ink, fontsize=10)
     if not points:
         axes.set_yticks([])
-        axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", color=theme.faint, fontsize=9)
+        axes.text(0.03, 0.5, "not known", transform=axes.transAxes, color=theme.faint, fontsize=9)
         return
     axes.plot(*zip(*points, strict=True), color=theme.line, lw=2, marker="o", ms=5, zorder=3)
     marked = [point for point in points if point[0] == chosen]
@@ -176,8 +175,8 @@ def _cost(
     axes.set_ylim(0, 1.25 * max(value for _, value in points))
 
 
-def _prepare(axes: Axes, ranks: list[int], chosen: int, theme: Theme) -> None:
-    """A logarithmic axis with the ranks themselves on it, a grid, and a band at the chosen rank."""
+def _prepare(axes: Axes, ranks: list[int], chosen: int | None, theme: Theme) -> None:
+    """A logarithmic axis with the ranks themselves on it, a grid, and a band at the rank that is chosen, if one is."""
     from matplotlib.ticker import NullLocator
 
     axes.set_facecolor(theme.background)
@@ -185,8 +184,9 @@ def _prepare(axes: Axes, ranks: list[int], chosen: int, theme: Theme) -> None:
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(min(ranks) / 1.35, max(ranks) * 1.35)
-    half = (1.35**2 * max(ranks) / min(ranks)) ** 0.025
-    axes.axvspan(chosen / half, chosen * half, color=theme.chosen, alpha=0.14, lw=0, zorder=0)
+    if chosen is not None:
+        half = (1.35**2 * max(ranks) / min(ranks)) ** 0.025
+        axes.axvspan(chosen / half, chosen * half, color=theme.chosen, alpha=0.14, lw=0, zorder=0)
     axes.grid(True, axis="y", color=theme.grid, lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=theme.faint, labelcolor=theme.ink, length=3, labelsize=9)

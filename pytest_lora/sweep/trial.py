@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pytest_lora.copies import no_trace
 from pytest_lora.findings import Finding
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.survey import survey
-from pytest_lora.roundtrip import no_trace
 from pytest_lora.sweep.devices import claim_gpu
 from pytest_lora.sweep.measure import Cost, cost_of_training, first_line, peak_memory
 from pytest_lora.sweep.plan import TrialPlan

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -127,10 +123,12 @@ def _load(
     import torch
     from transformers import LlamaForCausalLM
 
+    from pytest_lora.inspection.transformers_internals import quiet_libraries
+
     place = _device(device)
     dtype = cast("torch.dtype", getattr(torch, compute_dtype))
     cuda = [place.index] if place.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), _quiet():
+    with torch.random.fork_rng(devices=cuda), quiet_libraries():
         config = _quantization_config(quantization, dtype, double_quant)
         if place.type == "cpu":
             _require_on_cpu(quantization)
@@ -230,27 +228,3 @@ def _random_weights(seed: int) -> dict[str, Tensor]:
     # torch.manual_seed would seed CUDA too, even if CUDA were first used only after this.
     torch.default_generator.manual_seed(seed)
     return dict(LlamaForCausalLM(tiny_config()).state_dict())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide progress bars, log lines and warnings of the libraries, and put all settings back afterwards."""
-    import transformers
-
-    progress: Any = transformers.utils.logging
-    loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes", "accelerate")]
-    levels = [logger.level for logger in loggers]
-    bars = progress.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    if bars:
-        progress.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars:
-            progress.enable_progress_bar()

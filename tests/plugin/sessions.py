@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 
-LEFT_OUT = ("-p", "no:hypothesispytest", "-p", "no:xdist", "-p", "no:cacheprovider")
+LEFT_OUT = ("-p", "no:xdist", "-p", "no:cacheprovider")
 """Plugins that have no part in these tests."""
 OWN_FILTERS = ("-W", "default::pytest_lora.LoraHealthWarning")
 """Takes back what the settings of this repository make of warnings."""
@@ -19,13 +17,9 @@ def session(pytester: pytest.Pytester, mode: str, *args: str, workers: int = 1) 
     """Run pytest as it stands, in this process, or with workers of pytest-xdist."""
     if mode == "plain":
         return run(pytester, *args)
-    return pytester.runpytest_subprocess("-p", "no:hypothesispytest", "-n", str(workers), *args)
+    return pytester.runpytest_subprocess("-n", str(workers), *args)
 
 
 def run(pytester: pytest.Pytester, *args: str) -> pytest.RunResult:
     """Run pytest in this process; for tests that say nothing about imports, workers or the end of a process."""
-    gc.freeze()  # what this process holds is nothing that a GPU test of the session could leave
-    try:
-        return pytester.runpytest_inprocess(*LEFT_OUT, *OWN_FILTERS, *args)
-    finally:
-        gc.unfreeze()
+    return pytester.runpytest_inprocess(*LEFT_OUT, *OWN_FILTERS, *args)

@@ -16,7 +16,7 @@ from tests.plugin.sessions import MODES, run, session
 from tests.rules import folders
 from tests.rules.bases import Namespace
 
-PLAIN = ("-p", "no:hypothesispytest", "-p", "no:cacheprovider", "-p", "no:xdist")
+PLAIN = ("-p", "no:cacheprovider", "-p", "no:xdist")
 EVIL_INI = "[pytest]\naddopts = -p modeling\npythonpath = .\n"
 EVIL = "open(__file__ + '.EXECUTED', 'w')\n\ndef test_evil(): ...\n"
 

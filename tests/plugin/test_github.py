@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_findings_are_annotated_and_summed_up(
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "summary.md"))
     (pytester.path / "summary.md").write_text("before\n")
-    pytester.makepyfile(test_it=TESTS)
+    pytester.makepyfile(test_it=TESTS + "\ndef test_slow():\n    import time; time.sleep(0.3)\n")
     result = pytester.runpytest_inprocess(*ALLOWED)
     assert commands(result) == [ERROR, WARNING]
     summary = (pytester.path / "summary.md").read_text()
@@ -36,6 +37,7 @@ def test_findings_are_annotated_and_summed_up(
     assert "❌ **2 of 4 tests found errors**" in summary
     assert "<details><summary>Losses</summary>" in summary
     assert summary.count("## LoRA report") == 1
+    assert float(re.findall(r", took ([\d.]+) s", summary)[0]) > 0.3
 
 
 def test_elsewhere_there_is_neither(pytester: pytest.Pytester) -> None:
@@ -88,6 +90,19 @@ def test_at_a_line_each_rule_is_told_once_and_no_more_than_github_shows() -> Non
     tests = tuple(dataclasses.replace(test, line=n + 1) for n, test in enumerate(tests))
     told = list(annotated(dataclasses.replace(SESSION, tests=tests), Path()))
     assert [one.severity for one in told] == ["error"] * MOST
+
+
+def test_a_warning_that_is_made_an_error_is_told_as_one() -> None:
+    message = "pytest_lora.findings.LoraHealthWarning: warning[LORA127]: scaling differs from expected"
+    strict = ran("tests/t.py::test", "failed", Report("m", (SCALING,)), message=message)
+    session = dataclasses.replace(SESSION, tests=(strict,))
+    assert [(one.severity, one.title) for one in annotated(session, Path())] == [
+        ("error", "LORA127 scaling differs from expected")
+    ]
+    assert not strict.fails_otherwise
+    other = dataclasses.replace(strict, message="assert 1 == 2")
+    assert other.fails_otherwise
+    assert list(annotated(dataclasses.replace(SESSION, tests=(other,)), Path())) == []
 
 
 def test_expected_failures_are_no_news() -> None:

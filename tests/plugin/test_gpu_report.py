@@ -35,6 +35,22 @@ def test_plain(): ...
 """
 
 
+IN_MARKDOWN = [
+    "### GPU tests",
+    "",
+    "| test | devices | peak | limit | predicted | seconds |",
+    "| --- | --- | ---: | ---: | ---: | ---: |",
+    "| `test_it.py::test_a` | cuda:0 | 1.0 GiB | 8.0 GiB | 1.5 GiB | S |",
+    r"| `test_it.py::test_b[a\|b]` | cuda:0 | 1.0 MiB | - | - | S |",
+    "",
+    "- skipped: needs 40 GB on one device; cuda:0 has 24 GB",
+    "  - `test_it.py::test_c`",
+    "  - `test_it.py::test_d`",
+    r"- test_it.py::test_b\[a\|b\] left 1.0 MiB (1048576 bytes) allocated on cuda:0",
+    "",
+]
+
+
 def without_seconds(lines: list[str]) -> list[str]:
     return [re.sub(r"\d\.\d\d( \|)?$", r"S\1", line) for line in lines]
 
@@ -61,26 +77,41 @@ def test_every_gpu_test_is_listed(
         "  test_it.py::test_d",
         "test_it.py::test_b[a|b] left 1.0 MiB (1048576 bytes) allocated on cuda:0",
     ]
-    assert without_seconds(summary.read_text().splitlines()) == [
-        "before",
-        "### GPU tests",
-        "",
-        "| test | devices | peak | limit | predicted | seconds |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-        "| `test_it.py::test_a` | cuda:0 | 1.0 GiB | 8.0 GiB | 1.5 GiB | S |",
-        r"| `test_it.py::test_b[a\|b]` | cuda:0 | 1.0 MiB | - | - | S |",
-        "",
-        "- skipped: needs 40 GB on one device; cuda:0 has 24 GB",
-        "  - `test_it.py::test_c`",
-        "  - `test_it.py::test_d`",
-        r"- test_it.py::test_b[a\|b] left 1.0 MiB (1048576 bytes) allocated on cuda:0",
-    ]
+    assert without_seconds(summary.read_text().splitlines()) == ["before", *IN_MARKDOWN]
     told = measured(pytester)
     assert told["test_c"]["skipped"] == "needs 40 GB on one device; cuda:0 has 24 GB"
     assert told["test_c"]["devices"] == []
     assert (told["test_a"]["peak_bytes"], told["test_a"]["predicted_bytes"]) == (2**30, 3 * 2**29)
     assert told["test_a"]["seconds"] >= 0
     assert "test_plain" not in told
+
+
+JUDGES = """
+def test_judges():
+    from pytest_lora.assertions import demand
+    from pytest_lora.findings import Report
+    demand(Report("model", ()))
+"""
+
+
+def test_the_job_summary_has_one_writer_and_says_nothing_twice(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 24)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "summary.md"))
+    pytester.makeconftest(CARD)
+    pytester.makepyfile(test_it=TESTS + JUDGES)
+    run(pytester, "--lora-gpu-report", "--lora-report=out.md")
+    lines = without_seconds((pytester.path / "summary.md").read_text().splitlines())
+    assert sum(line.startswith("## LoRA report: ") for line in lines) == 1
+    begin = lines.index("### GPU tests")
+    assert lines[begin : begin + len(IN_MARKDOWN)] == IN_MARKDOWN
+    assert sum("test_a`" in line for line in lines) == 1
+    folded = without_seconds((pytester.path / "out.md").read_text().splitlines())
+    assert (
+        folded[folded.index("<details><summary>GPU tests</summary>") + 1 :][: len(IN_MARKDOWN) - 1]
+        == (IN_MARKDOWN[1:])
+    )
 
 
 def test_nothing_is_written_without_being_asked(

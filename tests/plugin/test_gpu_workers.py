@@ -22,8 +22,6 @@ from tests.plugin.simulated import GB, machine, shared
 
 pytestmark = pytest.mark.lora_slow
 
-ALONE = ("-p", "no:hypothesispytest")
-
 SEES = """
 import json, os, sys, time
 from pathlib import Path
@@ -88,7 +86,7 @@ def test_each_worker_sees_one_of_the_callers_devices_before_anything_is_imported
         + "@pytest.mark.lora_gpu\n@pytest.mark.parametrize('n', range(12))\ndef test_it(request, n): note(request)"
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3,7")
-    result = pytester.runpytest_subprocess(*ALONE, "-n", "4", "--lora-require-gpu", "--lora-gpu-report")
+    result = pytester.runpytest_subprocess("-n", "4", "--lora-require-gpu", "--lora-gpu-report")
     result.assert_outcomes(passed=12)
     own = {"gw0": "5", "gw1": "3", "gw2": "7", "gw3": "5"}
     assert all(visible == {own[worker]} for worker, visible in seen(pytester).items())
@@ -120,7 +118,7 @@ def test_how_many_devices_a_worker_sees(
         SEES
         + f"@pytest.mark.{marks}\n@pytest.mark.parametrize('n', range(4))\ndef test_it(request, n): note(request)"
     )
-    pytester.runpytest_subprocess(*ALONE, "-n", "2", *args).assert_outcomes(passed=4)
+    pytester.runpytest_subprocess("-n", "2", *args).assert_outcomes(passed=4)
     assert seen(pytester) == expected
 
 
@@ -165,7 +163,7 @@ def test_a_test_gets_as_many_devices_as_it_counts(
         "import pytest\n@pytest.mark.lora_gpu(count=2)\n@pytest.mark.parametrize('n', range(6))\ndef test_two(n): ...\n"
         "@pytest.mark.lora_gpu(count=5)\ndef test_five(): ..."
     )
-    result = pytester.runpytest_subprocess(*ALONE, "-n", "2", "-rs", "--lora-gpu-report")
+    result = pytester.runpytest_subprocess("-n", "2", "-rs", "--lora-gpu-report")
     result.assert_outcomes(passed=6, skipped=1)
     assert all(len(event["shares"]) == 2 for event in events(log))
     replay(events(log), 24 * GB)
@@ -180,7 +178,7 @@ def test_too_narrow_a_worker_says_what_to_set(
     shared(monkeypatch, pytester.path)
     pytester.makeini("[pytest]\nlora_gpus_per_worker = 1")
     pytester.makepyfile("import pytest\n@pytest.mark.lora_gpu(count=2)\ndef test_it(): ...")
-    result = pytester.runpytest_subprocess(*ALONE, "-n", "1", "-rs")
+    result = pytester.runpytest_subprocess("-n", "1", "-rs")
     result.stdout.fnmatch_lines(
         ["SKIPPED * needs 2 devices; there is 1: cuda:0 of 4: set ini lora_gpus_per_worker = 2"]
     )
@@ -205,7 +203,7 @@ def test_a_worker_that_could_not_be_pinned_runs_no_gpu_test(
     shared(monkeypatch, pytester.path)
     pytester.makeconftest(STARTED)
     pytester.makepyfile("import pytest\n@pytest.mark.lora_gpu\ndef test_it(): ...")
-    result = pytester.runpytest_subprocess(*ALONE, "-n", "1", "--lora-require-gpu")
+    result = pytester.runpytest_subprocess("-n", "1", "--lora-require-gpu")
     result.assert_outcomes(errors=1)
     assert (
         "--lora-require-gpu: needs a worker that sees 1 of the GPUs, and this one sees 4: CUDA was started before it "
@@ -248,7 +246,7 @@ def test_fifty_tests_of_eight_workers_never_take_more_than_four_devices_have(
     machine(monkeypatch, *[24] * 4)
     log = shared(monkeypatch, pytester.path)
     pytester.makepyfile(SUITE)
-    result = pytester.runpytest_subprocess(*ALONE, "-n", "8", "--lora-require-gpu")
+    result = pytester.runpytest_subprocess("-n", "8", "--lora-require-gpu")
     result.assert_outcomes(passed=50)
     held = events(log)
     assert sum(event["event"] == "hold" for event in held) == 50
@@ -281,7 +279,7 @@ def test_a_failing_test_lets_its_devices_go(
         "@pytest.fixture\ndef broken(): assert 0\ndef test_error(broken): ...\n"
         "def test_dies(): os._exit(1)\ndef test_passes(): ..."
     )
-    result = pytester.runpytest_subprocess(*ALONE, "-n", "2")
+    result = pytester.runpytest_subprocess("-n", "2")
     result.assert_outcomes(failed=2, errors=1, passed=1)
     assert max(replay(events(log), 24 * GB).values()) == 1
 
@@ -373,7 +371,7 @@ def test_waiting_is_not_counted_as_the_tests_time(
         "@pytest.mark.parametrize('n', range(2))\ndef test_it(n): time.sleep(0.5)"
     )
     started = time.monotonic()
-    result = pytester.runpytest_subprocess(*ALONE, "-n", "2", "--lora-gpu-report")
+    result = pytester.runpytest_subprocess("-n", "2", "--lora-gpu-report")
     result.assert_outcomes(passed=2)
     assert time.monotonic() - started > 1.0
     rows = [line.split() for line in result.outlines if "::test_it[" in line]

@@ -14,8 +14,7 @@ import pytest
 
 from pytest_lora.findings import Report
 from pytest_lora.plugin import session_report
-
-WORKERS = pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["plain", "xdist"])
+from tests.plugin.sessions import MODES, session
 
 ALLOWED = ("-W", "always::pytest_lora.LoraHealthWarning")
 """Our own suite makes errors of them, and a session within it inherits that."""
@@ -66,16 +65,15 @@ def by_name(data: Any) -> dict[str, Any]:
     return {test["nodeid"].partition("::")[2]: test for test in data["tests"]}
 
 
-@WORKERS
+@MODES
 def test_every_format_is_written(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, workers: list[str]
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "summary.md"))
     pytester.makepyfile(test_it=TESTS)
     args = ["--lora-report=deep/er/out.html", "--lora-report", "out.md", "--lora-report=out.json"]
-    run = pytester.runpytest_subprocess if workers else pytester.runpytest_inprocess
-    result = run(*args, *workers, *ALLOWED)
+    result = session(pytester, mode, *args, *ALLOWED, workers=2)
     assert result.ret == 1
     folder = pytester.path
     assert [line for line in result.outlines if line.startswith("LoRA report: ")] == [
@@ -240,6 +238,7 @@ def test_a_report_that_cannot_be_written_fails_no_test(pytester: pytest.Pytester
 
 def test_seeds_are_told(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONHASHSEED", "3")
+    monkeypatch.delenv("PYTEST_ADDOPTS")  # which leaves the plugin of Hypothesis out
     pytester.makepyfile(test_it="def test_plain(): ...")
     pytester.runpytest_subprocess("--lora-report=out.json", "--hypothesis-seed=7")
     assert told(pytester)["seeds"] == {"Hypothesis": "7", "PYTHONHASHSEED": "3"}
@@ -256,8 +255,11 @@ def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert file.read_text() == "old\\ud800"
 
 
-def test_findings_are_in_the_page_of_pytest_html(pytester: pytest.Pytester) -> None:
+def test_findings_are_in_the_page_of_pytest_html(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("pytest_html")
+    monkeypatch.delenv("PYTEST_ADDOPTS")  # which leaves pytest-html out
     pytester.makepyfile(test_it=TESTS)
     pytester.runpytest_subprocess("--html=page.html", "--self-contained-html", "-n", "1")
     page = (pytester.path / "page.html").read_text()

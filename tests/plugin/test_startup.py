@@ -21,8 +21,8 @@ HEAVY = {
     "safetensors",
 }
 
-ALONE = ("-p", "no:hypothesispytest", "-p", "no:pytest_torch")
-"""Plugins of others that import what is looked for here, or may do so."""
+ALONE = ("-p", "no:pytest_torch")
+"""A plugin of others that imports what is looked for here."""
 
 PRINT_MODULES = """
 import json, sys

@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_lora.exhibits import AdapterMap, LossCurve, MemoryBudget, WhatIf
+from pytest_lora.findings import Report
 from pytest_lora.report.charts import Scale, curve_chart, path, sweep_chart
 from pytest_lora.report.gallery import gallery
 from pytest_lora.report.map_view import map_view, number
+from pytest_lora.report.markdown import markdown_report
 from pytest_lora.report.memory_view import memory_view
-from pytest_lora.report.page import _flops, _percent, _seconds
+from pytest_lora.report.page import _flops, _percent, _seconds, page
 from tests.report.sample import BROKEN, BUDGET, FALLING, MAP, SESSION, SWEEP, ran
 from tests.test_exhibits import CURVES, SWEEPS, maps
 
@@ -82,6 +84,8 @@ def test_ranks_are_one_step_apart_and_failed_ones_have_no_point() -> None:
         (4, False, False),
         (8, True, True),
     ]
+    assert chart.enough == pytest.approx(Scale.over([0.926, 0.941, 0.894, 0.914], flip=True)(0.894))
+    assert sweep_chart(dataclasses.replace(SWEEP, enough=None)).enough is None
     assert path([]) == ""
     assert path([(1, 2)]) == "M1 2L1 2"
 
@@ -121,6 +125,27 @@ def test_a_map_shows_states_shades_and_runs() -> None:
         ("9", "dead: no gradient reaches it"),
         ("10 to 15", "trains"),
     ]
+
+
+def test_a_saved_adapter_has_words_of_its_own() -> None:
+    view = map_view(dataclasses.replace(MAP, gradients=(), saved=True))
+    assert [plane.name for plane in view.planes] == ["Rank", "Scaling", "Update"]
+    assert view.planes[2].unit == "root mean square of lora_B"
+    assert {state: words for state, words, _ in view.states}["dead"] == (
+        "holds nothing: a factor is all zero"
+    )
+    assert "trains" not in {run.state for run in view.runs}
+    text = markdown_report(
+        dataclasses.replace(SESSION, tests=(ran("t", "passed", Report("a", (), (SAVED,))),))
+    )
+    assert "saved, 41,943,040 numbers in LoRA factors\n" in text
+    assert "| module | layers | state | rank | scaling | update |" in text
+    assert "saved, <strong>41,943,040</strong> numbers in LoRA factors</p>" in page(
+        dataclasses.replace(SESSION, tests=(ran("t", "passed", Report("a", (), (SAVED,))),))
+    )
+
+
+SAVED = dataclasses.replace(MAP, gradients=(), saved=True, total_parameters=0)
 
 
 @given(maps())

@@ -76,8 +76,10 @@ def test_a_report_reads_well() -> None:
     assert "| loss over 20 steps | 4.02 | 0.71 | 82.3 % | 1 % |" in text
     assert "| ❌ | `r=1` | 68.0 GiB |" in text
     assert "**rank 8 is chosen** by accuracy" in text
-    assert "| `tests/test_gpu.py::test_step` | cuda:0 | 36.0 GiB | 80.0 GiB | 37.0 GiB | 12.3 |" in text
-    assert "GPU tests" not in markdown_report(SESSION, gpu=False)
+    gpu = "| `tests/test_gpu.py::test_step` | cuda:0 | 36.0 GiB | 80.0 GiB | 37.0 GiB | 12.30 |"
+    assert text.count(gpu) == markdown_report(SESSION, gpu_open=True).count(gpu) == 1
+    assert "<summary>GPU tests</summary>" in text
+    assert "### GPU tests" in markdown_report(SESSION, gpu_open=True)
 
 
 def test_a_summary_of_many_findings_is_cut() -> None:

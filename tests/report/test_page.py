@@ -49,6 +49,8 @@ class Outline(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "wbr" and not attrs:
+            return  # where a line may break in the id of a test
         self.tags.append((tag, tuple(name for name, _ in attrs)))
         self.links += [value or "" for name, value in attrs if name in ("href", "src", "action")]
         self._inside = tag
@@ -197,3 +199,26 @@ def test_json_is_strict_and_whole() -> None:
     )
     with pytest.raises(ValueError, match=r"there is no report in '.pdf'; known are .html, .md and .json"):
         rendered(SESSION, ".pdf")
+
+
+def test_the_command_that_runs_the_first_failure_again() -> None:
+    assert "pytest tests/test_adapter.py::test_merged</code>" in page(SESSION)
+    passed = tuple(dataclasses.replace(test, outcome="passed") for test in SESSION.tests)
+    assert "The first that failed" not in page(dataclasses.replace(SESSION, tests=passed))
+
+
+def test_a_failure_by_a_warning_is_no_other_failure() -> None:
+    message = "pytest_lora.findings.LoraHealthWarning: warning[LORA127]: scaling differs from expected"
+    strict = dataclasses.replace(SESSION.tests[5], outcome="failed", message=message)
+    assert "Other failures" not in page(dataclasses.replace(SESSION, tests=(strict,)))
+    assert "Other failures" in page(
+        dataclasses.replace(SESSION, tests=(dataclasses.replace(strict, message=""),))
+    )
+
+
+def test_what_gpu_tests_left_behind_is_told() -> None:
+    use = SESSION.tests[7].gpu
+    assert use is not None
+    gpu = dataclasses.replace(use, left_bytes=2**20)
+    html = page(dataclasses.replace(SESSION, tests=(dataclasses.replace(SESSION.tests[7], gpu=gpu),)))
+    assert "tests/test_gpu.py::test_step left 1.0 MiB (1048576 bytes) allocated on cuda:0</p>" in html

@@ -85,6 +85,7 @@ def test_the_report_shows_the_whole_sweep() -> None:
     (shown,) = Report.from_json(report.to_json()).exhibits
     assert isinstance(shown, RankSweep)
     assert (shown.metric, shown.maximise, shown.chosen) == ("accuracy", True, 8)
+    assert shown.enough == pytest.approx(0.5 + 0.95 * (0.9 - 0.5))
     assert [(trial.rank, trial.metric, trial.problem) for trial in shown.trials] == [
         (4, pytest.approx(0.65), ""),
         (8, 0.9, ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -114,6 +115,20 @@ def test_a_vector_picture_says_what_is_chosen_and_marks_it(
     ):
         assert words in said
     assert "32" not in re.findall(r">(\d+)<", text)  # no trial of it has a metric
+
+
+@pytest.mark.usefixtures("_matplotlib")
+@pytest.mark.parametrize(
+    ("flops", "title"),
+    [(4 * 10**9, "operations, GFLOP"), (3 * 10**15, "operations, PFLOP"), (None, "not known")],
+)
+def test_operations_have_the_unit_that_fits(flops: int | None, title: str, tmp_path: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        trial = dataclasses.replace(result().trials[0], flops=flops)
+        text = dataclasses.replace(result(), trials=(trial,)).plot(tmp_path / "ranks.svg").read_text()
+    assert title in text
 
 
 @pytest.mark.usefixtures("_matplotlib")

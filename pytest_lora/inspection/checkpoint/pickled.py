@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pytest_lora.facts.checkpoint import FileFault, TensorFacts
 from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
-from pytest_lora.inspection.checkpoint.values import LAYOUTS, bits_like
+from pytest_lora.inspection.checkpoint.values import (
+    LAYOUTS,
+    bits_like,
+    is_measured,
+    root_mean,
+    sum_of_squares,
+)
 
 NAMES = {
     "torch.float64": "F64",
@@ -49,4 +57,6 @@ def _facts(name: str, tensor: object) -> TensorFacts:
     if dtype in LAYOUTS and tensor.layout == torch.strided:
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         values = bits_like(raw, dtype)
+        if is_measured(name, dtype):
+            values = replace(values, rms=root_mean(sum_of_squares(raw, dtype), raw.nbytes, dtype))
     return TensorFacts(name, dtype, tuple(tensor.shape), values)

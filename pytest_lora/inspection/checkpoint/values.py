@@ -38,6 +38,9 @@ LAYOUTS = {
 }
 """IEEE formats: an exponent of ones is infinity if the fraction is zero, else NaN."""
 
+PARTS_MEASURED = (".lora_B", ".lora_embedding_B")
+"""Factors that start at zero: their size is what training made of the adapter."""
+
 NAN_ONLY = {"F8_E4M3": 0x7F}
 """Formats without infinity: all bits but the sign set is NaN."""
 
@@ -71,6 +74,7 @@ def read_values(file: FileIO, stored: list[Stored], name: str) -> tuple[dict[str
 def _values(file: FileIO, tensor: Stored, buffer: bytearray, name: str) -> Values:
     nans = infinities = 0
     zero = True
+    squares = 0.0 if is_measured(tensor.name, tensor.dtype) else None
     file.seek(tensor.begin)
     left = tensor.end - tensor.begin
     while left:
@@ -82,9 +86,37 @@ def _values(file: FileIO, tensor: Stored, buffer: bytearray, name: str) -> Value
         if filled < len(part):
             raise UnreadableError(FileFault(name, "changed", "it became shorter while it was read"))
         left -= filled
-        seen = bits_like(np.frombuffer(buffer, np.uint8, filled), tensor.dtype)
+        raw = np.frombuffer(buffer, np.uint8, filled)
+        seen = bits_like(raw, tensor.dtype)
         nans, infinities, zero = nans + seen.nans, infinities + seen.infinities, zero and seen.zero
-    return Values(nans, infinities, zero)
+        if squares is not None and not seen.zero:
+            squares += sum_of_squares(raw, tensor.dtype)
+    return Values(nans, infinities, zero, root_mean(squares, tensor.end - tensor.begin, tensor.dtype))
+
+
+def is_measured(name: str, dtype: str) -> bool:
+    """Whether the size of a tensor of this name and format is measured."""
+    return dtype in LAYOUTS and any(part in name for part in PARTS_MEASURED)
+
+
+def sum_of_squares(raw: np.ndarray[tuple[int], np.dtype[np.uint8]], dtype: str) -> float:
+    """The sum of the squares of the numbers in some bytes, of a format in ``LAYOUTS``; NaN or infinite as they are."""
+    if dtype == "BF16":
+        numbers = (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    elif dtype == "F8_E5M2":
+        numbers = (raw.astype(np.uint16) << np.uint16(8)).view(np.float16).astype(np.float32)
+    else:
+        numbers = raw.view({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype])
+        numbers = numbers.astype(np.float32) if dtype == "F16" else numbers
+    with np.errstate(all="ignore"):
+        return float(np.dot(numbers, numbers))
+
+
+def root_mean(squares: float | None, size: int, dtype: str) -> float | None:
+    """The root of the mean of squares over so many bytes of a format; None where they were not measured."""
+    if squares is None or not size:
+        return None
+    return float(np.sqrt(squares * np.dtype(LAYOUTS[dtype].unsigned).itemsize / size))
 
 
 def bits_like(raw: np.ndarray[tuple[int], np.dtype[np.uint8]], dtype: str) -> Values:

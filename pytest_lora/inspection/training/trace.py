@@ -36,7 +36,7 @@ class _KeptTensor:
 
     def restore(self) -> None:
         tensor, data = self.tensor, self.data
-        if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape or tensor.dtype != data.dtype:
+        if _place(tensor) != _place(data):
             tensor.data = data
         if self.copy is not None:
             data.copy_(self.copy)
@@ -44,6 +44,10 @@ class _KeptTensor:
             tensor.requires_grad_(self.requires_grad)
             if tensor.grad is not self.grad:
                 tensor.grad = self.grad
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 class _KeptContainer:

@@ -56,7 +56,6 @@ for (const map of document.querySelectorAll(".map")) {
   const planes = {};
   for (const name of ["states", "ranks", "scalings", "gradients", "updates"]) planes[name] = unpacked(told[name]);
   const readout = map.querySelector(".readout");
-  const states = { dead: "dead", missing: "no adapter", frozen: "frozen", idle: "idle", live: "trains" };
   for (const scroll of map.querySelectorAll(".scroll[data-stack]")) {
     const stack = scroll.dataset.stack;
     const rows = told.rows.map((row, index) => [row, index]).filter(([row]) => row.split(".").slice(0, -1).join(".") === stack);
@@ -71,7 +70,7 @@ for (const map of document.querySelectorAll(".map")) {
       const [row, index] = rows[at % rows.length];
       const column = modules[Math.floor(at / rows.length)];
       const place = index * told.columns.length + column;
-      const words = [row ? `${row}.${told.columns[column]}` : told.columns[column], states[planes.states[place]] ?? "no such module"];
+      const words = [row ? `${row}.${told.columns[column]}` : told.columns[column], told.words[planes.states[place]] ?? "no such module"];
       for (const [name, plane] of [["rank", "ranks"], ["scaling", "scalings"], ["gradient", "gradients"], ["update", "updates"]]) {
         const value = planes[plane][place];
         if (value !== undefined && value !== null) words.push(`${name} ${value}`);

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.facts.config import rewrites_base
 from pytest_lora.rules import Violation, rule
 
 
@@ -38,7 +39,7 @@ def init_is_not_converted(facts: CheckpointFacts, expect: Expect) -> Iterator[Vi
     if not facts.is_judged or settings is None or not facts.lora:
         return
     init = str(settings.init_lora_weights).lower()
-    if init.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
+    if rewrites_base(init):
         yield Violation(
             where=f"init_lora_weights in {facts.name}",
             observed=f"init_lora_weights={settings.init_lora_weights!r}: the adapter was not converted, and fits "

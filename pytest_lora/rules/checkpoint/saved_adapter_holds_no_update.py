@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.checkpoint import AdaptedModule, CheckpointFacts
+from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.findings import Severity, grouped, starred
 from pytest_lora.rules import Violation, rule
 
@@ -41,10 +41,10 @@ def saved_adapter_holds_no_update(facts: CheckpointFacts, expect: Expect) -> Ite
     whole = [
         m for m in facts.adapted if m.a and m.b and m.a.numbers and m.b.numbers and m.a.values and m.b.values
     ]
-    dead = [m for m in whole if _is_zero(m)]
+    dead = [m for m in whole if m.holds_nothing]
     if not dead:
         return
-    alive = {starred(m.name) for m in whole if not _is_zero(m)}
+    alive = {starred(m.name) for m in whole if not m.holds_nothing}
     part = "lora_B" if dead[0].b and dead[0].b.values and dead[0].b.values.zero else "lora_A"
     beside = [m for m in dead if starred(m.name) in alive]
     kind: Severity | None = None
@@ -57,7 +57,3 @@ def saved_adapter_holds_no_update(facts: CheckpointFacts, expect: Expect) -> Ite
         fix="check that the optimizer held the adapter and that the trained copy was saved, then train and save again",
         severity=kind,
     )
-
-
-def _is_zero(module: AdaptedModule) -> bool:
-    return any(t is not None and t.values is not None and t.values.zero for t in (module.a, module.b))

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.config import rewrites_base
 from pytest_lora.facts.training import BaseChange, TrainingFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
@@ -81,5 +82,4 @@ def _trains_biases(facts: TrainingFacts) -> bool:
 
 def _rewritten_by_initialisation(facts: TrainingFacts) -> bool:
     """Whether an initialisation takes the adapter out of the base weights, as PiSSA, OLoRA, CorDA and LoftQ do."""
-    inits = [str(config.settings.init_lora_weights).lower() for config in facts.model.configs]
-    return any(init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")) for init in inits)
+    return any(rewrites_base(config.settings.init_lora_weights) for config in facts.model.configs)
