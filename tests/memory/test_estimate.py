@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -17,6 +18,7 @@ from pytest_lora import MemoryEstimate, StepMemory, estimate_memory, largest_tha
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.memory import predictor
 from pytest_lora.inspection.memory.predictor import Predictor
+from pytest_lora.inspection.skeleton import without_initial_values
 
 SMALL: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 
@@ -340,7 +342,6 @@ def test_nothing_global_is_left_changed() -> None:
     import gc
     import logging
 
-    import torch
     from torch.nn import functional
 
     replaced = (
@@ -372,6 +373,15 @@ def test_nothing_global_is_left_changed() -> None:
     now = (torch.autocast, functional.linear, functional.dropout, functional.scaled_dot_product_attention)
     assert now == replaced
     assert "__matmul__" not in vars(torch.Tensor)
+
+
+def test_initial_values_are_left_out_on_the_meta_device_alone() -> None:
+    before = nn.init.constant_
+    with without_initial_values():
+        nothing = nn.init.constant_(torch.empty(2, device="meta"), 7.0)
+        assert nothing._version == 0
+        assert nn.init.constant_(torch.empty(2), 7.0).tolist() == [7.0, 7.0]
+    assert nn.init.constant_ is before
 
 
 def test_settings_are_frozen() -> None:
