@@ -140,11 +140,13 @@ def test_images_have_no_sequence_to_shorten() -> None:
 
 
 def test_what_cannot_be_built_is_no_advice() -> None:
-    """A classifier that is trained in full is none of the layers that 4 bits leave whole."""
-    base, config = (
-        BertConfig(**SMALL),
-        adapter(task_type="SEQ_CLS", target_modules=["query", "value", "dense"]),
+    """A layer that is trained in full cannot be packed."""
+    base = BertConfig(**SMALL)
+    config = adapter(
+        task_type=None, target_modules=["query", "value"], modules_to_save=["intermediate.dense"]
     )
+    with pytest.raises(ValueError, match="PEFT refuses it on this base"):
+        estimate_memory(base, config, batch_size=4, seq_len=96, quantization="nf4")
     peak = estimate_memory(base, config, batch_size=4, seq_len=96).peak_allocated
     (found,) = check_memory(base, config, batch_size=4, seq_len=96, budget=peak - 2**20).findings
     assert not any("nf4" in row for row in rows(found))
