@@ -25,11 +25,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen2Config
 
 from pytest_lora import estimate_memory
+from pytest_lora.facts.memory import AMPERE_WORKSPACE
 from pytest_lora.inspection.transformers_internals import quantized_linears
 
 GIB = 2**30
-HOPPER_WORKSPACE = 32 * 2**20
-AMPERE_WORKSPACE = 8_519_680
 
 BASES: dict[str, Any] = {
     "qwen2.5-0.5b": lambda: Qwen2Config(
@@ -211,13 +210,26 @@ def measure(setting: Setting, device: torch.device) -> dict[str, int]:
     }
 
 
+def cublas_workspace() -> int:
+    """Bytes of cuBLAS's workspace on this GPU: as torch says, or as its first product of matrices leaves allocated."""
+    said = getattr(torch.backends.cuda, "cublas_workspace_size", None)  # torch 2.13
+    if said is not None:
+        return int(said())
+    before = torch.cuda.memory_allocated()
+    square = torch.ones(16, 16, device="cuda")
+    product = square @ square
+    del square, product
+    return torch.cuda.memory_allocated() - before
+
+
 def one(setting: Setting) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
-    hopper = cuda and torch.cuda.get_device_capability()[0] == 9
+    workspace = cublas_workspace() if cuda else AMPERE_WORKSPACE
     start = time.perf_counter()
-    foretold = predicted(setting, HOPPER_WORKSPACE if hopper else AMPERE_WORKSPACE)
+    foretold = predicted(setting, workspace)
     row: dict[str, Any] = {
         "setting": setting.name,
+        "workspace": workspace,
         "predicted": foretold,
         "seconds": time.perf_counter() - start,
     }

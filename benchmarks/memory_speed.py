@@ -2,7 +2,8 @@
 
     python benchmarks/memory_speed.py [--json benchmarks/results/memory_speed.json]
 
-Each first estimate is made in a process of its own, imports aside; rates are medians over rounds.
+Each first estimate is made in a process of its own, imports aside; rates are medians over rounds. The allocator's
+replay is compiled where numba is installed: what loading it takes, and compiling it with no cache, has its own figures.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import platform
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -35,14 +38,21 @@ ALLOCATED_BUDGET = 1000
 RESERVED_BUDGET = 20
 
 
+def rate(call: Any, points: list[tuple[int, int, int]]) -> float:
+    start = time.perf_counter()
+    for point in points:
+        call(*point)
+    return len(points) / (time.perf_counter() - start)
+
+
 def measured(shape: str, rounds: int) -> dict[str, float]:
     from peft import LoraConfig
     from transformers import LlamaConfig
 
     import pytest_lora.memory as memory
+    from pytest_lora.inspection.memory import predictor
 
-    for name in ("bitsandbytes", "pytest_lora.inspection.memory.predictor"):
-        importlib.import_module(name)
+    importlib.import_module("bitsandbytes")
     base = LlamaConfig(**SHAPES[shape])
     config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     setting: dict[str, Any] = {"quantization": "nf4", "gradient_checkpointing": True}
@@ -59,20 +69,35 @@ def measured(shape: str, rounds: int) -> dict[str, float]:
     pick = random.Random(0)
     points = [(pick.randint(2, 16), pick.randint(16, 8192), pick.randint(2, 256)) for _ in range(1000)]
 
-    def rate(call: Any, points: list[tuple[int, int, int]]) -> float:
-        start = time.perf_counter()
-        for point in points:
-            call(*point)
-        return len(points) / (time.perf_counter() - start)
-
+    allocated = [rate(step.peak_allocated, points) for _ in range(rounds)]
+    rate(step.peak_reserved, points[: predictor.COMPILE_AFTER + 1])
+    reserved = [rate(step.peak_reserved, points[:20]) for _ in range(rounds)]
+    predictor.fastest_replay = lambda: predictor.plainly_replayed
+    plain = [rate(step.peak_reserved, points[:20]) for _ in range(rounds)]
     return {
         "first_seconds": first,
         "fitting_seconds": fitting,
-        "allocated_per_second": statistics.median(rate(step.peak_allocated, points) for _ in range(rounds)),
-        "reserved_per_second": statistics.median(
-            rate(step.peak_reserved, points[:20]) for _ in range(rounds)
-        ),
+        "allocated_per_second": statistics.median(allocated),
+        "reserved_per_second": statistics.median(reserved),
+        "reserved_per_second_without_numba": statistics.median(plain),
     }
+
+
+LOADING = """
+import time
+from pytest_lora.inspection.memory.compiled_replay import fastest_replay
+start = time.perf_counter()
+fastest_replay()
+print(time.perf_counter() - start)
+"""
+
+
+def seconds_to_load(folder: str) -> float:
+    """Seconds until the compiled replay is there, numba's import among them, with its cache in a folder."""
+    command = [sys.executable, "-c", LOADING]
+    environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    return float(output)
 
 
 def main() -> None:
@@ -85,6 +110,12 @@ def main() -> None:
         print(json.dumps(measured(chosen.shape, chosen.rounds)))
         return
     rows = {}
+    with tempfile.TemporaryDirectory() as empty:
+        cold = seconds_to_load(empty)
+        compiling = {"seconds_without_cache": cold, "seconds_with_cache": seconds_to_load(empty)}
+    print(
+        f"the replay is compiled in {cold:.1f} s once, and loaded in {compiling['seconds_with_cache']:.1f} s"
+    )
     for shape in SHAPES:
         command = [sys.executable, __file__, "--shape", shape, "--rounds", str(chosen.rounds)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -93,13 +124,14 @@ def main() -> None:
             f"{shape:4s} first {row['first_seconds']:.2f} s (bound {FIRST_BUDGET:g}), "
             f"fit {row['fitting_seconds']:.2f} s once, then {row['allocated_per_second']:,.0f} allocated peaks "
             f"a second (bound {ALLOCATED_BUDGET:,}), {row['reserved_per_second']:.0f} reserved "
-            f"(bound {RESERVED_BUDGET})"
+            f"(bound {RESERVED_BUDGET}; {row['reserved_per_second_without_numba']:.0f} without numba)"
         )
     if chosen.json:
-        names = ("torch", "transformers", "peft", "bitsandbytes")
+        names = ("torch", "transformers", "peft", "bitsandbytes", "numba")
         result = {
             "versions": {n: version(n) for n in names},
             "python": platform.python_version(),
+            "compiling": compiling,
             "rows": rows,
         }
         chosen.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from pytest_lora.findings import Finding as Finding
     from pytest_lora.findings import LoraHealthWarning as LoraHealthWarning
     from pytest_lora.findings import Report as Report
-    from pytest_lora.memory import FrontierRow as FrontierRow
-    from pytest_lora.memory import OomFrontier as OomFrontier
+    from pytest_lora.frontier import FrontierRow as FrontierRow
+    from pytest_lora.frontier import OomFrontier as OomFrontier
+    from pytest_lora.frontier import largest_that_fits as largest_that_fits
+    from pytest_lora.frontier import oom_frontier as oom_frontier
     from pytest_lora.memory import StepMemory as StepMemory
     from pytest_lora.memory import estimate_memory as estimate_memory
-    from pytest_lora.memory import largest_that_fits as largest_that_fits
-    from pytest_lora.memory import oom_frontier as oom_frontier
     from pytest_lora.memory import step_memory as step_memory
     from pytest_lora.sweep.advice import RankAdvice as RankAdvice
     from pytest_lora.sweep.advice import suggest_rank as suggest_rank
@@ -62,12 +62,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "Expect": "expect",
     "Finding": "findings",
-    "FrontierRow": "memory",
+    "FrontierRow": "frontier",
     "LoraHealthCallback": "callback",
     "LoraHealthError": "assertions",
     "LoraHealthWarning": "findings",
     "MemoryEstimate": "facts.memory",
-    "OomFrontier": "memory",
+    "OomFrontier": "frontier",
     "ParameterCount": "counting",
     "RankAdvice": "sweep.advice",
     "RankChoice": "sweep.choice",
@@ -101,8 +101,8 @@ _HOMES = {
     "count_parameters": "counting",
     "diagnose_history": "checks",
     "estimate_memory": "memory",
-    "largest_that_fits": "memory",
-    "oom_frontier": "memory",
+    "largest_that_fits": "frontier",
+    "oom_frontier": "frontier",
     "rank_sweep": "sweep.runner",
     "rank_table": "counting",
     "run_distributed": "distributed",

@@ -134,7 +134,8 @@ def check_memory(
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of its range, the budget has no unit, or the step cannot be traced.
     """
-    from pytest_lora.memory import estimate_memory, require_budget
+    from pytest_lora.memory import estimate_memory
+    from pytest_lora.memory_budget import require_budget
 
     expect = require_expect(expect)
     if not isinstance(advise, bool):

@@ -135,7 +135,7 @@ def memory_budget(facts: MemoryFacts) -> MemoryBudget:
     estimate = facts.estimate
     asked = estimate.setting
     words = [
-        f"{estimate.architecture}, batch {asked.batch_size} x {asked.seq_len} tokens, r={estimate.rank}",
+        f"{estimate.architecture}, {estimate.batch}, r={estimate.rank}",
         f"base in {asked.quantization.method if asked.quantization else asked.dtype}",
         asked.optimizer,
         *(["gradient checkpointing"] if asked.gradient_checkpointing else []),

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pytest_lora.byte_sizes import format_bytes, parse_bytes
-from pytest_lora.facts.memory import (
-    AMPERE_WORKSPACE,
-    Checkpointing,
-    MemoryEstimate,
-    Quantization,
-    StepSetting,
-)
+from pytest_lora.facts.memory import AMPERE_WORKSPACE, Checkpointing, MemoryEstimate, StepSetting
+from pytest_lora.step_setting import checked_setting, require_count
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -24,13 +18,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig
 
     from pytest_lora.inspection.memory.predictor import Predictor
-
-Vary = Literal["batch_size", "seq_len", "r"]
-
-_METHODS = ("nf4", "fp4", "int8")
-_DTYPES = ("bfloat16", "float16", "float32")
-_SMALLEST_BUDGET = 2**20
-_LARGEST = {"batch_size": 2**16, "seq_len": 2**22, "r": 2**14}
 
 
 def estimate_memory(
@@ -82,7 +69,8 @@ def estimate_memory(
             ``autocast_adapter_dtype=False``.
         use_cache: Whether the model keeps keys and values for generation while it trains.
         empty_cache: Whether the loop calls ``torch.cuda.empty_cache`` between steps.
-        workspace: Bytes of cuBLAS's workspace: 8,519,680 on Ampere and Ada, ``"32MiB"`` on Hopper.
+        workspace: Bytes of cuBLAS's workspace: 8,519,680 on Ampere and Ada, ``"32MiB"`` on Hopper;
+            ``torch.backends.cuda.cublas_workspace_size()`` says it on the GPU itself.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -137,9 +125,9 @@ class StepMemory:
 
     def _point(self, batch_size: int, seq_len: int, r: int | None) -> tuple[int, int, int]:
         return (
-            _require_count("batch_size", batch_size),
-            _require_count("seq_len", seq_len),
-            self.rank if r is None else _require_count("r", r),
+            require_count("batch_size", batch_size),
+            require_count("seq_len", seq_len),
+            self.rank if r is None else require_count("r", r),
         )
 
 
@@ -159,288 +147,12 @@ def step_memory(
         TypeError, ValueError: As ``estimate_memory``.
     """
     _require_config(config)
-    checked = _setting(**setting)
+    checked = checked_setting(**{**_DEFAULTS, **setting})
     if isinstance(base, (str, os.PathLike)):
         from pytest_lora.inspection.skeleton import read_config
 
         base = read_config(Path(base))
     return StepMemory(_predictor(base, config, checked), config.r)
-
-
-def largest_that_fits(
-    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
-    config: LoraConfig,
-    budget: str | int,
-    *,
-    vary: Vary,
-    batch_size: int = 1,
-    seq_len: int = 512,
-    **setting: Any,
-) -> int:
-    """The largest batch size, sequence length or rank whose step fits a budget, 0 if none does.
-
-    Args:
-        base: As for ``estimate_memory``.
-        config: The adapter.
-        budget: GPU memory: ``"24GiB"``, or whole bytes. The peak that is allocated must not pass it.
-        vary: ``"batch_size"``, ``"seq_len"`` or ``"r"``; the others stay as given.
-        batch_size: Stays, unless it is varied.
-        seq_len: Stays, unless it is varied.
-        setting: The other arguments of ``estimate_memory``.
-
-    Raises:
-        TypeError, ValueError: As ``estimate_memory``; or the budget has no unit, or ``vary`` is none of these.
-    """
-    limit = require_budget(budget)
-    if vary not in _LARGEST:
-        raise ValueError(f"vary must be one of {', '.join(_LARGEST)}, not {vary!r}")
-    memory = step_memory(base, config, **setting)
-    point = {"batch_size": batch_size, "seq_len": seq_len, "r": config.r}
-
-    def fits(value: int) -> bool:
-        return memory.peak_allocated(**{**point, vary: value}) <= limit
-
-    return _largest(fits, _LARGEST[vary])
-
-
-def _largest(fits: Callable[[int], bool], bound: int) -> int:
-    """The largest value up to a bound that fits, where all smaller ones do."""
-    low, high = 0, 1
-    while high <= bound and fits(high):
-        low, high = high, 2 * high
-    high = min(high, bound + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-@dataclass(frozen=True, slots=True)
-class FrontierRow:
-    """The largest batch for one sequence length and rank.
-
-    Attributes:
-        seq_len: Tokens in each sequence.
-        rank: ``r``.
-        batch_size: The largest batch that fits, 0 where not even one sequence does.
-        peak_allocated: Bytes that a step with this batch allocates at its peak; of batch 1 where none fits.
-    """
-
-    seq_len: int
-    rank: int
-    batch_size: int
-    peak_allocated: int
-
-
-@dataclass(frozen=True, slots=True)
-class OomFrontier:
-    """How far a budget goes: the largest batch per sequence length and rank.
-
-    Attributes:
-        base: Class of the base or of its configuration.
-        budget: Bytes.
-        rows: By sequence length, then by rank, in the order that was asked for.
-    """
-
-    base: str
-    budget: int
-    rows: tuple[FrontierRow, ...]
-
-    def __str__(self) -> str:
-        cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
-        return "\n".join((self._title(), *lines))
-
-    def to_markdown(self) -> str:
-        """The table in Markdown."""
-        head, *rows = (f"| {' | '.join(row)} |" for row in self._cells())
-        return "\n".join((f"{self._title()}:", "", head, f"|{' ---: |' * len(self._cells()[0])}", *rows))
-
-    def _title(self) -> str:
-        return f"Largest batch of {self.base} in {format_bytes(self.budget)}"
-
-    def _cells(self) -> list[tuple[str, ...]]:
-        ranks = list(dict.fromkeys(row.rank for row in self.rows))
-        found = {(row.seq_len, row.rank): row.batch_size for row in self.rows}
-        lengths = dict.fromkeys(row.seq_len for row in self.rows)
-        return [
-            ("sequence", *(f"r={rank}" for rank in ranks)),
-            *((str(length), *(str(found[length, rank]) for rank in ranks)) for length in lengths),
-        ]
-
-
-def oom_frontier(
-    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
-    config: LoraConfig,
-    budget: str | int,
-    *,
-    seq_lens: Iterable[int] = (512, 1024, 2048, 4096),
-    ranks: Iterable[int] | None = None,
-    **setting: Any,
-) -> OomFrontier:
-    """The largest batch that fits a budget, for every sequence length and rank.
-
-    Args:
-        base: As for ``estimate_memory``.
-        config: The adapter.
-        budget: GPU memory: ``"24GiB"``, or whole bytes. The peak that is allocated must not pass it.
-        seq_lens: Sequence lengths in tokens.
-        ranks: Ranks; by default that of ``config`` alone.
-        setting: The other arguments of ``estimate_memory``, ``batch_size`` and ``seq_len`` aside.
-
-    Raises:
-        TypeError, ValueError: As ``estimate_memory``; or the budget has no unit, or a list is empty or holds
-            something that is no whole number above 0.
-    """
-    limit = require_budget(budget)
-    lengths = _require_counts("seq_lens", seq_lens)
-    wanted = None if ranks is None else _require_counts("ranks", ranks)
-    memory = step_memory(base, config, **setting)
-    rows = tuple(
-        _frontier_row(memory, limit, length, rank) for length in lengths for rank in wanted or (memory.rank,)
-    )
-    return OomFrontier(_named(base), limit, rows)
-
-
-def _frontier_row(memory: StepMemory, limit: int, seq_len: int, rank: int) -> FrontierRow:
-    def fits(batch_size: int) -> bool:
-        return memory.peak_allocated(batch_size, seq_len, rank) <= limit
-
-    largest = _largest(fits, _LARGEST["batch_size"])
-    return FrontierRow(seq_len, rank, largest, memory.peak_allocated(max(1, largest), seq_len, rank))
-
-
-def _named(base: Any) -> str:
-    """What a table calls a base: the class of a model or of its configuration, or the path."""
-    return str(base) if isinstance(base, (str, os.PathLike)) else type(base).__name__
-
-
-def _require_counts(name: str, values: Any) -> tuple[int, ...]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be whole numbers such as [512, 1024], not {values!r}")
-    counts = tuple(dict.fromkeys(_require_count(name, value) for value in values))
-    if not counts:
-        raise ValueError(f"{name} must not be empty")
-    return counts
-
-
-def require_budget(budget: Any) -> int:
-    """Bytes of a budget: a size, or a CUDA device, which is asked for its memory.
-
-    Raises:
-        TypeError, ValueError: It is no size, has no unit, or there is no such device.
-    """
-    if getattr(budget, "type", str(budget).partition(":")[0]) == "cuda":
-        return _device_memory(budget)
-    limit = parse_bytes(budget, "budget")
-    if limit < _SMALLEST_BUDGET:
-        raise ValueError(f'budget is {limit} bytes; write "{limit}GiB" for gibibytes')
-    return limit
-
-
-def _device_memory(device: Any) -> int:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f'budget is the device {str(device)!r}, but there is no CUDA device here; write "24GiB"'
-        )
-    size: int = torch.cuda.get_device_properties(device).total_memory
-    return size
-
-
-def _setting(
-    *,
-    quantization: str | BitsAndBytesConfig | None = None,
-    dtype: str = "bfloat16",
-    gradient_checkpointing: Checkpointing = False,
-    optimizer: str = "adamw_torch",
-    padding_mask: bool = False,
-    accumulation: int = 1,
-    outputs_held: bool = False,
-    prepare_for_kbit: bool | None = None,
-    autocast: bool | None = None,
-    adapter_dtype: str = "float32",
-    use_cache: bool = False,
-    empty_cache: bool = False,
-    workspace: int | str = AMPERE_WORKSPACE,
-) -> StepSetting:
-    from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
-
-    _require_one_of("dtype", dtype, _DTYPES)
-    _require_one_of("adapter_dtype", adapter_dtype, _DTYPES)
-    _require_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
-    if gradient_checkpointing not in (True, False, "reentrant"):
-        raise ValueError(
-            f"gradient_checkpointing must be True, False or 'reentrant', not {gradient_checkpointing!r}"
-        )
-    packed = _quantization(quantization, dtype)
-    flags = {
-        "padding_mask": padding_mask,
-        "outputs_held": outputs_held,
-        "autocast": dtype != "float32" if autocast is None else autocast,
-        "use_cache": use_cache,
-        "empty_cache": empty_cache,
-        "prepare_for_kbit": packed is not None if prepare_for_kbit is None else prepare_for_kbit,
-    }
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, not {value!r}")
-    if flags["autocast"] and dtype == "float32":
-        raise ValueError("autocast needs a dtype to cast to; give dtype='bfloat16', or autocast=False")
-    return StepSetting(
-        batch_size=1,
-        seq_len=1,
-        quantization=packed,
-        dtype=dtype,
-        adapter_dtype=adapter_dtype,
-        gradient_checkpointing=gradient_checkpointing,
-        optimizer=optimizer,
-        accumulation=_require_count("accumulation", accumulation),
-        workspace=parse_bytes(workspace, "workspace"),
-        **flags,
-    )
-
-
-def _quantization(given: Any, dtype: str) -> Quantization | None:
-    if given is None or isinstance(given, Quantization):
-        return given
-    if isinstance(given, str):
-        _require_one_of("quantization", given, _METHODS)
-        return Quantization(given, compute_dtype=dtype)
-    if not hasattr(given, "load_in_4bit") or not hasattr(given, "load_in_8bit"):
-        raise TypeError(
-            f"quantization must be one of {', '.join(_METHODS)}, a BitsAndBytesConfig or None, "
-            f"not {type(given).__name__}"
-        )
-    skipped = tuple(given.llm_int8_skip_modules or ())
-    if given.load_in_8bit:
-        return Quantization("int8", compute_dtype=dtype, skip_modules=skipped)
-    if not given.load_in_4bit:
-        raise ValueError("quantization: this BitsAndBytesConfig loads neither in 4 nor in 8 bits")
-    return Quantization(
-        given.bnb_4bit_quant_type,
-        double_quant=bool(given.bnb_4bit_use_double_quant),
-        storage=str(given.bnb_4bit_quant_storage).removeprefix("torch."),
-        compute_dtype=str(given.bnb_4bit_compute_dtype).removeprefix("torch."),
-        skip_modules=skipped,
-    )
-
-
-def _require_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-
-
-def _require_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}")
-    return value
 
 
 def _require_config(config: Any) -> None:
@@ -450,6 +162,11 @@ def _require_config(config: Any) -> None:
         raise TypeError(f"config must be a peft.LoraConfig, not {type(config).__name__}")
 
 
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(estimate_memory).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}
 _KEPT = 64
 _predictors: dict[Any, Predictor] = {}
 

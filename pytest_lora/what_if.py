@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,6 +13,10 @@ from pytest_lora.memory import step_memory
 
 _FEWER_TARGETS = ["q_proj", "v_proj"]
 """Targets of the LoRA paper (arXiv:2106.09685, section 4.2), where PEFT has no default for the model."""
+
+
+_Storage = tuple[str, dict[str, Any]]
+"""A change of how something is stored: its words, and the settings that differ."""
 
 
 class _Change(NamedTuple):
@@ -25,6 +30,13 @@ class _Change(NamedTuple):
     rank: int
 
 
+class _Tried(NamedTuple):
+    """A change, and the peak in bytes that it leads to."""
+
+    change: _Change
+    peak: int
+
+
 def alternatives(
     base: Any, config: Any, setting: dict[str, Any], estimate: MemoryEstimate, budget: int
 ) -> tuple[Alternative, ...]:
@@ -35,28 +47,35 @@ def alternatives(
     """
     now = _Change("", config, {}, estimate.setting.batch_size, estimate.setting.seq_len, config.r)
 
-    def estimated(changes: Iterable[_Change]) -> list[Alternative]:
-        return [Alternative(c.text, _peak(base, setting, c), smaller_rank=c.rank < now.rank) for c in changes]
+    def estimated(changes: Iterable[_Change]) -> list[_Tried]:
+        rows = []
+        for change in changes:
+            with suppress(ValueError):  # what cannot be built is no way out: a classifier in 4 bits, for one
+                rows.append(_Tried(change, _peak(base, setting, change)))
+        return rows
 
     def any_fits() -> bool:
-        return any(a.peak_allocated <= budget for a in found)
+        return any(tried.peak <= budget for tried in found)
 
-    found = estimated(_single(base, setting, estimate, now))
-    fewer_tokens_help = estimate.loaded <= budget
-    if fewer_tokens_help:
+    storage = [*_same_result(estimate), *_other_weights(estimate)]
+    found = estimated(_single(base, storage, now))
+    together: list[_Tried] = []
+    if estimate.loaded <= budget:
         found += _until_one_fits(estimated, _smaller_batches(setting, now), budget)
-    together = _together(setting, estimate, now)
-    if together is not None and not any_fits():
-        found += estimated([together])
-    if fewer_tokens_help:
-        found += _until_one_fits(estimated, _shorter_sequences(setting, now), budget)
-    if together is not None and not any_fits():
-        found += _until_one_fits(estimated, _shorter_sequences(setting, together), budget)
-    return tuple(sorted(found, key=lambda a: (a.peak_allocated > budget, a.smaller_rank)))
+    if not any_fits():
+        everything = estimated(_together(setting, storage, found, estimate.peak_allocated, now))
+        together = sorted(everything, key=lambda tried: tried.peak)[:1]
+        found += together
+    if estimate.has_tokens and estimate.loaded <= budget:
+        found += _until_one_fits(estimated, _shorter_sequences(now), budget)
+    if estimate.has_tokens and together and not any_fits():
+        found += _until_one_fits(estimated, _shorter_sequences(together[0].change), budget)
+    rows = [Alternative(t.change.text, t.peak, smaller_rank=t.change.rank < now.rank) for t in found]
+    return tuple(sorted(rows, key=lambda a: (a.peak_allocated > budget, a.smaller_rank)))
 
 
-def _single(base: Any, setting: dict[str, Any], estimate: MemoryEstimate, now: _Change) -> Iterator[_Change]:
-    for text, fields in (*_same_result(setting, estimate), *_other_weights(estimate)):
+def _single(base: Any, storage: Iterable[_Storage], now: _Change) -> Iterator[_Change]:
+    for text, fields in storage:
         yield now._replace(text=text, fields=fields)
     if (targets := _fewer_targets(base, now.config)) is not None:
         fewer = copy.deepcopy(now.config)
@@ -68,15 +87,16 @@ def _single(base: Any, setting: dict[str, Any], estimate: MemoryEstimate, now: _
 
 
 def _until_one_fits(
-    estimated: Callable[[list[_Change]], list[Alternative]], changes: Iterator[_Change], budget: int
-) -> list[Alternative]:
+    estimated: Callable[[list[_Change]], list[_Tried]], changes: Iterator[_Change], budget: int
+) -> list[_Tried]:
     """The first change, and the first that fits if that is another one."""
-    found: list[Alternative] = []
+    found: list[_Tried] = []
     for change in changes:
-        (tried,) = estimated([change])
-        if tried.peak_allocated <= budget or not found:
-            found.append(tried)
-        if tried.peak_allocated <= budget:
+        tried = estimated([change])
+        fits = any(t.peak <= budget for t in tried)
+        if fits or not found:
+            found += tried
+        if fits:
             break
     return found
 
@@ -90,7 +110,7 @@ def _smaller_batches(setting: dict[str, Any], now: _Change) -> Iterator[_Change]
         yield now._replace(text=text, batch=batch, fields={**now.fields, "accumulation": accumulation})
 
 
-def _shorter_sequences(setting: dict[str, Any], now: _Change) -> Iterator[_Change]:
+def _shorter_sequences(now: _Change) -> Iterator[_Change]:
     length = now.length
     while length > 1:
         length //= 2
@@ -98,21 +118,27 @@ def _shorter_sequences(setting: dict[str, Any], now: _Change) -> Iterator[_Chang
         yield now._replace(text=text, length=length)
 
 
-def _together(setting: dict[str, Any], estimate: MemoryEstimate, now: _Change) -> _Change | None:
+def _together(
+    setting: dict[str, Any], storage: list[_Storage], singly: list[_Tried], peak: int, now: _Change
+) -> Iterator[_Change]:
     """Everything that keeps the sequence at once: checkpointing, packed weights and states, a batch of one.
 
-    None where that is no more than one change.
+    Without what could not be built by itself; and again without what needs more than now by itself.
     """
-    changes = [*_same_result(setting, estimate), *_other_weights(estimate)]
-    fields = {name: value for _, changed in changes for name, value in changed.items()}
-    words = [text for text, _ in changes]
-    if now.batch > 1:
-        fields["accumulation"] = setting.get("accumulation", 1) * now.batch
-        words.append(f"batch_size=1 with accumulation={fields['accumulation']}")
-    return now._replace(text=" with ".join(words), fields=fields, batch=1) if len(words) > 1 else None
+    alone = {tried.change.text: tried.peak for tried in singly}
+    possible = [one for one in storage if one[0] in alone]
+    saving = [one for one in possible if alone[one[0]] <= peak]
+    for chosen in (possible, saving) if saving != possible else (possible,):
+        fields = {name: value for _, changed in chosen for name, value in changed.items()}
+        words = [text for text, _ in chosen]
+        if now.batch > 1:
+            fields["accumulation"] = setting.get("accumulation", 1) * now.batch
+            words.append(f"batch_size=1 with accumulation={fields['accumulation']}")
+        if len(words) > 1:
+            yield now._replace(text=" with ".join(words), fields=fields, batch=1)
 
 
-def _same_result(setting: dict[str, Any], estimate: MemoryEstimate) -> Iterator[tuple[str, dict[str, Any]]]:
+def _same_result(estimate: MemoryEstimate) -> Iterator[_Storage]:
     """Changes that leave what is learned as it is, or nearly."""
     asked = estimate.setting
     if not asked.gradient_checkpointing:
@@ -124,7 +150,7 @@ def _same_result(setting: dict[str, Any], estimate: MemoryEstimate) -> Iterator[
         yield "bnb_4bit_use_double_quant=True", {"quantization": replace(packed, double_quant=True)}
 
 
-def _other_weights(estimate: MemoryEstimate) -> Iterator[tuple[str, dict[str, Any]]]:
+def _other_weights(estimate: MemoryEstimate) -> Iterator[_Storage]:
     """Changes of how the base is stored."""
     asked = estimate.setting
     if asked.dtype == "float32":

@@ -115,6 +115,7 @@ class MemoryEstimate:
         timeline: Peak of each stretch of the step, in order.
         paged: Optimizer state in unified memory, which the allocator does not count.
         cuda_context: What the CUDA context takes beside it, a rough figure; ``nvidia-smi`` counts it.
+        has_tokens: Whether the step has tokens at all; with images alone, their length means nothing.
     """
 
     setting: StepSetting
@@ -130,9 +131,15 @@ class MemoryEstimate:
     timeline: tuple[TimelinePoint, ...]
     paged: int
     cuda_context: int
+    has_tokens: bool = True
+
+    @property
+    def batch(self) -> str:
+        """``"batch 4 x 2048 tokens"``."""
+        size = f"batch {self.setting.batch_size}"
+        return f"{size} x {self.setting.seq_len} tokens" if self.has_tokens else size
 
     def __str__(self) -> str:
-        asked = self.setting
         rows = [
             ("peak allocated", self.peak_allocated),
             *((f"  {name}", size) for name, size in self.breakdown.items()),
@@ -143,7 +150,7 @@ class MemoryEstimate:
         ]
         width = max(len(name) for name, _ in rows)
         head = (
-            f"a training step of {self.architecture}, batch {asked.batch_size} x {asked.seq_len} tokens, "
+            f"a training step of {self.architecture}, {self.batch}, "
             f"r={self.rank}; peak in the {self.peak_phase}, {self.peak_operation}"
         )
         return "\n".join((head, *(f"{name.ljust(width)}  {format_bytes(size):>10s}" for name, size in rows)))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import init
 
 from pytest_lora.inspection.base import logical_shape, quantization_of
 from pytest_lora.inspection.survey import survey
@@ -83,7 +86,7 @@ def build_on_meta(config: PretrainedConfig, task_type: str | None = None) -> nn.
     config = copy.deepcopy(config)
     build = _builder(config, task_type)
     try:
-        with META:
+        with META, without_initial_values():
             model: nn.Module = build(config)
     except Exception as error:
         raise ValueError(
@@ -91,6 +94,26 @@ def build_on_meta(config: PretrainedConfig, task_type: str | None = None) -> nn.
             f"{type(error).__name__}: {error}"
         ) from error
     return model
+
+
+@contextmanager
+def without_initial_values() -> Iterator[None]:
+    """Leave tensors on the meta device as they are where a module initialises them, which takes long."""
+    functions = {name: f for name, f in vars(init).items() if name.endswith("_") and callable(f)}
+    try:
+        for name, function in functions.items():
+            setattr(init, name, _sparing_meta(function))
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(init, name, function)
+
+
+def _sparing_meta(function: Callable[..., Any]) -> Callable[..., Any]:
+    def initialise(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return tensor if tensor.is_meta else function(tensor, *args, **kwargs)
+
+    return initialise
 
 
 def _builder(config: PretrainedConfig, task_type: str | None) -> Any:

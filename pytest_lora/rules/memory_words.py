@@ -19,7 +19,7 @@ def step_in_words(estimate: MemoryEstimate) -> str:
         double = " with double quantization" if asked.quantization.double_quant else ""
         stored = f"{asked.quantization.method}{double}, else {asked.dtype}"
     return (
-        f"a step of {estimate.architecture}, batch {asked.batch_size} x {asked.seq_len} tokens, r={estimate.rank}, "
+        f"a step of {estimate.architecture}, {estimate.batch}, r={estimate.rank}, "
         f"base in {stored}, gradient checkpointing {'on' if asked.gradient_checkpointing else 'off'}"
     )
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+import pytest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pytest_lora.inspection.memory.cuda_allocator import max_reserved
+from pytest_lora.facts.memory import StepSetting
+from pytest_lora.inspection.memory import compiled_replay, predictor
+from pytest_lora.inspection.memory.compiled_replay import fastest_replay
+from pytest_lora.inspection.memory.cuda_allocator import max_reserved, plainly_replayed
+from tests.memory.test_estimate import adapter, small
 
 KIB, MIB = 2**10, 2**20
 Block = list[Any]
@@ -19,7 +25,7 @@ Block = list[Any]
 def plainly_reserved(events: list[tuple[int, int, bool]], emptied_before: int | None) -> int:
     """Segments as lists of blocks, searched from end to end; events are instance, bytes, and whether it is freed."""
     total = 0
-    for small in (True, False):
+    for of_small in (True, False):
         segments: list[list[Block]] = []
         of: dict[int, Block] = {}
         most = 0
@@ -27,7 +33,7 @@ def plainly_reserved(events: list[tuple[int, int, bool]], emptied_before: int | 
             if number == emptied_before:
                 segments = [s for s in segments if len(s) > 1 or not s[0][1]]
             size = max(512, -(-size // 512) * 512)
-            if (size <= MIB) is not small:
+            if (size <= MIB) is not of_small:
                 continue
             if is_free:
                 of.pop(instance)[1] = True
@@ -40,14 +46,16 @@ def plainly_reserved(events: list[tuple[int, int, bool]], emptied_before: int | 
                 if block[1] and block[0] >= size
             ]
             if not fitting:
-                whole = 2 * MIB if small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+                whole = (
+                    2 * MIB if of_small else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+                )
                 segments.append([[whole, True]])
                 fitting = [(whole, len(segments) - 1, 0)]
             whole, s, b = min(fitting)
             rest = whole - size
             taken = [whole, False]
             segments[s][b : b + 1] = [taken]
-            if rest >= 512 if small else rest > MIB:
+            if rest >= 512 if of_small else rest > MIB:
                 taken[0] = size
                 segments[s].insert(b + 1, [rest, True])
             of[instance] = taken
@@ -83,19 +91,61 @@ def random_trace(seed: int) -> tuple[list[tuple[int, int, bool]], int | None]:
     return events, pick.choice([None, pick.randint(0, len(events))])
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32))
-def test_the_replay_keeps_the_rules(seed: int) -> None:
+@pytest.fixture(params=["plain", "compiled"])
+def replay(request: pytest.FixtureRequest) -> Any:
+    if request.param == "plain":
+        return plainly_replayed
+    assert fastest_replay() is not plainly_replayed, "numba, of the extra pytest-lora[fast], is missing"
+    return fastest_replay()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_the_replay_keeps_the_rules(replay: Any, seed: int) -> None:
     events, emptied_before = random_trace(seed)
     instances = np.array([instance for instance, _, _ in events], dtype=np.int64)
     sizes = np.zeros(60, dtype=np.int64)
     for instance, size, _ in events:
         sizes[instance] = size
     frees = np.array([is_free for _, _, is_free in events], dtype=np.bool_)
-    fast = max_reserved(sizes, instances, instances, frees, emptied_before)
+    fast = max_reserved(sizes, instances, instances, frees, emptied_before, replay)
     assert fast == plainly_reserved(events, emptied_before)
 
 
-def test_nothing_reserves_nothing() -> None:
+def test_nothing_reserves_nothing(replay: Any) -> None:
     nothing = np.zeros(0, dtype=np.int64)
-    assert max_reserved(nothing, nothing, nothing, np.zeros(0, dtype=np.bool_)) == 0
+    assert max_reserved(nothing, nothing, nothing, np.zeros(0, dtype=np.bool_), None, replay) == 0
+
+
+def test_it_is_compiled_only_where_many_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+
+    def as_if_compiled(*arguments: Any) -> int:
+        used.append("compiled")
+        return plainly_replayed(*arguments)
+
+    monkeypatch.setattr(predictor, "fastest_replay", lambda: as_if_compiled)
+    monkeypatch.setattr(predictor, "COMPILE_AFTER", 1)
+    memory = predictor.Predictor(small(), adapter(), StepSetting(1, 1))
+    first = memory.estimate(2, 32, 8)
+    assert not used
+    assert memory.peak_reserved(2, 32, 8) == first.peak_reserved
+    assert used == ["compiled", "compiled"]  # small storages and the others
+
+
+def test_without_numba_or_a_place_to_write_it_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = importlib.import_module("numba")
+
+    def refuse(signature: str, *, cache: bool) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function 'replayed': no locator available for file '<zip>'")
+        return lambda function: "compiled anew"
+
+    monkeypatch.setattr(numba, "njit", refuse)
+    assert fastest_replay.__wrapped__() == "compiled anew"
+
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(compiled_replay.importlib, "import_module", missing)
+    assert fastest_replay.__wrapped__() is plainly_replayed

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -17,6 +18,7 @@ from pytest_lora import MemoryEstimate, StepMemory, estimate_memory, largest_tha
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.memory import predictor
 from pytest_lora.inspection.memory.predictor import Predictor
+from pytest_lora.inspection.skeleton import without_initial_values
 
 SMALL: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 
@@ -41,21 +43,80 @@ def test_memory_after_a_step_is_what_was_measured(case: dict[str, Any]) -> None:
     )
 
 
-def configuration(seed: int) -> tuple[LlamaConfig, LoraConfig, dict[str, Any], tuple[int, int, int]]:
+def llama(pick: random.Random, **fields: Any) -> LlamaConfig:
+    heads = fields["num_attention_heads"]
+    return LlamaConfig(
+        **fields,
+        num_key_value_heads=pick.choice([1, heads]),
+        tie_word_embeddings=pick.random() < 0.5,
+    )
+
+
+def gpt2(pick: random.Random, **fields: Any) -> Any:
+    names = {"hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer"}
+    names["num_attention_heads"] = "n_head"
+    return transformers.GPT2Config(**{names.get(name, name): value for name, value in fields.items()})
+
+
+def t5(pick: random.Random, **fields: Any) -> Any:
+    heads, width = fields["num_attention_heads"], fields["hidden_size"]
+    return transformers.T5Config(
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=fields["intermediate_size"],
+        num_heads=heads,
+        num_layers=fields["num_hidden_layers"],
+        num_decoder_layers=pick.choice([5, fields["num_hidden_layers"]]),
+        vocab_size=fields["vocab_size"],
+        decoder_start_token_id=0,
+    )
+
+
+def mixtral(pick: random.Random, **fields: Any) -> Any:
+    return transformers.MixtralConfig(
+        **fields, num_key_value_heads=fields["num_attention_heads"], num_local_experts=pick.choice([2, 4])
+    )
+
+
+def vit(pick: random.Random, **fields: Any) -> Any:
+    del fields["vocab_size"]
+    return transformers.ViTConfig(**fields, image_size=32, architectures=["ViTForImageClassification"])
+
+
+def bert(pick: random.Random, **fields: Any) -> Any:
+    return transformers.BertConfig(**fields)
+
+
+KINDS: tuple[tuple[Any, str | None, tuple[str, ...]], ...] = (
+    (llama, "CAUSAL_LM", ("q_proj", "v_proj")),
+    (gpt2, "CAUSAL_LM", ("c_attn", "c_fc")),
+    (t5, "SEQ_2_SEQ_LM", ("q", "v", "wo")),
+    (bert, None, ("query", "value")),
+    (mixtral, "CAUSAL_LM", ("q_proj", "o_proj")),
+    (vit, None, ("fc1",)),
+)
+"""How a base is made, its task, and some targets of its own; every second one below is a Llama."""
+
+
+def configuration(seed: int) -> tuple[Any, LoraConfig, dict[str, Any], tuple[int, int, int]]:
     """A random small setting, and a point to ask for."""
     pick = random.Random(seed)
+    make, task, names = KINDS[0] if seed % 2 else KINDS[seed // 2 % len(KINDS)]
     heads = pick.choice([2, 4, 8])
-    base = LlamaConfig(
+    base = make(
+        pick,
         hidden_size=heads * pick.choice([16, 32]),
         intermediate_size=pick.choice([96, 256]),
         num_hidden_layers=pick.randint(6, 9),
         num_attention_heads=heads,
-        num_key_value_heads=pick.choice([1, heads]),
         vocab_size=pick.choice([320, 1000]),
-        tie_word_embeddings=pick.random() < 0.5,
     )
-    targets = pick.choice(["all-linear", ["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]])
-    config = adapter(target_modules=targets, use_dora=pick.random() < 0.3, lora_dropout=pick.choice([0, 0.1]))
+    config = adapter(
+        task_type=task,
+        target_modules=pick.choice(["all-linear", list(names)]),
+        use_dora=pick.random() < 0.3 and make is not mixtral,  # PEFT has none for fused experts
+        lora_dropout=pick.choice([0, 0.1]),
+    )
     setting = {
         "quantization": pick.choice([None, "nf4", "int8"]),
         "gradient_checkpointing": pick.choice([False, True, "reentrant"]),
@@ -210,6 +271,7 @@ def test_one_adapter_at_many_points() -> None:
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"batch_size": -1}, ValueError, "batch_size must be at least 1, not -1"),
+    ({"batch_size": True}, TypeError, "batch_size must be a whole number, not True"),
     ({"seq_len": 1.5}, TypeError, "seq_len must be a whole number, not 1.5"),
     ({"optimizer": "adam"}, ValueError, "optimizer must be one of adamw_torch, adamw_torch_fused, sgd, "),
     ({"quantization": "4bit"}, ValueError, "quantization must be one of nf4, fp4, int8, not '4bit'"),
@@ -246,6 +308,11 @@ def test_what_is_no_lora_or_no_base_is_named() -> None:
         TypeError, match=r"^base must be a torch\.nn\.Module, a transformers PretrainedConfig"
     ):
         estimate_memory(7, adapter(), batch_size=1, seq_len=8)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError,
+        match=r"^base: no/such/config\.json does not exist; give a model folder, a config\.json, or a live model$",
+    ):
+        estimate_memory("no/such/config.json", adapter(), batch_size=1, seq_len=8)
     with pytest.raises(ValueError, match=r"^config: PEFT refuses it on this base: Target modules"):
         estimate_memory(small(), adapter(target_modules=["nope"]), batch_size=1, seq_len=8)
 
@@ -275,7 +342,6 @@ def test_nothing_global_is_left_changed() -> None:
     import gc
     import logging
 
-    import torch
     from torch.nn import functional
 
     replaced = (
@@ -307,6 +373,15 @@ def test_nothing_global_is_left_changed() -> None:
     now = (torch.autocast, functional.linear, functional.dropout, functional.scaled_dot_product_attention)
     assert now == replaced
     assert "__matmul__" not in vars(torch.Tensor)
+
+
+def test_initial_values_are_left_out_on_the_meta_device_alone() -> None:
+    before = nn.init.constant_
+    with without_initial_values():
+        nothing = nn.init.constant_(torch.empty(2, device="meta"), 7.0)
+        assert nothing._version == 0
+        assert nn.init.constant_(torch.empty(2), 7.0).tolist() == [7.0, 7.0]
+    assert nn.init.constant_ is before
 
 
 def test_settings_are_frozen() -> None:

@@ -54,3 +54,20 @@ def test_what_shares_a_storage_is_run_again(func: Any, args: tuple[Any, ...]) ->
     results = KnownResults()
     results.run(func, args, {})
     assert not results._known
+
+
+def test_no_more_are_kept_than_said() -> None:
+    results = KnownResults(most=3)
+    for width in range(1, 8):
+        results.run(aten.mul.Tensor, (meta(4, width), 2.0), {})
+        assert 0 < len(results._known) <= 3
+
+
+def test_the_default_dtype_matters() -> None:
+    results, numbers = KnownResults(), (meta(4, dtype=torch.long), 2.0)
+    assert results.run(aten.mul.Tensor, numbers, {}).dtype == torch.float32
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert results.run(aten.mul.Tensor, numbers, {}).dtype == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)

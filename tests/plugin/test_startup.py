@@ -9,7 +9,17 @@ import pytest
 from tests.plugin.sessions import run
 from tests.plugin.simulated import machine
 
-HEAVY = {"torch", "numpy", "transformers", "peft", "bitsandbytes", "hypothesis", "accelerate", "safetensors"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "numba",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "hypothesis",
+    "accelerate",
+    "safetensors",
+}
 
 ALONE = ("-p", "no:pytest_torch")
 """A plugin of others that imports what is looked for here."""

@@ -22,12 +22,23 @@ def batch_for(model: nn.Module, setting: StepSetting) -> dict[str, Any]:
         ValueError: The model takes an input that is neither text, images nor audio features.
     """
     transformer: Any = model
-    name: str = getattr(transformer, "main_input_name", "input_ids")
+    name = _main_input(transformer)
     batch: dict[str, Any] = {name: _inputs(name, transformer.config, setting)}
     if setting.padding_mask and name == "input_ids":
         batch["attention_mask"] = _integers(setting.batch_size, setting.seq_len)
     batch.update(_labels(type(model).__name__, setting))
     return batch
+
+
+def has_tokens(model: nn.Module) -> bool:
+    """Whether sequence length means anything: a transformers model reads tokens, or learns to write them."""
+    labels = _labels(type(model).__name__, StepSetting(1, 1)).values()
+    return _main_input(model) == "input_ids" or any(tensor.dim() == 2 for tensor in labels)
+
+
+def _main_input(transformer: Any) -> str:
+    name: str = getattr(transformer, "main_input_name", "input_ids")
+    return name
 
 
 def _inputs(name: str, config: Any, setting: StepSetting) -> torch.Tensor:

@@ -9,11 +9,15 @@ joins its free neighbours. Segments go back to the device only where the cache i
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+Replay = Callable[[Integers, Integers, int, int, int], int]
+"""A form of ``replayed``; all forms give the same."""
 
 ROUNDING = 512
 """Bytes; all sizes and addresses below are in units of it."""
@@ -29,21 +33,32 @@ _SHIFT = 34
 _ADDRESS = (1 << _SHIFT) - 1
 _NONE = 1 << 62
 """Sorts behind all blocks."""
+_NEVER = -1
 
 
-def rounded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+def rounded(sizes: Integers) -> Integers:
     """Bytes that blocks of these sizes take."""
     return np.maximum(1, -(-sizes // ROUNDING)) * ROUNDING
 
 
+def plainly_replayed(
+    asked: Integers, instances: Integers, copies: int, smallest_rest: int, emptied_before: int
+) -> int:
+    """``replayed`` in Python, which is quicker over lists."""
+    return replayed(asked.tolist(), instances.tolist(), copies, smallest_rest, emptied_before)
+
+
 def max_reserved(
-    sizes: NDArray[np.int64],
-    storages: NDArray[np.int64],
-    instances: NDArray[np.int64],
+    sizes: Integers,
+    storages: Integers,
+    instances: Integers,
     frees: NDArray[np.bool_],
     emptied_before: int | None = None,
+    replay: Replay = plainly_replayed,
 ) -> int:
     """The most bytes reserved in a sequence of events.
+
+    Small storages and all others come from blocks of their own, which share nothing.
 
     Args:
         sizes: Bytes of each storage, shape (storages,).
@@ -51,106 +66,95 @@ def max_reserved(
         instances: Each event's copy of that storage, shape (events,): numbers from 0.
         frees: Whether the event frees the copy, shape (events,).
         emptied_before: The event before which the cache is emptied, if any.
+        replay: How the events are replayed.
     """
     units = rounded(sizes) // ROUNDING
     of_small = (units <= _SMALL)[storages]
     asked = np.where(frees, 0, units[storages] << _SHIFT)
-    places = [0] * (int(instances.max(initial=-1)) + 1)
+    copies = int(instances.max(initial=-1)) + 1
     total = 0
     for chosen, smallest_rest in ((of_small, 1), (~of_small, _SMALL + 1)):
-        pool = _Pool(smallest_rest, places)
-        first = 0 if emptied_before is None else int(np.count_nonzero(chosen[:emptied_before]))
-        mine, whose = asked[chosen].tolist(), instances[chosen].tolist()
-        pool.play(mine[:first], whose[:first])
-        pool.empty_cache()
-        pool.play(mine[first:], whose[first:])
-        total += pool.most
+        emptied = _NEVER if emptied_before is None else int(np.count_nonzero(chosen[:emptied_before]))
+        total += replay(asked[chosen], instances[chosen], copies, smallest_rest << _SHIFT, emptied)
     return total * ROUNDING
 
 
-def _segment_for(size: int) -> int:
-    if size <= _SMALL:
-        return _SMALL_SEGMENT
-    if size < _MEDIUM:
-        return _MEDIUM_SEGMENT
-    return -(-size // _SEGMENT_ROUNDING) * _SEGMENT_ROUNDING
+def replayed(
+    asked: Sequence[int] | Integers,
+    instances: Sequence[int] | Integers,
+    copies: int,
+    smallest_rest: int,
+    emptied_before: int,
+) -> int:
+    """The most units reserved while blocks are made and freed.
 
+    Nearly all the time of a replay is spent here: hence no calls of functions of our own, and no attributes.
+    It keeps to what numba can compile as it stands.
 
-class _Pool:
-    """Blocks of small storages, or of all others: the two share nothing.
-
-    Attributes:
-        most: The most units reserved so far.
+    Args:
+        asked: The size of a new block, shifted, or 0 where one is freed, by event.
+        instances: Which copy of a storage the block is for, by event.
+        copies: How many there are.
+        smallest_rest: From what on the rest of a block is split off, shifted.
+        emptied_before: The event before which segments that nothing lives in go back to the device.
     """
-
-    def __init__(self, smallest_rest: int, places: list[int]) -> None:
-        """``smallest_rest``: units from which a block is split; ``places``: the block of each copy of a storage."""
-        self.most = 0
-        self._smallest_rest = smallest_rest << _SHIFT
-        self._places = places
-        self._free = [_NONE]
-        self._starting: dict[int, int] = {}  # the free blocks again, by where they start and where they end
-        self._ending: dict[int, int] = {}
-        self._segments: dict[int, int] = {}
-        self._reserved = 0
-        self._next_address = 0
-
-    def play(self, asked: Sequence[int], instances: Sequence[int]) -> None:
-        """Make and free blocks; ``asked`` has the size of a new one, shifted, or 0 where one is freed.
-
-        Nearly all the time of a replay is spent here, once an event: hence no calls, and no attributes.
-        """
-        free, starting, ending, places = self._free, self._starting, self._ending, self._places
-        smallest_rest = self._smallest_rest
-        for size, instance in zip(asked, instances, strict=True):
-            if size:
-                block = free.pop(bisect_left(free, size))
-                if block == _NONE:
-                    free.append(block)
-                    block = self._new_segment(size >> _SHIFT)
-                address = block & _ADDRESS
-                starting.pop(address, None)
-                if block - size >= smallest_rest:
-                    after = address + (size >> _SHIFT)
-                    rest = block - address - size | after
-                    starting[after] = ending[after + (rest >> _SHIFT)] = rest
-                    insort(free, rest)
-                    places[instance] = size | address
+    places = [0] * copies  # the block of each copy
+    free = [_NONE]
+    # The free blocks again, by where they start and where they end, and the size of each segment by where it
+    # starts; nothing lies at -1, it tells numba the types.
+    starting, ending, segments = {-1: 0}, {-1: 0}, {-1: 0}
+    reserved = most = next_address = 0
+    for number, size in enumerate(asked):
+        if number == emptied_before:
+            for block in free[:-1]:
+                address, whole = block & _ADDRESS, block >> _SHIFT
+                if segments.get(address, 0) == whole:
+                    free.pop(bisect_left(free, block))
+                    starting.pop(address)
+                    ending.pop(address + whole)
+                    reserved -= segments.pop(address)
+        instance = instances[number]
+        if size:
+            block = free.pop(bisect_left(free, size))
+            if block == _NONE:
+                free.append(block)
+                whole = size >> _SHIFT
+                if whole <= _SMALL:
+                    whole = _SMALL_SEGMENT
+                elif whole < _MEDIUM:
+                    whole = _MEDIUM_SEGMENT
                 else:
-                    ending.pop(address + (block >> _SHIFT), None)
-                    places[instance] = block
-                continue
-            block = places[instance]
+                    whole = -(-whole // _SEGMENT_ROUNDING) * _SEGMENT_ROUNDING
+                block = whole << _SHIFT | next_address
+                segments[next_address] = whole
+                next_address += whole + 1  # a unit apart, so that blocks of two segments never join
+                reserved += whole
+                most = max(most, reserved)
             address = block & _ADDRESS
-            end = address + (block >> _SHIFT)
-            if end in starting:
-                joined = starting.pop(end)
-                del free[bisect_left(free, joined)]
-                block += joined - end
-                end += joined >> _SHIFT
-            if address in ending:
-                joined = ending.pop(address)
-                del free[bisect_left(free, joined)]
-                block += joined - address
-                address = joined & _ADDRESS
-            starting[address] = ending[end] = block
-            insort(free, block)
-
-    def _new_segment(self, size: int) -> int:
-        """A block of its own from the device. Segments lie a unit apart, so that their blocks never join."""
-        whole = _segment_for(size)
-        address = self._next_address
-        self._next_address += whole + 1
-        self._segments[address] = whole
-        self._reserved += whole
-        self.most = max(self.most, self._reserved)
-        return whole << _SHIFT | address
-
-    def empty_cache(self) -> None:
-        """Give segments that nothing lives in back to the device."""
-        for address, block in list(self._starting.items()):
-            size = block >> _SHIFT
-            if self._segments.get(address) == size:
-                self._free.remove(block)
-                self._reserved -= self._segments.pop(address)
-                del self._starting[address], self._ending[address + size]
+            starting.pop(address, 0)
+            if block - size >= smallest_rest:
+                after = address + (size >> _SHIFT)
+                rest = block - address - size | after
+                starting[after] = ending[after + (rest >> _SHIFT)] = rest
+                free.insert(bisect_left(free, rest), rest)
+                places[instance] = size | address
+            else:
+                ending.pop(address + (block >> _SHIFT), 0)
+                places[instance] = block
+            continue
+        block = places[instance]
+        address = block & _ADDRESS
+        end = address + (block >> _SHIFT)
+        if end in starting:
+            joined = starting.pop(end)
+            free.pop(bisect_left(free, joined))
+            block += joined - end
+            end += joined >> _SHIFT
+        if address in ending:
+            joined = ending.pop(address)
+            free.pop(bisect_left(free, joined))
+            block += joined - address
+            address = joined & _ADDRESS
+        starting[address] = ending[end] = block
+        free.insert(bisect_left(free, block), block)
+    return most

@@ -56,7 +56,7 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
     """
     model = built.model
     trainable = [p for p in model.parameters() if p.requires_grad]
-    config = _text_config(model)
+    config = _text_config(built.transformer)
     autocast = getattr(torch, setting.dtype) if setting.autocast else None
     stand_ins = StandIns(padded=setting.padding_mask, experts=_first_of(config, _EXPERTS))
     tracker = StorageTracker(_first_of(config, ("vocab_size",)), stand_ins)
@@ -76,11 +76,11 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
             cuda_kernels(autocast),
             tracker.recorded(),
         ):
-            _step(model, setting, tracker)
+            _step(built, setting, tracker)
     except Exception as error:
         kind = "" if isinstance(error, NeedsValuesError) else f"{type(error).__name__}: "
         raise ValueError(
-            f"base: a step of {type(_transformer(model)).__name__} cannot be traced: {kind}{error}"
+            f"base: a step of {type(built.transformer).__name__} cannot be traced: {kind}{error}"
         ) from error
     finally:
         tracker.recording = False
@@ -96,9 +96,9 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
     )
 
 
-def _step(model: nn.Module, setting: StepSetting, tracker: StorageTracker) -> None:
-    batch = batch_for(_transformer(model), setting)
-    outputs: Any = model(**batch)
+def _step(built: MetaModel, setting: StepSetting, tracker: StorageTracker) -> None:
+    batch = batch_for(built.transformer, setting)
+    outputs: Any = built.model(**batch)
     tracker.unit = OUTSIDE
     loss = outputs["loss"] if "loss" in outputs else outputs[0].float().mean()
     if not setting.outputs_held:
@@ -108,17 +108,11 @@ def _step(model: nn.Module, setting: StepSetting, tracker: StorageTracker) -> No
     tracker.unit = OUTSIDE
 
 
-def _transformer(model: nn.Module) -> nn.Module:
-    wrapper: Any = model
-    inner: nn.Module = wrapper.get_base_model()
-    return inner
-
-
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(_transformer(model), "config", None)
+def _text_config(transformer: nn.Module) -> Any:
+    config: Any = getattr(transformer, "config", None)
     return getattr(config, "text_config", config)
 
 

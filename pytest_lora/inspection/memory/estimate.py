@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_lora.facts.memory import CATEGORIES, TimelinePoint
-from pytest_lora.inspection.memory.cuda_allocator import max_reserved, rounded
+from pytest_lora.inspection.memory.cuda_allocator import Replay, max_reserved, rounded
 from pytest_lora.inspection.memory.step import PHASES, Step
 from pytest_lora.inspection.memory.timeline import Timeline, expand
 
@@ -63,7 +63,7 @@ class StepShape:
         """The most bytes allocated at once; ``sizes`` by storage, shape (storages,)."""
         return self._fast(rounded(sizes))
 
-    def peak_reserved(self, sizes: Integers, *, emptied: bool) -> int:
+    def peak_reserved(self, sizes: Integers, replay: Replay, *, emptied: bool) -> int:
         """The most bytes that the allocator takes from the device; its cache may be emptied between steps."""
         index = self.line.index
         return max_reserved(
@@ -72,6 +72,7 @@ class StepShape:
             self.line.instances,
             self._frees[index],
             self._second_step if emptied else None,
+            replay,
         )
 
     def figures(self, sizes: Integers) -> Figures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,15 +19,21 @@ class KnownResults:
 
     Many operations find out on the meta device in Python what shape they give, which takes longer than all
     else. Only those are remembered whose one result has a storage of its own, filled by it alone.
+
+    Args:
+        most: Results that are kept; then all are forgotten.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 20_000) -> None:
         self._known: dict[Any, tuple[Any, Any, torch.dtype]] = {}
+        self._most = most
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result, computed where it is not known."""
+        if not _makes_new(func):
+            return func(*args, **kwargs)
         try:
-            key = (func, _described(args), _described(tuple(kwargs.items())))
+            key = (func, torch.get_default_dtype(), _described(args), _described(tuple(kwargs.items())))
             known = self._known.get(key)
         except (_UnknownError, TypeError):
             return func(*args, **kwargs)
@@ -34,7 +41,9 @@ class KnownResults:
             shape, stride, dtype = known
             return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
         out = func(*args, **kwargs)
-        if _is_of_its_own(out, func):
+        if _is_of_its_own(out):
+            if len(self._known) >= self._most:
+                self._known.clear()
             self._known[key] = (out.shape, out.stride(), out.dtype)
         return out
 
@@ -50,14 +59,17 @@ def _described(value: Any) -> Any:
     return type(value), value
 
 
-def _is_of_its_own(out: Any, func: Any) -> bool:
-    """Whether a result is one new tensor: no view, nothing changed in place, and no larger storage behind it."""
-    if type(out) is not torch.Tensor or out.device != _META or out.storage_offset():
-        return False
+@cache
+def _makes_new(func: Any) -> bool:
+    """Whether an operation gives neither views nor what it was given, changed in place."""
     schema = func._schema
-    if any(part.alias_info is not None for part in (*schema.arguments, *schema.returns)):
-        return False
-    if not out.numel() or func is torch.ops.aten._unsafe_view.default:
+    aliases = any(part.alias_info is not None for part in (*schema.arguments, *schema.returns))
+    return not aliases and func is not torch.ops.aten._unsafe_view.default
+
+
+def _is_of_its_own(out: Any) -> bool:
+    """Whether a result is one tensor with no larger storage behind it."""
+    if type(out) is not torch.Tensor or out.device != _META or out.storage_offset() or not out.numel():
         return False
     extent = 1 + sum((size - 1) * stride for size, stride in zip(out.shape, out.stride(), strict=True))
     return bool(out.untyped_storage().nbytes() == extent * out.element_size())

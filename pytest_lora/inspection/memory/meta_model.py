@@ -18,7 +18,13 @@ from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
 from pytest_lora.inspection.config import DATA_INITS
 from pytest_lora.inspection.memory.layer_stacks import Stack, cut_stacks
 from pytest_lora.inspection.memory.weights import Weight, loaded_weights, units_of
-from pytest_lora.inspection.skeleton import META, require_no_adapter, resolve_base, skeleton
+from pytest_lora.inspection.skeleton import (
+    META,
+    require_no_adapter,
+    resolve_base,
+    skeleton,
+    without_initial_values,
+)
 from pytest_lora.inspection.transformers_internals import quantized_linears
 
 if TYPE_CHECKING:
@@ -43,6 +49,13 @@ class MetaModel:
     stacks: list[Stack]
     unit_of: dict[int, int]
     weights: list[Weight]
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The base under the adapter."""
+        wrapper: Any = self.model
+        inner: nn.Module = wrapper.get_base_model()
+        return inner
 
 
 def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> MetaModel:
@@ -77,12 +90,6 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> 
     adapted = _with_adapter(model, config, setting).train()
     unit_of = units_of(stacks)
     return MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of))
-
-
-def architecture(model: nn.Module) -> str:
-    """Class of the base under the adapter."""
-    wrapper: Any = model
-    return type(wrapper.get_base_model()).__name__
 
 
 def same_in_every_layer(config: LoraConfig) -> bool:
@@ -168,7 +175,7 @@ def _with_adapter(model: nn.Module, config: LoraConfig, setting: StepSetting) ->
         config.init_lora_weights = True
     transformer: Any = model
     try:
-        with warnings.catch_warnings(), META:
+        with warnings.catch_warnings(), META, without_initial_values():
             warnings.simplefilter("ignore")
             adapted: nn.Module = get_peft_model(
                 transformer,

@@ -11,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting
+from pytest_lora.inspection.memory.batches import has_tokens
+from pytest_lora.inspection.memory.compiled_replay import fastest_replay
+from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
 from pytest_lora.inspection.memory.estimate import StepShape
-from pytest_lora.inspection.memory.meta_model import MetaModel, architecture, build
+from pytest_lora.inspection.memory.meta_model import MetaModel, build
 from pytest_lora.inspection.memory.sizes import Family, Point, Surface, fitted
 from pytest_lora.inspection.memory.step import Step, assemble
 from pytest_lora.inspection.memory.storage_tracker import quiet
@@ -29,6 +32,10 @@ TOLERANCE = 0.0005
 
 FIT_AFTER = 6
 """Points that are traced one by one before a surface is fitted, which takes a dozen traces."""
+
+COMPILE_AFTER = 8
+"""Replays of the allocator in Python before a compiled one is used, which takes as long to load as about eight
+of a 7B."""
 
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window")
 
@@ -54,6 +61,7 @@ class Predictor:
         self._traced: dict[Point, tuple[StepShape, Step]] = {}
         self._surfaces: dict[Any, tuple[StepShape, Surface] | None] = {}
         self._asked: Counter[Any] = Counter()
+        self._replays = 0
         self._whole = False
 
     def peak_allocated(self, batch_size: int, seq_len: int, rank: int) -> int:
@@ -64,19 +72,20 @@ class Predictor:
     def peak_reserved(self, batch_size: int, seq_len: int, rank: int) -> int:
         """Bytes that ``torch.cuda.max_memory_reserved`` would give."""
         shape, sizes, _ = self._at((batch_size, seq_len, rank))
-        return shape.peak_reserved(sizes, emptied=self.setting.empty_cache)
+        return self._reserved(shape, sizes)
 
     def estimate(self, batch_size: int, seq_len: int, rank: int) -> MemoryEstimate:
         """Everything about one step."""
         point = (batch_size, seq_len, rank)
         shape, sizes, paged = self._at(point)
         figures = shape.figures(sizes)
+        model = next(iter(self._models.values())).transformer
         return MemoryEstimate(
             setting=replace(self.setting, batch_size=batch_size, seq_len=seq_len),
-            architecture=architecture(next(iter(self._models.values())).model),
+            architecture=type(model).__name__,
             rank=point[2],
             peak_allocated=figures.peak_allocated,
-            peak_reserved=shape.peak_reserved(sizes, emptied=self.setting.empty_cache),
+            peak_reserved=self._reserved(shape, sizes),
             after_step=figures.after_step,
             loaded=figures.loaded,
             breakdown=figures.breakdown,
@@ -85,7 +94,13 @@ class Predictor:
             timeline=figures.timeline,
             paged=paged,
             cuda_context=CUDA_CONTEXT,
+            has_tokens=has_tokens(model),
         )
+
+    def _reserved(self, shape: StepShape, sizes: NDArray[np.int64]) -> int:
+        self._replays += 1
+        replay = plainly_replayed if self._replays <= COMPILE_AFTER else fastest_replay()
+        return shape.peak_reserved(sizes, replay, emptied=self.setting.empty_cache)
 
     def _at(self, point: Point) -> tuple[StepShape, NDArray[np.int64], int]:
         family = Family(point, self._thresholds)

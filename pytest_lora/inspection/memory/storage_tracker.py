@@ -22,6 +22,9 @@ OUTSIDE = -1
 
 _META = torch.device("meta")
 
+_RESULTS = KnownResults()
+"""Of all steps: those of one base have most shapes in common."""
+
 
 class NeedsValuesError(RuntimeError):
     """An operation cannot run without values."""
@@ -50,7 +53,6 @@ class StorageTracker:
         self.recording = True
         self._vocab_size = vocab_size
         self._stand_ins = stand_ins
-        self._results = KnownResults()
         self._live: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[Any]] = {}
 
@@ -83,7 +85,7 @@ class StorageTracker:
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = self._stand_ins.answer(func, args, kwargs)
         try:
-            out = self._results.run(func, args, kwargs) if out is None else out
+            out = _RESULTS.run(func, args, kwargs) if out is None else out
         except (NotImplementedError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise NeedsValuesError(f"{func} in the {self.phase} needs values: {reason}") from error

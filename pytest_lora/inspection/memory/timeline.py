@@ -194,9 +194,8 @@ class _Expansion:
         return stretch.copy == (1 if first else self.copies[stretch.unit // KEPT])
 
     def _inner_of(self, storages: Integers, stack: int) -> NDArray[np.bool_]:
-        found: NDArray[np.bool_] = np.isin(
-            self.home[storages], (KEPT * stack + FIRST_INNER, KEPT * stack + LAST_INNER)
-        )
+        home = self.home[storages]
+        found: NDArray[np.bool_] = (home == KEPT * stack + FIRST_INNER) | (home == KEPT * stack + LAST_INNER)
         return found
 
     def _spread(self, index: Integers, stack: int) -> _Part:
