@@ -107,7 +107,7 @@ def configuration(seed: int) -> tuple[Any, LoraConfig, dict[str, Any], tuple[int
         pick,
         hidden_size=heads * pick.choice([16, 32]),
         intermediate_size=pick.choice([96, 256]),
-        num_hidden_layers=pick.randint(6, 9),
+        num_hidden_layers=pick.randint(5, 7),
         num_attention_heads=heads,
         vocab_size=pick.choice([320, 1000]),
     )

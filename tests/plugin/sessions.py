@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 LEFT_OUT = ("-p", "no:xdist", "-p", "no:cacheprovider")
@@ -22,4 +24,6 @@ def session(pytester: pytest.Pytester, mode: str, *args: str, workers: int = 1) 
 
 def run(pytester: pytest.Pytester, *args: str) -> pytest.RunResult:
     """Run pytest in this process; for tests that say nothing about imports, workers or the end of a process."""
+    gc.collect()
+    gc.freeze()  # what lives here is nothing that a GPU test of the session could leave, and is not looked at again
     return pytester.runpytest_inprocess(*LEFT_OUT, *OWN_FILTERS, *args)
