@@ -114,8 +114,9 @@ def configuration(seed: int) -> tuple[Any, LoraConfig, dict[str, Any], tuple[int
     config = adapter(
         task_type=task,
         target_modules=pick.choice(["all-linear", list(names)]),
-        use_dora=pick.random() < 0.3 and make is not mixtral,  # PEFT has none for fused experts
-        lora_dropout=pick.choice([0, 0.1]),
+        # PEFT has neither for fused experts.
+        use_dora=pick.random() < 0.3 and make is not mixtral,
+        lora_dropout=pick.choice([0, 0.1]) * (make is not mixtral),
     )
     setting = {
         "quantization": pick.choice([None, "nf4", "int8"]),
