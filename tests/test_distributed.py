@@ -10,6 +10,8 @@ import pytest
 from pytest_lora import RanksFailedError, assert_adapters_in_sync, run_distributed
 from tests import ranks
 
+pytestmark = pytest.mark.lora_slow
+
 
 def failure(fn: object, **options: object) -> str:
     with pytest.raises(RanksFailedError) as caught:
@@ -27,7 +29,6 @@ def test_the_traceback_of_the_failing_rank_is_told() -> None:
     assert told.count("Traceback") == 1
 
 
-@pytest.mark.lora_slow
 def test_a_rank_that_dies_is_told_before_those_that_miss_it() -> None:
     told = failure(ranks.second_dies)
     assert re.match(
@@ -36,7 +37,6 @@ def test_a_rank_that_dies_is_told_before_those_that_miss_it() -> None:
     assert "Traceback" not in told
 
 
-@pytest.mark.lora_slow
 def test_ranks_that_wait_for_ever_are_ended_and_say_where_they_were() -> None:
     started = time.monotonic()
     told = failure(ranks.second_never_comes, timeout=6)

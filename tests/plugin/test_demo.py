@@ -12,6 +12,7 @@ from pytest_lora.plugin.demo.conftest import DIAGNOSES, went_as_meant
 from pytest_lora.plugin.summary import PROPERTY
 
 
+@pytest.mark.lora_slow
 def test_demo_shows_five_diagnoses_and_touches_nothing_here(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -297,6 +297,7 @@ class TestLoading:
             torch.get_rng_state().tolist(),
         )
 
+    @pytest.mark.lora_slow
     def test_silent_even_in_a_fresh_process(self) -> None:
         code = (
             "import warnings; warnings.simplefilter('error')\n"
