@@ -238,7 +238,7 @@ def test_a_report_that_cannot_be_written_fails_no_test(pytester: pytest.Pytester
 
 def test_seeds_are_told(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONHASHSEED", "3")
-    monkeypatch.delenv("PYTEST_ADDOPTS")  # which leaves the plugin of Hypothesis out
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:randomly")  # with the plugin of Hypothesis
     pytester.makepyfile(test_it="def test_plain(): ...")
     pytester.runpytest_subprocess("--lora-report=out.json", "--hypothesis-seed=7")
     assert told(pytester)["seeds"] == {"Hypothesis": "7", "PYTHONHASHSEED": "3"}
