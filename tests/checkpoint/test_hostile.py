@@ -25,6 +25,8 @@ from tests.checkpoint.damage import PICKLE, damaged
 from tests.rules import folders
 from tests.rules.bases import Namespace
 
+pytestmark = pytest.mark.lora_slow
+
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 

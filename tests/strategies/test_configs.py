@@ -229,6 +229,7 @@ PLANTED: dict[str, tuple[Callable[[LoraConfig, TrainingShape], bool], dict[str, 
 SIMPLEST = {"r": 1, "target_modules": ["q_proj"], "layers_to_transform": [0]}
 
 
+@pytest.mark.lora_slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_faults_shrink_to_the_exact_example(name: str) -> None:
     fails, expected, shape = PLANTED[name]
