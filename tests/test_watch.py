@@ -246,9 +246,9 @@ def test_bad_arguments_are_named() -> None:
 def test_bad_arguments_of_a_watch_are_named_before_the_loop(
     healthy: torch.nn.Module, arguments: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises((TypeError, ValueError), match=re.escape(message)):  # noqa: SIM117
-        with watch_training(**{"model": healthy, **arguments}):
-            pytest.fail("the loop was entered")
+    wanted = pytest.raises((TypeError, ValueError), match=re.escape(message))
+    with wanted, watch_training(**{"model": healthy, **arguments}):
+        pytest.fail("the loop was entered")
 
 
 @pytest.mark.parametrize(
@@ -324,9 +324,13 @@ def test_an_error_of_the_loop_itself_is_not_covered_up() -> None:
 
 def test_the_copies_of_what_trains_go_with_the_loop() -> None:
     model, optimizer, losses = loop(1)
-    with pytest.raises(KeyError), watch_training(model, optimizer) as watch:  # noqa: PT012
+
+    def break_off() -> None:
         watch.log(next(losses))
         raise KeyError
+
+    with pytest.raises(KeyError), watch_training(model, optimizer) as watch:
+        break_off()
     assert watch._first_steps is None
     assert not vars(optimizer)["_optimizer_step_pre_hooks"]
 
