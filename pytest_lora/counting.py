@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.number_tables import markdown_lines, text_lines
+
 if TYPE_CHECKING:
     import os
 
@@ -140,16 +142,13 @@ class RankTable:
     rows: tuple[RankRow, ...]
 
     def __str__(self) -> str:
-        cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
-        return "\n".join((f"LoRA on {self.base}, {self.total:,} parameters", *lines, self._notes()))
+        return "\n".join(
+            (f"LoRA on {self.base}, {self.total:,} parameters", *text_lines(self._cells()), self._notes())
+        )
 
     def to_markdown(self) -> str:
         """The table in Markdown."""
-        head, *rows = (f"| {' | '.join(row)} |" for row in self._cells())
-        rule = f"|{' ---: |' * len(self._cells()[0])}"
-        return "\n".join((head, rule, *rows, "", self._notes()))
+        return "\n".join((*markdown_lines(self._cells()), "", self._notes()))
 
     def _cells(self) -> list[tuple[str, ...]]:
         head = ("rank", "alpha", "trainable", "trainable %", "adapter MB", "% by packed storage")

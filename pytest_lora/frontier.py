@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytest_lora.byte_sizes import format_bytes
 from pytest_lora.memory import StepMemory, step_memory
 from pytest_lora.memory_budget import require_budget
+from pytest_lora.number_tables import markdown_lines, text_lines
 from pytest_lora.step_setting import require_count
 
 if TYPE_CHECKING:
@@ -102,15 +103,11 @@ class OomFrontier:
     rows: tuple[FrontierRow, ...]
 
     def __str__(self) -> str:
-        cells = self._cells()
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
-        return "\n".join((self._title(), *lines))
+        return "\n".join((self._title(), *text_lines(self._cells())))
 
     def to_markdown(self) -> str:
         """The table in Markdown."""
-        head, *rows = (f"| {' | '.join(row)} |" for row in self._cells())
-        return "\n".join((f"{self._title()}:", "", head, f"|{' ---: |' * len(self._cells()[0])}", *rows))
+        return "\n".join((f"{self._title()}:", "", *markdown_lines(self._cells())))
 
     def _title(self) -> str:
         return f"Largest batch of {self.base} in {format_bytes(self.budget)}"

@@ -19,6 +19,7 @@ HEAVY = ("torch", "numpy", "transformers", "peft", "bitsandbytes", "hypothesis",
 
 FLOORS = {
     "byte_sizes": set(),
+    "number_tables": set(),
     "exhibits": set(),
     "exhibition": {"exhibits", "facts"},
     "baseline": set(),
@@ -31,11 +32,11 @@ FLOORS = {
     "tiny": {"tiny", "inspection"},
     "snapshot": set(),
     "local_model": {"inspection"},
-    "counting": {"facts", "findings", "inspection"},
+    "counting": {"facts", "findings", "inspection", "number_tables"},
     "step_setting": {"byte_sizes", "facts", "inspection"},
     "memory": {"facts", "inspection", "step_setting"},
     "memory_budget": {"byte_sizes"},
-    "frontier": {"byte_sizes", "memory", "memory_budget", "step_setting"},
+    "frontier": {"byte_sizes", "memory", "memory_budget", "number_tables", "step_setting"},
     "what_if": {"facts", "memory"},
     "distributed": set(),
     "checks": {
@@ -82,6 +83,7 @@ FLOORS = {
         "inspection",
         "memory",
         "sweep",
+        "number_tables",
     },
     "strategies": {"expect", "facts", "inspection", "roundtrip", "strategies", "tiny"},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_lora.byte_sizes import format_bytes
+from pytest_lora.number_tables import markdown_lines, text_lines
 from pytest_lora.sweep.choice import percent
 from pytest_lora.sweep.rows import RankOutcome
 
@@ -16,18 +17,15 @@ MISSING = "-"
 
 def text_table(result: SweepResult) -> str:
     """The table with aligned columns, its title above and failures below."""
-    cells = _cells(result)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join((_title(result), *lines, *_notes(result)))
+    return "\n".join((_title(result), *text_lines(_cells(result)), *_notes(result)))
 
 
 def markdown_table(result: SweepResult) -> str:
     """The same in Markdown."""
-    head, *rows = (f"| {' | '.join(row)} |" for row in _cells(result))
-    rule = f"|{' ---: |' * len(_cells(result)[0])}"
     notes = [f"- {note}" for note in _notes(result)]
-    return "\n".join((f"{_title(result)}:", "", head, rule, *rows, *([""] if notes else []), *notes))
+    return "\n".join(
+        (f"{_title(result)}:", "", *markdown_lines(_cells(result)), *([""] if notes else []), *notes)
+    )
 
 
 def _title(result: SweepResult) -> str:
