@@ -1,9 +1,10 @@
-"""Set-up and teardown of the fixture ``lora_model`` against building and quantizing the base anew.
+"""Set-up of the fixture ``lora_model``, alone and with its teardown, against building and quantizing the base anew.
 
 One pytest session repeats a turn: a test that builds the base, one that takes ``lora_model`` right after that,
 a few more in a row that take it, as in most suites, and one that takes nothing. All are empty otherwise. The
 times are those of the phases of the tests, less those of the test that takes nothing; the figures are medians of
-the ratios of the turns. The first turns, in which libraries load and the base is built, are left out.
+the ratios of the turns. The first turns, in which libraries load and the base is built, are left out. The budget is
+one of set-up; the teardown, which finds damage and puts the base back, is shown with it.
 
 The ratios are of CPU time, all threads together: on a machine that others use, a phase of milliseconds is at times
 ten times as long by the clock on the wall, which is in the JSON too.
@@ -48,6 +49,8 @@ def test_{turn}_takes_nothing(): ...
 """
 
 
+KINDS = {"in_a_row": "in a row", "after_a_build": "right after a build, with cold caches"}
+PHASES = {"setup": ("setup",), "both": ("setup", "teardown")}
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
@@ -82,7 +85,7 @@ class Times:
 
 
 def measure(rounds: int) -> dict[str, float]:
-    """Medians over the turns, in milliseconds, and their ratio."""
+    """Medians over the turns, in milliseconds, and of their ratios, by both clocks."""
     times = Times()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "test_turns.py")
@@ -101,17 +104,19 @@ def measure(rounds: int) -> dict[str, float]:
 def figures(seconds: Mapping[str, Mapping[str, list[float]]]) -> dict[str, float]:
     """Medians over the turns in milliseconds, and of the ratios, by one clock."""
 
-    def both_phases(kind: str) -> list[float]:
-        phases = seconds[kind]
-        return [a + b for a, b in zip(phases["setup"], phases["teardown"], strict=True)][WARM_UP:]
+    def of(kind: str, phases: tuple[str, ...]) -> list[float]:
+        return [sum(turn) for turn in zip(*(seconds[kind][phase] for phase in phases), strict=True)][WARM_UP:]
 
-    empty = statistics.median(both_phases("takes_nothing"))
     build = seconds["builds"]["call"][WARM_UP:]
     result = {"build_ms": statistics.median(build) * 1e3}
-    for kind in ("in_a_row", "after_a_build"):
-        fixture = [both - empty for both in both_phases(kind)]
-        result[f"{kind}_ms"] = statistics.median(fixture) * 1e3
-        result[f"{kind}_ratio"] = statistics.median(a / b for a, b in zip(fixture, build, strict=True))
+    for kind in KINDS:
+        for what, phases in PHASES.items():
+            empty = statistics.median(of("takes_nothing", phases))
+            fixture = [time - empty for time in of(kind, phases)]
+            result[f"{kind}_{what}_ms"] = statistics.median(fixture) * 1e3
+            result[f"{kind}_{what}_ratio"] = statistics.median(
+                a / b for a, b in zip(fixture, build, strict=True)
+            )
     return result
 
 
@@ -126,17 +131,15 @@ def main() -> int:
     result = measure(options.rounds)
     print("| what | CPU time, median | ratio | budget |\n| --- | --- | --- | --- |")
     print(f"| build and quantize the base | {result['build_ms_cpu']:.0f} ms | 1 | |")
-    for kind, words in (
-        ("in_a_row", "in a row"),
-        ("after_a_build", "right after a build, with cold caches"),
-    ):
-        print(
-            f"| `lora_model`, set-up and teardown, {words} | {result[f'{kind}_ms_cpu']:.1f} ms "
-            f"| {result[f'{kind}_ratio_cpu']:.3f} | {BUDGET:.3f} |"
-        )
+    for kind, when in KINDS.items():
+        for what, phases in PHASES.items():
+            print(
+                f"| `lora_model`, {' and '.join(phases)}, {when} | {result[f'{kind}_{what}_ms_cpu']:.1f} ms "
+                f"| {result[f'{kind}_{what}_ratio_cpu']:.3f} | {f'{BUDGET:.3f}' if what == 'setup' else ''} |"
+            )
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
-    return int(max(result["in_a_row_ratio_cpu"], result["after_a_build_ratio_cpu"]) > BUDGET)
+    return int(max(result[f"{kind}_setup_ratio_cpu"] for kind in KINDS) > BUDGET)
 
 
 if __name__ == "__main__":
