@@ -22,7 +22,7 @@ from pytest_lora.inspection.peft_internals import (
     TrainableTokensWrapper,
     forget_adapters,
 )
-from pytest_lora.inspection.transformers_internals import quiet_libraries
+from pytest_lora.inspection.quiet import quiet_libraries
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Deviation of the merged output, relative to its largest value: about 1,000 rounding steps of float32, and 4 of

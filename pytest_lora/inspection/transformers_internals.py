@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from pytest_lora.inspection.bitsandbytes_internals import quantized_layers
 from pytest_lora.inspection.survey import Survey
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Hide progress bars, log lines and warnings of the libraries, and put all settings back afterwards."""
-    progress: Any = transformers.utils.logging
-    loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes", "accelerate")]
-    levels = [logger.level for logger in loggers]
-    bars = progress.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    if bars:
-        progress.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars:
-            progress.enable_progress_bar()
 
 
 def reentrant_without_inputs(found: Survey) -> bool:

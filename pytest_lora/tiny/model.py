@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
+from pytest_lora.inspection.quiet import quiet_libraries
 from pytest_lora.tiny.text import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
 if TYPE_CHECKING:
@@ -122,8 +123,6 @@ def _load(
     _check_options(quantization, compute_dtype, double_quant)
     import torch
     from transformers import LlamaForCausalLM
-
-    from pytest_lora.inspection.transformers_internals import quiet_libraries
 
     place = _device(device)
     dtype = cast("torch.dtype", getattr(torch, compute_dtype))

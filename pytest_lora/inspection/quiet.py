@@ -1,0 +1,36 @@
+"""Silence of the libraries while they do what nobody needs to hear of.
+
+Imports none of them at once, as some speak when they are imported: bitsandbytes 0.50 does on CPUs with AVX512-BF16.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hide progress bars, log lines and warnings of the libraries, and put all settings back afterwards."""
+    from transformers.utils import logging as transformers_logging
+
+    progress: Any = transformers_logging
+    loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    bars = progress.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    if bars:
+        progress.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            progress.enable_progress_bar()
