@@ -433,7 +433,7 @@ def assert_reload_exact(
         OSError: The temporary folder cannot be written.
     """
     __tracebackhide__ = True
-    from pytest_lora.roundtrip import check_reload
+    from pytest_lora.roundtrip.reload import check_reload
 
     return demand(check_reload(model, batch, base=base))
 
@@ -464,7 +464,7 @@ def assert_merge_exact(
             a tolerance is negative.
     """
     __tracebackhide__ = True
-    from pytest_lora.roundtrip import check_merge
+    from pytest_lora.roundtrip.merge import check_merge
 
     return demand(check_merge(model, batch, rtol=rtol, atol=atol))
 

@@ -34,7 +34,8 @@ from pytest_lora.inspection.peft_internals import (
     fused_parameter,
     lora_configs,
 )
-from pytest_lora.roundtrip import check_merge, check_reload
+from pytest_lora.roundtrip.merge import check_merge
+from pytest_lora.roundtrip.reload import check_reload
 
 _NAMES = {
     "LORA930": "zeroed_adapter_changes_the_output",

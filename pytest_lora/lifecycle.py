@@ -22,9 +22,8 @@ from pytest_lora.combination import COMBINATIONS, combination_error, rank_of
 from pytest_lora.copies import TOLERANCES, distance, identical, output_of
 from pytest_lora.expect import Expect
 from pytest_lora.inspection.bitsandbytes_internals import pack_linear_layers, unpack_linear_layers
-from pytest_lora.inspection.peft_internals import SVD_SCALES_TWICE, forget_adapters
+from pytest_lora.inspection.peft_internals import SVD_SCALES_TWICE, forget_adapters, save_adapters
 from pytest_lora.laws import check_lora_laws
-from pytest_lora.roundtrip import save_adapters
 from pytest_lora.tiny import load_tiny, text_batch
 
 NAMES = ("first", "second", "third", "fourth")

@@ -18,10 +18,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 import pytest_lora.copies
-import pytest_lora.roundtrip
+import pytest_lora.roundtrip.merge
+import pytest_lora.roundtrip.reload
 from pytest_lora import LoraHealthError, LoraHealthWarning, Report, assert_merge_exact, assert_reload_exact
 from pytest_lora.inspection.peft_internals import BaseTunerLayer, ModulesToSaveWrapper
-from pytest_lora.roundtrip import check_merge, check_reload
+from pytest_lora.roundtrip.merge import check_merge
+from pytest_lora.roundtrip.reload import check_reload
 from tests.rules.bases import BASES
 
 BATCH = {"input_ids": torch.arange(3, 35).view(2, 16)}
@@ -360,8 +362,8 @@ def test_the_model_is_left_as_it_was(
     before = state(model)
     if fails:
         output = _broken_output()
-        monkeypatch.setattr(pytest_lora.copies, "output_of", output)
-        monkeypatch.setattr(pytest_lora.roundtrip, "output_of", output)
+        for home in (pytest_lora.copies, pytest_lora.roundtrip.merge, pytest_lora.roundtrip.reload):
+            monkeypatch.setattr(home, "output_of", output)
         with pytest.raises(RuntimeError, match="out of luck"):
             check(model, BATCH)
     else:

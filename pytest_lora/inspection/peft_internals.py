@@ -43,6 +43,7 @@ __all__ = [
     "load_state",
     "lora_configs",
     "own_geometry",
+    "save_adapters",
     "saved_state",
     "token_rows",
     "wrapped_base",
@@ -198,3 +199,12 @@ def heads_by_task_type(task_type: str | None) -> tuple[str, ...]:
     if task_type in ("SEQ_CLS", "TOKEN_CLS"):
         return ("classifier", "score")
     return ("qa_outputs",) if task_type == "QUESTION_ANS" else ()
+
+
+def save_adapters(model: Any, folder: str, **how: Any) -> None:
+    """PEFT's ``save_pretrained`` without the model card, whose template takes longer than all the rest."""
+    vars(model)["create_or_update_model_card"] = lambda output_dir: None
+    try:
+        model.save_pretrained(folder, **how)
+    finally:
+        del vars(model)["create_or_update_model_card"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from torch import nn
 
-from pytest_lora.roundtrip import save_adapters
+from pytest_lora.inspection.peft_internals import save_adapters
 from pytest_lora.strategies.configs import lora_configs
 from pytest_lora.strategies.damage import DAMAGES, configure
 from pytest_lora.strategies.models import build_lora_model, require_base, require_configs, tiny_base

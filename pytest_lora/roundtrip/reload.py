@@ -1,36 +1,31 @@
-"""Round trips of an adapter: saved and loaded again, merged and taken out again. Done on copies of the model."""
+"""An adapter saved and loaded again, on copies of the model."""
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pytest_lora.copies import (
-    TOLERANCES,
     adapted_copy,
     as_module,
     base_without_adapter,
     copy_of,
     distance,
     identical,
-    largest,
     no_trace,
     output_of,
     quiet_eval,
     require_batch,
     watched_output,
-    without_adapter,
 )
 from pytest_lora.facts.config import rewrites_base
-from pytest_lora.findings import Finding, Report, Severity, grouped
+from pytest_lora.findings import Finding, Report, grouped
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import (
     WRAPPERS,
@@ -39,25 +34,17 @@ from pytest_lora.inspection.peft_internals import (
     active_adapters,
     adapter_names,
     lora_configs,
+    save_adapters,
 )
 
 Base = nn.Module | Callable[[], nn.Module]
 
 _ADAPTER_PARTS = ("lora_", "modules_to_save", "trainable_tokens_")
-_NAMES = {
-    "LORA910": "reloaded_output_differs",
-    "LORA911": "trained_weights_are_not_saved",
-    "LORA912": "reloaded_weights_differ",
-    "LORA913": "reloaded_in_another_precision",
-    "LORA914": "base_is_not_the_same",
-    "LORA915": "merged_output_differs",
-    "LORA916": "merging_requantizes_the_base",
-    "LORA917": "unmerge_does_not_restore_the_base",
-    "LORA918": "unload_does_not_give_the_base_back",
-    "LORA919": "adapter_cannot_be_merged",
-}
-_UNMERGE_STEPS = 4
-_LOST_TO_QUANTIZATION = 0.5
+_OUTPUT_DIFFERS = "LORA910", "reloaded_output_differs"
+_NOT_SAVED = "LORA911", "trained_weights_are_not_saved"
+_WEIGHTS_DIFFER = "LORA912", "reloaded_weights_differ"
+_OTHER_PRECISION = "LORA913", "reloaded_in_another_precision"
+_OTHER_BASE = "LORA914", "base_is_not_the_same"
 
 
 def check_reload(model: nn.Module, batch: Any, *, base: Base | None = None) -> Report:
@@ -77,30 +64,6 @@ def check_reload(model: nn.Module, batch: Any, *, base: Base | None = None) -> R
             findings = list(_tensor_findings(adapted, reloaded, trained, moving, base is not None))
             findings += _output_findings(expected, output_of(reloaded, batch), findings)
     return Report(f"reload of {type(model).__name__}", tuple(findings))
-
-
-def check_merge(
-    model: nn.Module, batch: Any, *, rtol: float | None = None, atol: float | None = None
-) -> Report:
-    """Merge, unmerge and unload the adapters, and compare; see ``assert_merge_exact``."""
-    require_batch(batch)
-    _require_tolerance("rtol", rtol)
-    _require_tolerance("atol", atol)
-    with no_trace():
-        adapted = adapted_copy(model)
-        layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
-        expected, moving = watched_output(adapted, batch)
-        before = {name: tensor.clone() for name, tensor in adapted.state_dict().items() if name not in moving}
-        findings = list(_unload_findings(adapted))
-        findings += _merge_findings(adapted, layers, batch, expected, (rtol, atol), before)
-    return Report(f"merge of {type(model).__name__}", tuple(findings))
-
-
-def _finding(code: str, severity: Severity, where: str, observed: str, expected: str, fix: str) -> Finding:
-    return Finding(code, _NAMES[code], severity, where, observed, expected, fix)
-
-
-# ---------------------------------------------------------------------------------------- reload
 
 
 def _require_base(model: nn.Module, base: Base | None) -> None:
@@ -144,8 +107,8 @@ class _LoadingError(Exception):
 
 
 def _unloadable(error: _LoadingError) -> Finding:
-    return _finding(
-        "LORA912",
+    return Finding(
+        *_WEIGHTS_DIFFER,
         "error",
         "the saved adapter",
         f"it cannot be loaded on the base: {error}",
@@ -200,15 +163,6 @@ def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Pa
     return as_module(reloaded)
 
 
-def save_adapters(model: Any, folder: str, **how: Any) -> None:
-    """PEFT's ``save_pretrained`` without the model card, whose template takes longer than all the rest."""
-    vars(model)["create_or_update_model_card"] = lambda output_dir: None
-    try:
-        model.save_pretrained(folder, **how)
-    finally:
-        del vars(model)["create_or_update_model_card"]
-
-
 def _reloaded_transformers(adapted: Any, fresh: Any, active: list[str], folder: Path) -> nn.Module:
     if len(active) != 1 or not hasattr(adapted, "save_pretrained") or not hasattr(fresh, "load_adapter"):
         raise ValueError(
@@ -245,8 +199,8 @@ def _tensor_findings(
         elif is_adapter and other is not None and other.dtype != tensor.dtype:
             recast.append(name)
     if lost:
-        yield _finding(
-            "LORA911",
+        yield Finding(
+            *_NOT_SAVED,
             "error",
             grouped(lost),
             f"{len(lost)} trained tensors are not in the saved adapter",
@@ -254,8 +208,8 @@ def _tensor_findings(
             _fix_for_lost(lost),
         )
     if changed:
-        yield _finding(
-            "LORA912",
+        yield Finding(
+            *_WEIGHTS_DIFFER,
             "error",
             grouped(changed),
             f"{len(changed)} tensors of the adapter have other values or shapes after loading",
@@ -263,8 +217,8 @@ def _tensor_findings(
             "see that no step or hook changes the model while it is saved, and that adapter names hold no dots",
         )
     if foreign and base_given:
-        yield _finding(
-            "LORA914",
+        yield Finding(
+            *_OTHER_BASE,
             "error",
             grouped(foreign),
             f"{len(foreign)} tensors of the base differ from the base under the trained adapter",
@@ -274,8 +228,8 @@ def _tensor_findings(
         )
     if recast:
         pair = before[recast[0]].dtype, after[recast[0]].dtype
-        yield _finding(
-            "LORA913",
+        yield Finding(
+            *_OTHER_PRECISION,
             "warning",
             grouped(recast),
             f"saved as {pair[0]}, loaded as {pair[1]}: the values are the same, the arithmetic is not",
@@ -309,8 +263,8 @@ def _output_findings(expected: Tensor, got: Tensor, explained: list[Finding]) ->
     if explained or identical(expected, got):
         return []
     return [
-        _finding(
-            "LORA910",
+        Finding(
+            *_OUTPUT_DIFFERS,
             "error",
             "the output of the reloaded model",
             f"it differs by up to {apart:.3g}, though every saved tensor came back as it was",
@@ -319,152 +273,3 @@ def _output_findings(expected: Tensor, got: Tensor, explained: list[Finding]) ->
             "adapter, scaling changed with set_scale",
         )
     ]
-
-
-# ---------------------------------------------------------------------------------------- merge
-
-
-def _merge_findings(
-    adapted: nn.Module,
-    layers: dict[str, Any],
-    batch: Any,
-    expected: Tensor,
-    tolerance: tuple[float | None, float | None],
-    before: dict[str, Tensor],
-) -> Iterator[Finding]:
-    without = without_adapter(layers, lambda: output_of(adapted, batch))
-    try:
-        for layer in layers.values():
-            layer.merge()
-    except (ValueError, NotImplementedError, RuntimeError) as error:
-        yield _finding(
-            "LORA919",
-            "error",
-            grouped(n for n, layer in layers.items() if not layer.merged_adapters),
-            f"PEFT refuses to merge: {error}",
-            "an adapter that can be merged",
-            "keep the adapter apart, or train one without the variant that the message names",
-        )
-        return
-    merged = output_of(adapted, batch)
-    sizes = {n: largest(t) for n, t in adapted.state_dict().items() if n in before and t.is_floating_point()}
-    quantized = [n for n, layer in layers.items() if _is_quantized(layer)]
-    if quantized:
-        yield from _requantized(quantized, expected, merged, without)
-    else:
-        yield from _merged_differs(layers, expected, merged, tolerance)
-    for layer in layers.values():
-        layer.unmerge()
-    if not quantized:
-        yield from _unmerge_findings(adapted, before, sizes)
-
-
-def _is_quantized(layer: Any) -> bool:
-    weight = getattr(layer.get_base_layer(), "weight", None)
-    return weight is not None and not weight.is_floating_point()
-
-
-def _requantized(
-    quantized: list[str], expected: Tensor, merged: Tensor, without: Tensor
-) -> Iterator[Finding]:
-    loss, effect = distance(expected, merged), distance(expected, without)
-    # A fresh adapter has no effect yet that could be lost.
-    share = loss / effect if effect else 0.0
-    own = f"moves it by {effect:.3g} ({share:.0%})" if effect else "does not move it yet"
-    yield _finding(
-        "LORA916",
-        "warning" if share > _LOST_TO_QUANTIZATION else "info",
-        grouped(quantized),
-        f"merging rounds the weights to the quantized grid again: the output moves by up to {loss:.3g}, where the "
-        f"adapter itself {own}",
-        "a merge that loses little of what the adapter does",
-        "dequantize the base or load it in bfloat16, merge there, and quantize the result if need be",
-    )
-
-
-def _merged_differs(
-    layers: dict[str, Any], expected: Tensor, merged: Tensor, tolerance: tuple[float | None, float | None]
-) -> Iterator[Finding]:
-    dtypes = {p.dtype for layer in layers.values() for p in layer.get_base_layer().parameters()}
-    rtol, atol = tolerance
-    if rtol is None:
-        rtol = max(TOLERANCES.get(dtype, 0.0) for dtype in (*dtypes, expected.dtype))
-    allowed = (atol or 0.0) + rtol * largest(expected)
-    apart = distance(expected, merged)
-    if not apart <= allowed:
-        yield _finding(
-            "LORA915",
-            "error",
-            "the output of the merged model",
-            f"it differs by up to {apart:.3g} from that of the model with its adapter",
-            f"at most {allowed:.3g}, {rtol:g} of the largest output",
-            "look at targets that share a weight (tied embeddings), at weights too coarse for the update, and at "
-            "adapters that are active on some modules only",
-        )
-
-
-def _unmerge_findings(
-    adapted: nn.Module, before: dict[str, Tensor], merged_sizes: dict[str, float]
-) -> Iterator[Finding]:
-    after = adapted.state_dict()
-    damaged = [n for n, size in merged_sizes.items() if not _restored(before[n], after[n], size)]
-    if damaged:
-        yield _finding(
-            "LORA917",
-            "error",
-            grouped(damaged),
-            f"{len(damaged)} tensors are not what they were after merge and unmerge",
-            f"the same weights, to {_UNMERGE_STEPS} steps of rounding",
-            "keep a copy of the base for training on, or merge into a copy",
-        )
-
-
-def _restored(before: Tensor, after: Tensor, merged_size: float) -> bool:
-    """Whether adding and taking away again changed no more than rounding at the largest merged value does."""
-    if identical(before, after):
-        return True
-    step = torch.finfo(before.dtype).eps * max(merged_size, largest(before))
-    return distance(before, after) <= _UNMERGE_STEPS * step
-
-
-def _unload_findings(adapted: nn.Module) -> Iterator[Finding]:
-    """PEFT's ``unload`` against the base as it lies under the adapter; transformers has no ``unload``."""
-    if not isinstance(adapted, WRAPPERS):
-        return
-    given: Any = copy.deepcopy(adapted)
-    kept = _kept_modules(given)
-    unloaded = given.unload().state_dict()
-    base = base_without_adapter(adapted).state_dict()
-    wrong = [
-        name
-        for name, tensor in base.items()
-        if not name.startswith(kept)
-        and not (
-            name in unloaded and unloaded[name].shape == tensor.shape and torch.equal(unloaded[name], tensor)
-        )
-    ]
-    if wrong:
-        yield _finding(
-            "LORA918",
-            "error",
-            grouped(wrong),
-            f"{len(wrong)} tensors differ from those of the base after unload()",
-            "the base as it was before the adapter",
-            "load the base anew instead of unloading the adapter",
-        )
-
-
-def _kept_modules(adapted: nn.Module) -> tuple[str, ...]:
-    """Modules whose trained copy PEFT leaves in place when it unloads, by design."""
-    return tuple(f"{name}." for name in adapted_survey(adapted).saved) + tuple(
-        f"{name}." for name in adapted_survey(adapted).tokens
-    )
-
-
-def _require_tolerance(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not value >= 0:
-        raise ValueError(f"{name} must be at least 0, not {value!r}")
