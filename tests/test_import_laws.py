@@ -30,7 +30,7 @@ FLOORS = {
     "rules": {"byte_sizes", "facts", "findings", "expect", "rules"},
     "inspection": {"facts", "inspection"},
     "tiny": {"tiny", "inspection"},
-    "snapshot": set(),
+    "snapshot": {"snapshot"},
     "local_model": {"inspection"},
     "counting": {"facts", "findings", "inspection", "number_tables"},
     "step_setting": {"byte_sizes", "facts", "inspection"},
