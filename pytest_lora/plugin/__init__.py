@@ -197,7 +197,7 @@ def pytest_runtest_makereport(
     return report
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
     """Count the findings of the session by rule, and tell of its GPU tests."""
     reports: dict[str, list[pytest.TestReport]] = {_REPORT: [], GPU_PROPERTY: []}
     for group in terminalreporter.stats.values():
@@ -215,4 +215,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if any(reports.values()) and ("GITHUB_ACTIONS" in os.environ or "GITHUB_STEP_SUMMARY" in os.environ):
         from pytest_lora.plugin import github
 
-        github.tell(terminalreporter)
+        github.tell(terminalreporter, exitstatus)

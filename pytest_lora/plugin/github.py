@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
 
 from pytest_lora.findings import Severity
 from pytest_lora.plugin.session_options import options_of
@@ -14,8 +16,6 @@ from pytest_lora.report.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import pytest
 
     from pytest_lora.report.session import RanTest, Session
 
@@ -44,12 +44,12 @@ class Annotation(NamedTuple):
         return f"::{self.severity} {','.join(place)},title={_property(self.title)}::{_data(self.message)}"
 
 
-def tell(terminal: pytest.TerminalReporter) -> None:
+def tell(terminal: pytest.TerminalReporter, status: int) -> None:
     """Add to the job summary where there is one, and annotate where this is a job of GitHub Actions."""
     config = terminal.config
     if hasattr(config, "workerinput"):
         return
-    session = _session(terminal)
+    session = _session(terminal, status)
     options = options_of(config)
     if options.step_summary:
         with open(options.step_summary, "a", encoding="utf-8", errors="backslashreplace") as summary:
@@ -62,9 +62,10 @@ def tell(terminal: pytest.TerminalReporter) -> None:
                 terminal.write_line(str(annotation))
 
 
-def _session(terminal: pytest.TerminalReporter) -> Session:
+def _session(terminal: pytest.TerminalReporter, status: int) -> Session:
     """What ``--lora-report`` has gathered; without it, what the terminal was told."""
-    writer: SessionReport | None = terminal.config.pluginmanager.get_plugin("lora-session-report")
+    plugins = terminal.config.pluginmanager
+    writer: SessionReport | None = plugins.get_plugin("lora-session-report")
     if writer is not None:
         return writer.gathered.session()
     reports = [one for group in terminal.stats.values() for one in group if hasattr(one, "user_properties")]
@@ -72,7 +73,9 @@ def _session(terminal: pytest.TerminalReporter) -> Session:
     gathered = Gathered(terminal.config, began=next((one.start for one in reports), None))
     for report in reports:
         gathered.add(report)
-    gathered.state = "finished"
+    session: Any = plugins.get_plugin("session")
+    gathered.collected = session.testscollected
+    gathered.close(session, "interrupted" if status == pytest.ExitCode.INTERRUPTED else None)
     return gathered.session()
 
 

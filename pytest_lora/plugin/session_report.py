@@ -87,6 +87,13 @@ class Gathered:
             self._outcomes[report.nodeid] = "error"
             self._failures[report.nodeid] = report.nodeid, None, _first_line(report.longreprtext, last=True)
 
+    def close(self, session: pytest.Session, stopped: State | None = None) -> None:
+        """Note how the session ended: as is known, or before its last test because something asked for that."""
+        why = session.shouldstop or session.shouldfail
+        if stopped is None and why and self.session().done < self.collected:
+            stopped, self.problem = "interrupted", str(why)
+        self.state = stopped or "finished"
+
     def session(self) -> Session:
         """The session as far as it has come."""
         told = summary.reports_by_test(self._telling.values())
@@ -164,13 +171,7 @@ class SessionReport:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the whole."""
-        gathered = self.gathered
-        stopped = self._stopped
-        if stopped is None and session.shouldstop and gathered.session().done < gathered.collected:
-            stopped, gathered.problem = "interrupted", str(session.shouldstop)
-        if stopped is None and session.shouldfail and gathered.session().done < gathered.collected:
-            stopped, gathered.problem = "interrupted", str(session.shouldfail)
-        gathered.state = stopped or "finished"
+        self.gathered.close(session, self._stopped)
         self._write()
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

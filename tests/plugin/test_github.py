@@ -40,6 +40,36 @@ def test_findings_are_annotated_and_summed_up(
     assert float(re.findall(r", took ([\d.]+) s", summary)[0]) > 0.3
 
 
+STOPS = "def test_that_is_stopped():\n    raise KeyboardInterrupt\n\n"
+
+
+@pytest.mark.parametrize(
+    ("tests", "arguments", "told"),
+    [
+        (TESTS, (), None),
+        (TESTS, ("-x",), "**This session was interrupted** after 1 of 7 tests: stopping after 1 failures"),
+        (TESTS + "\n" + STOPS, (), "**This session was interrupted** after 7 of 8 tests"),
+        (TESTS + "\n" + STOPS, ("-n1",), "**This session was interrupted** after "),
+    ],
+    ids=["whole", "first failure", "interrupted", "interrupted, xdist"],
+)
+def test_a_session_that_did_not_end_says_so(
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+    tests: str,
+    arguments: tuple[str, ...],
+    told: str | None,
+) -> None:
+    summary = pytester.path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    pytester.makepyfile(test_it=tests)
+    pytester.runpytest_subprocess(*ALLOWED, *arguments)
+    if told is None:
+        assert "This session" not in summary.read_text()
+    else:
+        assert told in summary.read_text()
+
+
 def test_elsewhere_there_is_neither(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_it=TESTS)
     assert commands(pytester.runpytest_inprocess()) == []
