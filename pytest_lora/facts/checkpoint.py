@@ -35,6 +35,7 @@ _OTHER_TOOLS = re.compile(
     r"lora_(?:down|up)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te\d?|transformer)_|"
     r"^(?:unet|transformer|text_encoder(?:_\d)?)\..*lora_|\.(?:hada_w\d|lokr_w\d|diff)(?:_[ab])?$"
 )
+_FACTOR_OF_OTHER_TOOLS = re.compile(r"\.lora_(?:down|up|a|b)\b")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.(?:safetensors|bin)$")
 _MERGED = re.compile(r"(?:model|pytorch_model)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)(?:\.index\.json)?")
 
@@ -62,12 +63,13 @@ class FileFault:
 
     Attributes:
         file: Name in the folder.
-        kind: ``"link"``, ``"kind"``, ``"denied"``, ``"changed"``, ``"size"``, ``"format"`` or ``"pattern"``.
+        kind: ``"link"``, ``"kind"``, ``"denied"``, ``"changed"``, ``"size"``, ``"format"``, ``"pattern"``,
+            ``"pointer"`` (of Git LFS) or ``"pickle"`` (under another name).
         observed: What was seen, in words.
     """
 
     file: str
-    kind: Literal["link", "kind", "denied", "changed", "size", "format", "pattern"]
+    kind: Literal["link", "kind", "denied", "changed", "size", "format", "pattern", "pointer", "pickle"]
     observed: str
 
 
@@ -126,6 +128,8 @@ class Key:
         adapter: The name of the adapter, where that stands in it, else ``""``.
         peft_name: The key as PEFT would write it.
         is_cut: Whether ``.weight`` is missing at its end, without which PEFT takes it for something else.
+        before: What stands before the first ``base_model.model.``, wrappers aside.
+        tool_name: What another tool calls the factor (``"lora_down"``), else ``""``.
     """
 
     module: str
@@ -135,6 +139,8 @@ class Key:
     adapter: str
     peft_name: str
     is_cut: bool = False
+    before: str = ""
+    tool_name: str = ""
 
     @classmethod
     def of(cls, name: str) -> Key:
@@ -151,17 +157,24 @@ class Key:
                 rest, outside = rest.removeprefix("module."), outside + 1
             else:
                 break
+        before = ""
+        if not prefixes and f".{PREFIX}" in rest:
+            before, _, rest = rest.partition(f".{PREFIX}")
         found = _LORA.match(rest)
         wrappers = inside + ("module",) * outside
         if found is None:
             module = rest.rpartition(".")[0] or rest
-            return cls(module, "", prefixes, wrappers, "", PREFIX + rest)
+            other = _FACTOR_OF_OTHER_TOOLS.search(rest)
+            tool_name = other[0][1:] if other else ""
+            return cls(module, "", prefixes, wrappers, "", PREFIX + rest, before=before, tool_name=tool_name)
         module, part = found["module"] or "", found["part"]
         bare = part in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
         ending = f".{found['kind'] or 'weight'}" if not bare else ""
         adapter = found["adapter"] or ""
         is_cut = not bare and found["kind"] is None
-        return cls(module, part, prefixes, wrappers, adapter, f"{PREFIX}{module}.{part}{ending}", is_cut)
+        return cls(
+            module, part, prefixes, wrappers, adapter, f"{PREFIX}{module}.{part}{ending}", is_cut, before
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +343,8 @@ class CheckpointFacts:
         return tuple(t for t in self.lora if self._is_misnamed(self.key(t)))
 
     def _is_misnamed(self, key: Key) -> bool:
-        return key.prefixes != 1 or bool(key.wrappers) or key.is_cut or key.adapter not in ("", "default")
+        strange = key.wrappers or key.tool_name or key.is_cut or key.adapter not in ("", "default")
+        return key.prefixes != 1 or bool(strange)
 
     @cached_property
     def is_foreign(self) -> bool:

@@ -181,6 +181,20 @@ DAMAGE: dict[str, tuple[dict[str, Any], Callable[[Path], Any], list[str], list[s
         ["LORA422"],
         ["LORA422"],
     ),
+    "Lightning": ({}, rename_keys(lambda k: f"model.{k}"), ["LORA422"], ["LORA422"]),
+    "a value head": ({}, rename_keys(lambda k: f"pretrained_model.{k}"), ["LORA422"], ["LORA422"]),
+    "diffusers": (
+        {},
+        rename_keys(lambda k: k.replace("lora_A", "lora_down").replace("lora_B", "lora_up")),
+        ["LORA422"],
+        ["LORA422"],
+    ),
+    "MLX": (
+        {},
+        rename_keys(lambda k: k.removeprefix("base_model.model.").removesuffix(".weight").lower()),
+        ["LORA422"],
+        ["LORA422"],
+    ),
     "no .weight": ({}, rename_keys(lambda k: k.removesuffix(".weight")), ["LORA422"], ["LORA422"]),
     "no lora_A": ({}, keep(lambda k: "lora_A" not in k), ["LORA423"], ["LORA423"]),
     "half of lora_B": (
@@ -212,6 +226,24 @@ DAMAGE: dict[str, tuple[dict[str, Any], Callable[[Path], Any], list[str], list[s
     ),
     "rank above the config's": ({}, lambda p: configure(p, r=4), ["LORA431"], ["LORA431"]),
     "empty tensors": ({}, change_values(lambda k, v: v[:0]), ["LORA432"], ["LORA432"]),
+    "an empty head": (
+        {"modules_to_save": ["lm_head"]},
+        change_values(lambda k, v: v[:0] if "lm_head" in k else v),
+        ["LORA432"],
+        ["LORA432"],
+    ),
+    "an empty embedding": (
+        {"modules_to_save": ["embed_tokens"]},
+        change_values(lambda k, v: torch.empty(0) if "embed_tokens" in k else v),
+        ["LORA432"],
+        ["LORA432"],
+    ),
+    "more token rows than the config's": (
+        {"trainable_token_indices": [125, 126, 127]},
+        lambda p: configure(p, trainable_token_indices=[126, 127]),
+        [],
+        ["LORA433"],
+    ),
     "flat tensors": ({}, change_values(lambda k, v: v.reshape(-1)), ["LORA432"], ["LORA432"]),
     "transposed": (
         {},
@@ -270,6 +302,71 @@ def test_damage_is_named_once(names: Namespace, case: str) -> None:
     path = names.adapter(**fields)
     damage(path)
     assert both(path, names["base"]) == [without, with_base]
+
+
+@pytest.mark.parametrize(
+    ("change", "seen", "wanted"),
+    [
+        (
+            lambda k: f"model.{k}",
+            "carry 'model.' before the prefix base_model.model.",
+            "take 'model.' off the keys; save_pretrained of the PeftModel itself next time",
+        ),
+        (
+            lambda k: k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
+            "are named as diffusers or kohya-ss name them (lora_down, lora_up)",
+            "convert the file: lora_down is lora_A, lora_up is lora_B, and the modules need the names of this base",
+        ),
+        (
+            lambda k: k.removesuffix(".weight").replace("lora_A", "lora_a").replace("lora_B", "lora_b"),
+            "are named as MLX names them (lora_a, lora_b)",
+            "convert the file: lora_a is lora_A.weight and lora_b is lora_B.weight, each transposed",
+        ),
+    ],
+)
+def test_keys_of_other_tools_are_told_by_their_origin(
+    names: Namespace, change: Callable[[str], str], seen: str, wanted: str
+) -> None:
+    path = names.adapter()
+    rename_keys(change)(path)
+    (finding,) = check_checkpoint(path, names["base"]).errors
+    assert (finding.code, seen in finding.observed, finding.fix) == ("LORA422", True, wanted)
+    assert finding.expected == "keys such as base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("content", "seen"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 136\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html><body>401</body></html>", "an HTML page"),
+        (b"PK\x03\x04 and so on, as torch.save begins", "a pickle"),
+        (b"GGUF and some more bytes after it", "a GGUF file"),
+    ],
+)
+def test_another_file_under_the_name_of_the_weights(names: Namespace, content: bytes, seen: str) -> None:
+    path = names.adapter()
+    (path / "adapter_model.safetensors").write_bytes(content)
+    (finding,) = check_checkpoint(path).errors
+    assert finding.code == "LORA401"
+    assert seen in finding.observed
+
+
+@pytest.mark.parametrize(
+    ("content", "seen"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 136\n", "a pointer of Git LFS"),
+        (
+            '{"r": 8,\n<<<<<<< HEAD\n"lora_alpha": 8\n=======\n"lora_alpha": 16\n>>>>>>> b\n}',
+            "merge conflict",
+        ),
+        ("", "it is empty"),
+    ],
+)
+def test_another_text_under_the_name_of_the_configuration(names: Namespace, content: str, seen: str) -> None:
+    path = folders.write(names.adapter(), "adapter_config.json", content)
+    (finding,) = check_checkpoint(path).errors
+    assert finding.code == "LORA412"
+    assert seen in finding.observed
 
 
 def test_fresh_adapters_are_meant_where_it_is_said(names: Namespace) -> None:
