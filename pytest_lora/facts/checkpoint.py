@@ -35,6 +35,43 @@ _OTHER_TOOLS = re.compile(
     r"lora_(?:down|up)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te\d?|transformer)_|"
     r"^(?:unet|transformer|text_encoder(?:_\d)?)\..*lora_|\.(?:hada_w\d|lokr_w\d|diff)(?:_[ab])?$"
 )
+_OF_OTHER_METHODS = frozenset(
+    [
+        "ADAPTION_PROMPT",
+        "BOFT",
+        "C3A",
+        "CPT",
+        "DELORA",
+        "FOURIERFT",
+        "GRALORA",
+        "HIRA",
+        "HRA",
+        "IA3",
+        "LN_TUNING",
+        "LOHA",
+        "LOKR",
+        "MISS",
+        "MULTITASK_PROMPT_TUNING",
+        "OFT",
+        "OSF",
+        "POLY",
+        "PREFIX_TUNING",
+        "PROMPT_TUNING",
+        "PSOFT",
+        "P_TUNING",
+        "RANDLORA",
+        "ROAD",
+        "SHIRA",
+        "TINYLORA",
+        "TRAINABLE_TOKENS",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+    ]
+)
+"""Methods whose tensors PEFT does not call ``lora_A`` and ``lora_B`` (``peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING``)."""
+
 _FACTOR_OF_OTHER_TOOLS = re.compile(r"\.lora_(?:down|up|a|b)\b")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.(?:safetensors|bin)$")
 _MERGED = re.compile(r"(?:model|pytorch_model)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)(?:\.index\.json)?")
@@ -208,9 +245,24 @@ class AdaptedModule:
         return shape[1] if len(shape) > 1 and 0 not in shape else None
 
     @property
+    def turned(self) -> tuple[str, ...]:
+        """Factors whose other side has the configured rank: they are transposed, or in each other's place."""
+        wanted = self.configured_rank
+        sides = (("lora_A", self.a, 0), ("lora_B", self.b, 1))
+        return tuple(
+            part
+            for part, tensor, side in sides
+            if tensor is not None
+            and not tensor.name.endswith(("lora_embedding_A", "lora_embedding_B"))
+            and len(tensor.shape) == 2
+            and tensor.shape[side] != wanted == tensor.shape[1 - side]
+        )
+
+    @property
     def holds_nothing(self) -> bool:
-        """Whether one of its factors is all zero, as far as values were read."""
-        return any(t is not None and t.values is not None and t.values.zero for t in (self.a, self.b))
+        """Whether one of its factors, or DoRA's magnitude, is all zero, as far as values were read."""
+        parts = (self.a, self.b, self.magnitude)
+        return any(t is not None and t.values is not None and t.values.zero for t in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +345,7 @@ class CheckpointFacts:
         within: Folders in it that hold an adapter of their own, a few of them.
         unread: Bytes of tensors whose values were not read.
         fit: How it fits a base; None where no base is given.
+        names_itself: Whether the configuration names the folder itself as the base.
     """
 
     name: str
@@ -308,6 +361,7 @@ class CheckpointFacts:
     unread: int = 0
     fit: Fit | None = None
     keys: dict[str, Key] = field(default_factory=dict)
+    names_itself: bool = False
 
     @property
     def settings(self) -> Settings | None:
@@ -329,6 +383,14 @@ class CheckpointFacts:
         if self.config is not None and self.config.unjudged:
             return f"LoRA with {', '.join(self.config.unjudged)}"
         return None
+
+    @property
+    def contradicts_method(self) -> bool:
+        """Whether the configuration names another method, yet every tensor is a LoRA factor of PEFT."""
+        if self.config is None or self.config.peft_type not in _OF_OTHER_METHODS:
+            return False
+        parts = {self.key(t).part for t in self.tensors}
+        return self.is_readable and parts == {"lora_A", "lora_B"}
 
     @property
     def is_judged(self) -> bool:
@@ -402,6 +464,17 @@ class CheckpointFacts:
         """Files that are pickles by their names, the file that was read aside."""
         read = self.weights if self.pickled else None
         return tuple(e.name for e in self.files if e.name.endswith(PICKLE_ENDINGS) and e.name != read)
+
+    @property
+    def other_pickle(self) -> Entry | None:
+        """``adapter_model.bin`` beside safetensors of which its size says that it holds other tensors, or None."""
+        sizes = {entry.name: entry for entry in self.files}
+        ours, theirs = sizes.get(WEIGHTS), sizes.get(PICKLED)
+        if self.weights != WEIGHTS or not self.is_readable or ours is None or theirs is None:
+            return None
+        # What each tensor costs besides its numbers: a line of JSON here, an aligned zip entry with a name there.
+        spare = 4096 + 1024 * len(self.tensors)
+        return theirs if abs(ours.bytes - theirs.bytes) > spare else None
 
     def holds(self, module: str) -> bool:
         """Whether a plain tensor belongs to a module of this name (its last parts are enough)."""
