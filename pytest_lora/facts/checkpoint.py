@@ -35,42 +35,8 @@ _OTHER_TOOLS = re.compile(
     r"lora_(?:down|up)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te\d?|transformer)_|"
     r"^(?:unet|transformer|text_encoder(?:_\d)?)\..*lora_|\.(?:hada_w\d|lokr_w\d|diff)(?:_[ab])?$"
 )
-_OF_OTHER_METHODS = frozenset(
-    [
-        "ADAPTION_PROMPT",
-        "BOFT",
-        "C3A",
-        "CPT",
-        "DELORA",
-        "FOURIERFT",
-        "GRALORA",
-        "HIRA",
-        "HRA",
-        "IA3",
-        "LN_TUNING",
-        "LOHA",
-        "LOKR",
-        "MISS",
-        "MULTITASK_PROMPT_TUNING",
-        "OFT",
-        "OSF",
-        "POLY",
-        "PREFIX_TUNING",
-        "PROMPT_TUNING",
-        "PSOFT",
-        "P_TUNING",
-        "RANDLORA",
-        "ROAD",
-        "SHIRA",
-        "TINYLORA",
-        "TRAINABLE_TOKENS",
-        "UNILORA",
-        "VBLORA",
-        "VERA",
-        "WAVEFT",
-    ]
-)
-"""Methods whose tensors PEFT does not call ``lora_A`` and ``lora_B`` (``peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING``)."""
+_PLAIN_FACTORS = ("", "LORA", "ADALORA", "XLORA")
+"""Methods whose tensors PEFT calls ``lora_A`` and ``lora_B`` (``peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING``)."""
 
 _FACTOR_OF_OTHER_TOOLS = re.compile(r"\.lora_(?:down|up|a|b)\b")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.(?:safetensors|bin)$")
@@ -387,7 +353,7 @@ class CheckpointFacts:
     @property
     def contradicts_method(self) -> bool:
         """Whether the configuration names another method, yet every tensor is a LoRA factor of PEFT."""
-        if self.config is None or self.config.peft_type not in _OF_OTHER_METHODS:
+        if self.config is None or self.config.peft_type in _PLAIN_FACTORS:
             return False
         parts = {self.key(t).part for t in self.tensors}
         return self.is_readable and parts == {"lora_A", "lora_B"}

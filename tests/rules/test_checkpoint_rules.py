@@ -527,11 +527,11 @@ def test_other_methods_are_named_and_not_judged(names: Namespace, method: str) -
     assert finding.observed == f"peft_type {method}: keys and shapes were not judged"
 
 
-@pytest.mark.parametrize("method", ["LOHA", "IA3", "OFT"])
+@pytest.mark.parametrize("method", ["LOHA", "IA3", "QLORA"])
 def test_factors_of_lora_under_the_name_of_another_method(names: Namespace, method: str) -> None:
     path = configure(names.adapter(), peft_type=method)
     assert both(path, names["base"]) == [["LORA415"], ["LORA415"]]
-    assert "all 8 tensors are lora_A and lora_B" in check_checkpoint(path).errors[0].observed
+    assert "all 8 tensors are lora_A and lora_B" in check_checkpoint(path).warnings[0].observed
 
 
 @pytest.mark.parametrize(

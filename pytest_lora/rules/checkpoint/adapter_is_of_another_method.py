@@ -13,12 +13,12 @@ def adapter_is_of_another_method(facts: CheckpointFacts, expect: Expect) -> Iter
 
     ## What it does
     Recognises other methods of PEFT by peft_type, and LoRA files of diffusers and kohya-ss by their keys. Where
-    peft_type names another method, but all tensors are lora_A and lora_B, that is an error.
+    peft_type names another method, but all tensors are lora_A and lora_B, that is a warning.
 
     ## Why is this bad?
     By itself it is not: their keys and shapes follow rules of their own, so that nothing is said about them.
     Damaged files and NaN are found in them as well. Under the peft_type of another method, LoRA factors match
-    nothing: PEFT makes a fresh adapter of that method.
+    nothing: PEFT makes a fresh adapter of that method, or knows no such method and raises.
 
     ## Example
     ```python
@@ -43,7 +43,7 @@ def adapter_is_of_another_method(facts: CheckpointFacts, expect: Expect) -> Iter
             "lora_B: they match nothing of that method and would not be loaded",
             expected="the method that made the tensors: LORA",
             fix="restore the adapter_config.json that the adapter was trained with",
-            severity="error",
+            severity="warning",
         )
     elif facts.other_method:
         yield Violation(
