@@ -206,8 +206,9 @@ def check_checkpoint(
             adapter was to be.
 
     Returns:
-        A report with the rules of the stage *checkpoint* (codes 4xx), and with a base those rules of the stage
-        *config* (1xx) that matter to a trained adapter.
+        A report with the rules of the stage *checkpoint* (codes 4xx), and those rules of the stage *config* (1xx) that
+        matter to a trained adapter: with a base all of these, without one those on its scaling and on what ``expect``
+        says of rank, alpha, targets and scope.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -234,25 +235,33 @@ def checkpoint_base(base: Any) -> Base:
 
 def judge_checkpoint(folder: Path, base: Base | None, expect: Expect) -> Report:
     """The report on one adapter folder; see ``check_checkpoint``."""
+    from pytest_lora.facts.saved_config import config_of_the_file
     from pytest_lora.inspection.checkpoint import checkpoint_facts
 
     facts = checkpoint_facts(folder, base, read_pickle=expect.read_pickle)
     findings = list(judge([facts], expect))
     fit = facts.fit
     if fit is not None and fit.config is not None and not facts.is_foreign:
-        findings += [f for f in judge([fit.config], expect) if _still_matters(f, facts)]
+        findings += [f for f in judge([fit.config], expect) if _still_matters(f, facts, expect)]
+    elif fit is None and (config := config_of_the_file(facts)) is not None:
+        findings += judge([config], expect, only=OF_FILES_ALONE)
     subject = f"adapter {facts.name}"
     named = subject if fit is None else f"{subject} on {_named(fit.base)}"
     return Report(named, tuple(findings), checkpoint_maps(facts))
 
 
+OF_FILES_ALONE = frozenset(f"LORA{number}" for number in (101, 102, 103, 108, 114, 126, 127))
+"""Those that need no base: what rank, alpha and names in the folder itself say."""
+
 OF_REFUSED_CONFIGS = OF_SAVED_CONFIGS | {"LORA104", "LORA105"}
 """Where PEFT cannot put the adapter on the base, so that keys were not compared, the names have to tell why."""
 
 
-def _still_matters(finding: Finding, facts: CheckpointFacts) -> bool:
+def _still_matters(finding: Finding, facts: CheckpointFacts, expect: Expect) -> bool:
     if facts.fit is None:
         return False
+    if finding.code == "LORA113" and expect.will_merge:
+        return facts.fit.compared
     if finding.code not in (OF_SAVED_CONFIGS if facts.fit.compared else OF_REFUSED_CONFIGS):
         return False
     # PEFT saves whole embeddings where the vocabulary was resized, whatever the configuration says.

@@ -35,6 +35,10 @@ _OTHER_TOOLS = re.compile(
     r"lora_(?:down|up)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te\d?|transformer)_|"
     r"^(?:unet|transformer|text_encoder(?:_\d)?)\..*lora_|\.(?:hada_w\d|lokr_w\d|diff)(?:_[ab])?$"
 )
+_PLAIN_FACTORS = ("", "LORA", "ADALORA", "XLORA")
+"""Methods whose tensors PEFT calls ``lora_A`` and ``lora_B`` (``peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING``)."""
+
+_FACTOR_OF_OTHER_TOOLS = re.compile(r"\.lora_(?:down|up|a|b)\b")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.(?:safetensors|bin)$")
 _MERGED = re.compile(r"(?:model|pytorch_model)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)(?:\.index\.json)?")
 
@@ -62,12 +66,13 @@ class FileFault:
 
     Attributes:
         file: Name in the folder.
-        kind: ``"link"``, ``"kind"``, ``"denied"``, ``"changed"``, ``"size"``, ``"format"`` or ``"pattern"``.
+        kind: ``"link"``, ``"kind"``, ``"denied"``, ``"changed"``, ``"size"``, ``"format"``, ``"pattern"``,
+            ``"pointer"`` (of Git LFS) or ``"pickle"`` (under another name).
         observed: What was seen, in words.
     """
 
     file: str
-    kind: Literal["link", "kind", "denied", "changed", "size", "format", "pattern"]
+    kind: Literal["link", "kind", "denied", "changed", "size", "format", "pattern", "pointer", "pickle"]
     observed: str
 
 
@@ -126,6 +131,8 @@ class Key:
         adapter: The name of the adapter, where that stands in it, else ``""``.
         peft_name: The key as PEFT would write it.
         is_cut: Whether ``.weight`` is missing at its end, without which PEFT takes it for something else.
+        before: What stands before the first ``base_model.model.``, wrappers aside.
+        tool_name: What another tool calls the factor (``"lora_down"``), else ``""``.
     """
 
     module: str
@@ -135,6 +142,8 @@ class Key:
     adapter: str
     peft_name: str
     is_cut: bool = False
+    before: str = ""
+    tool_name: str = ""
 
     @classmethod
     def of(cls, name: str) -> Key:
@@ -151,17 +160,24 @@ class Key:
                 rest, outside = rest.removeprefix("module."), outside + 1
             else:
                 break
+        before = ""
+        if not prefixes and f".{PREFIX}" in rest:
+            before, _, rest = rest.partition(f".{PREFIX}")
         found = _LORA.match(rest)
         wrappers = inside + ("module",) * outside
         if found is None:
             module = rest.rpartition(".")[0] or rest
-            return cls(module, "", prefixes, wrappers, "", PREFIX + rest)
+            other = _FACTOR_OF_OTHER_TOOLS.search(rest)
+            tool_name = other[0][1:] if other else ""
+            return cls(module, "", prefixes, wrappers, "", PREFIX + rest, before=before, tool_name=tool_name)
         module, part = found["module"] or "", found["part"]
         bare = part in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
         ending = f".{found['kind'] or 'weight'}" if not bare else ""
         adapter = found["adapter"] or ""
         is_cut = not bare and found["kind"] is None
-        return cls(module, part, prefixes, wrappers, adapter, f"{PREFIX}{module}.{part}{ending}", is_cut)
+        return cls(
+            module, part, prefixes, wrappers, adapter, f"{PREFIX}{module}.{part}{ending}", is_cut, before
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +211,24 @@ class AdaptedModule:
         return shape[1] if len(shape) > 1 and 0 not in shape else None
 
     @property
+    def turned(self) -> tuple[str, ...]:
+        """Factors whose other side has the configured rank: they are transposed, or in each other's place."""
+        wanted = self.configured_rank
+        sides = (("lora_A", self.a, 0), ("lora_B", self.b, 1))
+        return tuple(
+            part
+            for part, tensor, side in sides
+            if tensor is not None
+            and not tensor.name.endswith(("lora_embedding_A", "lora_embedding_B"))
+            and len(tensor.shape) == 2
+            and tensor.shape[side] != wanted == tensor.shape[1 - side]
+        )
+
+    @property
     def holds_nothing(self) -> bool:
-        """Whether one of its factors is all zero, as far as values were read."""
-        return any(t is not None and t.values is not None and t.values.zero for t in (self.a, self.b))
+        """Whether one of its factors, or DoRA's magnitude, is all zero, as far as values were read."""
+        parts = (self.a, self.b, self.magnitude)
+        return any(t is not None and t.values is not None and t.values.zero for t in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +311,7 @@ class CheckpointFacts:
         within: Folders in it that hold an adapter of their own, a few of them.
         unread: Bytes of tensors whose values were not read.
         fit: How it fits a base; None where no base is given.
+        names_itself: Whether the configuration names the folder itself as the base.
     """
 
     name: str
@@ -295,6 +327,7 @@ class CheckpointFacts:
     unread: int = 0
     fit: Fit | None = None
     keys: dict[str, Key] = field(default_factory=dict)
+    names_itself: bool = False
 
     @property
     def settings(self) -> Settings | None:
@@ -318,6 +351,14 @@ class CheckpointFacts:
         return None
 
     @property
+    def contradicts_method(self) -> bool:
+        """Whether the configuration names another method, yet every tensor is a LoRA factor of PEFT."""
+        if self.config is None or self.config.peft_type in _PLAIN_FACTORS:
+            return False
+        parts = {self.key(t).part for t in self.tensors}
+        return self.is_readable and parts == {"lora_A", "lora_B"}
+
+    @property
     def is_judged(self) -> bool:
         """Whether keys and shapes can be judged: tensors were read, and PEFT's LoRA made them."""
         return self.is_readable and self.other_method is None
@@ -330,7 +371,8 @@ class CheckpointFacts:
         return tuple(t for t in self.lora if self._is_misnamed(self.key(t)))
 
     def _is_misnamed(self, key: Key) -> bool:
-        return key.prefixes != 1 or bool(key.wrappers) or key.is_cut or key.adapter not in ("", "default")
+        strange = key.wrappers or key.tool_name or key.is_cut or key.adapter not in ("", "default")
+        return key.prefixes != 1 or bool(strange)
 
     @cached_property
     def is_foreign(self) -> bool:
@@ -388,6 +430,17 @@ class CheckpointFacts:
         """Files that are pickles by their names, the file that was read aside."""
         read = self.weights if self.pickled else None
         return tuple(e.name for e in self.files if e.name.endswith(PICKLE_ENDINGS) and e.name != read)
+
+    @property
+    def other_pickle(self) -> Entry | None:
+        """``adapter_model.bin`` beside safetensors of which its size says that it holds other tensors, or None."""
+        sizes = {entry.name: entry for entry in self.files}
+        ours, theirs = sizes.get(WEIGHTS), sizes.get(PICKLED)
+        if self.weights != WEIGHTS or not self.is_readable or ours is None or theirs is None:
+            return None
+        # What each tensor costs besides its numbers: a line of JSON here, an aligned zip entry with a name there.
+        spare = 4096 + 1024 * len(self.tensors)
+        return theirs if abs(ours.bytes - theirs.bytes) > spare else None
 
     def holds(self, module: str) -> bool:
         """Whether a plain tensor belongs to a module of this name (its last parts are enough)."""

@@ -95,8 +95,10 @@ def catalogue() -> tuple[Rule, ...]:
     return tuple(_registered[code] for code in sorted(_registered))
 
 
-def judge(facts: Iterable[object], expect: Expect) -> Iterator[Finding]:
-    """Yield what every rule that needs one of these facts has to say about them.
+def judge(
+    facts: Iterable[object], expect: Expect, *, only: frozenset[str] | None = None
+) -> Iterator[Finding]:
+    """Yield what every rule that needs one of these facts (of these codes, if given) has to say about them.
 
     Raises:
         LookupError: No rule needs one of the facts, so that nothing would have been judged.
@@ -106,7 +108,8 @@ def judge(facts: Iterable[object], expect: Expect) -> Iterator[Finding]:
         if not fitting:
             raise LookupError(f"no rule judges {type(fact).__name__}; its module was imported twice")
         for known in fitting:
-            yield from known(fact, expect)
+            if only is None or known.code in only:
+                yield from known(fact, expect)
 
 
 def selected(findings: Iterable[Finding], select: Iterable[str], ignore: Iterable[str]) -> Iterator[Finding]:

@@ -181,6 +181,20 @@ DAMAGE: dict[str, tuple[dict[str, Any], Callable[[Path], Any], list[str], list[s
         ["LORA422"],
         ["LORA422"],
     ),
+    "Lightning": ({}, rename_keys(lambda k: f"model.{k}"), ["LORA422"], ["LORA422"]),
+    "a value head": ({}, rename_keys(lambda k: f"pretrained_model.{k}"), ["LORA422"], ["LORA422"]),
+    "diffusers": (
+        {},
+        rename_keys(lambda k: k.replace("lora_A", "lora_down").replace("lora_B", "lora_up")),
+        ["LORA422"],
+        ["LORA422"],
+    ),
+    "MLX": (
+        {},
+        rename_keys(lambda k: k.removeprefix("base_model.model.").removesuffix(".weight").lower()),
+        ["LORA422"],
+        ["LORA422"],
+    ),
     "no .weight": ({}, rename_keys(lambda k: k.removesuffix(".weight")), ["LORA422"], ["LORA422"]),
     "no lora_A": ({}, keep(lambda k: "lora_A" not in k), ["LORA423"], ["LORA423"]),
     "half of lora_B": (
@@ -212,10 +226,35 @@ DAMAGE: dict[str, tuple[dict[str, Any], Callable[[Path], Any], list[str], list[s
     ),
     "rank above the config's": ({}, lambda p: configure(p, r=4), ["LORA431"], ["LORA431"]),
     "empty tensors": ({}, change_values(lambda k, v: v[:0]), ["LORA432"], ["LORA432"]),
+    "an empty head": (
+        {"modules_to_save": ["lm_head"]},
+        change_values(lambda k, v: v[:0] if "lm_head" in k else v),
+        ["LORA432"],
+        ["LORA432"],
+    ),
+    "an empty embedding": (
+        {"modules_to_save": ["embed_tokens"]},
+        change_values(lambda k, v: torch.empty(0) if "embed_tokens" in k else v),
+        ["LORA432"],
+        ["LORA432"],
+    ),
+    "more token rows than the config's": (
+        {"trainable_token_indices": [125, 126, 127]},
+        lambda p: configure(p, trainable_token_indices=[126, 127]),
+        [],
+        ["LORA433"],
+    ),
     "flat tensors": ({}, change_values(lambda k, v: v.reshape(-1)), ["LORA432"], ["LORA432"]),
     "transposed": (
         {},
         change_values(lambda k, v: v.T if "lora_A" in k else v),
+        ["LORA431"],
+        ["LORA431"],
+    ),
+    "both transposed": ({}, change_values(lambda k, v: v.T), ["LORA431"], ["LORA431"]),
+    "A and B exchanged": (
+        {},
+        rename_keys(lambda k: k.replace("lora_A", "C").replace("lora_B", "lora_A").replace("C", "lora_B")),
         ["LORA431"],
         ["LORA431"],
     ),
@@ -256,7 +295,33 @@ DAMAGE: dict[str, tuple[dict[str, Any], Callable[[Path], Any], list[str], list[s
         ["LORA426"],
         ["LORA426"],
     ),
-    "alpha of zero": ({}, lambda p: configure(p, lora_alpha=0), ["LORA413"], ["LORA101"]),
+    "alpha of zero": ({}, lambda p: configure(p, lora_alpha=0), ["LORA101"], ["LORA101"]),
+    "a negative alpha": ({}, lambda p: configure(p, lora_alpha=-16), ["LORA101"], ["LORA101"]),
+    "an alpha of another rank": ({}, lambda p: configure(p, lora_alpha=1024), ["LORA103"], ["LORA103"]),
+    "scaling applied to the file": (
+        {},
+        change_values(lambda k, v: v * 1e4 if "lora_B" in k else v),
+        ["LORA444"],
+        ["LORA444"],
+    ),
+    "one target zero": (
+        {"target_modules": ALL_LINEAR},
+        change_values(lambda k, v: v * 0 if "v_proj.lora_B" in k else v),
+        ["LORA442"],
+        ["LORA442"],
+    ),
+    "a head of zeros": (
+        {"modules_to_save": ["lm_head"]},
+        change_values(lambda k, v: v * 0 if "lm_head" in k else v),
+        ["LORA442"],
+        ["LORA442"],
+    ),
+    "a magnitude of zero": (
+        {"use_dora": True},
+        change_values(lambda k, v: v * 0 if "magnitude" in k else v),
+        ["LORA442"],
+        ["LORA442"],
+    ),
     "no alpha": ({}, lambda p: configure(p, lora_alpha=None), ["LORA414"], ["LORA414"]),
     "PiSSA": ({}, lambda p: configure(p, init_lora_weights="pissa_niter_4"), ["LORA443"], ["LORA443"]),
     "rank of zero": ({}, lambda p: configure(p, r=0), ["LORA413"], ["LORA413"]),
@@ -270,6 +335,71 @@ def test_damage_is_named_once(names: Namespace, case: str) -> None:
     path = names.adapter(**fields)
     damage(path)
     assert both(path, names["base"]) == [without, with_base]
+
+
+@pytest.mark.parametrize(
+    ("change", "seen", "wanted"),
+    [
+        (
+            lambda k: f"model.{k}",
+            "carry 'model.' before the prefix base_model.model.",
+            "take 'model.' off the keys; save_pretrained of the PeftModel itself next time",
+        ),
+        (
+            lambda k: k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
+            "are named as diffusers or kohya-ss name them (lora_down, lora_up)",
+            "convert the file: lora_down is lora_A, lora_up is lora_B, and the modules need the names of this base",
+        ),
+        (
+            lambda k: k.removesuffix(".weight").replace("lora_A", "lora_a").replace("lora_B", "lora_b"),
+            "are named as MLX names them (lora_a, lora_b)",
+            "convert the file: lora_a is lora_A.weight and lora_b is lora_B.weight, each transposed",
+        ),
+    ],
+)
+def test_keys_of_other_tools_are_told_by_their_origin(
+    names: Namespace, change: Callable[[str], str], seen: str, wanted: str
+) -> None:
+    path = names.adapter()
+    rename_keys(change)(path)
+    (finding,) = check_checkpoint(path, names["base"]).errors
+    assert (finding.code, seen in finding.observed, finding.fix) == ("LORA422", True, wanted)
+    assert finding.expected == "keys such as base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("content", "seen"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 136\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html><body>401</body></html>", "an HTML page"),
+        (b"PK\x03\x04 and so on, as torch.save begins", "a pickle"),
+        (b"GGUF and some more bytes after it", "a GGUF file"),
+    ],
+)
+def test_another_file_under_the_name_of_the_weights(names: Namespace, content: bytes, seen: str) -> None:
+    path = names.adapter()
+    (path / "adapter_model.safetensors").write_bytes(content)
+    (finding,) = check_checkpoint(path).errors
+    assert finding.code == "LORA401"
+    assert seen in finding.observed
+
+
+@pytest.mark.parametrize(
+    ("content", "seen"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 136\n", "a pointer of Git LFS"),
+        (
+            '{"r": 8,\n<<<<<<< HEAD\n"lora_alpha": 8\n=======\n"lora_alpha": 16\n>>>>>>> b\n}',
+            "merge conflict",
+        ),
+        ("", "it is empty"),
+    ],
+)
+def test_another_text_under_the_name_of_the_configuration(names: Namespace, content: str, seen: str) -> None:
+    path = folders.write(names.adapter(), "adapter_config.json", content)
+    (finding,) = check_checkpoint(path).errors
+    assert finding.code == "LORA412"
+    assert seen in finding.observed
 
 
 def test_fresh_adapters_are_meant_where_it_is_said(names: Namespace) -> None:
@@ -390,10 +520,18 @@ def test_a_nested_peft_model_is_recognised_by_its_keys(names: Namespace, tmp_pat
 @pytest.mark.parametrize("method", ["LOHA", "IA3", "PROMPT_TUNING", "ADALORA", "SOMETHING_NEW"])
 def test_other_methods_are_named_and_not_judged(names: Namespace, method: str) -> None:
     path = configure(names.adapter(), peft_type=method, r=99)
+    rename_keys(lambda k: k.replace("lora_A", "hada_w1_a") if method != "ADALORA" else k)(path)
     report = check_checkpoint(path, names["base"])
     (finding,) = report.findings
     assert (finding.severity, finding.code) == ("info", "LORA415")
     assert finding.observed == f"peft_type {method}: keys and shapes were not judged"
+
+
+@pytest.mark.parametrize("method", ["LOHA", "IA3", "QLORA"])
+def test_factors_of_lora_under_the_name_of_another_method(names: Namespace, method: str) -> None:
+    path = configure(names.adapter(), peft_type=method)
+    assert both(path, names["base"]) == [["LORA415"], ["LORA415"]]
+    assert "all 8 tensors are lora_A and lora_B" in check_checkpoint(path).warnings[0].observed
 
 
 @pytest.mark.parametrize(
@@ -416,7 +554,7 @@ def test_files_of_diffusers_are_named_and_not_judged(tmp_path: Path, key: str) -
 
 
 def test_values_of_other_methods_are_looked_at(names: Namespace) -> None:
-    path = configure(names.adapter(), peft_type="LOHA")
+    path = configure(names.adapter(), peft_type="ADALORA")
     edit(path, lambda t: {k: v * float("nan") for k, v in t.items()})
     assert loud(check_checkpoint(path)) == ["LORA441"]
 
@@ -439,8 +577,49 @@ def test_new_tokens_that_nobody_trained(names: Namespace) -> None:
 
 def test_the_configuration_that_was_meant_is_compared(names: Namespace) -> None:
     meant = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], use_rslora=True)
-    report = check_checkpoint(names.adapter(), names["base"], expect=Expect(config=meant))
-    assert loud(report) == ["LORA126"]
+    assert both(names.adapter(), names["base"], config=meant) == [["LORA126"], ["LORA126"]]
+    meant = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    assert both(names.adapter(), names["base"], config=meant) == [[], []]
+
+
+def test_the_scaling_and_the_scope_that_were_meant_are_compared_without_a_base_too(names: Namespace) -> None:
+    assert both(names.adapter(), names["base"], alpha_ratio=1.0) == [["LORA127"], ["LORA127"]]
+    assert both(names.adapter(), names["base"], alpha_ratio=2.0, scope="self_attn") == [[], []]
+    assert both(names.adapter(), names["base"], scope="mlp") == [["LORA114"], ["LORA114"]]
+
+
+def test_a_tied_head_is_told_where_it_is_going_to_be_merged(names: Namespace) -> None:
+    path = names.adapter(on=BASES["tied_base"](), target_modules=["q_proj", "lm_head"])
+    assert loud(check_checkpoint(path, BASES["tied_base"]())) == []
+    meant = Expect(will_merge=True)
+    assert loud(check_checkpoint(path, BASES["tied_base"](), expect=meant)) == ["LORA113"]
+
+
+@pytest.mark.parametrize(
+    ("part", "severity"), [("model.vision_tower", "info"), ("model.experts", "info"), ("model", "warning")]
+)
+def test_parts_that_may_never_have_run_are_mentioned_only(names: Namespace, part: str, severity: str) -> None:
+    path = names.adapter()
+    change_values(lambda k, v: v * 0 if "layers.1." in k and "lora_B" in k else v)(path)
+    rename_keys(lambda k: k.replace("model.layers", f"{part}.layers"))(path)
+    assert [(f.severity, f.code) for f in check_checkpoint(path).findings] == [(severity, "LORA442")]
+
+
+def test_an_adapter_that_names_itself_as_its_base(names: Namespace) -> None:
+    path = names.adapter()
+    configure(path, base_model_name_or_path=str(path))
+    assert both(path, names["base"]) == [["LORA452"], ["LORA452"]]
+    configure(path, base_model_name_or_path=str(path.parent))
+    assert both(path, names["base"]) == [[], []]
+
+
+def test_two_files_of_weights_that_cannot_hold_the_same(names: Namespace) -> None:
+    path = names.adapter()
+    tensors = {k: v.clone() for k, v in load_file(path / "adapter_model.safetensors").items()}
+    torch.save(tensors, path / "adapter_model.bin")
+    assert both(path, names["base"]) == [[], []]
+    torch.save({k: torch.cat([v, v]) for k, v in tensors.items()}, path / "adapter_model.bin")
+    assert both(path, names["base"]) == [["LORA403"], ["LORA403"]]
 
 
 def test_arguments_are_named(names: Namespace, tmp_path: Path) -> None:

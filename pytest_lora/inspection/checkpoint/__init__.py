@@ -92,6 +92,7 @@ def checkpoint_facts(path: Path, base: Base | None = None, *, read_pickle: bool 
         within=() if raw else tuple(_adapters_within(reading.folder, entries)),
         unread=reading.unread,
         keys=keys,
+        names_itself=config is not None and _is_folder(config.base, reading.folder),
     )
     if base is None or raw is None or config is None or config.settings is None or not facts.is_judged:
         return facts
@@ -172,6 +173,13 @@ class _Reading:
         except UnreadableError as error:
             self.faults.append(error.fault)
             return None
+
+
+def _is_folder(name: str | None, folder: Folder) -> bool:
+    """Whether a name is the absolute path of a folder, by its text: what it leads to is not looked at."""
+    if name is None or not os.path.isabs(name):
+        return False
+    return Path(os.path.normpath(name)) in (folder.real, Path(os.path.abspath(folder.path)))
 
 
 def _id(text: str) -> int | None:

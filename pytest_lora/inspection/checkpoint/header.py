@@ -14,6 +14,7 @@ from typing import Any
 from pytest_lora.facts.checkpoint import FileFault
 from pytest_lora.inspection.checkpoint.folder import UnreadableError, exactly
 from pytest_lora.inspection.checkpoint.json_file import parse_object
+from pytest_lora.inspection.checkpoint.other_contents import FIRST, mistaken
 
 MAX_HEADER = 12 * 2**20
 """Bytes of a header. LoRA on each of the 128 experts in 94 layers needs about 10 MB."""
@@ -73,8 +74,11 @@ def read_header(file: FileIO, size: int, name: str) -> list[Stored]:
     """
     if size < 8:
         raise _fault(name, f"it is {size} bytes long, shorter than the length of a safetensors header")
-    length = int.from_bytes(exactly(file, 0, 8), "little")
+    first = exactly(file, 0, FIRST)
+    length = int.from_bytes(first[:8], "little")
     if length > size - 8:
+        if other := mistaken(first, name):
+            raise UnreadableError(other)
         raise _fault(name, f"its header claims {length:,} bytes, but the file has {size:,}")
     if length > MAX_HEADER:
         raise _too_large(name, f"its header is {length:,} bytes long, and at most {MAX_HEADER:,} are read")

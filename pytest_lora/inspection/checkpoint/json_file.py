@@ -7,6 +7,7 @@ from typing import Any
 
 from pytest_lora.facts.checkpoint import FileFault
 from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
+from pytest_lora.inspection.checkpoint.other_contents import mistaken
 
 MAX_COMMAS = 1_000_000
 """Values in one file: each costs up to 150 bytes of memory once it is parsed, so this is a bound on that."""
@@ -42,6 +43,12 @@ def parse_object(content: bytes, name: str) -> dict[str, Any]:
     except DuplicateError as error:
         raise fault(f"it has the name {_short(str(error))} twice") from error
     except ValueError as error:
+        if other := mistaken(content, name):
+            raise UnreadableError(other) from error
+        if not content.strip():
+            raise fault("it is empty") from error
+        if b"<<<<<<< " in content and b">>>>>>> " in content:
+            raise fault("it is no JSON: Git left the markers of a merge conflict in it (<<<<<<<)") from error
         raise fault(f"it is no JSON: {str(error)[:120]}") from error
     if not isinstance(found, dict):
         raise fault(f"it holds {_in_words(found)} instead of an object")

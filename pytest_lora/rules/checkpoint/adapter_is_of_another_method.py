@@ -12,16 +12,18 @@ def adapter_is_of_another_method(facts: CheckpointFacts, expect: Expect) -> Iter
     """The adapter is none of PEFT's LoRA, and was not judged.
 
     ## What it does
-    Recognises other methods of PEFT by peft_type, and LoRA files of diffusers and kohya-ss by their keys.
+    Recognises other methods of PEFT by peft_type, and LoRA files of diffusers and kohya-ss by their keys. Where
+    peft_type names another method, but all tensors are lora_A and lora_B, that is a warning.
 
     ## Why is this bad?
-    It is not: their keys and shapes follow rules of their own, so that nothing is said about them. Damaged
-    files and NaN are found in them as well.
+    By itself it is not: their keys and shapes follow rules of their own, so that nothing is said about them.
+    Damaged files and NaN are found in them as well. Under the peft_type of another method, LoRA factors match
+    nothing: PEFT makes a fresh adapter of that method, or knows no such method and raises.
 
     ## Example
     ```python
     path = adapter()
-    configure(path, peft_type="LOHA")
+    configure(path, peft_type="ADALORA")
     report = check_checkpoint(path)
     ```
 
@@ -34,7 +36,16 @@ def adapter_is_of_another_method(facts: CheckpointFacts, expect: Expect) -> Iter
     - https://huggingface.co/docs/peft/package_reference/peft_types
     - https://huggingface.co/docs/diffusers/using-diffusers/other-formats
     """
-    if facts.other_method:
+    if facts.contradicts_method and facts.config is not None:
+        yield Violation(
+            where=f"peft_type in {facts.name}",
+            observed=f"peft_type is {facts.config.peft_type}, but all {len(facts.tensors)} tensors are lora_A and "
+            "lora_B: they match nothing of that method and would not be loaded",
+            expected="the method that made the tensors: LORA",
+            fix="restore the adapter_config.json that the adapter was trained with",
+            severity="warning",
+        )
+    elif facts.other_method:
         yield Violation(
             where=facts.name,
             observed=f"{facts.other_method}: keys and shapes were not judged",

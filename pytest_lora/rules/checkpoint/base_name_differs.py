@@ -37,7 +37,7 @@ def base_name_differs(facts: CheckpointFacts, expect: Expect) -> Iterator[Violat
     """
     if facts.fit is None or facts.config is None or not facts.config.base or not facts.fit.base_name:
         return
-    if facts.is_foreign:
+    if facts.is_foreign or facts.names_itself:
         return
     named, given = facts.config.base, facts.fit.base_name
     ours, theirs = _leaf(given), _leaf(named)

@@ -12,8 +12,8 @@ def base_name_is_missing(facts: CheckpointFacts, expect: Expect) -> Iterator[Vio
     """adapter_config.json does not say which base the adapter is for.
 
     ## What it does
-    Looks at base_model_name_or_path. A base class outside transformers has no name, so that there it is not
-    asked for.
+    Looks at base_model_name_or_path: whether it is there, and does not name the adapter's own folder. A base
+    class outside transformers has no name, so that there it is not asked for.
 
     ## Why is this bad?
     Nobody can tell the base from the file later, and AutoPeftModel cannot load it.
@@ -34,7 +34,16 @@ def base_name_is_missing(facts: CheckpointFacts, expect: Expect) -> Iterator[Vio
     - https://github.com/huggingface/peft/issues/1744
     """
     config = facts.config
-    if config is None or config.base or not facts.is_judged:
+    if config is None or not facts.is_judged:
+        return
+    if facts.names_itself:
+        yield Violation(
+            where=f"base_model_name_or_path in {facts.name}",
+            observed="base_model_name_or_path is the path of this adapter itself, which is no base model",
+            expected="the name or path of the base model",
+            fix="write the name of the base that the adapter was trained on into the configuration",
+        )
+    if config.base:
         return
     if config.library and not config.library.startswith("transformers"):
         return

@@ -12,16 +12,15 @@ def config_field_is_unusable(facts: CheckpointFacts, expect: Expect) -> Iterator
     """A field of adapter_config.json holds what LoRA cannot use.
 
     ## What it does
-    Looks at the fields of LoraConfig: whether each holds what its kind asks for, that the rank is above 0,
-    and that alpha is not 0.
+    Looks at the fields of LoraConfig: whether each holds what its kind asks for, and that the rank is above 0.
 
     ## Why is this bad?
-    PEFT raises while loading, or builds something else; with alpha at 0 the adapter does nothing.
+    PEFT raises while loading, or builds something else.
 
     ## Example
     ```python
-    path = adapter(lora_alpha=16)
-    configure(path, lora_alpha=0)
+    path = adapter()
+    configure(path, r=0)
     report = check_checkpoint(path)
     ```
 
@@ -35,15 +34,10 @@ def config_field_is_unusable(facts: CheckpointFacts, expect: Expect) -> Iterator
     """
     if facts.config is None:
         return
-    seen = None
     if facts.config.problem and not any(f.kind == "pattern" for f in facts.faults):
-        seen = facts.config.problem
-    elif facts.settings is not None and facts.settings.lora_alpha == 0 and facts.fit is None:
-        seen = "lora_alpha is 0, so that the scaling is zero and the adapter does nothing"
-    if seen:
         yield Violation(
             where=f"{CONFIG} in {facts.name}",
-            observed=seen,
+            observed=facts.config.problem,
             expected="the values that the adapter was trained with",
             fix="restore the field from the configuration of the training",
         )

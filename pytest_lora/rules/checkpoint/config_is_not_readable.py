@@ -39,7 +39,11 @@ def config_is_not_readable(facts: CheckpointFacts, expect: Expect) -> Iterator[V
                 where=f"{CONFIG} in {facts.name}",
                 observed=fault.observed,
                 expected="one JSON object with the fields of a LoraConfig",
-                fix="write plain names instead of the pattern"
-                if fault.kind == "pattern"
-                else "save the adapter again, or copy or download the file again",
+                fix=_FIXES.get(fault.kind, "save the adapter again, or copy or download the file again"),
             )
+
+
+_FIXES = {
+    "pattern": "write plain names instead of the pattern",
+    "pointer": "run `git lfs pull`, or download the file itself",
+}

@@ -18,7 +18,8 @@ def file_is_not_readable(facts: CheckpointFacts, expect: Expect) -> Iterator[Vio
 
     ## Why is this bad?
     A damaged, cut off or swapped file raises when the adapter is loaded, or loads as something else.
-    Uploads and copies that broke off are the usual cause.
+    Uploads and copies that broke off are the usual cause, pointers of Git LFS and pickles that were only
+    renamed are others.
 
     ## Example
     ```python
@@ -65,4 +66,7 @@ _FIXES = {
     "changed": "check the adapter once nothing writes to the folder any more",
     "size": "save the adapter again; if the file is meant, nobody should load it without a look at what it is",
     "format": "copy or download the file again, or save the adapter again",
+    "pointer": "run `git lfs pull`, or download the file itself",
+    "pickle": "if you trust it, read it with torch.load(weights_only=True) and write it with "
+    "safetensors.torch.save_file; else save the adapter again",
 }

@@ -12,9 +12,10 @@ def key_prefix_is_wrong(facts: CheckpointFacts, expect: Expect) -> Iterator[Viol
     """The keys carry another prefix than PEFT looks for, so that they match nothing.
 
     ## What it does
-    Looks at what stands before (and in) the names of the LoRA tensors: `base_model.model.` once, no name of
-    a wrapper (torch.compile, DDP, FSDP, DeepSpeed), no adapter name of its own; and at `.weight` at their
-    end. With a base, PEFT itself has the last word.
+    Looks at what stands before (and in) the names of the LoRA tensors: `base_model.model.` once and first, no
+    name of a wrapper (torch.compile, DDP, FSDP, DeepSpeed), no adapter name of its own; at `.weight` at their
+    end; and at what other tools call the factors (`lora_down`, `lora_a`). With a base, PEFT itself has the last
+    word.
 
     ## Why is this bad?
     Keys that PEFT does not know are dropped; the adapter loads with a warning at most, and changes nothing.
@@ -44,7 +45,7 @@ def key_prefix_is_wrong(facts: CheckpointFacts, expect: Expect) -> Iterator[Viol
             where=f"{facts.weights} in {facts.name}",
             observed=f"{len(names)} of {len(facts.lora)} adapter keys {seen}, so they match nothing in the model: "
             f"{names[0][:150]}",
-            expected=f"keys such as {facts.keys[names[0]].peft_name[:150]}",
+            expected=f"keys such as {_as_peft(facts.keys[names[0]])[:150]}",
             fix=fix,
             severity="warning" if _may_be_meant(names[0], facts) else None,
         )
@@ -55,13 +56,38 @@ def _may_be_meant(name: str, facts: CheckpointFacts) -> bool:
     return facts.fit is None and name.startswith(f"{PREFIX}module.")
 
 
+_IN_PEFT = {"lora_down": "lora_A", "lora_up": "lora_B", "lora_a": "lora_A", "lora_b": "lora_B"}
+
+
+def _as_peft(key: Key) -> str:
+    if not key.tool_name:
+        return key.peft_name
+    module = key.module.partition(f".{key.tool_name}")[0]
+    return f"{PREFIX}{module}.{_IN_PEFT[key.tool_name]}.weight"
+
+
 def _diagnosis(key: Key) -> tuple[str, str]:
+    if key.tool_name.endswith(("down", "up")):
+        return (
+            "are named as diffusers or kohya-ss name them (lora_down, lora_up)",
+            "convert the file: lora_down is lora_A, lora_up is lora_B, and the modules need the names of this base",
+        )
+    if key.tool_name:
+        return (
+            "are named as MLX names them (lora_a, lora_b)",
+            "convert the file: lora_a is lora_A.weight and lora_b is lora_B.weight, each transposed",
+        )
     if key.wrappers:
         wrapper = key.wrappers[0]
         origin = WRAPPERS[wrapper]
         return (
             f"carry '{wrapper}.' of {origin}",
             f"take '{wrapper}.' out of the keys; save the unwrapped model next time",
+        )
+    if before := key.before[:60]:
+        return (
+            f"carry '{before}.' before the prefix base_model.model.",
+            f"take '{before}.' off the keys; save_pretrained of the PeftModel itself next time",
         )
     if key.prefixes == 0:
         return (

@@ -13,7 +13,8 @@ def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator
     """The tensors have another rank than adapter_config.json says.
 
     ## What it does
-    Compares the rows of lora_A (and the columns of lora_B) with r and rank_pattern.
+    Compares the rows of lora_A (and the columns of lora_B) with r and rank_pattern. Factors that have the rank on
+    their other side are called transposed.
 
     ## Why is this bad?
     Loading fails with a size mismatch. Where only r is read, as in other engines, the scaling alpha/r is
@@ -37,7 +38,24 @@ def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator
     """
     if not facts.is_judged or (facts.fit is not None and facts.fit.loads):
         return
-    torn = [m for m in facts.adapted if m.rank and m.b_rank and m.rank != m.b_rank]
+    turned = [m for m in facts.adapted if m.turned]
+    if turned:
+        first = turned[0]
+        shapes = ", ".join(
+            f"{part} is {'x'.join(map(str, t.shape))}"
+            for part, t in (("lora_A", first.a), ("lora_B", first.b))
+            if t is not None
+        )
+        yield Violation(
+            where=grouped(m.name for m in turned),
+            observed=f"{shapes}: {' and '.join(first.turned)} {'have' if len(first.turned) > 1 else 'has'} the rank "
+            f"r={first.configured_rank} on the wrong side, as if transposed"
+            + (", or as if lora_A and lora_B had changed places" if len(first.turned) > 1 else ""),
+            expected="lora_A of rank x in_features, lora_B of out_features x rank",
+            fix="transpose these factors, or give them each other's name; MLX stores them transposed",
+        )
+    broken = {m.name for m in turned}
+    torn = [m for m in facts.adapted if m.rank and m.b_rank and m.rank != m.b_rank and m.name not in broken]
     if torn:
         yield Violation(
             where=grouped(m.name for m in torn),
@@ -45,7 +63,7 @@ def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator
             expected="two factors of one rank",
             fix="save the adapter again from the trained model; the file is put together from two adapters",
         )
-    broken = {m.name for m in torn}
+    broken |= {m.name for m in torn}
     wrong: dict[tuple[int, int], list[str]] = {}
     for module in facts.adapted:
         rank, configured = module.rank, module.configured_rank

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.facts.checkpoint import AdaptedModule, CheckpointFacts
 from pytest_lora.findings import Severity, grouped, starred
 from pytest_lora.rules import Violation, rule
 
@@ -14,11 +14,14 @@ def saved_adapter_holds_no_update(facts: CheckpointFacts, expect: Expect) -> Ite
 
     ## What it does
     Looks for modules of which one factor is all zero (usually lora_B, which starts at zero). Under
-    `Expect(fresh=True)` that is meant. Layers at zero beside trained layers of the same kind are a warning.
+    `Expect(fresh=True)` that is meant. Layers at zero beside trained layers of the same kind, and targets at zero
+    beside trained targets of the same block, are a warning. So are heads and embeddings in the file whose
+    weights are all zero.
 
     ## Why is this bad?
-    The adapter was saved before training, or training did not reach it: the optimizer did not hold it, or
-    another copy was trained.
+    The adapter was saved before training, or training did not reach it: the optimizer did not hold it, another
+    copy was trained, or the forward pass takes the weight of a target without calling the module. Whole
+    matrices of zeros are parts that were not gathered.
 
     ## Example
     ```python
@@ -38,6 +41,7 @@ def saved_adapter_holds_no_update(facts: CheckpointFacts, expect: Expect) -> Ite
     """
     if not facts.is_judged or expect.fresh is True:
         return
+    yield from _empty_weights(facts)
     whole = [
         m for m in facts.adapted if m.a and m.b and m.a.numbers and m.b.numbers and m.a.values and m.b.values
     ]
@@ -45,15 +49,52 @@ def saved_adapter_holds_no_update(facts: CheckpointFacts, expect: Expect) -> Ite
     if not dead:
         return
     alive = {starred(m.name) for m in whole if not m.holds_nothing}
-    part = "lora_B" if dead[0].b and dead[0].b.values and dead[0].b.values.zero else "lora_A"
-    beside = [m for m in dead if starred(m.name) in alive]
+    blocks = {_block(m.name) for m in whole if not m.holds_nothing} - {""}
+    beside = [m for m in dead if starred(m.name) in alive or _block(m.name) in blocks]
     kind: Severity | None = None
     if len(dead) < len(whole):
-        kind = "warning" if beside and not all("expert" in m.name for m in beside) else "info"
+        unused = all(any(part in m.name for part in _LEFT_OUT) for m in beside)
+        kind = "info" if unused else "warning"
+    part = _zero_part(dead[0])
+    effect = "the modules give out zero" if "magnitude" in part else "the adapter changes nothing there"
     yield Violation(
         where=grouped(m.name for m in dead),
-        observed=f"{part} is all zero in {len(dead)} of {len(whole)} modules: the adapter changes nothing there",
+        observed=f"{part} is all zero in {len(dead)} of {len(whole)} modules: {effect}",
         expected="trained values",
         fix="check that the optimizer held the adapter and that the trained copy was saved, then train and save again",
         severity=kind,
     )
+
+
+_LEFT_OUT = ("expert", "vision", "visual", "image", "audio")
+"""Parts that a training may never have run: experts that no token went to, towers without inputs, and the last layers
+of a tower of which an inner layer is used (``vision_feature_layer``)."""
+
+
+def _zero_part(module: AdaptedModule) -> str:
+    parts = (
+        ("lora_B", module.b),
+        ("lora_A", module.a),
+        ("lora_magnitude_vector", module.magnitude),
+    )
+    return next(part for part, t in parts if t is not None and t.values is not None and t.values.zero)
+
+
+def _block(module: str) -> str:
+    """The part of a numbered layer that a module stands in, beside its like; empty outside of layers."""
+    around = module.rpartition(".")[0]
+    return around if any(part.isdigit() for part in around.split(".")[:-1]) else ""
+
+
+def _empty_weights(facts: CheckpointFacts) -> Iterator[Violation]:
+    zero = [t for t in facts.plain if len(t.shape) > 1 and t.numbers and t.values and t.values.zero]
+    matrices = [t for t in zero if "token_adapter" not in t.name]
+    if matrices:
+        yield Violation(
+            where=grouped(facts.key(t).module for t in matrices),
+            observed=f"{len(matrices)} of {len(facts.plain)} weights that are saved in full are all zero",
+            expected="the weights of the head or embedding that was trained",
+            fix="gather the weights before saving, and save again; load_state_dict of these zeros would replace what "
+            "the base has",
+            severity="warning",
+        )

@@ -43,19 +43,24 @@ def shape_does_not_fit_the_base(facts: CheckpointFacts, expect: Expect) -> Itera
     wrong: dict[bool, list[tuple[str, Misfit]]] = {}
     for misfit in fit.misfits:
         key = facts.keys[misfit.name]
-        module = key.module.removesuffix(".base_layer").removesuffix(".token_adapter")
+        module = key.module.removesuffix(".base_layer")
+        if 0 in misfit.found:
+            continue
         if module not in embeddings and not (key.part and module in ranks_differ):
             wrong.setdefault(bool(key.part), []).append((module, misfit))
     for is_lora, found in wrong.items():
         module, first = found[0]
         is_head = not is_lora and settings is not None and settings.saves(module)
+        of_tokens = module.endswith(".token_adapter")
         yield Violation(
             where=grouped(dict.fromkeys(module for module, _ in found)),
             observed=f"{first.name.removeprefix(PREFIX)} is {_shaped(first.found)}, but "
             f"{fit.base.architecture} asks for {_shaped(first.wanted)} "
             f"({len(found)} of {len(facts.tensors)} tensors do not fit)",
             expected="the shapes of the base that the adapter was trained on",
-            fix=f"load the base with num_labels={first.found[0]}, as in training"
+            fix="restore the trainable_token_indices of the training: the file has another number of rows"
+            if of_tokens
+            else f"load the base with num_labels={first.found[0]}, as in training"
             if is_head and first.found
             else "load it on the base that it was trained on",
         )

@@ -10,10 +10,10 @@ from pytest_lora.rules import Violation, rule
 
 @rule("LORA432", severity="error", needs=CheckpointFacts)
 def tensor_is_empty(facts: CheckpointFacts, expect: Expect) -> Iterator[Violation]:
-    """A LoRA tensor has no numbers, or has lost a dimension.
+    """A tensor has no numbers, or a LoRA factor has lost a dimension.
 
     ## What it does
-    Looks for lora_A and lora_B with fewer than two dimensions or with a size of zero.
+    Looks for tensors with a size of zero, and for lora_A and lora_B with fewer than two dimensions.
 
     ## Why is this bad?
     DeepSpeed ZeRO-3 and FSDP keep each parameter in parts, and what is left in its place is an empty or
@@ -37,14 +37,17 @@ def tensor_is_empty(facts: CheckpointFacts, expect: Expect) -> Iterator[Violatio
     """
     if not facts.is_judged:
         return
-    empty = [t for t in facts.lora if t.numbers == 0]
+    empty = [t for t in facts.tensors if t.numbers == 0]
     flat = [t for t in facts.lora if t.numbers and _is_factor(facts.key(t)) and len(t.shape) < 2]
-    for found, words in ((empty, "empty"), (flat, "flat")):
+    for found, all_of_them, words in (
+        (empty, f"{len(facts.tensors)} tensors", "empty"),
+        (flat, f"{len(facts.lora)} adapter tensors", "flat"),
+    ):
         if found:
             shape = "x".join(map(str, found[0].shape)) or "a single number"
             yield Violation(
                 where=grouped(facts.key(t).module for t in found),
-                observed=f"{len(found)} of {len(facts.lora)} adapter tensors are {words} (shape {shape}): "
+                observed=f"{len(found)} of {all_of_them} are {words} (shape {shape}): "
                 "they were saved before the shards of ZeRO-3 or FSDP were gathered",
                 expected="lora_A of rank x in_features, lora_B of out_features x rank",
                 fix="gather before saving: deepspeed.zero.GatheredParameters, or FSDP with a full state dict",

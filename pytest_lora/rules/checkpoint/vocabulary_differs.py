@@ -45,7 +45,7 @@ def vocabulary_differs(facts: CheckpointFacts, expect: Expect) -> Iterator[Viola
             side = 1 if key.part == "lora_embedding_A" else 0
             if key.part in ("lora_A", "lora_embedding_B") or len(misfit.found) <= side:
                 continue
-            if misfit.found[side] != misfit.wanted[side]:
+            if misfit.found[side] not in (0, misfit.wanted[side]):
                 rows[module] = misfit.found[side]
     for found in sorted(set(rows.values())):
         modules = [module for module, number in rows.items() if number == found]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.byte_sizes import format_bytes
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import PICKLED, WEIGHTS, CheckpointFacts
 from pytest_lora.rules import Violation, rule
@@ -13,10 +14,12 @@ def weights_are_pickled(facts: CheckpointFacts, expect: Expect) -> Iterator[Viol
 
     ## What it does
     Names adapter_model.bin where it is the only file with weights. Under `Expect(read_pickle=True)` it is
-    read by torch with `weights_only=True`. Other pickles in the folder are mentioned.
+    read by torch with `weights_only=True`. Where it lies beside adapter_model.safetensors, their sizes say whether
+    it can hold the same tensors. Other pickles in the folder are mentioned.
 
     ## Why is this bad?
-    Loading a pickle can run any code. PEFT has written safetensors by default since 0.6.
+    Loading a pickle can run any code. PEFT has written safetensors by default since 0.6. Of two files with
+    different tensors one is stale: PEFT takes the safetensors, other tools may take the pickle.
 
     ## Example
     ```python
@@ -42,6 +45,16 @@ def weights_are_pickled(facts: CheckpointFacts, expect: Expect) -> Iterator[Viol
             expected=WEIGHTS,
             fix="save it again with safe_serialization=True; if you trust it, Expect(read_pickle=True) reads it "
             "with weights_only=True",
+        )
+        names = tuple(name for name in names if name != PICKLED)
+    elif other := facts.other_pickle:
+        size = next(entry.bytes for entry in facts.files if entry.name == facts.weights)
+        yield Violation(
+            where=f"{PICKLED} in {facts.name}",
+            observed=f"{PICKLED} of {format_bytes(other.bytes)} lies beside {WEIGHTS} of {format_bytes(size)}: "
+            "by their sizes they hold different tensors, so one of the two is stale",
+            expected="the weights once",
+            fix=f"delete the older one; PEFT loads {WEIGHTS}, and never looks at {PICKLED} beside it",
         )
         names = tuple(name for name in names if name != PICKLED)
     if names:

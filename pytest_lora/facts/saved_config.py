@@ -1,0 +1,69 @@
+"""What the configuration of a saved adapter means for the modules in its file, where no base is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.facts.base import BaseFacts, BaseModule
+from pytest_lora.facts.checkpoint import AdaptedModule, CheckpointFacts
+from pytest_lora.facts.config import ConfigFacts, LayerFacts, Settings
+
+
+def config_of_the_file(facts: CheckpointFacts) -> ConfigFacts | None:
+    """The configuration on the modules that the file adapts; None where these are not to be judged."""
+    settings = facts.settings
+    if settings is None or not facts.is_judged:
+        return None
+    layers = tuple(_layers(facts, settings))
+    if not layers:
+        return None
+    named = facts.config.base if facts.config else None
+    modules = tuple(BaseModule(m.module, m.kind, m.in_features, m.out_features, None) for m in layers)
+    base = BaseFacts(
+        architecture=named or "its base",
+        task_type=None,
+        modules=modules,
+        module_names=tuple(module.name for module in modules),
+        parameters=0,
+        layer_indices=(),
+        heads=(),
+        tied=(),
+        input_embeddings=None,
+        output_embeddings=None,
+        vocab_size=None,
+        has_biases=False,
+        float_dtypes=(),
+        device_types=(),
+        quantization=None,
+        carries_adapter=False,
+        fused=(),
+    )
+    return ConfigFacts("default", settings, base, layers, (), (), (), (), None, live=True)
+
+
+def _layers(facts: CheckpointFacts, settings: Settings) -> Iterator[LayerFacts]:
+    for module in facts.adapted:
+        scaling = settings.scaling_of(module.name)
+        if scaling is None or module.a is None or module.b is None or not module.rank or not module.b_rank:
+            continue
+        fused = bool(settings.target_parameters) and not settings.targets(module.name)
+        yield LayerFacts(
+            module=module.name,
+            kind="Parameter" if fused else "Linear",
+            adapter="default",
+            in_features=module.a.shape[1],
+            out_features=module.b.shape[0],
+            kernel=1,
+            experts=1,
+            rank=settings.rank_of(module.name),
+            alpha=settings.alpha_of(module.name),
+            scaling=scaling,
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
+            dropout=settings.lora_dropout,
+            parameters=_numbers(module),
+        )
+
+
+def _numbers(module: AdaptedModule) -> int:
+    return sum(part.numbers for part in (module.a, module.b, module.magnitude) if part is not None)
