@@ -62,7 +62,7 @@ class LayerFacts:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The fields of a LoraConfig as plain values, under PEFT's own names."""
+    """The fields of a LoraConfig as plain values, under PEFT's own names; of nested ones, whether they are set."""
 
     r: int
     lora_alpha: float
@@ -82,6 +82,11 @@ class Settings:
     inference_mode: bool
     trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...]
     ensure_weight_tying: bool
+    alora_invocation_tokens: tuple[int, ...] | None
+    eva_config: bool
+    corda_config: bool
+    lora_ga_config: bool
+    use_qalora: bool
 
     @classmethod
     def of(cls, config: Any) -> Settings:
@@ -234,6 +239,11 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "inference_mode": bool,
     "trainable_token_indices": _tokens,
     "ensure_weight_tying": bool,
+    "alora_invocation_tokens": lambda value: None if value is None else tuple(value),
+    "eva_config": bool,
+    "corda_config": bool,
+    "lora_ga_config": bool,
+    "use_qalora": bool,
 }
 
 
