@@ -10,7 +10,10 @@ from pytest_lora.rules import Violation, rule
 _FIXES = (
     ("ParamWrapper", "target_parameters take plain LoRA alone: leave out what the message names"),
     ("Unknown initialization", "set init_lora_weights=True, or to a method that this version of PEFT knows"),
-    ("trainable_token_indices cannot", "take the embedding out of target_modules, or leave its rows to the adapter"),
+    (
+        "trainable_token_indices cannot",
+        "take the embedding out of target_modules, or leave its rows to the adapter",
+    ),
     ("divisible by groups", "set r, or a rank_pattern for these modules, to a multiple of their groups"),
     ("Requested bias", "set bias to 'none', 'all' or 'lora_only'"),
     ("DoRA", "set use_dora=False, or take these modules out of target_modules"),
@@ -76,7 +79,9 @@ def _explained_elsewhere(facts: ConfigFacts) -> bool:
 def _fix(facts: ConfigFacts, message: str) -> str:
     settings = facts.settings
     if broken := _broken_pattern(settings):
-        return f"{broken[0]}: {broken[1]!r} is no regular expression; write the end of a module's name, or '.*'"
+        return (
+            f"{broken[0]}: {broken[1]!r} is no regular expression; write the end of a module's name, or '.*'"
+        )
     if settings.r <= 0 or any(rank <= 0 for _, rank in settings.rank_pattern):
         return "set r, and every rank in rank_pattern, to a whole number above 0"
     if "layers_pattern" in message:
