@@ -151,7 +151,7 @@ def _name_matches(
     leaves = sorted({module.leaf for module in base.modules if not module.leaf.isdigit()})
     for field, names in lists.items():
         if isinstance(names, str):
-            yield NameMatch(field, names, tuple(_matched_by_pattern(names, base.module_names, adapted)))
+            yield NameMatch(field, names, tuple(_matched_by_pattern(names, base, adapted)))
             continue
         for name in names or ():
             # PEFT maps names of modules that transformers has since fused to their parameters.
@@ -188,13 +188,13 @@ def _by_suffix(names: dict[str, None], wanted: set[str]) -> dict[str, list[str]]
     return found
 
 
-def _matched_by_pattern(pattern: str, modules: tuple[str, ...], adapted: list[str]) -> Iterator[str]:
+def _matched_by_pattern(pattern: str, base: BaseFacts, adapted: list[str]) -> Iterator[str]:
     if pattern == "all-linear":
-        yield from adapted
+        yield from adapted or (module.name for module in base.modules if module.is_linear)
         return
     expression = compiled(pattern)
     if expression is not None:
-        yield from (name for name in modules if expression.fullmatch(name))
+        yield from (name for name in base.module_names if expression.fullmatch(name))
 
 
 def _pattern_keys(

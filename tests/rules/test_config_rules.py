@@ -121,6 +121,8 @@ def test_unusual_but_healthy_configuration_is_left_alone(base: str, fields: dict
         ("base", {"rank_pattern": {"*q_proj": 16}}, "rank_pattern: '*q_proj' is no regular expression"),
         ("base", {"trainable_token_indices": {"wte": [5]}}, "'model.embed_tokens', not 'wte'"),
         ("base", {"target_modules": []}, "set target_modules"),
+        ("base", {"target_modules": "all-linear", "exclude_modules": ".*"}, "take the targets out of them"),
+        ("base", {"rank_pattern": {"q_proj": "16"}}, "as numbers, not as text"),
         ("base", {"bias": "true"}, "set bias to"),
     ],
 )

@@ -406,6 +406,28 @@ def exploded() -> Case:
     return model, Expect()
 
 
+def a_frozen_in_the_first_block() -> Case:
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name and "layers.0" in name:
+            parameter.requires_grad_(False)
+    return model, Expect()
+
+
+def magnitude_frozen_in_the_first_block() -> Case:
+    model = adapted(use_dora=True)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name and "layers.0" in name:
+            parameter.requires_grad_(False)
+    return model, Expect()
+
+
+def norm_in_the_other_16_bits() -> Case:
+    base = BASES["base"]().to(torch.float16)
+    base.model.norm.to(torch.bfloat16)
+    return adapted(base), Expect()
+
+
 FAULTS: list[tuple[Callable[..., Case], str, str]] = [
     (prepared_after_wrapping, "no_adapter_is_trainable", "error"),
     (loaded_without_is_trainable, "no_adapter_is_trainable", "error"),
@@ -454,6 +476,9 @@ FAULTS: list[tuple[Callable[..., Case], str, str]] = [
     (eight_bits_called_four, "base_is_not_quantized", "error"),
     (float8_factors, "trained_weights_are_float16", "error"),
     (loaded_under_two_names, "adapter_is_active_twice", "warning"),
+    (a_frozen_in_the_first_block, "some_adapters_are_frozen", "warning"),
+    (magnitude_frozen_in_the_first_block, "some_adapters_are_frozen", "warning"),
+    (norm_in_the_other_16_bits, "base_mixes_half_dtypes", "warning"),
     (exploded, "adapter_has_exploded", "warning"),
 ]
 
@@ -756,6 +781,18 @@ def large_but_trained() -> Case:
     return model, Expect()
 
 
+def norms_in_32_bits_beside_16() -> Case:
+    base = BASES["base"]().to(torch.bfloat16)
+    base.model.norm.float()
+    return adapted(base), Expect()
+
+
+def magnitude_frozen_throughout() -> Case:
+    model = adapted(use_dora=True)
+    set_trainable(model, "magnitude", False)
+    return model, Expect()
+
+
 HEALTHY: list[Callable[..., Case]] = [
     lora_fa,
     b_frozen_at_random,
@@ -798,6 +835,8 @@ HEALTHY: list[Callable[..., Case]] = [
     layers_replicated,
     two_fresh_adapters_from_one_seed,
     large_but_trained,
+    norms_in_32_bits_beside_16,
+    magnitude_frozen_throughout,
 ]
 
 

@@ -19,6 +19,7 @@ _FIXES = (
     ("DoRA", "set use_dora=False, or take these modules out of target_modules"),
     ("preprocess_corda", "call preprocess_corda(base, config, run_model=...) before get_peft_model"),
     ("megatron", "leave megatron_config out, unless the base is built with Megatron"),
+    ("instances of 'str'", "write r, lora_alpha and the values of both patterns as numbers, not as text"),
     ("tuple of ints", "set r to a whole number"),
     ("is out of range", "set layer_replication to ranges [start, end) of blocks that the base has"),
 )
