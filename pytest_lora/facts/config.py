@@ -62,7 +62,7 @@ class LayerFacts:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The fields of a LoraConfig as plain values, under PEFT's own names."""
+    """The fields of a LoraConfig as plain values, under PEFT's own names; of nested ones, whether they are set."""
 
     r: int
     lora_alpha: float
@@ -82,6 +82,11 @@ class Settings:
     inference_mode: bool
     trainable_token_indices: tuple[tuple[str, tuple[int, ...]], ...]
     ensure_weight_tying: bool
+    alora_invocation_tokens: tuple[int, ...] | None
+    eva_config: bool
+    corda_config: bool
+    lora_ga_config: bool
+    use_qalora: bool
 
     @classmethod
     def of(cls, config: Any) -> Settings:
@@ -198,8 +203,12 @@ def _indices(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value or ())
 
 
-def _pairs(value: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple((value or {}).items())
+def _ranks(value: Any) -> tuple[tuple[str, int], ...]:
+    return tuple((str(key), int(rank)) for key, rank in (value or {}).items())
+
+
+def _alphas(value: Any) -> tuple[tuple[str, float], ...]:
+    return tuple((str(key), float(alpha)) for key, alpha in (value or {}).items())
 
 
 def _word(value: Any) -> str | None:
@@ -228,12 +237,17 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "modules_to_save": _saved_names,
     "init_lora_weights": _initialisation,
     "layers_to_transform": _indices,
-    "rank_pattern": _pairs,
-    "alpha_pattern": _pairs,
+    "rank_pattern": _ranks,
+    "alpha_pattern": _alphas,
     "task_type": _word,
     "inference_mode": bool,
     "trainable_token_indices": _tokens,
     "ensure_weight_tying": bool,
+    "alora_invocation_tokens": lambda value: None if value is None else tuple(value),
+    "eva_config": bool,
+    "corda_config": bool,
+    "lora_ga_config": bool,
+    "use_qalora": bool,
 }
 
 

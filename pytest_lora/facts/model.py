@@ -20,6 +20,7 @@ class Factor:
         trainable: Whether it requires gradients.
         zero: Whether every number is zero; None on the meta device.
         finite: Whether every number is finite; None on the meta device.
+        largest: The largest absolute number, where all are finite; None on the meta device.
         frozen_by_design: Whether the LoRA variant itself trains without this factor.
     """
 
@@ -30,7 +31,13 @@ class Factor:
     trainable: bool
     zero: bool | None
     finite: bool | None
+    largest: float | None = None
     frozen_by_design: bool = False
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it holds whole numbers, which no gradient can train."""
+        return "int" in self.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +189,7 @@ class ModelFacts:
         trainable_parameters: Logical numbers that require gradients.
         total_parameters: Logical numbers in the model, adapters included.
         stored_parameters: The same, with packed 4-bit weights counted as they are stored.
+        twins: Pairs of adapters that are active together and hold the same numbers wherever they are.
         reentrant_without_inputs: Reentrant gradient checkpointing is on and nothing makes its input require
             gradients, so that no gradient reaches an adapter inside.
     """
@@ -201,6 +209,7 @@ class ModelFacts:
     trainable_parameters: int
     total_parameters: int
     stored_parameters: int
+    twins: tuple[tuple[str, str], ...]
     reentrant_without_inputs: bool
 
     @property

@@ -48,6 +48,8 @@ def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     model = resolve_base(base, settings.task_type)
     found = survey(model)
     facts = base_facts(found, base_parameters(found))
+    if any(_leaves(facts, head) for head in heads_by_task_type(settings.task_type)):
+        settings = _without_absent_heads(settings, facts)
     if facts.carries_adapter:
         wrapped = Refusal("", "the base already carries an adapter")
         return assembled(ADAPTER, settings, settings, facts, Survey(model, 0), (), wrapped)
@@ -86,11 +88,15 @@ def live_config_facts(
     adapter: str, config: LoraConfig, found: Survey, base: BaseFacts, layers: tuple[LayerFacts, ...]
 ) -> ConfigFacts:
     """Read the configuration of an adapter that a live model already carries."""
-    settings = Settings.of(config)
+    settings = _without_absent_heads(Settings.of(config), base)
+    return assembled(adapter, settings, settings, base, found, layers, None, live=True)
+
+
+def _without_absent_heads(settings: Settings, base: BaseFacts) -> Settings:
+    """Leave out of ``modules_to_save`` what PEFT adds for the task type by itself and this base does not have."""
     added = heads_by_task_type(settings.task_type)
     named = tuple(name for name in settings.modules_to_save if name not in added or _leaves(base, name))
-    settings = replace(settings, modules_to_save=named)
-    return assembled(adapter, settings, settings, base, found, layers, None, live=True)
+    return replace(settings, modules_to_save=named)
 
 
 def _leaves(base: BaseFacts, name: str) -> bool:
@@ -140,17 +146,23 @@ def _name_matches(
     adapted = [layer.module for layer in layers]
     rewritten = set(applied.target_parameters) != set(written.target_parameters)
     wanted = {name for names in lists.values() if names and not isinstance(names, str) for name in names}
-    by_suffix = _by_suffix(dict.fromkeys([*base.module_names, *adapted, *parameters]), wanted)
+    by_suffix = _by_suffix(dict.fromkeys([*base.module_names, *adapted]), wanted)
+    parameters_by_suffix = _by_suffix(dict.fromkeys(parameters), set(written.target_parameters))
     leaves = sorted({module.leaf for module in base.modules if not module.leaf.isdigit()})
     for field, names in lists.items():
         if isinstance(names, str):
-            yield NameMatch(field, names, tuple(_matched_by_pattern(names, base.module_names, adapted)))
+            yield NameMatch(field, names, tuple(_matched_by_pattern(names, base, adapted)))
             continue
         for name in names or ():
             # PEFT maps names of modules that transformers has since fused to their parameters.
             if rewritten and name not in (getattr(applied, field) or ()):
                 continue
             modules = tuple(by_suffix.get(name, ()))
+            if field == "target_parameters":
+                modules = tuple(dict.fromkeys((*modules, *parameters_by_suffix.get(name, ()))))
+            if field == "modules_to_save" and not modules and len(name) > 1:
+                # Here PEFT asks for the end of the text alone: "layernorm" means every input_layernorm.
+                modules = tuple(module for module in base.module_names if module.endswith(name))
             similar = (
                 ()
                 if modules
@@ -176,13 +188,13 @@ def _by_suffix(names: dict[str, None], wanted: set[str]) -> dict[str, list[str]]
     return found
 
 
-def _matched_by_pattern(pattern: str, modules: tuple[str, ...], adapted: list[str]) -> Iterator[str]:
+def _matched_by_pattern(pattern: str, base: BaseFacts, adapted: list[str]) -> Iterator[str]:
     if pattern == "all-linear":
-        yield from adapted
+        yield from adapted or (module.name for module in base.modules if module.is_linear)
         return
     expression = compiled(pattern)
     if expression is not None:
-        yield from (name for name in modules if expression.fullmatch(name))
+        yield from (name for name in base.module_names if expression.fullmatch(name))
 
 
 def _pattern_keys(

@@ -31,9 +31,10 @@ class Values(NamedTuple):
 
     zero: bool | None
     finite: bool | None
+    largest: float | None
 
 
-UNREAD = Values(None, None)
+UNREAD = Values(None, None, None)
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -52,9 +53,10 @@ def read_values(tensors: Iterable[torch.Tensor | None]) -> dict[int, Values]:
     found: dict[int, Values] = {}
     for ids, extremes in pending.values():
         stacked = torch.stack(extremes)
-        finite = stacked.isfinite().all(dim=1).tolist()
-        zero = (stacked == 0).all(dim=1).tolist()
-        found.update((i, Values(z, f)) for i, z, f in zip(ids, zero, finite, strict=True))
+        for key, (low, high) in zip(ids, stacked.tolist(), strict=True):
+            largest = max(-low, high)
+            finite = math.isfinite(low) and math.isfinite(high)
+            found[key] = Values(low == high == 0, finite, largest if finite else None)
     return found
 
 
@@ -128,7 +130,7 @@ def _first_two(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _factor(name: str, tensor: torch.Tensor, values: dict[int, Values], by_design: tuple[str, ...]) -> Factor:
-    zero, finite = values.get(id(tensor), UNREAD)
+    zero, finite, largest = values.get(id(tensor), UNREAD)
     return Factor(
         name=name,
         shape=tuple(tensor.shape),
@@ -137,6 +139,7 @@ def _factor(name: str, tensor: torch.Tensor, values: dict[int, Values], by_desig
         trainable=tensor.requires_grad,
         zero=zero,
         finite=finite,
+        largest=largest,
         frozen_by_design=name in by_design,
     )
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 
 from pytest_lora.facts.model import LayerState, ModelFacts, SavedModule, TrainableBase, TrainedRows
 from pytest_lora.inspection import transformers_internals
 from pytest_lora.inspection.base import BaseParameter, base_facts, base_parameters, dtype_name
+from pytest_lora.inspection.bitsandbytes_internals import quantization_statistics
 from pytest_lora.inspection.config import live_config_facts
 from pytest_lora.inspection.layers import CPU_NUMBERS, UNREAD, layer_states, read_values
 from pytest_lora.inspection.parameters import count
 from pytest_lora.inspection.peft_internals import (
     WRAPPERS,
+    LoraLayer,
     ModulesToSaveWrapper,
     active_adapters,
     adapter_names,
+    factors,
     lora_configs,
     token_rows,
 )
@@ -86,6 +91,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         trainable_parameters=counted.trainable,
         total_parameters=counted.total,
         stored_parameters=counted.stored,
+        twins=_twins(found.lora),
         reentrant_without_inputs=transformers_internals.reentrant_without_inputs(found),
     )
 
@@ -115,6 +121,7 @@ def _trainable_base(
 
 
 def _nonfinite(parameters: tuple[BaseParameter, ...]) -> Iterator[str]:
+    """Parameters with NaN or infinity, of quantized ones in what bitsandbytes keeps beside the packed numbers."""
     readable: list[BaseParameter] = []
     budget = CPU_NUMBERS
     for parameter in parameters:
@@ -122,8 +129,29 @@ def _nonfinite(parameters: tuple[BaseParameter, ...]) -> Iterator[str]:
         budget -= parameter.numbers if on_cpu else 0
         if budget >= 0 or not on_cpu:
             readable.append(parameter)
-    values = read_values(p.tensor for p in readable)
-    yield from (p.full_name for p in readable if values.get(id(p.tensor), UNREAD).finite is False)
+    tensors = {p.full_name: (p.tensor, *quantization_statistics(p.tensor)) for p in readable}
+    values = read_values(tensor for group in tensors.values() for tensor in group)
+    for name, group in tensors.items():
+        if any(values.get(id(tensor), UNREAD).finite is False for tensor in group):
+            yield name
+
+
+def _twins(lora: dict[str, LoraLayer]) -> tuple[tuple[str, str], ...]:
+    """Pairs of adapters that are active together on some module and hold the same numbers on all of those."""
+    equal: dict[tuple[str, str], bool] = {}
+    for layer in lora.values():
+        held = [name for name in active_adapters(layer) if name in adapter_names(layer)]
+        for pair in itertools.combinations(sorted(held), 2):
+            if equal.get(pair, True):
+                first, second = (factors(layer, name) for name in pair)
+                equal[pair] = _equal(first.a, second.a) and _equal(first.b, second.b)
+    return tuple(pair for pair, same in equal.items() if same)
+
+
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    if first.device != second.device or first.is_meta or first.shape != second.shape:
+        return False
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _saved_modules(found: Survey, tied: tuple[tuple[str, ...], ...]) -> Iterator[SavedModule]:

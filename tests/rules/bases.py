@@ -139,6 +139,7 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     ),
     "fused_moe_base": lambda: nn.Sequential(FusedExperts()),
     "vision_language_base": VisionLanguageModel,
+    "torch_attention_base": lambda: nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, batch_first=True),
     "batchnorm_base": BatchNormBase,
 }
 

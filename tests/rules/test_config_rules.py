@@ -8,7 +8,7 @@ import pytest
 from peft import LoraConfig
 
 from pytest_lora import Expect, Finding, check_config
-from tests.rules.bases import BASES
+from tests.rules.bases import BASES, VOCABULARY
 
 QV = ["q_proj", "v_proj"]
 
@@ -69,6 +69,15 @@ def test_targets_written_in_another_form_get_the_form_to_use(targets: Any, fix: 
         ("LORA124", "base", {"r": 0}),
         ("LORA124", "base", {"target_modules": ["self_attn"]}),
         ("LORA124", "base", {"init_lora_weights": "corda"}),
+        ("LORA104", "base", {"target_modules": ["q_proj", "v_proj.weight"]}),
+        ("LORA104", "base", {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [1]}),
+        ("LORA107", "base", {"rank_pattern": {"model.layers.1": 16}}),
+        ("LORA107", "base", {"rank_pattern": {"base_model.model.model.layers.0.self_attn.q_proj": 16}}),
+        ("LORA111", "base", {"trainable_token_indices": [5], "modules_to_save": ["embed_tokens"]}),
+        ("LORA121", "base", {"lora_dropout": -0.1}),
+        ("LORA124", "base", {"trainable_token_indices": {"wte": [5]}}),
+        ("LORA132", "torch_attention_base", {"target_modules": ["out_proj"]}),
+        ("LORA132", "torch_attention_base", {"target_modules": "all-linear"}),
     ],
 )
 def test_fault_is_named_alone(code: str, base: str, fields: dict[str, Any]) -> None:
@@ -90,7 +99,51 @@ def test_fault_is_named_alone(code: str, base: str, fields: dict[str, Any]) -> N
         ("tied_base", {"trainable_token_indices": [126, 127]}),
         ("classifier_base", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
         ("gpt2_base", {"target_modules": ["c_attn"]}),
+        ("base", {"modules_to_save": ["layernorm"]}),
+        ("base", {"layers_to_transform": [1], "target_modules": ["q_proj", "lm_head"]}),
+        ("classifier_base", {"modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS"}),
+        ("torch_attention_base", {"target_modules": ["self_attn", "linear1"]}),
     ],
 )
 def test_unusual_but_healthy_configuration_is_left_alone(base: str, fields: dict[str, Any]) -> None:
     assert not findings(base, **fields)
+
+
+@pytest.mark.parametrize(
+    ("base", "fields", "fix"),
+    [
+        ("base", {"rank_pattern": {"model.layers.1": 16}}, "write 'model.layers.1.*'"),
+        (
+            "base",
+            {"alpha_pattern": {"base_model.model.model.layers.0.self_attn.q_proj": 16}},
+            "write 'model.layers.0.self_attn.q_proj'",
+        ),
+        ("base", {"rank_pattern": {"*q_proj": 16}}, "rank_pattern: '*q_proj' is no regular expression"),
+        ("base", {"trainable_token_indices": {"wte": [5]}}, "'model.embed_tokens', not 'wte'"),
+        ("base", {"target_modules": []}, "set target_modules"),
+        ("base", {"target_modules": "all-linear", "exclude_modules": ".*"}, "take the targets out of them"),
+        ("base", {"rank_pattern": {"q_proj": "16"}}, "as numbers, not as text"),
+        ("base", {"bias": "true"}, "set bias to"),
+    ],
+)
+def test_the_fix_says_what_to_write(base: str, fields: dict[str, Any], fix: str) -> None:
+    (found,) = findings(base, **fields).values()
+    assert fix in found.fix
+
+
+ALORA = "alora_invocation_tokens"
+
+
+@pytest.mark.skipif(ALORA not in LoraConfig.__dataclass_fields__, reason="this PEFT has no aLoRA")
+@pytest.mark.parametrize(
+    ("tokens", "task_type", "flagged"),
+    [
+        ([5, 9], "CAUSAL_LM", False),
+        ([5, 9], None, True),
+        ([5, VOCABULARY], "CAUSAL_LM", True),
+        ([], "CAUSAL_LM", True),
+    ],
+)
+def test_invocations_that_never_come(tokens: list[int], task_type: str | None, flagged: bool) -> None:
+    found = findings(task_type=task_type, **{ALORA: tokens})
+    assert found.keys() == ({"LORA133"} if flagged else set())

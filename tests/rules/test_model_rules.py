@@ -332,6 +332,102 @@ def checkpointing_with_only_the_head_outside() -> Case:
     return model, Expect()
 
 
+def quantized_together_with_its_base() -> Case:
+    model = adapted()
+    for layer in layers_of(model):
+        for factor in (layer.lora_A["default"], layer.lora_B["default"]):
+            packed = torch.zeros(factor.weight.numel() // 2, 1, dtype=torch.uint8)
+            factor.weight = nn.Parameter(packed, requires_grad=False)
+    return model, Expect()
+
+
+def added_to_a_frozen_one_and_not_chosen(tmp: Path) -> Case:
+    adapted().save_pretrained(str(tmp))
+    model = PeftModel.from_pretrained(BASES["base"](), str(tmp))
+    model.add_adapter("fresh", config())
+    return model, Expect()
+
+
+def nan_under_four_bits() -> Case:
+    base: Any = BASES["base_4bit"]()
+    base.model.layers[0].mlp.up_proj.weight.quant_state.offset.fill_(float("nan"))
+    return adapted(base), Expect()
+
+
+def in_eight_bits(base: nn.Module, declare: bool = True) -> nn.Module:
+    """The model with the linear layers of its second block packed to 8 bits in place."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, nn.Linear) and "layers.1" in name:
+            packed = bnb.nn.Linear8bitLt(
+                module.in_features, module.out_features, bias=False, has_fp16_weights=False
+            )
+            packed.weight = bnb.nn.Int8Params(
+                torch.randn(module.out_features, module.in_features).half(),
+                requires_grad=False,
+                has_fp16_weights=False,
+            )
+            base.get_submodule(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], packed.to("cpu"))
+    return base
+
+
+def one_block_in_eight_bits_instead_of_four() -> Case:
+    return adapted(in_eight_bits(BASES["base_4bit"]())), Expect()
+
+
+def eight_bits_called_four() -> Case:
+    model = BASES["base"]()
+    for index in range(LAYERS):
+        model.model.layers[index] = in_eight_bits(BASES["base"]()).model.layers[1]
+    model.is_loaded_in_4bit = True
+    return adapted(model), Expect()
+
+
+def float8_factors() -> Case:
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    return model, Expect()
+
+
+def loaded_under_two_names(tmp: Path) -> Case:
+    trained = adapted()
+    train_b(trained)
+    trained.save_pretrained(str(tmp))
+    model = PeftModel.from_pretrained(BASES["base"](), str(tmp), is_trainable=True)
+    model.load_adapter(str(tmp), adapter_name="again", is_trainable=True)
+    model.base_model.set_adapter(["default", "again"])
+    return model, Expect()
+
+
+def exploded() -> Case:
+    model = adapted()
+    train_b(model, -3e4)
+    return model, Expect()
+
+
+def a_frozen_in_the_first_block() -> Case:
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name and "layers.0" in name:
+            parameter.requires_grad_(False)
+    return model, Expect()
+
+
+def magnitude_frozen_in_the_first_block() -> Case:
+    model = adapted(use_dora=True)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name and "layers.0" in name:
+            parameter.requires_grad_(False)
+    return model, Expect()
+
+
+def norm_in_the_other_16_bits() -> Case:
+    base = BASES["base"]().to(torch.float16)
+    base.model.norm.to(torch.bfloat16)
+    return adapted(base), Expect()
+
+
 FAULTS: list[tuple[Callable[..., Case], str, str]] = [
     (prepared_after_wrapping, "no_adapter_is_trainable", "error"),
     (loaded_without_is_trainable, "no_adapter_is_trainable", "error"),
@@ -374,6 +470,16 @@ FAULTS: list[tuple[Callable[..., Case], str, str]] = [
     (factor_of_another_rank, "factor_shapes_do_not_fit", "error"),
     (checkpointing_by_torch_default, "checkpointing_cuts_the_gradient", "error"),
     (checkpointing_with_only_the_head_outside, "checkpointing_cuts_the_gradient", "error"),
+    (quantized_together_with_its_base, "no_adapter_is_trainable", "error"),
+    (nan_under_four_bits, "base_is_not_finite", "error"),
+    (one_block_in_eight_bits_instead_of_four, "base_is_partly_quantized", "warning"),
+    (eight_bits_called_four, "base_is_not_quantized", "error"),
+    (float8_factors, "trained_weights_are_float16", "error"),
+    (loaded_under_two_names, "adapter_is_active_twice", "warning"),
+    (a_frozen_in_the_first_block, "some_adapters_are_frozen", "warning"),
+    (magnitude_frozen_in_the_first_block, "some_adapters_are_frozen", "warning"),
+    (norm_in_the_other_16_bits, "base_mixes_half_dtypes", "warning"),
+    (exploded, "adapter_has_exploded", "warning"),
 ]
 
 
@@ -655,6 +761,38 @@ def weaker_at_inference() -> Case:
     return model.eval(), Expect(purpose="inference")
 
 
+def layers_replicated() -> Case:
+    return adapted(layer_replication=[[0, LAYERS], [0, LAYERS]]), Expect()
+
+
+def two_fresh_adapters_from_one_seed() -> Case:
+    model = adapted()
+    model.add_adapter("again", config())
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.lora_A["again"].weight.copy_(layer.lora_A["default"].weight)
+    model.base_model.set_adapter(["default", "again"])
+    return model, Expect()
+
+
+def large_but_trained() -> Case:
+    model = adapted()
+    train_b(model, 50.0)
+    return model, Expect()
+
+
+def norms_in_32_bits_beside_16() -> Case:
+    base = BASES["base"]().to(torch.bfloat16)
+    base.model.norm.float()
+    return adapted(base), Expect()
+
+
+def magnitude_frozen_throughout() -> Case:
+    model = adapted(use_dora=True)
+    set_trainable(model, "magnitude", False)
+    return model, Expect()
+
+
 HEALTHY: list[Callable[..., Case]] = [
     lora_fa,
     b_frozen_at_random,
@@ -694,6 +832,11 @@ HEALTHY: list[Callable[..., Case]] = [
     head_of_several_layers_saved,
     attention_of_torch,
     weaker_at_inference,
+    layers_replicated,
+    two_fresh_adapters_from_one_seed,
+    large_but_trained,
+    norms_in_32_bits_beside_16,
+    magnitude_frozen_throughout,
 ]
 
 
@@ -864,6 +1007,15 @@ def test_every_rule_is_silent_on_plain_facts_for_every_purpose() -> None:
         for rule in RULES.values():
             if rule.needs is ModelFacts:
                 assert not list(rule(copy.deepcopy(facts), Expect(purpose=purpose))), rule.name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_fix_of_frozen_adapters_says_how_they_came_to_be(tmp_path: Path) -> None:
+    (packed,) = check_model(quantized_together_with_its_base()[0]).errors
+    assert "quantized to uint8" in packed.observed
+    assert "quantize the base before get_peft_model" in packed.fix
+    (added,) = check_model(added_to_a_frozen_one_and_not_chosen(tmp_path)[0]).errors
+    assert "model.set_adapter('fresh')" in added.fix
 
 
 def test_findings_group_modules() -> None:

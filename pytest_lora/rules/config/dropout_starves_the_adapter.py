@@ -12,11 +12,12 @@ def dropout_starves_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[
     """lora_dropout drops so much that the adapter can hardly learn.
 
     ## What it does
-    Looks for a LoRA dropout above `Expect.max_dropout`.
+    Looks for a LoRA dropout above `Expect.max_dropout`, and below zero.
 
     ## Why is this bad?
     Dropout acts on the input of `lora_A`. At 1.0 the adapter never sees anything and gets no gradient;
-    far above the usual 0.05 to 0.1 it learns from noise. Often a keep probability was meant.
+    far above the usual 0.05 to 0.1 it learns from noise. Often a keep probability was meant. A negative one
+    drops nothing, and PEFT says nothing of it.
 
     ## Example
     ```python
@@ -34,6 +35,13 @@ def dropout_starves_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[
     - QLoRA, appendix B: https://arxiv.org/abs/2305.14314
     """
     dropout = facts.settings.lora_dropout
+    if dropout < 0:
+        yield Violation(
+            where="lora_dropout",
+            observed=f"lora_dropout={dropout:g} is no probability; nothing is dropped",
+            expected="a probability from 0 to 1",
+            fix="set lora_dropout=0.0 for none, or 0.05",
+        )
     if dropout > expect.max_dropout and expect.purpose == "train":
         yield Violation(
             where="lora_dropout",

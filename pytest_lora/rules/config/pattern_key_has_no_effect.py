@@ -7,6 +7,9 @@ from pytest_lora.facts.config import ConfigFacts, compiled
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the base in a model that it has wrapped."""
+
 
 @rule("LORA107", severity="error", needs=ConfigFacts)
 def pattern_key_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
@@ -53,6 +56,12 @@ def pattern_key_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Vi
         elif pattern.elsewhere:
             seen = f"it matches {grouped(pattern.elsewhere)}, which are no LoRA targets"
             fix = f"add it to target_modules, or drop it from {pattern.field}"
+        elif any(module.startswith(f"{pattern.key}.") for module in facts.base.module_names):
+            seen = "it is the start of names, and a key has to match their end"
+            fix = f"write {pattern.key + '.*'!r} for every module inside it"
+        elif pattern.key.startswith(PREFIX):
+            seen = "it matches no module of the base, whose names do not start with what PEFT puts around it"
+            fix = f"write {pattern.key.removeprefix(PREFIX)!r}"
         else:
             seen = "it matches no module"
             fix = f"write {pattern.key.lstrip('^')!r}, or after ^ the full name from the top of the base"

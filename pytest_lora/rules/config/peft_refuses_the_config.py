@@ -4,8 +4,26 @@ import re
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.facts.config import ConfigFacts, Settings, compiled, is_named
 from pytest_lora.rules import Violation, rule
+
+_FIXES = (
+    ("ParamWrapper", "target_parameters take plain LoRA alone: leave out what the message names"),
+    ("Unknown initialization", "set init_lora_weights=True, or to a method that this version of PEFT knows"),
+    (
+        "trainable_token_indices cannot",
+        "take the embedding out of target_modules, or leave its rows to the adapter",
+    ),
+    ("divisible by groups", "set r, or a rank_pattern for these modules, to a multiple of their groups"),
+    ("Requested bias", "set bias to 'none', 'all' or 'lora_only'"),
+    ("DoRA", "set use_dora=False, or take these modules out of target_modules"),
+    ("preprocess_corda", "call preprocess_corda(base, config, run_model=...) before get_peft_model"),
+    ("megatron", "leave megatron_config out, unless the base is built with Megatron"),
+    ("instances of 'str'", "write r, lora_alpha and the values of both patterns as numbers, not as text"),
+    ("tuple of ints", "set r to a whole number"),
+    ("is out of range", "set layer_replication to ranges [start, end) of blocks that the base has"),
+)
+"""Words of PEFT's messages that do not say what to write instead, and what to write."""
 
 
 @rule("LORA124", severity="error", needs=ConfigFacts)
@@ -61,6 +79,10 @@ def _explained_elsewhere(facts: ConfigFacts) -> bool:
 
 def _fix(facts: ConfigFacts, message: str) -> str:
     settings = facts.settings
+    if broken := _broken_pattern(settings):
+        return (
+            f"{broken[0]}: {broken[1]!r} is no regular expression; write the end of a module's name, or '.*'"
+        )
     if settings.r <= 0 or any(rank <= 0 for _, rank in settings.rank_pattern):
         return "set r, and every rank in rank_pattern, to a whole number above 0"
     if "layers_pattern" in message:
@@ -69,6 +91,25 @@ def _fix(facts: ConfigFacts, message: str) -> str:
         return "exclude_modules and modules_to_save leave no target to adapt: take the targets out of them"
     if "is not supported" in message:
         return "name linear, embedding or convolution layers themselves, not norms or the blocks around them"
-    if settings.target_modules is None and "target_modules" in message:
+    if not settings.target_modules and "target_modules" in message:
         return "set target_modules, for instance to 'all-linear'"
-    return "change what the message names"
+    unknown = [name for name, _ in settings.trainable_token_indices if name and not _is_there(name, facts)]
+    if unknown:
+        embedding = facts.base.input_embeddings or "embed_tokens"
+        return f"trainable_token_indices: name the embedding as this base does: {embedding!r}, not {unknown[0]!r}"
+    return next((fix for words, fix in _FIXES if words in message), "change what the message names")
+
+
+def _broken_pattern(settings: Settings) -> tuple[str, str] | None:
+    """The field and the text of the first regular expression that is none."""
+    written: list[tuple[str, str]] = []
+    for field in ("rank_pattern", "alpha_pattern"):
+        written += [(field, key) for key, _ in getattr(settings, field)]
+    for field in ("target_modules", "exclude_modules"):
+        value = getattr(settings, field)
+        written += [(field, value)] if isinstance(value, str) else []
+    return next(((field, text) for field, text in written if compiled(text) is None), None)
+
+
+def _is_there(name: str, facts: ConfigFacts) -> bool:
+    return any(is_named(module, name) for module in facts.base.module_names)

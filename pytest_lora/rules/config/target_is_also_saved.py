@@ -9,14 +9,16 @@ from pytest_lora.rules import Violation, rule
 
 @rule("LORA111", severity="warning", needs=ConfigFacts)
 def target_is_also_saved(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
-    """A module is in target_modules and in modules_to_save; its LoRA is dropped.
+    """A module is trained in two ways at once, of which PEFT takes one or breaks.
 
     ## What it does
-    Looks for names in both lists.
+    Looks for names in both `target_modules` and `modules_to_save`, and for embeddings of `trainable_token_indices`
+    that one of the two names as well.
 
     ## Why is this bad?
-    PEFT trains such a module in full and puts no adapter on it, without a word: the adapter file holds
-    a whole copy where a few megabytes were expected.
+    PEFT trains a module of both lists in full and puts no adapter on it, without a word: the adapter file holds
+    a whole copy where a few megabytes were expected. Over an embedding that is trained in full, single trainable
+    rows fail in the forward pass; over one with an adapter PEFT stops.
 
     ## Example
     ```python
@@ -34,7 +36,18 @@ def target_is_also_saved(facts: ConfigFacts, expect: Expect) -> Iterator[Violati
 
     ## References
     - https://github.com/huggingface/peft/issues/2589
+    - https://github.com/huggingface/peft/issues/2653
     """
+    rows = [m for m in facts.token_modules if facts.keeps(m)]
+    if rows:
+        yield Violation(
+            where=f"trainable_token_indices and modules_to_save on {facts.base.architecture}",
+            observed=f"{rows} are trained in full by modules_to_save and row by row by trainable_token_indices: the "
+            "forward pass fails",
+            expected="an embedding trained in one way",
+            fix="keep trainable_token_indices for a few new rows, modules_to_save for the whole embedding",
+            severity="error",
+        )
     if not isinstance(facts.settings.target_modules, tuple):
         return
     both = [name for name in facts.settings.target_modules if _is_saved_everywhere(name, facts)]

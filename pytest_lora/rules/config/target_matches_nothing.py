@@ -15,7 +15,8 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
     ## What it does
     Matches each entry of `target_modules` and `target_parameters` against the base, as PEFT does: a
     name in a list must be the end of a module's full name, a string is a regular expression for the
-    whole name.
+    whole name. Under `layers_to_transform` a name that means modules outside the numbered blocks alone matches
+    nothing either.
 
     ## Why is this bad?
     PEFT stops only when nothing matches at all. When some names match, the others are dropped without a
@@ -35,6 +36,7 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
 
     ## References
     - https://github.com/huggingface/peft/issues/3658
+    - https://github.com/huggingface/peft/issues/1024
     - https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig.target_modules
     """
     for field in ("target_modules", "target_parameters"):
@@ -53,6 +55,24 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
             expected="every name to match at least one module",
             fix=_fix(field, settings, lost, facts),
         )
+    layers = list(facts.settings.layers_to_transform)
+    outside = [] if facts.refusal or not layers else [m.name for m in facts.names if _is_outside(m, facts)]
+    if outside:
+        yield Violation(
+            where=f"target_modules and layers_to_transform on {facts.base.architecture}",
+            observed=f"{outside} get no adapter: layers_to_transform={layers} keeps adapters to modules in numbered "
+            "blocks, and these are in none",
+            expected="every name to match at least one module",
+            fix=f"drop {outside}, or say all in one regular expression for target_modules, without layers_to_transform",
+            severity="warning",
+        )
+
+
+def _is_outside(match: NameMatch, facts: ConfigFacts) -> bool:
+    """Whether a target name means modules, but none of them is in a numbered block."""
+    numbered = any(part.isdigit() for module in match.modules for part in module.split("."))
+    named = match.field == "target_modules" and bool(match.modules)
+    return named and not numbered and facts.adapted.isdisjoint(match.modules)
 
 
 def _fix(field: str, settings: object, lost: list[NameMatch], facts: ConfigFacts) -> str:

@@ -13,7 +13,8 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
 
     ## What it does
     Looks for LoRA targets and `modules_to_save` among modules that share their weight (input embedding
-    and output head), unless `ensure_weight_tying` is set or both sides are saved in full.
+    and output head), unless `ensure_weight_tying` is set or both sides are saved in full. Modules of one kind
+    that all carry an adapter of their own (`layer_replication`) are fine.
 
     ## Why is this bad?
     The two sides come apart: one uses the adapter, the other does not. Merging writes the update into
@@ -37,8 +38,11 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
     """
     if facts.settings.ensure_weight_tying:
         return
+    kinds = {module.name: module.kind for module in facts.base.modules}
     for group in facts.base.tied:
         adapted = [m for m in group if m in facts.adapted]
+        if len(adapted) == len(group) and len({kinds.get(m) for m in group}) == 1:
+            continue
         saved = [] if facts.live else [m for m in group if m in facts.saved_modules]
         if not adapted and len(saved) in (0, len(group)):
             continue

@@ -49,8 +49,8 @@ def adapter_is_not_in_its_config(facts: ModelFacts, expect: Expect) -> Iterator[
                 observed=f"{len(stray)} of {len(config.layers)} modules carry adapter {config.adapter!r}, but "
                 "its configuration does not target them",
                 expected="adapters only where the configuration that is saved beside them says so",
-                fix="load the base anew, or call unload() on the first PEFT model, before get_peft_model is "
-                "called again",
+                fix="the base went through PEFT already: load it anew, or unload() the first PEFT model, before "
+                "get_peft_model is called again",
             )
 
 

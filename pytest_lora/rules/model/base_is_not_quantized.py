@@ -10,7 +10,7 @@ from pytest_lora.rules import Violation, rule
 
 @rule("LORA221", severity="error", needs=ModelFacts)
 def base_is_not_quantized(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
-    """The model declares 4-bit or 8-bit weights, but no layer is quantized.
+    """The model declares 4-bit or 8-bit weights, but no layer is quantized so.
 
     ## What it does
     Compares the `quantization_config` with the layers that are there. Models without weights (meta device)
@@ -40,7 +40,16 @@ def base_is_not_quantized(facts: ModelFacts, expect: Expect) -> Iterator[Violati
     if found is None or found.declared is None or "meta" in facts.base.device_types:
         return
     linear = [module for module in facts.base.modules if module.is_linear]
-    if not any(module.quantization for module in facts.base.modules):
+    quantized = {module.quantization for module in facts.base.modules if module.quantization}
+    if quantized and quantized < {"4bit", "8bit"} and found.declared not in quantized:
+        other = quantized.pop()
+        yield Violation(
+            where=grouped(module.name for module in facts.base.modules if module.quantization),
+            observed=f"the model says that it is loaded in {found.declared}, but its layers are quantized to {other}",
+            expected=f"linear layers of {found.declared} weights",
+            fix=f"load the base anew with the quantization that is meant; for {other} weights declare load_in_{other}",
+        )
+    elif not quantized:
         yield Violation(
             where=grouped(module.name for module in linear) if linear else facts.base.architecture,
             observed=f"the model says that it is loaded in {found.declared}, but 0 of {len(linear)} linear "

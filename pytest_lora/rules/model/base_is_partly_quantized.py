@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from pytest_lora.expect import Expect
@@ -15,7 +16,7 @@ def base_is_partly_quantized(facts: ModelFacts, expect: Expect) -> Iterator[Viol
 
     ## What it does
     Compares modules that differ only in their layer number: some are quantized, some are not, and
-    `llm_int8_skip_modules` does not name them.
+    `llm_int8_skip_modules` does not name them; or some are in 4 bits and some in 8.
 
     ## Why is this bad?
     Memory lies between 4 and 16 bit, and the layers differ in precision for no reason. It happens when
@@ -62,6 +63,22 @@ def base_is_partly_quantized(facts: ModelFacts, expect: Expect) -> Iterator[Viol
             fix="load the base again and do not replace its layers, or list them in llm_int8_skip_modules",
             severity=None if found.declared else "info",
         )
+    kinds = {m.name: m.quantization for group in siblings.values() for m in _of_two_kinds(group)}
+    if kinds:
+        counts = Counter(kinds.values())
+        fewer = min(counts, key=lambda kind: counts[kind])
+        yield Violation(
+            where=grouped(name for name, kind in kinds.items() if kind == fewer),
+            observed="linear layers of one kind are quantized in two ways: "
+            + ", ".join(f"{count} in {kind}" for kind, count in counts.items()),
+            expected=f"all of them quantized the same way ({found.declared or 'like their siblings'})",
+            fix="load the base again and do not replace its layers",
+        )
+
+
+def _of_two_kinds(group: list[BaseModule]) -> list[BaseModule]:
+    quantized = [module for module in group if module.quantization]
+    return quantized if len({module.quantization for module in quantized}) > 1 else []
 
 
 def _skipped(module: str, names: Iterable[str]) -> bool:

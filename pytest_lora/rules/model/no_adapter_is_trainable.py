@@ -20,7 +20,8 @@ def no_adapter_is_trainable(facts: ModelFacts, expect: Expect) -> Iterator[Viola
     The loss falls by nothing: the optimizer is empty or holds what never gets a gradient.
     `PeftModel.from_pretrained` freezes what it loads unless told otherwise, and
     `prepare_model_for_kbit_training` or `requires_grad_(False)` after `get_peft_model` freezes the adapter
-    together with the base.
+    together with the base. So does quantizing the model then: it packs the factors too. A second adapter that
+    was added stays frozen until it is made the active one.
 
     ## Example
     ```python
@@ -42,17 +43,37 @@ def no_adapter_is_trainable(facts: ModelFacts, expect: Expect) -> Iterator[Viola
     idle = expect.purpose != "train" or facts.disabled or not facts.active
     if idle or facts.training_adapters:
         return
-    loaded = any(c.settings.inference_mode for c in facts.configs if c.adapter in facts.active)
     rest = [part.module for part in facts.kept if part.trainable]
+    packed = sorted({f.dtype for layer in facts.active_layers for f in layer.parts if f.is_quantized})
     yield Violation(
         where=grouped(layer.module for layer in facts.active_layers),
-        observed=f"all {len(facts.layers)} LoRA layers are frozen (requires_grad=False); trainable: "
+        observed=f"all {len(facts.layers)} LoRA layers are frozen (requires_grad=False)"
+        + (f", their factors quantized to {packed[0]}" if packed else "")
+        + f"; active: {facts.active[0]!r}; trainable: "
         + (f"{grouped(rest)} only" if rest else "nothing"),
         expected=f"adapter {facts.active[0]!r} trainable",
-        fix="load it with PeftModel.from_pretrained(..., is_trainable=True), or create it with "
-        "inference_mode=False"
-        if loaded
-        else "freeze or prepare_model_for_kbit_training the base before get_peft_model, not after; here "
-        f"model.set_adapter({facts.active[0]!r}) makes the adapter trainable again",
+        fix=_QUANTIZED if packed else _fix(facts),
         severity="warning" if rest else None,
+    )
+
+
+_QUANTIZED = "quantize the base before get_peft_model, not the model with its adapter after it"
+
+
+def _fix(facts: ModelFacts) -> str:
+    """What makes the adapter trainable, by how the active one came to be."""
+    active = facts.active[0]
+    loaded = any(c.settings.inference_mode for c in facts.configs if c.adapter in facts.active)
+    fresh = [
+        c.adapter for c in facts.configs if c.adapter not in facts.active and not c.settings.inference_mode
+    ]
+    if loaded and fresh:
+        return (
+            f"adapter {fresh[0]!r} was made to train, but is not active: call model.set_adapter({fresh[0]!r})"
+        )
+    if loaded:
+        return "load it with PeftModel.from_pretrained(..., is_trainable=True), or create it with inference_mode=False"
+    return (
+        "freeze or prepare_model_for_kbit_training the base before get_peft_model, not after; here "
+        f"model.set_adapter({active!r}) makes the adapter trainable again"
     )

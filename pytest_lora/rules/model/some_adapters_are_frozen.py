@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.model import ModelFacts
+from pytest_lora.facts.model import LayerState, ModelFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
@@ -13,8 +13,8 @@ def some_adapters_are_frozen(facts: ModelFacts, expect: Expect) -> Iterator[Viol
     """Some modules of an adapter are frozen while the others train.
 
     ## What it does
-    Compares the modules of each active adapter. A factor that is frozen everywhere (LoRA-FA) or by the
-    variant's own design is no mistake.
+    Compares the modules of each active adapter, and each factor of them. A factor that is frozen everywhere
+    (LoRA-FA) or by the variant's own design is no mistake.
 
     ## Why is this bad?
     The frozen part keeps its initial zero and does nothing, though the configuration and the saved file say
@@ -55,4 +55,21 @@ def some_adapters_are_frozen(facts: ModelFacts, expect: Expect) -> Iterator[Viol
                 expected="all modules of an active adapter trainable",
                 fix="freeze the base before get_peft_model; to adapt only some layers say so with "
                 "layers_to_transform",
+            )
+        else:
+            yield from _frozen_factors(adapter, layers)
+
+
+def _frozen_factors(adapter: str, layers: list[LayerState]) -> Iterator[Violation]:
+    """One of the two factors, or the magnitude, that is frozen in some modules and trains in others."""
+    held = [(layer.module, part) for layer in layers for part in layer.parts if not part.frozen_by_design]
+    for name in dict.fromkeys(part.name for _, part in held):
+        frozen = {module: not part.trainable for module, part in held if part.name == name}
+        if 0 < sum(frozen.values()) < len(frozen):
+            modules = [module for module, still in frozen.items() if still]
+            yield Violation(
+                where=grouped(modules),
+                observed=f"{name} of adapter {adapter!r} is frozen in {len(modules)} of {len(frozen)} LoRA modules",
+                expected=f"{name} trainable everywhere, or frozen everywhere (LoRA-FA)",
+                fix=f"call model.set_adapter({adapter!r}), which makes all of an adapter trainable",
             )

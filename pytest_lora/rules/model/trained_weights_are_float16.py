@@ -10,11 +10,11 @@ from pytest_lora.rules import Violation, rule
 
 @rule("LORA206", severity="error", needs=ModelFacts)
 def trained_weights_are_float16(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
-    """Trainable adapter weights are stored in float16.
+    """Trainable adapter weights are stored in float16, or in 8 bits.
 
     ## What it does
-    Looks for trainable factors, `modules_to_save` copies and token rows in float16. Frozen ones and
-    bfloat16 are fine.
+    Looks for trainable factors, `modules_to_save` copies and token rows in float16 or a float8 type. Frozen
+    ones and bfloat16 are fine.
 
     ## Why is this bad?
     Mixed precision stops with "Attempting to unscale FP16 gradients". Without it, the epsilon of Adam
@@ -43,15 +43,21 @@ def trained_weights_are_float16(facts: ModelFacts, expect: Expect) -> Iterator[V
     if expect.purpose != "train":
         return
     factors = [
-        layer for layer in facts.layers if any(f.trainable and f.dtype == "float16" for f in layer.parts)
+        layer for layer in facts.layers if any(f.trainable and _is_narrow(f.dtype) for f in layer.parts)
     ]
-    others = [part for part in facts.kept if part.trainable and part.dtype == "float16"]
+    others = [part for part in facts.kept if part.trainable and _is_narrow(part.dtype)]
     if factors or others:
+        dtypes = {f.dtype for layer in factors for f in layer.parts} | {part.dtype for part in others}
+        narrow = ", ".join(sorted(filter(_is_narrow, dtypes)))
         yield Violation(
             where=grouped([*(layer.module for layer in factors), *(part.module for part in others)]),
-            observed=f"trainable weights are float16: {len(factors)} LoRA layers, {len(others)} saved copies",
+            observed=f"trainable weights are {narrow}: {len(factors)} LoRA layers, {len(others)} saved copies",
             expected="trained weights in float32 (or bfloat16), whatever the dtype of the frozen base",
             fix="cast what trains: for p in model.parameters(): if p.requires_grad: p.data = p.data.float()"
             if others
             else "convert the base before get_peft_model, not after, and keep autocast_adapter_dtype=True",
         )
+
+
+def _is_narrow(dtype: str) -> bool:
+    return dtype == "float16" or dtype.startswith("float8")

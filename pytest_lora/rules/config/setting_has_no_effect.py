@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.rules import Violation, rule
+
+NEEDED_INIT = {
+    "eva_config": "eva",
+    "corda_config": "corda",
+    "lora_ga_config": "lora_ga",
+}
+"""The ``init_lora_weights`` under which PEFT reads each of these."""
+
+
+@rule("LORA134", severity="warning", needs=ConfigFacts)
+def setting_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
+    """A field of the configuration belongs to a method that is not switched on.
+
+    ## What it does
+    Looks for `eva_config`, `corda_config` and `lora_ga_config` without the `init_lora_weights` of
+    that name, and for `use_qalora` on a base without GPTQ layers.
+
+    ## Why is this bad?
+    PEFT goes on without the method that was asked for, at best with a warning among many.
+
+    ## Example
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], use_qalora=True)
+    report = check_config(config, base)
+    ```
+
+    ## Use instead
+    ```python
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"])
+    report = check_config(config, base)
+    ```
+
+    ## References
+    - https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig
+    - QA-LoRA: https://arxiv.org/abs/2309.14717
+    """
+    if facts.live:
+        return
+    init = str(facts.settings.init_lora_weights)
+    for field, needed in NEEDED_INIT.items():
+        if getattr(facts.settings, field) and not init.lower().startswith(needed):
+            yield Violation(
+                where=field,
+                observed=f"{field} is set, but ignored: init_lora_weights is {init}",
+                expected=f"init_lora_weights={needed!r} beside {field}",
+                fix=f"set init_lora_weights={needed!r}, or leave {field} out",
+            )
+    if facts.settings.use_qalora and not any(m.quantization == "gptq or awq" for m in facts.base.modules):
+        yield Violation(
+            where="use_qalora",
+            observed="use_qalora=True, but ignored: PEFT has QALoRA for GPTQ layers alone, and this base has none",
+            expected="a GPTQ base under QALoRA",
+            fix="load the base quantized with GPTQ, or leave use_qalora out",
+        )
