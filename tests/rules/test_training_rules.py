@@ -620,8 +620,8 @@ FAULTS: dict[Build, tuple[str, str]] = {
 
 def warm_up_has_just_begun() -> Report:
     model = adapted()
-    optimizer = adam(model, lr=2e-4)
-    schedule = get_linear_schedule_with_warmup(optimizer, 300, 10_000)
+    optimizer = adam(model, lr=1e-5)
+    schedule = get_linear_schedule_with_warmup(optimizer, 500, 10_000)
     for _ in FLAT:
         optimizer.step()
         schedule.step()
@@ -742,13 +742,21 @@ def encoder_with_its_padding_masked() -> Report:
     return check_training(bert(), batch)
 
 
-def begin_token_that_pads() -> Report:
+def begin_token_that_ends_and_pads() -> Report:
     model = adapted()
-    model.config.bos_token_id = model.config.pad_token_id = 1
+    model.config.bos_token_id = model.config.eos_token_id = END
     batch = language_batch()
-    batch["input_ids"][:, :4] = 1
-    batch["attention_mask"][:, :3] = 0
-    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    batch["input_ids"][:, :3] = END
+    batch["labels"] = batch["input_ids"].clone()
+    return check_training(model, batch)
+
+
+def two_end_tokens_close_a_text() -> Report:
+    model = adapted()
+    model.config.eos_token_id, model.config.pad_token_id = END, None
+    batch = language_batch()
+    batch["input_ids"][:, -2:] = END
+    batch["labels"] = batch["input_ids"].clone()
     return check_training(model, batch)
 
 
@@ -1080,7 +1088,8 @@ HEALTHY: tuple[Build, ...] = (
     padding_on_the_right_without_a_mask,
     classes_padded_on_the_right_of_a_causal_model,
     encoder_with_its_padding_masked,
-    begin_token_that_pads,
+    begin_token_that_ends_and_pads,
+    two_end_tokens_close_a_text,
     begin_tokens_between_packed_texts,
     packed_positions,
     decoder_inputs_shifted_right,

@@ -308,18 +308,11 @@ class _Probe:
         else:
             self._optimizer.step()
         if plan.scheduler is not None and not self._schedule_over:
-            self._follow(plan.scheduler)
-
-    def _follow(self, scheduler: Any) -> None:
-        """Step the schedule, unless it has no further step or needs to be told what only its own run knows."""
-        inner = getattr(scheduler, "scheduler", scheduler)
-        try:
-            if isinstance(inner, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                scheduler.step(self._steps[-1].loss)
-            else:
-                scheduler.step()
-        except (ValueError, TypeError):
-            self._schedule_over = True
+            try:
+                plan.scheduler.step()
+            except (ValueError, TypeError):
+                # It has no further step (OneCycleLR), or waits for what its run measures (ReduceLROnPlateau).
+                self._schedule_over = True
 
     def facts(self, given: int) -> TrainingFacts:
         """Everything that was seen; ``given`` is the number of batches there are."""
