@@ -346,7 +346,8 @@ def check_training(
     """Take some real optimizer steps, judge what was seen, and put everything back bit for bit.
 
     Weights, buffers, gradients, training flags, hooks, random states, optimizer, scheduler and scaler are afterwards
-    what they were, also when something raises half-way. Where ``expect.purpose`` is not ``"train"``, no step is
+    what they were, also when something raises half-way; what the model or the optimizer raises is a finding, what
+    ``loss_fn`` raises goes on. Where ``expect.purpose`` is not ``"train"``, no step is
     taken: labels and modes are looked at only.
 
     Args:
@@ -387,6 +388,7 @@ def check_training(
         history=_require_history(history),
         base_snapshot=_require_snapshot(base_snapshot),
         loss_fn=loss_fn,
+        tell_failures=True,
     )
     facts = training_facts(model, batches, plan)
     judged: list[object] = [facts, facts.optimizer]

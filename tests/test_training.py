@@ -307,3 +307,26 @@ def test_a_model_for_evaluation_is_not_trained() -> None:
     assert not check_training(
         adapted(), language_batch(), loss_fn=never, expect=Expect(purpose="eval")
     ).findings
+
+
+def test_a_step_that_raises_is_a_finding_and_leaves_no_trace() -> None:
+    model = adapted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = check_training(model, {**language_batch(), "labels": language_batch()["labels"].float()})
+    assert [(f.code, f.where) for f in report.errors] == [("LORA319", "step 1, batch 0, forward pass")]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_the_users_own_loss_raises_goes_on() -> None:
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        raise LookupError("a mistake of the user")
+
+    with pytest.raises(LookupError, match="a mistake of the user"):
+        check_training(adapted(), language_batch(), loss_fn=loss)
+
+
+def test_a_step_that_raises_does_so_in_the_assertion_on_the_loss() -> None:
+    batch = language_batch()
+    batch["labels"] = batch["labels"].float()
+    with pytest.raises(RuntimeError):
+        assert_loss_decreases(adapted(), batch)

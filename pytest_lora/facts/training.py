@@ -66,6 +66,7 @@ class OptimizerFacts:
         frozen: Number of parameters of the model that it holds and that require no gradient.
         foreign: Number of parameters that it holds and the model does not have.
         groups: Its parameter groups.
+        doubled: Trainable parameters of the model that it holds more than once.
     """
 
     optimizer: str
@@ -74,6 +75,7 @@ class OptimizerFacts:
     frozen: int
     foreign: int
     groups: tuple[GroupFacts, ...]
+    doubled: tuple[str, ...] = ()
 
     @property
     def adaptive(self) -> bool:
@@ -113,13 +115,21 @@ class ScheduleFacts:
         schedule: Class name.
         steps_taken: Steps it has counted.
         peak: Largest rate that it ever gives, where that can be told beforehand, else None.
+        not_before: A step up to which its rate is below the peak, where that can be told, else None.
         ends: First step from which on its rate stays zero, where that can be told, else None.
+        warm_up: Steps of its warm-up as it was made for (those of transformers say so), else None.
+        planned: Optimizer steps in all that it was made for, else None.
+        drives: Whether it sets the rate of the optimizer that trains.
     """
 
     schedule: str
     steps_taken: int
     peak: float | None
+    not_before: int | None
     ends: int | None
+    warm_up: int | None
+    planned: int | None
+    drives: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +149,7 @@ class TensorFacts:
         scale: Root mean square before the first step.
         gradients: L2 norm of its gradient at each step, before clipping; None where none arrived.
         moves: Root mean square of its change at each step.
+        stayed: Share of its numbers that the last step left as they were, in bfloat16 and float16; else 0.
     """
 
     name: str
@@ -153,6 +164,7 @@ class TensorFacts:
     scale: float
     gradients: tuple[float | None, ...]
     moves: tuple[float, ...]
+    stayed: float
 
     @property
     def reached(self) -> bool:
@@ -185,6 +197,29 @@ class StepFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """A step that could not be taken.
+
+    Attributes:
+        step: Number of the step, from 1 on.
+        batch: Index of the batch.
+        phase: What raised.
+        error: Class name of the exception.
+        message: The first line of what it said.
+        length: Tokens in a row of the batch, where it has rows of tokens, else None.
+        positions: Positions that the model was made for, where its configuration says so, else None.
+    """
+
+    step: int
+    batch: int
+    phase: Literal["forward pass", "backward pass", "optimizer step"]
+    error: str
+    message: str
+    length: int | None
+    positions: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class LabelFacts:
     """The labels of one batch.
 
@@ -196,7 +231,7 @@ class LabelFacts:
         rows: Rows of the batch.
         rows_ignored: Rows in which no label counts.
         padding: Labels that count at positions which are padding.
-        padding_by: ``"attention_mask"`` or ``"pad_token_id"``: what tells the padding.
+        padding_by: ``"attention_mask"``, ``"pad_token_id"`` or ``"eos_token_id"``: what tells the padding.
         ends: End tokens among the inputs of a causal model that close a text whose last token is a target.
         padding_ends: The same where the end token itself is padding by the attention mask.
         end_targets: End tokens among the labels that count.
@@ -207,6 +242,12 @@ class LabelFacts:
         same: Share of labels equal to the input at their own position.
         ahead: Share of labels equal to the input one position later.
         behind: Share of labels equal to the input one position earlier.
+        masked_inputs: Whether one and the same token stands in the input wherever a label counts.
+        attended_padding: Rows in which padding that the model does look at is attended to.
+        padded_at: Where that padding stands in the row.
+        double_starts: Rows that begin with two begin tokens (bos).
+        still_positions: Rows whose ``position_ids`` are one and the same number throughout.
+        told: Share of labels that ``decoder_input_ids`` hold at their own position, so that the decoder reads them.
     """
 
     batch: int
@@ -227,6 +268,12 @@ class LabelFacts:
     same: float
     ahead: float
     behind: float
+    masked_inputs: bool
+    attended_padding: int
+    padded_at: Literal["left", "right"]
+    double_starts: int
+    still_positions: int
+    told: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +360,8 @@ class TrainingFacts:
         repacked: 4-bit layers whose weight was repacked for inference on a CPU.
         updates: What the steps did to each adapted weight; measured where the initialisation is not a usual one or the
             plan asks for ranks.
+        failure: What kept a step from being taken, or None.
+        spoiled: Inputs that hold NaN or infinity, with their batch; masks and biases aside.
     """
 
     model: ModelFacts
@@ -334,6 +383,8 @@ class TrainingFacts:
     lora_dropout: float
     repacked: tuple[str, ...]
     updates: tuple[UpdateFacts, ...] = ()
+    failure: Failure | None = None
+    spoiled: tuple[str, ...] = ()
 
     @property
     def adapter_tensors(self) -> tuple[TensorFacts, ...]:
@@ -395,6 +446,17 @@ class TrainingFacts:
     def history_fell(self) -> bool:
         """Whether the losses so far went down."""
         return fell(self.history)
+
+    @property
+    def history_is_flat(self) -> bool:
+        """Whether there are enough losses so far for a verdict, and they did not go down."""
+        return len(self.history) >= HISTORY_NEEDED and not self.history_fell
+
+    @property
+    def chance(self) -> float | None:
+        """ln(vocabulary): the loss of a language model that knows nothing."""
+        limit = next((k.limit for k in self.labels if k.kind in ("causal", "sequence") and k.limit), None)
+        return math.log(limit) if limit and limit > 1 else None
 
     @property
     def unlearning(self) -> tuple[LayerState, ...]:
@@ -474,6 +536,9 @@ def unusual_inits(model: ModelFacts) -> dict[str, str]:
     inits = {c.adapter: str(c.settings.init_lora_weights) for c in model.configs if c.adapter in model.active}
     return {adapter: init for adapter, init in inits.items() if init.lower() not in USUAL_INITS}
 
+
+HISTORY_NEEDED = 5
+"""Losses that a verdict on a flat history needs."""
 
 FITS = 0.1
 """At a loss below this, in nats per token, the model fits: each token has a probability of 0.9."""

@@ -87,6 +87,14 @@ def _kept_whole(model: Any, skipped: list[str] | None) -> list[str]:
     return names
 
 
+def reads_both_ways(config: Any) -> bool:
+    """Whether a configuration is that of an encoder, which there are masked language models of."""
+    from transformers.models.auto import modeling_auto
+
+    encoders: Mapping[str, str] = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return getattr(config, "model_type", None) in encoders and not getattr(config, "is_decoder", False)
+
+
 @contextmanager
 def masks_without_values() -> Iterator[None]:
     """Let transformers ask a mask without values whether it masks anything (see ``StorageTracker``)."""

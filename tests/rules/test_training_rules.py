@@ -10,7 +10,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Adafactor, T5Config, T5ForConditionalGeneration
+from transformers import (
+    Adafactor,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from pytest_lora import Expect, Report, check_training
 from tests.rules.bases import BASES, VOCABULARY, WIDTH, classifier_batch, image_batch, language_batch
@@ -41,6 +51,23 @@ def t5() -> nn.Module:
     config = T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_ff=128, d_kv=16, num_layers=1, num_heads=4)
     config.decoder_start_token_id = config.pad_token_id = 0
     return T5ForConditionalGeneration(config)
+
+
+def bert_base(outputs: int = 3) -> nn.Module:
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=64,
+        num_labels=outputs,
+    )
+    return BertForSequenceClassification(config)
+
+
+def bert() -> Any:
+    return adapted(bert_base(), target_modules=["query", "value"], task_type="SEQ_CLS")
 
 
 def with_labels(change: Callable[[dict[str, torch.Tensor]], None]) -> dict[str, torch.Tensor]:
@@ -366,6 +393,157 @@ def dropout_awake_for_inference() -> Report:
     return check_training(adapted(lora_dropout=0.1), language_batch(), expect=Expect(purpose="inference"))
 
 
+# Losses of a run that has not learned anything yet, batch by batch.
+FLAT = [4.86, 4.83, 4.87, 4.84, 4.85, 4.86, 4.84, 4.85]
+
+
+def decayed_within_a_few_steps() -> Report:
+    model = adapted()
+    optimizer = adam(model, lr=2e-4)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+    for _ in FLAT:
+        optimizer.step()
+        schedule.step()
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=schedule, history=FLAT)
+
+
+def warm_up_of_ten_thousand_steps() -> Report:
+    model = adapted()
+    optimizer = adam(model, lr=2e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10_000))
+    for _ in FLAT:
+        optimizer.step()
+        schedule.step()
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=schedule, history=FLAT)
+
+
+def eps_of_one() -> Report:
+    model = adapted()
+    return check_training(model, language_batch(), optimizer=adam(model, lr=1e-4, eps=1.0), history=FLAT)
+
+
+def sgd_that_is_slow_and_flat() -> Report:
+    model = adapted()
+    optimizer = torch.optim.SGD(trainable(model), lr=2e-4)
+    return check_training(model, language_batch(), optimizer=optimizer, history=FLAT)
+
+
+def scheduler_stepped_once_an_epoch() -> Report:
+    model = adapted()
+    optimizer = adam(model)
+    schedule = get_linear_schedule_with_warmup(optimizer, 10, 100)
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=schedule, history=FLAT)
+
+
+def forgot_the_language() -> Report:
+    model = adapted()
+    history = [0.4, 5.2, 4.9, 4.7, 4.6]
+    return check_training(model, language_batch(), optimizer=adam(model, lr=5e-2), history=history)
+
+
+def exploded_so_far() -> Report:
+    history = [2.1, 2.0, 2.3, 3.5, 6.1, 9.8]
+    model = adapted()
+    return check_training(model, language_batch(), optimizer=adam(model), history=history)
+
+
+def classes_summed_over_accumulation() -> Report:
+    model = adapted("classifier_base", task_type="SEQ_CLS")
+    batches = [classifier_batch() for _ in range(6)]
+    with torch.no_grad():
+        total = sum(float(model(**batch).loss) for batch in batches)
+    return check_training(model, batches, history=[total, total])
+
+
+def lost_in_the_rounding_of_bfloat16() -> Report:
+    model = adapted().bfloat16()
+    with torch.no_grad():
+        for parameter in trainable(model, "lora_B"):
+            parameter.fill_(0.1)
+    return check_training(model, language_batch(), optimizer=adam(model, lr=1e-5))
+
+
+def text_longer_than_the_positions() -> Report:
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=8))
+    return check_training(adapted(base, target_modules=["c_attn"]), language_batch())
+
+
+def labels_longer_than_the_text() -> Report:
+    return check_training(adapted(), {**language_batch(), "labels": language_batch(length=20)["labels"]})
+
+
+def optimizer_of_another_rank() -> Report:
+    model = adapted(r=4)
+    saved = adam(model)
+    model(**language_batch()).loss.backward()
+    saved.step()
+    model = adapted(r=8)
+    optimizer = adam(model)
+    optimizer.load_state_dict(saved.state_dict())
+    return check_training(model, language_batch(), optimizer=optimizer)
+
+
+def weights_of_two_dtypes() -> Report:
+    model = adapted()
+    model.get_base_model().lm_head.bfloat16()
+    return check_training(model, language_batch())
+
+
+def question_as_input_answer_as_labels() -> Report:
+    return check_training(adapted(), {**language_batch(), "labels": language_batch()["labels"]})
+
+
+def padding_on_the_left_without_a_mask() -> Report:
+    batch = language_batch()
+    del batch["attention_mask"]
+    for row, padding in enumerate((0, 2, 4, 6)):
+        batch["input_ids"][row, :padding] = 0
+        batch["labels"][row, :padding] = -100
+    return check_training(adapted(), batch)
+
+
+def unmasked_padding_of_an_encoder() -> Report:
+    batch = {**language_batch(), "labels": torch.tensor([0, 1, 2, 0])}
+    batch["input_ids"][:, 12:] = 0
+    return check_training(bert(), batch)
+
+
+def text_begins_twice_behind_padding() -> Report:
+    model = adapted()
+    model.config.bos_token_id = 1
+    batch = language_batch()
+    batch["input_ids"][:, 4:6] = 1
+    batch["labels"] = batch["input_ids"].clone()
+    for name, padding in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+        batch[name][:, :4] = padding
+    return check_training(model, batch)
+
+
+def end_tokens_pad_without_a_mask() -> Report:
+    model = adapted()
+    model.config.eos_token_id, model.config.pad_token_id = END, None
+    batch = language_batch()
+    del batch["attention_mask"]
+    batch["input_ids"][:, 9:] = END
+    batch["labels"] = batch["input_ids"].clone()
+    return check_training(model, batch)
+
+
+def nan_in_a_later_batch() -> Report:
+    model = adapted("batchnorm_base", target_modules=["conv"]).eval()
+    batches = [image_batch() for _ in range(5)]
+    batches[4]["pixel_values"][0, 0, 0, 0] = float("nan")
+    return check_training(model, batches)
+
+
+def trainable_adapter_not_active() -> Report:
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".second." in name)
+    return check_training(model, language_batch())
+
+
 FAULTS: dict[Build, tuple[str, str]] = {
     sgd_with_the_rate_of_adam: ("LORA305", "1e-06"),
     adam_with_the_rate_of_nothing: ("LORA305", "hardly moves"),
@@ -415,9 +593,209 @@ FAULTS: dict[Build, tuple[str, str]] = {
     loss_times_zero: ("LORA311", "exactly 0"),
     dropout_asleep: ("LORA332", "eval mode"),
     dropout_awake_for_inference: ("LORA333", "inference"),
+    decayed_within_a_few_steps: ("LORA305", "decay"),
+    warm_up_of_ten_thousand_steps: ("LORA305", "warm-up"),
+    eps_of_one: ("LORA305", "eps=1 outweighs"),
+    sgd_that_is_slow_and_flat: ("LORA305", "0.0002"),
+    scheduler_stepped_once_an_epoch: ("LORA303", "not stepped"),
+    forgot_the_language: ("LORA304", "diverged"),
+    exploded_so_far: ("LORA304", "rose from 2.1 to 9.8"),
+    classes_summed_over_accumulation: ("LORA325", "sum over 6 accumulation steps"),
+    lost_in_the_rounding_of_bfloat16: ("LORA315", "bfloat16"),
+    text_longer_than_the_positions: ("LORA319", "16 tokens long, and the model has 8 positions"),
+    labels_longer_than_the_text: ("LORA319", "the length of input_ids"),
+    optimizer_of_another_rank: ("LORA319", "another rank"),
+    weights_of_two_dtypes: ("LORA319", "one dtype"),
+    question_as_input_answer_as_labels: ("LORA326", "another text"),
+    padding_on_the_left_without_a_mask: ("LORA327", "3 of 4 rows"),
+    unmasked_padding_of_an_encoder: ("LORA327", "on the right"),
+    text_begins_twice_behind_padding: ("LORA328", "4 of 4 rows"),
+    end_tokens_pad_without_a_mask: ("LORA321", "eos_token_id"),
+    nan_in_a_later_batch: ("LORA310", "batch 4: pixel_values"),
+    trainable_adapter_not_active: ("LORA313", "'second' is not active"),
 }
 
 # --- healthy
+
+
+def warm_up_has_just_begun() -> Report:
+    model = adapted()
+    optimizer = adam(model, lr=1e-5)
+    schedule = get_linear_schedule_with_warmup(optimizer, 500, 10_000)
+    for _ in FLAT:
+        optimizer.step()
+        schedule.step()
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=schedule, history=FLAT)
+
+
+def decayed_after_the_loss_fell() -> Report:
+    model = adapted()
+    optimizer = adam(model)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+    for _ in range(10):
+        optimizer.step()
+        schedule.step()
+    history = [4.8 - 0.2 * i for i in range(10)]
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=schedule, history=history)
+
+
+def recipe_tried_out_for_three_steps() -> Report:
+    model = adapted()
+    optimizer = adam(model)
+    schedule = get_linear_schedule_with_warmup(optimizer, 10, 3)
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=schedule)
+
+
+def schedule_at_its_last_step() -> Report:
+    model = adapted()
+    optimizer = adam(model)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=10)
+    for _ in range(9):
+        optimizer.step()
+        schedule.step()
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=schedule)
+
+
+def schedule_that_asks_for_the_loss() -> Report:
+    model = adapted()
+    optimizer = adam(model)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=schedule)
+
+
+def schedule_of_schedules() -> Report:
+    model = adapted()
+    optimizer = adam(model)
+    schedules = torch.optim.lr_scheduler
+    schedule = schedules.SequentialLR(
+        optimizer,
+        [schedules.LinearLR(optimizer, 0.01, 1.0, 5), schedules.CosineAnnealingLR(optimizer, 20)],
+        [5],
+    )
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=schedule)
+
+
+def eps_for_half_precision() -> Report:
+    model = adapted()
+    return check_training(model, language_batch(), optimizer=adam(model, eps=1e-5), history=FLAT)
+
+
+def end_of_a_cosine() -> Report:
+    model = adapted()
+    optimizer = adam(model, lr=1e-5)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, 20)
+    for _ in range(17):
+        optimizer.step()
+        schedule.step()
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=schedule, history=FLAT)
+
+
+def numbers_without_a_point_as_targets() -> Report:
+    model = adapted(bert_base(outputs=1), target_modules=["query", "value"], task_type="SEQ_CLS")
+    return check_training(model, {**language_batch(), "labels": torch.tensor([-2, 0, 5, 3])})
+
+
+def losses_of_single_rows() -> Report:
+    history = [0.6, 1.9, 2.1, 2.0, 1.8]
+    return check_training(adapted(), language_batch(), history=history)
+
+
+def classes_learned_from_a_bad_start() -> Report:
+    model = adapted("classifier_base", task_type="SEQ_CLS")
+    return check_training(model, [classifier_batch() for _ in range(4)], history=[4.9, 4.1, 3.2, 2.6])
+
+
+def inputs_with_noise() -> Report:
+    batch = language_batch()
+    noise = torch.rand(batch["input_ids"].shape) < 0.5
+    batch["input_ids"] = batch["input_ids"].masked_fill(noise, 7)
+    return check_training(adapted(), batch)
+
+
+def inputs_masked_where_labels_count() -> Report:
+    batch = language_batch()
+    masked = torch.rand(batch["input_ids"].shape) < 0.4
+    batch["labels"] = batch["labels"].masked_fill(~masked, -100)
+    batch["input_ids"] = batch["input_ids"].masked_fill(masked, 7)
+    return check_training(adapted(), batch)
+
+
+def padding_on_the_right_without_a_mask() -> Report:
+    batch = language_batch()
+    del batch["attention_mask"]
+    batch["input_ids"][:, 10:] = 0
+    batch["labels"][:, 10:] = -100
+    return check_training(adapted(), batch)
+
+
+def classes_padded_on_the_right_of_a_causal_model() -> Report:
+    batch = classifier_batch()
+    del batch["attention_mask"]
+    batch["input_ids"][:, 9:] = 0
+    return check_training(adapted("classifier_base", task_type="SEQ_CLS"), batch)
+
+
+def encoder_with_its_padding_masked() -> Report:
+    batch = {**language_batch(), "labels": torch.tensor([0, 1, 2, 0])}
+    batch["input_ids"][:, 12:] = 0
+    batch["attention_mask"][:, 12:] = 0
+    return check_training(bert(), batch)
+
+
+def begin_token_that_ends_and_pads() -> Report:
+    model = adapted()
+    model.config.bos_token_id = model.config.eos_token_id = END
+    batch = language_batch()
+    batch["input_ids"][:, :3] = END
+    batch["labels"] = batch["input_ids"].clone()
+    return check_training(model, batch)
+
+
+def two_end_tokens_close_a_text() -> Report:
+    model = adapted()
+    model.config.eos_token_id, model.config.pad_token_id = END, None
+    batch = language_batch()
+    batch["input_ids"][:, -2:] = END
+    batch["labels"] = batch["input_ids"].clone()
+    return check_training(model, batch)
+
+
+def begin_tokens_between_packed_texts() -> Report:
+    model = adapted()
+    model.config.bos_token_id = 1
+    batch = language_batch()
+    batch["input_ids"][:, [0, 8]] = 1
+    batch["labels"] = batch["input_ids"].clone()
+    return check_training(model, batch)
+
+
+def packed_positions() -> Report:
+    batch = language_batch()
+    batch["position_ids"] = torch.arange(8).repeat(4, 2)
+    return check_training(adapted(), batch)
+
+
+def decoder_inputs_shifted_right() -> Report:
+    model = adapted(t5(), target_modules=["q", "v"])
+    batch = language_batch()
+    batch["labels"] = batch["input_ids"].flip(1)
+    batch["decoder_input_ids"] = batch["labels"].roll(1, dims=1)
+    batch["decoder_input_ids"][:, 0] = 0
+    return check_training(model, batch)
+
+
+def mask_of_minus_infinity() -> Report:
+    batch = language_batch()
+    batch["attention_mask"] = torch.full((4, 1, 16, 16), float("-inf")).triu(1)
+    return check_training(adapted(), batch)
+
+
+def resumed_in_bfloat16() -> Report:
+    model = adapted().bfloat16()
+    with torch.no_grad():
+        for parameter in trainable(model, "lora_B"):
+            parameter.normal_(std=0.02)
+    return check_training(model, language_batch(), optimizer=adam(model, lr=2e-4))
 
 
 def frozen_a() -> Report:
@@ -694,6 +1072,29 @@ HEALTHY: tuple[Build, ...] = (
     regression,
     history_of_easier_data,
     loss_of_two_parts,
+    warm_up_has_just_begun,
+    decayed_after_the_loss_fell,
+    recipe_tried_out_for_three_steps,
+    schedule_at_its_last_step,
+    schedule_that_asks_for_the_loss,
+    schedule_of_schedules,
+    eps_for_half_precision,
+    end_of_a_cosine,
+    numbers_without_a_point_as_targets,
+    losses_of_single_rows,
+    classes_learned_from_a_bad_start,
+    inputs_with_noise,
+    inputs_masked_where_labels_count,
+    padding_on_the_right_without_a_mask,
+    classes_padded_on_the_right_of_a_causal_model,
+    encoder_with_its_padding_masked,
+    begin_token_that_ends_and_pads,
+    two_end_tokens_close_a_text,
+    begin_tokens_between_packed_texts,
+    packed_positions,
+    decoder_inputs_shifted_right,
+    mask_of_minus_infinity,
+    resumed_in_bfloat16,
 )
 
 

@@ -67,16 +67,20 @@ def generators_of(batches: Any) -> Iterator[torch.Generator]:
     yield from {id(g): g for g in found if isinstance(g, torch.Generator)}.values()
 
 
+class NoLossError(ValueError):
+    """The model gives no loss for a batch, or a function for the loss gives no scalar."""
+
+
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     """The loss of one batch.
 
     Raises:
-        ValueError: The model gives no loss, or ``loss_fn`` gives no scalar.
+        NoLossError: The model gives no loss, or ``loss_fn`` gives no scalar.
     """
     if loss_fn is not None:
         loss: Any = loss_fn(model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError(f"loss_fn must return a scalar tensor, not {_described(loss)}")
+            raise NoLossError(f"loss_fn must return a scalar tensor, not {_described(loss)}")
         return loss
     output: Any = model(**on_device(batch, device_of(model)))
     if isinstance(output, Mapping):
@@ -84,7 +88,7 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     else:
         loss = getattr(output, "loss", output[0] if isinstance(output, tuple) and output else output)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ValueError(
+        raise NoLossError(
             f"batches: the model gives no scalar loss for a batch of {', '.join(map(str, batch))}; "
             "add labels to it, or give loss_fn"
         )

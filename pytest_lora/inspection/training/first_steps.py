@@ -74,7 +74,7 @@ class FirstSteps:
             model=self._model,
             optimizer=self._described,
             optimizer_given=True,
-            schedule=schedule_facts(self._schedule) if self._schedule is not None else None,
+            schedule=schedule_facts(self._schedule, self._optimizer) if self._schedule is not None else None,
             max_grad_norm=None,
             scaler=self._scaler,
             custom_loss=True,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.training import LabelFacts, LabelKind
+from pytest_lora.inspection.transformers_internals import reads_both_ways
 
 IGNORED = -100
 """The label that ``torch.nn.functional.cross_entropy`` leaves out by default."""
@@ -33,14 +34,17 @@ class Vocabulary(NamedTuple):
     outputs: int | None
     classes: int | None
     pad: int | None
+    begin: int | None
     ends: tuple[int, ...]
     single_label: bool
+    both_ways: bool
 
 
 def vocabulary(root: nn.Module, base: BaseFacts) -> Vocabulary:
     """Read the configuration of a base."""
     config: Any = getattr(root, "config", None)
     pad = getattr(config, "pad_token_id", None)
+    begin = getattr(config, "bos_token_id", None)
     end = getattr(config, "eos_token_id", None)
     ends = end if isinstance(end, (list, tuple)) else () if end is None else (end,)
     get = getattr(root, "get_output_embeddings", lambda: None)
@@ -57,8 +61,11 @@ def vocabulary(root: nn.Module, base: BaseFacts) -> Vocabulary:
         outputs=outputs,
         classes=classes if isinstance(classes, int) else None,
         pad=pad if isinstance(pad, int) else None,
+        begin=begin if isinstance(begin, int) else None,
         ends=tuple(int(e) for e in ends),
-        single_label=problem in (None, "single_label_classification"),
+        # With one output and nothing said, transformers takes the labels for numbers.
+        single_label=problem == "single_label_classification" or (problem is None and classes != 1),
+        both_ways=reads_both_ways(config),
     )
 
 
@@ -78,7 +85,7 @@ def label_facts(batches: tuple[Any, ...], words: Vocabulary) -> Iterator[LabelFa
 def _kind(labels: Tensor, ids: Tensor | None, words: Vocabulary) -> LabelKind | None:
     if words.task is not None:
         kind = _KINDS.get(words.task)
-        fits = labels.ndim == (1 if kind == "classes" else 2)
+        fits = labels.ndim == (1 if kind == "classes" else 2) and (kind != "classes" or words.single_label)
         if kind == "causal" and (ids is None or labels.shape != ids.shape):
             return None
         return kind if fits else None
@@ -105,10 +112,9 @@ def _facts(
     mask = mask.cpu().bool() if isinstance(mask, Tensor) and mask.shape == labels.shape else None
     padding, padding_by = _padding(kind, labels, ids, mask, words)
     limit = words.classes if kind in ("tokens", "classes") else words.outputs
-    if kind == "classes" and not words.single_label:
-        limit = None
     ends, padding_ends = _closing(labels, ids if causal else None, mask, words)
     same, ahead, behind = _alignment(labels, ids) if causal and ids is not None else (0.0, 0.0, 0.0)
+    attended, side = _attended_padding(kind, labels, ids, batch, words)
     return LabelFacts(
         batch=index,
         kind=kind,
@@ -128,6 +134,12 @@ def _facts(
         same=same,
         ahead=ahead,
         behind=behind,
+        masked_inputs=causal and ids is not None and len(set(ids[labels != IGNORED].tolist())) <= 1,
+        attended_padding=attended,
+        padded_at=side,
+        double_starts=_double_starts(ids, mask, words) if causal and ids is not None else 0,
+        still_positions=_still_positions(batch),
+        told=_told(labels, batch) if kind == "sequence" else 0.0,
     )
 
 
@@ -163,9 +175,74 @@ def _padding(
         first = torch.zeros_like(mask)
         first[:, 1:] = mask[:, :-1] & ~mask[:, 1:]
         return ~mask & counted & ~(first & _is_any(labels, words.ends)), "attention_mask"
-    if ids is None or words.pad is None or words.pad in words.ends:
+    if ids is None:
         return nowhere, "pad_token_id"
+    if words.pad is None or words.pad in words.ends:
+        # The end token pads: the first one of a run of three or more ends the text, the rest is padding.
+        for end in words.ends:
+            tail = _tail_of(ids, end)
+            tail &= tail.sum(1, keepdim=True) >= 3
+            nowhere[:, 1:] |= (tail[:, 1:] & tail[:, :-1]) & counted[:, 1:]
+        return nowhere, "eos_token_id"
     return _tail_of(ids, words.pad) & counted, "pad_token_id"
+
+
+_TEXT = {"input_ids", "attention_mask", "labels", "token_type_ids", "position_ids", "decoder_input_ids"}
+"""What a batch of text alone holds. Beside images, tokens that only keep a place for them look like padding."""
+
+
+def _attended_padding(
+    kind: LabelKind, labels: Tensor, ids: Tensor | None, batch: Mapping[str, Any], words: Vocabulary
+) -> tuple[int, Literal["left", "right"]]:
+    """Rows with padding that real tokens look at, and on which side it is.
+
+    Padding on the right is behind everything that a causal model predicts. On the left, and for a model that looks both
+    ways, nothing but the attention mask hides it.
+    """
+    if ids is None or words.pad is None or not set(batch) <= _TEXT:
+        return 0, "left"
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape != ids.shape:
+        return 0, "left"
+    seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
+    left = _tail_of(ids.flip(1), words.pad).flip(1) & seen
+    if kind == "causal":
+        left &= labels == IGNORED  # with labels it is padding in the loss
+    encoder = kind == "sequence" or words.both_ways
+    right = _tail_of(ids, words.pad) & seen if encoder else torch.zeros_like(left)
+    rows = int((left | right).any(dim=1).sum())
+    return rows, "left" if left.any() else "right"
+
+
+def _double_starts(ids: Tensor, mask: Tensor | None, words: Vocabulary) -> int:
+    """Rows whose text, after any padding on the left, begins with two begin tokens."""
+    if words.begin is None or words.begin in (words.pad, *words.ends) or ids.shape[1] < 2:
+        return 0
+    text = mask
+    if text is None or bool(text.all()):
+        text = torch.ones_like(ids, dtype=torch.bool) if words.pad is None else ids != words.pad
+    first = text.long().argmax(dim=1).clamp(max=ids.shape[1] - 2)
+    row = torch.arange(len(ids))
+    return int(((ids[row, first] == words.begin) & (ids[row, first + 1] == words.begin)).sum())
+
+
+FEW_POSITIONS = 4
+"""Rows shorter than this may well be at one position, as in decoding."""
+
+
+def _still_positions(batch: Mapping[str, Any]) -> int:
+    positions = batch.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[1] < FEW_POSITIONS:
+        return 0
+    return int((positions == positions[:, :1]).all(dim=1).sum())
+
+
+def _told(labels: Tensor, batch: Mapping[str, Any]) -> float:
+    read = batch.get("decoder_input_ids")
+    counted = labels != IGNORED
+    if not isinstance(read, Tensor) or read.shape != labels.shape or not counted.any():
+        return 0.0
+    return float((read.cpu() == labels)[counted].float().mean())
 
 
 def _closing(labels: Tensor, ids: Tensor | None, mask: Tensor | None, words: Vocabulary) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -70,7 +71,8 @@ def optimizer_facts(model: nn.Module, optimizer: Optimizer) -> OptimizerFacts:
     """
     groups = param_groups(optimizer)
     owned = parameter_parts(survey(model))
-    holds = {id(p) for group in groups for p in group["params"]}
+    times = Counter(id(p) for group in groups for p in group["params"])
+    holds = set(times)
     own = {id(p): (n, p) for n, p in model.named_parameters()}
     trainable = {n: p for n, p in own.values() if p.requires_grad}
     return OptimizerFacts(
@@ -84,6 +86,7 @@ def optimizer_facts(model: nn.Module, optimizer: Optimizer) -> OptimizerFacts:
         frozen=sum(1 for i, (_, p) in own.items() if i in holds and not p.requires_grad),
         foreign=len(holds - own.keys()),
         groups=tuple(_group(i, g, own, owned) for i, g in enumerate(groups)),
+        doubled=tuple(n for n, p in trainable.items() if times[id(p)] > 1),
     )
 
 
@@ -119,7 +122,7 @@ def as_float(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-def schedule_facts(scheduler: Any) -> ScheduleFacts:
+def schedule_facts(scheduler: Any, optimizer: Any) -> ScheduleFacts:
     """A schedule; one that is a function of the step is also looked at beforehand."""
     inner = getattr(scheduler, "scheduler", scheduler)
     rates = dict(_foreseen(inner))
@@ -128,12 +131,34 @@ def schedule_facts(scheduler: Any) -> ScheduleFacts:
         if rates[step] > 0:
             break
         ends = step
+    peak = max(rates.values(), default=None)
+    before = [step for step in rates if peak and step < min(s for s, r in rates.items() if r == peak)]
     return ScheduleFacts(
         schedule=type(inner).__name__,
         steps_taken=int(getattr(inner, "last_epoch", 0)),
-        peak=max(rates.values()) if rates else None,
+        peak=peak,
+        not_before=max(before, default=None),
         ends=ends,
+        warm_up=_stated(inner, "num_warmup_steps"),
+        planned=_stated(inner, "num_training_steps"),
+        drives=_drives(inner, optimizer),
     )
+
+
+def _drives(scheduler: Any, optimizer: Any) -> bool:
+    """Whether a schedule writes into the groups of an optimizer; True where that cannot be told."""
+    theirs = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
+    ours = getattr(optimizer, "param_groups", None)
+    if not isinstance(theirs, list) or not isinstance(ours, list):
+        return True
+    return not theirs or not ours or bool({id(g) for g in theirs} & {id(g) for g in ours})
+
+
+def _stated(scheduler: Any, name: str) -> int | None:
+    """What a schedule of transformers was made for: its functions of the step are partials with these names."""
+    functions = getattr(scheduler, "lr_lambdas", None)
+    known = [getattr(f, "keywords", {}).get(name) for f in functions or ()]
+    return int(known[0]) if known and isinstance(known[0], (int, float)) else None
 
 
 def _foreseen(scheduler: Any) -> Iterator[tuple[int, float]]:

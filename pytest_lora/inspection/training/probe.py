@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.model import LayerState
-from pytest_lora.facts.training import LossDrop, OptimizerFacts, StepFacts, TrainingFacts, unusual_inits
+from pytest_lora.facts.training import (
+    Failure,
+    LossDrop,
+    OptimizerFacts,
+    StepFacts,
+    TrainingFacts,
+    unusual_inits,
+)
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.peft_internals import LoraLayer
 from pytest_lora.inspection.survey import Survey
 from pytest_lora.inspection.training.base_changes import since_probe, since_snapshot
-from pytest_lora.inspection.training.batches import LossFn, generators_of, loss_of, take_batches
+from pytest_lora.inspection.training.batches import LossFn, NoLossError, generators_of, loss_of, take_batches
 from pytest_lora.inspection.training.labels import label_facts, vocabulary
 from pytest_lora.inspection.training.optimizer import (
     as_float,
@@ -45,6 +54,7 @@ class Plan:
         base_snapshot: Tensors of the base before training, by name.
         loss_fn: Makes the loss; by default the model does.
         ranks: Measure the rank of what the steps did to each adapted weight.
+        tell_failures: Note what the model or the optimizer raises instead of passing it on.
     """
 
     steps: int
@@ -57,6 +67,7 @@ class Plan:
     base_snapshot: Mapping[str, Tensor] | None = None
     loss_fn: LossFn | None = None
     ranks: bool = False
+    tell_failures: bool = False
 
     @property
     def kept(self) -> tuple[object, ...]:
@@ -141,6 +152,18 @@ def _evaluation(model: nn.Module, batches: tuple[Any, ...], loss_fn: LossFn | No
     return mean_loss
 
 
+_Phase = Literal["forward pass", "backward pass", "optimizer step"]
+
+
+class _StepError(Exception):
+    """A step raised."""
+
+    def __init__(self, phase: _Phase, cause: Exception) -> None:
+        super().__init__(phase)
+        self.phase: _Phase = phase
+        self.cause = cause
+
+
 class _Probe:
     """Some steps on a model and what is seen on the way."""
 
@@ -160,11 +183,13 @@ class _Probe:
             if self._optimizer
             else OptimizerFacts("AdamW", (), (), 0, 0, ())
         )
-        self._schedule = schedule_facts(plan.scheduler) if plan.scheduler else None
+        self._schedule = schedule_facts(plan.scheduler, self._optimizer) if plan.scheduler else None
         self._touched: set[str] = set()
         held = {id(p) for group in self._groups for p in group["params"]}
         self._watch = Watch(model, parameter_parts(self._found), held)
         self._steps: list[StepFacts] = []
+        self._failure: Failure | None = None
+        self._schedule_over = False
         measured = plan.ranks or bool(unusual_inits(self._facts))
         self._updates = Updates(self._found, trace) if measured and plan.steps else None
 
@@ -189,8 +214,26 @@ class _Probe:
             module.register_forward_pre_hook(self._toucher(name))
         for index in range(self._plan.steps):
             batch = index % len(self._batches)
-            if not self._step(batch):
+            try:
+                if not self._step(batch):
+                    break
+            except _StepError as failed:
+                self._failure = self._described_failure(failed, index + 1, batch)
                 break
+
+    def _described_failure(self, failed: _StepError, step: int, batch: int) -> Failure:
+        given = self._batches[batch]
+        ids = given.get("input_ids") if isinstance(given, Mapping) else None
+        positions = getattr(getattr(self._found.root, "config", None), "max_position_embeddings", None)
+        return Failure(
+            step=step,
+            batch=batch,
+            phase=failed.phase,
+            error=type(failed.cause).__name__,
+            message=next(iter(str(failed.cause).strip().splitlines()), "")[:300],
+            length=ids.shape[-1] if isinstance(ids, Tensor) and ids.ndim == 2 else None,
+            positions=positions if isinstance(positions, int) else None,
+        )
 
     def _toucher(self, name: str) -> Callable[[nn.Module, Any], None]:
         def note(_: nn.Module, arguments: Any) -> None:
@@ -209,10 +252,12 @@ class _Probe:
         for group in self._groups:
             for p in group["params"]:
                 p.grad = None
-        loss = loss_of(self._model, self._batches[batch], plan.loss_fn)
+        with self._told("forward pass"):
+            loss = loss_of(self._model, self._batches[batch], plan.loss_fn)
         has_graph = loss.requires_grad
         if has_graph:
-            (scaler.scale(loss) if scaler else loss).backward()
+            with self._told("backward pass"):
+                (scaler.scale(loss) if scaler else loss).backward()
         unscaled = not scaler or not has_graph or self._unscale(scaler)
         self._steps.append(
             StepFacts(
@@ -224,9 +269,22 @@ class _Probe:
             )
         )
         if has_graph and unscaled and self._optimizer:
-            self._update(scaler)
+            with self._told("optimizer step"):
+                self._update(scaler)
         self._watch.note_moves()
         return unscaled
+
+    @contextmanager
+    def _told(self, phase: _Phase) -> Iterator[None]:
+        """Tell the model's own errors from ours; those of the user's loss and memory that ran out go on as they are."""
+        try:
+            yield
+        except (NoLossError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if self._plan.loss_fn is not None or not self._plan.tell_failures:
+                raise
+            raise _StepError(phase, error) from error
 
     def _unscale(self, scaler: Any) -> bool:
         """Divide gradients by the loss scale; False where torch refuses to, as for float16 weights."""
@@ -249,8 +307,12 @@ class _Probe:
             scaler.update()
         else:
             self._optimizer.step()
-        if plan.scheduler is not None:
-            plan.scheduler.step()
+        if plan.scheduler is not None and not self._schedule_over:
+            try:
+                plan.scheduler.step()
+            except (ValueError, TypeError):
+                # It has no further step (OneCycleLR), or waits for what its run measures (ReduceLROnPlateau).
+                self._schedule_over = True
 
     def facts(self, given: int) -> TrainingFacts:
         """Everything that was seen; ``given`` is the number of batches there are."""
@@ -276,6 +338,8 @@ class _Probe:
             lora_dropout=max((layer.dropout for layer in facts.active_layers), default=0.0),
             repacked=tuple(repacked(found)),
             updates=self._updates.facts(ranks=plan.ranks) if self._updates and self._steps else (),
+            failure=self._failure,
+            spoiled=tuple(_spoiled(self._batches)),
         )
 
 
@@ -302,6 +366,15 @@ def suitable_rate(layers: Sequence[LayerState]) -> float:
 RATE = 1e-2
 """Measured on tiny Llama, GPT-2, T5, BERT and the built-in base, ranks 1 to 64: of 1e-3, 3e-3, 1e-2 and 3e-2 the one
 whose smallest drop in 20 steps is the largest (3 %)."""
+
+
+def _spoiled(batches: tuple[Any, ...]) -> Iterator[str]:
+    """Inputs that are not finite. An additive mask is infinite on purpose."""
+    for index, batch in enumerate(batches):
+        for name, value in batch.items() if isinstance(batch, Mapping) else ():
+            known = isinstance(value, Tensor) and value.is_floating_point() and value.device.type != "meta"
+            if known and not re.search(r"mask|bias|label", str(name)) and not bool(value.isfinite().all()):
+                yield f"batch {index}: {name}"
 
 
 def _live_dropouts(found: Survey) -> Iterator[str]:

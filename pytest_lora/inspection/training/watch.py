@@ -12,6 +12,9 @@ from pytest_lora.facts.training import Part, TensorFacts
 from pytest_lora.inspection.base import dtype_name
 from pytest_lora.inspection.training.optimizer import Owned, part_of
 
+_SHORT = (torch.bfloat16, torch.float16)
+"""Dtypes that lose a usual step in rounding; others are not compared number by number."""
+
 
 def norms(tensors: Iterable[Tensor]) -> list[float]:
     """L2 norm of each tensor, in float32, with one transfer a device."""
@@ -44,6 +47,7 @@ class Watch:
         self._last = {name: p.detach().clone() for name, p in self._trainable.items()}
         self._gradients: dict[str, list[float | None]] = {name: [] for name in self._tensors}
         self._moves: dict[str, list[float]] = {name: [] for name in self._tensors}
+        self._stayed: dict[str, float] = {}
 
     def note_gradients(self) -> float | None:
         """Note the gradients as they are now; their norm together, or None where there are none."""
@@ -64,6 +68,8 @@ class Watch:
         )
         for name, p in self._trainable.items():
             self._moves[name].append(moved[name] / math.sqrt(max(1, p.numel())))
+            if p.dtype in _SHORT:
+                self._stayed[name] = float((p.detach() == self._last[name]).float().mean())
             self._last[name].copy_(p.detach())
 
     def facts(self) -> tuple[TensorFacts, ...]:
@@ -86,4 +92,5 @@ class Watch:
             scale=self._start[name] / math.sqrt(max(1, p.numel())),
             gradients=tuple(self._gradients[name]),
             moves=tuple(self._moves[name]),
+            stayed=self._stayed.get(name, 0.0),
         )

@@ -14,7 +14,8 @@ def adapter_does_not_move(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
 
     ## What it does
     Looks for adapter tensors that the optimizer holds, that got a gradient at a learning rate above zero,
-    and that no step changed.
+    and that no step changed. Where 90 % of the numbers of every `lora_B` in bfloat16 or float16 stayed what
+    they were under Adam, that is a warning.
 
     ## Why is this bad?
     Then the update is smaller than the weights can hold (bfloat16 keeps three digits), or the optimizer's
@@ -42,6 +43,8 @@ def adapter_does_not_move(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     held = [t for t in facts.adapter_tensors if t.held and t.reached]
     if not held or facts.some_rate_is_zero or facts.scaler or facts.max_grad_norm == 0 or not facts.finite:
         return
+    if facts.failure or _run_down(facts):
+        return
     moved = any(t.moved for t in held)
     still = [t for t in held if not t.moved]
     if not moved:
@@ -52,3 +55,29 @@ def adapter_does_not_move(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
             expected="tensors that move with every step",
             fix="raise the learning rate, keep trainable weights in float32, and look at what optimizer.step does",
         )
+        return
+    short = [t for t in held if t.part == "b" and t.dtype in ("bfloat16", "float16")]
+    finished = facts.schedule is not None and (facts.history_fell or not facts.history)
+    if short and facts.optimizer.adaptive and not finished and min(t.stayed for t in short) >= LOST:
+        yield Violation(
+            where=grouped(t.name for t in short),
+            observed=f"a step at a learning rate of {max(facts.steps[-1].rates):g} left "
+            f"{100 * min(t.stayed for t in short):.0f} % of the numbers of lora_B what they were: it is lost in the "
+            f"rounding of {short[0].dtype}",
+            expected="trainable weights in float32, which hold such a step",
+            fix="leave autocast_adapter_dtype=True, or cast trainable parameters with p.data = p.data.float()",
+            severity="warning",
+        )
+
+
+LOST = 0.9
+"""Share of numbers that did not move. bfloat16 keeps a step of 1/256 of a number, Adam's first steps move all."""
+
+
+def _run_down(facts: TrainingFacts) -> bool:
+    """Whether a schedule has all but come to its end; LORA305 judges whether that was too early."""
+    return facts.schedule is not None and facts.optimizer.adaptive and max(facts.steps[-1].rates) < RUN_DOWN
+
+
+RUN_DOWN = 1e-7
+"""A step of Adam this large is lost in the rounding of most float32 weights."""

@@ -15,7 +15,8 @@ def learning_rate_is_too_high(facts: TrainingFacts, expect: Expect) -> Iterator[
     ## What it does
     Looks for a rate of 0.1 or more with an optimizer of the Adam family, whose step is about the rate
     itself whatever the gradient, and for a loss that shoots up, or a `lora_A` that is thrown far beyond
-    its own size, within the steps taken.
+    its own size, within the steps taken. Above 1e-3 it is also too high where the losses so far went from
+    below half of ln(vocabulary) to about that or more, and at any rate where they rose to far more.
 
     ## Why is this bad?
     LoRA takes rates about ten times those of full fine-tuning, 1e-4 to 1e-2 with Adam; `lora_A` starts
@@ -45,8 +46,10 @@ def learning_rate_is_too_high(facts: TrainingFacts, expect: Expect) -> Iterator[
     if facts.schedule and facts.schedule.peak:
         rates.append(facts.schedule.peak)
     rate = max((r for r in rates if not math.isnan(r)), default=0.0)
-    suspect = rate >= ADAPTIVE_LIMIT if facts.optimizer.adaptive else facts.optimizer.plain
-    soared = _soared(facts) or _buried(facts)
+    exploded, unlearned = _exploded(facts), _unlearned(facts)
+    limit = 0.0 if exploded else ADAPTIVE_FORGETS if unlearned else ADAPTIVE_LIMIT
+    suspect = rate >= limit if facts.optimizer.adaptive else facts.optimizer.plain
+    soared = exploded or unlearned or _soared(facts) or _buried(facts)
     if not suspect or not (soared or facts.optimizer.adaptive):
         return
     yield Violation(
@@ -60,6 +63,36 @@ def learning_rate_is_too_high(facts: TrainingFacts, expect: Expect) -> Iterator[
 
 ADAPTIVE_LIMIT = 0.1
 """Ten times the largest rate that we know in use for LoRA with Adam, 1e-2 on tiny models."""
+
+
+ADAPTIVE_FORGETS = 1e-3
+"""From this rate on Adam can make a pretrained model forget everything within a few steps."""
+
+
+def _unlearned(facts: TrainingFacts) -> str | None:
+    """The losses so far, where they went from those of a model that knows the language to those of none."""
+    losses, chance = facts.history, facts.chance
+    if chance is None or len(losses) < 4 or not all(map(math.isfinite, losses)):
+        return None
+    if not losses[0] < 0.5 * chance or min(losses[-3:]) < 0.8 * chance:
+        return None
+    return _course(losses, chance)
+
+
+def _exploded(facts: TrainingFacts) -> str | None:
+    """The losses so far, where the last three rose from what knowing nothing gives, or less, to far more than that."""
+    losses, chance = facts.history, facts.chance
+    if chance is None or len(losses) < 4 or not all(map(math.isfinite, losses)):
+        return None
+    before, middle, last = losses[-3:]
+    if losses[0] > 1.1 * chance or not before < middle < last or last < 1.5 * chance:
+        return None
+    return _course(losses, chance)
+
+
+def _course(losses: tuple[float, ...], chance: float) -> str:
+    course = f"the loss so far diverged and rose from {losses[0]:.3g} to {losses[-1]:.3g}"
+    return f"{course}, where knowing nothing gives {chance:.3g}"
 
 
 def _soared(facts: TrainingFacts) -> str | None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.training import GroupFacts, TrainingFacts
@@ -14,8 +15,10 @@ def learning_rate_is_too_low(facts: TrainingFacts, expect: Expect) -> Iterator[V
 
     ## What it does
     Looks for a rate below 1e-7 with an optimizer of the Adam family (below 2e-6 if the losses so far have
-    not fallen), and for one so low with plain SGD that a hundred thousand steps would not lower the loss
-    by 1 %.
+    not fallen), times what an `eps` far above the gradients leaves of it, and for one so low with plain SGD
+    that a hundred thousand steps (a thousand, if the losses have not fallen) would not lower the loss by
+    1 %. Where the losses have not fallen, also for a schedule that keeps the rate that low now: one that
+    every step halves at least, or a warm-up of more than a hundred times the steps taken.
 
     ## Why is this bad?
     With Adam each step moves each number by about the rate. With SGD it moves them by the rate times the
@@ -47,9 +50,15 @@ def learning_rate_is_too_low(facts: TrainingFacts, expect: Expect) -> Iterator[V
     rate = max(known, default=0.0)
     if not facts.steps or not rate > 0:
         return
+    eps, left = _left_by_eps(facts, groups)
     if facts.optimizer.adaptive:
-        flat = len(facts.history) >= HISTORY_NEEDED and not facts.history_fell
-        too_low, needed = rate < (ADAPTIVE_FLAT if flat else ADAPTIVE_LIMIT), "1e-4 to 1e-3 with Adam"
+        limit = ADAPTIVE_FLAT if facts.history_is_flat else ADAPTIVE_LIMIT
+        too_low, needed = rate * left < limit, "1e-4 to 1e-3 with Adam"
+        if too_low and rate >= limit:
+            yield _outweighed(facts, eps, rate, left)
+            return
+        if not too_low:
+            yield from _kept_low(facts, groups, rate)
     else:
         too_low, needed = _crawls(facts, rate), "with SGD 0.1 or more, or else Adam with 1e-4 to 1e-3"
     if too_low:
@@ -77,11 +86,74 @@ ADAPTIVE_LIMIT = 1e-7
 ADAPTIVE_FLAT = 2e-6
 """The same limit where the losses so far have not fallen."""
 
-HISTORY_NEEDED = 5
-"""Losses that a verdict on a flat history needs."""
+STEPS, STEPS_FLAT, SHARE = 1e5, 1e3, 0.01
+"""A plain gradient step lowers the loss by rate * norm**2; after so many steps this share should be gone. Fewer are
+allowed where the losses so far have not fallen."""
 
-STEPS, SHARE = 1e5, 0.01
-"""A plain gradient step lowers the loss by rate * norm**2; after so many steps this share should be gone."""
+OUTWEIGHED = 0.1
+"""Where eps takes less than nine tenths of a step, the gradients are small and not the eps large."""
+
+LONG_WARM_UP = 100
+"""Times the steps taken: a run that is one percent into its warm-up has not been given a rate yet."""
+
+
+def _left_by_eps(facts: TrainingFacts, groups: list[GroupFacts]) -> tuple[float, float]:
+    """Adam's eps, and what it leaves of a step whose gradient is g: about g / (g + eps)."""
+    eps = min((g.eps for g in groups if g.eps is not None), default=0.0)
+    known = [
+        norm / math.sqrt(t.numbers)
+        for t in facts.adapter_tensors
+        if t.held
+        for norm in t.gradients
+        if norm and math.isfinite(norm)
+    ]
+    largest = max(known, default=0.0)
+    left = largest / (largest + eps) if facts.optimizer.adam and largest and eps else 1.0
+    return eps, left if left < OUTWEIGHED else 1.0
+
+
+def _outweighed(facts: TrainingFacts, eps: float, rate: float, left: float) -> Violation:
+    return Violation(
+        where=f"optimizer ({facts.optimizer.optimizer})",
+        observed=f"eps={eps:g} outweighs the gradients: of a learning rate of {rate:g} it leaves {rate * left:.2g}, "
+        "too small a step, and the adapter hardly moves",
+        expected="an eps well below the gradients, such as Adam's default of 1e-8",
+        fix="set eps=1e-8 (float16 weights aside, which need float32 copies rather than a larger eps)",
+    )
+
+
+def _kept_low(facts: TrainingFacts, groups: list[GroupFacts], peak: float) -> Iterator[Violation]:
+    """A schedule that keeps the rate too low now, in a run whose losses have not fallen."""
+    schedule = facts.schedule
+    if schedule is None or not facts.history_is_flat:
+        return
+    first, last = (max(step.rates[g.index] for g in groups) for step in (facts.steps[0], facts.steps[-1]))
+    taken = schedule.steps_taken
+    if not 0 < max(first, last) < min(ADAPTIVE_FLAT, peak / 10):
+        return
+    if last > first:
+        until = max(schedule.not_before or 0, schedule.warm_up or 0)
+        if not taken or until <= LONG_WARM_UP * taken:
+            return
+        why = f"warm-up: it is {last:.2g} after {taken} steps, and below its peak of {peak:g} until step {until}"
+        fix = "warm up over 3 to 10 % of the optimizer steps of this run, and step the scheduler once each of them"
+    elif _decays_geometrically([max(step.rates[g.index] for g in groups) for step in facts.steps]):
+        why = f"decay: the schedule brought it from {peak:g} down to {first:.2g} within {taken} steps"
+        fix = "let the schedule decay over the optimizer steps of the whole run (gamma is for each call of its step)"
+    else:
+        return  # the end of a cosine or a line, which it may have reached in its time
+    yield Violation(
+        where=f"scheduler ({schedule.schedule})",
+        observed=f"the learning rate is too low to learn from, by {why}; the loss has not fallen",
+        expected="a schedule at 1e-5 or more for most of the run",
+        fix=fix,
+    )
+
+
+def _decays_geometrically(rates: list[float]) -> bool:
+    """Whether each step halves the rate at least, by one and the same factor."""
+    factors = [after / before for before, after in pairwise(rates) if before > 0]
+    return len(factors) > 1 and 0 < max(factors) <= 0.5 and max(factors) < 1.05 * min(factors)
 
 
 def _crawls(facts: TrainingFacts, rate: float) -> bool:
@@ -89,4 +161,5 @@ def _crawls(facts: TrainingFacts, rate: float) -> bool:
         return False
     norms = [s.gradient_norm for s in facts.steps if s.gradient_norm and math.isfinite(s.gradient_norm)]
     loss = facts.steps[0].loss
-    return bool(norms) and loss > 0.05 and STEPS * rate * max(norms) ** 2 < SHARE * loss
+    steps = STEPS_FLAT if facts.history_is_flat else STEPS
+    return bool(norms) and loss > 0.05 and steps * rate * max(norms) ** 2 < SHARE * loss

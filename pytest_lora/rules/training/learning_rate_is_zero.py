@@ -14,8 +14,8 @@ def learning_rate_is_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
 
     ## What it does
     Looks at the learning rate of every real step, and of a `LambdaLR` at later ones too. A first step at
-    zero is how a warm-up begins, and a schedule that has come to its end after the loss fell has done its
-    work.
+    zero is how a warm-up begins, unless losses that do not fall show that the scheduler is never stepped. A
+    schedule that has come to its end after the loss fell has done its work.
 
     ## Why is this bad?
     At a rate of zero nothing changes. It comes from a schedule made for zero steps, for epochs but
@@ -45,6 +45,15 @@ def learning_rate_is_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     ended_early = facts.schedule and facts.schedule.ends and 2 * facts.schedule.ends < len(facts.history)
     if facts.rates_are_zero or ended_early:
         yield from _everywhere(facts)
+    elif facts.schedule and _never_stepped(facts):
+        yield Violation(
+            where=f"scheduler ({facts.schedule.schedule})",
+            observed=f"the scheduler was not stepped in a run of {len(facts.history)} losses: the learning rate is "
+            "still the 0 that its warm-up begins with, and the loss has not fallen",
+            expected="a learning rate that rises with every optimizer step of the warm-up",
+            fix="call scheduler.step() after every optimizer.step(), not once an epoch",
+            severity="warning",
+        )
     else:
         yield from _in_some_groups(facts)
 
@@ -76,6 +85,12 @@ def _everywhere(facts: TrainingFacts) -> Iterator[Violation]:
         fix="give the schedule the true number of optimizer steps, and step it once an optimizer step",
         severity=severity,
     )
+
+
+def _never_stepped(facts: TrainingFacts) -> bool:
+    schedule = facts.schedule
+    rates = [facts.steps[0].rates[g.index] for g in facts.optimizer.groups if g.parts]
+    return schedule is not None and schedule.steps_taken == 0 and not any(rates) and facts.history_is_flat
 
 
 def _in_some_groups(facts: TrainingFacts) -> Iterator[Violation]:

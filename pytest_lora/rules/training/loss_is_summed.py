@@ -42,7 +42,7 @@ def loss_is_summed(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
     if not losses:
         return
     now = sum(losses) / len(losses)
-    chance = _chance(facts)
+    chance = facts.chance
     if known and chance and min(known[0], known[-1]) > ABOVE_CHANCE * chance and known[-1] > SUMMED * now:
         times = known[-1] / now
         exact = facts.batches > 1 and abs(times / facts.batches - 1) < CLOSE
@@ -53,6 +53,14 @@ def loss_is_summed(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
             + (f": the sum over {facts.batches} accumulation steps" if exact else ": it is summed"),
             expected="the mean over accumulation steps, about ln(vocabulary) at most",
             fix="divide each loss by the number of accumulation steps, or by all tokens of the accumulated batch",
+        )
+    elif known and chance is None and _times_the_batches(facts, known, now):
+        yield Violation(
+            where="the loss",
+            observed=f"the loss started at {known[0]:.3g} and was {known[-1]:.3g}, {known[-1] / now:.1f} times the "
+            f"{now:.3g} measured on one batch: the sum over {facts.batches} accumulation steps",
+            expected="the mean over accumulation steps",
+            fix="divide each loss by the number of accumulation steps",
         )
     elif chance and now > SUMMED_TOKENS * chance:
         labels = facts.labels[0].labels
@@ -72,6 +80,11 @@ ABOVE_CHANCE, SUMMED, SUMMED_TOKENS, CLOSE, ENOUGH = 1.5, 1.8, 5.0, 0.2, 8
 are 2 times one of them, of which 10 % may be learned meanwhile."""
 
 
-def _chance(facts: TrainingFacts) -> float | None:
-    limit = next((k.limit for k in facts.labels if k.kind in ("causal", "sequence") and k.limit), None)
-    return math.log(limit) if limit and limit > 1 else None
+def _times_the_batches(facts: TrainingFacts, known: list[float], now: float) -> bool:
+    """Whether classes were told apart at a loss of as many times as there are batches, far above that of guessing."""
+    classes = next((k.limit for k in facts.labels if k.kind in ("classes", "tokens") and k.limit), None)
+    if classes is None or classes < 2 or facts.batches < 3:
+        return False
+    guessing = math.log(classes)
+    times = [loss / now / facts.batches for loss in (known[0], known[-1])]
+    return min(known) > 2 * guessing and all(abs(share - 1) < CLOSE for share in times)

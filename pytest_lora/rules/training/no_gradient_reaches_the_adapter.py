@@ -51,6 +51,9 @@ def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Ite
     if not facts.has_graph and None in reasons:
         return
     reason = reasons.most_common(1)[0][0] if reasons else "no adapter is active"
+    idle = [name for name in facts.model.training_adapters if name not in facts.model.active]
+    if idle and facts.model.active and not facts.adapter_tensors:
+        reason = f"the active adapter {facts.model.active[0]!r} is frozen, and the trainable {idle[0]!r} is not active"
     yield Violation(
         where=grouped(layer.module for layer in layers) if layers else "the whole model",
         observed="no gradient reaches the adapter at any step" + (f": {reason}" if reason else ""),
@@ -60,6 +63,7 @@ def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Ite
 
 
 _FIXES = {
+    "is not active": "call model.set_adapter(...) with the adapter that is to train, before the optimizer is made",
     "disabled": "call model.enable_adapter_layers(), and train outside model.disable_adapter()",
     "merged": "call model.unmerge_adapter() before training",
     "B is zero and frozen": "let lora_B train: requires_grad_(True)",

@@ -13,8 +13,8 @@ def padding_is_in_the_loss(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
 
     ## What it does
     Counts labels that are not -100 where `attention_mask` is 0, or, without a mask that says so, in a run
-    of the configuration's `pad_token_id` that ends a row. The one end token after a text may have a
-    label.
+    of the configuration's `pad_token_id` that ends a row, or of three end tokens or more where these pad.
+    The one end token after a text may have a label.
 
     ## Why is this bad?
     Padding is easy to predict: the loss looks lovely, most of it is about padding, and the model learns

@@ -60,7 +60,12 @@ def some_adapters_get_no_gradient(facts: TrainingFacts, expect: Expect) -> Itera
             expected="a gradient for every adapter"
             if severity == "warning"
             else "a gradient once a batch makes use of them",
-            fix="leave these modules out of target_modules, or let the loss depend on them"
+            fix=(
+                "leave these modules out of target_modules, or let the forward pass call them and not their weights"
+                if reason
+                else "look for .detach() or torch.no_grad() in or behind these modules, or leave them out of "
+                "target_modules"
+            )
             if severity == "warning"
             else "nothing, if batches of the real run do; else leave these modules out of target_modules",
             severity=severity,

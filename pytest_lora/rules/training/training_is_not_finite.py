@@ -14,8 +14,9 @@ def training_is_not_finite(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
     """The loss, the gradients or the adapter itself are NaN or infinite.
 
     ## What it does
-    Looks at adapter weights before the first step, and at losses and gradients of every step. What labels
-    or float16 weights explain is left to the rules on those.
+    Looks at adapter weights before the first step, at losses and gradients of every step, and at the inputs
+    of the batches that no step was taken on. What labels or float16 weights explain is left to the rules on
+    those.
 
     ## Why is this bad?
     One NaN spreads to every weight with the next step, and nothing brings it back. Some trainers log the
@@ -52,6 +53,13 @@ def training_is_not_finite(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
         )
     elif not facts.labels_ignored and not facts.trains_float16:
         yield from _at_a_step(facts)
+        if facts.spoiled and facts.finite:
+            yield Violation(
+                where="; ".join(facts.spoiled[:8]),
+                observed="inputs are NaN or infinite: the step on this batch makes every adapter weight NaN",
+                expected="finite inputs in every batch",
+                fix="look at how these inputs are made (a division by a spread of zero, a broken file), or drop them",
+            )
 
 
 def _at_a_step(facts: TrainingFacts) -> Iterator[Violation]:
