@@ -161,8 +161,8 @@ def title_of(rule: Rule) -> str:
 def public_names() -> dict[str, list[str]]:
     """Public names by the module that has them."""
     names: defaultdict[str, list[str]] = defaultdict(list)
-    for name, module in pytest_lora._HOMES.items():
-        names[module].append(name)
+    for name, module in pytest_lora._homes().items():
+        names[module.removeprefix("pytest_lora.")].append(name)
     for module, others in ALSO_PUBLIC.items():
         names[module] += others
     return dict(sorted(names.items()))

@@ -178,7 +178,7 @@ def test_loading_imports_nothing_heavy(module: str) -> None:
 
 
 def test_public_names_are_declared_for_type_checkers_and_load() -> None:
-    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text())
     declared = {
         alias.asname
         for node in ast.walk(tree)
@@ -188,5 +188,8 @@ def test_public_names_are_declared_for_type_checkers_and_load() -> None:
     assert declared == set(pytest_lora.__all__)
     for name in pytest_lora.__all__:
         assert getattr(pytest_lora, name).__name__ == name
+    everything: dict[str, object] = {}
+    exec("from pytest_lora import *", everything)
+    assert declared <= set(everything) and declared <= set(dir(pytest_lora))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = pytest_lora.nonsense

@@ -317,6 +317,17 @@ def test_a_step_that_raises_is_a_finding_and_leaves_no_trace() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_an_error_that_says_nothing_of_the_set_up_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a mistake in the model's own code")
+
+    monkeypatch.setattr(model.get_base_model(), "forward", broken)
+    with pytest.raises(RuntimeError, match="a mistake in the model's own code"):
+        check_training(model, language_batch())
+
+
 def test_what_the_users_own_loss_raises_goes_on() -> None:
     def loss(model: Any, batch: Any) -> torch.Tensor:
         raise LookupError("a mistake of the user")

@@ -196,14 +196,34 @@ class StepFacts:
     gradient_norm: float | None
 
 
+Phase = Literal["forward pass", "backward pass", "optimizer step"]
+
+FailureKind = Literal[
+    "text too long",
+    "state of another shape",
+    "label dtype",
+    "label shape",
+    "ids are not whole",
+    "no padding token",
+    "weight dtypes",
+    "index",
+    "devices",
+    "inference tensors",
+    "unknown input",
+    "graph used twice",
+    "changed in place",
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A step that could not be taken.
+    """A step that could not be taken, for a reason that is known.
 
     Attributes:
         step: Number of the step, from 1 on.
         batch: Index of the batch.
         phase: What raised.
+        kind: What is wrong, by the words of the exception.
         error: Class name of the exception.
         message: The first line of what it said.
         length: Tokens in a row of the batch, where it has rows of tokens, else None.
@@ -212,7 +232,8 @@ class Failure:
 
     step: int
     batch: int
-    phase: Literal["forward pass", "backward pass", "optimizer step"]
+    phase: Phase
+    kind: FailureKind
     error: str
     message: str
     length: int | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from pytest_lora import Expect, Report, check_training
+from pytest_lora.facts.training import Failure, FailureKind
+from pytest_lora.rules.training import step_raises
 from tests.rules.bases import BASES, VOCABULARY, WIDTH, classifier_batch, image_batch, language_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -1117,3 +1119,10 @@ def test_fault_is_named(build: Build) -> None:
 def test_healthy_training_is_left_alone(build: Build) -> None:
     report = build()
     assert not (*report.errors, *report.warnings), str(report)
+
+
+def test_every_known_failure_has_a_remedy() -> None:
+    kinds = get_args(FailureKind)
+    assert kinds
+    for kind in kinds:
+        assert step_raises._remedy(Failure(1, 0, "forward pass", kind, "RuntimeError", "said", 16, 8))

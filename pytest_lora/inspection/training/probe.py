@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from pytest_lora.facts.training import (
     Failure,
     LossDrop,
     OptimizerFacts,
+    Phase,
     StepFacts,
     TrainingFacts,
     unusual_inits,
@@ -26,6 +28,7 @@ from pytest_lora.inspection.peft_internals import LoraLayer
 from pytest_lora.inspection.survey import Survey
 from pytest_lora.inspection.training.base_changes import since_probe, since_snapshot
 from pytest_lora.inspection.training.batches import LossFn, NoLossError, generators_of, loss_of, take_batches
+from pytest_lora.inspection.training.failures import failure_of
 from pytest_lora.inspection.training.labels import label_facts, vocabulary
 from pytest_lora.inspection.training.optimizer import (
     as_float,
@@ -54,7 +57,7 @@ class Plan:
         base_snapshot: Tensors of the base before training, by name.
         loss_fn: Makes the loss; by default the model does.
         ranks: Measure the rank of what the steps did to each adapted weight.
-        tell_failures: Note what the model or the optimizer raises instead of passing it on.
+        tell_failures: Note what the model or the optimizer raises, where its cause is known, instead of passing it on.
     """
 
     steps: int
@@ -152,16 +155,12 @@ def _evaluation(model: nn.Module, batches: tuple[Any, ...], loss_fn: LossFn | No
     return mean_loss
 
 
-_Phase = Literal["forward pass", "backward pass", "optimizer step"]
-
-
 class _StepError(Exception):
-    """A step raised."""
+    """A step raised, for a reason that is known."""
 
-    def __init__(self, phase: _Phase, cause: Exception) -> None:
-        super().__init__(phase)
-        self.phase: _Phase = phase
-        self.cause = cause
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 class _Probe:
@@ -215,25 +214,11 @@ class _Probe:
         for index in range(self._plan.steps):
             batch = index % len(self._batches)
             try:
-                if not self._step(batch):
+                if not self._step(index + 1, batch):
                     break
             except _StepError as failed:
-                self._failure = self._described_failure(failed, index + 1, batch)
+                self._failure = failed.failure
                 break
-
-    def _described_failure(self, failed: _StepError, step: int, batch: int) -> Failure:
-        given = self._batches[batch]
-        ids = given.get("input_ids") if isinstance(given, Mapping) else None
-        positions = getattr(getattr(self._found.root, "config", None), "max_position_embeddings", None)
-        return Failure(
-            step=step,
-            batch=batch,
-            phase=failed.phase,
-            error=type(failed.cause).__name__,
-            message=next(iter(str(failed.cause).strip().splitlines()), "")[:300],
-            length=ids.shape[-1] if isinstance(ids, Tensor) and ids.ndim == 2 else None,
-            positions=positions if isinstance(positions, int) else None,
-        )
 
     def _toucher(self, name: str) -> Callable[[nn.Module, Any], None]:
         def note(_: nn.Module, arguments: Any) -> None:
@@ -243,20 +228,21 @@ class _Probe:
 
         return note
 
-    def _step(self, batch: int) -> bool:
+    def _step(self, number: int, batch: int) -> bool:
         """Take one step; False if no further one can be taken."""
         plan = self._plan
+        told = partial(self._told, number=number, batch=batch)
         scaler = plan.scaler if plan.scaler is not None and plan.scaler.is_enabled() else None
         for p in self._model.parameters():
             p.grad = None
         for group in self._groups:
             for p in group["params"]:
                 p.grad = None
-        with self._told("forward pass"):
+        with told("forward pass"):
             loss = loss_of(self._model, self._batches[batch], plan.loss_fn)
         has_graph = loss.requires_grad
         if has_graph:
-            with self._told("backward pass"):
+            with told("backward pass"):
                 (scaler.scale(loss) if scaler else loss).backward()
         unscaled = not scaler or not has_graph or self._unscale(scaler)
         self._steps.append(
@@ -269,22 +255,26 @@ class _Probe:
             )
         )
         if has_graph and unscaled and self._optimizer:
-            with self._told("optimizer step"):
+            with told("optimizer step"):
                 self._update(scaler)
         self._watch.note_moves()
         return unscaled
 
     @contextmanager
-    def _told(self, phase: _Phase) -> Iterator[None]:
-        """Tell the model's own errors from ours; those of the user's loss and memory that ran out go on as they are."""
+    def _told(self, phase: Phase, *, number: int, batch: int) -> Iterator[None]:
+        """Note an error that tells what is wrong with the set-up; others, and those of the user's loss, go on."""
         try:
             yield
-        except (NoLossError, torch.OutOfMemoryError):
+        except NoLossError:
             raise
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except Exception as error:
             if self._plan.loss_fn is not None or not self._plan.tell_failures:
                 raise
-            raise _StepError(phase, error) from error
+            given = self._batches[batch]
+            failure = failure_of(error, phase, self._found.root, given, step=number, index=batch)
+            if failure is None:
+                raise
+            raise _StepError(failure) from error
 
     def _unscale(self, scaler: Any) -> bool:
         """Divide gradients by the loss scale; False where torch refuses to, as for float16 weights."""

@@ -1,0 +1,69 @@
+"""What a step raised, where its words tell what is wrong with the set-up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_lora.facts.training import Failure, FailureKind, Phase
+
+_RAISED_BY_TORCH = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+
+_WORDS: dict[str, FailureKind] = {
+    r"target dtype|[Tt]arget size|dtype Long|dtype Float but|be cast to|probabilities": "label dtype",
+    r"'indices'": "ids are not whole",
+    r"input batch_size": "label shape",
+    r"padding token": "no padding token",
+    r"dtype|scalar type": "weight dtypes",
+    r"index out of range|out of bounds|device-side": "index",
+    r"same device|on device": "devices",
+    r"[Ii]nference tensor": "inference tensors",
+    r"unexpected keyword": "unknown input",
+    r"second time": "graph used twice",
+    r"inplace|in-place": "changed in place",
+}
+"""Words of torch and transformers, and what they say; the first that fit count."""
+
+
+def failure_of(
+    error: Exception, phase: Phase, model: nn.Module, batch: Any, *, step: int, index: int
+) -> Failure | None:
+    """What an error says of the set-up; ``None`` for one whose words are not known, as for memory that ran out.
+
+    Args:
+        error: What was raised.
+        phase: Where.
+        model: The model without what wraps it.
+        batch: What the step was taken on.
+        step: Number of the step, from 1 on.
+        index: Index of the batch.
+    """
+    if not isinstance(error, _RAISED_BY_TORCH) or isinstance(error, torch.OutOfMemoryError):
+        return None
+    message = str(error).strip()
+    length, positions = _length(batch), _positions(model)
+    kind: FailureKind | None
+    if phase == "forward pass" and length and positions and length > positions:
+        kind = "text too long"
+    elif phase == "optimizer step" and "size" in message:
+        kind = "state of another shape"
+    else:
+        kind = next((kind for words, kind in _WORDS.items() if re.search(words, message)), None)
+    if kind is None:
+        return None
+    first_line = next(iter(message.splitlines()), "")[:300]
+    return Failure(step, index, phase, kind, type(error).__name__, first_line, length, positions)
+
+
+def _length(batch: Any) -> int | None:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return ids.shape[-1] if isinstance(ids, Tensor) and ids.ndim == 2 else None
+
+
+def _positions(model: nn.Module) -> int | None:
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
