@@ -190,6 +190,7 @@ def test_public_names_are_declared_for_type_checkers_and_load() -> None:
         assert getattr(pytest_lora, name).__name__ == name
     everything: dict[str, object] = {}
     exec("from pytest_lora import *", everything)
-    assert declared <= set(everything) and declared <= set(dir(pytest_lora))
+    assert declared <= set(everything)
+    assert declared <= set(dir(pytest_lora))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = pytest_lora.nonsense
