@@ -317,6 +317,15 @@ def test_a_step_that_raises_is_a_finding_and_leaves_no_trace() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_model_made_for_inference_is_told_and_stays_what_it_was() -> None:
+    with torch.inference_mode():
+        model = adapted()
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    report = check_training(model, language_batch())
+    assert [f.fix for f in report.errors] == ["build the model outside torch.inference_mode()"]
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
 def test_an_error_that_says_nothing_of_the_set_up_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
 

@@ -22,6 +22,7 @@ class Factor:
         finite: Whether every number is finite; None on the meta device.
         largest: The largest absolute number, where all are finite; None on the meta device.
         frozen_by_design: Whether the LoRA variant itself trains without this factor.
+        is_inference: Whether it was made under ``torch.inference_mode()``.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Factor:
     finite: bool | None
     largest: float | None = None
     frozen_by_design: bool = False
+    is_inference: bool = False
 
     @property
     def is_quantized(self) -> bool:
@@ -181,6 +183,7 @@ class ModelFacts:
         rows: Single embedding rows that adapters train.
         trainable_base: Base parameters that require gradients.
         nonfinite_base: Base parameters that hold NaN or infinity.
+        inference_base: Base parameters that were made under ``torch.inference_mode()``.
         adapters: Names of all LoRA adapters.
         active: Names of the active ones.
         nested: How many PEFT models are wrapped inside each other (1 is healthy).
@@ -201,6 +204,7 @@ class ModelFacts:
     rows: tuple[TrainedRows, ...]
     trainable_base: tuple[TrainableBase, ...]
     nonfinite_base: tuple[str, ...]
+    inference_base: tuple[str, ...]
     adapters: tuple[str, ...]
     active: tuple[str, ...]
     nested: int

@@ -141,6 +141,7 @@ def _factor(name: str, tensor: torch.Tensor, values: dict[int, Values], by_desig
         finite=finite,
         largest=largest,
         frozen_by_design=name in by_design,
+        is_inference=tensor.is_inference(),
     )
 
 

@@ -83,6 +83,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         rows=tuple(_trained_rows(found)),
         trainable_base=tuple(_trainable_base(parameters, _trained_biases(configs.values(), layers))),
         nonfinite_base=tuple(_nonfinite(parameters)),
+        inference_base=tuple(p.full_name for p in parameters if p.tensor.is_inference()),
         adapters=tuple(by_adapter),
         active=tuple(dict.fromkeys(layer.adapter for layer in layers if layer.active)),
         nested=found.nested,

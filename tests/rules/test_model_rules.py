@@ -428,7 +428,14 @@ def norm_in_the_other_16_bits() -> Case:
     return adapted(base), Expect()
 
 
+def base_made_for_inference() -> Case:
+    with torch.inference_mode():
+        base = BASES["base"]()
+    return adapted(base), Expect()
+
+
 FAULTS: list[tuple[Callable[..., Case], str, str]] = [
+    (base_made_for_inference, "weights_are_for_inference", "error"),
     (prepared_after_wrapping, "no_adapter_is_trainable", "error"),
     (loaded_without_is_trainable, "no_adapter_is_trainable", "error"),
     (only_the_head_trains, "no_adapter_is_trainable", "warning"),

@@ -41,7 +41,8 @@ class _KeptTensor:
         if self.copy is not None:
             data.copy_(self.copy)
         if tensor.is_leaf:
-            tensor.requires_grad_(self.requires_grad)
+            if tensor.requires_grad != self.requires_grad:
+                tensor.requires_grad_(self.requires_grad)
             if tensor.grad is not self.grad:
                 tensor.grad = self.grad
 

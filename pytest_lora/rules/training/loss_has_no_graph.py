@@ -16,8 +16,8 @@ def loss_has_no_graph(facts: TrainingFacts, expect: Expect) -> Iterator[Violatio
 
     ## Why is this bad?
     `backward()` then raises, or, where something else has a graph, the adapter gets nothing. The forward
-    pass ran under `torch.no_grad()`, or the loss went through `.detach()`, `.item()`, NumPy, or
-    `torch.tensor(loss)`.
+    pass ran under `torch.no_grad()`, the model was built under `torch.inference_mode()`, or the loss went
+    through `.detach()`, `.item()`, NumPy, or `torch.tensor(loss)`.
 
     ## Example
     ```python
@@ -35,10 +35,14 @@ def loss_has_no_graph(facts: TrainingFacts, expect: Expect) -> Iterator[Violatio
     - https://pytorch.org/docs/stable/notes/autograd.html
     """
     detached = [number for number, step in enumerate(facts.steps, 1) if not step.has_graph]
+    made_for_inference = any(part.is_inference for layer in facts.model.active_layers for part in layer.parts)
     if detached and any(facts.why_silent(layer) is None for layer in facts.model.active_layers):
         yield Violation(
             where=f"steps {', '.join(map(str, detached))}",
-            observed="the loss has no graph (it does not require a gradient): it is detached from the adapter",
+            observed="the loss has no graph (it does not require a gradient): it is detached from the adapter"
+            + (", which was made under torch.inference_mode()" if made_for_inference else ""),
             expected="a loss that backward() can follow to the adapter",
-            fix="compute the loss outside torch.no_grad() and without .detach(), .item() or torch.tensor(...)",
+            fix="build the model outside torch.inference_mode()"
+            if made_for_inference
+            else "compute the loss outside torch.no_grad() and without .detach(), .item() or torch.tensor(...)",
         )
