@@ -393,7 +393,7 @@ def check_training(
     facts = training_facts(model, batches, plan)
     judged: list[object] = [facts, facts.optimizer]
     if plan.history:
-        judged.append(history_facts(plan.history))
+        judged.append(history_facts(plan.history, zero_has_gradient=facts.zero_has_gradient))
     subject = f"training of {type(model).__name__} of {_named(facts.model.base)}"
     return Report(subject, tuple(judge(judged, expect)), model_maps(facts.model, facts))
 

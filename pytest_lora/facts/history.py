@@ -96,6 +96,7 @@ class HistoryFacts:
         nonfinite: Indices of training losses that are NaN or infinite.
         nonfinite_evals: Steps of evaluations whose loss is NaN or infinite.
         zero_from: Index from which on every training loss is exactly zero, if two or more are.
+        zero_has_gradient: Whether a loss of zero was seen to leave a gradient, as that of a policy gradient does.
         usable: Training losses before the first that is not finite and before ``zero_from``.
         repetition: Period after which the usable losses come again to the last digit, 1 if all are equal.
         curve: Statistics of the usable losses; None where they are too few, or some are negative, so that no
@@ -110,6 +111,7 @@ class HistoryFacts:
     nonfinite: tuple[int, ...]
     nonfinite_evals: tuple[int, ...]
     zero_from: int | None
+    zero_has_gradient: bool
     usable: tuple[float, ...]
     repetition: int | None
     curve: CurveFacts | None
@@ -150,6 +152,7 @@ def history_facts(
     total_steps: int | None = None,
     steps_per_loss: int = 1,
     learning_rate: float | None = None,
+    zero_has_gradient: bool = False,
 ) -> HistoryFacts:
     """Describe a history; ``diagnose_history`` documents the arguments.
 
@@ -181,6 +184,7 @@ def history_facts(
         nonfinite=nonfinite,
         nonfinite_evals=tuple(e.step for e in evals if not math.isfinite(e.loss)),
         zero_from=zero_from,
+        zero_has_gradient=zero_has_gradient,
         usable=usable,
         repetition=repetition(usable),
         curve=curve_facts(usable) if len(usable) >= FEWEST_LOSSES and min(usable) >= 0 else None,

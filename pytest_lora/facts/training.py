@@ -448,6 +448,14 @@ class TrainingFacts:
         return bool(self.steps) and all(s.loss == 0 and not s.gradient_norm for s in self.steps)
 
     @property
+    def zero_has_gradient(self) -> bool:
+        """Whether some loss, zero in the four decimals that are logged, left a gradient to train by."""
+        return any(
+            abs(s.loss) < LOGGED_AS_ZERO and s.gradient_norm and math.isfinite(s.gradient_norm)
+            for s in self.steps
+        )
+
+    @property
     def trains_float16(self) -> bool:
         """Whether the optimizer holds trainable float16 tensors."""
         return any(t.dtype == "float16" and t.trainable and t.held for t in self.tensors)
@@ -557,6 +565,9 @@ def unusual_inits(model: ModelFacts) -> dict[str, str]:
     inits = {c.adapter: str(c.settings.init_lora_weights) for c in model.configs if c.adapter in model.active}
     return {adapter: init for adapter, init in inits.items() if init.lower() not in USUAL_INITS}
 
+
+LOGGED_AS_ZERO = 5e-5
+"""The Trainer logs losses below this as 0.0."""
 
 HISTORY_NEEDED = 5
 """Losses that a verdict on a flat history needs."""

@@ -49,8 +49,10 @@ def adam(model: nn.Module, lr: float = 1e-3, **changes: Any) -> torch.optim.Adam
     return torch.optim.AdamW(trainable(model), lr=lr, **changes)
 
 
-def t5() -> nn.Module:
-    config = T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_ff=128, d_kv=16, num_layers=1, num_heads=4)
+def t5(**changes: Any) -> nn.Module:
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=WIDTH, d_ff=128, d_kv=16, num_layers=1, num_heads=4, **changes
+    )
     config.decoder_start_token_id = config.pad_token_id = 0
     return T5ForConditionalGeneration(config)
 
@@ -630,6 +632,16 @@ def warm_up_has_just_begun() -> Report:
     return check_training(model, language_batch(), optimizer=optimizer, scheduler=schedule, history=FLAT)
 
 
+def warm_up_of_a_very_long_run_has_just_begun() -> Report:
+    model = adapted()
+    optimizer = adam(model, lr=2e-4)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 2_000, 100_000)
+    for _ in FLAT:
+        optimizer.step()
+        schedule.step()
+    return check_training(model, language_batch(), optimizer=optimizer, scheduler=schedule, history=FLAT)
+
+
 def decayed_after_the_loss_fell() -> Report:
     model = adapted()
     optimizer = adam(model)
@@ -758,6 +770,28 @@ def two_end_tokens_close_a_text() -> Report:
     model.config.eos_token_id, model.config.pad_token_id = END, None
     batch = language_batch()
     batch["input_ids"][:, -2:] = END
+    batch["labels"] = batch["input_ids"].clone()
+    return check_training(model, batch)
+
+
+def fresh_encoder_decoder_without_tied_embeddings() -> Report:
+    base = t5(tie_word_embeddings=False)
+    with torch.no_grad():
+        base.get_output_embeddings().weight.normal_(std=5.0)
+    batch = language_batch()
+    return check_training(adapted(base, target_modules=["q", "v"]), {**batch, "labels": batch["input_ids"]})
+
+
+def saved_embedding_that_a_head_is_tied_to() -> Report:
+    model = adapted("tied_base", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    return check_training(model, language_batch())
+
+
+def rows_of_ones() -> Report:
+    model = adapted()
+    model.config.bos_token_id = 1
+    batch = language_batch()
+    batch["input_ids"] = torch.ones_like(batch["input_ids"])
     batch["labels"] = batch["input_ids"].clone()
     return check_training(model, batch)
 
@@ -1010,7 +1044,8 @@ def policy_gradient_from_zero() -> Report:
         found: torch.Tensor = model(**batch).loss
         return found - found.detach()
 
-    return check_training(adapted(), language_batch(), loss_fn=loss)
+    # The history of such a run is zero in all its four decimals.
+    return check_training(adapted(), language_batch(), loss_fn=loss, history=[0.0] * 6)
 
 
 def mixture_of_experts() -> Report:
@@ -1075,6 +1110,7 @@ HEALTHY: tuple[Build, ...] = (
     history_of_easier_data,
     loss_of_two_parts,
     warm_up_has_just_begun,
+    warm_up_of_a_very_long_run_has_just_begun,
     decayed_after_the_loss_fell,
     recipe_tried_out_for_three_steps,
     schedule_at_its_last_step,
@@ -1092,6 +1128,9 @@ HEALTHY: tuple[Build, ...] = (
     encoder_with_its_padding_masked,
     begin_token_that_ends_and_pads,
     two_end_tokens_close_a_text,
+    fresh_encoder_decoder_without_tied_embeddings,
+    saved_embedding_that_a_head_is_tied_to,
+    rows_of_ones,
     begin_tokens_between_packed_texts,
     packed_positions,
     decoder_inputs_shifted_right,

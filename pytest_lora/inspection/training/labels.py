@@ -52,7 +52,8 @@ def vocabulary(root: nn.Module, base: BaseFacts) -> Vocabulary:
         head = get()
     except (NotImplementedError, AttributeError):
         head = None
-    outputs = getattr(head, "out_features", None) or base.vocab_size
+    # A head that PEFT ties to an embedding in modules_to_save states its two sizes the wrong way round in the copy.
+    outputs = getattr(getattr(head, "original_module", head), "out_features", None) or base.vocab_size
     classes = getattr(config, "num_labels", None)
     problem = getattr(config, "problem_type", None)
     return Vocabulary(
@@ -223,7 +224,9 @@ def _double_starts(ids: Tensor, mask: Tensor | None, words: Vocabulary) -> int:
         text = torch.ones_like(ids, dtype=torch.bool) if words.pad is None else ids != words.pad
     first = text.long().argmax(dim=1).clamp(max=ids.shape[1] - 2)
     row = torch.arange(len(ids))
-    return int(((ids[row, first] == words.begin) & (ids[row, first + 1] == words.begin)).sum())
+    doubled = (ids[row, first] == words.begin) & (ids[row, first + 1] == words.begin)
+    # A row of nothing else, such as torch.ones, is no text.
+    return int((doubled & (text & (ids != words.begin)).any(dim=1)).sum())
 
 
 FEW_POSITIONS = 4

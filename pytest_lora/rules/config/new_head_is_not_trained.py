@@ -39,6 +39,9 @@ def new_head_is_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
     """
     if expect.pretrained_head or expect.purpose == "inference":
         return
+    # Where it is set already, this head is one that PEFT does not know of, such as the pooler of DeBERTa.
+    known = facts.settings.task_type == facts.base.task_type
+    by_task_type = "" if known else ", or the task_type of this model, which adds it"
     for head in facts.base.heads:
         if head.fresh is False or facts.keeps(head.name):
             continue
@@ -50,6 +53,6 @@ def new_head_is_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
             where=f"{head.name} on {facts.base.architecture}",
             observed=f"the head {head.name!r} is new and not in modules_to_save: it {state}",
             expected="a new head to be trained in full and saved with the adapter",
-            fix=f"set modules_to_save=[{head.name!r}], or the task_type of this model, which adds it",
+            fix=f"set modules_to_save=[{head.name!r}]{by_task_type}",
             severity="warning" if head.fresh else "info",
         )

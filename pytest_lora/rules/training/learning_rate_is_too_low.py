@@ -96,6 +96,9 @@ OUTWEIGHED = 0.1
 LONG_WARM_UP = 100
 """Times the steps taken: a run that is one percent into its warm-up has not been given a rate yet."""
 
+WARM_UP_SHARE = 0.1
+"""Of the steps that a schedule was made for, a warm-up up to this share is the usual one, however long it is."""
+
 
 def _left_by_eps(facts: TrainingFacts, groups: list[GroupFacts]) -> tuple[float, float]:
     """Adam's eps, and what it leaves of a step whose gradient is g: about g / (g + eps)."""
@@ -133,7 +136,8 @@ def _kept_low(facts: TrainingFacts, groups: list[GroupFacts], peak: float) -> It
         return
     if last > first:
         until = max(schedule.not_before or 0, schedule.warm_up or 0)
-        if not taken or until <= LONG_WARM_UP * taken:
+        in_proportion = schedule.warm_up and schedule.warm_up <= WARM_UP_SHARE * (schedule.planned or 0)
+        if not taken or until <= LONG_WARM_UP * taken or in_proportion:
             return
         why = f"warm-up: it is {last:.2g} after {taken} steps, and below its peak of {peak:g} until step {until}"
         fix = "warm up over 3 to 10 % of the optimizer steps of this run, and step the scheduler once each of them"
