@@ -66,6 +66,18 @@ def test_sound_adapters_pass_with_and_without_a_base(names: Namespace, case: str
     assert both(path, names["base"]) == [[], []]
 
 
+@pytest.mark.skipif(
+    "ensure_weight_tying" not in LoraConfig.__dataclass_fields__, reason="this PEFT does not tie adapters"
+)
+def test_a_head_that_is_adapted_with_its_embedding_is_sound(names: Namespace) -> None:
+    path = names.adapter(
+        on=names["tied_base"], target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True
+    )
+    assert both(path, BASES["tied_base"]()) == [[], []]
+    configure(path, ensure_weight_tying=False)
+    assert "LORA425" in both(path, BASES["tied_base"]())[0]
+
+
 @pytest.mark.parametrize(
     ("base", "fields"),
     [

@@ -113,6 +113,7 @@ def test_unusual_but_healthy_configuration_is_left_alone(base: str, fields: dict
     ("base", "fields", "fix"),
     [
         ("base", {"rank_pattern": {"model.layers.1": 16}}, "write 'model.layers.1.*'"),
+        ("base", {"modules_to_save": ["embed_token"]}, "did you mean 'embed_tokens'?"),
         (
             "base",
             {"alpha_pattern": {"base_model.model.model.layers.0.self_attn.q_proj": 16}},

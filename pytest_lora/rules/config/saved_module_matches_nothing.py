@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
@@ -39,7 +40,8 @@ def saved_module_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator
     if not lost:
         return
     letters = len(lost) > 2 and all(len(name) == 1 for name in lost)
-    heads = [head.name for head in facts.base.heads] or [facts.base.output_embeddings or ""]
+    close = get_close_matches(lost[0], {name.rpartition(".")[2] for name in facts.base.module_names}, n=1)
+    heads = close or [head.name for head in facts.base.heads] or [facts.base.output_embeddings or ""]
     meant = f"did you mean {heads[0]!r}? Else drop it" if heads[0] else "use a name from base.named_modules()"
     yield Violation(
         where=f"modules_to_save on {facts.base.architecture}",

@@ -64,9 +64,9 @@ def loss_is_summed(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
         )
     elif chance and now > SUMMED_TOKENS * chance:
         labels = facts.labels[0].labels
-        # An encoder-decoder that makes its own loss averages it; a fresh one with a head of its own may begin at 30.
-        own_mean = facts.labels[0].kind == "sequence" and not facts.custom_loss
-        if not own_mean and labels >= ENOUGH and now / labels <= ABOVE_CHANCE * chance:
+        # A fresh encoder-decoder with a head of its own begins at 30 and more, which says nothing.
+        fresh_is_large = facts.labels[0].kind == "sequence"
+        if not fresh_is_large and labels >= ENOUGH and now / labels <= ABOVE_CHANCE * chance:
             yield Violation(
                 where="the loss",
                 observed=f"the loss is {now:.3g}, {now / chance:.0f} times ln(vocabulary) = {chance:.3g}: "

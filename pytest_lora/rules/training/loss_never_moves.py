@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
@@ -8,6 +9,10 @@ from pytest_lora.rules import Violation, rule
 
 _ROUNDED_AWAY = 0.01
 """Losses below this may be equal by rounding: the Trainer logs four decimals."""
+
+
+_UNDECIDED, _DECIDED_LATE = (math.log(2), 0.5), 20
+"""Where the losses of preference tuning begin (DPO, KTO); its small rates leave them there for the first logs."""
 
 
 @rule("LORA343", severity="warning", needs=HistoryFacts)
@@ -50,4 +55,10 @@ def loss_never_moves(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]
         expected="losses that change with every step of the optimizer",
         fix="make the optimizer after the adapter, from the parameters that require gradients; see that its "
         "learning rate is above 0, and that loss.backward() leaves gradients on lora_B",
+        severity="info" if _undecided(facts) else None,
     )
+
+
+def _undecided(facts: HistoryFacts) -> bool:
+    few = len(facts.train) < _DECIDED_LATE
+    return few and any(abs(facts.train[0] - start) < 1e-4 for start in _UNDECIDED) and facts.repetition == 1
