@@ -102,7 +102,7 @@ def test_never_moves() -> None:
     assert codes(diagnose_history([4.85] * 5)) == {"LORA343": "warning"}
     for start in (0.6931, 0.5):  # DPO and KTO, warming up
         assert codes(diagnose_history([start] * 6)) == {"LORA343": "info"}
-        assert codes(diagnose_history([start] * 20)) == {"LORA343": "warning"}
+        assert codes(diagnose_history([start] * 10)) == {"LORA343": "warning"}
     assert codes(diagnose_history([4.85, 4.61, 4.9] * 4)) == {"LORA343": "warning"}
     assert not diagnose_history([4.85] * 4).findings
     assert not diagnose_history([0.0001] * 9).findings, "equal by rounding"

@@ -4,14 +4,14 @@ import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.history import HistoryFacts
+from pytest_lora.facts.history import FEWEST_LOSSES, HistoryFacts
 from pytest_lora.rules import Violation, rule
 
 _ROUNDED_AWAY = 0.01
 """Losses below this may be equal by rounding: the Trainer logs four decimals."""
 
 
-_UNDECIDED, _DECIDED_LATE = (math.log(2), 0.5), 20
+_UNDECIDED = (math.log(2), 0.5)
 """Where the losses of preference tuning begin (DPO, KTO); its small rates leave them there for the first logs."""
 
 
@@ -60,5 +60,5 @@ def loss_never_moves(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]
 
 
 def _undecided(facts: HistoryFacts) -> bool:
-    few = len(facts.train) < _DECIDED_LATE
+    few = len(facts.train) < FEWEST_LOSSES
     return few and any(abs(facts.train[0] - start) < 1e-4 for start in _UNDECIDED) and facts.repetition == 1
