@@ -5,6 +5,8 @@ from pytest_lora.facts import checkpoint as checkpoint
 from pytest_lora.facts import config as config
 from pytest_lora.facts import curve as curve
 from pytest_lora.facts import history as history
+from pytest_lora.facts import labels as labels
 from pytest_lora.facts import memory as memory
 from pytest_lora.facts import model as model
+from pytest_lora.facts import optimizer as optimizer
 from pytest_lora.facts import training as training

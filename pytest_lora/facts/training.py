@@ -1,135 +1,15 @@
-"""Facts about how adapters are trained: the optimizer, the labels, and what some real steps showed."""
+"""Facts about how adapters are trained: what some real steps showed."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from pytest_lora.facts.labels import LabelFacts
 from pytest_lora.facts.model import LayerState, ModelFacts
-
-Part = Literal["a", "b", "magnitude", "saved", "rows", "bias", "base"]
-"""What a parameter is: a low-rank factor, the magnitude vector of DoRA, part of a full copy
-(``modules_to_save``), trained embedding rows, a bias that the configuration trains, or the base."""
-
-LabelKind = Literal["causal", "sequence", "tokens", "classes"]
-"""Next-token labels that the model shifts itself, labels of a decoder, one class a token, one class a row."""
-
-_ADAPTIVE = re.compile(
-    r"(Paged|Fused|Distributed|DeepSpeedCPU)?(Adam|AdamW|NAdam|RAdam|Adamax|RMSprop|Lion)(8bit|32bit|4bit|Fp8)?"
-)
-_ADAM = re.compile(r"(Paged|Fused|Distributed|DeepSpeedCPU)?(Adam|AdamW|NAdam|RAdam)(8bit|32bit|4bit|Fp8)?")
-_PLAIN = ("SGD",)
-
-
-@dataclass(frozen=True, slots=True)
-class GroupFacts:
-    """One parameter group of an optimizer.
-
-    Attributes:
-        index: Its place.
-        lr: Learning rate.
-        initial_lr: What a scheduler noted as the rate before any schedule, or None.
-        weight_decay: 0 where the optimizer has none.
-        eps: The term that keeps Adam from dividing by zero, or None.
-        parts: What trainable parameters of this model it holds, by kind, each once.
-        dtypes: Dtypes of these parameters, each once.
-    """
-
-    index: int
-    lr: float
-    initial_lr: float | None
-    weight_decay: float
-    eps: float | None
-    parts: tuple[Part, ...]
-    dtypes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """A trainable parameter that the optimizer does not hold."""
-
-    name: str
-    part: Part
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerFacts:
-    """What an optimizer holds, compared by identity with what the model trains.
-
-    Attributes:
-        optimizer: Class name.
-        held: Trainable parameters of the model that it holds.
-        missing: Those that it does not hold, inactive adapters aside.
-        frozen: Number of parameters of the model that it holds and that require no gradient.
-        foreign: Number of parameters that it holds and the model does not have.
-        groups: Its parameter groups.
-        doubled: Trainable parameters of the model that it holds more than once.
-    """
-
-    optimizer: str
-    held: tuple[str, ...]
-    missing: tuple[Missing, ...]
-    frozen: int
-    foreign: int
-    groups: tuple[GroupFacts, ...]
-    doubled: tuple[str, ...] = ()
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether its step is about the learning rate, whatever the size of the gradient."""
-        return _ADAPTIVE.fullmatch(self.optimizer) is not None
-
-    @property
-    def adam(self) -> bool:
-        """Whether it divides by the root of a second moment plus eps."""
-        return _ADAM.fullmatch(self.optimizer) is not None
-
-    @property
-    def plain(self) -> bool:
-        """Whether its step is the gradient times the learning rate."""
-        return self.optimizer in _PLAIN
-
-    @property
-    def holds_adapter(self) -> bool:
-        """Whether it holds any trainable low-rank factor of the model."""
-        return any({"a", "b"} & set(group.parts) for group in self.groups)
-
-    @property
-    def stale(self) -> bool:
-        """Whether it holds parameters of something else instead of the adapter's."""
-        return self.foreign > 0 and not self.holds_adapter and bool(self.lacks("a", "b"))
-
-    def lacks(self, *parts: Part) -> tuple[str, ...]:
-        """Names of missing parameters of some kinds."""
-        return tuple(m.name for m in self.missing if m.part in parts)
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduleFacts:
-    """A learning-rate schedule.
-
-    Attributes:
-        schedule: Class name.
-        steps_taken: Steps it has counted.
-        peak: Largest rate that it ever gives, where that can be told beforehand, else None.
-        not_before: A step up to which its rate is below the peak, where that can be told, else None.
-        ends: First step from which on its rate stays zero, where that can be told, else None.
-        warm_up: Steps of its warm-up as it was made for (those of transformers say so), else None.
-        planned: Optimizer steps in all that it was made for, else None.
-        drives: Whether it sets the rate of the optimizer that trains.
-    """
-
-    schedule: str
-    steps_taken: int
-    peak: float | None
-    not_before: int | None
-    ends: int | None
-    warm_up: int | None
-    planned: int | None
-    drives: bool
+from pytest_lora.facts.optimizer import OptimizerFacts, Part, ScheduleFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,63 +118,6 @@ class Failure:
     message: str
     length: int | None
     positions: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class LabelFacts:
-    """The labels of one batch.
-
-    Attributes:
-        batch: Index of the batch.
-        kind: What they mean to the model.
-        labels: How many count, after the shift of a causal model.
-        total: How many there are, after that shift.
-        rows: Rows of the batch.
-        rows_ignored: Rows in which no label counts.
-        padding: Labels that count at positions which are padding.
-        padding_by: ``"attention_mask"``, ``"pad_token_id"`` or ``"eos_token_id"``: what tells the padding.
-        ends: End tokens among the inputs of a causal model that close a text whose last token is a target.
-        padding_ends: The same where the end token itself is padding by the attention mask.
-        end_targets: End tokens among the labels that count.
-        limit: Number of classes or vocabulary rows, or None where unknown.
-        outside: Labels that are no class, each once: negative (but -100) or not below the limit.
-        ids_limit: Rows of the input embedding, or None.
-        ids_outside: Input ids that have no row, each once.
-        same: Share of labels equal to the input at their own position.
-        ahead: Share of labels equal to the input one position later.
-        behind: Share of labels equal to the input one position earlier.
-        masked_inputs: Whether one and the same token stands in the input wherever a label counts.
-        attended_padding: Rows in which padding that the model does look at is attended to.
-        padded_at: Where that padding stands in the row.
-        double_starts: Rows that begin with two begin tokens (bos).
-        still_positions: Rows whose ``position_ids`` are one and the same number throughout.
-        told: Share of labels that ``decoder_input_ids`` hold at their own position, so that the decoder reads them.
-    """
-
-    batch: int
-    kind: LabelKind
-    labels: int
-    total: int
-    rows: int
-    rows_ignored: int
-    padding: int
-    padding_by: str
-    ends: int
-    padding_ends: int
-    end_targets: int
-    limit: int | None
-    outside: tuple[int, ...]
-    ids_limit: int | None
-    ids_outside: tuple[int, ...]
-    same: float
-    ahead: float
-    behind: float
-    masked_inputs: bool
-    attended_padding: int
-    padded_at: Literal["left", "right"]
-    double_starts: int
-    still_positions: int
-    told: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.training import LabelFacts, LabelKind
+from pytest_lora.facts.labels import LabelFacts, LabelKind
 from pytest_lora.inspection.transformers_internals import reads_both_ways
 
 IGNORED = -100

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pytest_lora.facts.training import GroupFacts, Missing, OptimizerFacts, Part, ScheduleFacts
+from pytest_lora.facts.optimizer import GroupFacts, Missing, OptimizerFacts, Part, ScheduleFacts
 from pytest_lora.inspection.base import dtype_name
 from pytest_lora.inspection.peft_internals import active_adapters, adapter_names, factors, token_rows
 from pytest_lora.inspection.survey import Survey, survey

@@ -14,15 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.model import LayerState
-from pytest_lora.facts.training import (
-    Failure,
-    LossDrop,
-    OptimizerFacts,
-    Phase,
-    StepFacts,
-    TrainingFacts,
-    unusual_inits,
-)
+from pytest_lora.facts.optimizer import OptimizerFacts
+from pytest_lora.facts.training import Failure, LossDrop, Phase, StepFacts, TrainingFacts, unusual_inits
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.peft_internals import LoraLayer
 from pytest_lora.inspection.survey import Survey

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.training import GroupFacts, TrainingFacts
+from pytest_lora.facts.optimizer import GroupFacts
+from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
 

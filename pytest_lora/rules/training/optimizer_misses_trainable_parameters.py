@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.training import OptimizerFacts, Part
+from pytest_lora.facts.optimizer import OptimizerFacts, Part
 from pytest_lora.findings import Severity, grouped
 from pytest_lora.rules import Violation, rule
 

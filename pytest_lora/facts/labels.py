@@ -1,0 +1,66 @@
+"""Facts about the labels of a batch, and the inputs that they belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LabelKind = Literal["causal", "sequence", "tokens", "classes"]
+"""Next-token labels that the model shifts itself, labels of a decoder, one class a token, one class a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelFacts:
+    """The labels of one batch.
+
+    Attributes:
+        batch: Index of the batch.
+        kind: What they mean to the model.
+        labels: How many count, after the shift of a causal model.
+        total: How many there are, after that shift.
+        rows: Rows of the batch.
+        rows_ignored: Rows in which no label counts.
+        padding: Labels that count at positions which are padding.
+        padding_by: ``"attention_mask"``, ``"pad_token_id"`` or ``"eos_token_id"``: what tells the padding.
+        ends: End tokens among the inputs of a causal model that close a text whose last token is a target.
+        padding_ends: The same where the end token itself is padding by the attention mask.
+        end_targets: End tokens among the labels that count.
+        limit: Number of classes or vocabulary rows, or None where unknown.
+        outside: Labels that are no class, each once: negative (but -100) or not below the limit.
+        ids_limit: Rows of the input embedding, or None.
+        ids_outside: Input ids that have no row, each once.
+        same: Share of labels equal to the input at their own position.
+        ahead: Share of labels equal to the input one position later.
+        behind: Share of labels equal to the input one position earlier.
+        masked_inputs: Whether one and the same token stands in the input wherever a label counts.
+        attended_padding: Rows in which padding that the model does look at is attended to.
+        padded_at: Where that padding stands in the row.
+        double_starts: Rows that begin with two begin tokens (bos).
+        still_positions: Rows whose ``position_ids`` are one and the same number throughout.
+        told: Share of labels that ``decoder_input_ids`` hold at their own position, so that the decoder reads them.
+    """
+
+    batch: int
+    kind: LabelKind
+    labels: int
+    total: int
+    rows: int
+    rows_ignored: int
+    padding: int
+    padding_by: str
+    ends: int
+    padding_ends: int
+    end_targets: int
+    limit: int | None
+    outside: tuple[int, ...]
+    ids_limit: int | None
+    ids_outside: tuple[int, ...]
+    same: float
+    ahead: float
+    behind: float
+    masked_inputs: bool
+    attended_padding: int
+    padded_at: Literal["left", "right"]
+    double_starts: int
+    still_positions: int
+    told: float
