@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -40,10 +41,10 @@ class Scale:
 
     def ticks(self, most: int = 4) -> tuple[tuple[float, str], ...]:
         """Round numbers within the scale: the place and the text of each."""
-        span = self.high - self.low
-        if not (span > 0 and math.isfinite(span)):
+        rough = (self.high - self.low) / most
+        # Below the smallest normal number there are no round ones.
+        if not sys.float_info.min <= rough < math.inf:
             return ()
-        rough = span / most
         magnitude = 10.0 ** math.floor(math.log10(rough))
         step = next(magnitude * m for m in (1, 2, 5, 10) if magnitude * m >= rough * 0.999)
         first = math.ceil(self.low / step - 1e-9)

@@ -7,7 +7,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pytest_lora.exhibits import AdapterMap, LossCurve, MemoryBudget, WhatIf
@@ -25,6 +25,7 @@ LOSSES = st.floats(0, 1e6) | st.sampled_from([math.nan, math.inf])
 
 
 @given(st.lists(st.floats(-1e9, 1e9), max_size=6), st.booleans())
+@example([0.0, 5e-324], False)
 def test_scales_hold_their_values_and_ticks(values: list[float], flip: bool) -> None:
     scale = Scale.over(values, flip=flip)
     assert all(0 <= scale(value) <= 100 for value in values)
