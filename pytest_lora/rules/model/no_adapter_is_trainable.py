@@ -49,7 +49,8 @@ def no_adapter_is_trainable(facts: ModelFacts, expect: Expect) -> Iterator[Viola
         where=grouped(layer.module for layer in facts.active_layers),
         observed=f"all {len(facts.layers)} LoRA layers are frozen (requires_grad=False)"
         + (f", their factors quantized to {packed[0]}" if packed else "")
-        + f"; active: {facts.active[0]!r}; trainable: "
+        + (f"; active: {facts.active[0]!r}" if len(facts.adapters) > 1 else "")
+        + "; trainable: "
         + (f"{grouped(rest)} only" if rest else "nothing"),
         expected=f"adapter {facts.active[0]!r} trainable",
         fix=_QUANTIZED if packed else _fix(facts),
