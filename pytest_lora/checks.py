@@ -346,9 +346,9 @@ def check_training(
     """Take some real optimizer steps, judge what was seen, and put everything back bit for bit.
 
     Weights, buffers, gradients, training flags, hooks, random states, optimizer, scheduler and scaler are afterwards
-    what they were, also when something raises half-way; what the model or the optimizer raises is a finding, what
-    ``loss_fn`` raises goes on. Where ``expect.purpose`` is not ``"train"``, no step is
-    taken: labels and modes are looked at only.
+    what they were, also when something raises half-way. What the model or the optimizer raises is a finding where its
+    cause is known by its words; anything else, and what ``loss_fn`` raises, goes on. Where ``expect.purpose`` is not
+    ``"train"``, no step is taken: labels and modes are looked at only.
 
     Args:
         model: Anything with PEFT LoRA layers; see ``check_model``. It is run in the mode that it is in.

@@ -225,10 +225,15 @@ class AdaptedModule:
         )
 
     @property
+    def zero_parts(self) -> tuple[str, ...]:
+        """Which of its factors, and DoRA's magnitude, are all zero, as far as values were read."""
+        parts = (("lora_B", self.b), ("lora_A", self.a), ("lora_magnitude_vector", self.magnitude))
+        return tuple(part for part, t in parts if t is not None and t.values is not None and t.values.zero)
+
+    @property
     def holds_nothing(self) -> bool:
-        """Whether one of its factors, or DoRA's magnitude, is all zero, as far as values were read."""
-        parts = (self.a, self.b, self.magnitude)
-        return any(t is not None and t.values is not None and t.values.zero for t in parts)
+        """Whether one of them is all zero."""
+        return bool(self.zero_parts)
 
 
 @dataclass(frozen=True, slots=True)

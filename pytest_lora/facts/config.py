@@ -203,12 +203,8 @@ def _indices(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value or ())
 
 
-def _ranks(value: Any) -> tuple[tuple[str, int], ...]:
-    return tuple((str(key), int(rank)) for key, rank in (value or {}).items())
-
-
-def _alphas(value: Any) -> tuple[tuple[str, float], ...]:
-    return tuple((str(key), float(alpha)) for key, alpha in (value or {}).items())
+def _pattern_of(number: Callable[[Any], Any]) -> Callable[[Any], tuple[tuple[str, Any], ...]]:
+    return lambda value: tuple((str(key), number(found)) for key, found in (value or {}).items())
 
 
 def _word(value: Any) -> str | None:
@@ -237,8 +233,8 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "modules_to_save": _saved_names,
     "init_lora_weights": _initialisation,
     "layers_to_transform": _indices,
-    "rank_pattern": _ranks,
-    "alpha_pattern": _alphas,
+    "rank_pattern": _pattern_of(int),
+    "alpha_pattern": _pattern_of(float),
     "task_type": _word,
     "inference_mode": bool,
     "trainable_token_indices": _tokens,

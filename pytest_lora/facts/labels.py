@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 LabelKind = Literal["causal", "sequence", "tokens", "classes"]
@@ -64,3 +66,8 @@ class LabelFacts:
     double_starts: int
     still_positions: int
     told: float
+
+
+def named_batches(found: Iterable[LabelFacts]) -> str:
+    """The batches that these labels belong to, the first eight of them, in words."""
+    return "batches " + ", ".join(str(known.batch) for known in islice(found, 8))

@@ -243,9 +243,9 @@ def _still_positions(batch: Mapping[str, Any]) -> int:
 def _told(labels: Tensor, batch: Mapping[str, Any]) -> float:
     read = batch.get("decoder_input_ids")
     counted = labels != IGNORED
-    if not isinstance(read, Tensor) or read.shape != labels.shape or not counted.any():
+    if not isinstance(read, Tensor) or read.shape != labels.shape:
         return 0.0
-    return float((read.cpu() == labels)[counted].float().mean())
+    return _share_equal(read.cpu(), labels, counted)
 
 
 def _closing(labels: Tensor, ids: Tensor | None, mask: Tensor | None, words: Vocabulary) -> tuple[int, int]:
@@ -267,12 +267,12 @@ def _closing(labels: Tensor, ids: Tensor | None, mask: Tensor | None, words: Voc
 def _alignment(labels: Tensor, ids: Tensor) -> tuple[float, float, float]:
     """Shares of labels equal to the input at their place, at the place after it, and at the one before."""
     counted = labels != IGNORED
-    parts = (
-        (labels, ids, counted),
-        (labels[:, :-1], ids[:, 1:], counted[:, :-1]),
-        (labels[:, 1:], ids[:, :-1], counted[:, 1:]),
+    return (
+        _share_equal(labels, ids, counted),
+        _share_equal(labels[:, :-1], ids[:, 1:], counted[:, :-1]),
+        _share_equal(labels[:, 1:], ids[:, :-1], counted[:, 1:]),
     )
-    same, ahead, behind = (
-        float((left == right)[where].float().mean()) if where.any() else 0.0 for left, right, where in parts
-    )
-    return same, ahead, behind
+
+
+def _share_equal(left: Tensor, right: Tensor, where: Tensor) -> float:
+    return float((left == right)[where].float().mean()) if where.any() else 0.0

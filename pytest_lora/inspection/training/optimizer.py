@@ -132,12 +132,12 @@ def schedule_facts(scheduler: Any, optimizer: Any) -> ScheduleFacts:
             break
         ends = step
     peak = max(rates.values(), default=None)
-    before = [step for step in rates if peak and step < min(s for s, r in rates.items() if r == peak)]
+    reached = min((step for step, rate in rates.items() if peak and rate == peak), default=0)
     return ScheduleFacts(
         schedule=type(inner).__name__,
         steps_taken=int(getattr(inner, "last_epoch", 0)),
         peak=peak,
-        not_before=max(before, default=None),
+        not_before=max((step for step in rates if step < reached), default=None),
         ends=ends,
         warm_up=_stated(inner, "num_warmup_steps"),
         planned=_stated(inner, "num_training_steps"),

@@ -48,7 +48,7 @@ class Watch:
         self._last = {name: p.detach().clone() for name, p in self._trainable.items()}
         self._gradients: dict[str, list[float | None]] = {name: [] for name in self._tensors}
         self._moves: dict[str, list[float]] = {name: [] for name in self._tensors}
-        self._stayed: dict[str, float] = {}
+        self._stayed: dict[str, Tensor] = {}
 
     def note_gradients(self) -> float | None:
         """Note the gradients as they are now; their norm together, or None where there are none."""
@@ -70,7 +70,7 @@ class Watch:
         for name, p in self._trainable.items():
             self._moves[name].append(moved[name] / math.sqrt(max(1, p.numel())))
             if p.dtype in _SHORT:
-                self._stayed[name] = float((p.detach() == self._last[name]).float().mean())
+                self._stayed[name] = (p.detach() == self._last[name]).float().mean()
             self._last[name].copy_(p.detach())
 
     def facts(self) -> tuple[TensorFacts, ...]:
@@ -93,5 +93,5 @@ class Watch:
             scale=self._start[name] / math.sqrt(max(1, p.numel())),
             gradients=tuple(self._gradients[name]),
             moves=tuple(self._moves[name]),
-            stayed=self._stayed.get(name, 0.0),
+            stayed=float(self._stayed.get(name, 0.0)),
         )

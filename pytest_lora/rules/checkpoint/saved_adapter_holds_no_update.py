@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.checkpoint import AdaptedModule, CheckpointFacts
+from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.findings import Severity, grouped, starred
 from pytest_lora.rules import Violation, rule
 
@@ -55,7 +55,7 @@ def saved_adapter_holds_no_update(facts: CheckpointFacts, expect: Expect) -> Ite
     if len(dead) < len(whole):
         unused = all(any(part in m.name for part in _LEFT_OUT) for m in beside)
         kind = "info" if unused else "warning"
-    part = _zero_part(dead[0])
+    part = dead[0].zero_parts[0]
     effect = "the modules give out zero" if "magnitude" in part else "the adapter changes nothing there"
     yield Violation(
         where=grouped(m.name for m in dead),
@@ -69,15 +69,6 @@ def saved_adapter_holds_no_update(facts: CheckpointFacts, expect: Expect) -> Ite
 _LEFT_OUT = ("expert", "vision", "visual", "image", "audio")
 """Parts that a training may never have run: experts that no token went to, towers without inputs, and the last layers
 of a tower of which an inner layer is used (``vision_feature_layer``)."""
-
-
-def _zero_part(module: AdaptedModule) -> str:
-    parts = (
-        ("lora_B", module.b),
-        ("lora_A", module.a),
-        ("lora_magnitude_vector", module.magnitude),
-    )
-    return next(part for part, t in parts if t is not None and t.values is not None and t.values.zero)
 
 
 def _block(module: str) -> str:

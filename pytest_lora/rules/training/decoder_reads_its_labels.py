@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.labels import named_batches
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
@@ -50,7 +51,7 @@ def decoder_reads_its_labels(facts: TrainingFacts, expect: Expect) -> Iterator[V
     told = [known for known in facts.labels if known.labels >= ENOUGH and known.told >= ALIKE]
     if told:
         yield Violation(
-            where=f"batches {', '.join(str(known.batch) for known in told[:8])}: decoder_input_ids",
+            where=f"{named_batches(told)}: decoder_input_ids",
             observed=f"{100 * told[0].told:.0f} % of decoder_input_ids equal the label at their own position: "
             "the decoder reads what it is to predict",
             expected="decoder_input_ids shifted right: the start token first, then the labels but the last",

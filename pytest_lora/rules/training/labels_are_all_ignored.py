@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.labels import named_batches
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
@@ -42,7 +43,7 @@ def labels_are_all_ignored(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
     ignored = sum(known.rows_ignored for known in facts.labels)
     if empty:
         yield Violation(
-            where=f"batches {', '.join(str(known.batch) for known in empty[:8])}: labels",
+            where=f"{named_batches(empty)}: labels",
             observed=f"all labels are -100 in {len(empty)} of {len(facts.labels)} batches: the loss is the mean "
             "over nothing",
             expected="labels other than -100 in every batch",

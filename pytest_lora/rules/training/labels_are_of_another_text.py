@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.labels import named_batches
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
@@ -53,7 +54,7 @@ def labels_are_of_another_text(facts: TrainingFacts, expect: Expect) -> Iterator
     if strange and 2 * len(strange) > len(facts.labels):
         first = strange[0]
         yield Violation(
-            where=f"batches {', '.join(str(known.batch) for known in strange[:8])}: labels",
+            where=f"{named_batches(strange)}: labels",
             observed=f"{100 * first.same:.0f} % of the labels equal the input token at their position: they are "
             "tokens of another text than input_ids",
             expected="labels[t] == input_ids[t]: prompt and answer in both, the prompt's labels -100",

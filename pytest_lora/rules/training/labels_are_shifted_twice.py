@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.labels import named_batches
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
@@ -54,7 +55,7 @@ def labels_are_shifted_twice(facts: TrainingFacts, expect: Expect) -> Iterator[V
         if shifted:
             first, share = shifted[0]
             yield Violation(
-                where=f"batches {', '.join(str(k.batch) for k, _ in shifted[:8])}: labels",
+                where=f"{named_batches(k for k, _ in shifted)}: labels",
                 observed=f"{100 * share:.0f} % of the labels equal the {which} input token, "
                 f"{100 * first.same:.0f} % the one at their own position: {outcome}",
                 expected="labels[t] == input_ids[t]; the model shifts them",

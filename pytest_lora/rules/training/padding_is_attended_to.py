@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.labels import named_batches
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
@@ -46,8 +47,7 @@ def padding_is_attended_to(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
         rows, of = sum(known.attended_padding for known in padded), sum(known.rows for known in padded)
         given = "attention_mask" in facts.inputs
         yield Violation(
-            where=f"batches {', '.join(str(known.batch) for known in padded[:8])}: "
-            + ("attention_mask" if given else "input_ids"),
+            where=f"{named_batches(padded)}: " + ("attention_mask" if given else "input_ids"),
             observed=f"{rows} of {of} rows have padding on the {padded[0].padded_at} (pad_token_id), and "
             + ("attention_mask is 1 there" if given else "there is no attention_mask")
             + ": the text attends to it",
