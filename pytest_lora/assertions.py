@@ -112,7 +112,7 @@ def assert_lora_healthy(
     if batch is not None:
         taken = PROBE_STEPS if steps is None else steps
         trained = check_training(model, batch, optimizer=optimizer, steps=taken, expect=expect)
-        report = Report(report.subject, (*report.findings, *trained.findings), trained.exhibits)
+        report = Report(report.subject, (*report.findings, *trained.findings), trained.figures)
     return demand(_selected(report, select, ignore))
 
 

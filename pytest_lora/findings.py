@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, get_args
 
-from pytest_lora.facts.figures import Exhibit, from_plain, to_plain
+from pytest_lora.facts.figures import Figure, from_plain, to_plain
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
@@ -70,12 +70,12 @@ class Report:
     Attributes:
         subject: What was judged.
         findings: What was found.
-        exhibits: What was seen on the way and is worth a look: a map of the adapter, a loss curve, a memory budget.
+        figures: What was seen on the way and is worth a look: a map of the adapter, a loss curve, a memory budget.
     """
 
     subject: str
     findings: tuple[Finding, ...] = ()
-    exhibits: tuple[Exhibit, ...] = field(default=(), repr=False)
+    figures: tuple[Figure, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         ordered = sorted(self.findings, key=lambda f: (SEVERITIES.index(f.severity), f.code))
@@ -121,19 +121,19 @@ class Report:
         """The same report with other findings."""
         return replace(self, findings=tuple(findings))
 
-    def without_exhibits(self) -> Report:
+    def without_figures(self) -> Report:
         """The findings alone, which is what a test's log needs."""
-        return replace(self, exhibits=())
+        return replace(self, figures=())
 
     def to_json(self) -> str:
-        """The report as one JSON object: ``subject``, ``ok``, ``findings``, and ``exhibits`` where there are any."""
+        """The report as one JSON object: ``subject``, ``ok``, ``findings``, and ``figures`` where there are any."""
         data: dict[str, object] = {
             "subject": self.subject,
             "ok": self.ok,
             "findings": [asdict(f) for f in self.findings],
         }
-        if self.exhibits:
-            data["exhibits"] = [to_plain(one) for one in self.exhibits]
+        if self.figures:
+            data["figures"] = [to_plain(one) for one in self.figures]
         return json.dumps(data)
 
     @classmethod
@@ -141,13 +141,13 @@ class Report:
         """The report that ``to_json`` wrote.
 
         Raises:
-            ValueError: It is no JSON, or has an exhibit of a kind that this version does not know.
+            ValueError: It is no JSON, or has a figure of a kind that this version does not know.
         """
         data = json.loads(text)
         return cls(
             data["subject"],
             tuple(Finding(**f) for f in data["findings"]),
-            tuple(from_plain(one) for one in data.get("exhibits", ())),
+            tuple(from_plain(one) for one in data.get("figures", ())),
         )
 
 

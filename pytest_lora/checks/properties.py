@@ -278,19 +278,21 @@ def _astray(found: Survey, adapted: set[str], wanted: str | tuple[str, ...]) -> 
         by_name = {w: [name for name in names if name == w or name.endswith(f".{w}")] for w in wanted}
         meant = list(dict.fromkeys(name for members in by_name.values() for name in members))
         unknown = [w for w, members in by_name.items() if not members]
-    told = f"targets={wanted!r}" if isinstance(wanted, str) else f"targets={list(wanted)!r}"
+    asked_for = f"targets={wanted!r}" if isinstance(wanted, str) else f"targets={list(wanted)!r}"
     leaves = sorted({name.rpartition(".")[2] for name in names})
     for word in unknown:
         similar = difflib.get_close_matches(word.rpartition(".")[2], leaves)
-        fix = f"perhaps {' or '.join(map(repr, similar))} was meant" if similar else f"correct {told}"
-        yield Finding(*SHAPES, "error", told, f"{word!r} names no module of the base", "a module", fix)
+        fix = f"perhaps {' or '.join(map(repr, similar))} was meant" if similar else f"correct {asked_for}"
+        yield Finding(*SHAPES, "error", asked_for, f"{word!r} names no module of the base", "a module", fix)
     if missing := [name for name in meant if name not in adapted]:
         fix = "add them to target_modules, or take them out of targets"
-        yield Finding(*SHAPES, "error", grouped(missing), "missing: no adapter here", f"one ({told})", fix)
+        yield Finding(
+            *SHAPES, "error", grouped(missing), "missing: no adapter here", f"one ({asked_for})", fix
+        )
     if unexpected := [name for name in names if name in adapted and name not in set(meant)]:
         fix = "take them out of target_modules, or add them to targets"
         observed = "unexpected: there is an adapter here"
-        yield Finding(*SHAPES, "error", grouped(unexpected), observed, f"none ({told})", fix)
+        yield Finding(*SHAPES, "error", grouped(unexpected), observed, f"none ({asked_for})", fix)
 
 
 def _all_linear(found: Survey) -> Iterator[str]:

@@ -94,7 +94,7 @@ def run_distributed(
             results = elastic_launch(config, _rank)(task)
         except ChildFailedError as error:
             exits = {rank: one.exitcode for rank, one in error.failures.items()}
-            failure = _told(Path(folder), fn.__qualname__, world_size, exits)
+            failure = _failure_text(Path(folder), fn.__qualname__, world_size, exits)
     if failure:
         raise RanksFailedError(failure)
     return [results[rank] for rank in range(world_size)]
@@ -231,7 +231,7 @@ def _is_dead(home: Path, rank: int) -> bool:
     return True
 
 
-def _told(home: Path, name: str, world_size: int, exits: dict[int, int]) -> str:
+def _failure_text(home: Path, name: str, world_size: int, exits: dict[int, int]) -> str:
     """What became of the ranks that failed: the cause first, and of those that failed after it the last line."""
     causes, errors = [], []
     for rank in range(world_size):

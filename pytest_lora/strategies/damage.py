@@ -116,8 +116,8 @@ def _twice(path: Path, at: int) -> Path:
         names = _factors(tensors)
         name = names[at % len(names)]
         stem, dot, end = name.rpartition(".")
-        twin = f"{stem}.default.{end}" if end == "weight" else f"{stem}{dot}{end}.default"
-        return {**tensors, twin: tensors[name]}
+        double = f"{stem}.default.{end}" if end == "weight" else f"{stem}{dot}{end}.default"
+        return {**tensors, double: tensors[name]}
 
     return edit(path, changed)
 

@@ -245,12 +245,12 @@ class LoraLifecycle(RuleBasedStateMachine):
             pack_linear_layers(base)
             whole = copy.deepcopy(base)
             unpack_linear_layers(whole)
-            self.model, twin = self._loaded(base, folder), self._loaded(whole, folder)
+            self.model, from_whole = self._loaded(base, folder), self._loaded(whole, folder)
         for name in self.outputs:
             self.model.set_adapter(name)
-            twin.set_adapter(name)
+            from_whole.set_adapter(name)
             self.outputs[name] = self._now()
-            expected = output_of(twin.eval(), self.batch)
+            expected = output_of(from_whole.eval(), self.batch)
             self._same(self.outputs[name], expected, f"adapter {name!r} in 4 bits", rounded=True)
         self.model.set_adapter(active)
         with self.model.disable_adapter():

@@ -13,7 +13,7 @@ metric: of the best metric or of its improvement over the metric before training
 doublings are judged by their gain per doubling.
 
 *Time*: less than 70 % of the largest rank's training time. At equal steps rank hardly changes the time, so this rule is
-told and never decides.
+shown and never decides.
 
 The chosen rank is the larger of what the first two name: enough of the best, and no gain left that is worth having.
 """
@@ -78,7 +78,7 @@ class RankChoice:
         verdicts: One a rule: metric, doubling, time.
         runner_up: The rank to take otherwise; None where there is no other.
         runner_up_reason: Why that one.
-        thin: What the evidence is too thin to tell.
+        unsettled: What the evidence does not settle.
         shares: Share of the best metric, by rank, as the metric rule counts it; empty where it is not judged.
         metric_share: The threshold of the metric rule.
         time_share: The threshold of the time rule.
@@ -90,7 +90,7 @@ class RankChoice:
     verdicts: tuple[Verdict, ...]
     runner_up: int | None
     runner_up_reason: str
-    thin: tuple[str, ...]
+    unsettled: tuple[str, ...]
     shares: tuple[tuple[int, float], ...]
     metric_share: float = METRIC_SHARE
     time_share: float = TIME_SHARE
@@ -101,8 +101,8 @@ class RankChoice:
         lines += [f"  {verdict}" for verdict in self.verdicts]
         if self.runner_up is not None:
             lines.append(f"Runner-up r={self.runner_up}: {self.runner_up_reason}.")
-        if self.thin:
-            lines += ["Too thin to tell:", *(f"  - {said}" for said in self.thin)]
+        if self.unsettled:
+            lines += ["The evidence does not settle:", *(f"  - {said}" for said in self.unsettled)]
         return "\n".join(lines)
 
 
@@ -167,7 +167,7 @@ def choose(
         verdicts=verdicts,
         runner_up=runner_up,
         runner_up_reason=why,
-        thin=tuple(_thin(outcomes, ranks, shares, rank, before, maximise, metric_share, min_gain)),
+        unsettled=tuple(_unsettled(outcomes, ranks, shares, rank, before, maximise, metric_share, min_gain)),
         shares=tuple(shares.items()),
         metric_share=metric_share,
         time_share=time_share,
@@ -287,19 +287,19 @@ def _runner_up(
     if not others:
         return None, ""
 
-    def told(other: int) -> str:
+    def beside(other: int) -> str:
         return f", with {percent(shares[other])} of the best" if other in shares else ""
 
     for verdict in verdicts:
         if verdict.rank not in (None, rank):
-            return verdict.rank, f"the {verdict.rule} rule alone would take it{told(verdict.rank or 0)}"
+            return verdict.rank, f"the {verdict.rule} rule alone would take it{beside(verdict.rank or 0)}"
     larger = [o for o in others if o.rank > rank]
     if larger:
-        return larger[0].rank, f"the next larger one{told(larger[0].rank)}"
-    return others[-1].rank, f"the next smaller one{told(others[-1].rank)}"
+        return larger[0].rank, f"the next larger one{beside(larger[0].rank)}"
+    return others[-1].rank, f"the next smaller one{beside(others[-1].rank)}"
 
 
-def _thin(
+def _unsettled(
     outcomes: Sequence[RankOutcome],
     ranks: Sequence[RankOutcome],
     shares: dict[int, float],

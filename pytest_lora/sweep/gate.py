@@ -7,7 +7,7 @@ from typing import Any
 from pytest_lora.assertions import demand
 from pytest_lora.findings import Finding, Report
 from pytest_lora.sweep.choice import METRIC_SHARE, is_enough, percent, require_share
-from pytest_lora.sweep.figure import exhibited
+from pytest_lora.sweep.figure import figure_of
 from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.table import number
 
@@ -28,7 +28,7 @@ def check_rank_suffices(result: SweepResult, rank: int, metric_share: float = ME
         raise ValueError(f"rank: r={rank} was not measured; the sweep has {', '.join(map(str, ranks))}")
     finding = _finding(result, rank, wanted)
     subject = f"rank {rank} for {result.metric}"
-    return Report(subject, () if finding is None else (finding,), (exhibited(result),))
+    return Report(subject, () if finding is None else (finding,), (figure_of(result),))
 
 
 def assert_rank_suffices(result: SweepResult, rank: int, metric_share: float = METRIC_SHARE) -> Report:

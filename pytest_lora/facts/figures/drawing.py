@@ -1,4 +1,4 @@
-"""From facts to exhibits: what a check has seen anyway, arranged for a reader. Nothing is measured here."""
+"""From facts to figures: what a check has seen anyway, arranged for a reader. Nothing is measured here."""
 
 from __future__ import annotations
 
