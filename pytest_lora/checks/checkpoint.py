@@ -41,6 +41,10 @@ OF_REFUSED_CONFIGS = OF_SAVED_CONFIGS | {"LORA104", "LORA105"}
 """Where PEFT cannot put the adapter on the base, so that keys were not compared, the names have to tell why."""
 
 
+OF_THE_VOCABULARY = frozenset({"LORA434"})
+"""Not judged where the folder itself names its base: the vocabulary of a public model may have been extended for it."""
+
+
 def check_checkpoint(
     path: str | os.PathLike[str],
     base: nn.Module | PretrainedConfig | str | os.PathLike[str] | None = None,
@@ -55,8 +59,9 @@ def check_checkpoint(
 
     Args:
         path: The adapter's folder, or a file in it.
-        base: The base that it is for: a live model, a ``PretrainedConfig``, or the path of a model folder or
-            ``config.json`` (no weights are read). Without one, what the folder says itself is compared.
+        base: The base that it is for: a live model, a ``PretrainedConfig``, the path of a model folder or
+            ``config.json`` (no weights are read), or the name of a public model. Without one, what the folder says
+            itself is compared, and the public model that it names.
         expect: What is meant. ``fresh=True`` for an adapter saved before training, ``pretrained_head=True`` where the
             task head comes with the base, ``new_tokens`` for rows added to the vocabulary, ``config`` for what the
             adapter was to be.
@@ -92,18 +97,19 @@ def checkpoint_base(base: Any) -> Base:
 def judge_checkpoint(folder: Path, base: Base | None, expect: Expect) -> Report:
     """The report on one adapter folder; see ``check_checkpoint``."""
     from pytest_lora.facts.saved_config import config_of_the_file
-    from pytest_lora.inspection.checkpoint import checkpoint_facts
+    from pytest_lora.inspection.checkpoint import checkpoint_facts, public_base
 
-    facts = checkpoint_facts(folder, base, read_pickle=expect.read_pickle)
-    findings = list(judge([facts], expect))
+    named = public_base(folder) if base is None else None
+    facts = checkpoint_facts(folder, base or named, read_pickle=expect.read_pickle)
+    findings = [f for f in judge([facts], expect) if named is None or f.code not in OF_THE_VOCABULARY]
     fit = facts.fit
     if fit is not None and fit.config is not None and not facts.is_foreign:
         findings += [f for f in judge([fit.config], expect) if _still_matters(f, facts, expect)]
     elif fit is None and (config := config_of_the_file(facts)) is not None:
         findings += judge([config], expect, only=OF_FILES_ALONE)
     subject = f"adapter {facts.name}"
-    named = subject if fit is None else f"{subject} on {fit.base.title}"
-    return Report(named, tuple(findings), checkpoint_maps(facts))
+    subject = subject if fit is None else f"{subject} on {fit.base.title}"
+    return Report(subject, tuple(findings), checkpoint_maps(facts))
 
 
 def _still_matters(finding: Finding, facts: CheckpointFacts, expect: Expect) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import init
 
 from pytest_lora.inspection.base import logical_shape, quantization_of
+from pytest_lora.inspection.public_bases import config_by_name, is_name, read_config
 from pytest_lora.inspection.survey import survey
 
 if TYPE_CHECKING:
@@ -21,13 +22,20 @@ if TYPE_CHECKING:
 
 META = torch.device("meta")
 _BLANK = nn.Module().__dict__
+_HEADED = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+"""Task types that put a new head on a pretrained body, and the class that does it."""
 
 
 def resolve_base(base: Any, task_type: str | None = None) -> nn.Module:
     """The base as a module: itself if it is one, else built on the meta device from its configuration.
 
     Args:
-        base: A live model, a ``PretrainedConfig``, or the path of a model folder or ``config.json``.
+        base: A live model, a ``PretrainedConfig``, the path of a model folder or ``config.json``, or the name of a
+            public model.
         task_type: PEFT task type that chooses the model class where the configuration names none.
 
     Raises:
@@ -40,12 +48,12 @@ def resolve_base(base: Any, task_type: str | None = None) -> nn.Module:
         found = survey(base)
         return base if found.carries_adapter else found.root
     if isinstance(base, (str, os.PathLike)):
-        base = read_config(Path(base))
+        base = named_or_read(base, task_type)
     if isinstance(base, PretrainedConfig):
         return build_on_meta(base, task_type)
     raise TypeError(
-        "base must be a torch.nn.Module, a transformers PretrainedConfig or the path of a model folder or "
-        f"config.json, not {type(base).__name__}"
+        "base must be a torch.nn.Module, a transformers PretrainedConfig, the path of a model folder or "
+        f"config.json, or the name of a public model, not {type(base).__name__}"
     )
 
 
@@ -61,23 +69,20 @@ def require_no_adapter(model: nn.Module) -> None:
         )
 
 
-def read_config(path: Path) -> PretrainedConfig:
-    """Read a ``config.json`` (or the one in a folder) from disk; nothing is fetched or executed."""
-    from transformers import AutoConfig
+def named_or_read(base: str | os.PathLike[str], task_type: str | None = None) -> PretrainedConfig:
+    """The configuration of a base that is given by a path or by its public name.
 
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"base: {file} does not exist; give a model folder, a config.json, or a live model")
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            str(file),
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"base: {file} is not a configuration that transformers can read: {error}"
-        ) from error
+    A public name says which pretrained body is meant; where the task type puts a new head on it, the class follows
+    the task type.
+
+    Raises:
+        ValueError: It cannot be found or read.
+    """
+    if not is_name(base):
+        return read_config(Path(base))
+    config = config_by_name(str(base))
+    if task_type in _HEADED:
+        config.architectures = None
     return config
 
 
@@ -135,9 +140,7 @@ def _auto_classes(config: PretrainedConfig, task_type: str | None) -> list[Any]:
     import transformers
 
     by_task = {
-        "SEQ_CLS": "AutoModelForSequenceClassification",
-        "TOKEN_CLS": "AutoModelForTokenClassification",
-        "QUESTION_ANS": "AutoModelForQuestionAnswering",
+        **_HEADED,
         "CAUSAL_LM": "AutoModelForCausalLM",
         "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     }

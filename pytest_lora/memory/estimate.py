@@ -6,7 +6,6 @@ import copy
 import inspect
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.memory import AMPERE_WORKSPACE, Checkpointing, MemoryEstimate, StepSetting
@@ -47,8 +46,8 @@ def estimate_memory(
     that are like their neighbours are run once and counted often. Nothing is read, downloaded or changed.
 
     Args:
-        base: A live model without adapter, a ``PretrainedConfig``, or the path of a model folder or
-            ``config.json``.
+        base: A live model without adapter, a ``PretrainedConfig``, the path of a model folder or ``config.json``, or
+            the name of a public model.
         config: The adapter.
         batch_size: Sequences (or images) in a micro-batch, at least 1.
         seq_len: Tokens in each, padding included, at least 1.
@@ -149,9 +148,9 @@ def step_memory(
     _require_config(config)
     checked = checked_setting(**{**_DEFAULTS, **setting})
     if isinstance(base, (str, os.PathLike)):
-        from pytest_lora.inspection.skeleton import read_config
+        from pytest_lora.inspection.skeleton import named_or_read
 
-        base = read_config(Path(base))
+        base = named_or_read(base, getattr(config.task_type, "value", config.task_type))
     return StepMemory(_predictor(base, config, checked), config.r)
 
 

@@ -72,6 +72,11 @@ def pytest_configure(config: pytest.Config) -> None:
     from pytest_lora.plugin.session_options import options_of
 
     options = options_of(config)
+    if options.bases:
+        from pytest_lora.inspection import public_bases
+
+        public_bases.declared.update(options.bases)
+        config.add_cleanup(public_bases.declared.clear)
     if options.adapters or names_adapters:
         from pytest_lora.plugin import adapter_items
 

@@ -58,9 +58,15 @@ TABLE = (
     ),
     _Option(
         "base",
-        "model folder or config.json that the saved adapters are compared with; no weights are read",
-        {"metavar": "PATH"},
+        "base that saved adapters and recipes are compared with: a model folder, a config.json or the name of a public "
+        "model; no weights are read",
+        {"metavar": "BASE"},
         "string",
+    ),
+    _Option(
+        "bases",
+        "names of bases, one a line: NAME = PATH of a model folder or config.json, which is then a base by that name",
+        ini="linelist",
     ),
     _Option(
         "config",

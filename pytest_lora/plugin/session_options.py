@@ -18,7 +18,9 @@ class LoraOptions:
     Attributes:
         model: Folder of the base model, absolute; ``None`` for the built-in one.
         adapters: Folders of saved adapters to make test items of, absolute.
-        base: Model folder or ``config.json`` that these are compared with, absolute; ``None`` for none.
+        base: Model folder or ``config.json`` that these are compared with, absolute, or the name of a public model;
+            ``None`` for none.
+        bases: Names of bases, and the model folder or ``config.json`` that each means, absolute.
         fields: Defaults of ``LoraConfig`` and ``Expect`` fields for every test.
         slow: Whether tests marked ``lora_slow`` run.
         device: ``"auto"``, or what ``--lora-device`` says.
@@ -34,7 +36,8 @@ class LoraOptions:
 
     model: Path | None
     adapters: tuple[Path, ...]
-    base: Path | None
+    base: Path | str | None
+    bases: dict[str, Path]
     fields: dict[str, object]
     slow: bool
     device: str
@@ -64,7 +67,8 @@ class LoraOptions:
         return cls(
             model=_model_folder(config),
             adapters=tuple(_adapter_folders(config)),
-            base=_base_path(config),
+            base=_base(config),
+            bases=dict(_named_base(config, line) for line in config.getini("lora_bases")),
             fields=dict(_field(line) for line in config.getini("lora_config")),
             slow=bool(config.getoption("lora_slow") or config.getini("lora_slow") or env),
             device=_device(config.getoption("lora_device")),
@@ -106,11 +110,29 @@ def _model_folder(config: pytest.Config) -> Path | None:
     return folder
 
 
-def _base_path(config: pytest.Config) -> Path | None:
+def _base(config: pytest.Config) -> Path | str | None:
     source, path = _path(config, "base")
-    if path is not None and not (path.is_file() or (path / "config.json").is_file()):
-        raise pytest.UsageError(f"{source}: {str(path)!r} is no model folder and no config.json")
-    return path
+    if path is None or path.is_file() or (path / "config.json").is_file():
+        return path
+    given: str = config.getoption("lora_base") or config.getini("lora_base")
+    from pytest_lora.inspection.public_bases import find_shape, is_name
+
+    names = {line.partition("=")[0].strip() for line in config.getini("lora_bases")}
+    if not path.exists() and is_name(given) and (given in names or find_shape(given) is not None):
+        return given
+    raise pytest.UsageError(
+        f"{source}: {str(path)!r} is no model folder and no config.json, and {given!r} is no public model that is known"
+    )
+
+
+def _named_base(config: pytest.Config, line: str) -> tuple[str, Path]:
+    name, equals, place = (part.strip() for part in line.partition("="))
+    path = _beside_ini(config) / Path(place).expanduser()
+    if not (name and equals and place):
+        raise pytest.UsageError(f"ini lora_bases: {line!r} is not NAME = PATH")
+    if not (path.is_file() or (path / "config.json").is_file()):
+        raise pytest.UsageError(f"ini lora_bases: {str(path)!r} is no model folder and no config.json")
+    return name, path
 
 
 def _adapter_folders(config: pytest.Config) -> Iterator[Path]:

@@ -142,6 +142,12 @@ def test_the_base_is_compared(adapters: Path, pytester: pytest.Pytester) -> None
     result.stdout.fnmatch_lines(["error[[]LORA451[]]: base is foreign"])
     pytester.makeini("[pytest]\nlora_adapters = adapters/sound\nlora_base = llama\n")
     run(pytester).assert_outcomes(passed=6)
+    pytester.makeini(
+        "[pytest]\nlora_adapters = adapters/sound\nlora_base = org/ours\nlora_bases = org/ours = gpt2\n"
+    )
+    run(pytester).assert_outcomes(passed=5, failed=1)
+    result = run(pytester, *arguments, "openai-community/gpt2")
+    result.stdout.fnmatch_lines(["error[[]LORA451[]]: base is foreign"])
 
 
 def test_warnings_can_be_made_errors(adapters: Path, pytester: pytest.Pytester) -> None:
@@ -170,7 +176,16 @@ def test_what_is_meant_comes_from_ini(adapters: Path, pytester: pytest.Pytester)
             ["-o", "lora_adapters=nowhere"],
             "ini lora_adapters: there is no folder '{path}/nowhere'; adapters are never downloaded",
         ),
-        (["--lora-base", "nowhere"], "--lora-base: '{path}/nowhere' is no model folder and no config.json"),
+        (
+            ["--lora-base", "nowhere"],
+            "--lora-base: '{path}/nowhere' is no model folder and no config.json, and 'nowhere' is no public model "
+            "that is known",
+        ),
+        (["-o", "lora_bases=ours"], "ini lora_bases: 'ours' is not NAME = PATH"),
+        (
+            ["-o", "lora_bases=ours = nowhere"],
+            "ini lora_bases: '{path}/nowhere' is no model folder and no config.json",
+        ),
     ],
 )
 def test_wrong_paths_are_usage_errors(pytester: pytest.Pytester, args: list[str], message: str) -> None:

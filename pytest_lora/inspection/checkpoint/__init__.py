@@ -99,6 +99,22 @@ def checkpoint_facts(path: Path, base: Base | None = None, *, read_pickle: bool 
     return replace(facts, fit=base.fit(raw, facts.tensors, keys))
 
 
+def public_base(path: Path) -> Base | None:
+    """The base that a folder names itself, where that is a public model whose shape is known and can be built."""
+    from pytest_lora.inspection.checkpoint.fit import Base
+    from pytest_lora.inspection.public_bases import find_shape, is_name
+
+    reading = _Reading(Folder(path))
+    raw = reading.config() or {}
+    name = raw.get("base_model_name_or_path")
+    if not isinstance(name, str) or not is_name(name) or find_shape(name) is None:
+        return None
+    try:
+        return Base(name, raw["task_type"] if isinstance(raw.get("task_type"), str) else None)
+    except ValueError:
+        return None
+
+
 @dataclass
 class _Reading:
     """One pass over a folder, which goes on after a fault."""
