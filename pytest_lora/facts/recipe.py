@@ -1,0 +1,259 @@
+"""Facts about a recipe: its lines, and the setting of the run that it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+FlawKind = Literal["syntax", "tab", "limit", "tag", "unreadable"]
+"""Why a file is no YAML that a tool could load: its syntax, a tab among it, its size, depth or aliases, a tag that asks
+for an object to be made, or the file itself."""
+
+UnknownKind = Literal["unknown", "removed", "renamed", "dropped", "block"]
+"""Why nothing reads a key: the tool has none of this name, has it no more, calls it otherwise, drops it on the way to
+where it would be read, or reads no nested blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """Where a file stops being YAML; ``message`` is the parser's."""
+
+    kind: FlawKind
+    line: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """A key that stands twice in one mapping; the last one counts."""
+
+    key: str
+    first: int
+    last: int
+    first_text: str
+    last_text: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownKey:
+    """A key that nothing reads.
+
+    Attributes:
+        key: As written.
+        line: Where.
+        text: The line as written.
+        kind: Why.
+        meant: The key that was meant, or None.
+        since: The version that removed it, or empty.
+        stops: Whether the tool stops at it, instead of dropping it without a word.
+    """
+
+    key: str
+    line: int
+    text: str
+    kind: UnknownKind
+    meant: str | None
+    since: str
+    stops: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WrongKind:
+    """A value that is not of the kind that its key takes.
+
+    Attributes:
+        key: As written.
+        line: Where.
+        written: The value as written.
+        became: What a tool gets, in words.
+        wanted: What the key takes, in words.
+        mended: The value as it would be right.
+        stops: Whether the run stops at it.
+    """
+
+    key: str
+    line: int
+    written: str
+    became: str
+    wanted: str
+    mended: str
+    stops: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value of the effective setting, and where it is from.
+
+    Attributes:
+        value: What the run has; None where it has none, or where it cannot be told.
+        source: Where it is from, in words: ``"line 12"``, ``"default of TRL"``, ``"2 x lora_rank"``.
+        key: The key that decides it, whether or not it is there; empty where there is none.
+        line: The line that decides it, or None.
+        asked: What the recipe asks for, where the run has something else; else None.
+        why: Why that is so.
+    """
+
+    value: Any = None
+    source: str = ""
+    key: str = ""
+    line: int | None = None
+    asked: Any = None
+    why: str = ""
+
+    @property
+    def stated(self) -> bool:
+        """Whether a line of the recipe says it."""
+        return self.line is not None
+
+
+UNKNOWN = Value()
+
+
+@dataclass(frozen=True, slots=True)
+class RunSetting:
+    """What a run does, as its recipe and the defaults of its tool have it; names are those of PEFT and transformers.
+
+    Attributes:
+        tool: Name of the tool (``"Axolotl"``).
+        base: Name or path of the base model.
+        adapter: ``"lora"``, or None where all weights are trained.
+        quantization: ``"nf4"``, ``"fp4"``, ``"int8"``, another method, or None.
+        double_quant: Whether the constants of the quantization are quantized too.
+        dtype: Dtype in which the base is loaded.
+        precision: ``"bf16"``, ``"fp16"``, or None for float32.
+        objective: ``"sft"``, ``"dpo"``, ``"kto"``, ...
+        gpus: How many take part.
+        strategy: ``"ddp"``, ``"zero1"`` to ``"zero3"``, ``"fsdp"``; None on one GPU.
+        loss_on: ``"all tokens"`` or ``"answers"``.
+        loss: ``"full"`` where all logits are held, ``"chunked"`` where they are not.
+        continues: Folder of the adapter that training goes on from.
+        new_tokens: How many tokens are added.
+        scope: Part of the base that adapters may touch, as it is called in module names.
+    """
+
+    tool: str
+    base: Value = UNKNOWN
+    adapter: Value = UNKNOWN
+    quantization: Value = UNKNOWN
+    double_quant: Value = UNKNOWN
+    dtype: Value = UNKNOWN
+    precision: Value = UNKNOWN
+    objective: Value = UNKNOWN
+    r: Value = UNKNOWN
+    lora_alpha: Value = UNKNOWN
+    lora_dropout: Value = UNKNOWN
+    target_modules: Value = UNKNOWN
+    exclude_modules: Value = UNKNOWN
+    target_parameters: Value = UNKNOWN
+    layers_to_transform: Value = UNKNOWN
+    modules_to_save: Value = UNKNOWN
+    use_rslora: Value = UNKNOWN
+    use_dora: Value = UNKNOWN
+    bias: Value = UNKNOWN
+    task_type: Value = UNKNOWN
+    batch_size: Value = UNKNOWN
+    accumulation: Value = UNKNOWN
+    seq_len: Value = UNKNOWN
+    packing: Value = UNKNOWN
+    attention: Value = UNKNOWN
+    loss: Value = UNKNOWN
+    gradient_checkpointing: Value = UNKNOWN
+    optimizer: Value = UNKNOWN
+    learning_rate: Value = UNKNOWN
+    schedule: Value = UNKNOWN
+    warmup_steps: Value = UNKNOWN
+    warmup_ratio: Value = UNKNOWN
+    epochs: Value = UNKNOWN
+    max_steps: Value = UNKNOWN
+    loss_on: Value = UNKNOWN
+    eval_strategy: Value = UNKNOWN
+    eval_steps: Value = UNKNOWN
+    save_strategy: Value = UNKNOWN
+    save_steps: Value = UNKNOWN
+    load_best_model_at_end: Value = UNKNOWN
+    gpus: Value = UNKNOWN
+    strategy: Value = UNKNOWN
+    continues: Value = UNKNOWN
+    new_tokens: Value = UNKNOWN
+    scope: Value = UNKNOWN
+
+    def values(self) -> Iterator[tuple[str, Value]]:
+        """Every value that is known, by its name."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Value) and (value.source or value.asked is not None):
+                yield one.name, value
+
+    @property
+    def scaling(self) -> float | None:
+        """``alpha / r``, or ``alpha / sqrt(r)`` under rsLoRA; None where either is unknown."""
+        rank, alpha = self.r.value, self.lora_alpha.value
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+            return None
+        return float(alpha / rank**0.5 if self.use_rslora.value else alpha / rank)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """What is known of the base of a recipe: its name, its dtype, its parameters and the longest context."""
+
+    name: str
+    dtype: str | None
+    parameters: int
+    max_length: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """An adapter folder that a recipe names: where, its rank, and the base it says it is for."""
+
+    path: str
+    r: int | None
+    base: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Weights of the base against the memory of each of several cards, in bytes."""
+
+    weights: int
+    budget: int
+    gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeFacts:
+    """A recipe.
+
+    Attributes:
+        name: Name of the file.
+        tool: The tool it is for; None where it is for none that is known, or trains no LoRA adapter.
+        left_alone: Why it is not judged, in words; empty where it is.
+        flaw: Why the file is no YAML, or None.
+        repeated: Keys that stand twice.
+        unknown: Keys that nothing reads.
+        wrong: Values of the wrong kind.
+        setting: The effective setting, or None.
+        base: What is known of its base, or None.
+        base_is_adapter: The adapter folder that is given as the base, or None.
+        continued: The adapter that training goes on from, or None.
+        widened: Modules that the recipe names while all linear ones are adapted.
+        conversational: The data file beside the recipe that holds conversations, or None.
+        shard: Weights against each of several cards, where they are divided.
+    """
+
+    name: str
+    tool: str | None = None
+    left_alone: str = ""
+    flaw: Flaw | None = None
+    repeated: tuple[Repeated, ...] = ()
+    unknown: tuple[UnknownKey, ...] = ()
+    wrong: tuple[WrongKind, ...] = ()
+    setting: RunSetting | None = None
+    base: BaseModel | None = None
+    base_is_adapter: SavedAdapter | None = None
+    continued: SavedAdapter | None = None
+    widened: tuple[str, ...] = ()
+    conversational: str | None = None
+    shard: Shard | None = None

@@ -1,0 +1,190 @@
+"""Recipes of Axolotl: a flat mapping that pydantic reads; keys that its schema does not have are dropped.
+
+Source: ``axolotl/utils/schemas``, ``axolotl/loaders/model.py`` and ``axolotl/loaders/adapter.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pytest_lora.facts.recipe import UNKNOWN, RunSetting, Value
+from pytest_lora.inspection.recipe.beside import Tree, strategy_by_name, zero_stage
+from pytest_lora.inspection.recipe.keys import Keys
+
+NAME = "Axolotl"
+KEYS = "axolotl"
+STOPS_AT_UNKNOWN = False
+_MARKS = (
+    "adapter", "micro_batch_size", "sequence_len", "lora_target_linear", "lora_model_dir", "val_set_size",
+    "sample_packing", "datasets", "pretraining_dataset",
+)  # fmt: skip
+_LORA = ("lora_r", "lora_alpha", "lora_target_modules", "lora_target_linear", "peft_use_rslora", "peft_use_dora")
+_ATTENTION = {
+    "flash_attention": "flash_attention_2",
+    "sdp_attention": "sdpa",
+    "xformers_attention": "xformers",
+    "flex_attention": "flex_attention",
+    "eager_attention": "eager",
+}
+_LOW_MEMORY = ("liger_fused_linear_cross_entropy", "cut_cross_entropy", "chunked_cross_entropy")
+
+
+def is_mine(keys: Keys) -> bool:
+    """Whether a recipe is one of Axolotl."""
+    return keys.has("base_model") and keys.has(*_MARKS) and not keys.has("model_name_or_path")
+
+
+def left_alone(keys: Keys) -> str:
+    """Why a recipe is no LoRA training, or empty."""
+    adapter = keys.word("adapter").value
+    if adapter in ("lora", "qlora"):
+        return ""
+    if adapter:
+        return f"its adapter is {adapter}"
+    asks = keys.says("load_in_4bit") or any(keys.has(name) for name in ("lora_r", "lora_alpha"))
+    return "" if asks else "it trains all weights"
+
+
+def setting(keys: Keys, tree: Tree) -> RunSetting:
+    """The effective setting."""
+    adapter = keys.word("adapter")
+    wanted = next((found for found in map(keys.node, _LORA) if found), None)
+    if adapter.value is None and wanted is not None:
+        adapter = Value(
+            None, f"default of {NAME}", "adapter", keys.lines.get(wanted[0]), f"{wanted[0]}",
+            "Axolotl makes an adapter only where `adapter` says lora or qlora; without it all weights are trained",
+        )  # fmt: skip
+    kind = adapter.value
+    return RunSetting(
+        tool=NAME,
+        base=keys.word("base_model"),
+        adapter=replace(adapter, value="lora" if kind in ("lora", "qlora") else None),
+        quantization=_quantization(keys, kind),
+        double_quant=Value(True, f"default of {NAME}"),
+        dtype=_dtype(keys),
+        precision=_precision(keys),
+        objective=keys.word("rl", default="sft"),
+        r=keys.count("lora_r"),
+        lora_alpha=keys.number("lora_alpha"),
+        lora_dropout=keys.number("lora_dropout", default=0.0),
+        target_modules=_targets(keys),
+        target_parameters=keys.names("lora_target_parameters"),
+        layers_to_transform=keys.value("peft_layers_to_transform", read=lambda node: node.unwrapped()),
+        modules_to_save=keys.names("lora_modules_to_save"),
+        use_rslora=keys.flag("peft_use_rslora", default=False),
+        use_dora=keys.flag("peft_use_dora", default=False),
+        batch_size=keys.count("micro_batch_size", default=1),
+        accumulation=keys.count("gradient_accumulation_steps", default=1),
+        seq_len=keys.count("sequence_len", default=512),
+        packing=keys.flag("sample_packing", default=False),
+        attention=_attention(keys),
+        loss=_loss(keys),
+        gradient_checkpointing=_checkpointing(keys),
+        optimizer=keys.word("optimizer", default="adamw_torch_fused"),
+        learning_rate=keys.number("learning_rate"),
+        schedule=keys.word("lr_scheduler", default="cosine"),
+        warmup_steps=keys.count("warmup_steps"),
+        warmup_ratio=keys.number("warmup_ratio"),
+        epochs=keys.number("num_epochs", default=1.0),
+        max_steps=keys.count("max_steps"),
+        eval_strategy=keys.word("eval_strategy"),
+        eval_steps=keys.number("eval_steps"),
+        save_strategy=keys.word("save_strategy"),
+        save_steps=keys.number("save_steps"),
+        load_best_model_at_end=keys.flag("load_best_model_at_end", default=False),
+        strategy=_strategy(keys, tree),
+        continues=keys.word("lora_model_dir"),
+        new_tokens=keys.value("tokens", read=lambda node: len(node.items or ())),
+    )
+
+
+def _quantization(keys: Keys, adapter: str | None) -> Value:
+    four, eight = keys.node("load_in_4bit"), keys.node("load_in_8bit")
+    in_4, in_8 = keys.says("load_in_4bit"), keys.says("load_in_8bit")
+    if adapter == "qlora":
+        if in_4 or keys.says("gptq"):
+            return Value("nf4", f"line {keys.lines['adapter']}", "adapter", keys.lines["adapter"])
+        why = "Axolotl stops: adapter: qlora requires load_in_4bit: true"
+        line = keys.lines["adapter"] if four is None else keys.lines["load_in_4bit"]
+        return Value(None, f"default of {NAME}", "load_in_4bit", line, "adapter: qlora (4 bits)", why)
+    if in_4 and four is not None:
+        why = "Axolotl quantizes to 4 bits only under adapter: qlora"
+        line = keys.lines["load_in_4bit"]
+        return Value(None, f"line {line}", "load_in_4bit", line, "load_in_4bit: true (4-bit weights)", why)
+    if in_8 and eight is not None:
+        line = keys.lines["load_in_8bit"]
+        if adapter == "lora":
+            return Value("int8", f"line {line}", "load_in_8bit", line)
+    return Value(None, f"default of {NAME}", "load_in_4bit")
+
+
+def _precision(keys: Keys) -> Value:
+    for name, precision in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16"), ("float16", "fp16")):
+        found = keys.node(name)
+        if found and (keys.says(name) or found[1].written in ("auto", "full")):
+            line = keys.lines[name]
+            return Value(precision, f"line {line}", name, line)
+    if not keys.has("bf16"):
+        return Value("bf16", f"default of {NAME}", "bf16")
+    return Value(None, f"line {keys.lines['bf16']}", "bf16", keys.lines["bf16"])
+
+
+def _dtype(keys: Keys) -> Value:
+    precision = _precision(keys)
+    if keys.says("load_in_8bit"):
+        return Value("float16", "follows load_in_8bit", "load_in_8bit")
+    names = {"bf16": "bfloat16", "fp16": "float16"}
+    return replace(precision, value=names.get(precision.value, "float32"), source=f"follows {precision.key}", line=None)
+
+
+def _targets(keys: Keys) -> Value:
+    if keys.says("lora_target_linear"):
+        line = keys.lines["lora_target_linear"]
+        return Value("all-linear", f"line {line}", "lora_target_linear", line)
+    return keys.names("lora_target_modules")
+
+
+def _attention(keys: Keys) -> Value:
+    stated = keys.word("attn_implementation")
+    if stated.value is not None:
+        return stated
+    for name, attention in _ATTENTION.items():
+        if keys.says(name):
+            return Value(attention, f"line {keys.lines[name]}", name, keys.lines[name])
+    return Value(None, "", "attn_implementation")
+
+
+def _loss(keys: Keys) -> Value:
+    found = next((name for name in _LOW_MEMORY if keys.says(name)), None)
+    if found is not None:
+        return Value("chunked", f"line {keys.lines[found]}", found, keys.lines[found])
+    plugins = keys.names("plugins").value or ()
+    if any("cut_cross_entropy" in str(one) for one in plugins):
+        return Value("chunked", f"line {keys.lines['plugins']}", "plugins", keys.lines["plugins"])
+    return Value("full", f"default of {NAME}")
+
+
+def _checkpointing(keys: Keys) -> Value:
+    found = keys.value(
+        "gradient_checkpointing", read=lambda node: node.written not in ("false", "False", "no"), default=False
+    )
+    if found.value is not True:
+        return found
+    arguments = keys.node("gradient_checkpointing_kwargs")
+    reentrant = (arguments[1].pairs or {}).get("use_reentrant") if arguments else None
+    default = not keys.has("rl")
+    return replace(found, value="reentrant" if (default if reentrant is None else reentrant.value is True) else True)
+
+
+def _strategy(keys: Keys, tree: Tree) -> Value:
+    deepspeed = keys.word("deepspeed")
+    if deepspeed.value:
+        stage = zero_stage(tree.object(deepspeed.value))
+        named = strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
+        return replace(deepspeed, value=named)
+    for name in ("fsdp_config", "fsdp", "fsdp_version"):
+        if keys.has(name):
+            return Value("fsdp", f"line {keys.lines[name]}", name, keys.lines[name])
+    if keys.has("tensor_parallel_size", "dp_shard_size"):
+        return UNKNOWN
+    return Value("ddp", f"default of {NAME}", "deepspeed")

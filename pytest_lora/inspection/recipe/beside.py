@@ -1,0 +1,112 @@
+"""Files that a recipe names, read beside it: never outside its tree, never executed, bounded in size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pytest_lora.facts.recipe import SavedAdapter
+from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml
+
+_CONFIG = "adapter_config.json"
+
+
+class Tree:
+    """The folder of a recipe, out of which nothing is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.real = folder.resolve()
+
+    def find(self, name: object) -> Path | None:
+        """A file or folder of the tree by the path that a recipe gives; None where there is none, or it lies outside."""
+        if not isinstance(name, str) or not name or len(name) > 1000 or "\0" in name or Path(name).is_absolute():
+            return None
+        try:
+            place = (self.real / name).resolve()
+            return place if place.is_relative_to(self.real) and place.exists() else None
+        except (OSError, RuntimeError):
+            return None
+
+    def read(self, name: object) -> bytes | None:
+        """The start of a file of the tree; None where it cannot be read."""
+        place = self.find(name)
+        if place is None:
+            return None
+        try:
+            if not place.is_file():
+                return None
+            with place.open("rb") as file:
+                return file.read(MAX_BYTES)
+        except OSError:
+            return None
+
+    def object(self, name: object) -> dict[str, Any]:
+        """A JSON or YAML file of the tree as a mapping; empty where it is none."""
+        data = self.read(name)
+        if data is None:
+            return {}
+        try:
+            found = json.loads(data) if str(name).endswith(".json") else read_yaml(data).root.unwrapped()
+        except (ValueError, RecursionError, BrokenError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def adapter(self, name: object) -> SavedAdapter | None:
+        """The adapter folder of this name; None where it is none."""
+        place = self.find(name)
+        if place is None or not place.is_dir():
+            return None
+        if not (place / _CONFIG).is_file() or (place / "config.json").is_file():
+            return None
+        config = self.object(f"{name}/{_CONFIG}")
+        rank, base = config.get("r"), config.get("base_model_name_or_path")
+        return SavedAdapter(
+            str(name),
+            rank if isinstance(rank, int) and not isinstance(rank, bool) else None,
+            base if isinstance(base, str) else None,
+        )
+
+    def holds_conversations(self, name: object) -> bool:
+        """Whether the first rows of a data file are conversations with turns of a user."""
+        data = self.read(name)
+        if data is None:
+            return False
+        for line in data.split(b"\n", 2)[:2]:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            turns = row.get("messages") if isinstance(row, dict) else None
+            if isinstance(turns, list) and any(isinstance(t, dict) and t.get("role") == "user" for t in turns):
+                return True
+        return False
+
+
+def zero_stage(config: dict[str, Any]) -> int | None:
+    """The ZeRO stage of a DeepSpeed configuration."""
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    return stage if isinstance(stage, int) and not isinstance(stage, bool) else None
+
+
+def strategy_of_accelerate(config: dict[str, Any]) -> str | None:
+    """How an accelerate configuration divides a model among GPUs."""
+    kind = str(config.get("distributed_type", "")).upper()
+    if kind == "FSDP":
+        return "fsdp"
+    if kind == "DEEPSPEED":
+        part = config.get("deepspeed_config")
+        stage = part.get("zero_stage") if isinstance(part, dict) else None
+        return f"zero{stage}" if stage in (0, 1, 2, 3) else None
+    return "ddp" if kind == "MULTI_GPU" else None
+
+
+def strategy_by_name(name: object) -> str | None:
+    """The strategy that a name such as ``zero3``, ``zero2_offload`` or ``fsdp2`` says."""
+    text = str(name).lower().replace("_", "").replace("-", "")
+    for stage in "3210":
+        if f"zero{stage}" in text or f"z{stage}" in text:
+            return f"zero{stage}"
+    return "fsdp" if "fsdp" in text else None

@@ -1,0 +1,132 @@
+"""The keys of one mapping of a recipe, read as values that know where they are from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pytest_lora.facts.recipe import Value
+from pytest_lora.inspection.recipe.yaml_file import Node
+
+_INTERPOLATED = re.compile(r"\$\{|\{\{|\$[A-Z_]+\b")
+
+VISION = r".*(vision|visual|vit\b|audio|multi_modal|multimodal|aligner|merger|connector|projector).*"
+"""Modules of a base that are no part of its language model, as models of several modalities call them."""
+
+
+class Keys:
+    """A mapping of a recipe for one tool; null counts as absent.
+
+    Args:
+        root: The mapping.
+        tool: The tool's name, for defaults.
+    """
+
+    def __init__(self, root: Node, tool: str) -> None:
+        self.pairs = root.pairs or {}
+        self.lines = root.lines
+        self.tool = tool
+
+    def node(self, *names: str) -> tuple[str, Node] | None:
+        """The first of these keys that is there and not null."""
+        for name in names:
+            found = self.pairs.get(name)
+            if found is not None and not (found.value is None and found.items is None and found.pairs is None):
+                return name, found
+        return None
+
+    def has(self, *names: str) -> bool:
+        """Whether one of these keys is there and not null."""
+        return self.node(*names) is not None
+
+    def says(self, name: str) -> bool:
+        """Whether a key is there and true."""
+        found = self.node(name)
+        return found is not None and flag(found[1]) is True
+
+    def value(
+        self, *names: str, read: Callable[[Node], Any], default: Any = None, source: str | None = None
+    ) -> Value:
+        """The value of the first of these keys, or the tool's default."""
+        found = self.node(*names)
+        if found is None:
+            where = source if source is not None else "" if default is None else f"default of {self.tool}"
+            return Value(default, where, names[0])
+        name, node = found
+        line = self.lines.get(name, node.line)
+        if node.plain and _INTERPOLATED.search(node.written):
+            return Value(None, f"line {line}, which is filled in elsewhere", name, line)
+        return Value(read(node), f"line {line}", name, line)
+
+    def number(self, *names: str, default: float | None = None) -> Value:
+        """A number; text that is one counts."""
+        return self.value(*names, read=number, default=default)
+
+    def count(self, *names: str, default: int | None = None) -> Value:
+        """A whole number."""
+        return self.value(*names, read=count, default=default)
+
+    def flag(self, *names: str, default: bool | None = None) -> Value:
+        """True or false."""
+        return self.value(*names, read=flag, default=default)
+
+    def word(self, *names: str, default: str | None = None) -> Value:
+        """Text."""
+        return self.value(*names, read=word, default=default)
+
+    def names(self, *names: str, default: Any = None) -> Value:
+        """A list of names as a tuple, or one name or expression as text."""
+        return self.value(*names, read=names_in, default=default)
+
+    def numbered(self) -> Iterator[tuple[str, Node, int]]:
+        """Every key, its value and its line."""
+        for name, node in self.pairs.items():
+            yield name, node, self.lines.get(name, node.line)
+
+
+def number(node: Node) -> float | None:
+    """A finite number, or None."""
+    value = node.value
+    if isinstance(value, bool) or value is None:
+        return None
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def count(node: Node) -> int | None:
+    """A whole number, or None."""
+    found = number(node)
+    return int(found) if found is not None and abs(found) < 2**63 else None
+
+
+def flag(node: Node) -> bool | None:
+    """True or false, also as a word or a number; None for anything else."""
+    if isinstance(node.value, bool):
+        return node.value
+    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(
+        str(node.value).strip().lower()
+    )
+
+
+def word(node: Node) -> str | None:
+    """Text as written, or None for a collection."""
+    return None if node.items is not None or node.pairs is not None or node.value is None else node.written
+
+
+def names_in(node: Node) -> tuple[str, ...] | str | None:
+    """Members of a list as text, or one text."""
+    if node.items is not None:
+        return tuple(one.written for one in node.items if one.written)
+    return word(node)
+
+
+def comma_separated(value: Any) -> Any:
+    """A text with commas as a tuple of names; anything else as it is."""
+    if isinstance(value, str) and "," in value and not re.search(r"[()\\*|\[]", value):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value

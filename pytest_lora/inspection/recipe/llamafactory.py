@@ -1,0 +1,158 @@
+"""Recipes of LLaMA-Factory: a flat mapping that OmegaConf loads and transformers' parser takes.
+
+Source: ``llamafactory/hparams`` and ``llamafactory/model``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pytest_lora.facts.recipe import RunSetting, Value
+from pytest_lora.inspection.recipe.beside import Tree, strategy_by_name, zero_stage
+from pytest_lora.inspection.recipe.keys import VISION, Keys, comma_separated
+
+NAME = "LLaMA-Factory"
+KEYS = "llamafactory"
+STOPS_AT_UNKNOWN = True
+_MARKS = ("stage", "finetuning_type", "lora_target", "cutoff_len", "dataset_dir")
+_METHODS = ("bnb", "gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
+
+
+def is_mine(keys: Keys) -> bool:
+    """Whether a recipe is one of LLaMA-Factory."""
+    if not keys.has("model_name_or_path"):
+        return False
+    exports = keys.has("export_dir") and keys.has("template", "adapter_name_or_path")
+    return exports or keys.has(*_MARKS) or (keys.has("template") and keys.has("adapter_name_or_path", "infer_backend"))
+
+
+def left_alone(keys: Keys) -> str:
+    """Why a recipe is no LoRA training, or empty."""
+    method = keys.word("finetuning_type", default="lora").value
+    if method != "lora":
+        return f"its finetuning_type is {method}"
+    if keys.has("export_dir") and not keys.says("do_train"):
+        return "it exports a model"
+    if not keys.says("do_train"):
+        return "it trains nothing: do_train is not true"
+    return ""
+
+
+def setting(keys: Keys, tree: Tree) -> RunSetting:
+    """The effective setting."""
+    rank = keys.count("lora_rank", default=8)
+    alpha = keys.number("lora_alpha")
+    if alpha.value is None and not alpha.stated and rank.value is not None:
+        alpha = Value(2 * rank.value, "2 x lora_rank", "lora_alpha")
+    targets = keys.names("lora_target", default="all")
+    targets = replace(targets, value=comma_separated(targets.value))
+    if targets.value in ("all", ("all",)):
+        targets = replace(targets, value="all-linear")
+    tower = keys.flag("freeze_vision_tower", default=True)
+    saved = keys.names("additional_target")
+    return RunSetting(
+        tool=NAME,
+        base=keys.word("model_name_or_path"),
+        adapter=replace(keys.word("finetuning_type", default="lora"), value="lora"),
+        quantization=_quantization(keys),
+        double_quant=keys.flag("double_quantization", default=True),
+        dtype=_dtype(keys),
+        precision=_precision(keys),
+        objective=keys.word("stage", default="sft"),
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=keys.number("lora_dropout", default=0.0),
+        target_modules=targets,
+        exclude_modules=replace(tower, value=VISION if tower.value else None),
+        modules_to_save=replace(saved, value=_listed(comma_separated(saved.value))),
+        use_rslora=keys.flag("use_rslora", default=False),
+        use_dora=keys.flag("use_dora", default=False),
+        batch_size=keys.count("per_device_train_batch_size", default=8),
+        accumulation=keys.count("gradient_accumulation_steps", default=1),
+        seq_len=keys.count("cutoff_len", default=2048),
+        packing=keys.flag("packing", default=False),
+        attention=keys.word("flash_attn", default="auto"),
+        loss=_loss(keys),
+        gradient_checkpointing=_checkpointing(keys),
+        optimizer=keys.word("optim", default="adamw_torch_fused"),
+        learning_rate=keys.number("learning_rate", default=5e-5),
+        schedule=keys.word("lr_scheduler_type", default="linear"),
+        warmup_steps=keys.number("warmup_steps"),
+        warmup_ratio=keys.number("warmup_ratio"),
+        epochs=keys.number("num_train_epochs", default=3.0),
+        max_steps=keys.count("max_steps"),
+        loss_on=_loss_on(keys),
+        eval_strategy=keys.word("eval_strategy", default="no"),
+        eval_steps=keys.number("eval_steps"),
+        save_strategy=keys.word("save_strategy", default="steps"),
+        save_steps=keys.number("save_steps", default=500),
+        load_best_model_at_end=keys.flag("load_best_model_at_end", default=False),
+        strategy=_strategy(keys, tree),
+        continues=keys.word("adapter_name_or_path"),
+    )
+
+
+def _listed(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+def _quantization(keys: Keys) -> Value:
+    bits, method = keys.count("quantization_bit"), keys.word("quantization_method", default="bnb")
+    if bits.value is None:
+        if method.stated and method.value in ("bnb", "hqq", "eetq", "bitsandbytes"):
+            why = "LLaMA-Factory quantizes on the fly only where quantization_bit says to how many bits"
+            return Value(None, method.source, "quantization_bit", method.line, f"quantization_method: {method.value}", why)
+        return Value(None, f"default of {NAME}", "quantization_bit")
+    if method.value not in _METHODS:
+        why = (
+            f"LLaMA-Factory knows no quantization_method {method.value!r}: the base stays unquantized; the method is "
+            "called bnb"
+        )
+        return Value(None, method.source, "quantization_method", method.line, f"{bits.value}-bit weights", why)
+    kind = keys.word("quantization_type", default="nf4").value
+    found = {4: kind, 8: "int8"}.get(bits.value) if method.value == "bnb" else method.value
+    return replace(bits, value=found)
+
+
+def _precision(keys: Keys) -> Value:
+    for name, precision in (("bf16", "bf16"), ("pure_bf16", "bf16"), ("fp16", "fp16")):
+        if keys.says(name):
+            return Value(precision, f"line {keys.lines[name]}", name, keys.lines[name])
+    return Value(None, f"default of {NAME}", "bf16")
+
+
+def _dtype(keys: Keys) -> Value:
+    precision = _precision(keys)
+    names = {"bf16": "bfloat16", "fp16": "float16"}
+    if precision.value is None:
+        return Value(None, "the dtype of the base", "bf16")
+    return Value(names[precision.value], f"follows {precision.key}", precision.key)
+
+
+def _loss(keys: Keys) -> Value:
+    found = next((name for name in ("enable_liger_kernel", "use_unsloth") if keys.says(name)), None)
+    if found is None:
+        return Value("full", f"default of {NAME}")
+    return Value("chunked", f"line {keys.lines[found]}", found, keys.lines[found])
+
+
+def _checkpointing(keys: Keys) -> Value:
+    off = keys.flag("disable_gradient_checkpointing", default=False)
+    reentrant = keys.flag("use_reentrant_gc", default=True).value
+    return replace(off, value=False if off.value else "reentrant" if reentrant else True)
+
+
+def _loss_on(keys: Keys) -> Value:
+    found = keys.flag("train_on_prompt", default=False)
+    return replace(found, value="all tokens" if found.value else "answers")
+
+
+def _strategy(keys: Keys, tree: Tree) -> Value:
+    deepspeed = keys.word("deepspeed")
+    if deepspeed.value:
+        stage = zero_stage(tree.object(deepspeed.value))
+        return replace(deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}")
+    if keys.has("fsdp", "fsdp_config"):
+        name = "fsdp" if keys.has("fsdp") else "fsdp_config"
+        return Value("fsdp", f"line {keys.lines[name]}", name, keys.lines[name])
+    return Value("ddp", f"default of {NAME}", "deepspeed")

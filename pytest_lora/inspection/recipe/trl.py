@@ -1,0 +1,164 @@
+"""Recipes of TRL's command line: a flat mapping whose values become the defaults of argparse.
+
+Source: ``trl/scripts/utils.py`` (TrlParser), ``trl/trainer/model_config.py`` and the trainers' configurations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pytest_lora.facts.recipe import RunSetting, Value
+from pytest_lora.inspection.recipe.beside import Tree, strategy_by_name, strategy_of_accelerate, zero_stage
+from pytest_lora.inspection.recipe.keys import Keys, number
+
+NAME = "TRL"
+KEYS = "trl"
+STOPS_AT_UNKNOWN = False
+_MARKS = (
+    "use_peft", "dataset_name", "dataset_mixture", "dataset_mixer", "datasets", "lora_target_modules",
+    "assistant_only_loss", "completion_only_loss", "lora_task_type", "dataset_text_field",
+)  # fmt: skip
+_LORA = ("lora_r", "lora_alpha", "lora_target_modules", "lora_dropout", "lora_modules_to_save", "use_rslora", "use_dora")
+_BLOCKS = ("lora", "peft", "peft_config", "lora_config")
+_RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "grpo": 1e-6, "rloo": 1e-6, "reward": 1e-4}
+_PREFERENCE = ("beta", "loss_weights", "precompute_ref_log_probs", "max_prompt_length", "rpo_alpha", "label_smoothing")
+
+
+def is_mine(keys: Keys) -> bool:
+    """Whether a recipe is one of TRL's command line."""
+    return keys.has("model_name_or_path") and keys.has(*_MARKS)
+
+
+def left_alone(keys: Keys) -> str:
+    """Why a recipe is no LoRA training, or empty."""
+    asks = keys.says("use_peft") or keys.has(*_LORA) or any(_block(keys, name) for name in _BLOCKS)
+    return "" if asks else "it trains all weights"
+
+
+def _block(keys: Keys, name: str) -> bool:
+    found = keys.node(name)
+    return found is not None and found[1].pairs is not None
+
+
+def setting(keys: Keys, tree: Tree) -> RunSetting:
+    """The effective setting."""
+    objective = _objective(keys)
+    return RunSetting(
+        tool=NAME,
+        base=keys.word("model_name_or_path"),
+        adapter=_adapter(keys),
+        quantization=_quantization(keys),
+        double_quant=keys.flag("use_bnb_nested_quant", default=False),
+        dtype=_dtype(keys),
+        precision=_precision(keys),
+        objective=objective,
+        r=keys.count("lora_r", default=16),
+        lora_alpha=keys.number("lora_alpha", default=32),
+        lora_dropout=keys.number("lora_dropout", default=0.05),
+        target_modules=_targets(keys),
+        target_parameters=keys.names("lora_target_parameters"),
+        modules_to_save=keys.names("lora_modules_to_save"),
+        use_rslora=keys.flag("use_rslora", default=False),
+        use_dora=keys.flag("use_dora", default=False),
+        task_type=keys.word("lora_task_type", default="CAUSAL_LM"),
+        batch_size=keys.count("per_device_train_batch_size", default=8),
+        accumulation=keys.count("gradient_accumulation_steps", default=1),
+        seq_len=keys.count("max_length", default=1024),
+        packing=keys.flag("packing", default=False),
+        attention=keys.word("attn_implementation"),
+        loss=Value("chunked" if objective.value == "sft" else "full", f"default of {NAME}", "loss_type"),
+        gradient_checkpointing=keys.flag("gradient_checkpointing", default=True),
+        optimizer=keys.word("optim", default="adamw_torch_fused"),
+        learning_rate=keys.number("learning_rate", default=_RATES.get(objective.value)),
+        schedule=keys.word("lr_scheduler_type", default="linear"),
+        warmup_steps=keys.number("warmup_steps", default=0),
+        epochs=keys.number("num_train_epochs", default=3.0),
+        max_steps=keys.count("max_steps"),
+        loss_on=_loss_on(keys),
+        eval_strategy=keys.word("eval_strategy", default="no"),
+        eval_steps=keys.number("eval_steps"),
+        save_strategy=keys.word("save_strategy", default="steps"),
+        save_steps=keys.number("save_steps", default=500),
+        load_best_model_at_end=keys.flag("load_best_model_at_end", default=False),
+        gpus=keys.count("num_processes"),
+        strategy=_strategy(keys, tree),
+    )
+
+
+def _adapter(keys: Keys) -> Value:
+    switch = keys.flag("use_peft", default=False)
+    if switch.value:
+        return replace(switch, value="lora")
+    wanted = keys.node(*_LORA) or next(filter(None, (keys.node(name) for name in _BLOCKS)), None)
+    asked = "a LoRA adapter" if wanted is None else wanted[0]
+    line = switch.line or (None if wanted is None else keys.lines.get(wanted[0]))
+    why = "without use_peft: true TRL ignores every lora_* key and trains all weights"
+    return Value(None, switch.source, "use_peft", line, asked, why)
+
+
+def _quantization(keys: Keys) -> Value:
+    if keys.says("load_in_4bit"):
+        kind = keys.word("bnb_4bit_quant_type", default="nf4").value
+        return Value(kind, f"line {keys.lines['load_in_4bit']}", "load_in_4bit", keys.lines["load_in_4bit"])
+    if keys.says("load_in_8bit"):
+        return Value("int8", f"line {keys.lines['load_in_8bit']}", "load_in_8bit", keys.lines["load_in_8bit"])
+    return Value(None, f"default of {NAME}", "load_in_4bit")
+
+
+def _dtype(keys: Keys) -> Value:
+    found = keys.word("dtype", default="float32")
+    if found.value == "auto":
+        return replace(found, value=None)
+    return replace(found, value={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(found.value, found.value))
+
+
+def _precision(keys: Keys) -> Value:
+    if keys.says("fp16"):
+        return Value("fp16", f"line {keys.lines['fp16']}", "fp16", keys.lines["fp16"])
+    found = keys.flag("bf16", default=True)
+    return replace(found, value="bf16" if found.value else None)
+
+
+def _objective(keys: Keys) -> Value:
+    found = keys.node(*_PREFERENCE)
+    if found is not None:
+        name = found[0]
+        return Value("dpo", f"line {keys.lines[name]}", name, keys.lines[name])
+    if keys.has("num_generations", "reward_funcs"):
+        return Value("grpo", "", "num_generations")
+    return Value("sft", "the keys of trl sft")
+
+
+def _targets(keys: Keys) -> Value:
+    """A list of one becomes a text, which PEFT reads as an expression for whole names."""
+    found = keys.names("lora_target_modules")
+    names: Any = found.value
+    if isinstance(names, tuple) and len(names) == 1:
+        return replace(found, value=names[0])
+    return found
+
+
+def _loss_on(keys: Keys) -> Value:
+    for name in ("assistant_only_loss", "completion_only_loss"):
+        if keys.says(name):
+            return Value("answers", f"line {keys.lines[name]}", name, keys.lines[name])
+    return Value("all tokens", f"default of {NAME}", "assistant_only_loss")
+
+
+def _strategy(keys: Keys, tree: Tree) -> Value:
+    named = keys.word("accelerate_config", "config_file")
+    if named.value:
+        beside = strategy_of_accelerate(tree.object(named.value))
+        return replace(named, value=beside or strategy_by_name(named.value))
+    deepspeed = keys.word("deepspeed", "deepspeed_config_file")
+    if deepspeed.value:
+        stage = zero_stage(tree.object(deepspeed.value))
+        return replace(deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}")
+    stage_key = keys.node("zero_stage")
+    if stage_key is not None and number(stage_key[1]) in (0, 1, 2, 3):
+        return Value(f"zero{stage_key[1].value}", f"line {keys.lines['zero_stage']}", "zero_stage", keys.lines["zero_stage"])
+    for name in ("use_fsdp", "fsdp", "fsdp_config", "fsdp_version", "fsdp_sharding_strategy"):
+        if keys.has(name):
+            return Value("fsdp", f"line {keys.lines[name]}", name, keys.lines[name])
+    return Value("ddp", f"default of {NAME}", "accelerate_config")

@@ -1,0 +1,133 @@
+"""Keys of a recipe that nothing reads, and values that are not of the kind that their key takes."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
+from types import ModuleType
+from typing import Any
+
+from pytest_lora.facts.recipe import UnknownKey, WrongKind
+from pytest_lora.inspection.recipe.keys import Keys
+from pytest_lora.inspection.recipe.yaml_file import Node, YamlFile
+
+DROPPED = {"axolotl": ("lora_exclude_modules",)}
+"""Keys that the code would read, and that the schema does not let through."""
+
+NUMBERS = frozenset(
+    ["learning_rate", "lr", "lora_alpha", "lora_r", "lora_rank", "lora_dropout", "warmup_ratio", "weight_decay",
+     "num_train_epochs", "num_epochs", "max_steps", "warmup_steps", "micro_batch_size", "per_device_train_batch_size",
+     "gradient_accumulation_steps", "sequence_len", "cutoff_len", "max_length", "max_seq_length", "max_grad_norm",
+     "adam_beta1", "adam_beta2", "adam_epsilon", "adam_eps", "logging_steps", "save_steps", "eval_steps", "val_size",
+     "val_set_size", "loraplus_lr_ratio", "neftune_noise_alpha", "pref_beta", "beta", "rl_beta"]
+)  # fmt: skip
+"""Keys that take a number in every tool that has them."""
+
+WORDS = frozenset(
+    ["eval_strategy", "save_strategy", "evaluation_strategy", "logging_strategy", "report_to", "lr_scheduler_type"]
+)
+"""Keys that take a word, of which ``no`` is one."""
+
+PATHS = frozenset(
+    ["base_model", "model_name_or_path", "model", "model_name", "model_id", "adapter_name_or_path", "adapters",
+     "lora_model_dir", "resume_from_checkpoint", "dataset_dir", "deepspeed", "train_file", "dataset_name",
+     "pretrained_model_name_or_path", "model_path", "data_files", "data_path", "dataset_prepared_path", "dataset",
+     "path", "tokenizer_name_or_path"]
+)  # fmt: skip
+"""Keys that take a path from which something is read."""
+
+_TEXT_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+_COMMA = re.compile(r"[-+]?\d+,\d+([eE][-+]?\d+)?")
+
+
+@cache
+def known_keys() -> dict[str, Any]:
+    """What each tool's keys are: ``version``, ``keys``, ``removed``, ``renamed``, ``plugins``."""
+    text = (files("pytest_lora.inspection.recipe") / "known_keys.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return {tool: {**one, "keys": frozenset(one["keys"])} for tool, one in found.items()}
+
+
+def unknown_keys(keys: Keys, tool: ModuleType, file: YamlFile) -> Iterator[UnknownKey]:
+    """Keys at the top that the tool does not have, and those of blocks where it reads none."""
+    known = known_keys().get(tool.KEYS)
+    if known is None:
+        return
+    plugins = _plugin_keys(keys, known)
+    if plugins is None:
+        return  # a plugin that is not known may bring any key
+    for name, node, line in keys.numbered():
+        if name in known["keys"] or name in plugins or name.startswith(("_", "x-", ".")):
+            continue
+        text = file.lines[line - 1].strip() if 0 < line <= len(file.lines) else name
+        yield _unknown(name, node, line, text, known, tool)
+
+
+def _unknown(name: str, node: Node, line: int, text: str, known: dict[str, Any], tool: ModuleType) -> UnknownKey:
+    meant, since = known["renamed"].get(name), known["removed"].get(name, "")
+    if name in DROPPED.get(tool.KEYS, ()):
+        return UnknownKey(name, line, text, "dropped", None, "", False)
+    kind = "renamed" if meant else "removed" if since else "block" if node.pairs else "unknown"
+    if meant is None and not since:
+        near = difflib.get_close_matches(name, known["keys"], n=1, cutoff=0.8)
+        meant = near[0] if near else None
+    # With a command of its own TRL passes unknown keys to accelerate, which stops; its scripts drop them.
+    return UnknownKey(name, line, text, kind, meant, since, tool.STOPS_AT_UNKNOWN)  # type: ignore[arg-type]
+
+
+def _plugin_keys(keys: Keys, known: dict[str, Any]) -> frozenset[str] | None:
+    found: set[str] = set()
+    plugins = keys.names("plugins").value if keys.has("plugins") else ()
+    for plugin in (plugins,) if isinstance(plugins, str) else plugins or ():
+        home = plugin.rpartition(".")[0] or plugin
+        brought = next((own for name, own in known.get("plugins", {}).items() if home.startswith(name)), None)
+        if brought is None:
+            return None
+        found.update(brought)
+    return frozenset(found)
+
+
+def wrong_kinds(file: YamlFile, tool: ModuleType) -> Iterator[WrongKind]:
+    """Values anywhere in the file that are not of the kind that their key takes."""
+    waiting = [file.root]
+    seen: set[int] = set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        waiting.extend(node.items or ())
+        for name, value in (node.pairs or {}).items():
+            waiting.append(value)
+            found = _wrong(name, value, node.lines.get(name, value.line), tool)
+            if found is not None:
+                yield found
+
+
+def _wrong(name: str, node: Node, line: int, tool: ModuleType) -> WrongKind | None:
+    text = node.written
+    if name in NUMBERS and isinstance(node.value, str):
+        if node.plain and _TEXT_NUMBER.fullmatch(text) and tool.KEYS == "":
+            mended = _with_dot(text)
+            became = f"the text {text!r}: YAML 1.1 reads a float only with a dot"
+            return WrongKind(name, line, text, became, "a number", mended, True)
+        if _COMMA.fullmatch(text):
+            return WrongKind(name, line, text, f"the text {text!r}", "a number with a dot", text.replace(",", "."), True)
+    if name in NUMBERS and node.items and len(node.items) == 2 and all(str(i.written).isdigit() for i in node.items):
+        return None
+    if name in WORDS and isinstance(node.value, bool) and node.plain and text.lower() in ("no", "off", "yes", "on"):
+        became = f"the bool {str(node.value).lower()}: YAML 1.1 reads a bare {text} so"
+        return WrongKind(name, line, text, became, "a word", f'"{text}"', tool.KEYS != "axolotl")
+    if name in PATHS and isinstance(node.value, str) and text.startswith("~"):
+        became = f"the path {text!r} as it stands: nobody expands ~"
+        return WrongKind(name, line, text, became, "an absolute path, or one relative to where the run starts", f"/home/USER{text[1:]}", True)
+    return None
+
+
+def _with_dot(text: str) -> str:
+    mantissa, exponent = re.split("[eE]", text)
+    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if exponent[0] in "+-" else f"{float(text):g}"
