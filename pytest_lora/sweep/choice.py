@@ -383,17 +383,6 @@ def _share_in_doubt(
     )
 
 
-def is_enough(share: float, wanted: float) -> bool:
-    """Whether a share reaches a threshold; the last digits, which are rounding, do not count."""
-    return share >= wanted - 1e-9
-
-
-def percent(share: float) -> str:
-    """A share in percent, with three digits: ``"97.8 %"``."""
-    value = 100 * share + 0.0  # which makes a plain zero of a negative one
-    return f"{value:.3g} %" if abs(value) < 999.5 else f"{value:.0f} %"
-
-
 def require_share(name: str, value: object) -> float:
     """A number above 0 and at most 1.
 
