@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
-from pytest_lora.facts.memory import AMPERE_WORKSPACE, Checkpointing, MemoryEstimate, StepSetting
+from pytest_lora.facts.memory import MemoryEstimate, StepSetting
+from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.setting import checked_setting, require_count
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
-    from transformers import BitsAndBytesConfig, PretrainedConfig
+    from transformers import PretrainedConfig
 
     from pytest_lora.inspection.memory.predictor import Predictor
 
+    Base: TypeAlias = nn.Module | PretrainedConfig | str | os.PathLike[str]
 
+
+@names_settings
 def estimate_memory(
-    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
     config: LoraConfig,
+    base: Base,
     *,
     batch_size: int,
     seq_len: int,
-    quantization: str | BitsAndBytesConfig | None = None,
-    dtype: str = "bfloat16",
-    gradient_checkpointing: Checkpointing = False,
-    optimizer: str = "adamw_torch",
-    padding_mask: bool = False,
-    accumulation: int = 1,
-    outputs_held: bool = False,
-    prepare_for_kbit: bool | None = None,
-    autocast: bool | None = None,
-    adapter_dtype: str = "float32",
-    use_cache: bool = False,
-    empty_cache: bool = False,
-    workspace: int | str = AMPERE_WORKSPACE,
+    **setting: Unpack[StepArguments],
 ) -> MemoryEstimate:
     """Predict the GPU memory of one training step.
 
@@ -47,9 +38,9 @@ def estimate_memory(
     that are like their neighbours are run once and counted often. Nothing is read, downloaded or changed.
 
     Args:
+        config: The adapter. It and the base are understood in either order.
         base: A live model without adapter, a ``PretrainedConfig``, or the path of a model folder or
             ``config.json``.
-        config: The adapter.
         batch_size: Sequences (or images) in a micro-batch, at least 1.
         seq_len: Tokens in each, padding included, at least 1.
         quantization: ``"nf4"``, ``"fp4"`` (4 bits, no double quantization), ``"int8"``, a
@@ -77,24 +68,7 @@ def estimate_memory(
         ValueError: An argument is out of its range, the base cannot be built, PEFT refuses the
             configuration, or the model does something that needs values; the message names it.
     """
-    memory = step_memory(
-        base,
-        config,
-        quantization=quantization,
-        dtype=dtype,
-        gradient_checkpointing=gradient_checkpointing,
-        optimizer=optimizer,
-        padding_mask=padding_mask,
-        accumulation=accumulation,
-        outputs_held=outputs_held,
-        prepare_for_kbit=prepare_for_kbit,
-        autocast=autocast,
-        adapter_dtype=adapter_dtype,
-        use_cache=use_cache,
-        empty_cache=empty_cache,
-        workspace=workspace,
-    )
-    return memory.estimate(batch_size, seq_len)
+    return step_memory(config, base, **setting).estimate(batch_size, seq_len)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,23 +105,21 @@ class StepMemory:
         )
 
 
-def step_memory(
-    base: nn.Module | PretrainedConfig | str | os.PathLike[str], config: LoraConfig, **setting: Any
-) -> StepMemory:
+@names_settings
+def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]) -> StepMemory:
     """The memory of one base and adapter at any batch size, sequence length and rank.
 
     For many estimates, which then share what they have in common.
 
     Args:
-        base: As for ``estimate_memory``.
         config: The adapter.
+        base: As for ``estimate_memory``.
         setting: The other arguments of ``estimate_memory``, ``batch_size`` and ``seq_len`` aside.
 
     Raises:
         TypeError, ValueError: As ``estimate_memory``.
     """
-    _require_config(config)
-    checked = checked_setting(**{**_DEFAULTS, **setting})
+    checked = checked_setting(**setting)
     if isinstance(base, (str, os.PathLike)):
         from pytest_lora.inspection.skeleton import read_config
 
@@ -155,18 +127,6 @@ def step_memory(
     return StepMemory(_predictor(base, config, checked), config.r)
 
 
-def _require_config(config: Any) -> None:
-    from pytest_lora.inspection.peft_internals import LoraConfig
-
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"config must be a peft.LoraConfig, not {type(config).__name__}")
-
-
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(estimate_memory).parameters.items()
-    if parameter.default is not inspect.Parameter.empty
-}
 _KEPT = 64
 _predictors: dict[Any, Predictor] = {}
 
