@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
@@ -136,13 +138,14 @@ def _predictor(base: Any, config: LoraConfig, setting: StepSetting) -> Predictor
 
     A live model may change, so that nothing is kept for it.
     """
+    from transformers import PretrainedConfig
+
     from pytest_lora.inspection.memory.predictor import Predictor
 
-    description = _described(base)
-    if description is None:
+    if not isinstance(base, PretrainedConfig):
         return Predictor(base, config, setting)
-    fields = {k: v for k, v in vars(config).items() if k not in ("r", "lora_alpha")}
-    key = (description, repr(sorted(fields.items(), key=str)), setting)
+    adapter = {name: value for name, value in vars(config).items() if name not in ("r", "lora_alpha")}
+    key = (_identity(base), type(config), _identity(adapter), setting)
     if key not in _predictors:
         if len(_predictors) >= _KEPT:
             del _predictors[next(iter(_predictors))]
@@ -150,13 +153,17 @@ def _predictor(base: Any, config: LoraConfig, setting: StepSetting) -> Predictor
     return _predictors[key]
 
 
-def _described(base: Any) -> str | None:
-    """Text that tells one configuration from another; None for a live model."""
-    from transformers import PretrainedConfig
-
-    if isinstance(base, PretrainedConfig):
-        return f"{type(base).__name__} {base.to_json_string(use_diff=False)}"
-    return None
+def _identity(value: Any) -> Hashable:
+    """What tells one configuration from another: every attribute, private ones too (the attention, for one)."""
+    if isinstance(value, Mapping):
+        return frozenset((str(name), _identity(part)) for name, part in value.items())
+    if isinstance(value, (set, frozenset)):
+        return frozenset(map(_identity, value))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_identity, value))
+    if hasattr(value, "__dict__") and not isinstance(value, (type, Enum)):
+        return type(value), _identity(vars(value))
+    return type(value), repr(value)
 
 
 def estimate_of_model(model: nn.Module, batch: Any) -> MemoryEstimate | None:
