@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
@@ -36,6 +36,7 @@ class StepArguments(TypedDict, total=False):
     use_cache: bool
     empty_cache: bool
     workspace: int | str
+    frozen: Sequence[str]
 
 
 _SPELLINGS = {

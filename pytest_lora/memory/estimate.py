@@ -59,11 +59,13 @@ def estimate_memory(
         autocast: Whether the forward runs under ``torch.autocast``, as in the Trainer with ``bf16=True`` or
             ``fp16=True``. Default: yes where ``dtype`` is one of these.
         adapter_dtype: Dtype of the adapter: PEFT keeps it in ``"float32"`` unless
-            ``autocast_adapter_dtype=False``.
+            ``autocast_adapter_dtype=False``; it holds for gradients and optimizer states too.
         use_cache: Whether the model keeps keys and values for generation while it trains.
         empty_cache: Whether the loop calls ``torch.cuda.empty_cache`` between steps.
         workspace: Bytes of cuBLAS's workspace: 8,519,680 on Ampere and Ada, ``"32MiB"`` on Hopper;
             ``torch.backends.cuda.cublas_workspace_size()`` says it on the GPU itself.
+        frozen: Parameters of the adapter that are not trained: ``["lora_A"]`` as in LoRA-FA, or whole names in
+            the base. ``optimizer="lorafa"``, PEFT's own, freezes them by itself.
 
     Raises:
         TypeError: An argument has the wrong type.

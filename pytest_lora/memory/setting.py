@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.byte_sizes import parse_bytes
@@ -40,6 +41,7 @@ def checked_setting(
     use_cache: bool = False,
     empty_cache: bool = False,
     workspace: int | str = AMPERE_WORKSPACE,
+    frozen: Sequence[str] = (),
 ) -> StepSetting:
     """The arguments of ``estimate_memory`` as facts; batch size and sequence length are left at 1.
 
@@ -81,6 +83,7 @@ def checked_setting(
         optimizer=optimizer,
         accumulation=require_count("accumulation", accumulation),
         workspace=parse_bytes(workspace, "workspace"),
+        frozen=_names("frozen", frozen),
         **flags,
     )
 
@@ -109,6 +112,16 @@ def _quantization(given: Any, dtype: str) -> Quantization | None:
         compute_dtype=str(given.bnb_4bit_compute_dtype).removeprefix("torch."),
         skip_modules=skipped,
     )
+
+
+def _names(name: str, given: Any) -> tuple[str, ...]:
+    if (
+        isinstance(given, str)
+        or not isinstance(given, Sequence)
+        or not all(isinstance(n, str) for n in given)
+    ):
+        raise TypeError(f'{name} must be a list of names such as ["lora_A"], not {given!r}')
+    return tuple(given)
 
 
 def _dtype(name: str, given: Any) -> str:

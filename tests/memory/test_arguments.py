@@ -76,3 +76,9 @@ def test_adapter_and_base_are_understood_in_either_order() -> None:
 )
 def test_usual_spellings_are_taken(written: Any, meant: Any) -> None:
     assert checked_setting(**written) == checked_setting(**meant)
+
+
+def test_frozen_is_a_list_of_names() -> None:
+    wrong: Any = "lora_A"
+    with pytest.raises(TypeError, match=r'^frozen must be a list of names such as \["lora_A"\], not '):
+        estimate_memory(CONFIG, BASE, batch_size=1, seq_len=8, frozen=wrong)
