@@ -67,7 +67,7 @@ def check_memory(
     if not isinstance(advise, bool):
         raise TypeError(f"advise must be True or False, not {advise!r}")
     limit = require_budget(budget)
-    estimate = estimate_memory(base, config, batch_size=batch_size, seq_len=seq_len, **setting)
+    estimate = estimate_memory(config, base, batch_size=batch_size, seq_len=seq_len, **setting)
     return _judge_memory(base, config, setting, estimate, limit, expect, advise=advise)
 
 
