@@ -15,26 +15,32 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 ELSEWHERE = {
-    "batch": "batches",
-    "per_device_train_batch_size": "batch_size",
-    "micro_batch_size": "batch_size",
-    "gradient_accumulation_steps": "accumulation",
-    "max_length": "seq_len",
-    "max_seq_length": "seq_len",
-    "sequence_len": "seq_len",
-    "cutoff_len": "seq_len",
-    "lr": "learning_rate",
-    "optim": "optimizer",
-    "rank": "r",
-    "alpha": "lora_alpha",
+    "batch": "batches=",
+    "bf16": 'dtype="bfloat16"',
+    "bnb_config": "quantization=",
+    "base_model": "base=",
+    "cutoff_len": "seq_len=",
+    "fp16": 'dtype="float16"',
+    "gradient_accumulation_steps": "accumulation=",
     "load_in_4bit": 'quantization="nf4"',
     "load_in_8bit": 'quantization="int8"',
-    "lora_config": "config",
-    "peft_config": "config",
-    "base_model": "base",
-    "model_name_or_path": "base",
+    "lora_config": "config=",
+    "lr": "learning_rate=",
+    "max_length": "seq_len=",
+    "max_seq_length": "seq_len=",
+    "micro_batch_size": "batch_size=",
+    "model": "base=",
+    "model_name_or_path": "base=",
+    "optim": "optimizer=",
+    "peft_config": "config=",
+    "per_device_train_batch_size": "batch_size=",
+    "quantization_config": "quantization=",
+    "sequence_len": "seq_len=",
+    "torch_dtype": "dtype=",
+    "use_gradient_checkpointing": "gradient_checkpointing=",
+    "vram": "budget=",
 }
-"""What arguments are called elsewhere, and what they are called here."""
+"""What trainers and recipes call an argument of ours, and how to write it here."""
 
 
 def refusing(function: Callable[P, R], name: str | None = None) -> Callable[P, R]:
@@ -51,11 +57,11 @@ def refusing(function: Callable[P, R], name: str | None = None) -> Callable[P, R
         __tracebackhide__ = True
         for key in kwargs:
             if key not in signature.parameters:
-                raise TypeError(f"{called}() has no argument {key!r}; {_meant(key, [*signature.parameters])}")
+                raise TypeError(f"{called} has no argument {key!r}; {_meant(key, [*signature.parameters])}")
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{called}(): {error}") from None
+            raise TypeError(f"{called}: {error}") from None
         return function(*args, **kwargs)
 
     asked.__name__ = asked.__qualname__ = called
@@ -63,11 +69,11 @@ def refusing(function: Callable[P, R], name: str | None = None) -> Callable[P, R
 
 
 def _meant(key: str, known: list[str]) -> str:
-    elsewhere = ELSEWHERE.get(key)
-    if elsewhere and elsewhere.partition("=")[0] in known:
+    elsewhere = ELSEWHERE.get(key, "")
+    if elsewhere.partition("=")[0] in known:
         return f"write {elsewhere}"
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}"
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"write {close[0]}=" if close else f"it has {', '.join(known)}"
 
 
 def adapter_and_base(config: Any, base: Any) -> tuple[Any, Any]:
@@ -192,7 +198,9 @@ def require_loss_fn(loss_fn: Any) -> None:
         TypeError: It cannot.
     """
     if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"loss_fn must be called with a model and a batch; {type(loss_fn).__name__} cannot be")
+        raise TypeError(
+            f"loss_fn must be called with a model and a batch; {type(loss_fn).__name__} cannot be"
+        )
 
 
 def require_trainers(optimizer: Any, scheduler: Any, scaler: Any) -> None:

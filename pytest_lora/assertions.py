@@ -18,7 +18,7 @@ from pytest_lora.checks.checkpoint import check_checkpoint, check_resume
 from pytest_lora.checks.config import check_config
 from pytest_lora.checks.history import diagnose_history
 from pytest_lora.checks.memory import check_memory
-from pytest_lora.checks.model import check_model
+from pytest_lora.checks.model import check_adapters_in_sync, check_model
 from pytest_lora.checks.properties import check_adapter_shapes, check_alpha_ratio, check_param_ratio
 from pytest_lora.checks.training import check_loss_decreases, check_training
 from pytest_lora.findings import LoraHealthWarning, Report
@@ -61,7 +61,7 @@ def demand(report: Report) -> Report:
     """
     __tracebackhide__ = True
     delivered.append(report)
-    if not report.ok or (in_force().strict and report.warnings):
+    if in_force().strict and report.codes:
         raise LoraHealthError(report)
     depth = stack_level("pytest_lora")
     strict: list[str] = []
@@ -70,6 +70,8 @@ def demand(report: Report) -> Report:
             warnings.warn(str(finding), LoraHealthWarning, stacklevel=depth)
         except LoraHealthWarning as warning:
             strict.append(str(warning))
+    if not report.ok:
+        raise LoraHealthError(report)
     if strict:
         raise LoraHealthWarning("\n\n".join(strict))
     return report
@@ -83,12 +85,15 @@ def asserting(check: Callable[P, Report], name: str) -> Callable[P, Report]:
         __tracebackhide__ = True
         return demand(check(*args, **kwargs))
 
-    doc = (check.__doc__ or "").replace("    Raises:\n", "    Raises:\n        LoraHealthError: There are errors.\n", 1)
+    doc = (check.__doc__ or "").replace(
+        "    Raises:\n", "    Raises:\n        LoraHealthError: There are errors.\n", 1
+    )
     asserted.__doc__ = f"Raise ``LoraHealthError`` where ``{check.__name__}`` finds errors.\n\n    {doc}"
     asserted.__module__ = __name__
     return refusing(asserted, name)
 
 
+assert_adapters_in_sync = asserting(check_adapters_in_sync, "assert_adapters_in_sync")
 assert_adapter_shapes = asserting(check_adapter_shapes, "assert_adapter_shapes")
 assert_alpha_ratio = asserting(check_alpha_ratio, "assert_alpha_ratio")
 assert_checkpoint_healthy = asserting(check_checkpoint, "assert_checkpoint_healthy")

@@ -140,7 +140,9 @@ class Report:
         """
         known = dict(self.measured)
         if name not in known:
-            raise KeyError(f"nothing is measured under {name!r}; there are {', '.join(known) or 'no numbers'}")
+            raise KeyError(
+                f"nothing is measured under {name!r}; there are {', '.join(known) or 'no numbers'}"
+            )
         return known[name]
 
     def without_figures(self) -> Report:
@@ -152,7 +154,7 @@ class Report:
         return replace(self, measured=())
 
     def to_json(self) -> str:
-        """The report as one JSON object: ``subject``, ``ok``, ``findings``; ``measured`` and ``figures`` where there are any."""
+        """The report as one JSON object: ``subject``, ``ok``, ``findings``; also ``measured`` and ``figures`` if any."""
         data: dict[str, object] = {
             "subject": self.subject,
             "ok": self.ok,

@@ -107,8 +107,8 @@ def _of_the_config(facts: CheckpointFacts, expect: Expect) -> Iterator[Finding]:
             yield from judge([config], expect, where=lambda rule: rule.on_saved == "alone")
     elif fit.config is not None and not facts.is_foreign:
         # PEFT saves whole embeddings where the vocabulary was resized, whatever the configuration says.
-        sides = (fit.base.input_embeddings, fit.base.output_embeddings)
-        stored = tuple(side for side in sides if side is not None and facts.holds(side))
+        inputs, outputs = fit.base.input_embeddings, fit.base.output_embeddings
+        stored = tuple(filter(None, (inputs, outputs))) if inputs and facts.holds(inputs) else ()
         compared, merged = fit.compared, expect.will_merge is True
 
         def matters(rule: Rule) -> bool:

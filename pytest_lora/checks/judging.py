@@ -35,5 +35,3 @@ def reported(
 ) -> Report:
     """A report on findings, as far as they are selected."""
     return Report(subject, tuple(selected(findings, select, ignore)), figures, measured)
-
-

@@ -73,3 +73,37 @@ def check_model(
         model, batches, optimizer=optimizer, steps=taken, expect=expect, select=select, ignore=ignore
     )
     return Report(subject, (*report.findings, *trained.findings), trained.figures, report.measured)
+
+
+@refusing
+def check_adapters_in_sync(
+    model: nn.Module,
+    *,
+    expect: Expect | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+) -> Report:
+    """Judge whether every rank has the same adapter, bit for bit; call it on all ranks, after an optimizer step.
+
+    What is compared are the adapter's weights and all that is trained. Sharded weights (FSDP) are put together
+    first, by all ranks at once.
+
+    Args:
+        model: A model with LoRA layers, also inside DDP or FSDP.
+        expect: What is meant, where only the user can know it.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
+
+    Returns:
+        The same report on every rank, with code LORA950 where weights differ: their names, the ranks, by how much.
+
+    Raises:
+        RuntimeError: There is no process group.
+        TypeError: The model has no adapter, or an argument has the wrong type.
+        ValueError: A code does not exist.
+    """
+    from pytest_lora.inspection.ranks import sync_facts
+
+    expect = require_expect(expect)
+    facts = sync_facts(model)
+    return report_on(f"adapter on {facts.ranks} ranks", [facts], expect, select, ignore)

@@ -135,8 +135,8 @@ def check_adapter_shapes(
     itself moved by, has a numerical rank of r at most, and the base weight did not move. Where ``B @ A`` was not
     zero before, as in a trained adapter or under PiSSA, the bound is 2 r: the difference of two products of rank r is
     one product with twice as many columns, ``[B B'] [A; -A']``. The magnitude of DoRA, which rescales whole rows, is
-    left out. No step is taken where a shape does not fit, as that model cannot run. Afterwards everything is bit for bit
-    what it was.
+    left out. No step is taken where a shape does not fit, as that model cannot run. Afterwards everything is bit
+    for bit what it was.
 
     Args:
         model: A model that carries LoRA layers.

@@ -17,6 +17,7 @@ from pytest_lora.arguments import (
 )
 from pytest_lora.checks.judging import report_on
 from pytest_lora.expect import Expect
+from pytest_lora.facts.figures import Figure
 from pytest_lora.facts.figures.adapter_maps import model_maps
 from pytest_lora.facts.figures.curves import drop_curve
 from pytest_lora.facts.measures import of_drop, of_model
@@ -191,6 +192,7 @@ def check_loss_decreases(
     plan = Plan(steps=steps, rate=learning_rate, optimizer=optimizer, loss_fn=loss_fn)
     facts, drop = loss_drop(model, batches, plan, by, place(model, device, optimizer))
     subject = f"loss of {type(model).__name__} of {facts.model.base.architecture} over {steps} steps"
-    judged = [] if drop.healthy else [drop, facts, facts.optimizer]
-    figures = (drop_curve(subject, drop), *model_maps(facts.model, facts))
+    judged: list[object] = [] if drop.healthy else [drop, facts, facts.optimizer]
+    curve: tuple[Figure, ...] = (drop_curve(subject, drop),)
+    figures = curve + model_maps(facts.model, facts)
     return report_on(subject, judged, expect, select, ignore, figures, of_drop(drop))

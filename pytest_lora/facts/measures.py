@@ -75,7 +75,7 @@ def _scalings(adapter: str, scaled: Iterable[tuple[str, float]]) -> Iterator[tup
     for kind, values in kinds.items():
         name = f"scaling of {kind} in {adapter}"
         if len(values) == 1:
-            yield name, *values
+            yield name, min(values)
         else:
             yield f"{name}, smallest", min(values)
             yield f"{name}, largest", max(values)

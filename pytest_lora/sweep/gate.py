@@ -13,7 +13,7 @@ from pytest_lora.findings import Report
 from pytest_lora.sweep.choice import METRIC_SHARE
 from pytest_lora.sweep.figure import figure_of
 from pytest_lora.sweep.result import SweepResult
-from pytest_lora.sweep.rows import RankRow
+from pytest_lora.sweep.rows import RankOutcome
 from pytest_lora.sweep.table import number
 
 
@@ -69,7 +69,7 @@ def check_rank_suffices(
 assert_rank_suffices = asserting(check_rank_suffices, "assert_rank_suffices")
 
 
-def _measured(row: RankRow, share: float | None) -> MeasuredRank:
+def _measured(row: RankOutcome, share: float | None) -> MeasuredRank:
     metric = None
     if row.metric is not None:
         metric = number(row.metric) + ("" if row.spread is None else f" +- {row.spread:.2g}")

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import chain, groupby
+from itertools import chain
 from typing import Literal
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.checkpoint import AdaptedModule, CheckpointFacts
 from pytest_lora.facts.config import ConfigFacts, Settings
-from pytest_lora.facts.figures import AdapterMap, CellState, LossCurve, MemoryBudget, WhatIf
-from pytest_lora.facts.history import HistoryFacts
-from pytest_lora.facts.memory import MemoryFacts
+from pytest_lora.facts.figures import AdapterMap, CellState
 from pytest_lora.facts.model import LayerState, ModelFacts
-from pytest_lora.facts.training import LossDrop, TensorFacts, TrainingFacts
+from pytest_lora.facts.training import TensorFacts, TrainingFacts
 
 SHOWN_ADAPTERS = 8
 """Maps of one model; of more adapters the active ones come first."""
@@ -215,5 +213,3 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
-
-

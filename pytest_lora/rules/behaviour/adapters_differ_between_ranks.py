@@ -23,12 +23,12 @@ def adapters_differ_between_ranks(facts: SyncFacts, expect: Expect) -> Iterator[
 
     ## Example
     ```python
-    report = run_distributed(step_without_synchronisation)[0]
+    report = run_distributed(step_without_synchronisation, args=[check_adapters_in_sync])[0]
     ```
 
     ## Use instead
     ```python
-    report = run_distributed(step_in_ddp)[0]
+    report = run_distributed(step_in_ddp, args=[check_adapters_in_sync])[0]
     ```
 
     ## References

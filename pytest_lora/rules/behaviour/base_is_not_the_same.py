@@ -21,14 +21,16 @@ def base_is_not_the_same(facts: ReloadFacts, expect: Expect) -> Iterator[Violati
     ## Example
     ```python
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-    base.get_parameter("model.norm.weight").data += 0.5
-    report = check_reload(model, batch, base=LlamaForCausalLM(base.config))
+    report = check_reload(model, batch, base=type(base)(base.config))
     ```
 
     ## Use instead
     ```python
+    from copy import deepcopy
+
+    fresh = deepcopy(base)
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-    report = check_reload(model, batch)
+    report = check_reload(model, batch, base=fresh)
     ```
 
     ## References
