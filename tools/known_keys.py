@@ -15,11 +15,19 @@ from pathlib import Path
 OUT = Path(__file__).parents[1] / "pytest_lora/inspection/recipe/known_keys.json"
 
 RENAMED = {
-    "axolotl": {"gradient_checkpoint": "gradient_checkpointing", "lora_rank": "lora_r", "max_seq_len": "sequence_len"},
+    "axolotl": {
+        "gradient_checkpoint": "gradient_checkpointing",
+        "lora_rank": "lora_r",
+        "max_seq_len": "sequence_len",
+    },
     "llamafactory": {"evaluation_strategy": "eval_strategy"},
     "trl": {
-        "torch_dtype": "dtype", "max_seq_length": "max_length", "evaluation_strategy": "eval_strategy",
-        "warmup_ratio": "warmup_steps", "dataset_mixer": "dataset_mixture", "num_epochs": "num_train_epochs",
+        "torch_dtype": "dtype",
+        "max_seq_length": "max_length",
+        "evaluation_strategy": "eval_strategy",
+        "warmup_ratio": "warmup_steps",
+        "dataset_mixer": "dataset_mixture",
+        "num_epochs": "num_train_epochs",
     },
     "ms-swift": {"train_type": "tuner_type", "sft_type": "tuner_type", "quantization_bit": "quant_bits"},
 }
@@ -28,11 +36,22 @@ RENAMED = {
 TOOLS = {
     "axolotl": ("AxolotlInputConfig",),
     "llamafactory": (
-        "ModelArguments", "DataArguments", "TrainingArguments", "FinetuningArguments", "GeneratingArguments",
+        "ModelArguments",
+        "DataArguments",
+        "TrainingArguments",
+        "FinetuningArguments",
+        "GeneratingArguments",
     ),
     "trl": (
-        "ScriptArguments", "ModelConfig", "DatasetMixtureConfig", "SFTConfig", "DPOConfig", "KTOConfig", "RewardConfig",
-        "GRPOConfig", "RLOOConfig",
+        "ScriptArguments",
+        "ModelConfig",
+        "DatasetMixtureConfig",
+        "SFTConfig",
+        "DPOConfig",
+        "KTOConfig",
+        "RewardConfig",
+        "GRPOConfig",
+        "RLOOConfig",
     ),
     "ms-swift": ("SftArguments", "RLHFArguments", "PretrainArguments"),
 }
@@ -66,7 +85,11 @@ def fields(name: str, known: dict[str, list[ast.ClassDef]], seen: set[str]) -> s
             if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
                 found.add(line.target.id)
                 for call in ast.walk(line):
-                    if isinstance(call, ast.keyword) and call.arg == "alias" and isinstance(call.value, ast.Constant):
+                    if (
+                        isinstance(call, ast.keyword)
+                        and call.arg == "alias"
+                        and isinstance(call.value, ast.Constant)
+                    ):
                         found.add(call.value.value)
         for base in node.bases:
             label = base.id if isinstance(base, ast.Name) else getattr(base, "attr", "")
@@ -78,7 +101,11 @@ def launch_flags(folder: Path) -> set[str]:
     """Flags of ``accelerate launch``, which TRL's command line passes on."""
     tree = ast.parse((folder / "commands/launch.py").read_text(encoding="utf-8"))
     texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    return {t[2:].replace("-", "_") for t in texts if t.startswith("--") and t[2:].replace("-", "").replace("_", "").isalnum()}
+    return {
+        t[2:].replace("-", "_")
+        for t in texts
+        if t.startswith("--") and t[2:].replace("-", "").replace("_", "").isalnum()
+    }
 
 
 def plugins(folder: Path) -> dict[str, list[str]]:

@@ -77,6 +77,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
         public_bases.declared.update(options.bases)
         config.add_cleanup(public_bases.declared.clear)
+    if options.select or options.ignore or options.strict:
+        from pytest_lora.plugin import selections
+
+        selections.enable(config)
     if options.adapters or names_adapters:
         from pytest_lora.plugin import adapter_items
 

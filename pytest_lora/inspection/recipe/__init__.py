@@ -22,7 +22,9 @@ TOOLS = (axolotl, llamafactory, ms_swift, trl)
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
-_LIKELY = re.compile(rb"\b(lora_r|lora_rank|lora_alpha|finetuning_type|use_peft|tuner_type|adapter:\s*q?lora)\b")
+_LIKELY = re.compile(
+    rb"\b(lora_r|lora_rank|lora_alpha|finetuning_type|use_peft|tuner_type|adapter:\s*q?lora)\b"
+)
 
 
 def recipe_facts(path: Path, base: str | None = None) -> RecipeFacts:
@@ -99,7 +101,9 @@ def base_model(name: str) -> BaseModel | None:
     if shape is None:
         return None
     length = shape.text("max_position_embeddings")
-    return BaseModel(shape.name, shape.config.get("dtype"), shape.parameters, length if isinstance(length, int) else None)
+    return BaseModel(
+        shape.name, shape.config.get("dtype"), shape.parameters, length if isinstance(length, int) else None
+    )
 
 
 def _conversations(keys: Keys, tree: Tree, tool: ModuleType) -> str | None:
@@ -110,5 +114,11 @@ def _conversations(keys: Keys, tree: Tree, tool: ModuleType) -> str | None:
     found = keys.node("datasets")
     for one in (found[1].items or ()) if found else ():
         data = (one.pairs or {}).get("data_files") or (one.pairs or {}).get("path")
-        names.extend([data.written] if data is not None and data.items is None else [i.written for i in data.items or ()] if data else [])
+        names.extend(
+            [data.written]
+            if data is not None and data.items is None
+            else [i.written for i in data.items or ()]
+            if data
+            else []
+        )
     return next((name for name in names if name and tree.holds_conversations(name)), None)

@@ -18,7 +18,14 @@ _MARKS = (
     "adapter", "micro_batch_size", "sequence_len", "lora_target_linear", "lora_model_dir", "val_set_size",
     "sample_packing", "datasets", "pretraining_dataset",
 )  # fmt: skip
-_LORA = ("lora_r", "lora_alpha", "lora_target_modules", "lora_target_linear", "peft_use_rslora", "peft_use_dora")
+_LORA = (
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
+    "lora_target_linear",
+    "peft_use_rslora",
+    "peft_use_dora",
+)
 _ATTENTION = {
     "flash_attention": "flash_attention_2",
     "sdp_attention": "sdpa",
@@ -134,7 +141,9 @@ def _dtype(keys: Keys) -> Value:
     if keys.says("load_in_8bit"):
         return Value("float16", "follows load_in_8bit", "load_in_8bit")
     names = {"bf16": "bfloat16", "fp16": "float16"}
-    return replace(precision, value=names.get(precision.value, "float32"), source=f"follows {precision.key}", line=None)
+    return replace(
+        precision, value=names.get(precision.value, "float32"), source=f"follows {precision.key}", line=None
+    )
 
 
 def _targets(keys: Keys) -> Value:
@@ -166,14 +175,18 @@ def _loss(keys: Keys) -> Value:
 
 def _checkpointing(keys: Keys) -> Value:
     found = keys.value(
-        "gradient_checkpointing", read=lambda node: node.written not in ("false", "False", "no"), default=False
+        "gradient_checkpointing",
+        read=lambda node: node.written not in ("false", "False", "no"),
+        default=False,
     )
     if found.value is not True:
         return found
     arguments = keys.node("gradient_checkpointing_kwargs")
     reentrant = (arguments[1].pairs or {}).get("use_reentrant") if arguments else None
     default = not keys.has("rl")
-    return replace(found, value="reentrant" if (default if reentrant is None else reentrant.value is True) else True)
+    return replace(
+        found, value="reentrant" if (default if reentrant is None else reentrant.value is True) else True
+    )
 
 
 def _strategy(keys: Keys, tree: Tree) -> Value:

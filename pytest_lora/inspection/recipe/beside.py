@@ -21,7 +21,13 @@ class Tree:
 
     def find(self, name: object) -> Path | None:
         """A file or folder of the tree by the path that a recipe gives; None where there is none, or it lies outside."""
-        if not isinstance(name, str) or not name or len(name) > 1000 or "\0" in name or Path(name).is_absolute():
+        if (
+            not isinstance(name, str)
+            or not name
+            or len(name) > 1000
+            or "\0" in name
+            or Path(name).is_absolute()
+        ):
             return None
         try:
             place = (self.real / name).resolve()
@@ -79,7 +85,9 @@ class Tree:
             except (ValueError, RecursionError):
                 continue
             turns = row.get("messages") if isinstance(row, dict) else None
-            if isinstance(turns, list) and any(isinstance(t, dict) and t.get("role") == "user" for t in turns):
+            if isinstance(turns, list) and any(
+                isinstance(t, dict) and t.get("role") == "user" for t in turns
+            ):
                 return True
         return False
 

@@ -22,7 +22,14 @@ _BASE = (
 )  # fmt: skip
 _ADAPTER = ("lora_r", "lora_rank", "lora_alpha", "lora_target_modules")
 _BLOCKS = ("lora", "peft", "lora_config", "peft_config", "adapter", "qlora")
-_FROZEN = ("freeze_vision_tower", "freeze_vision", "freeze_vit", "freeze_vision_encoder", "freeze_visual", "freeze_tower")
+_FROZEN = (
+    "freeze_vision_tower",
+    "freeze_vision",
+    "freeze_vit",
+    "freeze_vision_encoder",
+    "freeze_visual",
+    "freeze_tower",
+)
 MAX_LEVELS = 4
 
 
@@ -35,7 +42,12 @@ def flattened(root: Node) -> Keys:
         for block, node in level:
             lora = block in _BLOCKS or {"lora_alpha", "target_modules"} & set(node.pairs or ())
             for name, value in (node.pairs or {}).items():
-                plain = {"r": "lora_r", "rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout"}.get(name, name)
+                plain = {
+                    "r": "lora_r",
+                    "rank": "lora_r",
+                    "alpha": "lora_alpha",
+                    "dropout": "lora_dropout",
+                }.get(name, name)
                 if plain != name and not lora:
                     plain = name
                 if block in ("model", "base") and name in ("name", "id", "path"):
@@ -49,7 +61,12 @@ def flattened(root: Node) -> Keys:
                     inner.append((name, value))
         level = inner
     found = (flat.pairs or {}).get("model")
-    if found is not None and flat.pairs is not None and found.items is None and not set(_BASE) & set(flat.pairs):
+    if (
+        found is not None
+        and flat.pairs is not None
+        and found.items is None
+        and not set(_BASE) & set(flat.pairs)
+    ):
         flat.pairs["model_name"], flat.lines["model_name"] = found, flat.lines["model"]
     return Keys(flat, NAME)
 
@@ -57,7 +74,9 @@ def flattened(root: Node) -> Keys:
 def is_mine(keys: Keys) -> bool:
     """Whether a mapping, flattened, is a recipe for a LoRA adapter."""
     marks = sum(keys.has(name) for name in (*_ADAPTER, "target_modules"))
-    return keys.has(*_BASE) and (marks > 1 or (keys.has("lora_r", "lora_rank") and keys.has("learning_rate", "lr")))
+    return keys.has(*_BASE) and (
+        marks > 1 or (keys.has("lora_r", "lora_rank") and keys.has("learning_rate", "lr"))
+    )
 
 
 def left_alone(keys: Keys) -> str:
@@ -93,11 +112,23 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         bias=keys.word("lora_bias", "bias"),
         task_type=keys.word("task_type"),
         batch_size=keys.count(
-            "per_device_train_batch_size", "micro_batch_size", "train_batch_size", "per_device_batch_size", "batch_size"
+            "per_device_train_batch_size",
+            "micro_batch_size",
+            "train_batch_size",
+            "per_device_batch_size",
+            "batch_size",
         ),
-        accumulation=keys.count("gradient_accumulation_steps", "grad_accumulation_steps", "accumulation_steps"),
+        accumulation=keys.count(
+            "gradient_accumulation_steps", "grad_accumulation_steps", "accumulation_steps"
+        ),
         seq_len=keys.count(
-            "max_seq_length", "max_seq_len", "max_length", "sequence_length", "sequence_len", "seq_len", "cutoff_len"
+            "max_seq_length",
+            "max_seq_len",
+            "max_length",
+            "sequence_length",
+            "sequence_len",
+            "seq_len",
+            "cutoff_len",
         ),
         packing=keys.flag("packing"),
         attention=keys.word("attn_implementation"),
@@ -116,8 +147,12 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         load_best_model_at_end=keys.flag("load_best_model_at_end", default=False),
         gpus=keys.count("num_gpus", "num_processes", "nproc_per_node"),
         strategy=_strategy(keys, tree),
-        continues=keys.word("adapter_name_or_path", "adapter_path", "lora_path", "resume_adapter", "adapter_weights"),
-        new_tokens=keys.value("new_tokens", "add_tokens", "additional_tokens", read=lambda node: len(node.items or ())),
+        continues=keys.word(
+            "adapter_name_or_path", "adapter_path", "lora_path", "resume_adapter", "adapter_weights"
+        ),
+        new_tokens=keys.value(
+            "new_tokens", "add_tokens", "additional_tokens", read=lambda node: len(node.items or ())
+        ),
         scope=replace(frozen, value="language_model") if frozen.value else Value(),
     )
 
@@ -138,7 +173,11 @@ def _quantization(keys: Keys) -> Value:
 def _dtype(keys: Keys) -> Value:
     found = keys.word("torch_dtype", "dtype")
     text = str(found.value).removeprefix("torch.")
-    return replace(found, value={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(text, text)) if found.value else found
+    return (
+        replace(found, value={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(text, text))
+        if found.value
+        else found
+    )
 
 
 def _precision(keys: Keys) -> Value:
@@ -152,7 +191,9 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed", "deepspeed_config")
     if deepspeed.value:
         stage = zero_stage(tree.object(deepspeed.value))
-        return replace(deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}")
+        return replace(
+            deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
+        )
     if keys.has("fsdp"):
         return Value("fsdp", f"line {keys.lines['fsdp']}", "fsdp", keys.lines["fsdp"])
     return Value(None, "", "deepspeed")

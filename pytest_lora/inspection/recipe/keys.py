@@ -33,7 +33,9 @@ class Keys:
         """The first of these keys that is there and not null."""
         for name in names:
             found = self.pairs.get(name)
-            if found is not None and not (found.value is None and found.items is None and found.pairs is None):
+            if found is not None and not (
+                found.value is None and found.items is None and found.pairs is None
+            ):
                 return name, found
         return None
 

@@ -23,7 +23,11 @@ def is_mine(keys: Keys) -> bool:
     if not keys.has("model_name_or_path"):
         return False
     exports = keys.has("export_dir") and keys.has("template", "adapter_name_or_path")
-    return exports or keys.has(*_MARKS) or (keys.has("template") and keys.has("adapter_name_or_path", "infer_backend"))
+    return (
+        exports
+        or keys.has(*_MARKS)
+        or (keys.has("template") and keys.has("adapter_name_or_path", "infer_backend"))
+    )
 
 
 def left_alone(keys: Keys) -> str:
@@ -101,14 +105,23 @@ def _quantization(keys: Keys) -> Value:
     if bits.value is None:
         if method.stated and method.value in ("bnb", "hqq", "eetq", "bitsandbytes"):
             why = "LLaMA-Factory quantizes on the fly only where quantization_bit says to how many bits"
-            return Value(None, method.source, "quantization_bit", method.line, f"quantization_method: {method.value}", why)
+            return Value(
+                None,
+                method.source,
+                "quantization_bit",
+                method.line,
+                f"quantization_method: {method.value}",
+                why,
+            )
         return Value(None, f"default of {NAME}", "quantization_bit")
     if method.value not in _METHODS:
         why = (
             f"LLaMA-Factory knows no quantization_method {method.value!r}: the base stays unquantized; the method is "
             "called bnb"
         )
-        return Value(None, method.source, "quantization_method", method.line, f"{bits.value}-bit weights", why)
+        return Value(
+            None, method.source, "quantization_method", method.line, f"{bits.value}-bit weights", why
+        )
     kind = keys.word("quantization_type", default="nf4").value
     found = {4: kind, 8: "int8"}.get(bits.value) if method.value == "bnb" else method.value
     return replace(bits, value=found)
@@ -151,7 +164,9 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed")
     if deepspeed.value:
         stage = zero_stage(tree.object(deepspeed.value))
-        return replace(deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}")
+        return replace(
+            deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
+        )
     if keys.has("fsdp", "fsdp_config"):
         name = "fsdp" if keys.has("fsdp") else "fsdp_config"
         return Value("fsdp", f"line {keys.lines[name]}", name, keys.lines[name])

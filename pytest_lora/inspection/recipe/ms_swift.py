@@ -29,7 +29,9 @@ def left_alone(keys: Keys) -> str:
     kind = keys.word("tuner_type", "train_type", "sft_type", default="lora").value
     if kind != "lora":
         return f"its tuner_type is {kind}"
-    if keys.has("export_dir", "merge_lora", "infer_backend", "quant_n_samples") and not keys.has("learning_rate"):
+    if keys.has("export_dir", "merge_lora", "infer_backend", "quant_n_samples") and not keys.has(
+        "learning_rate"
+    ):
         return "it trains nothing"
     if not keys.has("dataset", "learning_rate", "num_train_epochs", "cached_dataset"):
         return "it trains nothing: it names no dataset"
@@ -90,7 +92,9 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         strategy=_strategy(keys, tree),
         continues=keys.word("adapters"),
         new_tokens=keys.value("new_special_tokens", read=lambda node: len(node.items or (node,))),
-        scope=replace(frozen, value="language_model") if frozen.stated and frozen.value and not whole else Value(),
+        scope=replace(frozen, value="language_model")
+        if frozen.stated and frozen.value and not whole
+        else Value(),
     )
 
 
@@ -112,7 +116,14 @@ def _quantization(keys: Keys) -> Value:
     bits, method = keys.word("quant_bits"), keys.word("quant_method")
     if method.value is None and bits.value is not None:
         why = "ms-swift quantizes only where quant_method says how, as in quant_method: bnb"
-        return Value(None, bits.source, "quant_bits", bits.line, f"quant_bits: {bits.value} ({bits.value}-bit weights)", why)
+        return Value(
+            None,
+            bits.source,
+            "quant_bits",
+            bits.line,
+            f"quant_bits: {bits.value} ({bits.value}-bit weights)",
+            why,
+        )
     if method.value is None:
         return Value(None, f"default of {NAME}", "quant_bits")
     if bits.value is None and method.value != "fp8":
@@ -128,7 +139,9 @@ def _dtype(keys: Keys) -> Value:
     found = keys.word("torch_dtype")
     if found.value is None:
         return Value(None, "the dtype of the base", "torch_dtype")
-    return replace(found, value={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(found.value, found.value))
+    return replace(
+        found, value={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(found.value, found.value)
+    )
 
 
 def _precision(keys: Keys) -> Value:
@@ -137,7 +150,9 @@ def _precision(keys: Keys) -> Value:
             return Value(name, f"line {keys.lines[name]}", name, keys.lines[name])
     dtype = _dtype(keys)
     names = {"bfloat16": "bf16", "float16": "fp16"}
-    return replace(dtype, value=names.get(dtype.value), source="follows torch_dtype" if dtype.value else dtype.source)
+    return replace(
+        dtype, value=names.get(dtype.value), source="follows torch_dtype" if dtype.value else dtype.source
+    )
 
 
 def _loss(keys: Keys) -> Value:
@@ -150,7 +165,9 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed")
     if deepspeed.value:
         stage = zero_stage(tree.object(deepspeed.value))
-        return replace(deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}")
+        return replace(
+            deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
+        )
     if keys.has("fsdp"):
         return Value("fsdp", f"line {keys.lines['fsdp']}", "fsdp", keys.lines["fsdp"])
     return Value("ddp", f"default of {NAME}", "deepspeed")

@@ -19,10 +19,25 @@ _MARKS = (
     "use_peft", "dataset_name", "dataset_mixture", "dataset_mixer", "datasets", "lora_target_modules",
     "assistant_only_loss", "completion_only_loss", "lora_task_type", "dataset_text_field",
 )  # fmt: skip
-_LORA = ("lora_r", "lora_alpha", "lora_target_modules", "lora_dropout", "lora_modules_to_save", "use_rslora", "use_dora")
+_LORA = (
+    "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
+    "lora_dropout",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+)
 _BLOCKS = ("lora", "peft", "peft_config", "lora_config")
 _RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "grpo": 1e-6, "rloo": 1e-6, "reward": 1e-4}
-_PREFERENCE = ("beta", "loss_weights", "precompute_ref_log_probs", "max_prompt_length", "rpo_alpha", "label_smoothing")
+_PREFERENCE = (
+    "beta",
+    "loss_weights",
+    "precompute_ref_log_probs",
+    "max_prompt_length",
+    "rpo_alpha",
+    "label_smoothing",
+)
 
 
 def is_mine(keys: Keys) -> bool:
@@ -110,7 +125,9 @@ def _dtype(keys: Keys) -> Value:
     found = keys.word("dtype", default="float32")
     if found.value == "auto":
         return replace(found, value=None)
-    return replace(found, value={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(found.value, found.value))
+    return replace(
+        found, value={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(found.value, found.value)
+    )
 
 
 def _precision(keys: Keys) -> Value:
@@ -154,10 +171,17 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed", "deepspeed_config_file")
     if deepspeed.value:
         stage = zero_stage(tree.object(deepspeed.value))
-        return replace(deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}")
+        return replace(
+            deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
+        )
     stage_key = keys.node("zero_stage")
     if stage_key is not None and number(stage_key[1]) in (0, 1, 2, 3):
-        return Value(f"zero{stage_key[1].value}", f"line {keys.lines['zero_stage']}", "zero_stage", keys.lines["zero_stage"])
+        return Value(
+            f"zero{stage_key[1].value}",
+            f"line {keys.lines['zero_stage']}",
+            "zero_stage",
+            keys.lines["zero_stage"],
+        )
     for name in ("use_fsdp", "fsdp", "fsdp_config", "fsdp_version", "fsdp_sharding_strategy"):
         if keys.has(name):
             return Value("fsdp", f"line {keys.lines[name]}", name, keys.lines[name])

@@ -28,7 +28,14 @@ NUMBERS = frozenset(
 """Keys that take a number in every tool that has them."""
 
 WORDS = frozenset(
-    ["eval_strategy", "save_strategy", "evaluation_strategy", "logging_strategy", "report_to", "lr_scheduler_type"]
+    [
+        "eval_strategy",
+        "save_strategy",
+        "evaluation_strategy",
+        "logging_strategy",
+        "report_to",
+        "lr_scheduler_type",
+    ]
 )
 """Keys that take a word, of which ``no`` is one."""
 
@@ -67,7 +74,9 @@ def unknown_keys(keys: Keys, tool: ModuleType, file: YamlFile) -> Iterator[Unkno
         yield _unknown(name, node, line, text, known, tool)
 
 
-def _unknown(name: str, node: Node, line: int, text: str, known: dict[str, Any], tool: ModuleType) -> UnknownKey:
+def _unknown(
+    name: str, node: Node, line: int, text: str, known: dict[str, Any], tool: ModuleType
+) -> UnknownKey:
     meant, since = known["renamed"].get(name), known["removed"].get(name, "")
     if name in DROPPED.get(tool.KEYS, ()):
         return UnknownKey(name, line, text, "dropped", None, "", False)
@@ -116,18 +125,42 @@ def _wrong(name: str, node: Node, line: int, tool: ModuleType) -> WrongKind | No
             became = f"the text {text!r}: YAML 1.1 reads a float only with a dot"
             return WrongKind(name, line, text, became, "a number", mended, True)
         if _COMMA.fullmatch(text):
-            return WrongKind(name, line, text, f"the text {text!r}", "a number with a dot", text.replace(",", "."), True)
-    if name in NUMBERS and node.items and len(node.items) == 2 and all(str(i.written).isdigit() for i in node.items):
+            return WrongKind(
+                name, line, text, f"the text {text!r}", "a number with a dot", text.replace(",", "."), True
+            )
+    if (
+        name in NUMBERS
+        and node.items
+        and len(node.items) == 2
+        and all(str(i.written).isdigit() for i in node.items)
+    ):
         return None
-    if name in WORDS and isinstance(node.value, bool) and node.plain and text.lower() in ("no", "off", "yes", "on"):
+    if (
+        name in WORDS
+        and isinstance(node.value, bool)
+        and node.plain
+        and text.lower() in ("no", "off", "yes", "on")
+    ):
         became = f"the bool {str(node.value).lower()}: YAML 1.1 reads a bare {text} so"
         return WrongKind(name, line, text, became, "a word", f'"{text}"', tool.KEYS != "axolotl")
     if name in PATHS and isinstance(node.value, str) and text.startswith("~"):
         became = f"the path {text!r} as it stands: nobody expands ~"
-        return WrongKind(name, line, text, became, "an absolute path, or one relative to where the run starts", f"/home/USER{text[1:]}", True)
+        return WrongKind(
+            name,
+            line,
+            text,
+            became,
+            "an absolute path, or one relative to where the run starts",
+            f"/home/USER{text[1:]}",
+            True,
+        )
     return None
 
 
 def _with_dot(text: str) -> str:
     mantissa, exponent = re.split("[eE]", text)
-    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if exponent[0] in "+-" else f"{float(text):g}"
+    return (
+        f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}"
+        if exponent[0] in "+-"
+        else f"{float(text):g}"
+    )

@@ -151,7 +151,9 @@ class _Composer:
     def _count(self, event: Any, depth: int) -> None:
         self.nodes += 1
         if depth > MAX_DEPTH:
-            raise BrokenError(Flaw("limit", event.start_mark.line + 1, f"nested deeper than {MAX_DEPTH} levels"))
+            raise BrokenError(
+                Flaw("limit", event.start_mark.line + 1, f"nested deeper than {MAX_DEPTH} levels")
+            )
         if self.nodes > MAX_NODES:
             raise BrokenError(Flaw("limit", event.start_mark.line + 1, f"more than {MAX_NODES} values"))
 
