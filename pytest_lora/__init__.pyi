@@ -11,6 +11,7 @@ from pytest_lora.assertions import assert_lora_laws as assert_lora_laws
 from pytest_lora.assertions import assert_loss_decreases as assert_loss_decreases
 from pytest_lora.assertions import assert_merge_exact as assert_merge_exact
 from pytest_lora.assertions import assert_param_ratio as assert_param_ratio
+from pytest_lora.assertions import assert_recipe_healthy as assert_recipe_healthy
 from pytest_lora.assertions import assert_reload_exact as assert_reload_exact
 from pytest_lora.assertions import assert_resumable as assert_resumable
 from pytest_lora.assertions import assert_training_healthy as assert_training_healthy
@@ -27,6 +28,7 @@ from pytest_lora.checks.model import check_model as check_model
 from pytest_lora.checks.properties import check_adapter_shapes as check_adapter_shapes
 from pytest_lora.checks.properties import check_alpha_ratio as check_alpha_ratio
 from pytest_lora.checks.properties import check_param_ratio as check_param_ratio
+from pytest_lora.checks.recipe import check_recipe as check_recipe
 from pytest_lora.checks.training import check_loss_decreases as check_loss_decreases
 from pytest_lora.checks.training import check_training as check_training
 from pytest_lora.counting import ParameterCount as ParameterCount

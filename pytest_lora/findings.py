@@ -37,6 +37,8 @@ class Finding:
         observed: What was seen.
         expected: What a healthy set-up has there.
         fix: The one change that mends it.
+        file: Path of the file that it is about, where it is about a line of one; else empty.
+        line: That line, from 1.
     """
 
     code: str
@@ -46,6 +48,8 @@ class Finding:
     observed: str
     expected: str
     fix: str
+    file: str = ""
+    line: int | None = None
 
     @property
     def title(self) -> str:

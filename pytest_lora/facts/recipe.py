@@ -238,7 +238,8 @@ class RecipeFacts:
         base: What is known of its base, or None.
         base_is_adapter: The adapter folder that is given as the base, or None.
         continued: The adapter that training goes on from, or None.
-        widened: Modules that the recipe names while all linear ones are adapted.
+        listed: Modules that the recipe lists beside a switch for all linear ones.
+        widened: Those of them where the base has more linear modules than these.
         conversational: The data file beside the recipe that holds conversations, or None.
         shard: Weights against each of several cards, where they are divided.
     """
@@ -254,6 +255,7 @@ class RecipeFacts:
     base: BaseModel | None = None
     base_is_adapter: SavedAdapter | None = None
     continued: SavedAdapter | None = None
+    listed: tuple[str, ...] = ()
     widened: tuple[str, ...] = ()
     conversational: str | None = None
     shard: Shard | None = None

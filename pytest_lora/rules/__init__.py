@@ -36,7 +36,8 @@ only; on a base on which PEFT refuses the configuration, so that no keys were co
 class Violation(NamedTuple):
     """What a rule yields: a finding less what every finding of that rule shares.
 
-    ``severity`` overrides the rule's own where the evidence is weaker or stronger than usual.
+    ``severity`` overrides the rule's own where the evidence is weaker or stronger than usual; ``line`` is that of the
+    file that the facts are about.
     """
 
     where: str
@@ -44,6 +45,7 @@ class Violation(NamedTuple):
     expected: str
     fix: str
     severity: Severity | None = None
+    line: int | None = None
 
 
 Judge = Callable[[F, Expect], Iterator[Violation]]
@@ -89,8 +91,9 @@ class Rule:
 
     def __call__(self, facts: object, expect: Expect) -> Iterator[Finding]:
         for violation in self.judge(facts, expect):
-            where, observed, expected, fix, severity = violation
-            yield Finding(self.code, self.name, severity or self.severity, where, observed, expected, fix)
+            where, observed, expected, fix, severity, line = violation
+            said = severity or self.severity
+            yield Finding(self.code, self.name, said, where, observed, expected, fix, line=line)
 
 
 _registered: dict[str, Rule] = {}

@@ -89,6 +89,7 @@ def _facts(path: Path, file: YamlFile, tool: ModuleType, keys: Keys, base: str |
         base=None if named is None else base_model(str(named)),
         base_is_adapter=tree.adapter(setting.base.value),
         continued=tree.adapter(continued) if isinstance(continued, str) else None,
+        listed=_listed(keys, tool),
         conversational=_conversations(keys, tree, tool),
     )
 
@@ -104,6 +105,14 @@ def base_model(name: str) -> BaseModel | None:
     return BaseModel(
         shape.name, shape.config.get("dtype"), shape.parameters, length if isinstance(length, int) else None
     )
+
+
+def _listed(keys: Keys, tool: ModuleType) -> tuple[str, ...]:
+    """Modules that a recipe of Axolotl lists beside ``lora_target_linear``, which are united with all linear ones."""
+    if tool is not axolotl or not keys.says("lora_target_linear"):
+        return ()
+    names = keys.names("lora_target_modules").value
+    return names if isinstance(names, tuple) else ()
 
 
 def _conversations(keys: Keys, tree: Tree, tool: ModuleType) -> str | None:

@@ -1,0 +1,310 @@
+"""A recipe: the file in which a fine-tuning tool is told what to do."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_lora.arguments import refusing, require_expect
+from pytest_lora.checks.judging import reported
+from pytest_lora.expect import Expect
+from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard, Value
+from pytest_lora.findings import Finding, Report
+from pytest_lora.rules import judge
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from torch import nn
+    from transformers import PretrainedConfig
+
+    from pytest_lora.facts.config import ConfigFacts
+
+DIVIDING = ("fsdp", "zero3")
+"""Strategies that divide the weights of the base among the cards; DDP and ZeRO 1 and 2 leave them whole on each."""
+
+OF_RECIPES = frozenset({"LORA106", "LORA112", "LORA116", "LORA123", "LORA128"})
+"""Rules on configurations that ask about more than a recipe says."""
+
+
+@refusing
+def check_recipe(
+    path: str | os.PathLike[str],
+    *,
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str] | None = None,
+    budget: str | int | torch.device | None = None,
+    gpus: int = 1,
+    expect: Expect | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+) -> Report:
+    """Judge a recipe of Axolotl, LLaMA-Factory, TRL, ms-swift or one's own, before anything is loaded.
+
+    The file and those that it names beside it are read, and nothing else is: no code, no weights, no network. What is
+    no YAML is a finding; what is no LoRA training (full fine-tuning, merges, files of other tools) is left alone, and
+    the subject of the report says so.
+
+    Args:
+        path: The recipe.
+        base: The base, where it is not to be the one that the recipe names.
+        budget: Memory of one GPU, as in ``"24GiB"``; without it memory is not judged.
+        gpus: How many GPUs take part, unless the recipe says more.
+        expect: What is meant, where only the user can know it.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
+
+    Returns:
+        A report with the rules of the stage *recipe* (codes 6xx), and those on the configuration (1xx) and the memory
+        (5xx) of the run that it describes. Findings have ``file`` and ``line``.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: There is no file at ``path``, or the budget has no unit.
+    """
+    from pytest_lora.inspection.recipe import recipe_facts
+
+    file = _file(path)
+    expect = require_expect(expect)
+    cards = _cards(gpus)
+    limit = None if budget is None else _budget(budget)
+    facts = recipe_facts(file, base if isinstance(base, str) else None)
+    subject, findings = _judged(facts, base, limit, cards, expect, file.parent)
+    placed = [replace(one, file=str(path), line=one.line) for one in findings]
+    return reported(subject, placed, select, ignore)
+
+
+def _file(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be that of a recipe, not {type(path).__name__}")
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"path: there is no file {str(file)!r}")
+    return file
+
+
+def _cards(gpus: Any) -> int:
+    if isinstance(gpus, bool) or not isinstance(gpus, int):
+        raise TypeError(f"gpus must be a whole number, not {gpus!r}")
+    if gpus < 1:
+        raise ValueError(f"gpus must be at least 1, not {gpus}")
+    return gpus
+
+
+def _budget(budget: Any) -> int:
+    from pytest_lora.memory.budget import require_budget
+
+    return require_budget(budget)
+
+
+def _judged(
+    facts: RecipeFacts, base: Any, budget: int | None, gpus: int, expect: Expect, folder: Path
+) -> tuple[str, list[Finding]]:
+    if facts.left_alone:
+        return f"{facts.name} (left alone: {facts.left_alone})", []
+    subject = f"recipe {facts.name}" + (f" of {facts.tool}" if facts.tool else "")
+    setting = facts.setting
+    if setting is None or setting.adapter.value is None:
+        return subject, list(judge([facts], expect))
+    known = None if facts.base_is_adapter else _known_base(base, facts, folder)
+    if known is None:
+        named = setting.base.value
+        return f"{subject} (not compared with its base: {named} is not known)", list(judge([facts], expect))
+    config = _config(setting, facts)
+    on_base = None if config is None else _config_facts(config, known)
+    if on_base is not None:
+        facts = _with_base(facts, on_base)
+    cards = max(gpus, setting.gpus.value or 1)
+    divided = cards > 1 and setting.strategy.value in DIVIDING
+    if divided and budget is not None and facts.base is not None:
+        facts = replace(facts, shard=_shard(facts, setting, budget, cards))
+    findings = list(judge([facts], expect))
+    if on_base is not None:
+        asked = _expected(expect, setting, on_base)
+        findings += [_placed(f, facts, setting) for f in judge([on_base], asked) if f.code not in OF_RECIPES]
+    if (
+        budget is not None
+        and config is not None
+        and not divided
+        and not any(f.code == "LORA650" for f in findings)
+    ):
+        findings += _memory(facts, setting, config, known, budget)
+    return subject, findings
+
+
+def _known_base(base: Any, facts: RecipeFacts, folder: Path) -> Any:
+    """The base as something that a base can be made of; None where its shape is not known."""
+    from pytest_lora.inspection.public_bases import declared, find_shape
+    from pytest_lora.inspection.recipe.beside import Tree
+
+    named = base if base is not None else facts.setting and facts.setting.base.value
+    if not isinstance(named, str):
+        return named
+    if named in declared or find_shape(named) is not None:
+        return named
+    if base is not None:
+        return named
+    place = Tree(folder).find(named)
+    return place if place is not None and (place / "config.json").is_file() else None
+
+
+def _config(setting: RunSetting, facts: RecipeFacts) -> LoraConfig | None:
+    from pytest_lora.inspection.public_bases import find_shape
+    from pytest_lora.inspection.recipe.adapter import lora_config
+
+    shape = find_shape(facts.base.name) if facts.base else None
+    several = shape is not None and "vision_config" in shape.config
+    return lora_config(setting, several_modalities=several)
+
+
+def _config_facts(config: LoraConfig, base: Any) -> ConfigFacts | None:
+    """What PEFT makes of the adapter; None where the installed transformers cannot build the base."""
+    from pytest_lora.inspection.config import config_facts
+
+    try:
+        return (
+            _remembered(base, str(config.task_type), _Adapter(config))
+            if isinstance(base, str)
+            else config_facts(config, base)
+        )
+    except ValueError:
+        return None
+
+
+class _Adapter:
+    """A configuration that equals another with the same fields."""
+
+    def __init__(self, config: LoraConfig) -> None:
+        self.config = config
+        self.text = repr(sorted(config.to_dict().items(), key=str))
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Adapter) and self.text == other.text
+
+
+@lru_cache(maxsize=16)
+def _remembered(base: str, task_type: str, adapter: _Adapter) -> ConfigFacts:
+    from pytest_lora.inspection.config import config_facts
+
+    return config_facts(adapter.config, _built(base, task_type))
+
+
+@lru_cache(maxsize=4)
+def _built(base: str, task_type: str) -> nn.Module:
+    """A base by name without weights; recipes of one session name few."""
+    from pytest_lora.inspection.skeleton import resolve_base
+
+    return resolve_base(base, task_type.rpartition(".")[2])
+
+
+def _with_base(facts: RecipeFacts, on_base: ConfigFacts) -> RecipeFacts:
+    return replace(facts, widened=_widened(facts, on_base))
+
+
+def _widened(facts: RecipeFacts, on_base: ConfigFacts) -> tuple[str, ...]:
+    """Names that a recipe lists beside a switch for all linear modules, where these are more."""
+    named = facts.listed
+    if not named:
+        return ()
+    leaves = {
+        m.leaf for m in on_base.base.modules if m.is_linear and m.name != on_base.base.output_embeddings
+    }
+    return named if leaves - set(named) else ()
+
+
+def _shard(facts: RecipeFacts, setting: RunSetting, budget: int, gpus: int) -> Shard | None:
+    from pytest_lora.inspection.recipe.adapter import weights_at_least
+
+    if facts.base is None:
+        return None
+    return Shard(weights_at_least(setting, facts.base.parameters, facts.base.dtype), budget, gpus)
+
+
+def _expected(expect: Expect, setting: RunSetting, on_base: ConfigFacts) -> Expect:
+    """What the user means, and what the recipe itself says is meant."""
+    changes: dict[str, Any] = {}
+    tokens = setting.new_tokens.value
+    if expect.new_tokens is None and isinstance(tokens, int) and tokens > 0:
+        changes["new_tokens"] = tokens
+    scope = setting.scope.value
+    if expect.scope is None and scope and any(scope in name for name in on_base.base.module_names):
+        changes["scope"] = scope
+    return replace(expect, **changes) if changes else expect
+
+
+_FIELDS: tuple[tuple[str, str], ...] = (
+    ("target_modules", "target_modules"),
+    ("target_parameters", "target_parameters"),
+    ("modules_to_save", "modules_to_save"),
+    ("exclude_modules", "exclude_modules"),
+    ("new_tokens", "new_tokens"),
+    ("lora_alpha", "lora_alpha"),
+    ("alpha", "lora_alpha"),
+    ("scaling", "lora_alpha"),
+    ("rank", "r"),
+    ("dropout", "lora_dropout"),
+    ("bias", "bias"),
+)
+
+
+def _placed(finding: Finding, facts: RecipeFacts, setting: RunSetting) -> Finding:
+    """A finding on the configuration at the line of the recipe that it comes from."""
+    text = f"{finding.where} {finding.rule} {finding.fix}"
+    field = next((name for word, name in _FIELDS if re.search(rf"\b{word}|{word}\b", text)), "target_modules")
+    value: Value = getattr(setting, field)
+    if not value.stated and field == "lora_alpha":
+        value = replace(value, line=setting.r.line)
+    if not value.stated and setting.modules_to_save.stated and "save" in finding.rule:
+        value = setting.modules_to_save
+    place = f"{facts.name}:{value.line}" if value.line else facts.name
+    here = f"`{value.key}`" + ("" if value.stated else f" ({value.source})" if value.source else "")
+    return replace(
+        finding,
+        where=f"{place}: {value.key or field} ({finding.where})",
+        fix=f"{finding.fix}; in this recipe {field} is {here}",
+        line=value.line,
+    )
+
+
+def _memory(
+    facts: RecipeFacts, setting: RunSetting, config: LoraConfig, base: Any, budget: int
+) -> Iterator[Finding]:
+    """What the rules on memory say of a step of this run."""
+    from pytest_lora.checks.memory import check_memory
+    from pytest_lora.inspection.recipe.adapter import step_arguments
+
+    dtype = facts.base.dtype if facts.base else None
+    arguments = step_arguments(setting, dtype)
+    if arguments is None:
+        return
+    config.exclude_modules = None
+    try:
+        report = check_memory(config, base, budget=budget, advise=False, **arguments)
+    except ValueError:
+        return
+    line = setting.batch_size.line or setting.base.line
+    for finding in report.findings:
+        yield replace(
+            finding,
+            where=f"{facts.name}:{line}: {finding.where}" if line else f"{facts.name}: {finding.where}",
+            fix=f"{finding.fix} ({_smaller(setting)})",
+            line=line,
+        )
+
+
+def _smaller(setting: RunSetting) -> str:
+    """The keys of the recipe that make a step smaller."""
+    keys = [
+        setting.gradient_checkpointing.key,
+        setting.batch_size.key,
+        setting.seq_len.key,
+        setting.quantization.key,
+    ]
+    return "here: " + ", ".join(f"`{key}`" for key in keys if key)

@@ -1,0 +1,95 @@
+"""From the setting of a run to what PEFT and the estimate of memory take."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from pytest_lora.facts.recipe import RunSetting
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_CAST = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_to_transform")
+_PLAIN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias")
+_OPTIMIZERS = {"adamw_torch_fused": "adamw_torch_fused", "adamw": "adamw_torch", "adamw_hf": "adamw_torch"}
+
+
+def lora_config(setting: RunSetting, *, several_modalities: bool = False) -> LoraConfig | None:
+    """The adapter that a recipe describes; None where PEFT refuses its fields outright.
+
+    Args:
+        setting: The setting.
+        several_modalities: Whether the base has parts beside its language model, so that leaving them out means
+            something.
+    """
+    from peft import LoraConfig
+
+    fields: dict[str, Any] = {name: _value(setting, name) for name in (*_CAST, *_PLAIN)}
+    if not several_modalities:
+        fields["exclude_modules"] = None
+    if fields["layers_to_transform"] is not None and not _are_numbers(fields["layers_to_transform"]):
+        fields["layers_to_transform"] = None
+    task = str(setting.task_type.value or "CAUSAL_LM").upper()
+    given = {name: _listed(value) for name, value in fields.items() if value is not None}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return LoraConfig(task_type=task, **given)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+
+
+def _value(setting: RunSetting, name: str) -> Any:
+    value = getattr(setting, name).value
+    if name == "lora_alpha" and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, list) and all(isinstance(one, int) for one in value))
+
+
+def step_arguments(setting: RunSetting, base_dtype: str | None) -> dict[str, Any] | None:
+    """The arguments of ``estimate_memory`` for a step of this run; None where one of them cannot be told.
+
+    The one place where a recipe becomes a step. A dtype that the recipe leaves to the base is the base's.
+    """
+    from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
+
+    batch, length = setting.batch_size.value, setting.seq_len.value
+    dtype = setting.dtype.value or base_dtype or "bfloat16"
+    quantization = setting.quantization.value
+    if not isinstance(batch, int) or not isinstance(length, int) or batch < 1 or length < 1:
+        return None
+    if dtype not in ("bfloat16", "float16", "float32") or quantization not in (None, "nf4", "fp4", "int8"):
+        return None
+    optimizer = str(setting.optimizer.value or "adamw_torch")
+    optimizer = _OPTIMIZERS.get(optimizer, optimizer)
+    arguments: dict[str, Any] = {
+        "batch_size": batch,
+        "seq_len": length,
+        "quantization": quantization,
+        "dtype": dtype,
+        "gradient_checkpointing": setting.gradient_checkpointing.value or False,
+        "optimizer": optimizer if optimizer in OPTIMIZERS else "adamw_torch",
+        "accumulation": max(1, setting.accumulation.value or 1),
+    }
+    if dtype == "float32":
+        arguments["autocast"] = False
+    return arguments
+
+
+def weights_at_least(setting: RunSetting, parameters: int, base_dtype: str | None) -> int:
+    """Bytes that the weights of the base take at the least, whatever else the run holds."""
+    dtype = setting.dtype.value or base_dtype or "bfloat16"
+    if setting.quantization.value in ("nf4", "fp4"):
+        return parameters // 2
+    if setting.quantization.value is not None:
+        return parameters
+    return parameters * (4 if dtype == "float32" else 2)
