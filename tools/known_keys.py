@@ -41,6 +41,8 @@ TOOLS = {
         "TrainingArguments",
         "FinetuningArguments",
         "GeneratingArguments",
+        "MegatronBridgeArguments",
+        "_KTransformersRuntimeArguments",
     ),
     "trl": (
         "ScriptArguments",

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 DIVIDING = ("fsdp", "zero3")
 """Strategies that divide the weights of the base among the cards; DDP and ZeRO 1 and 2 leave them whole on each."""
 
-OF_RECIPES = frozenset({"LORA106", "LORA112", "LORA116", "LORA123", "LORA128"})
-"""Rules on configurations that ask about more than a recipe says."""
-
 
 @refusing
 def check_recipe(
@@ -114,8 +111,9 @@ def _judged(
     if known is None:
         named = setting.base.value
         return f"{subject} (not compared with its base: {named} is not known)", list(judge([facts], expect))
-    config = _config(setting, facts)
-    on_base = None if config is None else _config_facts(config, known)
+    config = _config(setting, known)
+    whole = expect.param_ratio is not None
+    on_base = None if config is None else _config_facts(config, known, whole)
     if on_base is not None:
         facts = _with_base(facts, on_base)
     cards = max(gpus, setting.gpus.value or 1)
@@ -125,7 +123,7 @@ def _judged(
     findings = list(judge([facts], expect))
     if on_base is not None:
         asked = _expected(expect, setting, on_base)
-        findings += [_placed(f, facts, setting) for f in judge([on_base], asked) if f.code not in OF_RECIPES]
+        findings += [_placed(f, facts, setting) for f in judge([on_base], asked)]
     if (
         budget is not None
         and config is not None
@@ -152,25 +150,25 @@ def _known_base(base: Any, facts: RecipeFacts, folder: Path) -> Any:
     return place if place is not None and (place / "config.json").is_file() else None
 
 
-def _config(setting: RunSetting, facts: RecipeFacts) -> LoraConfig | None:
+def _config(setting: RunSetting, base: Any) -> LoraConfig | None:
     from pytest_lora.inspection.public_bases import find_shape
-    from pytest_lora.inspection.recipe.adapter import lora_config
+    from pytest_lora.inspection.recipe.adapter import COLLECTING, linear_names, lora_config
 
-    shape = find_shape(facts.base.name) if facts.base else None
+    shape = find_shape(base) if isinstance(base, str) else None
     several = shape is not None and "vision_config" in shape.config
-    return lora_config(setting, several_modalities=several)
+    config = lora_config(setting, several_modalities=several)
+    if config is not None and config.target_modules == "all-linear" and setting.tool in COLLECTING:
+        if isinstance(base, str) and (model := _built(base, str(config.task_type), False)) is not None:
+            config.target_modules = set(linear_names(model))
+    return config
 
 
-def _config_facts(config: LoraConfig, base: Any) -> ConfigFacts | None:
+def _config_facts(config: LoraConfig, base: Any, whole: bool) -> ConfigFacts | None:
     """What PEFT makes of the adapter; None where the installed transformers cannot build the base."""
     from pytest_lora.inspection.config import config_facts
 
     try:
-        return (
-            _remembered(base, str(config.task_type), _Adapter(config))
-            if isinstance(base, str)
-            else config_facts(config, base)
-        )
+        return config_facts(config, base) if not isinstance(base, str) else _remembered(base, _Adapter(config), whole)
     except ValueError:
         return None
 
@@ -180,7 +178,8 @@ class _Adapter:
 
     def __init__(self, config: LoraConfig) -> None:
         self.config = config
-        self.text = repr(sorted(config.to_dict().items(), key=str))
+        fields = {k: sorted(v) if isinstance(v, set) else v for k, v in vars(config).items()}
+        self.text = repr(sorted(fields.items()))
 
     def __hash__(self) -> int:
         return hash(self.text)
@@ -189,19 +188,29 @@ class _Adapter:
         return isinstance(other, _Adapter) and self.text == other.text
 
 
-@lru_cache(maxsize=16)
-def _remembered(base: str, task_type: str, adapter: _Adapter) -> ConfigFacts:
+@lru_cache(maxsize=32)
+def _remembered(base: str, adapter: _Adapter, whole: bool) -> ConfigFacts:
     from pytest_lora.inspection.config import config_facts
+    from pytest_lora.inspection.memory.meta_model import same_in_every_layer
 
-    return config_facts(adapter.config, _built(base, task_type))
+    cut = not whole and same_in_every_layer(adapter.config)
+    model = _built(base, str(adapter.config.task_type), cut)
+    return config_facts(adapter.config, base if model is None else model)
 
 
-@lru_cache(maxsize=4)
-def _built(base: str, task_type: str) -> nn.Module:
-    """A base by name without weights; recipes of one session name few."""
+@lru_cache(maxsize=8)
+def _built(base: str, task_type: str, cut: bool) -> nn.Module | None:
+    """A base by name without weights, and without the inner layers that are like their neighbours; recipes name few."""
+    from pytest_lora.inspection.memory.layer_stacks import cut_stacks
     from pytest_lora.inspection.skeleton import resolve_base
 
-    return resolve_base(base, task_type.rpartition(".")[2])
+    try:
+        model = resolve_base(base, task_type.rpartition(".")[2])
+    except ValueError:
+        return None
+    if cut:
+        cut_stacks(model)
+    return model
 
 
 def _with_base(facts: RecipeFacts, on_base: ConfigFacts) -> RecipeFacts:

@@ -95,7 +95,7 @@ def _index() -> dict[str, str]:
             spelled.setdefault(_plain(one), name)
     for name, known in names:
         for one in known:
-            for spelling in _spellings(one):
+            for spelling in list(_spellings(one))[:-1]:  # of another date it may be another architecture
                 spelled.setdefault(spelling, name)
     return spelled
 

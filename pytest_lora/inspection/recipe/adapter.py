@@ -5,6 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from pytest_lora.facts.recipe import RunSetting
 
 if TYPE_CHECKING:
@@ -12,6 +15,8 @@ if TYPE_CHECKING:
 
 _CAST = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_to_transform")
 _PLAIN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias")
+COLLECTING = ("Axolotl", "LLaMA-Factory", "ms-swift")
+"""Tools that collect the names of linear modules themselves; the others leave "all-linear" to PEFT."""
 _OPTIMIZERS = {"adamw_torch_fused": "adamw_torch_fused", "adamw": "adamw_torch", "adamw_hf": "adamw_torch"}
 
 
@@ -93,3 +98,14 @@ def weights_at_least(setting: RunSetting, parameters: int, base_dtype: str | Non
     if setting.quantization.value is not None:
         return parameters
     return parameters * (4 if dtype == "float32" else 2)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of the linear modules of a base, its head aside, as tools collect them for "all"."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+    return sorted(name for name in found if not name.isdigit())

@@ -48,7 +48,9 @@ def left_alone(keys: Keys) -> str:
         return ""
     if adapter:
         return f"its adapter is {adapter}"
-    asks = keys.says("load_in_4bit") or any(keys.has(name) for name in ("lora_r", "lora_alpha"))
+    if "adapter" in keys.pairs:
+        return "its adapter is empty: it trains all weights"
+    asks = any(keys.has(name) for name in ("lora_r", "lora_alpha"))
     return "" if asks else "it trains all weights"
 
 

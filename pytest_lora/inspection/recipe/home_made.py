@@ -104,7 +104,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         r=keys.count("lora_r", "lora_rank"),
         lora_alpha=keys.number("lora_alpha"),
         lora_dropout=keys.number("lora_dropout"),
-        target_modules=replace(targets, value=comma_separated(targets.value)),
+        target_modules=replace(targets, value=_targets(targets.value)),
         layers_to_transform=keys.value("layers_to_transform", read=lambda node: node.unwrapped()),
         modules_to_save=replace(saved, value=(saved.value,) if isinstance(saved.value, str) else saved.value),
         use_rslora=keys.flag("use_rslora"),
@@ -155,6 +155,11 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         ),
         scope=replace(frozen, value="language_model") if frozen.value else Value(),
     )
+
+
+def _targets(value: object) -> object:
+    """Names; a script that takes ``all`` means all linear modules, as PEFT itself has no such word."""
+    return "all-linear" if value in ("all", ("all",), ("all-linear",)) else comma_separated(value)
 
 
 def _objective(keys: Keys) -> str | None:

@@ -27,6 +27,8 @@ def is_mine(keys: Keys) -> bool:
 def left_alone(keys: Keys) -> str:
     """Why a recipe is no LoRA training, or empty."""
     kind = keys.word("tuner_type", "train_type", "sft_type", default="lora").value
+    if keys.has("tensor_model_parallel_size", "micro_batch_size", "global_batch_size"):
+        return "it is one of Megatron-SWIFT"
     if kind != "lora":
         return f"its tuner_type is {kind}"
     if keys.has("export_dir", "merge_lora", "infer_backend", "quant_n_samples") and not keys.has(

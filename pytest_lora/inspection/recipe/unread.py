@@ -70,6 +70,8 @@ def unknown_keys(keys: Keys, tool: ModuleType, file: YamlFile) -> Iterator[Unkno
     for name, node, line in keys.numbered():
         if name in known["keys"] or name in plugins or name.startswith(("_", "x-", ".")):
             continue
+        if node.written == "" and node.items is None and node.pairs is None:
+            continue  # left empty, it asks for nothing
         text = file.lines[line - 1].strip() if 0 < line <= len(file.lines) else name
         yield _unknown(name, node, line, text, known, tool)
 

@@ -1,4 +1,4 @@
-"""YAML with the line of every key, read safely: bounded in size, depth and aliases, and nothing is made but plain values."""
+"""YAML with the line of every key, read safely: bounded in size, depth and aliases, and only plain values are made."""
 
 from __future__ import annotations
 

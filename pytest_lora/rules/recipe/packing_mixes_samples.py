@@ -85,11 +85,11 @@ def packing_mixes_samples(facts: RecipeFacts, expect: Expect) -> Iterator[Violat
         mend = f"write `{key}: {'flash_attention_2' if setting.tool == 'TRL' else 'flash_attn'}`, or `packing: false`"
     else:
         return
-    backend = f"{attention} attention" if attention else "no attention backend that is named"
+    backend = f"{attention} attention" if attention else "no attention backend (none is named)"
     yield about(
         facts,
         setting.packing,
-        f"`{setting.packing.key}` packs samples into one row, and {backend} does not keep them apart: they attend to each "
+        f"`{setting.packing.key}` packs samples into one row, and with {backend} nothing keeps them apart: they attend to each "
         "other, a cross-contamination",
         "packing with flash attention, which separates samples",
         mend,

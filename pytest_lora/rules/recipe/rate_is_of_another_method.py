@@ -14,8 +14,9 @@ def rate_is_of_another_method(facts: RecipeFacts, expect: Expect) -> Iterator[Vi
 
     ## What it does
     Looks for a rate of 1e-4 or more in preference tuning (DPO, IPO, KTO), for rates of 5e-3 or more anywhere, for
-    rates of 1e-5 or less in supervised tuning of an adapter, and for TRL's default of 2e-5, which is one for full
-    fine-tuning, where the recipe states none. Also for a run so short that rate times steps moves nothing.
+    rates of 2e-5 or less in supervised tuning of an adapter (1e-5 where the size of the base is not known), which are
+    those of full fine-tuning and the default of TRL. Bases of 30 billion parameters or more are left out, as rates that
+    low are in use for them. Also for a run so short that rate times steps moves nothing.
 
     ## Why is this bad?
     LoRA takes about ten times the rate of full fine-tuning; at a tenth of it little is learned. Preference tuning
@@ -70,10 +71,14 @@ def rate_is_of_another_method(facts: RecipeFacts, expect: Expect) -> Iterator[Vi
     elif stage in PREFERENCE and rate.value >= HIGH_PREFERENCE:
         said = f"{shown} is a learning rate of supervised tuning; {stage} at it is too high and diverges"
         wanted = "5.0e-6"
-    elif stage in SUPERVISED and (rate.value <= LOW or (not rate.stated and rate.value <= DEFAULT_LOW)):
+    elif (
+        stage in SUPERVISED
+        and rate.value <= (LOW if facts.base is None else LOW_KNOWN)
+        and not _is_large(facts)
+    ):
         said = f"{shown} is a learning rate of full fine-tuning, too low for a LoRA adapter, which takes about ten times it"
         wanted = "2.0e-4"
-    elif steps and 0 < steps * rate.value < NOTHING:
+    elif stage in (*SUPERVISED, *PREFERENCE) and steps and 0 < steps * rate.value < NOTHING:
         said = f"{shown} times {steps} steps (`{setting.max_steps.key}`) moves nothing: the learning rate is too low"
         wanted = "2.0e-4"
     else:
@@ -95,10 +100,15 @@ HIGH_PREFERENCE = 1e-4
 """Recipes of DPO and KTO with adapters go from 5e-7 to 5e-5."""
 LOW = 1e-5
 """A usual rate of full fine-tuning (Llama 2 and Qwen 2.5 were tuned at 2e-5 to 7e-6)."""
-DEFAULT_LOW = 2e-5
+LOW_KNOWN = 2e-5
 """The default of TRL's SFTConfig, which it has for full fine-tuning."""
+LARGE = 30_000_000_000
 NOTHING = 1e-5
 """Adam moves a number by the rate in a step at most; ``lora_A`` starts with numbers of about 1e-2."""
+
+
+def _is_large(facts: RecipeFacts) -> bool:
+    return facts.base is not None and facts.base.parameters >= LARGE
 
 
 def _is_plain(optimizer: object) -> bool:

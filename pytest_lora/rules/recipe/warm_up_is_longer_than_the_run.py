@@ -87,7 +87,7 @@ def warm_up_is_longer_than_the_run(facts: RecipeFacts, expect: Expect) -> Iterat
             "reaches what was set",
             "a warm-up over 3 to 10 % of the optimizer steps",
             f"write `{steps.key}: {max(1, limit.value // 20)}`",
-        )
+        )._replace(severity=None if limit.value >= TRIED_OUT else "info")
     elif ratio.value and ratio.value >= 1 and not steps.value:
         yield about(
             facts,
@@ -96,3 +96,7 @@ def warm_up_is_longer_than_the_run(facts: RecipeFacts, expect: Expect) -> Iterat
             "a warm-up over 3 to 10 % of the optimizer steps",
             f"write `{ratio.key}: 0.05`",
         )
+
+
+TRIED_OUT = 20
+"""Training steps below which a run is a trial of its recipe."""
