@@ -28,6 +28,7 @@ STAGES = {
     "training": "Training (LORA3xx)",
     "checkpoint": "Saved adapters (LORA4xx)",
     "memory": "Memory (LORA5xx)",
+    "recipe": "Recipes (LORA6xx)",
 }
 ALSO_PUBLIC = {
     "findings": ("Severity",),

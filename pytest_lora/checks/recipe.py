@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from pytest_lora.facts.config import ConfigFacts
+    from pytest_lora.facts.memory import MemoryEstimate
 
 DIVIDING = ("fsdp", "zero3")
 """Strategies that divide the weights of the base among the cards; DDP and ZeRO 1 and 2 leave them whole on each."""
+
+
+SAVED_BY = {"Axolotl": 1.25}
+"""What Axolotl's own LoRA kernels, on by themselves for lora and qlora, may save of a step: a fifth of its peak."""
 
 
 @refusing
@@ -168,7 +173,11 @@ def _config_facts(config: LoraConfig, base: Any, whole: bool) -> ConfigFacts | N
     from pytest_lora.inspection.config import config_facts
 
     try:
-        return config_facts(config, base) if not isinstance(base, str) else _remembered(base, _Adapter(config), whole)
+        return (
+            config_facts(config, base)
+            if not isinstance(base, str)
+            else _remembered(base, _Adapter(config), whole)
+        )
     except ValueError:
         return None
 
@@ -254,6 +263,7 @@ _FIELDS: tuple[tuple[str, str], ...] = (
     ("modules_to_save", "modules_to_save"),
     ("exclude_modules", "exclude_modules"),
     ("new_tokens", "new_tokens"),
+    ("rank_exceeds", "r"),
     ("lora_alpha", "lora_alpha"),
     ("alpha", "lora_alpha"),
     ("scaling", "lora_alpha"),
@@ -265,7 +275,7 @@ _FIELDS: tuple[tuple[str, str], ...] = (
 
 def _placed(finding: Finding, facts: RecipeFacts, setting: RunSetting) -> Finding:
     """A finding on the configuration at the line of the recipe that it comes from."""
-    text = f"{finding.where} {finding.rule} {finding.fix}"
+    text = f"{finding.rule} {finding.where} {finding.fix}"
     field = next((name for word, name in _FIELDS if re.search(rf"\b{word}|{word}\b", text)), "target_modules")
     value: Value = getattr(setting, field)
     if not value.stated and field == "lora_alpha":
@@ -288,16 +298,18 @@ def _memory(
     """What the rules on memory say of a step of this run."""
     from pytest_lora.checks.memory import check_memory
     from pytest_lora.inspection.recipe.adapter import step_arguments
+    from pytest_lora.memory.estimate import estimate_memory
 
     dtype = facts.base.dtype if facts.base else None
     arguments = step_arguments(setting, dtype)
     if arguments is None:
         return
-    config.exclude_modules = None
     try:
+        if _may_fit(setting, estimate_memory(config, base, **arguments), budget):
+            return
         report = check_memory(config, base, budget=budget, advise=False, **arguments)
     except ValueError:
-        return
+        return  # such a step cannot be traced, so that nothing is known of its memory
     line = setting.batch_size.line or setting.base.line
     for finding in report.findings:
         yield replace(
@@ -306,6 +318,12 @@ def _memory(
             fix=f"{finding.fix} ({_smaller(setting)})",
             line=line,
         )
+
+
+def _may_fit(setting: RunSetting, estimate: MemoryEstimate, budget: int) -> bool:
+    """Whether a step may fit that plain PyTorch would not: less what the tool's own code is known to save."""
+    saved = estimate.breakdown.get("logits and loss", 0) if setting.loss.value == "chunked" else 0
+    return budget < estimate.peak_allocated <= budget * SAVED_BY.get(setting.tool, 1.0) + saved
 
 
 def _smaller(setting: RunSetting) -> str:

@@ -81,6 +81,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_lora.plugin import selections
 
         selections.enable(config)
+    if options.recipes:
+        from pytest_lora.plugin import recipe_items
+
+        recipe_items.enable(config, options.recipes)
     if options.adapters or names_adapters:
         from pytest_lora.plugin import adapter_items
 
@@ -104,11 +108,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Answer ``--lora-rules`` and ``--lora-explain``, and show ``--lora-demo``, instead of running tests."""
+    """Answer ``--lora-rules``, ``--lora-explain``, ``--lora-show-recipe`` and ``--lora-demo`` instead of running tests."""
     if config.getoption("lora_demo"):
         from pytest_lora.plugin import demo
 
         return demo.show(config)
+    if config.getoption("lora_show_recipe"):
+        from pytest_lora.plugin import recipe_table
+
+        return recipe_table.show(config)
     if not (config.getoption("lora_rules") or config.getoption("lora_explain")):
         return None
     from pytest_lora.plugin import rule_pages

@@ -94,7 +94,8 @@ def annotated(session: Session, root: Path) -> Iterator[Annotation]:
         severity: Severity = "error" if test.failed else "warning"
         warnings = [f for f in test.findings if f.severity == "warning" and test.outcome == "passed"]
         for finding in test.decisive or warnings:
-            place = test.file, test.line, finding.code
+            line = finding.line or test.line
+            place = test.file, line, finding.code
             if place in annotated or count[severity] == MOST:
                 continue
             annotated.add(place)
@@ -102,7 +103,7 @@ def annotated(session: Session, root: Path) -> Iterator[Annotation]:
             yield Annotation(
                 severity,
                 _in_workspace(test, root),
-                test.line,
+                line,
                 f"{finding.code} {finding.title}",
                 f"{finding.where}: {finding.observed}. Fix: {finding.fix.partition(chr(10))[0]}",
             )

@@ -57,6 +57,24 @@ TABLE = (
         "linelist",
     ),
     _Option(
+        "recipes",
+        "folder of recipes (Axolotl, LLaMA-Factory, TRL, ms-swift, or your own YAML), each of which becomes a test item, "
+        "or the path of one; may be given more than once. From ini it counts where no path is given to pytest",
+        {"metavar": "PATH", "action": "append", "default": []},
+        "linelist",
+    ),
+    _Option(
+        "card",
+        "memory of the GPU that recipes are for, as in 24GiB, or of several, as in 8x80GiB",
+        {"metavar": "SIZE"},
+        "string",
+    ),
+    _Option(
+        "show-recipe",
+        "instead of running tests, print what a run of this recipe does, and where each value is from",
+        {"metavar": "FILE"},
+    ),
+    _Option(
         "base",
         "base that saved adapters and recipes are compared with: a model folder, a config.json or the name of a public "
         "model; no weights are read",

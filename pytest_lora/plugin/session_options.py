@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ class LoraOptions:
     Attributes:
         model: Folder of the base model, absolute; ``None`` for the built-in one.
         adapters: Folders of saved adapters to make test items of, absolute.
+        recipes: Folders of recipes, or recipes, to make test items of, absolute.
+        card: How many GPUs recipes are for, and the memory of each, as it was written; ``None`` where it is not judged.
         base: Model folder or ``config.json`` that these are compared with, absolute, or the name of a public model;
             ``None`` for none.
         bases: Names of bases, and the model folder or ``config.json`` that each means, absolute.
@@ -39,6 +42,8 @@ class LoraOptions:
 
     model: Path | None
     adapters: tuple[Path, ...]
+    recipes: tuple[Path, ...]
+    card: tuple[int, str | None]
     base: Path | str | None
     bases: dict[str, Path]
     fields: dict[str, object]
@@ -73,6 +78,8 @@ class LoraOptions:
         return cls(
             model=_model_folder(config),
             adapters=tuple(_adapter_folders(config)),
+            recipes=tuple(_recipe_places(config)),
+            card=_card(config),
             base=_base(config),
             bases=dict(_named_base(config, line) for line in config.getini("lora_bases")),
             fields=dict(_field(line) for line in config.getini("lora_config")),
@@ -182,6 +189,42 @@ def _baseline_file(config: pytest.Config) -> Path | None:
     if path.is_dir() or not path.parent.is_dir():
         raise pytest.UsageError(f"--lora-baseline: {given!r} must be a file in a folder that exists")
     return path
+
+
+def _recipe_places(config: pytest.Config) -> Iterator[Path]:
+    flags = config.getoption("lora_recipes")
+    for flag in flags:
+        yield _recipe_place("--lora-recipes", config.invocation_params.dir / Path(flag).expanduser())
+    if not flags and config.args_source is not config.ArgsSource.ARGS:
+        for line in config.getini("lora_recipes"):
+            yield _recipe_place("ini lora_recipes", _beside_ini(config) / Path(line).expanduser())
+
+
+def _recipe_place(source: str, place: Path) -> Path:
+    if not place.exists():
+        raise pytest.UsageError(f"{source}: there is no file or folder {str(place)!r}")
+    return place.resolve()
+
+
+_CARD = re.compile(r"(?:(\d+)\s*[xX]\s*)?(\S.*)")
+
+
+def _card(config: pytest.Config) -> tuple[int, str | None]:
+    """How many cards, and the memory of each as it was written."""
+    given = config.getoption("lora_card") or config.getini("lora_card")
+    if not given:
+        return 1, None
+    from pytest_lora.facts.byte_sizes import parse_bytes
+
+    match = _CARD.fullmatch(given.strip())
+    source = "--lora-card" if config.getoption("lora_card") else "ini lora_card"
+    if match is None or match[1] == "0":
+        raise pytest.UsageError(f"{source}: {given!r} is no memory of cards; write 24GiB or 8x80GiB")
+    try:
+        parse_bytes(match[2], "size")
+    except (TypeError, ValueError) as error:
+        raise pytest.UsageError(f"{source}: {given!r} is no memory of cards: {error}") from error
+    return int(match[1] or 1), match[2]
 
 
 def _folder_of_adapters(source: str, folder: Path) -> Path:

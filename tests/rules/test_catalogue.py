@@ -27,6 +27,13 @@ STAGES = {
 
 FIELDS_OF_NEWER_PEFT = {"alora_invocation_tokens"}
 
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples about recipes write files where they run."""
+    monkeypatch.chdir(tmp_path)
+
+
 every_rule = pytest.mark.parametrize("known", catalogue(), ids=lambda r: f"{r.code}-{r.name}")
 
 

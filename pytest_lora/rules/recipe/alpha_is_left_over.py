@@ -25,7 +25,7 @@ def alpha_is_left_over(facts: RecipeFacts, expect: Expect) -> Iterator[Violation
 
     recipe = Path("recipe.yaml")
     recipe.write_text('''
-    model_name_or_path: Qwen/Qwen2.5-0.5B
+    model_name_or_path: meta-llama/Llama-3.2-1B
     dtype: bfloat16
     use_peft: true
     lora_target_modules: [q_proj, k_proj, v_proj, o_proj]
@@ -42,7 +42,7 @@ def alpha_is_left_over(facts: RecipeFacts, expect: Expect) -> Iterator[Violation
 
     recipe = Path("recipe.yaml")
     recipe.write_text('''
-    model_name_or_path: Qwen/Qwen2.5-0.5B
+    model_name_or_path: meta-llama/Llama-3.2-1B
     dtype: bfloat16
     use_peft: true
     lora_target_modules: [q_proj, k_proj, v_proj, o_proj]

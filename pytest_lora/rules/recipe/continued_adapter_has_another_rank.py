@@ -23,10 +23,15 @@ def continued_adapter_has_another_rank(facts: RecipeFacts, expect: Expect) -> It
     ```python
     from pathlib import Path
 
+    Path("round-one").mkdir(exist_ok=True)
+    Path("round-one/adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 8, "base_model_name_or_path": "Qwen/Qwen2.5-0.5B"}'
+    )
     recipe = Path("recipe.yaml")
     recipe.write_text('''
     base_model: Qwen/Qwen2.5-0.5B
     adapter: lora
+    lora_model_dir: round-one
     lora_r: 16
     lora_alpha: 32
     lora_target_linear: true
@@ -48,12 +53,17 @@ def continued_adapter_has_another_rank(facts: RecipeFacts, expect: Expect) -> It
     ```python
     from pathlib import Path
 
+    Path("round-one").mkdir(exist_ok=True)
+    Path("round-one/adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 8, "base_model_name_or_path": "Qwen/Qwen2.5-0.5B"}'
+    )
     recipe = Path("recipe.yaml")
     recipe.write_text('''
     base_model: Qwen/Qwen2.5-0.5B
     adapter: lora
-    lora_r: 16
-    lora_alpha: 32
+    lora_model_dir: round-one
+    lora_r: 8
+    lora_alpha: 16
     lora_target_linear: true
     datasets:
       - path: data/train.jsonl

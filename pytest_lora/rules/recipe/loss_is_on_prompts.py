@@ -23,13 +23,19 @@ def loss_is_on_prompts(facts: RecipeFacts, expect: Expect) -> Iterator[Violation
     ```python
     from pathlib import Path
 
+    Path("data").mkdir(exist_ok=True)
+    Path("data/train.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "Open?"}, {"role": "assistant", "content": "Yes."}]}'
+    )
     recipe = Path("recipe.yaml")
     recipe.write_text('''
     model_name_or_path: Qwen/Qwen2.5-0.5B
     dtype: bfloat16
     use_peft: true
     lora_target_modules: [q_proj, k_proj, v_proj, o_proj]
-    dataset_name: data/intents
+    datasets:
+      - path: json
+        data_files: data/train.jsonl
     learning_rate: 2.0e-4
     ''')
     report = check_recipe(recipe)
@@ -39,13 +45,20 @@ def loss_is_on_prompts(facts: RecipeFacts, expect: Expect) -> Iterator[Violation
     ```python
     from pathlib import Path
 
+    Path("data").mkdir(exist_ok=True)
+    Path("data/train.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "Open?"}, {"role": "assistant", "content": "Yes."}]}'
+    )
     recipe = Path("recipe.yaml")
     recipe.write_text('''
     model_name_or_path: Qwen/Qwen2.5-0.5B
     dtype: bfloat16
     use_peft: true
     lora_target_modules: [q_proj, k_proj, v_proj, o_proj]
-    dataset_name: data/intents
+    assistant_only_loss: true
+    datasets:
+      - path: json
+        data_files: data/train.jsonl
     learning_rate: 2.0e-4
     ''')
     report = check_recipe(recipe)

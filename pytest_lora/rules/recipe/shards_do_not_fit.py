@@ -25,7 +25,7 @@ def shards_do_not_fit(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
 
     recipe = Path("recipe.yaml")
     recipe.write_text('''
-    base_model: Qwen/Qwen2.5-0.5B
+    base_model: meta-llama/Llama-3.1-70B
     adapter: lora
     lora_r: 16
     lora_alpha: 32
@@ -40,8 +40,10 @@ def shards_do_not_fit(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
     learning_rate: 0.0002
     gradient_checkpointing: true
     attn_implementation: sdpa
+    fsdp_config:
+      fsdp_version: 2
     ''')
-    report = check_recipe(recipe)
+    report = check_recipe(recipe, budget="16GiB", gpus=4)
     ```
 
     ## Use instead
@@ -50,7 +52,7 @@ def shards_do_not_fit(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
 
     recipe = Path("recipe.yaml")
     recipe.write_text('''
-    base_model: Qwen/Qwen2.5-0.5B
+    base_model: meta-llama/Llama-3.1-70B
     adapter: lora
     lora_r: 16
     lora_alpha: 32
@@ -65,8 +67,10 @@ def shards_do_not_fit(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
     learning_rate: 0.0002
     gradient_checkpointing: true
     attn_implementation: sdpa
+    fsdp_config:
+      fsdp_version: 2
     ''')
-    report = check_recipe(recipe)
+    report = check_recipe(recipe, budget="80GiB", gpus=8)
     ```
 
     ## References

@@ -1,0 +1,164 @@
+"""Recipes as test items, one a recipe; imported only where a session names recipes.
+
+Collecting reads the files as YAML and nothing else. What is no recipe for a LoRA adapter is counted and left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_lora.assertions import LoraHealthError, delivered
+from pytest_lora.findings import LoraHealthWarning
+from pytest_lora.plugin.session_options import options_of
+from pytest_lora.rules.selection import in_force
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+MAX_DEPTH = 16
+"""Folders within folders that are searched."""
+
+PROGRESS_FROM = 10
+"""Files from which a line says how far collecting has come."""
+
+
+def enable(config: pytest.Config, places: tuple[Path, ...]) -> None:
+    """Collect the recipes of a session."""
+    config.pluginmanager.register(Recipes(config, places), "lora-recipe-items")
+
+
+class Recipes:
+    """The hooks of a session with recipes."""
+
+    def __init__(self, config: pytest.Config, places: tuple[Path, ...]) -> None:
+        self.config, self.places = config, places
+        self.files = self.recipes = 0
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(
+        self, collector: pytest.Collector
+    ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        """Put the recipes beside what is named on the command line."""
+        report = yield
+        if isinstance(collector, pytest.Session) and report.passed:
+            report.result = [*report.result, *(self._place(collector, place) for place in self.places)]
+        return report
+
+    def _place(self, session: pytest.Session, place: Path) -> pytest.Collector:
+        collector: pytest.Collector = RecipePlace.from_parent(
+            session, name=place.name, path=place, nodeid=self._nodeid(place, place), recipes=self
+        )
+        return collector
+
+    def _nodeid(self, file: Path, place: Path) -> str:
+        root = self.config.rootpath
+        return file.relative_to(root if file.is_relative_to(root) else place.parent).as_posix()
+
+    def pytest_report_collectionfinish(self) -> str | None:
+        """Say how many of the files are recipes."""
+        if not self.files:
+            return None
+        return f"{self.recipes} of {self.files} files are LoRA recipes"
+
+    def items(self, parent: RecipePlace) -> Iterator[pytest.Item]:
+        """The recipes of a folder, or the one that is named."""
+        files = sorted(_files(parent.path))
+        terminal: Any = self.config.pluginmanager.get_plugin("terminalreporter")
+        for number, file in enumerate(files, 1):
+            self.files += 1
+            if number % PROGRESS_FROM == 0 and terminal is not None and terminal.isatty:
+                terminal.rewrite(f"recipes: {number} of {len(files)} files", bold=True, erase=True)
+            if not _is_recipe(file, named=file == parent.path):
+                continue
+            self.recipes += 1
+            nodeid = f"{self._nodeid(file, parent.path)}::recipe"
+            yield RecipeItem.from_parent(parent, name="recipe", path=file, nodeid=nodeid)
+
+
+class RecipePlace(pytest.Collector):
+    """A folder of recipes, or one recipe; no ``pytest.Directory``, for which pytest would import a conftest.py."""
+
+    def __init__(self, *, recipes: Recipes, path: Path, **others: Any) -> None:
+        super().__init__(path=path, **others)
+        self.recipes = recipes
+
+    def collect(self) -> Iterator[pytest.Item]:
+        """Yield an item for each recipe."""
+        return self.recipes.items(self)
+
+
+class RecipeItem(pytest.Item):
+    """One recipe."""
+
+    def runtest(self) -> None:
+        """Judge the recipe.
+
+        Raises:
+            LoraHealthError: There are errors.
+            LoraHealthWarning: There are warnings, and a filter makes them errors.
+        """
+        from pytest_lora.checks.recipe import check_recipe
+        from pytest_lora.plugin import markers
+
+        options = options_of(self.config)
+        cards, memory = options.card
+        report = check_recipe(
+            self.path,
+            base=options.base,
+            budget=memory,
+            gpus=cards,
+            expect=markers.expect_for(self),
+        )
+        delivered.append(report)
+        strict = []
+        for finding in report.warnings:
+            try:
+                warnings.warn_explicit(str(finding), LoraHealthWarning, str(self.path), finding.line or 1)
+            except LoraHealthWarning as warning:
+                strict.append(str(warning))
+        if not report.ok or (in_force().strict and report.warnings):
+            raise LoraHealthError(report)
+        if strict:
+            raise LoraHealthWarning("\n\n".join(strict))
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """The report alone, where that is what failed."""
+        if isinstance(excinfo.value, (LoraHealthError, LoraHealthWarning, ValueError)):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, int | None, str]:
+        """Where the item is, and its name in headings."""
+        return self.path, None, self.path.name
+
+
+def _files(place: Path, depth: int = 0) -> Iterator[Path]:
+    from pytest_lora.inspection.recipe import SUFFIXES
+
+    if place.is_file():
+        yield place
+        return
+    with os.scandir(place) as entries:
+        for entry in sorted(entries, key=lambda one: one.name):
+            if entry.is_dir(follow_symlinks=False):
+                if depth < MAX_DEPTH and not entry.name.startswith("."):
+                    yield from _files(place / entry.name, depth + 1)
+            elif entry.name.endswith(SUFFIXES) and entry.is_file(follow_symlinks=False):
+                yield place / entry.name
+
+
+def _is_recipe(file: Path, *, named: bool) -> bool:
+    """Whether a file is a recipe for an adapter, or would be one if it were YAML."""
+    from pytest_lora.inspection.recipe import is_likely, recipe_facts
+
+    if file.suffix == ".json" and not (named or is_likely(file)):
+        return False
+    facts = recipe_facts(file)
+    if facts.flaw is not None:
+        return named or is_likely(file)
+    return facts.setting is not None

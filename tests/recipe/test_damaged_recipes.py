@@ -1,0 +1,77 @@
+"""Damaged recipes: cut, shuffled, nested, aliased, huge. They give findings, never an exception, and soon."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pytest_lora import check_recipe
+from tests.recipe.test_settings import AXOLOTL, FACTORY, OWN, SWIFT, TRL
+
+MOST_SECONDS = 2.0
+
+WORDS = (
+    "~", "null", "no", "[]", "{}", "1e-4", "0,1", "-1", "1e999", ".nan", "!!binary x", "&a x", "*a", "${a.b}", "'", '"',
+    "\t", "|", ">", "? x", "- x", "<<: *a", "999999999999999999999", "true", "[[[[[[", "{a: {b: {c: 1}}}", "../../etc",
+    "/etc/passwd", "\u2028", "a: b: c", "%YAML 1.1", "---", "...", "@", "`", "lora_r: [1, 2]", "base_model: {a: 1}",
+)  # fmt: skip
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> str:
+    lines = draw(st.sampled_from((AXOLOTL, FACTORY, TRL, SWIFT, OWN))).splitlines()
+    for _ in range(draw(st.integers(0, 6))):
+        at = draw(st.integers(0, max(0, len(lines) - 1)))
+        kind = draw(st.sampled_from(("cut", "swap", "value", "insert", "indent", "double", "nest")))
+        line = lines[at] if lines else ""
+        if kind == "cut":
+            lines = lines[:at] + [line[: draw(st.integers(0, len(line)))]] + lines[at + 1 :]
+        elif kind == "swap":
+            lines = draw(st.permutations(lines))
+        elif kind == "value":
+            lines = [
+                *lines[:at],
+                f"{line.partition(':')[0]}: {draw(st.sampled_from(WORDS))}",
+                *lines[at + 1 :],
+            ]
+        elif kind == "insert":
+            lines = [*lines[:at], draw(st.sampled_from(WORDS) | st.text(max_size=20)), *lines[at:]]
+        elif kind == "indent":
+            lines = [*lines[:at], draw(st.sampled_from((" ", "  ", "\t", "- "))) + line, *lines[at + 1 :]]
+        elif kind == "double":
+            lines = lines * draw(st.integers(1, 4))
+        else:
+            lines = ["outer:", *(f"  {one}" for one in lines)]
+    return "\n".join(lines) + draw(st.sampled_from(("", "\n", "\n" * 100)))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=damaged())
+def test_damage_gives_findings_and_never_an_exception(
+    text: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    recipe = tmp_path_factory.getbasetemp() / "damaged.yaml"
+    recipe.write_text(text, encoding="utf-8", errors="surrogatepass")
+    check_recipe(recipe)  # the first look at a base builds it
+    start = time.process_time()
+    report = check_recipe(recipe)
+    assert time.process_time() - start < MOST_SECONDS
+    assert all(one.file == str(recipe) for one in report.findings)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.binary(max_size=400))
+def test_any_bytes_are_a_finding_or_left_alone(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    recipe = tmp_path_factory.getbasetemp() / "bytes.yaml"
+    recipe.write_bytes(data)
+    report = check_recipe(recipe)
+    assert report.findings or "left alone" in report.subject
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no file"):
+        check_recipe(tmp_path)

@@ -1,0 +1,160 @@
+"""The effective setting of recipes: which tool, which value, and where each is from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pytest_lora.facts.recipe import RecipeFacts, RunSetting
+from pytest_lora.inspection.recipe import recipe_facts
+from pytest_lora.inspection.recipe.unread import known_keys
+
+AXOLOTL = "base_model: Qwen/Qwen2.5-7B\nadapter: lora\nlora_r: 16\nmicro_batch_size: 2\nlearning_rate: 1e-4\n"
+FACTORY = "model_name_or_path: Qwen/Qwen2.5-7B\nstage: sft\ndo_train: true\nlora_rank: 16\n"
+TRL = "model_name_or_path: Qwen/Qwen2.5-7B\nuse_peft: true\ndataset_name: data\n"
+SWIFT = "model: Qwen/Qwen2.5-7B\ntuner_type: lora\ndataset: [data/train.jsonl]\n"
+OWN = "model:\n  name: Qwen/Qwen2.5-7B\nlora:\n  r: 16\n  alpha: 32\n  target_modules: [q_proj]\nlearning_rate: 1e-4\n"
+
+
+def read(tmp_path: Path, text: str, **files: str) -> RecipeFacts:
+    for name, content in files.items():
+        (tmp_path / name.replace("__", ".")).write_text(content)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    return recipe_facts(recipe)
+
+
+def setting(tmp_path: Path, text: str, **files: str) -> RunSetting:
+    found = read(tmp_path, text, **files).setting
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "tool"),
+    [
+        (AXOLOTL, "Axolotl"),
+        (FACTORY, "LLaMA-Factory"),
+        (TRL, "TRL"),
+        (SWIFT, "ms-swift"),
+        (OWN, "a recipe of one's own"),
+    ],
+)
+def test_the_format_is_known_by_its_keys(tmp_path: Path, text: str, tool: str) -> None:
+    facts = read(tmp_path, text)
+    assert facts.tool == tool
+    assert facts.base is not None
+    assert facts.base.name == "Qwen/Qwen2.5-7B"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "services:\n  web:\n    image: x\n",
+        "- a\n- b\n",
+        "",
+        AXOLOTL.replace("adapter: lora", "adapter:"),
+        FACTORY + "finetuning_type: full\n",
+        "model_name_or_path: a/b\nadapter_name_or_path: c\ntemplate: llama3\nexport_dir: d\n",
+        "model_name_or_path: a/b\ndataset_name: data\nlearning_rate: 1.0e-5\n",
+        SWIFT.replace("lora", "full"),
+        "model: a/b\ntuner_type: lora\ntensor_model_parallel_size: 2\nmicro_batch_size: 1\n",
+    ],
+)
+def test_what_trains_no_adapter_is_left_alone(tmp_path: Path, text: str) -> None:
+    facts = read(tmp_path, text)
+    assert facts.setting is None
+    assert facts.left_alone
+
+
+def test_every_value_says_where_it_is_from(tmp_path: Path) -> None:
+    found = setting(tmp_path, FACTORY)
+    assert (found.r.value, found.r.source, found.r.line) == (16, "line 4", 4)
+    assert (found.lora_alpha.value, found.lora_alpha.source) == (32, "2 x lora_rank")
+    assert (found.batch_size.value, found.batch_size.source) == (8, "default of LLaMA-Factory")
+    assert found.scaling == 2.0
+
+
+def test_axolotl_quantizes_to_4_bits_only_under_qlora(tmp_path: Path) -> None:
+    asked = setting(tmp_path, AXOLOTL + "load_in_4bit: true\n").quantization
+    assert (asked.value, asked.line) == (None, 6)
+    assert asked.asked
+    done = setting(tmp_path, AXOLOTL.replace("adapter: lora", "adapter: qlora") + "load_in_4bit: true\n")
+    assert (done.quantization.value, done.quantization.asked) == ("nf4", None)
+
+
+def test_a_list_of_one_is_an_expression_in_trl_alone(tmp_path: Path) -> None:
+    assert setting(tmp_path, TRL + "lora_target_modules: [q_proj]\n").target_modules.value == "q_proj"
+    assert setting(tmp_path, AXOLOTL + "lora_target_modules: [q_proj]\n").target_modules.value == ("q_proj",)
+    assert setting(tmp_path, FACTORY + "lora_target: q_proj,v_proj\n").target_modules.value == (
+        "q_proj",
+        "v_proj",
+    )
+
+
+def test_text_that_is_a_number_is_a_number_where_the_tool_reads_it_so(tmp_path: Path) -> None:
+    assert setting(tmp_path, AXOLOTL).learning_rate.value == 1e-4
+    facts = read(tmp_path, AXOLOTL)
+    assert facts.wrong == ()
+    assert [one.mended for one in read(tmp_path, OWN).wrong] == ["1.0e-4"]
+
+
+def test_strategies_come_from_files_beside_the_recipe_and_from_names(tmp_path: Path) -> None:
+    stage = '{"zero_optimization": {"stage": 3}}'
+    assert (
+        setting(tmp_path, FACTORY + "deepspeed: ds__json\n".replace("__", "."), ds__json=stage).strategy.value
+        == "zero3"
+    )
+    assert setting(tmp_path, SWIFT + "deepspeed: zero2\n").strategy.value == "zero2"
+    accelerate = "distributed_type: FSDP\n"
+    text = TRL + "accelerate_config: acc.yaml\n"
+    assert setting(tmp_path, text, acc__yaml=accelerate).strategy.value == "fsdp"
+
+
+def test_nothing_outside_the_folder_is_read(tmp_path: Path) -> None:
+    outside = tmp_path / "ds.json"
+    outside.write_text('{"zero_optimization": {"stage": 3}}')
+    inside = tmp_path / "recipes"
+    inside.mkdir()
+    (inside / "link.json").symlink_to(outside)
+    for name in ("../ds.json", str(outside), "link.json"):
+        assert setting(inside, FACTORY + f"deepspeed: {name}\n").strategy.value is None
+
+
+def test_interpolations_stand_for_their_values(tmp_path: Path) -> None:
+    found = setting(tmp_path, OWN.replace("alpha: 32", "alpha: ${lora.r}"))
+    assert found.lora_alpha.value == 16
+    unknown = setting(tmp_path, OWN.replace("alpha: 32", "alpha: ${oc.env:ALPHA}"))
+    assert unknown.lora_alpha.value is None
+
+
+def test_unknown_keys_name_the_one_that_was_meant(tmp_path: Path) -> None:
+    (one,) = read(tmp_path, AXOLOTL + "gradient_checkpoint: true\n").unknown
+    assert (one.key, one.line, one.meant, one.stops) == (
+        "gradient_checkpoint",
+        6,
+        "gradient_checkpointing",
+        False,
+    )
+    (old,) = read(tmp_path, TRL + "torch_dtype: bfloat16\n").unknown
+    assert (old.kind, old.meant) == ("renamed", "dtype")
+    (gone,) = read(tmp_path, TRL + "group_by_length: true\n").unknown
+    assert (gone.kind, gone.since) == ("removed", "transformers 5.15")
+    (dropped,) = read(tmp_path, AXOLOTL + "lora_exclude_modules: [lm_head]\n").unknown
+    assert dropped.kind == "dropped"
+    (block,) = read(tmp_path, TRL + "lora:\n  r: 8\n").unknown
+    assert block.kind == "block"
+
+
+def test_keys_of_plugins_that_a_recipe_names_are_known(tmp_path: Path) -> None:
+    plugin = "plugins:\n  - axolotl.integrations.liger.LigerPlugin\n"
+    assert [u.key for u in read(tmp_path, AXOLOTL + "liger_rope: true\n").unknown] == ["liger_rope"]
+    assert read(tmp_path, AXOLOTL + plugin + "liger_rope: true\n").unknown == ()
+    assert read(tmp_path, AXOLOTL + "plugins: [ours.Plugin]\nours: 1\n").unknown == ()
+
+
+def test_the_keys_of_each_tool_are_data() -> None:
+    known = known_keys()
+    assert set(known) == {"axolotl", "llamafactory", "trl", "ms-swift"}
+    assert all(len(one["keys"]) > 300 and one["version"] for one in known.values())
