@@ -123,8 +123,8 @@ def _judged(
         facts = _with_base(facts, on_base)
     cards = max(gpus, setting.gpus.value or 1)
     divided = cards > 1 and setting.strategy.value in DIVIDING
-    if divided and budget is not None and facts.base is not None:
-        facts = replace(facts, shard=_shard(facts, setting, budget, cards))
+    if budget is not None and (divided or setting.seq_len.value is None or setting.batch_size.value is None):
+        facts = replace(facts, shard=_shard(facts, setting, budget, cards if divided else 1))
     findings = list(judge([facts], expect))
     if on_base is not None:
         asked = _expected(expect, setting, on_base)
@@ -162,9 +162,10 @@ def _config(setting: RunSetting, base: Any) -> LoraConfig | None:
     shape = find_shape(base) if isinstance(base, str) else None
     several = shape is not None and "vision_config" in shape.config
     config = lora_config(setting, several_modalities=several)
-    if config is not None and config.target_modules == "all-linear" and setting.tool in COLLECTING:
-        if isinstance(base, str) and (model := _built(base, str(config.task_type), False)) is not None:
-            config.target_modules = set(linear_names(model))
+    collects = setting.tool in COLLECTING and isinstance(base, str)
+    if config is not None and config.target_modules == "all-linear" and collects:
+        model = _built(base, str(config.task_type), False)
+        config.target_modules = "all-linear" if model is None else linear_names(model)
     return config
 
 
@@ -284,8 +285,12 @@ def _placed(finding: Finding, facts: RecipeFacts, setting: RunSetting) -> Findin
         value = setting.modules_to_save
     place = f"{facts.name}:{value.line}" if value.line else facts.name
     here = f"`{value.key}`" + ("" if value.stated else f" ({value.source})" if value.source else "")
+    observed = finding.observed
+    if "ParamWrapper" in observed:
+        observed += ": the experts of this base are fused parameters and no modules, which names of them mean"
     return replace(
         finding,
+        observed=observed,
         where=f"{place}: {value.key or field} ({finding.where})",
         fix=f"{finding.fix}; in this recipe {field} is {here}",
         line=value.line,

@@ -108,7 +108,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Answer ``--lora-rules``, ``--lora-explain``, ``--lora-show-recipe`` and ``--lora-demo`` instead of running tests."""
+    """Print what ``--lora-rules``, ``--lora-explain``, ``--lora-show-recipe`` or ``--lora-demo`` asks for."""
     if config.getoption("lora_demo"):
         from pytest_lora.plugin import demo
 

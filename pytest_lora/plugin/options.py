@@ -58,8 +58,8 @@ TABLE = (
     ),
     _Option(
         "recipes",
-        "folder of recipes (Axolotl, LLaMA-Factory, TRL, ms-swift, or your own YAML), each of which becomes a test item, "
-        "or the path of one; may be given more than once. From ini it counts where no path is given to pytest",
+        "folder of recipes (Axolotl, LLaMA-Factory, TRL, ms-swift, or your own YAML), each of which becomes a test "
+        "item, or the path of one; may be given more than once. From ini it counts where no path is given to pytest",
         {"metavar": "PATH", "action": "append", "default": []},
         "linelist",
     ),
@@ -76,8 +76,8 @@ TABLE = (
     ),
     _Option(
         "base",
-        "base that saved adapters and recipes are compared with: a model folder, a config.json or the name of a public "
-        "model; no weights are read",
+        "base that saved adapters and recipes are compared with: a model folder, a config.json or the name of a "
+        "public model; no weights are read",
         {"metavar": "BASE"},
         "string",
     ),

@@ -29,7 +29,7 @@ def damaged(draw: st.DrawFn) -> str:
         kind = draw(st.sampled_from(("cut", "swap", "value", "insert", "indent", "double", "nest")))
         line = lines[at] if lines else ""
         if kind == "cut":
-            lines = lines[:at] + [line[: draw(st.integers(0, len(line)))]] + lines[at + 1 :]
+            lines = [*lines[:at], line[: draw(st.integers(0, len(line)))], *lines[at + 1 :]]
         elif kind == "swap":
             lines = draw(st.permutations(lines))
         elif kind == "value":

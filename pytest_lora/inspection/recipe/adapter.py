@@ -40,7 +40,7 @@ def lora_config(setting: RunSetting, *, several_modalities: bool = False) -> Lor
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return LoraConfig(task_type=task, **given)  # type: ignore[arg-type]
+            return LoraConfig(task_type=task, **given)
     except (TypeError, ValueError):
         return None
 

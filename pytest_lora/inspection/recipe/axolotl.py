@@ -194,7 +194,7 @@ def _checkpointing(keys: Keys) -> Value:
 def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed")
     if deepspeed.value:
-        stage = zero_stage(tree.object(deepspeed.value))
+        stage = zero_stage(tree.mapping(deepspeed.value))
         named = strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
         return replace(deepspeed, value=named)
     for name in ("fsdp_config", "fsdp", "fsdp_version"):

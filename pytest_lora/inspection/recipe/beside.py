@@ -20,7 +20,7 @@ class Tree:
         self.real = folder.resolve()
 
     def find(self, name: object) -> Path | None:
-        """A file or folder of the tree by the path that a recipe gives; None where there is none, or it lies outside."""
+        """A file or folder of the tree by the path that a recipe gives; None where there is none in it."""
         if (
             not isinstance(name, str)
             or not name
@@ -48,7 +48,7 @@ class Tree:
         except OSError:
             return None
 
-    def object(self, name: object) -> dict[str, Any]:
+    def mapping(self, name: object) -> dict[str, Any]:
         """A JSON or YAML file of the tree as a mapping; empty where it is none."""
         data = self.read(name)
         if data is None:
@@ -66,7 +66,7 @@ class Tree:
             return None
         if not (place / _CONFIG).is_file() or (place / "config.json").is_file():
             return None
-        config = self.object(f"{name}/{_CONFIG}")
+        config = self.mapping(f"{name}/{_CONFIG}")
         rank, base = config.get("r"), config.get("base_model_name_or_path")
         return SavedAdapter(
             str(name),

@@ -17,8 +17,8 @@ KEYS = ""
 STOPS_AT_UNKNOWN = False
 
 _BASE = (
-    "model_name_or_path", "base_model", "pretrained_model_name_or_path", "model_name", "model_id", "base_model_name_or_path",
-    "base_model_id", "model_path", "name_or_path",
+    "model_name_or_path", "base_model", "pretrained_model_name_or_path", "model_name", "model_id", "model_path",
+    "base_model_name_or_path", "base_model_id", "name_or_path",
 )  # fmt: skip
 _ADAPTER = ("lora_r", "lora_rank", "lora_alpha", "lora_target_modules")
 _BLOCKS = ("lora", "peft", "lora_config", "peft_config", "adapter", "qlora")
@@ -34,7 +34,7 @@ MAX_LEVELS = 4
 
 
 def flattened(root: Node) -> Keys:
-    """Keys at every level under their own names; the outermost of equal ones counts, and ``r`` only where LoRA is meant."""
+    """Keys at every level under their own names: the outermost of equal ones, and ``r`` only where LoRA is meant."""
     flat = Node(root.line, pairs={})
     level: list[tuple[str, Node]] = [("", root)]
     for _ in range(MAX_LEVELS):
@@ -195,7 +195,7 @@ def _precision(keys: Keys) -> Value:
 def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed", "deepspeed_config")
     if deepspeed.value:
-        stage = zero_stage(tree.object(deepspeed.value))
+        stage = zero_stage(tree.mapping(deepspeed.value))
         return replace(
             deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
         )

@@ -74,7 +74,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         batch_size=keys.count("per_device_train_batch_size", default=8),
         accumulation=keys.count("gradient_accumulation_steps", default=1),
         seq_len=keys.count("cutoff_len", default=2048),
-        packing=keys.flag("packing", default=False),
+        packing=_packing(keys),
         attention=keys.word("flash_attn", default="auto"),
         loss=_loss(keys),
         gradient_checkpointing=_checkpointing(keys),
@@ -155,6 +155,14 @@ def _checkpointing(keys: Keys) -> Value:
     return replace(off, value=False if off.value else "reentrant" if reentrant else True)
 
 
+def _packing(keys: Keys) -> Value:
+    if keys.says("neat_packing"):
+        return Value(
+            "separate", f"line {keys.lines['neat_packing']}", "neat_packing", keys.lines["neat_packing"]
+        )
+    return keys.flag("packing", default=False)
+
+
 def _loss_on(keys: Keys) -> Value:
     found = keys.flag("train_on_prompt", default=False)
     return replace(found, value="all tokens" if found.value else "answers")
@@ -163,7 +171,7 @@ def _loss_on(keys: Keys) -> Value:
 def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed")
     if deepspeed.value:
-        stage = zero_stage(tree.object(deepspeed.value))
+        stage = zero_stage(tree.mapping(deepspeed.value))
         return replace(
             deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
         )

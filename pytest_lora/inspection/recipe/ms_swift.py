@@ -166,7 +166,7 @@ def _loss(keys: Keys) -> Value:
 def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed")
     if deepspeed.value:
-        stage = zero_stage(tree.object(deepspeed.value))
+        stage = zero_stage(tree.mapping(deepspeed.value))
         return replace(
             deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
         )

@@ -166,11 +166,11 @@ def _loss_on(keys: Keys) -> Value:
 def _strategy(keys: Keys, tree: Tree) -> Value:
     named = keys.word("accelerate_config", "config_file")
     if named.value:
-        beside = strategy_of_accelerate(tree.object(named.value))
+        beside = strategy_of_accelerate(tree.mapping(named.value))
         return replace(named, value=beside or strategy_by_name(named.value))
     deepspeed = keys.word("deepspeed", "deepspeed_config_file")
     if deepspeed.value:
-        stage = zero_stage(tree.object(deepspeed.value))
+        stage = zero_stage(tree.mapping(deepspeed.value))
         return replace(
             deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
         )

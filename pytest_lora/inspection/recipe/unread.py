@@ -11,12 +11,15 @@ from importlib.resources import files
 from types import ModuleType
 from typing import Any
 
-from pytest_lora.facts.recipe import UnknownKey, WrongKind
+from pytest_lora.facts.recipe import UnknownKey, UnknownKind, WrongKind
 from pytest_lora.inspection.recipe.keys import Keys
 from pytest_lora.inspection.recipe.yaml_file import Node, YamlFile
 
 DROPPED = {"axolotl": ("lora_exclude_modules",)}
 """Keys that the code would read, and that the schema does not let through."""
+
+UNHEEDED = {"llamafactory": ("gradient_checkpointing",)}
+"""Keys that are taken and change nothing where they are false, as another key decides."""
 
 NUMBERS = frozenset(
     ["learning_rate", "lr", "lora_alpha", "lora_r", "lora_rank", "lora_dropout", "warmup_ratio", "weight_decay",
@@ -47,6 +50,12 @@ PATHS = frozenset(
 )  # fmt: skip
 """Keys that take a path from which something is read."""
 
+FIELDS = (
+    "target_modules", "lora_alpha", "lora_dropout", "lora_target_modules", "modules_to_save", "use_rslora", "use_dora",
+    "learning_rate", "gradient_checkpointing", "gradient_accumulation_steps", "load_in_4bit", "load_in_8bit",
+)  # fmt: skip
+"""Names that no script of its own would call nearly the same and mean something else."""
+
 _TEXT_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 _COMMA = re.compile(r"[-+]?\d+,\d+([eE][-+]?\d+)?")
 
@@ -63,17 +72,31 @@ def unknown_keys(keys: Keys, tool: ModuleType, file: YamlFile) -> Iterator[Unkno
     """Keys at the top that the tool does not have, and those of blocks where it reads none."""
     known = known_keys().get(tool.KEYS)
     if known is None:
+        yield from _misspelt(keys, file)
         return
     plugins = _plugin_keys(keys, known)
     if plugins is None:
         return  # a plugin that is not known may bring any key
     for name, node, line in keys.numbered():
+        if name in UNHEEDED.get(tool.KEYS, ()) and node.value is False:
+            yield UnknownKey(name, line, _text(file, line, name), "dropped", None, "", False)
         if name in known["keys"] or name in plugins or name.startswith(("_", "x-", ".")):
             continue
         if node.written == "" and node.items is None and node.pairs is None:
             continue  # left empty, it asks for nothing
-        text = file.lines[line - 1].strip() if 0 < line <= len(file.lines) else name
-        yield _unknown(name, node, line, text, known, tool)
+        yield _unknown(name, node, line, _text(file, line, name), known, tool)
+
+
+def _text(file: YamlFile, line: int, name: str) -> str:
+    return file.lines[line - 1].strip() if 0 < line <= len(file.lines) else name
+
+
+def _misspelt(keys: Keys, file: YamlFile) -> Iterator[UnknownKey]:
+    """Keys of a recipe of one's own that are nearly a field of LoRA that it does not have."""
+    for name, _, line in keys.numbered():
+        near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.88)
+        if name not in FIELDS and near and not keys.has(near[0]):
+            yield UnknownKey(name, line, _text(file, line, name), "unknown", near[0], "", False)
 
 
 def _unknown(
@@ -82,12 +105,12 @@ def _unknown(
     meant, since = known["renamed"].get(name), known["removed"].get(name, "")
     if name in DROPPED.get(tool.KEYS, ()):
         return UnknownKey(name, line, text, "dropped", None, "", False)
-    kind = "renamed" if meant else "removed" if since else "block" if node.pairs else "unknown"
+    kind: UnknownKind = "renamed" if meant else "removed" if since else "block" if node.pairs else "unknown"
     if meant is None and not since:
         near = difflib.get_close_matches(name, known["keys"], n=1, cutoff=0.8)
         meant = near[0] if near else None
     # With a command of its own TRL passes unknown keys to accelerate, which stops; its scripts drop them.
-    return UnknownKey(name, line, text, kind, meant, since, tool.STOPS_AT_UNKNOWN)  # type: ignore[arg-type]
+    return UnknownKey(name, line, text, kind, meant, since, tool.STOPS_AT_UNKNOWN)
 
 
 def _plugin_keys(keys: Keys, known: dict[str, Any]) -> frozenset[str] | None:

@@ -67,7 +67,8 @@ def alpha_is_left_over(facts: RecipeFacts, expect: Expect) -> Iterator[Violation
     yield about(
         facts,
         setting.r,
-        f"`{setting.r.key}: {setting.r.value}` with an alpha of {setting.lora_alpha.value:g} ({setting.lora_alpha.source}) "
+        f"`{setting.r.key}: {setting.r.value}` with an alpha of {setting.lora_alpha.value:g} "
+        f"({setting.lora_alpha.source}) "
         f"has a scaling of {scaling:g}",
         "an alpha of one or two times the rank",
         f"add `{setting.lora_alpha.key}: {setting.r.value}`",

@@ -90,7 +90,8 @@ def continued_adapter_has_another_rank(facts: RecipeFacts, expect: Expect) -> It
         yield about(
             facts,
             rank,
-            f"`{rank.key}: {rank.value}`, and the adapter in {found.path} that training goes on from has rank {found.r}",
+            f"`{rank.key}: {rank.value}`, and the adapter in {found.path} that training goes on "
+            f"from has rank {found.r}",
             "the rank of the adapter",
             f"write `{rank.key}: {found.r}`, or start without `{facts.setting.continues.key}`",
         )

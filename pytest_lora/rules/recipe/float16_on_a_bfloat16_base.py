@@ -82,7 +82,8 @@ def float16_on_a_bfloat16_base(facts: RecipeFacts, expect: Expect) -> Iterator[V
         yield about(
             facts,
             setting.precision,
-            f"`{setting.precision.key}` computes in float16, and {base.name} was trained and is stored in bfloat16, whose "
+            f"`{setting.precision.key}` computes in float16, and {base.name} was trained and is "
+            "stored in bfloat16, whose "
             "range float16 lacks",
             "bf16, on every card from Ampere (2020) on",
             "write `bf16: true` and `fp16: false`",

@@ -75,7 +75,8 @@ def key_is_given_twice(facts: RecipeFacts, expect: Expect) -> Iterator[Violation
     for one in facts.repeated:
         yield Violation(
             at(facts, one.last, one.key),
-            f"`{one.key}` stands twice: `{one.first_text}` on line {one.first}, and again `{one.last_text}` on line "
+            f"`{one.key}` stands twice: `{one.first_text}` on line {one.first}, and again "
+            f"`{one.last_text}` on line "
             f"{one.last}, which wins",
             "each key once",
             f"keep one of the two lines, `{one.first_text}` or `{one.last_text}`",

@@ -94,7 +94,7 @@ def key_is_not_known(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]:
 
 def _said(one: UnknownKey) -> str:
     if one.kind == "dropped":
-        return "is read by the loader, but is not known to the schema and dropped before"
+        return "is dropped on the way to where it would be read"
     if one.kind == "removed":
         return f"is not known any more: removed in {one.since}"
     if one.kind == "block":

@@ -73,7 +73,8 @@ def loss_is_on_prompts(facts: RecipeFacts, expect: Expect) -> Iterator[Violation
     yield about(
         facts,
         setting.loss_on,
-        f"{facts.conversational} holds conversations, and the loss is on every token, the user's turns and system prompts "
+        f"{facts.conversational} holds conversations, and the loss is on every token, the "
+        "user's turns and system prompts "
         f"included ({setting.loss_on.source})",
         "a loss on the answers of the assistant",
         "add `assistant_only_loss: true`",

@@ -83,13 +83,20 @@ def packing_mixes_samples(facts: RecipeFacts, expect: Expect) -> Iterator[Violat
     elif setting.tool in ("TRL", "ms-swift") and "flash" not in attention:
         key = setting.attention.key or "attn_implementation"
         mend = f"write `{key}: {'flash_attention_2' if setting.tool == 'TRL' else 'flash_attn'}`, or `packing: false`"
+    elif (
+        setting.tool == "LLaMA-Factory"
+        and setting.objective.value == "sft"
+        and setting.packing.value != "separate"
+    ):
+        mend = "add `neat_packing: true`"
     else:
         return
     backend = f"{attention} attention" if attention else "no attention backend (none is named)"
     yield about(
         facts,
         setting.packing,
-        f"`{setting.packing.key}` packs samples into one row, and with {backend} nothing keeps them apart: they attend to each "
+        f"`{setting.packing.key}` packs samples into one row, and with {backend} nothing keeps "
+        "them apart: they attend to each "
         "other, a cross-contamination",
         "packing with flash attention, which separates samples",
         mend,

@@ -76,7 +76,7 @@ def rate_is_of_another_method(facts: RecipeFacts, expect: Expect) -> Iterator[Vi
         and rate.value <= (LOW if facts.base is None else LOW_KNOWN)
         and not _is_large(facts)
     ):
-        said = f"{shown} is a learning rate of full fine-tuning, too low for a LoRA adapter, which takes about ten times it"
+        said = f"{shown} is a learning rate of full fine-tuning, too low for LoRA, which takes about ten times it"
         wanted = "2.0e-4"
     elif stage in (*SUPERVISED, *PREFERENCE) and steps and 0 < steps * rate.value < NOTHING:
         said = f"{shown} times {steps} steps (`{setting.max_steps.key}`) moves nothing: the learning rate is too low"

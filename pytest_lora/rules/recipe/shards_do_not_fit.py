@@ -83,7 +83,8 @@ def shards_do_not_fit(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
     yield about(
         facts,
         facts.setting.strategy,
-        f"the weights take {shard.weights / 2**30:.1f} GiB, {part / 2**30:.1f} GiB on each of {shard.gpus} cards, more than "
+        f"the weights take {shard.weights / 2**30:.1f} GiB, {part / 2**30:.1f} GiB on each of "
+        f"{shard.gpus} cards, more than "
         f"the {shard.budget / 2**30:.1f} GiB of memory of one: they do not fit",
         "weights that fit the cards with room for the step",
         f"take {-(-shard.weights // shard.budget) + 1} cards or more, or quantize the base to 4 bits",

@@ -79,7 +79,8 @@ def targets_are_widened(facts: RecipeFacts, expect: Expect) -> Iterator[Violatio
     yield about(
         facts,
         setting.target_modules,
-        f"`lora_target_modules` names {', '.join(facts.widened)}, and `lora_target_linear: true` adds every linear module: "
+        f"`lora_target_modules` names {', '.join(facts.widened)}, and `lora_target_linear: "
+        "true` adds every linear module: "
         "the two are united",
         "one of the two",
         "remove `lora_target_linear: true`, or the list",

@@ -71,7 +71,8 @@ def warm_up_is_ignored(facts: RecipeFacts, expect: Expect) -> Iterator[Violation
             yield about(
                 facts,
                 warm_up,
-                f"`{setting.schedule.key}: constant` takes no warm-up: `{warm_up.key}: {warm_up.value:g}` has no effect",
+                f"`{setting.schedule.key}: constant` takes no warm-up: `{warm_up.key}: "
+                f"{warm_up.value:g}` has no effect",
                 "a schedule that warms up, or no warm-up",
                 f"write `{setting.schedule.key}: constant_with_warmup`",
             )

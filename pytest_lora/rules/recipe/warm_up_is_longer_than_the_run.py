@@ -83,7 +83,8 @@ def warm_up_is_longer_than_the_run(facts: RecipeFacts, expect: Expect) -> Iterat
         yield about(
             facts,
             steps,
-            f"the warm-up takes {steps.value:g} steps and the run ends after {limit.value} (`{limit.key}`): the rate never "
+            f"the warm-up takes {steps.value:g} steps and the run ends after {limit.value} "
+            f"(`{limit.key}`): the rate never "
             "reaches what was set",
             "a warm-up over 3 to 10 % of the optimizer steps",
             f"write `{steps.key}: {max(1, limit.value // 20)}`",

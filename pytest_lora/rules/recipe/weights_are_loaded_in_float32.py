@@ -61,8 +61,10 @@ def weights_are_loaded_in_float32(facts: RecipeFacts, expect: Expect) -> Iterato
     yield about(
         facts,
         setting.dtype,
-        f"no `dtype` is given, so that {setting.tool} loads {base.name} in float32 (its default), which is stored in "
-        f"{base.dtype}: {base.parameters * 4 / 2**30:.1f} GiB of weights instead of {base.parameters * 2 / 2**30:.1f}",
+        f"no `dtype` is given, so that {setting.tool} loads {base.name} in float32 (its "
+        "default), which is stored in "
+        f"{base.dtype}: {base.parameters * 4 / 2**30:.1f} GiB of weights instead of "
+        f"{base.parameters * 2 / 2**30:.1f}",
         "the dtype that the base is stored in",
         f"add `{setting.dtype.key}: {base.dtype}`",
     )
