@@ -49,6 +49,14 @@ class Recipes:
             report.result = [*report.result, *(self._place(collector, place) for place in self.places)]
         return report
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        """Take folders of recipes out of pytest's hands, which would import a conftest.py among them."""
+        if path not in self.places:
+            return None
+        nothing: pytest.Collector = Nothing.from_parent(parent, name=path.name, path=path)
+        return nothing
+
     def _place(self, session: pytest.Session, place: Path) -> pytest.Collector:
         collector: pytest.Collector = RecipePlace.from_parent(
             session, name=place.name, path=place, nodeid=self._nodeid(place, place), recipes=self
@@ -90,6 +98,14 @@ class RecipePlace(pytest.Collector):
     def collect(self) -> Iterator[pytest.Item]:
         """Yield an item for each recipe."""
         return self.recipes.items(self)
+
+
+class Nothing(pytest.Collector):
+    """What stands in the place of a folder of recipes where pytest comes across it: it is collected elsewhere."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        """Yield nothing."""
+        return iter(())
 
 
 class RecipeItem(pytest.Item):
