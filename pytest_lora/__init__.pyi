@@ -14,6 +14,7 @@ from pytest_lora.assertions import assert_param_ratio as assert_param_ratio
 from pytest_lora.assertions import assert_recipe_healthy as assert_recipe_healthy
 from pytest_lora.assertions import assert_reload_exact as assert_reload_exact
 from pytest_lora.assertions import assert_resumable as assert_resumable
+from pytest_lora.assertions import assert_run_healthy as assert_run_healthy
 from pytest_lora.assertions import assert_training_healthy as assert_training_healthy
 from pytest_lora.checks.behaviour import check_lora_laws as check_lora_laws
 from pytest_lora.checks.behaviour import check_merge as check_merge
@@ -29,6 +30,7 @@ from pytest_lora.checks.properties import check_adapter_shapes as check_adapter_
 from pytest_lora.checks.properties import check_alpha_ratio as check_alpha_ratio
 from pytest_lora.checks.properties import check_param_ratio as check_param_ratio
 from pytest_lora.checks.recipe import check_recipe as check_recipe
+from pytest_lora.checks.recipe import check_run as check_run
 from pytest_lora.checks.training import check_loss_decreases as check_loss_decreases
 from pytest_lora.checks.training import check_training as check_training
 from pytest_lora.counting import ParameterCount as ParameterCount

@@ -20,7 +20,7 @@ from pytest_lora.checks.history import diagnose_history
 from pytest_lora.checks.memory import check_memory
 from pytest_lora.checks.model import check_adapters_in_sync, check_model
 from pytest_lora.checks.properties import check_adapter_shapes, check_alpha_ratio, check_param_ratio
-from pytest_lora.checks.recipe import check_recipe
+from pytest_lora.checks.recipe import check_recipe, check_run
 from pytest_lora.checks.training import check_loss_decreases, check_training
 from pytest_lora.findings import LoraHealthWarning, Report
 from pytest_lora.rules.selection import in_force
@@ -109,4 +109,5 @@ assert_param_ratio = asserting(check_param_ratio, "assert_param_ratio")
 assert_recipe_healthy = asserting(check_recipe, "assert_recipe_healthy")
 assert_reload_exact = asserting(check_reload, "assert_reload_exact")
 assert_resumable = asserting(check_resume, "assert_resumable")
+assert_run_healthy = asserting(check_run, "assert_run_healthy")
 assert_training_healthy = asserting(check_training, "assert_training_healthy")

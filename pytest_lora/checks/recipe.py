@@ -1,37 +1,24 @@
-"""A recipe: the file in which a fine-tuning tool is told what to do."""
+"""A recipe, or the arguments of a script: what a run is told to do, judged before anything is loaded."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.arguments import refusing, require_expect
 from pytest_lora.checks.judging import reported
+from pytest_lora.checks.run_setting import judged
 from pytest_lora.expect import Expect
-from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard, Value
-from pytest_lora.findings import Finding, Report
-from pytest_lora.rules import judge
+from pytest_lora.findings import Report
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
     from torch import nn
-    from transformers import PretrainedConfig
-
-    from pytest_lora.facts.config import ConfigFacts
-    from pytest_lora.facts.memory import MemoryEstimate
-
-DIVIDING = ("fsdp", "zero3")
-"""Strategies that divide the weights of the base among the cards; DDP and ZeRO 1 and 2 leave them whole on each."""
-
-
-SAVED_BY = {"Axolotl": 1.25}
-"""What Axolotl's own LoRA kernels, on by themselves for lora and qlora, may save of a step: a fifth of its peak."""
+    from transformers import PretrainedConfig, TrainingArguments
 
 
 @refusing
@@ -75,7 +62,7 @@ def check_recipe(
     cards = _cards(gpus)
     limit = None if budget is None else _budget(budget)
     facts = recipe_facts(file, base if isinstance(base, str) else None)
-    subject, findings = _judged(facts, base, limit, cards, expect, file.parent)
+    subject, findings = judged(facts, base, limit, cards, expect, file.parent)
     placed = [replace(one, file=str(path), line=one.line) for one in findings]
     return reported(subject, placed, select, ignore)
 
@@ -103,240 +90,44 @@ def _budget(budget: Any) -> int:
     return require_budget(budget)
 
 
-def _judged(
-    facts: RecipeFacts, base: Any, budget: int | None, gpus: int, expect: Expect, folder: Path
-) -> tuple[str, list[Finding]]:
-    if facts.left_alone:
-        return f"{facts.name} (left alone: {facts.left_alone})", []
-    subject = f"recipe {facts.name}" + (f" of {facts.tool}" if facts.tool else "")
-    setting = facts.setting
-    if setting is None or setting.adapter.value is None:
-        return subject, list(judge([facts], expect))
-    known = None if facts.base_is_adapter else _known_base(base, facts, folder)
-    if known is None:
-        named = setting.base.value
-        return f"{subject} (not compared with its base: {named} is not known)", list(judge([facts], expect))
-    config = _config(setting, known)
-    whole = expect.param_ratio is not None
-    on_base = None if config is None else _config_facts(config, known, whole)
-    if on_base is not None:
-        facts = _with_base(facts, on_base)
-    cards = max(gpus, setting.gpus.value or 1)
-    divided = cards > 1 and setting.strategy.value in DIVIDING
-    if budget is not None and (divided or setting.seq_len.value is None or setting.batch_size.value is None):
-        facts = replace(facts, shard=_shard(facts, setting, budget, cards if divided else 1))
-    findings = list(judge([facts], expect))
-    if on_base is not None:
-        asked = _expected(expect, setting, on_base)
-        findings += [_placed(f, facts, setting) for f in judge([on_base], asked)]
-    if (
-        budget is not None
-        and config is not None
-        and not divided
-        and not any(f.code == "LORA650" for f in findings)
-    ):
-        findings += _memory(facts, setting, config, known, budget)
-    return subject, findings
+@refusing
+def check_run(
+    args: TrainingArguments,
+    config: LoraConfig,
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
+    *,
+    budget: str | int | torch.device | None = None,
+    gpus: int = 1,
+    quantization: str | None = None,
+    expect: Expect | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+) -> Report:
+    """Judge the arguments of a training script by the rules on recipes, before anything is loaded.
 
+    Args:
+        args: ``TrainingArguments``, or an ``SFTConfig`` or ``DPOConfig`` of TRL; nothing is changed.
+        config: The adapter.
+        base: The base: a live model, a ``PretrainedConfig``, a path, or the name of a public model.
+        budget: Memory of one GPU, as in ``"24GiB"``; without it memory is not judged.
+        gpus: How many GPUs take part.
+        quantization: How the script loads the base: ``"nf4"``, ``"fp4"``, ``"int8"``, or None.
+        expect: What is meant, where only the user can know it.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
 
-def _known_base(base: Any, facts: RecipeFacts, folder: Path) -> Any:
-    """The base as something that a base can be made of; None where its shape is not known."""
-    from pytest_lora.inspection.public_bases import declared, find_shape
-    from pytest_lora.inspection.recipe.beside import Tree
+    Returns:
+        A report with the rules of the stages *recipe* (6xx), *config* (1xx) and *memory* (5xx).
 
-    named = base if base is not None else facts.setting and facts.setting.base.value
-    if not isinstance(named, str):
-        return named
-    if named in declared or find_shape(named) is not None:
-        return named
-    if base is not None:
-        return named
-    place = Tree(folder).find(named)
-    return place if place is not None and (place / "config.json").is_file() else None
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: The base cannot be built, or the budget has no unit.
+    """
+    from pytest_lora.inspection.recipe.script import script_facts
 
-
-def _config(setting: RunSetting, base: Any) -> LoraConfig | None:
-    from pytest_lora.inspection.public_bases import find_shape
-    from pytest_lora.inspection.recipe.adapter import COLLECTING, linear_names, lora_config
-
-    shape = find_shape(base) if isinstance(base, str) else None
-    several = shape is not None and "vision_config" in shape.config
-    config = lora_config(setting, several_modalities=several)
-    collects = setting.tool in COLLECTING and isinstance(base, str)
-    if config is not None and config.target_modules == "all-linear" and collects:
-        model = _built(base, str(config.task_type), False)
-        config.target_modules = "all-linear" if model is None else linear_names(model)
-    return config
-
-
-def _config_facts(config: LoraConfig, base: Any, whole: bool) -> ConfigFacts | None:
-    """What PEFT makes of the adapter; None where the installed transformers cannot build the base."""
-    from pytest_lora.inspection.config import config_facts
-
-    try:
-        return (
-            config_facts(config, base)
-            if not isinstance(base, str)
-            else _remembered(base, _Adapter(config), whole)
-        )
-    except ValueError:
-        return None
-
-
-class _Adapter:
-    """A configuration that equals another with the same fields."""
-
-    def __init__(self, config: LoraConfig) -> None:
-        self.config = config
-        fields = {k: sorted(v) if isinstance(v, set) else v for k, v in vars(config).items()}
-        self.text = repr(sorted(fields.items()))
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Adapter) and self.text == other.text
-
-
-@lru_cache(maxsize=32)
-def _remembered(base: str, adapter: _Adapter, whole: bool) -> ConfigFacts:
-    from pytest_lora.inspection.config import config_facts
-    from pytest_lora.inspection.memory.meta_model import same_in_every_layer
-
-    cut = not whole and same_in_every_layer(adapter.config)
-    model = _built(base, str(adapter.config.task_type), cut)
-    return config_facts(adapter.config, base if model is None else model)
-
-
-@lru_cache(maxsize=8)
-def _built(base: str, task_type: str, cut: bool) -> nn.Module | None:
-    """A base by name without weights, and without the inner layers that are like their neighbours; recipes name few."""
-    from pytest_lora.inspection.memory.layer_stacks import cut_stacks
-    from pytest_lora.inspection.skeleton import resolve_base
-
-    try:
-        model = resolve_base(base, task_type.rpartition(".")[2])
-    except ValueError:
-        return None
-    if cut:
-        cut_stacks(model)
-    return model
-
-
-def _with_base(facts: RecipeFacts, on_base: ConfigFacts) -> RecipeFacts:
-    return replace(facts, widened=_widened(facts, on_base))
-
-
-def _widened(facts: RecipeFacts, on_base: ConfigFacts) -> tuple[str, ...]:
-    """Names that a recipe lists beside a switch for all linear modules, where these are more."""
-    named = facts.listed
-    if not named:
-        return ()
-    leaves = {
-        m.leaf for m in on_base.base.modules if m.is_linear and m.name != on_base.base.output_embeddings
-    }
-    return named if leaves - set(named) else ()
-
-
-def _shard(facts: RecipeFacts, setting: RunSetting, budget: int, gpus: int) -> Shard | None:
-    from pytest_lora.inspection.recipe.adapter import weights_at_least
-
-    if facts.base is None:
-        return None
-    return Shard(weights_at_least(setting, facts.base.parameters, facts.base.dtype), budget, gpus)
-
-
-def _expected(expect: Expect, setting: RunSetting, on_base: ConfigFacts) -> Expect:
-    """What the user means, and what the recipe itself says is meant."""
-    changes: dict[str, Any] = {}
-    tokens = setting.new_tokens.value
-    if expect.new_tokens is None and isinstance(tokens, int) and tokens > 0:
-        changes["new_tokens"] = tokens
-    scope = setting.scope.value
-    if expect.scope is None and scope and any(scope in name for name in on_base.base.module_names):
-        changes["scope"] = scope
-    return replace(expect, **changes) if changes else expect
-
-
-_FIELDS: tuple[tuple[str, str], ...] = (
-    ("target_modules", "target_modules"),
-    ("target_parameters", "target_parameters"),
-    ("modules_to_save", "modules_to_save"),
-    ("exclude_modules", "exclude_modules"),
-    ("new_tokens", "new_tokens"),
-    ("rank_exceeds", "r"),
-    ("lora_alpha", "lora_alpha"),
-    ("alpha", "lora_alpha"),
-    ("scaling", "lora_alpha"),
-    ("rank", "r"),
-    ("dropout", "lora_dropout"),
-    ("bias", "bias"),
-)
-
-
-def _placed(finding: Finding, facts: RecipeFacts, setting: RunSetting) -> Finding:
-    """A finding on the configuration at the line of the recipe that it comes from."""
-    text = f"{finding.rule} {finding.where} {finding.fix}"
-    field = next((name for word, name in _FIELDS if re.search(rf"\b{word}|{word}\b", text)), "target_modules")
-    value: Value = getattr(setting, field)
-    if not value.stated and field == "lora_alpha":
-        value = replace(value, line=setting.r.line)
-    if not value.stated and setting.modules_to_save.stated and "save" in finding.rule:
-        value = setting.modules_to_save
-    place = f"{facts.name}:{value.line}" if value.line else facts.name
-    here = f"`{value.key}`" + ("" if value.stated else f" ({value.source})" if value.source else "")
-    observed = finding.observed
-    if "ParamWrapper" in observed:
-        observed += ": the experts of this base are fused parameters and no modules, which names of them mean"
-    return replace(
-        finding,
-        observed=observed,
-        where=f"{place}: {value.key or field} ({finding.where})",
-        fix=f"{finding.fix}; in this recipe {field} is {here}",
-        line=value.line,
-    )
-
-
-def _memory(
-    facts: RecipeFacts, setting: RunSetting, config: LoraConfig, base: Any, budget: int
-) -> Iterator[Finding]:
-    """What the rules on memory say of a step of this run."""
-    from pytest_lora.checks.memory import check_memory
-    from pytest_lora.inspection.recipe.adapter import step_arguments
-    from pytest_lora.memory.estimate import estimate_memory
-
-    dtype = facts.base.dtype if facts.base else None
-    arguments = step_arguments(setting, dtype)
-    if arguments is None:
-        return
-    try:
-        if _may_fit(setting, estimate_memory(config, base, **arguments), budget):
-            return
-        report = check_memory(config, base, budget=budget, advise=False, **arguments)
-    except ValueError:
-        return  # such a step cannot be traced, so that nothing is known of its memory
-    line = setting.batch_size.line or setting.base.line
-    for finding in report.findings:
-        yield replace(
-            finding,
-            where=f"{facts.name}:{line}: {finding.where}" if line else f"{facts.name}: {finding.where}",
-            fix=f"{finding.fix} ({_smaller(setting)})",
-            line=line,
-        )
-
-
-def _may_fit(setting: RunSetting, estimate: MemoryEstimate, budget: int) -> bool:
-    """Whether a step may fit that plain PyTorch would not: less what the tool's own code is known to save."""
-    saved = estimate.breakdown.get("logits and loss", 0) if setting.loss.value == "chunked" else 0
-    return budget < estimate.peak_allocated <= budget * SAVED_BY.get(setting.tool, 1.0) + saved
-
-
-def _smaller(setting: RunSetting) -> str:
-    """The keys of the recipe that make a step smaller."""
-    keys = [
-        setting.gradient_checkpointing.key,
-        setting.batch_size.key,
-        setting.seq_len.key,
-        setting.quantization.key,
-    ]
-    return "here: " + ", ".join(f"`{key}`" for key in keys if key)
+    expect = require_expect(expect)
+    cards = _cards(gpus)
+    limit = None if budget is None else _budget(budget)
+    facts = script_facts(args, config, base, quantization)
+    subject, findings = judged(facts, base, limit, cards, expect, Path(), config)
+    return reported(subject.replace("recipe ", "run of ", 1), findings, select, ignore)

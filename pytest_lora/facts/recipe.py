@@ -81,6 +81,10 @@ class WrongKind:
     stops: bool
 
 
+GIVEN = "given"
+"""Source of a value that a script passes as an argument."""
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
     """One value of the effective setting, and where it is from.
@@ -103,8 +107,8 @@ class Value:
 
     @property
     def stated(self) -> bool:
-        """Whether a line of the recipe says it."""
-        return self.line is not None
+        """Whether a line of the recipe, or an argument of the script, says it."""
+        return self.line is not None or self.source == GIVEN
 
 
 UNKNOWN = Value()

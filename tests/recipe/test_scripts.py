@@ -1,0 +1,39 @@
+"""The arguments of a script are judged as a recipe is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+from transformers import TrainingArguments
+
+from pytest_lora import check_run
+
+BASE = "Qwen/Qwen2.5-0.5B"
+
+
+def codes(
+    tmp_path: Path, *, budget: str | None = None, targets: Any = "all-linear", **fields: Any
+) -> set[str]:
+    given = {"learning_rate": 2e-4, "per_device_train_batch_size": 1, **fields}
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **given)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+    return {f.code for f in check_run(args, config, BASE, budget=budget).findings if f.severity != "info"}
+
+
+def test_a_healthy_run_has_no_findings(tmp_path: Path) -> None:
+    assert codes(tmp_path) == set()
+
+
+def test_rules_on_recipes_judge_arguments(tmp_path: Path) -> None:
+    assert codes(tmp_path, lr_scheduler_type="constant", warmup_steps=10) == {"LORA613"}
+    assert codes(tmp_path, max_steps=50, warmup_steps=80) == {"LORA620"}
+    assert codes(tmp_path, learning_rate=0.02) == {"LORA621"}
+    assert codes(tmp_path, targets=["c_attn"]) == {"LORA104"}
+
+
+def test_what_is_no_training_arguments_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"args must be transformers\.TrainingArguments, not dict"):
+        check_run({}, LoraConfig(r=8), BASE)
