@@ -78,7 +78,7 @@ def judged(
         and not divided
         and not any(f.code == "LORA650" for f in findings)
     ):
-        findings += _memory(facts, setting, config, known, budget)
+        findings += _memory(facts, setting, config, known, budget, expect)
     return subject, findings
 
 
@@ -241,10 +241,10 @@ def _placed(finding: Finding, facts: RecipeFacts, setting: RunSetting) -> Findin
 
 
 def _memory(
-    facts: RecipeFacts, setting: RunSetting, config: LoraConfig, base: Any, budget: int
+    facts: RecipeFacts, setting: RunSetting, config: LoraConfig, base: Any, budget: int, expect: Expect
 ) -> Iterator[Finding]:
     """What the rules on memory say of a step of this run."""
-    from pytest_lora.checks.memory import check_memory
+    from pytest_lora.facts.memory import MemoryFacts
     from pytest_lora.inspection.recipe.adapter import step_arguments
     from pytest_lora.memory.estimate import estimate_memory
 
@@ -253,13 +253,13 @@ def _memory(
     if arguments is None:
         return
     try:
-        if _may_fit(setting, estimate_memory(config, base, **arguments), budget):
-            return
-        report = check_memory(config, base, budget=budget, advise=False, **arguments)
+        estimate = estimate_memory(config, base, **arguments)
     except ValueError:
         return  # such a step cannot be traced, so that nothing is known of its memory
+    if _may_fit(setting, estimate, budget):
+        return
     line = setting.batch_size.line or setting.base.line
-    for finding in report.findings:
+    for finding in judge([MemoryFacts(estimate, budget, ())], expect):
         yield replace(
             finding,
             where=f"{facts.name}:{line}: {finding.where}" if line else f"{facts.name}: {finding.where}",
