@@ -187,13 +187,10 @@ def assertion(name: str) -> str:
     """An assertion, by the check that it raises for."""
     check = inspect.unwrap(getattr(pytest_lora, name)).__name__
     home = pytest_lora._homes()[check]
-    return (
-        f"## `{name}` {{ #pytest_lora.{name} }}
-
-"
-        f"Raises `LoraHealthError` where [`{check}`][{home}.{check}] finds errors. It takes the same arguments in the "
-        "same order, and returns the same report; warnings become `LoraHealthWarning`."
-    )
+    text = f"""
+Raises `LoraHealthError` where [`{check}`][{home}.{check}] finds errors. It takes the same arguments in the same order, and
+returns the same report; warnings become `LoraHealthWarning`."""
+    return f"## `{name}`\n{text}"
 
 
 def api_title(module: str) -> str:

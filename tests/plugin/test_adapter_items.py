@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pytest_lora.bases.examples import folders
-from pytest_lora.rules.checkpoint import GROUPS, group_of
 from pytest_lora.rules import catalogue
+from pytest_lora.rules.checkpoint import GROUPS, group_of
 from tests.namespace import Namespace
 from tests.plugin.sessions import MODES, run, session
 
