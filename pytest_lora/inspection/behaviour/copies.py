@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import random
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,29 +19,12 @@ from pytest_lora.inspection.peft_internals import (
     TrainableTokensWrapper,
     forget_adapters,
 )
-from pytest_lora.inspection.quiet import quiet_libraries
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Deviation of the merged output, relative to its largest value: about 1,000 rounding steps of float32, and 4 of
 the half precisions, whose weights are rounded once more by the merge."""
 
 _SWITCHES = (BaseTunerLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
-
-
-@contextmanager
-def no_trace() -> Iterator[None]:
-    """Restore every random state, and keep what the libraries print out of the way."""
-    numpy: Any = sys.modules.get("numpy")
-    cuda: Any = torch.cuda
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    devices = list(range(cuda.device_count())) if cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices), quiet_libraries():
-            yield
-    finally:
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
 
 
 # ---------------------------------------------------------------------------------------- copies

@@ -19,7 +19,6 @@ from pytest_lora.inspection.behaviour.copies import (
     distance,
     identical,
     largest,
-    no_trace,
     output_of,
     require_batch,
     stable_output,
@@ -36,6 +35,8 @@ from pytest_lora.inspection.peft_internals import (
     fused_parameter,
     lora_configs,
 )
+from pytest_lora.inspection.quiet import quiet_libraries
+from pytest_lora.inspection.state import Keeper
 
 _NAMES = {
     "LORA930": "zeroed_adapter_changes_the_output",
@@ -50,7 +51,8 @@ _SECOND = "pytest_lora_second"
 def check_lora_laws(model: nn.Module, batch: Any) -> Report:
     """Hold the laws that apply against copies of a model; see ``assert_lora_laws``."""
     require_batch(batch)
-    with no_trace():
+    adapted_survey(model)
+    with Keeper(model, batch), quiet_libraries():
         adapted = adapted_copy(model)
         layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
         stable_output(adapted, batch)

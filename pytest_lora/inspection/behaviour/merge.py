@@ -17,7 +17,6 @@ from pytest_lora.inspection.behaviour.copies import (
     distance,
     identical,
     largest,
-    no_trace,
     output_of,
     require_batch,
     watched_output,
@@ -25,6 +24,8 @@ from pytest_lora.inspection.behaviour.copies import (
 )
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import WRAPPERS, LoraLayer
+from pytest_lora.inspection.quiet import quiet_libraries
+from pytest_lora.inspection.state import Keeper
 
 _OUTPUT_DIFFERS = "LORA915", "merged_output_differs"
 _REQUANTIZED = "LORA916", "merging_requantizes_the_base"
@@ -42,7 +43,8 @@ def check_merge(
     require_batch(batch)
     _require_tolerance("rtol", rtol)
     _require_tolerance("atol", atol)
-    with no_trace():
+    adapted_survey(model)
+    with Keeper(model, batch), quiet_libraries():
         adapted = adapted_copy(model)
         layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
         expected, moving = watched_output(adapted, batch)

@@ -20,7 +20,6 @@ from pytest_lora.inspection.behaviour.copies import (
     copy_of,
     distance,
     identical,
-    no_trace,
     output_of,
     quiet_eval,
     require_batch,
@@ -36,6 +35,8 @@ from pytest_lora.inspection.peft_internals import (
     lora_configs,
     save_adapters,
 )
+from pytest_lora.inspection.quiet import quiet_libraries
+from pytest_lora.inspection.state import Keeper
 
 Base = nn.Module | Callable[[], nn.Module]
 
@@ -51,7 +52,8 @@ def check_reload(model: nn.Module, batch: Any, *, base: Base | None = None) -> R
     """Save the adapters, load them on a fresh base, and compare; see ``assert_reload_exact``."""
     require_batch(batch)
     _require_base(model, base)
-    with no_trace():
+    given = base if isinstance(base, nn.Module) else None
+    with Keeper(model, batch), Keeper(given), quiet_libraries():
         adapted = adapted_copy(model)
         trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
         expected, moving = watched_output(adapted, batch)
