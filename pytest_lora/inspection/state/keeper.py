@@ -13,11 +13,21 @@ from torch import Tensor, nn
 
 from pytest_lora.findings import grouped
 from pytest_lora.inspection.state.interrupts import Interrupts
-from pytest_lora.inspection.state.process import Process
+from pytest_lora.inspection.state.process import SETTINGS, Process
 from pytest_lora.inspection.state.snapshot import Snapshot
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+KEPT = (
+    *("weights", "buffers", "gradients", "requires_grad", "quantization states", "tensor hooks"),
+    *("modes", "attributes of modules", "classes of modules", "configurations", "module hooks"),
+    *("optimizer", "scheduler", "scaler", "generators", "batches"),
+    *(setting.name for setting in SETTINGS),
+    "signal handlers",
+)
+"""The list: what a keeper leaves as it was. A test attacks each entry."""
 
 
 class NotRestoredError(RuntimeError):
@@ -27,10 +37,8 @@ class NotRestoredError(RuntimeError):
 class Keeper:
     """Everything done inside is undone at the end, also after an error, a Ctrl-C or an exit.
 
-    Kept of a model are weights, buffers, gradients, ``requires_grad``, modes and every attribute of every module and
-    configuration, module hooks, tensor hooks and what they train; of optimizers, schedulers, scalers and the like all
-    that they hold; of the process its random states and global settings (``process.SETTINGS``) and its signal
-    handlers. Signals that come while all this is taken or put back wait until it is done.
+    What is kept is listed in ``KEPT``. Of optimizers, schedulers, scalers and the like it is all that they hold, and of
+    hooks what they train. Signals that come while all this is taken or put back wait until it is done.
 
     Without a model it costs a fraction of a millisecond. Models of up to 256 MiB are copied; of larger ones what
     training changes is, and a changed frozen weight is reported.
