@@ -25,6 +25,7 @@ from pytest_lora.inspection.behaviour.copies import TOLERANCES, distance, identi
 from pytest_lora.inspection.behaviour.laws import check_lora_laws
 from pytest_lora.inspection.bitsandbytes_internals import pack_linear_layers, unpack_linear_layers
 from pytest_lora.inspection.peft_internals import SVD_SCALES_TWICE, forget_adapters, save_adapters
+from pytest_lora.inspection.state import leaves_no_trace
 
 NAMES = ("first", "second", "third", "fourth")
 _RATE = 1e-2
@@ -79,6 +80,7 @@ class LoraLifecycle(RuleBasedStateMachine):
         return {name: value[:1, :16] for name, value in text_batch().items()}
 
     @initialize(seed=_SEEDS, rank=_RANKS, variant=_VARIANTS)
+    @leaves_no_trace
     def begin(self, seed: int, rank: int, variant: str) -> None:
         """A base with one adapter on it."""
         torch.manual_seed(seed)
@@ -114,6 +116,7 @@ class LoraLifecycle(RuleBasedStateMachine):
 
     @precondition(lambda self: self._at_rest() and self._free())
     @rule(seed=_SEEDS, rank=_RANKS, variant=_VARIANTS)
+    @leaves_no_trace
     def add(self, seed: int, rank: int, variant: str) -> None:
         """Add an adapter, and activate it."""
         torch.manual_seed(seed)
@@ -190,6 +193,7 @@ class LoraLifecycle(RuleBasedStateMachine):
 
     @precondition(lambda self: self._at_rest())
     @rule()
+    @leaves_no_trace
     def train(self) -> None:
         """Take one step with the active adapter."""
         self.model.train()

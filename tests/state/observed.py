@@ -17,7 +17,6 @@ from torch import nn
 
 from tests.rules.bases import BASES, language_batch
 
-
 LOGGERS = (None, "transformers", "peft")
 
 

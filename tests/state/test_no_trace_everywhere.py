@@ -70,6 +70,7 @@ class Setup(NamedTuple):
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler
+    config: LoraConfig
 
     @property
     def trained(self) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def _in_sync(setup: Setup) -> None:
             torch.distributed.destroy_process_group()
 
 
-CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+TARGETS = ("q_proj", "v_proj")
 
 
 def _on_saved(setup: Setup, check: Callable[[str], object]) -> None:
@@ -100,8 +101,8 @@ def _on_saved(setup: Setup, check: Callable[[str], object]) -> None:
         save_file(tensors, f"{folder}/adapter_model.safetensors")
         named = getattr(setup.base, "name_or_path", "") or "org/base"
         config = {
-            **CONFIG.to_dict(),
-            "target_modules": ["q_proj", "v_proj"],
+            **setup.config.to_dict(),
+            "target_modules": sorted(setup.config.target_modules),
             "base_model_name_or_path": named,
         }
         Path(folder, "adapter_config.json").write_text(json.dumps(config))
@@ -126,39 +127,41 @@ RUNNING: dict[str, Callable[[Setup], object]] = {
 """Those that run a forward pass."""
 
 LOOKING: dict[str, Callable[[Setup], object]] = {
-    "check_config": lambda s: check_config(CONFIG, s.base),
-    "assert_config_healthy": lambda s: assert_config_healthy(CONFIG, s.base),
+    "check_config": lambda s: check_config(s.config, s.base),
+    "assert_config_healthy": lambda s: assert_config_healthy(s.config, s.base),
     "check_checkpoint": lambda s: _on_saved(s, lambda path: check_checkpoint(path, s.base)),
     "assert_checkpoint_healthy": lambda s: _on_saved(
         s, lambda path: assert_checkpoint_healthy(path, s.base, select=["LORA43"])
     ),
-    "assert_resumable": lambda s: _on_saved(s, lambda path: assert_resumable(path, CONFIG, s.base)),
+    "assert_resumable": lambda s: _on_saved(s, lambda path: assert_resumable(path, s.config, s.base)),
     "check_model": lambda s: check_model(s.model, optimizer=s.optimizer),
     "assert_lora_healthy": lambda s: assert_lora_healthy(s.model, optimizer=s.optimizer),
     "assert_adapter_shapes": lambda s: assert_adapter_shapes(s.model),
     "assert_param_ratio": lambda s: assert_param_ratio(s.model, 0.0, 1.0),
     "assert_alpha_ratio": lambda s: assert_alpha_ratio(s.model, 2.0),
     "count_parameters": lambda s: count_parameters(s.model),
-    "rank_table": lambda s: rank_table(s.base, [2, 4], target_modules=["q_proj"]),
+    "rank_table": lambda s: rank_table(s.base, [2, 4], target_modules=[*s.config.target_modules]),
     "suggest_rank": lambda s: suggest_rank(s.base, 5000),
-    "estimate_memory": lambda s: estimate_memory(s.base, CONFIG, batch_size=2, seq_len=16),
-    "step_memory": lambda s: step_memory(s.base, CONFIG).peak_allocated(2, 16),
-    "largest_that_fits": lambda s: largest_that_fits(s.base, CONFIG, "64MiB", vary="batch_size", seq_len=16),
+    "estimate_memory": lambda s: estimate_memory(s.base, s.config, batch_size=2, seq_len=16),
+    "step_memory": lambda s: step_memory(s.base, s.config).peak_allocated(2, 16),
+    "largest_that_fits": lambda s: largest_that_fits(
+        s.base, s.config, "64MiB", vary="batch_size", seq_len=16
+    ),
     # What else would fit is asked of the smaller base only, as it takes many estimates.
     "check_memory": lambda s: check_memory(
         s.base,
-        CONFIG,
+        s.config,
         batch_size=2,
         seq_len=16,
         budget="2MiB",
         advise=not getattr(s.base, "is_loaded_in_4bit", False),
     ),
     "assert_fits_memory": lambda s: assert_fits_memory(
-        s.base, CONFIG, batch_size=2, seq_len=16, budget="80GiB"
+        s.base, s.config, batch_size=2, seq_len=16, budget="80GiB"
     ),
     "watch_training": _watched,
     "assert_adapters_in_sync": _in_sync,
-    "oom_frontier": lambda s: oom_frontier(s.base, CONFIG, "1GiB", seq_lens=[16], dtype="float32"),
+    "oom_frontier": lambda s: oom_frontier(s.base, s.config, "1GiB", seq_lens=[16], dtype="float32"),
 }
 """Those that look only."""
 
@@ -235,10 +238,13 @@ def _state(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _setup(base: Callable[[], Any], batch: dict[str, torch.Tensor]) -> Setup:
+def _setup(
+    base: Callable[[], Any], batch: dict[str, torch.Tensor], targets: tuple[str, ...] = TARGETS
+) -> Setup:
     """Two steps taken, gradients left lying about, one layer in another mode, a hook."""
     torch.manual_seed(0)
-    model: Any = get_peft_model(base(), CONFIG).train()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), lora_dropout=0.1)
+    model: Any = get_peft_model(base(), copy.deepcopy(config)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=9)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
@@ -251,7 +257,7 @@ def _setup(base: Callable[[], Any], batch: dict[str, torch.Tensor]) -> Setup:
     model(**batch).loss.backward()
     next(m for m in model.modules() if isinstance(m, nn.Dropout)).eval()
     model.register_forward_hook(_do_nothing)
-    return Setup(model, base(), batch, optimizer, scheduler, scaler)
+    return Setup(model, base(), batch, optimizer, scheduler, scaler, config)
 
 
 def _do_nothing(*_: Any) -> None:
@@ -260,6 +266,8 @@ def _do_nothing(*_: Any) -> None:
 
 MODELS: dict[str, Callable[[], Setup]] = {
     "float": lambda: _setup(BASES["base"], language_batch()),
+    # PEFT draws the factors of an embedding itself, on whatever device it is.
+    "embedding": lambda: _setup(BASES["base"], language_batch(), ("q_proj", "embed_tokens")),
     "built-in 4-bit base": lambda: _setup(load_tiny, text_batch(batch_size=2, seq_len=8)),
 }
 
