@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,13 +14,29 @@ from torch import nn
 
 REGISTRIES = ("_modules", "_parameters", "_buffers")
 _TENSOR_REGISTRIES = ("_parameters", "_buffers")
-_CONTAINERS = (MutableMapping, MutableSequence, MutableSet, deque)
+_BUILT_IN = (dict, list, set, deque)
+_CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
+_PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
 _ABSENT = object()
 
 
 def is_container(value: object) -> bool:
     """Whether a value holds elements that can be put back into it."""
+    if type(value) in _PLAIN:
+        return False
+    if isinstance(value, _BUILT_IN):
+        return True
     return isinstance(value, _CONTAINERS) and not isinstance(value, (nn.Module, bytearray))
+
+
+def _copied(container: Any) -> Any:
+    """A container of the same kind with the same elements."""
+    if type(container) in (dict, list, OrderedDict, set):
+        return container.copy()
+    try:
+        return copy.copy(container)
+    except Exception:  # whatever a class of its own raises: its elements are what counts
+        return dict(container.items()) if isinstance(container, MutableMapping) else list(container)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +51,7 @@ class Attributes:
     @classmethod
     def of(cls, name: str, owner: object) -> Attributes:
         values = dict(vars(owner))
-        containers = {key: copy.copy(value) for key, value in values.items() if is_container(value)}
+        containers = {key: _copied(value) for key, value in values.items() if is_container(value)}
         return cls(name, owner, values, containers)
 
     def held(self) -> Iterator[tuple[str, Any]]:
@@ -162,7 +178,7 @@ def refill(container: Any, before: Any) -> None:
     if _same_elements(container, before):
         return
     own = type(container)
-    under = next((kind for kind in (dict, list, set, deque) if isinstance(container, kind)), own)
+    under = next((kind for kind in _BUILT_IN if isinstance(container, kind)), own)
     for kind in dict.fromkeys((own, under)):
         with suppress(Exception):
             _refill_as(kind, container, before)

@@ -28,7 +28,7 @@ class Interrupts:
         """Begin. Python runs handlers in the main thread alone, so another one has nothing to hold."""
         if threading.current_thread() is not threading.main_thread():
             return
-        self._handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        self._handlers = {number: signal.getsignal(number) for number in signal.Signals}
         for number, handler in self._handlers.items():
             if callable(handler):
                 signal.signal(number, self._handle)

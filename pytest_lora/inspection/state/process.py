@@ -19,11 +19,16 @@ _DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One thing that a process has once: how it is read, and how what was read is put back."""
+    """One thing that a process has once: how it is read, and how what was read is put back.
+
+    Attributes:
+        compared: Whether it is written only where it differs; else ``write`` looks for itself, or costs no more.
+    """
 
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], object]
+    compared: bool = True
 
 
 def _read_device() -> torch.device | None:
@@ -100,12 +105,13 @@ def _write_levels(before: list[tuple[logging.Logger, int, bool]]) -> None:
     for logger, level, disabled in before:
         if logger.level != level:
             logger.setLevel(level)
-        logger.disabled = disabled
+        if logger.disabled != disabled:
+            logger.disabled = disabled
 
 
 SETTINGS = (
-    Setting("random states", RandomStates, RandomStates.restore),
-    Setting("float32 precision", Float32Precision, Float32Precision.restore),
+    Setting("random states", RandomStates, RandomStates.restore, compared=False),
+    Setting("float32 precision", Float32Precision, Float32Precision.restore, compared=False),
     Setting("default dtype", torch.get_default_dtype, torch.set_default_dtype),
     Setting("default device", _read_device, _write_device),
     Setting("autocast", _read_autocast, _write_autocast),
@@ -118,7 +124,7 @@ SETTINGS = (
     Setting("grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
     Setting("number of threads", torch.get_num_threads, torch.set_num_threads),
     Setting("warning filters", _read_filters, _write_filters),
-    Setting("logging levels", _read_levels, _write_levels),
+    Setting("logging levels", _read_levels, _write_levels, compared=False),
     Setting("disabled logging", lambda: logging.root.manager.disable, logging.disable),
 )
 """What is kept of the process; tests attack each."""
@@ -140,7 +146,7 @@ class Process:
         lost = []
         for setting, before in self._before:
             try:
-                if not _same(setting.read(), before):
+                if not setting.compared or not _same(setting.read(), before):
                     setting.write(before)
             except Exception:  # whatever a library raises, the others are put back all the same
                 lost.append(setting.name)
