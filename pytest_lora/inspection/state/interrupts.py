@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
@@ -23,6 +22,7 @@ class Interrupts:
         self._shielded = frozenset(shielded)
         self._handlers: dict[int, Any] = {}
         self._waiting: list[int] = []
+        self._raised: list[BaseException] = []
 
     def hold(self) -> None:
         """Begin. Python runs handlers in the main thread alone, so another one has nothing to hold."""
@@ -42,27 +42,21 @@ class Interrupts:
             below = below.f_back
         self._handlers[number](number, frame)
 
-    def release(self) -> Callable[[FrameType | None], None]:
-        """Put the handlers back, also where a signal has its own in the meantime.
-
-        Returns:
-            Lets the signals go on that waited, as if they came upon a frame; whatever their handlers raise is raised.
-        """
-        late: list[BaseException] = []
+    def release(self) -> None:
+        """Put the handlers back, also where a signal has its own in the meantime."""
         while True:
             try:
                 for number, handler in self._handlers.items():
                     if handler is not None and signal.getsignal(number) is not handler:
                         signal.signal(number, handler)
-                break
+                return
             except BaseException as error:  # of a handler that is back already; the others follow
-                late.append(error)
+                self._raised.append(error)
 
-        def deliver(frame: FrameType | None) -> None:
-            waiting, self._waiting = self._waiting, []
-            for number in waiting:
-                self._handlers[number](number, frame)
-            for error in late:
-                raise error
-
-        return deliver
+    def deliver(self, frame: FrameType | None) -> None:
+        """Let the signals go on that waited, as if they came upon a frame; what their handlers raise is raised."""
+        while self._waiting:
+            number = self._waiting.pop(0)
+            self._handlers[number](number, frame)
+        while self._raised:
+            raise self._raised.pop(0)

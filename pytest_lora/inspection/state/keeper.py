@@ -78,8 +78,10 @@ class Keeper:
                 snapshot = Snapshot(self._model, *self._others, to_train=True, values=self._values)
                 _require_kept(snapshot)
                 self._snapshots.append(snapshot)
+            self._interrupts.deliver(sys._getframe(1))
         except BaseException:
-            self._interrupts.release()(sys._getframe(1))
+            self._interrupts.release()
+            self._interrupts.deliver(sys._getframe(1))
             raise
         return self
 
@@ -88,13 +90,13 @@ class Keeper:
     ) -> None:
         lost = [name for snapshot in reversed(self._snapshots) for name in snapshot.restore_all()]
         lost += self._process.restore() if self._process else []
-        deliver = self._interrupts.release()
+        self._interrupts.release()
         self._snapshots.clear()
         try:
             if lost:
                 _report(lost, error)
         finally:
-            deliver(sys._getframe(1))
+            self._interrupts.deliver(sys._getframe(1))
 
     def keep(self, *others: object) -> None:
         """Keep something more from now on, such as batches that came out of an iterator."""
