@@ -151,7 +151,8 @@ class TensorState:
     def restore_contents(self) -> bool:
         """Put the contents back; False where they changed and were not copied."""
         tensor, data = self.tensor, self.data
-        if _place(tensor) != _place(data):
+        # A sparse tensor has no place: its indices and values may have become others.
+        if tensor.layout is not torch.strided or _place(tensor) != _place(data):
             tensor.data = data
         if self.is_shared or self.content is None or self.is_intact():
             return True
