@@ -49,10 +49,13 @@ class Outcome(NamedTuple):
 
 def check(name: str, setup: Setup) -> Callable[[], object]:
     """A call of a check on a model amid its training."""
-    from pytest_lora import check_loss_decreases, check_training
-    from pytest_lora.inspection.behaviour.laws import check_lora_laws
-    from pytest_lora.inspection.behaviour.merge import check_merge
-    from pytest_lora.inspection.behaviour.reload import check_reload
+    from pytest_lora import (
+        check_lora_laws,
+        check_loss_decreases,
+        check_merge,
+        check_reload,
+        check_training,
+    )
 
     model, batch = setup.model, setup.batches.batch
     calls: dict[str, Callable[[], object]] = {

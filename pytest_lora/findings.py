@@ -7,9 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pytest_lora.facts.figures import Figure, from_plain, to_plain
+
+if TYPE_CHECKING:
+    from pytest_lora.facts.measures import Measures
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
@@ -71,11 +74,14 @@ class Report:
         subject: What was judged.
         findings: What was found.
         figures: What was seen on the way and is worth a look: a map of the adapter, a loss curve, a memory budget.
+        measured: Numbers that a baseline compares, by name: trainable parameters, scalings, a predicted peak (bytes),
+            losses and their relative drop.
     """
 
     subject: str
     findings: tuple[Finding, ...] = ()
     figures: tuple[Figure, ...] = field(default=(), repr=False)
+    measured: Measures = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         ordered = sorted(self.findings, key=lambda f: (SEVERITIES.index(f.severity), f.code))
@@ -121,17 +127,41 @@ class Report:
         """The same report with other findings."""
         return replace(self, findings=tuple(findings))
 
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The codes of the errors, each once; without errors those of the warnings."""
+        return tuple(dict.fromkeys(f.code for f in self.errors or self.warnings))
+
+    def measure(self, name: str) -> float:
+        """One of the numbers that were measured.
+
+        Raises:
+            KeyError: There is none of this name; the message has those that there are.
+        """
+        known = dict(self.measured)
+        if name not in known:
+            raise KeyError(
+                f"nothing is measured under {name!r}; there are {', '.join(known) or 'no numbers'}"
+            )
+        return known[name]
+
     def without_figures(self) -> Report:
-        """The findings alone, which is what a test's log needs."""
+        """The report without pictures, which is what a test's log needs."""
         return replace(self, figures=())
 
+    def without_numbers(self) -> Report:
+        """The report without what a baseline compares."""
+        return replace(self, measured=())
+
     def to_json(self) -> str:
-        """The report as one JSON object: ``subject``, ``ok``, ``findings``, and ``figures`` where there are any."""
+        """The report as one JSON object: ``subject``, ``ok``, ``findings``, and any ``measured`` and ``figures``."""
         data: dict[str, object] = {
             "subject": self.subject,
             "ok": self.ok,
             "findings": [asdict(f) for f in self.findings],
         }
+        if self.measured:
+            data["measured"] = dict(self.measured)
         if self.figures:
             data["figures"] = [to_plain(one) for one in self.figures]
         return json.dumps(data)
@@ -148,6 +178,7 @@ class Report:
             data["subject"],
             tuple(Finding(**f) for f in data["findings"]),
             tuple(from_plain(one) for one in data.get("figures", ())),
+            tuple(data.get("measured", {}).items()),
         )
 
 

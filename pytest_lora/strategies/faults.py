@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hypothesis import strategies as st
 
 from pytest_lora.expect import Expect
+from pytest_lora.rules import code_of
 from pytest_lora.strategies.configs import Draw, SearchSpace, made, several, space_of
 
 if TYPE_CHECKING:
@@ -31,12 +32,12 @@ class Fault:
     """One way to be wrong.
 
     Attributes:
-        code: The rule that must fire.
+        rule: Name of the rule that must fire.
         possible: Whether a base allows this fault.
         plant: Draws the fault into the fields of a sound configuration.
     """
 
-    code: str
+    rule: str
     possible: Callable[[SearchSpace], bool]
     plant: Callable[[Draw, SearchSpace, Fields], Fields]
 
@@ -64,7 +65,7 @@ def misconfigured_lora_configs(
 @st.composite
 def _misconfigured(draw: Draw, space: SearchSpace, faults: list[Fault]) -> tuple[LoraConfig, str]:
     fault = draw(st.sampled_from(faults))
-    return made(draw, fault.plant(draw, space, _sound(draw, space))), fault.code
+    return made(draw, fault.plant(draw, space, _sound(draw, space))), code_of(fault.rule)
 
 
 def _sound(draw: Draw, space: SearchSpace) -> Fields:
@@ -237,6 +238,10 @@ def _unsupported(draw: Draw, space: SearchSpace, fields: Fields) -> Fields:
     return fields | {"target_modules": [*fields["target_modules"], draw(st.sampled_from(_norms(space)))]}
 
 
+def _has_plain_linear(space: SearchSpace) -> bool:
+    return any(t.linear and not t.quantized for t in space.targets)
+
+
 def _odd_rank(draw: Draw, space: SearchSpace, fields: Fields) -> Fields:
     targets = [t for t in space.targets if t.linear and not t.quantized]
     target = draw(st.sampled_from(targets))
@@ -246,28 +251,28 @@ def _odd_rank(draw: Draw, space: SearchSpace, fields: Fields) -> Fields:
 
 
 FAULTS = (
-    Fault("LORA101", _always, _field("lora_alpha", 0, -8)),
-    Fault("LORA102", _always, _small_alpha),
-    Fault("LORA103", _always, _large_alpha),
-    Fault("LORA104", _always, _misspelled),
-    Fault("LORA105", _has_blocks, _layer_too_high),
-    Fault("LORA106", _always, _idle_exclusion),
-    Fault("LORA107", _always, _idle_pattern),
-    Fault("LORA108", _several_targets, _uneven),
-    Fault("LORA109", _knows_sizes, _too_large_rank),
-    Fault("LORA110", _always, _lost_module),
-    Fault("LORA111", _always, _also_saved),
-    Fault("LORA112", _has_new_head, _frozen_head),
-    Fault("LORA113", lambda space: bool(_tied(space)), _one_side_of_a_tie),
-    Fault("LORA115", _has_quantized, _init_on_quantized),
-    Fault("LORA116", _always, _field("init_lora_weights", False)),
-    Fault("LORA117", lambda space: space.base_targets.biases, _field("bias", "all")),
-    Fault("LORA118", _always, _field("inference_mode", True)),
-    Fault("LORA120", _has_vocabulary, _row_too_high),
-    Fault("LORA121", _always, _field("lora_dropout", 0.9, 0.95, 1.0)),
-    Fault("LORA122", _other_task_known, _wrong_task),
-    Fault("LORA123", _has_quantized, _saves_quantized),
-    Fault("LORA124", lambda space: bool(_norms(space)), _unsupported),
-    Fault("LORA131", lambda space: any(t.linear and not t.quantized for t in space.targets), _odd_rank),
+    Fault("alpha_is_not_positive", _always, _field("lora_alpha", 0, -8)),
+    Fault("alpha_damps_the_adapter", _always, _small_alpha),
+    Fault("alpha_blows_up_the_adapter", _always, _large_alpha),
+    Fault("target_matches_nothing", _always, _misspelled),
+    Fault("layer_does_not_exist", _has_blocks, _layer_too_high),
+    Fault("exclusion_excludes_nothing", _always, _idle_exclusion),
+    Fault("pattern_key_has_no_effect", _always, _idle_pattern),
+    Fault("scaling_differs_between_modules", _several_targets, _uneven),
+    Fault("rank_exceeds_the_matrix", _knows_sizes, _too_large_rank),
+    Fault("saved_module_matches_nothing", _always, _lost_module),
+    Fault("target_is_also_saved", _always, _also_saved),
+    Fault("new_head_is_not_trained", _has_new_head, _frozen_head),
+    Fault("tied_weight_is_adapted_on_one_side", lambda space: bool(_tied(space)), _one_side_of_a_tie),
+    Fault("init_does_not_fit_the_weights", _has_quantized, _init_on_quantized),
+    Fault("init_is_random", _always, _field("init_lora_weights", False)),
+    Fault("biases_of_the_base_are_trained", lambda space: space.base_targets.biases, _field("bias", "all")),
+    Fault("frozen_by_inference_mode", _always, _field("inference_mode", True)),
+    Fault("token_index_does_not_exist", _has_vocabulary, _row_too_high),
+    Fault("dropout_starves_the_adapter", _always, _field("lora_dropout", 0.9, 0.95, 1.0)),
+    Fault("task_type_contradicts_the_model", _other_task_known, _wrong_task),
+    Fault("saved_module_is_quantized", _has_quantized, _saves_quantized),
+    Fault("peft_refuses_the_config", lambda space: bool(_norms(space)), _unsupported),
+    Fault("rank_is_odd_for_orthogonal_init", _has_plain_linear, _odd_rank),
 )
-"""Every fault that is one whatever was meant, by the code of its rule."""
+"""Every fault that is one whatever was meant, by the name of its rule."""

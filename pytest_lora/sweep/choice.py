@@ -26,6 +26,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pytest_lora.arguments import require_number, require_share
+from pytest_lora.facts.sweep import is_enough, percent
 from pytest_lora.sweep.rows import RankOutcome
 
 METRIC_SHARE = 0.95
@@ -144,7 +146,7 @@ def choose(
     """
     metric_share = require_share("metric_share", metric_share)
     time_share = require_share("time_share", time_share)
-    min_gain = _require_gain(min_gain)
+    min_gain = require_number("min_gain", min_gain, least=0.0)
     ranks = sorted((o for o in outcomes if o.metric is not None), key=lambda o: o.rank)
     if not ranks:
         seen = sorted({f"r={o.rank}: {failure}" for o in outcomes for failure in o.failures})
@@ -381,35 +383,3 @@ def _share_in_doubt(
         f"r={chosen.rank} may have less than {percent(wanted)} of the best: "
         f"it may be as much as {gap:.3g} behind r={best.rank}"
     )
-
-
-def is_enough(share: float, wanted: float) -> bool:
-    """Whether a share reaches a threshold; the last digits, which are rounding, do not count."""
-    return share >= wanted - 1e-9
-
-
-def percent(share: float) -> str:
-    """A share in percent, with three digits: ``"97.8 %"``."""
-    value = 100 * share + 0.0  # which makes a plain zero of a negative one
-    return f"{value:.3g} %" if abs(value) < 999.5 else f"{value:.0f} %"
-
-
-def require_share(name: str, value: object) -> float:
-    """A number above 0 and at most 1.
-
-    Raises:
-        TypeError, ValueError: It is none; the message has the name.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be above 0 and at most 1, not {value!r}")
-    return float(value)
-
-
-def _require_gain(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"min_gain must be a number, not {value!r}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"min_gain must be at least 0, not {value!r}")
-    return float(value)

@@ -26,9 +26,9 @@ from pytest_lora import (
     diagnose_history,
 )
 from pytest_lora.assertions import delivered
+from pytest_lora.bases.examples.folders import edit, pickle_weights, save_adapter
+from pytest_lora.bases.examples.models import BASES, language_batch
 from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget
-from tests.rules.bases import BASES, language_batch
-from tests.rules.folders import adapter, edit, pickle_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -125,7 +125,7 @@ def test_a_configuration_is_a_map_too() -> None:
 def saved(tmp_path: Path, **changes: Any) -> tuple[Path, Any]:
     """A saved adapter with values of a trained one, and its base."""
     base = BASES["base"]()
-    return adapter(tmp_path, base, **changes), base
+    return save_adapter(tmp_path, base, **changes), base
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -187,7 +187,7 @@ def test_a_file_of_names_without_order_is_no_map(tmp_path: Path) -> None:
 
 def test_selecting_and_training_keep_the_map() -> None:
     delivered.clear()
-    assert_lora_healthy(adapted(), batch=language_batch(), ignore=["LORA1"])
+    assert_lora_healthy(adapted(), batches=language_batch(), ignore=["LORA1"])
     assert the_map(delivered[-1]).gradients
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 import pytest_lora.rules
 from pytest_lora.rules import Rule, catalogue
-from tests.rules.bases import run
+from tests.namespace import run
 
 SECTIONS = ("What it does", "Why is this bad?", "Example", "Use instead", "References")
 STAGES = {
