@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.rules.bases import BASES, language_batch
+from pytest_lora.bases.examples.models import BASES, language_batch
 
 LOGGERS = (None, "transformers", "peft")
 
