@@ -35,11 +35,20 @@ from pytest_lora import (
     assert_param_ratio,
     assert_reload_exact,
     assert_resumable,
+    assert_training_healthy,
+    check_adapter_shapes,
+    check_adapters_in_sync,
+    check_alpha_ratio,
     check_checkpoint,
     check_config,
+    check_lora_laws,
     check_loss_decreases,
     check_memory,
+    check_merge,
     check_model,
+    check_param_ratio,
+    check_reload,
+    check_resume,
     check_training,
     count_parameters,
     estimate_memory,
@@ -82,11 +91,11 @@ def _watched(setup: Setup) -> None:
         watch.log(2.0)
 
 
-def _in_sync(setup: Setup) -> None:
+def _in_sync(setup: Setup, check: Callable[[Any], object]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
         try:
-            assert_adapters_in_sync(setup.model)
+            check(setup.model)
         finally:
             torch.distributed.destroy_process_group()
 
@@ -112,6 +121,7 @@ def _on_saved(setup: Setup, check: Callable[[str], object]) -> None:
 RUNNING: dict[str, Callable[[Setup], object]] = {
     "check_training": lambda s: check_training(s.model, s.batch, max_grad_norm=1.0, **s.trained),
     "check_training, own optimizer": lambda s: check_training(s.model, s.batch),
+    "assert_training_healthy": lambda s: assert_training_healthy(s.model, s.batch, **s.trained),
     "assert_lora_healthy, batch": lambda s: assert_lora_healthy(
         s.model, batches=s.batch, optimizer=s.optimizer
     ),
@@ -119,7 +129,11 @@ RUNNING: dict[str, Callable[[Setup], object]] = {
         s.model, s.batch, steps=2, optimizer=s.optimizer, device="cpu"
     ),
     "check_loss_decreases": lambda s: check_loss_decreases(s.model, s.batch, steps=2, device="cpu"),
+    "check_adapter_shapes, batch": lambda s: check_adapter_shapes(s.model, batches=s.batch),
     "assert_adapter_shapes, batch": lambda s: assert_adapter_shapes(s.model, batches=s.batch),
+    "check_reload": lambda s: check_reload(s.model, s.batch),
+    "check_merge": lambda s: check_merge(s.model, s.batch),
+    "check_lora_laws": lambda s: check_lora_laws(s.model, s.batch),
     "assert_reload_exact": lambda s: assert_reload_exact(s.model, s.batch),
     "assert_merge_exact": lambda s: assert_merge_exact(s.model, s.batch),
     "assert_lora_laws": lambda s: assert_lora_laws(s.model, s.batch),
@@ -137,6 +151,10 @@ LOOKING: dict[str, Callable[[Setup], object]] = {
     "check_model": lambda s: check_model(s.model, optimizer=s.optimizer),
     "assert_lora_healthy": lambda s: assert_lora_healthy(s.model, optimizer=s.optimizer),
     "assert_adapter_shapes": lambda s: assert_adapter_shapes(s.model),
+    "check_adapter_shapes": lambda s: check_adapter_shapes(s.model),
+    "check_param_ratio": lambda s: check_param_ratio(s.model, 0.0, 1.0),
+    "check_alpha_ratio": lambda s: check_alpha_ratio(s.model, 2.0),
+    "check_resume": lambda s: _on_saved(s, lambda path: check_resume(path, s.config, s.base)),
     "assert_param_ratio": lambda s: assert_param_ratio(s.model, 0.0, 1.0),
     "assert_alpha_ratio": lambda s: assert_alpha_ratio(s.model, 2.0),
     "count_parameters": lambda s: count_parameters(s.model),
@@ -160,7 +178,8 @@ LOOKING: dict[str, Callable[[Setup], object]] = {
         s.base, s.config, batch_size=2, seq_len=16, budget="80GiB"
     ),
     "watch_training": _watched,
-    "assert_adapters_in_sync": _in_sync,
+    "check_adapters_in_sync": lambda s: _in_sync(s, check_adapters_in_sync),
+    "assert_adapters_in_sync": lambda s: _in_sync(s, assert_adapters_in_sync),
     "oom_frontier": lambda s: oom_frontier(s.config, s.base, "1GiB", seq_lens=[16], dtype="float32"),
 }
 """Those that look only."""
