@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pytest_lora.inspection.state.attributes import AttributeBatch, Attributes
+from pytest_lora.inspection.state.damage import Damage, is_peft, merged_layers
 from pytest_lora.inspection.state.reachable import Reachable
 from pytest_lora.inspection.state.tensors import (
     Content,
@@ -22,21 +22,6 @@ from pytest_lora.inspection.state.tensors import (
 
 COPIED_BYTES = 256 * 2**20
 """Tensors of models up to this size are copied, so that they can be put back; of larger ones fingerprints are kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """What differs in a way that no test should leave behind: names of tensors or modules, by kind."""
-
-    merged: tuple[str, ...] = ()
-    layers: tuple[str, ...] = ()
-    replaced: tuple[str, ...] = ()
-    contents: tuple[str, ...] = ()
-    differing: frozenset[str] = frozenset()
-    """Every tensor that differs, also those where that is no damage."""
-
-    def __bool__(self) -> bool:
-        return bool(self.merged or self.layers or self.replaced or self.contents)
 
 
 class Snapshot:
@@ -208,8 +193,8 @@ class Snapshot:
                 layers.append(name)
             for registry, key, value in attributes.replaced_entries(module):
                 full = f"{name}.{key}" if name else key
-                if _is_peft(value):
-                    merged.extend(_merged_layers(full, value))
+                if is_peft(value):
+                    merged.extend(merged_layers(full, value))
                 elif other is None or other[1].entry(registry, key) is not value:
                     (layers if registry == "_modules" else replaced).append(full)
         with torch._C.DisableTorchFunctionSubclass():  # it slows down every look at a quantized weight
@@ -295,20 +280,3 @@ def _attempted(steps: Iterable[tuple[str, Callable[[], object]]]) -> list[str]:
         except Exception:
             failed.append(name)
     return failed
-
-
-def _is_peft(value: object) -> bool:
-    return _is_in_peft(type(value).__module__)
-
-
-@cache
-def _is_in_peft(module: str) -> bool:
-    return module.partition(".")[0] == "peft"
-
-
-def _merged_layers(name: str, layer: Any) -> Iterator[str]:
-    if getattr(layer, "merged", False) is True:
-        yield name
-    for key, child in layer._modules.items():
-        if _is_peft(child):
-            yield from _merged_layers(f"{name}.{key}", child)

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from pytest_lora.facts.labels import LabelFacts
 from pytest_lora.facts.optimizer import OptimizerFacts
-from pytest_lora.facts.training import Failure, LossDrop, Phase, StepFacts, TrainingFacts, unusual_inits
+from pytest_lora.facts.training import Failure, Phase, StepFacts, TrainingFacts, unusual_inits
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.inspection.model import adapted_survey, model_facts
-from pytest_lora.inspection.state import Keeper, cuda_in_use
+from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.training.base_changes import since_probe, since_snapshot
 from pytest_lora.inspection.training.batches import (
-    LossFn,
     NoLossError,
     generators_of,
     loss_of,
@@ -49,7 +48,7 @@ def training_facts(model: nn.Module, batches: Any, plan: Plan) -> TrainingFacts:
         ValueError: There is no batch, the model gives no loss for one, or it could not be put back.
         NotRestoredError: Something changed that could not be put back.
     """
-    with _prepared(model, batches, plan) as (probe, keeper):
+    with prepared(model, batches, plan) as (probe, keeper):
         taken = take_batches(batches, plan.steps, plan.loss_fn)
         keeper.keep(taken[: plan.steps])
         given = (
@@ -60,46 +59,10 @@ def training_facts(model: nn.Module, batches: Any, plan: Plan) -> TrainingFacts:
         return probe.facts(given)
 
 
-def loss_drop(
-    model: nn.Module, batches: Any, plan: Plan, by: float, device: torch.device | None
-) -> tuple[TrainingFacts, LossDrop]:
-    """Train on some batches, and compare their mean loss, dropout off, before and after.
-
-    Args:
-        model: The model.
-        batches: One batch or an iterable of batches; of a list no more than ``plan.steps`` are used.
-        plan: How to train; a ``rate`` of None chooses one that suits the adapters.
-        by: Relative drop that is asked for.
-        device: Where to run, or None for where the model is.
-
-    Raises:
-        TypeError: ``model`` carries no LoRA layers, or ``batches`` has another form.
-        ValueError: There is no batch, the model gives no loss for one, or it could not be put back.
-        NotRestoredError: Something changed that could not be put back.
-    """
-    with _prepared(model, batches, plan, device) as (probe, keeper):
-        taken = take_batches(batches, plan.steps, plan.loss_fn)[: plan.steps]
-        keeper.keep(taken)
-        probe.take(taken)
-        mean_loss = _evaluation(model, taken, plan.loss_fn)
-        before = mean_loss() if probe.runnable else float("nan")
-        probe.run()
-        after = mean_loss() if probe.runnable else float("nan")
-        facts = probe.facts(len(taken))
-    return facts, LossDrop(
-        before=before,
-        after=after,
-        curve=tuple(step.loss for step in facts.steps),
-        lr=None if plan.optimizer is not None else probe.rate,
-        by=by,
-        adapter_learned=facts.adapter_learned,
-    )
-
-
 @contextmanager
-def _prepared(
+def prepared(
     model: nn.Module, batches: Any, plan: Plan, device: torch.device | None = None
-) -> Iterator[tuple[_Probe, Keeper]]:
+) -> Iterator[tuple[Probe, Keeper]]:
     """A probe of a model that can be trained inside and is afterwards what it was; no batch is taken yet.
 
     Gradients are on and empty, and 4-bit weights are never repacked.
@@ -112,27 +75,7 @@ def _prepared(
         if device is not None:
             model.to(device)
         with torch.inference_mode(False), torch.enable_grad():
-            yield _Probe(model, plan, keeper), keeper
-
-
-def _evaluation(model: nn.Module, batches: tuple[Any, ...], loss_fn: LossFn | None) -> Callable[[], float]:
-    """The mean loss of fixed batches, in evaluation mode and from the same random state at every call."""
-    devices = range(torch.cuda.device_count()) if cuda_in_use() else range(0)
-    seed = torch.initial_seed() % 2**63
-
-    def mean_loss() -> float:
-        modes = [(module, module.training) for module in model.modules()]
-        with torch.random.fork_rng(devices), torch.no_grad():
-            torch.manual_seed(seed)
-            for module, _ in modes:
-                module.training = False
-            try:
-                return sum(float(loss_of(model, batch, loss_fn)) for batch in batches) / len(batches)
-            finally:
-                for module, training in modes:
-                    module.training = training
-
-    return mean_loss
+            yield Probe(model, plan, keeper), keeper
 
 
 _NO_OPTIMIZER = OptimizerFacts(optimizer="AdamW", held=(), missing=(), frozen=0, foreign=0, groups=())
@@ -147,7 +90,7 @@ class _StepError(Exception):
         self.failure = failure
 
 
-class _Probe:
+class Probe:
     """Some steps on a model and what is seen on the way."""
 
     def __init__(self, model: nn.Module, plan: Plan, keeper: Keeper) -> None:
