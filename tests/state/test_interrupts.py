@@ -151,3 +151,27 @@ def test_a_handler_that_raises_while_handlers_come_back_stops_no_other(
     assert {number: signal.getsignal(number) for number in signal.Signals} == before
     with pytest.raises(KeyboardInterrupt):
         held.deliver(None)
+
+
+def test_a_signal_while_handlers_are_taken_leaves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not held yet raises at once."""
+    before = {number: signal.getsignal(number) for number in signal.Signals}
+    put, calls = signal.signal, []
+
+    def interrupted(number: int, handler: Any) -> Any:
+        calls.append(number)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return put(number, handler)
+
+    previous = put(signal.SIGUSR1, lambda *_: None)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "signal", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                Keeper().__enter__()
+        put(signal.SIGUSR1, previous)
+        assert {number: signal.getsignal(number) for number in signal.Signals} == before
+    finally:
+        put(signal.SIGUSR1, previous)
+    assert len(calls) > 2

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from pytest_lora import check_training
+from pytest_lora import Expect, check_loss_decreases, check_training
 from pytest_lora.inspection.state import Keeper, NotRestoredError, Snapshot, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -140,10 +140,13 @@ def test_what_cannot_be_kept_is_refused_before_a_batch_is_taken() -> None:
         {"max_grad_norm": -1},
         {"optimizer": 3},
         {"expect": "train"},
+        {"select": ["LORA9999"]},
+        {"ignore": "LORA3"},
     ],
     ids=lambda arguments: next(iter(arguments)),
 )
-def test_no_batch_is_taken_for_a_refusal(arguments: dict[str, Any]) -> None:
+@pytest.mark.parametrize("check", [check_training, check_loss_decreases])
+def test_no_batch_is_taken_for_a_refusal(check: Callable[..., Any], arguments: dict[str, Any]) -> None:
     taken = []
 
     def batches() -> Iterator[Any]:
@@ -152,8 +155,18 @@ def test_no_batch_is_taken_for_a_refusal(arguments: dict[str, Any]) -> None:
 
     given = {"model": adapted(), "batches": batches(), **arguments}
     with pytest.raises((TypeError, ValueError)):
-        check_training(**given)
+        check(**given)
     assert not taken
+
+
+@pytest.mark.parametrize(
+    ("check", "purpose", "taken"),
+    [(check_training, "train", 3), (check_training, "inference", 1), (check_loss_decreases, "train", 3)],
+)
+def test_batches_are_taken_as_the_docstring_says(check: Callable[..., Any], purpose: Any, taken: int) -> None:
+    batches = iter([batch()] * 9)
+    check(adapted(), batches, steps=3, expect=Expect(purpose=purpose))
+    assert len(list(batches)) == 9 - taken
 
 
 CONTAINERS: dict[str, tuple[Any, Callable[[Any], object]]] = {

@@ -71,8 +71,8 @@ class Keeper:
         self._process: Process | None = None
 
     def __enter__(self) -> Keeper:
-        self._interrupts.hold()
         try:
+            self._interrupts.hold()
             self._process = Process(self._generators)
             if self._model is not None:
                 snapshot = Snapshot(self._model, *self._others, to_train=True, values=self._values)
