@@ -64,8 +64,8 @@ def check_training(
 
     Weights, buffers, gradients, training flags, attributes, configurations, hooks, optimizer, scheduler, scaler, random
     states and global settings are afterwards what they were, also when something raises half-way or Ctrl-C is pressed.
-    Models of up to 256 MiB are copied for that. Of larger ones that is copied which training changes, and a frozen weight
-    that changes all the same is an error with its name.
+    Models of up to 256 MiB are copied for that. Of larger ones that is copied which training changes, and a frozen
+    weight that changes all the same is an error with its name.
 
     What the model or the optimizer raises is a finding where its cause is known by its words; anything else, and what
     ``loss_fn`` raises, goes on. Where ``expect.purpose`` is not ``"train"``, no step is taken: labels and modes are
