@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +21,7 @@ from pytest_lora.inspection.peft_internals import (
     forget_adapters,
 )
 from pytest_lora.inspection.quiet import quiet_libraries
+from pytest_lora.inspection.state.randomness import RandomStates
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Deviation of the merged output, relative to its largest value: about 1,000 rounding steps of float32, and 4 of
@@ -34,17 +33,12 @@ _SWITCHES = (BaseTunerLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
 @contextmanager
 def no_trace() -> Iterator[None]:
     """Restore every random state, and keep what the libraries print out of the way."""
-    numpy: Any = sys.modules.get("numpy")
-    cuda: Any = torch.cuda
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    devices = list(range(cuda.device_count())) if cuda.is_initialized() else []
+    before = RandomStates()
     try:
-        with torch.random.fork_rng(devices=devices), quiet_libraries():
+        with quiet_libraries():
             yield
     finally:
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
+        before.restore()
 
 
 # ---------------------------------------------------------------------------------------- copies

@@ -18,9 +18,17 @@ from pytest_lora.facts.optimizer import OptimizerFacts
 from pytest_lora.facts.training import Failure, LossDrop, Phase, StepFacts, TrainingFacts, unusual_inits
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.peft_internals import LoraLayer
+from pytest_lora.inspection.state.randomness import cuda_in_use
 from pytest_lora.inspection.survey import Survey
 from pytest_lora.inspection.training.base_changes import since_probe, since_snapshot
-from pytest_lora.inspection.training.batches import LossFn, NoLossError, generators_of, loss_of, take_batches
+from pytest_lora.inspection.training.batches import (
+    LossFn,
+    NoLossError,
+    generators_of,
+    loss_of,
+    moved,
+    take_batches,
+)
 from pytest_lora.inspection.training.failures import failure_of
 from pytest_lora.inspection.training.labels import label_facts, vocabulary
 from pytest_lora.inspection.training.optimizer import (
@@ -30,7 +38,7 @@ from pytest_lora.inspection.training.optimizer import (
     parameter_parts,
     schedule_facts,
 )
-from pytest_lora.inspection.training.trace import Trace, cuda_in_use, traceless
+from pytest_lora.inspection.training.trace import Trace, traceless
 from pytest_lora.inspection.training.updates import Updates
 from pytest_lora.inspection.training.watch import Watch
 
@@ -98,20 +106,17 @@ def loss_drop(
         batches: One batch or an iterable of batches; of a list no more than ``plan.steps`` are used.
         plan: How to train; a ``rate`` of None chooses one that suits the adapters.
         by: Relative drop that is asked for.
-        device: Where to run, or None for where the model is.
+        device: Where model and batches are moved for the time being, or None to leave them where they are.
 
     Raises:
         TypeError: ``model`` carries no LoRA layers, or ``batches`` has another form.
         ValueError: There is no batch, or the model gives no loss for one.
     """
-    if device is not None and device.type == "cuda":
-        # Started only now, CUDA would begin with a random state that was never noted.
-        cuda: Any = torch.cuda
-        cuda.init()
     with traceless(model, plan.kept, generators_of(batches)) as trace:
         taken = take_batches(batches, plan.steps, plan.loss_fn)[: plan.steps]
         if device is not None:
             model.to(device)
+            taken = tuple(moved(batch, device) for batch in taken)
         probe = _Probe(model, taken, plan, trace)
         mean_loss = _evaluation(model, taken, plan.loss_fn)
         before = mean_loss() if probe.runnable else float("nan")

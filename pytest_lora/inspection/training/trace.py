@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
+from pytest_lora.inspection.state.randomness import RandomStates
 
 COPIED_BYTES = 256 * 2**20
 """Models up to this size are copied whole; of larger ones only what a training step can change."""
@@ -177,21 +176,11 @@ class Trace:
             self._keep_object(vars(value))
 
 
-def cuda_in_use() -> bool:
-    """Whether this process has used CUDA; asking never starts it."""
-    cuda: Any = torch.cuda
-    return bool(cuda.is_initialized())
-
-
 class _Settings:
     """Random generators and torch's global settings."""
 
     def __init__(self, generators: Iterable[torch.Generator]) -> None:
-        self._python = random.getstate()
-        numpy: Any = sys.modules.get("numpy")
-        self._numpy = numpy.random.get_state() if numpy else None
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if cuda_in_use() else []
+        self._random = RandomStates()
         self._generators = [(g, g.get_state()) for g in generators]
         self._grad = torch.is_grad_enabled()
         self._dtype = torch.get_default_dtype()
@@ -207,13 +196,7 @@ class _Settings:
         }
 
     def restore(self) -> None:
-        random.setstate(self._python)
-        numpy: Any = sys.modules.get("numpy")
-        if numpy and self._numpy:
-            numpy.random.set_state(self._numpy)
-        torch.set_rng_state(self._cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
+        self._random.restore()
         for generator, state in self._generators:
             generator.set_state(state)
         torch.set_grad_enabled(self._grad)
