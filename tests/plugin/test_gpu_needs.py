@@ -339,14 +339,14 @@ def test_the_device_of_the_fixtures_follows_the_option(
     pytester.makepyfile(
         "import os\ndef test_it(lora_device): assert str(lora_device) == os.environ['EXPECTED']"
     )
-    for device, expected in (("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
+    for device, expected in (("cpu", "cpu"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")):
         monkeypatch.setenv("EXPECTED", expected)
         run(pytester, "--lora-device", device).assert_outcomes(passed=1)
     result = run(pytester, "--lora-device", "cuda:2")
     assert "--lora-device cuda:2: there are 2" in result.outlines
     for kind in ("xpu", "mps"):
         machine(monkeypatch, 24, kind=kind, capability=None)
-        monkeypatch.setenv("EXPECTED", kind)
+        monkeypatch.setenv("EXPECTED", f"{kind}:0")
         run(pytester, "--lora-device", kind).assert_outcomes(passed=1)
     result = run(pytester, "--lora-device", "cuda")
     assert (

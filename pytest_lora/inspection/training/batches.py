@@ -128,8 +128,8 @@ def place(model: nn.Module, device: Any, optimizer: Any) -> torch.device | None:
         raise ValueError(f"device={str(device)!r}, but the optimizer trains a model on {here}")
     if holds_8_bit_weights(model):
         raise ValueError(
-            f"device={str(device)!r}, but the base is quantized to 8 bits on {here}, and its scales stay behind when it "
-            f"is moved; load it on {wanted}, or leave device out"
+            f"device={str(device)!r}, but the base is quantized to 8 bits on {here}, and a move leaves its scales "
+            f"behind; load it on {wanted}, or leave device out"
         )
     return wanted
 

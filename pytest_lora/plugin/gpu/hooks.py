@@ -186,6 +186,7 @@ class GpuTests:
             totals = {self._devices.key(device): device.total for device in run.devices.values()}
             shares = {key: total if run.need.vram is None else run.need.vram for key, total in totals.items()}
             stack.enter_context(locks.held(shares, totals, item.nodeid))
+        stack.enter_context(self._memory.peaks_kept())
 
     @property
     def _memory(self) -> Memory:
