@@ -36,6 +36,7 @@ from pytest_lora.inspection.peft_internals import (
     fused_parameter,
     lora_configs,
 )
+from pytest_lora.inspection.state.precision import in_float64, without_tf32
 
 _NAMES = {
     "LORA930": "zeroed_adapter_changes_the_output",
@@ -50,7 +51,7 @@ _SECOND = "pytest_lora_second"
 def check_lora_laws(model: nn.Module, batch: Any) -> Report:
     """Hold the laws that apply against copies of a model; see ``assert_lora_laws``."""
     require_batch(batch)
-    with no_trace():
+    with no_trace(), without_tf32():
         adapted = adapted_copy(model)
         layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
         stable_output(adapted, batch)
@@ -230,8 +231,8 @@ def _deviation_from_linear(call: _Call) -> float | None:
     call.layer.scaling.update({name: 2 * value for name, value in kept.items()})
     twice = call.output()
     call.layer.scaling.update(kept)
-    expected = off.double() + 2 * (once.double() - off.double())
-    return None if _near(twice, expected.to(twice.dtype), steps=2.0) else distance(twice, expected)
+    expected = in_float64(off) + 2 * (in_float64(once) - in_float64(off))
+    return None if _near(twice, expected.to(twice), steps=2.0) else distance(twice, expected)
 
 
 def _deviation_when_padded(call: _Call) -> float | None:

@@ -25,6 +25,7 @@ from pytest_lora.inspection.behaviour.copies import (
 )
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import WRAPPERS, LoraLayer
+from pytest_lora.inspection.state.precision import without_tf32
 
 _OUTPUT_DIFFERS = "LORA915", "merged_output_differs"
 _REQUANTIZED = "LORA916", "merging_requantizes_the_base"
@@ -42,7 +43,7 @@ def check_merge(
     require_batch(batch)
     _require_tolerance("rtol", rtol)
     _require_tolerance("atol", atol)
-    with no_trace():
+    with no_trace(), without_tf32():
         adapted = adapted_copy(model)
         layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
         expected, moving = watched_output(adapted, batch)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
+from pytest_lora.inspection.state.precision import Float32Precision
 from pytest_lora.inspection.state.randomness import RandomStates
 
 COPIED_BYTES = 256 * 2**20
@@ -189,7 +190,7 @@ class _Settings:
             torch.is_deterministic_algorithms_warn_only_enabled(),
         )
         self._anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-        self._precision = torch.get_float32_matmul_precision()
+        self._precision = Float32Precision()
         self._autocast = {
             device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in ("cpu", "cuda")
@@ -205,7 +206,7 @@ class _Settings:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
         anomaly, check_nan = self._anomaly
         torch.autograd.set_detect_anomaly(anomaly, check_nan)
-        torch.set_float32_matmul_precision(self._precision)
+        self._precision.restore()
         for device, (enabled, dtype) in self._autocast.items():
             torch.set_autocast_enabled(device, enabled)
             torch.set_autocast_dtype(device, dtype)
