@@ -284,7 +284,8 @@ def assert_fits_memory(
         batch_size: Sequences (or images) in a micro-batch.
         seq_len: Tokens in each, padding included.
         setting: The other arguments of ``estimate_memory``.
-        budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked.
+        budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked, also for
+            ``workspace`` and ``attention``.
         advise: Whether other settings are estimated where it does not fit, which takes a second or two. A
             search over many settings does without.
         expect: What is meant, where only the user can know it.

@@ -46,7 +46,8 @@ def check_memory(
         config: The adapter.
         batch_size: Sequences (or images) in a micro-batch.
         seq_len: Tokens in each, padding included.
-        budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked.
+        budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked, also for
+            ``workspace`` and ``attention``.
         advise: Whether other settings are estimated where it does not fit, which takes a second or two. A
             search over many settings does without.
         expect: What is meant, where only the user can know it.
@@ -60,13 +61,17 @@ def check_memory(
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of its range, the budget has no unit, or the step cannot be traced.
     """
-    from pytest_lora.memory.budget import require_budget
+    from pytest_lora.memory.budget import is_device, require_budget
     from pytest_lora.memory.estimate import estimate_memory
 
     expect = require_expect(expect)
     if not isinstance(advise, bool):
         raise TypeError(f"advise must be True or False, not {advise!r}")
     limit = require_budget(budget)
+    if is_device(budget):
+        from pytest_lora.inspection.memory.devices import of_device
+
+        setting = of_device(budget)._asdict() | setting
     estimate = estimate_memory(base, config, batch_size=batch_size, seq_len=seq_len, **setting)
     return _judge_memory(base, config, setting, estimate, limit, expect, advise=advise)
 

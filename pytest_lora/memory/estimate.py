@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.facts.memory import AMPERE_WORKSPACE, Checkpointing, MemoryEstimate, StepSetting
+from pytest_lora.facts.memory import Attention, Checkpointing, MemoryEstimate, StepSetting
 from pytest_lora.memory.setting import checked_setting, require_count
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def estimate_memory(
     adapter_dtype: str = "float32",
     use_cache: bool = False,
     empty_cache: bool = False,
-    workspace: int | str = AMPERE_WORKSPACE,
+    workspace: int | str | None = None,
+    attention: Attention | None = None,
 ) -> MemoryEstimate:
     """Predict the GPU memory of one training step.
 
@@ -69,8 +70,11 @@ def estimate_memory(
             ``autocast_adapter_dtype=False``.
         use_cache: Whether the model keeps keys and values for generation while it trains.
         empty_cache: Whether the loop calls ``torch.cuda.empty_cache`` between steps.
-        workspace: Bytes of cuBLAS's workspace: 8,519,680 on Ampere and Ada, ``"32MiB"`` on Hopper;
-            ``torch.backends.cuda.cublas_workspace_size()`` says it on the GPU itself.
+        workspace: Bytes of a workspace of cuBLAS, of which forward and backward have one each: 8,519,680 on Ampere and
+            Ada, ``"32MiB"`` on Hopper. Default: that of the GPU on which a live base lies, else 8,519,680.
+        attention: Kernel that PyTorch's attention takes without a mask: ``"flash"``, ``"cudnn"``, ``"efficient"`` or
+            ``"math"``, which holds the scores. Default: what PyTorch chooses on that GPU, else ``"flash"``. With a
+            mask it is the memory-efficient one.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -93,6 +97,7 @@ def estimate_memory(
         use_cache=use_cache,
         empty_cache=empty_cache,
         workspace=workspace,
+        attention=attention,
     )
     return memory.estimate(batch_size, seq_len)
 
@@ -147,12 +152,19 @@ def step_memory(
         TypeError, ValueError: As ``estimate_memory``.
     """
     _require_config(config)
-    checked = checked_setting(**{**_DEFAULTS, **setting})
+    checked = checked_setting(**{**_DEFAULTS, **setting, **_answers(base, setting)})
     if isinstance(base, (str, os.PathLike)):
         from pytest_lora.inspection.skeleton import read_config
 
         base = read_config(Path(base))
     return StepMemory(_predictor(base, config, checked), config.r)
+
+
+def _answers(base: Any, setting: dict[str, Any]) -> dict[str, Any]:
+    """What the GPU of a live base answers for the arguments that are not given."""
+    from pytest_lora.inspection.memory.devices import of_model
+
+    return {name: answer for name, answer in of_model(base)._asdict().items() if setting.get(name) is None}
 
 
 def _require_config(config: Any) -> None:

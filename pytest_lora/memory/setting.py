@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.byte_sizes import parse_bytes
-from pytest_lora.facts.memory import Checkpointing, Quantization, StepSetting
+from pytest_lora.facts.memory import ATTENTION_KERNELS, Attention, Checkpointing, Quantization, StepSetting
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -29,6 +29,7 @@ def checked_setting(
     use_cache: bool,
     empty_cache: bool,
     workspace: int | str,
+    attention: Attention,
 ) -> StepSetting:
     """The arguments of ``estimate_memory`` as facts; batch size and sequence length are left at 1.
 
@@ -39,6 +40,7 @@ def checked_setting(
 
     _require_one_of("dtype", dtype, _DTYPES)
     _require_one_of("adapter_dtype", adapter_dtype, _DTYPES)
+    _require_one_of("attention", attention, ATTENTION_KERNELS)
     _require_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
     if gradient_checkpointing not in (True, False, "reentrant"):
         raise ValueError(
@@ -68,6 +70,7 @@ def checked_setting(
         optimizer=optimizer,
         accumulation=require_count("accumulation", accumulation),
         workspace=parse_bytes(workspace, "workspace"),
+        attention=attention,
         **flags,
     )
 
