@@ -72,7 +72,7 @@ def check_memory(
         from pytest_lora.inspection.memory.devices import of_device
 
         setting = of_device(budget)._asdict() | setting
-    estimate = estimate_memory(base, config, batch_size=batch_size, seq_len=seq_len, **setting)
+    estimate = estimate_memory(config, base, batch_size=batch_size, seq_len=seq_len, **setting)
     return _judge_memory(base, config, setting, estimate, limit, expect, advise=advise)
 
 

@@ -64,6 +64,7 @@ class StepSetting:
         quantization: How the base is quantized; None if it is not.
         dtype: Dtype of the base's unquantized weights.
         adapter_dtype: Dtype of the adapter's weights.
+        frozen: Parameters of the adapter that are not trained: of every layer (``"lora_A"``), or by whole names.
         gradient_checkpointing: ``False``, ``True`` (non-reentrant) or ``"reentrant"``.
         optimizer: Name as in ``TrainingArguments(optim=...)``.
         padding_mask: Whether batches hold padding, so that attention needs a mask.
@@ -93,6 +94,7 @@ class StepSetting:
     empty_cache: bool = False
     workspace: int = AMPERE_WORKSPACE
     attention: Attention = "flash"
+    frozen: tuple[str, ...] = ()
 
 
 class TimelinePoint(NamedTuple):

@@ -36,7 +36,7 @@ def adapter() -> LoraConfig:
 
 
 def estimated(base: Any = None, **setting: Any) -> Any:
-    return estimate_memory(base or small(), adapter(), **{"batch_size": 2, "seq_len": 64, **setting})
+    return estimate_memory(adapter(), base or small(), **{"batch_size": 2, "seq_len": 64, **setting})
 
 
 @pytest.mark.parametrize("workspace", [AMPERE, HOPPER])
@@ -112,14 +112,14 @@ def test_a_live_model_is_answered_for_by_its_device_and_nothing_else_starts_cuda
 def test_a_budget_that_is_a_device_is_asked_for_more_than_its_size(asked: Any) -> None:
     asked(MACHINES["H200"], "math")
     step = {"batch_size": 2, "seq_len": 64}
-    (shown,) = check_memory(small(), adapter(), budget="cuda:0", **step).exhibits
+    (shown,) = check_memory(small(), adapter(), budget="cuda:0", **step).figures
     assert (
         shown
         == check_memory(
             small(), adapter(), budget=MACHINES["H200"].total, workspace=HOPPER, attention="math", **step
-        ).exhibits[0]
+        ).figures[0]
     )
-    (given,) = check_memory(small(), adapter(), budget="cuda:0", workspace=512, **step).exhibits
+    (given,) = check_memory(small(), adapter(), budget="cuda:0", workspace=512, **step).figures
     assert given != shown
 
 

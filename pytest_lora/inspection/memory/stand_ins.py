@@ -9,7 +9,7 @@ import torch
 
 _aten = torch.ops.aten
 _PACKED_SCALES = 7
-"""Place of ``absmax_8bit`` among the arguments of bitsandbytes' ``gemm_4bit``, which has it with double quantization."""
+"""Place of ``absmax_8bit`` among the arguments of bitsandbytes' ``gemm_4bit``, given with double quantization."""
 
 
 class StandIns:
