@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_lora.plugin.gpu import hardware, locks
+from pytest_lora.plugin.gpu import hardware, ledger
 
 GB = 10**9
 
@@ -32,8 +32,8 @@ def machine(
 def shared(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
     """Let processes meet in a folder of this test; the log of holds and releases."""
     log = folder / "holds.log"
-    monkeypatch.setenv(locks.FOLDER, str(folder / "locks"))
-    monkeypatch.setenv(locks.LOG, str(log))
+    monkeypatch.setenv(ledger.FOLDER, str(folder / "locks"))
+    monkeypatch.setenv(ledger.LOG, str(log))
     return log
 
 

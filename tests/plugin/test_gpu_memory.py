@@ -495,5 +495,7 @@ def test_a_peak_lasts_whoever_resets_it(pytester: pytest.Pytester, monkeypatch: 
     result = run(pytester)
     result.assert_outcomes(passed=1, failed=4)
     over = [line for line in result.outlines if line.startswith("peak memory of")]
-    assert all(line.startswith("peak memory of 30.0 GiB on cuda:0 is over the limit of 2.0 GiB") for line in over)
+    assert all(
+        line.startswith("peak memory of 30.0 GiB on cuda:0 is over the limit of 2.0 GiB") for line in over
+    )
     assert torch._C._cuda_resetPeakMemoryStats is native

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -184,9 +184,24 @@ class GpuTests:
         run.devices = self._devices.of(run.need)
         if hasattr(self._config, "workerinput"):
             totals = {self._devices.key(device): device.total for device in run.devices.values()}
-            shares = {key: total if run.need.vram is None else run.need.vram for key, total in totals.items()}
-            stack.enter_context(locks.held(shares, totals, item.nodeid))
+            stack.enter_context(locks.held(dict.fromkeys(totals, run.need.vram), totals, item.nodeid))
+            stack.callback(self._keep, run)
         stack.enter_context(self._memory.peaks_kept())
+
+    def _keep(self, run: Run) -> None:
+        """Tell the other workers what this one holds until its next test: a base of session scope, say."""
+        held = {number: self._allocated_on(number) for number in run.devices}
+        shares = {
+            self._devices.key(run.devices[n]): memory.CONTEXT + size for n, size in held.items() if size
+        }
+        locks.keep(shares, os.environ["PYTEST_XDIST_WORKER"])
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """A worker that has ended keeps nothing."""
+        if hasattr(self._config, "workerinput"):
+            with suppress(locks.NotSharedError):
+                locks.keep({}, "")
 
     @property
     def _memory(self) -> Memory:
@@ -198,9 +213,10 @@ class GpuTests:
 
     def _allocated(self, run: Run) -> int:
         """Bytes allocated on the devices of a test; 0 once CUDA is broken."""
-        if self._broken or not run.devices:
-            return 0
-        return sum(self._memory.allocated(number) for number in run.devices)
+        return sum(map(self._allocated_on, run.devices))
+
+    def _allocated_on(self, number: int) -> int:
+        return 0 if self._broken else self._memory.allocated(number)
 
     def _kept_adapters(self) -> set[int]:
         if "pytest_lora.plugin.shared_base" not in sys.modules:

@@ -43,6 +43,9 @@ class Memory(Protocol):
         """Give cached memory back to the device."""
 
 
+CONTEXT = 512 * 2**20
+"""Bytes that a process takes of a device beside its tensors; CUDA's context takes 0.4 to 0.6 GiB."""
+
 MEMORY = pytest.StashKey[Memory]()
 """In the stash of a configuration: replaces torch's numbers, for tests without a GPU."""
 
