@@ -112,10 +112,10 @@ def test_a_live_model_is_answered_for_by_its_device_and_nothing_else_starts_cuda
 def test_a_budget_that_is_a_device_is_asked_for_more_than_its_size(asked: Any) -> None:
     asked(MACHINES["H200"], "math")
     step = {"batch_size": 2, "seq_len": 64}
-    said = check_memory(small(), adapter(), budget="cuda:0", **step).to_json()
+    said = check_memory(adapter(), small(), budget="cuda:0", **step).to_json()
     known = {"budget": MACHINES["H200"].total, "workspace": HOPPER, "attention": "math"}
-    assert said == check_memory(small(), adapter(), **known, **step).to_json()
-    assert said != check_memory(small(), adapter(), budget="cuda:0", workspace=512, **step).to_json()
+    assert said == check_memory(adapter(), small(), **known, **step).to_json()
+    assert said != check_memory(adapter(), small(), budget="cuda:0", workspace=512, **step).to_json()
 
 
 def test_kernels_of_attention_hold_what_they_hold() -> None:

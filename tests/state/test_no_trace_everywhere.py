@@ -50,9 +50,9 @@ from pytest_lora import (
     suggest_rank,
     watch_training,
 )
+from pytest_lora.bases.examples.models import BASES, language_batch
 from pytest_lora.bases.tiny import load_tiny, text_batch
 from pytest_lora.inspection.peft_internals import saved_state
-from tests.rules.bases import BASES, language_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,14 +11,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pytest_lora import check_training
+from pytest_lora import check_lora_laws, check_merge, check_reload, check_training
 from pytest_lora.inspection.behaviour.combination import combination_error
 from pytest_lora.inspection.behaviour.copies import PIECE, distance
-from pytest_lora.inspection.behaviour.laws import check_lora_laws
-from pytest_lora.inspection.behaviour.merge import check_merge
-from pytest_lora.inspection.behaviour.reload import check_reload
 from pytest_lora.inspection.state.precision import Float32Precision, in_float64, without_tf32
-from tests.rules.bases import BASES, language_batch
+from pytest_lora.bases.examples.models import BASES, language_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
