@@ -57,9 +57,10 @@ class Card:
             raise OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
         return Block(self, size)
 
-    def fail(self):
-        self.broken = "CUDA error: device-side assert triggered"
-        raise RuntimeError(self.broken)
+    def fail(self, raised="", lasting="CUDA error: device-side assert triggered"):
+        "Break by one error, with another one for all that comes after; with none, stay whole."
+        self.broken = lasting
+        raise RuntimeError(raised or lasting)
 
     def _sound(self):
         if self.broken:

@@ -361,6 +361,43 @@ def test_a_required_session_fails_if_a_broken_cuda_stopped_tests(pytester: pytes
     assert "ERROR: --lora-require-gpu: 1 not run, as CUDA was broken" in result.outlines
 
 
+FAILED = "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa, opb, m, n, k)`"
+
+
+@pytest.mark.parametrize(
+    ("raised", "lasting", "told"),
+    [
+        (FAILED, "CUDA error: unspecified launch failure\nCompile with ...", "unspecified launch failure"),
+        (FAILED, "CUDA error: something new\nCompile with ...", "CUDA error: something new"),
+        (FAILED, "", None),
+        ("CUDA error: unknown error", "CUDA error: unknown error", "unknown error"),
+        ("", "CUDA error: the launch timed out and was terminated", "launch timed out"),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", "", None),
+    ],
+)
+def test_whether_an_error_lasts_is_asked_of_the_device(
+    pytester: pytest.Pytester, raised: str, lasting: str, told: str | None
+) -> None:
+    pytester.makepyfile(
+        f"""
+        import pytest
+
+        pytestmark = pytest.mark.lora_gpu
+
+        def test_breaks(card): card.fail({raised!r}, {lasting!r})
+        def test_next(card): card.take(1)
+        """
+    )
+    result = run(pytester, "-rs")
+    if told is None:
+        result.assert_outcomes(failed=1, passed=1)
+        return
+    result.assert_outcomes(failed=1, skipped=1)
+    reason = f"not run: CUDA is broken in this process since *::test_breaks ({told})"
+    result.stdout.fnmatch_lines([f"SKIPPED *: {reason}"])
+    result.stdout.fnmatch_lines([f"CUDA is broken in this process now ({told}). GPU tests that follow *"])
+
+
 def test_an_error_that_only_quotes_the_words_breaks_nothing() -> None:
     for error in (
         AssertionError("CUDA error: device-side assert triggered"),

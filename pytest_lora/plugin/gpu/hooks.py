@@ -244,7 +244,7 @@ class GpuTests:
             self._memory.synchronize()
             peaks = [self._memory.peak(number) for number in run.devices]
         except RuntimeError as error:
-            self._note_break(item, error)
+            self._break(item, error)
             return
         run.peak = max((peak for peak in peaks if peak is not None), default=None)
 
@@ -259,18 +259,23 @@ class GpuTests:
             self._memory.release()
             left = self._allocated(run) - self._lasting_bytes() - run.before + run.lasting
         except RuntimeError as error:
-            self._note_break(item, error)
+            self._break(item, error)
             return
         run.left = max(left, 0)
         if run.left:
             self._left[item.nodeid] = run.left
 
     def _note_break(self, item: pytest.Item, error: BaseException) -> bool:
-        """Note that CUDA is broken, if that is what an error says."""
-        words = memory.poison(error)
-        if words and not self._broken:
+        """Note that CUDA is broken, if that is what an error says, or what waiting for the device said after it."""
+        if memory.poison(error):
+            self._break(item, error)
+        return self._broken_by == item.nodeid
+
+    def _break(self, item: pytest.Item, error: BaseException) -> None:
+        """Note that CUDA is broken: an error that a look at the device raises, whatever its words, is no test's own."""
+        if not self._broken:
+            words = memory.poison(error) or str(error).partition("\n")[0] or type(error).__name__
             self._broken, self._broken_by = words, item.nodeid
-        return bool(words)
 
     def _require_sound(self, was_broken: str) -> None:
         if self._broken and not was_broken:

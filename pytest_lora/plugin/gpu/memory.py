@@ -171,7 +171,7 @@ def of_kind(kind: str) -> Memory:
 _POISON = re.compile(
     r"device-side assert|illegal memory access|illegal instruction|misaligned address|unspecified launch failure"
     r"|uncorrectable .{0,20}ECC|hardware (stack )?error|operation not supported on global/shared address space"
-    r"|invalid (program counter|address space)",
+    r"|invalid (program counter|address space)|launch timed out|unknown error",
     re.IGNORECASE,
 )
 _OUT_OF_MEMORY = re.compile(
