@@ -15,6 +15,7 @@ import pytest
 from pytest_lora.plugin.gpu import estimate, hardware, locks, memory, pins
 from pytest_lora.plugin.gpu.devices import Devices
 from pytest_lora.plugin.gpu.diagnosis import out_of_memory, over_limit
+from pytest_lora.plugin.gpu.last_words import LastWords
 from pytest_lora.plugin.gpu.marks import need_of
 from pytest_lora.plugin.gpu.run import PREDICTION, Run
 from pytest_lora.plugin.options import is_gpu_test
@@ -55,6 +56,7 @@ class GpuTests:
         self._is_nested = False
         self._left: dict[str, int] = {}
         self._broken, self._broken_by = "", ""
+        self._last_words = LastWords(config)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
@@ -68,9 +70,12 @@ class GpuTests:
             except Exception as error:  # raised in the test's set-up: here it would end the session
                 run.problem = error
             self._current = run
+            if run.devices:
+                self._last_words.begin(item.nodeid)
             try:
                 return (yield)
             finally:
+                self._last_words.end()
                 self._current = None
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -198,7 +203,8 @@ class GpuTests:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        """A worker that has ended keeps nothing."""
+        """What ends with the session: a worker keeps nothing any more."""
+        self._last_words.close()
         if hasattr(self._config, "workerinput"):
             with suppress(locks.NotSharedError):
                 locks.keep({}, "")
