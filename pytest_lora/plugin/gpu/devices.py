@@ -46,6 +46,11 @@ class Devices:
         self._known = self._named(hardware.confirmed(self._kind))
         return self._lack(need)
 
+    @property
+    def hold_fixtures(self) -> bool:
+        """Whether the fixtures are on a GPU, also in a test that does not ask for one; see :func:`device_of`."""
+        return bool(self.hardware.devices) and (self._kind != "auto" or self.hardware.kind == "cuda")
+
     def of(self, need: Need) -> dict[int, Device]:
         """The devices of a test that can run, by torch's number of them."""
         first = self._first

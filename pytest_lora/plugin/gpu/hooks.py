@@ -16,15 +16,18 @@ from pytest_lora.plugin.gpu import estimate, hardware, locks, memory, pins
 from pytest_lora.plugin.gpu.devices import Devices
 from pytest_lora.plugin.gpu.diagnosis import out_of_memory, over_limit
 from pytest_lora.plugin.gpu.last_words import LastWords
-from pytest_lora.plugin.gpu.marks import need_of
+from pytest_lora.plugin.gpu.marks import Need, need_of
 from pytest_lora.plugin.gpu.run import PREDICTION, Run
-from pytest_lora.plugin.options import is_gpu_test
+from pytest_lora.plugin.options import has_own, is_gpu_test
 from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from pytest_lora.plugin.gpu.memory import Memory
+
+BUILT_IN = 2 * 10**9
+"""Bytes that a test on the built-in base is given: the base has a million parameters; CUDA's context takes most."""
 
 _RUN = pytest.StashKey[Run]()
 
@@ -61,9 +64,10 @@ class GpuTests:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """Wait for the devices around the whole test and all its tries, outside of its time limit."""
-        if not is_gpu_test(item):
+        is_asked = is_gpu_test(item)
+        if not is_asked and not (has_own(item, "lora_device") and self._devices.hold_fixtures):
             return (yield)
-        run = item.stash[_RUN] = Run()
+        run = item.stash[_RUN] = Run(is_asked=is_asked)
         with ExitStack() as stack:
             try:
                 self._prepare(item, run, stack)
@@ -91,6 +95,8 @@ class GpuTests:
             run.broken_by = self._broken_by
             run.reason = f"not run: CUDA is broken in this process since {self._broken_by} ({self._broken})"
             pytest.skip(run.reason)
+        if run.reason and not run.is_asked:
+            return
         if run.reason and self._is_required:
             pytest.fail(f"--lora-require-gpu: {run.reason}", pytrace=False)
         if run.reason:
@@ -180,7 +186,7 @@ class GpuTests:
             ValueError: A mark is wrong.
             NotSharedError: The devices did not become free.
         """
-        run.need = need_of(item)
+        run.need = need_of(item) if run.is_asked else self._need_of_fixtures(item)
         if self._broken or item.get_closest_marker("skip"):
             return
         run.reason = self._devices.obstacle(run.need)
@@ -192,6 +198,11 @@ class GpuTests:
             stack.enter_context(locks.held(dict.fromkeys(totals, run.need.vram), totals, item.nodeid))
             stack.callback(self._keep, run)
         stack.enter_context(self._memory.peaks_kept())
+
+    def _need_of_fixtures(self, item: pytest.Item) -> Need:
+        """What a test takes that asks for no GPU but has its fixtures on one: little, on the built-in base."""
+        is_built_in = has_own(item, "lora_base_model") and options_of(self._config).model is None
+        return Need(vram=BUILT_IN) if is_built_in else Need()
 
     def _keep(self, run: Run) -> None:
         """Tell the other workers what this one holds until its next test: a base of session scope, say."""

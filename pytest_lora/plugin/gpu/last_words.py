@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class LastWords:
         """Say that a test runs."""
         if self._process is None:
             capture = self._config.pluginmanager.getplugin("capturemanager")
-            with capture.global_and_fixture_disabled() if capture else suppress():
+            with capture.global_and_fixture_disabled() if capture else nullcontext():
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-S", __file__],
                     stdin=subprocess.PIPE,
