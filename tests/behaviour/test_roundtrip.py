@@ -537,3 +537,15 @@ def test_warnings_of_the_libraries_stay_out_of_the_way() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_reload_exact(model, BATCH)
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_an_adapter_is_loaded_where_the_model_is(monkeypatch: pytest.MonkeyPatch, adapters: int) -> None:
+    model: Any = get_peft_model(BASES["base"](), LoraConfig(r=4, target_modules=["q_proj"]))
+    if adapters == 2:
+        model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"]))
+    for module in ("peft.peft_model", "peft.utils.save_and_load"):
+        monkeypatch.setattr(
+            f"{module}.infer_device", lambda: pytest.fail("PEFT chooses a device, which starts CUDA")
+        )
+    assert check_reload(model, BATCH).ok
