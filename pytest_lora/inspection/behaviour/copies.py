@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -78,6 +79,12 @@ def copy_of(argument: str, model: nn.Module) -> nn.Module:
     except Exception as error:  # whatever the attributes of a model raise
         raise ValueError(f"{argument} cannot be copied, which this check needs: {error}") from error
     return quiet_eval(argument, made)
+
+
+def collect(model: nn.Module) -> None:
+    """Free copies of a model on a GPU that nothing refers to any more: models of PEFT are cycles."""
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        gc.collect()
 
 
 def quiet_eval(argument: str, model: nn.Module) -> nn.Module:
