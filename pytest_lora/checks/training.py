@@ -168,7 +168,10 @@ def check_loss_decreases(
         optimizer: The optimizer of the real run. By default an AdamW over everything that requires gradients.
         learning_rate: Learning rate of that AdamW. By default one that suits rank, scaling and number of the adapters.
         loss_fn: Called with the model and a batch, gives a scalar loss; by default the loss that the model returns.
-        device: Where to run, such as ``"cpu"``. By default the GPU where there is one and no optimizer is given.
+        device: Where to run, such as ``"cuda"``: model and batches are moved there for the time being. By default
+            everything stays where it is, as a function or a data loader of yours may hold tensors that cannot be moved
+            from here; the loss of the model itself gets its batch on the model's device in any case. A base in 8 bits
+            is never moved, as bitsandbytes leaves its scales behind.
         expect: What is meant, where only the user can know it.
         select: Codes, or starts of codes, to look at; all when empty.
         ignore: Codes, or starts of codes, to leave out.

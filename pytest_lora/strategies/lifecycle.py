@@ -24,7 +24,12 @@ from pytest_lora.expect import Expect
 from pytest_lora.inspection.behaviour.combination import COMBINATIONS, combination_error, rank_of
 from pytest_lora.inspection.behaviour.copies import TOLERANCES, distance, identical, output_of
 from pytest_lora.inspection.bitsandbytes_internals import pack_linear_layers, unpack_linear_layers
-from pytest_lora.inspection.peft_internals import SVD_SCALES_TWICE, forget_adapters, save_adapters
+from pytest_lora.inspection.peft_internals import (
+    SVD_SCALES_TWICE,
+    forget_adapters,
+    loading_device,
+    save_adapters,
+)
 from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.rules import catalogue
 
@@ -170,7 +175,12 @@ class LoraLifecycle(RuleBasedStateMachine):
         source, name = self._active(), self._free()[0]
         with tempfile.TemporaryDirectory() as folder:
             save_adapters(self.model, folder, selected_adapters=[source])
-            self.model.load_adapter(str(Path(folder) / source), adapter_name=name, is_trainable=True)
+            self.model.load_adapter(
+                str(Path(folder) / source),
+                adapter_name=name,
+                is_trainable=True,
+                torch_device=loading_device(self.model),
+            )
         self.model.set_adapter(name)
         moved = not self._contiguous(source)
         self._same(self._now(), self.outputs[source], f"adapter {source!r}, loaded", rounded=moved)
@@ -262,9 +272,10 @@ class LoraLifecycle(RuleBasedStateMachine):
 
     def _loaded(self, base: Any, folder: str) -> Any:
         first, *others = self.outputs
-        model = PeftModel.from_pretrained(base, f"{folder}/{first}", adapter_name=first, is_trainable=True)
+        loading: dict[str, Any] = {"is_trainable": True, "torch_device": loading_device(base)}
+        model = PeftModel.from_pretrained(base, f"{folder}/{first}", adapter_name=first, **loading)
         for name in others:
-            model.load_adapter(f"{folder}/{name}", adapter_name=name, is_trainable=True)
+            model.load_adapter(f"{folder}/{name}", adapter_name=name, **loading)
         return model
 
     @precondition(lambda self: self._at_rest() and not self.judged)

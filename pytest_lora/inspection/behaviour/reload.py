@@ -33,6 +33,7 @@ from pytest_lora.inspection.peft_internals import (
     LoraLayer,
     active_adapters,
     adapter_names,
+    loading_device,
     lora_configs,
     save_adapters,
 )
@@ -150,10 +151,13 @@ def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Pa
         save_adapters(adapted, str(folder))
     homes = {name: folder if name == "default" else folder / name for name in adapted.peft_config}
     (first, home), *others = homes.items()
+    device = loading_device(fresh)
     with _loading():
-        reloaded: Any = type(adapted).from_pretrained(fresh, str(home), adapter_name=first)
+        reloaded: Any = type(adapted).from_pretrained(
+            fresh, str(home), adapter_name=first, torch_device=device
+        )
         for name, home in others:
-            reloaded.load_adapter(str(home), adapter_name=name)
+            reloaded.load_adapter(str(home), adapter_name=name, torch_device=device)
         reloaded.base_model.set_adapter(active)
     return as_module(reloaded)
 

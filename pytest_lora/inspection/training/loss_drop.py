@@ -10,7 +10,7 @@ from torch import nn
 
 from pytest_lora.facts.training import LossDrop, TrainingFacts
 from pytest_lora.inspection.state import cuda_in_use
-from pytest_lora.inspection.training.batches import LossFn, loss_of, take_batches
+from pytest_lora.inspection.training.batches import LossFn, loss_of, moved, take_batches
 from pytest_lora.inspection.training.plan import Plan
 from pytest_lora.inspection.training.probe import prepared
 
@@ -25,7 +25,7 @@ def loss_drop(
         batches: One batch or an iterable of batches; of a list no more than ``plan.steps`` are used.
         plan: How to train; a ``rate`` of None chooses one that suits the adapters.
         by: Relative drop that is asked for.
-        device: Where to run, or None for where the model is.
+        device: Where model and batches are moved for the time being, or None to leave them where they are.
 
     Raises:
         TypeError: ``model`` carries no LoRA layers, or ``batches`` has another form.
@@ -35,6 +35,8 @@ def loss_drop(
     with prepared(model, batches, plan, device) as (probe, keeper):
         taken = take_batches(batches, plan.steps, plan.loss_fn)[: plan.steps]
         keeper.keep(taken)
+        if device is not None:
+            taken = tuple(moved(batch, device) for batch in taken)
         probe.take(taken)
         mean_loss = _evaluation(model, taken, plan.loss_fn)
         before = mean_loss() if probe.runnable else float("nan")
