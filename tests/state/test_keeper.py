@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from pytest_lora import check_training
-from pytest_lora.inspection.state import KEPT
+from pytest_lora.inspection.state import KEPT, Keeper
+from pytest_lora.inspection.state.process import SETTINGS, Process
 from tests.state.observed import Setup, amid_training, changed, do_nothing, observed
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -54,9 +55,10 @@ def _attributes(setup: Setup) -> None:
     for module in model.modules():
         if hasattr(module, "scaling") and isinstance(module.scaling, dict):
             module.scaling["default"] = 99.0
-            module.r["default"] = 4.0  # equal to what it was, and no whole number
     del model.get_base_model().model.norm.variance_epsilon
     model.get_base_model().model.layers[0].mlp = nn.Identity()
+    other = model.get_base_model().model.layers[1].mlp
+    other.hidden_size = float(other.hidden_size)  # equal to what it was, and no whole number
 
 
 def _configurations(setup: Setup) -> None:
@@ -252,11 +254,18 @@ def test_no_trace(setup: Setup, entry: str, place: str, ends: str, monkeypatch: 
     assert changed(before, after) == []
 
 
+@pytest.mark.parametrize("entry", [setting.name for setting in SETTINGS])
+def test_a_keeper_without_a_model_keeps_the_process(setup: Setup, entry: str) -> None:
+    """Contexts of torch that a check is in restore some of it too, and must not be what is seen here."""
+    before = observed(setup)
+    with Keeper():
+        ATTACKS[entry](setup)
+    assert changed(before, observed(setup)) == []
+
+
 @pytest.mark.parametrize("entry", KEPT)
 def test_an_attack_is_seen(entry: str) -> None:
     """The tests above would pass if attacks did nothing, or nobody saw what they do."""
-    from pytest_lora.inspection.state.process import Process
-
     setup = amid_training("base_4bit")
     process, handlers = Process(), {n: signal.getsignal(n) for n in (signal.SIGUSR1,)}
     before = observed(setup)
