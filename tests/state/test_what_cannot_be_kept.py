@@ -210,6 +210,15 @@ def test_what_refuses_is_named_and_all_else_is_put_back() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_what_lies_deep_is_named_too() -> None:
+    model = adapted()
+    stubborn = Stubborn(a=1)
+    model.notes = {"seen": [stubborn]}
+    model.get_base_model().touch = lambda module: stubborn.update(b=2)
+    with pytest.raises(NotRestoredError, match=r"could not be put back: model\.notes\.seen\.0; load"):
+        check_training(model, batch())
+
+
 def test_an_error_that_ended_the_check_says_what_was_lost_too() -> None:
     model = adapted()
     model.notes = Stubborn(a=1)

@@ -106,7 +106,7 @@ class Attributes:
                 try:
                     refill(container, before)
                 except Exception:  # whatever such a container raises, the others are put back all the same
-                    lost.append(f"{self.name}.{key}")
+                    lost.append(f"{self.name}.{key}".lstrip("."))
         return lost
 
 

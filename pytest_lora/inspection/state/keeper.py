@@ -88,10 +88,12 @@ class Keeper:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        lost = [name for snapshot in reversed(self._snapshots) for name in snapshot.restore_all()]
-        lost += self._process.restore() if self._process else []
-        self._interrupts.release()
-        self._snapshots.clear()
+        try:
+            lost = [name for snapshot in reversed(self._snapshots) for name in snapshot.restore_all()]
+            lost += self._process.restore() if self._process else []
+        finally:
+            self._interrupts.release()
+            self._snapshots.clear()
         try:
             if lost:
                 _report(lost, error)

@@ -35,7 +35,7 @@ class Reachable:
 
     def containers(self) -> Attributes:
         """Containers that are no object's own attribute."""
-        return Attributes.of("containers", self._containers)
+        return Attributes.of("", self._containers)
 
     def add(self, name: str, value: Any) -> None:
         """Follow a value."""
@@ -60,7 +60,8 @@ class Reachable:
             self.tensors[id(value)] = name, value
             yield from self._attributes(name, value)
         elif is_container(value):
-            vars(self._containers)[f"{name} {id(value)}"] = value
+            known = vars(self._containers)
+            known[name if name not in known else f"{name} ({id(value):x})"] = value
             yield from elements(name, value)
         elif isinstance(value, (tuple, frozenset)):
             yield from elements(name, value)
