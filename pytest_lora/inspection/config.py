@@ -27,6 +27,7 @@ from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.layers import layer_facts
 from pytest_lora.inspection.peft_internals import LoraConfig, heads_by_task_type, token_rows
 from pytest_lora.inspection.skeleton import resolve_base, skeleton
+from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey
 
 DATA_INITS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga", "mica")
@@ -35,6 +36,7 @@ DATA_INITS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga"
 ADAPTER = "default"
 
 
+@leaves_no_trace
 def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     """Ask PEFT on a skeleton what a configuration does to a base.
 

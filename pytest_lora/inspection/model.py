@@ -25,6 +25,7 @@ from pytest_lora.inspection.peft_internals import (
     lora_configs,
     token_rows,
 )
+from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -53,6 +54,7 @@ def adapted_survey(model: nn.Module) -> Survey:
     return found
 
 
+@leaves_no_trace
 def model_facts(model: nn.Module) -> ModelFacts:
     """Everything that the rules ask about a live model.
 

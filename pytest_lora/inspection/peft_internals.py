@@ -243,3 +243,12 @@ def save_adapters(model: Any, folder: str, **how: Any) -> None:
         model.save_pretrained(folder, **how)
     finally:
         del vars(model)["create_or_update_model_card"]
+
+
+def loading_device(model: nn.Module) -> str:
+    """The ``torch_device`` for PEFT to load an adapter onto a model.
+
+    Left to itself PEFT takes a GPU if there is one, which a check on the CPU would start.
+    """
+    first = next(model.parameters(), None)
+    return "cpu" if first is None else str(first.device)

@@ -27,6 +27,7 @@ from pytest_lora.inspection.checkpoint.header import read_header
 from pytest_lora.inspection.checkpoint.json_file import read_object
 from pytest_lora.inspection.checkpoint.patterns import refusal
 from pytest_lora.inspection.checkpoint.values import read_values
+from pytest_lora.inspection.state import leaves_no_trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,6 +60,7 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
     raise ValueError(f"path: {str(place)!r} does not exist; adapters are never downloaded")
 
 
+@leaves_no_trace
 def checkpoint_facts(path: Path, base: Base | None = None, *, read_pickle: bool = False) -> CheckpointFacts:
     """Look at an adapter folder; what cannot be read becomes a fault in the facts.
 

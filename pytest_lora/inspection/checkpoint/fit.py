@@ -17,6 +17,7 @@ from pytest_lora.inspection.config import ADAPTER, assembled, dry_run
 from pytest_lora.inspection.layers import layer_facts
 from pytest_lora.inspection.peft_internals import heads_by_task_type, load_state, saved_state
 from pytest_lora.inspection.skeleton import resolve_base, skeleton
+from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import survey
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 class Base:
     """A base to compare adapters with, built once."""
 
+    @leaves_no_trace
     def __init__(self, base: Any, task_type: str | None = None) -> None:
         """Take a live model, a ``PretrainedConfig``, or the path of a model folder or ``config.json``.
 

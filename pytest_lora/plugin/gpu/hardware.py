@@ -88,7 +88,14 @@ def is_replaced() -> bool:
 
 
 def count_without_starting() -> int:
-    """Number of CUDA devices that this process would see; CUDA is not started, so that it may still see fewer."""
+    """Number of CUDA devices to choose from; CUDA is not started, so that this process may still see fewer of them.
+
+    Of several MIG slices a process sees the first only, so that a worker may choose one; torch would start CUDA to
+    count them.
+    """
+    entries = visible()
+    if entries and all(entry.startswith("MIG-") for entry in entries) and REPLACED not in os.environ:
+        return len(entries)
     hardware = _replaced() or _from_nvml("cuda")
     if hardware is not None:
         return len(hardware.devices) if hardware.kind == "cuda" else 0

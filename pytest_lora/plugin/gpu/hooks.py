@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,15 +15,19 @@ import pytest
 from pytest_lora.plugin.gpu import estimate, hardware, locks, memory, pins
 from pytest_lora.plugin.gpu.devices import Devices
 from pytest_lora.plugin.gpu.diagnosis import out_of_memory, over_limit
-from pytest_lora.plugin.gpu.marks import need_of
+from pytest_lora.plugin.gpu.last_words import LastWords
+from pytest_lora.plugin.gpu.marks import Need, need_of
 from pytest_lora.plugin.gpu.run import PREDICTION, Run
-from pytest_lora.plugin.options import is_gpu_test
+from pytest_lora.plugin.options import has_own, is_gpu_test
 from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from pytest_lora.plugin.gpu.memory import Memory
+
+BUILT_IN = 2 * 10**9
+"""Bytes that a test on the built-in base is given: the base has a million parameters; CUDA's context takes most."""
 
 _RUN = pytest.StashKey[Run]()
 
@@ -55,22 +59,27 @@ class GpuTests:
         self._is_nested = False
         self._left: dict[str, int] = {}
         self._broken, self._broken_by = "", ""
+        self._last_words = LastWords(config)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """Wait for the devices around the whole test and all its tries, outside of its time limit."""
-        if not is_gpu_test(item):
+        is_asked = is_gpu_test(item)
+        if not is_asked and not (has_own(item, "lora_device") and self._devices.hold_fixtures):
             return (yield)
-        run = item.stash[_RUN] = Run()
+        run = item.stash[_RUN] = Run(is_asked=is_asked)
         with ExitStack() as stack:
             try:
                 self._prepare(item, run, stack)
             except Exception as error:  # raised in the test's set-up: here it would end the session
                 run.problem = error
             self._current = run
+            if run.devices:
+                self._last_words.begin(item.nodeid)
             try:
                 return (yield)
             finally:
+                self._last_words.end()
                 self._current = None
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -86,6 +95,8 @@ class GpuTests:
             run.broken_by = self._broken_by
             run.reason = f"not run: CUDA is broken in this process since {self._broken_by} ({self._broken})"
             pytest.skip(run.reason)
+        if run.reason and not run.is_asked:
+            return
         if run.reason and self._is_required:
             pytest.fail(f"--lora-require-gpu: {run.reason}", pytrace=False)
         if run.reason:
@@ -175,7 +186,7 @@ class GpuTests:
             ValueError: A mark is wrong.
             NotSharedError: The devices did not become free.
         """
-        run.need = need_of(item)
+        run.need = need_of(item) if run.is_asked else self._need_of_fixtures(item)
         if self._broken or item.get_closest_marker("skip"):
             return
         run.reason = self._devices.obstacle(run.need)
@@ -184,8 +195,30 @@ class GpuTests:
         run.devices = self._devices.of(run.need)
         if hasattr(self._config, "workerinput"):
             totals = {self._devices.key(device): device.total for device in run.devices.values()}
-            shares = {key: total if run.need.vram is None else run.need.vram for key, total in totals.items()}
-            stack.enter_context(locks.held(shares, totals, item.nodeid))
+            stack.enter_context(locks.held(dict.fromkeys(totals, run.need.vram), totals, item.nodeid))
+            stack.callback(self._keep, run)
+        stack.enter_context(self._memory.peaks_kept())
+
+    def _need_of_fixtures(self, item: pytest.Item) -> Need:
+        """What a test takes that asks for no GPU but has its fixtures on one: little, on the built-in base."""
+        is_built_in = has_own(item, "lora_base_model") and options_of(self._config).model is None
+        return Need(vram=BUILT_IN) if is_built_in else Need()
+
+    def _keep(self, run: Run) -> None:
+        """Tell the other workers what this one holds until its next test: a base of session scope, say."""
+        held = {number: self._allocated_on(number) for number in run.devices}
+        shares = {
+            self._devices.key(run.devices[n]): memory.CONTEXT + size for n, size in held.items() if size
+        }
+        locks.keep(shares, os.environ["PYTEST_XDIST_WORKER"])
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """What ends with the session: a worker keeps nothing any more."""
+        self._last_words.close()
+        if hasattr(self._config, "workerinput"):
+            with suppress(locks.NotSharedError):
+                locks.keep({}, "")
 
     @property
     def _memory(self) -> Memory:
@@ -197,9 +230,10 @@ class GpuTests:
 
     def _allocated(self, run: Run) -> int:
         """Bytes allocated on the devices of a test; 0 once CUDA is broken."""
-        if self._broken or not run.devices:
-            return 0
-        return sum(self._memory.allocated(number) for number in run.devices)
+        return sum(map(self._allocated_on, run.devices))
+
+    def _allocated_on(self, number: int) -> int:
+        return 0 if self._broken else self._memory.allocated(number)
 
     def _kept_adapters(self) -> set[int]:
         if "pytest_lora.plugin.shared_base" not in sys.modules:
@@ -227,7 +261,7 @@ class GpuTests:
             self._memory.synchronize()
             peaks = [self._memory.peak(number) for number in run.devices]
         except RuntimeError as error:
-            self._note_break(item, error)
+            self._break(item, error)
             return
         run.peak = max((peak for peak in peaks if peak is not None), default=None)
 
@@ -242,18 +276,23 @@ class GpuTests:
             self._memory.release()
             left = self._allocated(run) - self._lasting_bytes() - run.before + run.lasting
         except RuntimeError as error:
-            self._note_break(item, error)
+            self._break(item, error)
             return
         run.left = max(left, 0)
         if run.left:
             self._left[item.nodeid] = run.left
 
     def _note_break(self, item: pytest.Item, error: BaseException) -> bool:
-        """Note that CUDA is broken, if that is what an error says."""
-        words = memory.poison(error)
-        if words and not self._broken:
+        """Note that CUDA is broken, if that is what an error says, or what waiting for the device said after it."""
+        if memory.poison(error):
+            self._break(item, error)
+        return self._broken_by == item.nodeid
+
+    def _break(self, item: pytest.Item, error: BaseException) -> None:
+        """Note that CUDA is broken: an error that a look at the device raises, whatever its words, is no test's own."""
+        if not self._broken:
+            words = memory.poison(error) or str(error).partition("\n")[0] or type(error).__name__
             self._broken, self._broken_by = words, item.nodeid
-        return bool(words)
 
     def _require_sound(self, was_broken: str) -> None:
         if self._broken and not was_broken:
