@@ -195,7 +195,7 @@ class GpuTests:
         run.devices = self._devices.of(run.need)
         if hasattr(self._config, "workerinput"):
             totals = {self._devices.key(device): device.total for device in run.devices.values()}
-            stack.enter_context(locks.held(dict.fromkeys(totals, run.need.vram), totals, item.nodeid))
+            stack.enter_context(locks.held(dict.fromkeys(totals, run.need.share), totals, item.nodeid))
             stack.callback(self._keep, run)
         stack.enter_context(self._memory.peaks_kept())
 

@@ -94,11 +94,11 @@ def _entry(told: Any) -> Entry | None:
     texts = all(isinstance(told[name], str) for name in ("ticket", "owner", "who"))
     if not texts or not _TICKET.fullmatch(told["ticket"]) or told["state"] not in get_args(State):
         return None
-    shares = told["shares"]
-    sound = isinstance(shares, dict) and all(
-        type(size) is int and 0 <= size < 2**63 for size in shares.values()
-    )
-    return Entry(**told) if sound and isinstance(told["declared"], bool) else None
+    return Entry(**told) if _are_sizes(told["shares"]) and _are_sizes(told["needs"]) else None
+
+
+def _are_sizes(told: Any) -> bool:
+    return isinstance(told, dict) and all(type(size) is int and 0 <= size < 2**63 for size in told.values())
 
 
 def _is_alive(home: Path, entry: Entry) -> bool:
