@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _cudnn: Any = torch.backends.cudnn
-_NEW: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+_NEW: tuple[Any, ...] = (torch.backends.cuda.matmul, _cudnn.conv)
 
 
 def in_float64(tensor: Tensor) -> Tensor:
