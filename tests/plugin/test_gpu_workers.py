@@ -360,7 +360,7 @@ def test_what_a_dead_process_held_is_free(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert process.stdout
     assert process.stdout.readline() == "held\n"
     with (
-        pytest.raises(locks.NotSharedError, match=r"^waited 0 s for cuda:0, held by the other process$"),
+        pytest.raises(ledger.NotSharedError, match=r"^waited 0 s for cuda:0, held by the other process$"),
         locks.held({"cuda:0": 1}, {"cuda:0": 10}, "this", patience=0.2),
     ):
         pass

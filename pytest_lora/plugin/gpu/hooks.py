@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lora.plugin.gpu import estimate, hardware, locks, memory, pins
+from pytest_lora.plugin.gpu import estimate, hardware, ledger, locks, memory, pins
 from pytest_lora.plugin.gpu.devices import Devices
 from pytest_lora.plugin.gpu.diagnosis import out_of_memory, over_limit
 from pytest_lora.plugin.gpu.last_words import LastWords
@@ -87,7 +87,7 @@ class GpuTests:
         run = item.stash.get(_RUN, None)
         if run is None:
             return
-        if isinstance(run.problem, ValueError | locks.NotSharedError):
+        if isinstance(run.problem, ValueError | ledger.NotSharedError):
             pytest.fail(str(run.problem), pytrace=False)
         if run.problem is not None:
             raise run.problem
@@ -217,7 +217,7 @@ class GpuTests:
         """What ends with the session: a worker keeps nothing any more."""
         self._last_words.close()
         if hasattr(self._config, "workerinput"):
-            with suppress(locks.NotSharedError):
+            with suppress(ledger.NotSharedError):
                 locks.keep({}, "")
 
     @property
