@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -454,3 +455,15 @@ def test_workers_of_every_machine_get_a_device_each(
     result = pytester.runpytest_subprocess("-n", "2", "--lora-require-gpu", "--lora-gpu-report")
     result.assert_outcomes(passed=4)
     assert {line.split()[1] for line in result.outlines if line.startswith("test_it.py::")} == devices
+
+
+def test_a_torch_that_does_not_load_fails_the_test_and_not_the_session(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTEST_LORA_HARDWARE", raising=False)
+    (pytester.path / "torch.py").write_text("raise SystemError('bad call flags')")
+    pytester.makepyfile("def test_it(lora_model): ...\ndef test_plain(): ...")
+    monkeypatch.setenv("PYTHONPATH", f"{pytester.path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    result = pytester.runpytest_subprocess(*ALONE)
+    result.assert_outcomes(errors=1, passed=1)
+    result.stdout.fnmatch_lines(["*SystemError: bad call flags*"])

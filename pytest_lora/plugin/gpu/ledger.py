@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from filelock import FileLock, Timeout
 
 from pytest_lora.plugin.gpu.shares import Entry, State
+from pytest_lora.writing import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,10 +75,10 @@ def opened(home: Path, own: set[str]) -> Iterator[list[Entry]]:
         entries = [entry for entry in before if entry.ticket in own or _is_alive(home, entry)]
         yield entries
         if entries != before or not file.exists():
-            # A process that dies while it writes leaves the old file, not half of the new one.
-            draft = home / "ledger.draft"
-            draft.write_text(json.dumps([asdict(entry) for entry in entries]))
-            draft.replace(file)
+            try:
+                write_whole(file, json.dumps([asdict(entry) for entry in entries]))
+            except OSError as error:
+                raise NotSharedError(f"{file} cannot be written: {error}") from error
 
 
 def _read(file: Path) -> list[Entry]:
