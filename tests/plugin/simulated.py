@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from pytest_lora.plugin.gpu import hardware, ledger
+from tests.simulated_cuda import MACHINES
 
 GB = 10**9
 
@@ -27,6 +29,20 @@ def machine(
     monkeypatch.setenv(hardware.REPLACED, json.dumps(told))
     for name in (hardware.VISIBLE, "PYTEST_XDIST_WORKER", "RUN_SLOW", "GITHUB_STEP_SUMMARY"):
         monkeypatch.delenv(name, raising=False)
+
+
+def named_machine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Replace the hardware of sessions by that of a machine of ``tests.simulated_cuda``."""
+    one = MACHINES[name]
+    slices = one.visible.split(",") if one.visible else []
+    machine(monkeypatch, *[one.total / GB] * max(one.count, len(slices)), kind=one.kind)
+    replaced = json.loads(os.environ[hardware.REPLACED])
+    for i, device in enumerate(replaced["devices"]):
+        device |= {"name": one.name, "capability": None if one.hip else one.capability}
+        device |= {"key": slices[i]} if slices else {}
+    monkeypatch.setenv(hardware.REPLACED, json.dumps(replaced))
+    if one.visible:
+        monkeypatch.setenv(hardware.VISIBLE, one.visible)
 
 
 def shared(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from pytest_lora.plugin.session_options import LoraOptions
 from tests.plugin.sessions import run
-from tests.plugin.simulated import CARD, GB, machine, shared
+from tests.plugin.simulated import CARD, GB, machine, named_machine, shared
 from tests.plugin.test_startup import ALONE
 
 TESTS = """
@@ -412,3 +413,57 @@ def test_unmarked_tests_share_a_card_under_xdist(
         "test_own.py::test_own": {"cuda:0": 24 * GB},
         "test_built_in.py::test_built_in": {"cuda:0": 2 * GB},
     }
+
+
+SKIPPED_ON = {
+    "H200": {"test_two", "test_all"},
+    "L4": {"test_40_gb", "test_two", "test_all", "test_capability"},
+    "two L4": {"test_40_gb", "test_all", "test_capability"},
+    "MIG": {"test_40_gb", "test_two", "test_all"},
+    "ROCm": {"test_two", "test_all", "test_capability"},
+    "MPS": {"test_40_gb", "test_two", "test_all", "test_capability", "test_limited"},
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED_ON)
+def test_every_machine_runs_what_it_can(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    named_machine(monkeypatch, name)
+    pytester.makepyfile(test_it=TESTS)
+    result = run(pytester, "-v")
+    skipped = {
+        line.split("::")[1].split()[0] for line in result.outlines if " SKIPPED" in line and "::" in line
+    }
+    assert skipped == SKIPPED_ON[name]
+    result.assert_outcomes(passed=8 - len(skipped), skipped=len(skipped))
+
+
+@pytest.mark.lora_slow
+@pytest.mark.parametrize(
+    ("name", "devices"), [("two L4", {"cuda:0", "cuda:1"}), ("MIG", {"cuda:0", "cuda:1"})]
+)
+def test_workers_of_every_machine_get_a_device_each(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, name: str, devices: set[str]
+) -> None:
+    named_machine(monkeypatch, name)
+    shared(monkeypatch, pytester.path)
+    pytester.makepyfile(
+        test_it="import pytest, time\n@pytest.mark.lora_gpu\n@pytest.mark.parametrize('n', range(4))\n"
+        "def test_it(n): time.sleep(0.5)"
+    )
+    result = pytester.runpytest_subprocess("-n", "2", "--lora-require-gpu", "--lora-gpu-report")
+    result.assert_outcomes(passed=4)
+    assert {line.split()[1] for line in result.outlines if line.startswith("test_it.py::")} == devices
+
+
+def test_a_torch_that_does_not_load_fails_the_test_and_not_the_session(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTEST_LORA_HARDWARE", raising=False)
+    (pytester.path / "torch.py").write_text("raise SystemError('bad call flags')")
+    pytester.makepyfile("def test_it(lora_model): ...\ndef test_plain(): ...")
+    monkeypatch.setenv("PYTHONPATH", f"{pytester.path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    result = pytester.runpytest_subprocess(*ALONE)
+    result.assert_outcomes(errors=1, passed=1)
+    result.stdout.fnmatch_lines(["*SystemError: bad call flags*"])

@@ -22,10 +22,14 @@ TOTAL = 24
 TOTALS = {"a": TOTAL, "b": TOTAL}
 
 
+Test = tuple[dict[str, int], dict[str, int], int]
+"""Shares, needs, and bytes that it leaves with its process."""
+
+
 class Machine:
     """Processes with tests to run, each of which leaves memory with its process; one step at a time."""
 
-    def __init__(self, plans: list[list[tuple[dict[str, int], bool, int]]]) -> None:
+    def __init__(self, plans: list[list[Test]]) -> None:
         self.plans = plans
         self.entries: list[Entry] = []
         self.left = [list(plan) for plan in plans]
@@ -46,8 +50,8 @@ class Machine:
         return found
 
     def ask(self, process: int) -> None:
-        shares, declared, _ = self.left[process][0]
-        self.entries.append(Entry(f"{process}", str(process), "", "waits", shares, declared))
+        shares, needs, _ = self.left[process][0]
+        self.entries.append(Entry(f"{process}", str(process), "", "waits", shares, needs))
 
     def begin(self, entry: Entry) -> None:
         self.entries[self.entries.index(entry)] = replace(entry, state="runs")
@@ -61,7 +65,9 @@ class Machine:
         for one in self.entries:
             for key, size in one.shares.items():
                 taken[key] += size if one.state == "keeps" and one.owner not in busy else 0
-        if entry.declared and any(taken[key] > TOTAL for key in entry.shares):
+        for key, size in entry.shares.items():
+            taken[key] -= size - entry.needs[key]
+        if any(taken[key] > TOTAL for key in entry.shares):
             self.overfull += 1
             waiting = {one.owner for one in self.entries if one.state == "waits"} | {entry.owner}
             assert {one.owner for one in self.entries if one.state == "keeps"} <= waiting
@@ -72,14 +78,18 @@ class Machine:
         self.entries = [one for one in self.entries if one.owner != str(process)]
         if keeps:
             kept = {key: min(keeps, size) for key, size in entry.shares.items()}
-            self.entries.append(Entry(f"k{process}", str(process), "", "keeps", kept))
+            self.entries.append(Entry(f"k{process}", str(process), "", "keeps", kept, {}))
 
     def leave(self, process: int) -> None:
         self.entries = [one for one in self.entries if one.owner != str(process)]
 
 
-def test_of(size: int, device: str, declared: bool, keeps: int) -> tuple[dict[str, int], bool, int]:
-    return {device: size if declared else TOTAL}, declared, keeps
+def test_of(size: int, device: str, declared: bool, keeps: int) -> Test:
+    return (
+        ({device: size}, {device: size}, keeps)
+        if declared
+        else ({device: TOTAL}, {device: TOTAL // 2}, keeps)
+    )
 
 
 test_of.__test__ = False  # type: ignore[attr-defined]
@@ -91,7 +101,7 @@ one_test = st.builds(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(one_test, min_size=1, max_size=4), min_size=1, max_size=5), st.data())
 def test_everything_ends_and_nothing_takes_what_another_holds(
-    plans: list[list[tuple[dict[str, int], bool, int]]], data: st.DataObject
+    plans: list[list[Test]], data: st.DataObject
 ) -> None:
     played = Machine(plans)
     while moves := played.moves():
@@ -111,8 +121,10 @@ def test_a_base_of_session_scope_is_not_forgotten_between_tests() -> None:
     assert not played.overfull
 
 
-def entry(number: int, state: Any, shares: dict[str, int], owner: str = "", declared: bool = True) -> Entry:
-    return Entry(f"{number:032x}", owner or str(number), f"test {number}", state, shares, declared)
+def entry(
+    number: int, state: Any, shares: dict[str, int], owner: str = "", needs: dict[str, int] | None = None
+) -> Entry:
+    return Entry(f"{number:032x}", owner or str(number), f"test {number}", state, shares, needs or shares)
 
 
 def test_who_came_first_is_served_first() -> None:
@@ -128,8 +140,9 @@ def test_who_came_first_is_served_first() -> None:
 
 
 def test_who_declares_nothing_shares_with_idle_workers_only() -> None:
-    whole = entry(1, "waits", {"a": TOTAL}, declared=False)
-    assert may_begin([entry(0, "keeps", {"a": 14}), whole], whole, TOTALS)
+    whole = entry(1, "waits", {"a": TOTAL}, needs={"a": TOTAL // 2})
+    assert may_begin([entry(0, "keeps", {"a": 12}), whole], whole, TOTALS)
+    assert not may_begin([entry(0, "keeps", {"a": 14}), whole], whole, TOTALS)
     assert not may_begin([entry(0, "runs", {"a": 1}), whole], whole, TOTALS)
 
 

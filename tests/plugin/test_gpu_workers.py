@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pytest_lora.plugin.gpu import hardware, ledger, locks, pins
-from tests.plugin.sessions import run
+from tests.plugin.sessions import example_command, run
 from tests.plugin.simulated import CARD, GB, machine, shared
 
 pytestmark = pytest.mark.lora_slow
@@ -308,6 +308,43 @@ def test_it(request, base, n): note(request)
     assert len(turns) == len(set(turns)), turns
 
 
+def test_the_example_workflow_runs_on_one_card_of_24_gb_with_a_7b(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every worker has a base of 14 GB in session scope; the tests say what they need, or nothing."""
+    shared(monkeypatch, pytester.path)
+    machine(monkeypatch, 24)
+    pytester.makeini("[pytest]\nmarkers =")
+    pytester.makeconftest(CARD)
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def base(card): return card.take(14 * 10**9)
+
+        @pytest.mark.lora_gpu(min_vram_gb=16)
+        @pytest.mark.parametrize("n", range(8))
+        def test_with_the_base(base, card, n): card.take(2 * 10**9)
+
+        @pytest.mark.lora_vram_limit("20GiB")
+        @pytest.mark.lora_slow
+        def test_limited(base, card): card.take(10**9)
+
+        @pytest.mark.lora_gpu
+        def test_undeclared(card): ...
+
+        def test_of_the_cpu_job(): raise AssertionError
+        """
+    )
+    result = pytester.runpytest_subprocess(*example_command())
+    result.assert_outcomes(passed=10)
+    kept: defaultdict[str, int] = defaultdict(int)
+    for event in events(pytester.path / "holds.log"):
+        kept[event["event"]] += 1
+    assert kept == {"hold": 10, "release": 10}
+
+
 HOLD = """
 import sys, time
 from pytest_lora.plugin.gpu import locks
@@ -323,7 +360,7 @@ def test_what_a_dead_process_held_is_free(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert process.stdout
     assert process.stdout.readline() == "held\n"
     with (
-        pytest.raises(locks.NotSharedError, match=r"^waited 0 s for cuda:0, held by the other process$"),
+        pytest.raises(ledger.NotSharedError, match=r"^waited 0 s for cuda:0, held by the other process$"),
         locks.held({"cuda:0": 1}, {"cuda:0": 10}, "this", patience=0.2),
     ):
         pass

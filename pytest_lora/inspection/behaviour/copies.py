@@ -221,8 +221,13 @@ def distance(first: Tensor, second: Tensor) -> float:
         return float("inf")
     if not first.numel():
         return 0.0
-    pairs = zip(first.reshape(-1).split(PIECE), second.reshape(-1).split(PIECE), strict=True)
+    pairs = zip(_pieces(first), _pieces(second), strict=True)
     return float(torch.stack([_farthest(in_float64(one), in_float64(other)) for one, other in pairs]).max())
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    flat = tensor.reshape(-1)
+    return (flat[low : low + PIECE] for low in range(0, flat.numel(), PIECE))
 
 
 def _farthest(first: Tensor, second: Tensor) -> Tensor:

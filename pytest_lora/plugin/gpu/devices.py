@@ -49,7 +49,11 @@ class Devices:
     @property
     def hold_fixtures(self) -> bool:
         """Whether the fixtures are on a GPU, also in a test that does not ask for one; see :func:`device_of`."""
-        return bool(self.hardware.devices) and (self._kind != "auto" or self.hardware.kind == "cuda")
+        try:
+            seen = self.hardware
+        except Exception:  # of a torch that does not load, say: the fixtures raise it where it belongs
+            return False
+        return bool(seen.devices) and (self._kind != "auto" or seen.kind == "cuda")
 
     def of(self, need: Need) -> dict[int, Device]:
         """The devices of a test that can run, by torch's number of them."""

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lora.plugin.gpu import estimate, hardware, locks, memory, pins
+from pytest_lora.plugin.gpu import estimate, hardware, ledger, locks, memory, pins
 from pytest_lora.plugin.gpu.devices import Devices
 from pytest_lora.plugin.gpu.diagnosis import out_of_memory, over_limit
 from pytest_lora.plugin.gpu.last_words import LastWords
 from pytest_lora.plugin.gpu.marks import Need, need_of
 from pytest_lora.plugin.gpu.run import PREDICTION, Run
+from pytest_lora.plugin.gpu.soundness import Soundness
 from pytest_lora.plugin.options import has_own, is_gpu_test
 from pytest_lora.plugin.session_options import options_of
 
@@ -58,7 +59,7 @@ class GpuTests:
         self._lasting: dict[object, int] = {}
         self._is_nested = False
         self._left: dict[str, int] = {}
-        self._broken, self._broken_by = "", ""
+        self._cuda = Soundness()
         self._last_words = LastWords(config)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -87,13 +88,15 @@ class GpuTests:
         run = item.stash.get(_RUN, None)
         if run is None:
             return
-        if isinstance(run.problem, ValueError | locks.NotSharedError):
+        if isinstance(run.problem, ValueError | ledger.NotSharedError):
             pytest.fail(str(run.problem), pytrace=False)
         if run.problem is not None:
             raise run.problem
-        if self._broken:  # perhaps by an earlier try of this test
-            run.broken_by = self._broken_by
-            run.reason = f"not run: CUDA is broken in this process since {self._broken_by} ({self._broken})"
+        if self._cuda.words:  # perhaps by an earlier try of this test
+            run.broken_by = self._cuda.broken_by
+            run.reason = (
+                f"not run: CUDA is broken in this process since {self._cuda.broken_by} ({self._cuda.words})"
+            )
             pytest.skip(run.reason)
         if run.reason and not run.is_asked:
             return
@@ -131,12 +134,12 @@ class GpuTests:
         run = item.stash.get(_RUN, None)
         if run is None:
             return (yield)
-        was_broken = self._broken
+        was_broken = self._cuda.words
         try:
             result = yield
         finally:
             self._look(item, run)
-        self._require_sound(was_broken)
+        self._cuda.require(was_broken)
         limit = run.need.limit
         if limit and run.peak is not None and run.peak > limit.size:
             estimate.predict(item)
@@ -152,12 +155,12 @@ class GpuTests:
         run = item.stash.get(_RUN, None)
         if run is None:
             return (yield)
-        was_broken = self._broken
+        was_broken = self._cuda.words
         try:
             result = yield
         finally:
             self._clean_up(item, run)
-        self._require_sound(was_broken)
+        self._cuda.require(was_broken)
         return result
 
     @pytest.hookimpl(wrapper=True)
@@ -187,7 +190,7 @@ class GpuTests:
             NotSharedError: The devices did not become free.
         """
         run.need = need_of(item) if run.is_asked else self._need_of_fixtures(item)
-        if self._broken or item.get_closest_marker("skip"):
+        if self._cuda.words or item.get_closest_marker("skip"):
             return
         run.reason = self._devices.obstacle(run.need)
         if run.reason:
@@ -195,7 +198,7 @@ class GpuTests:
         run.devices = self._devices.of(run.need)
         if hasattr(self._config, "workerinput"):
             totals = {self._devices.key(device): device.total for device in run.devices.values()}
-            stack.enter_context(locks.held(dict.fromkeys(totals, run.need.vram), totals, item.nodeid))
+            stack.enter_context(locks.held(dict.fromkeys(totals, run.need.share), totals, item.nodeid))
             stack.callback(self._keep, run)
         stack.enter_context(self._memory.peaks_kept())
 
@@ -217,7 +220,7 @@ class GpuTests:
         """What ends with the session: a worker keeps nothing any more."""
         self._last_words.close()
         if hasattr(self._config, "workerinput"):
-            with suppress(locks.NotSharedError):
+            with suppress(ledger.NotSharedError):
                 locks.keep({}, "")
 
     @property
@@ -233,7 +236,7 @@ class GpuTests:
         return sum(map(self._allocated_on, run.devices))
 
     def _allocated_on(self, number: int) -> int:
-        return 0 if self._broken else self._memory.allocated(number)
+        return 0 if self._cuda.words else self._memory.allocated(number)
 
     def _kept_adapters(self) -> set[int]:
         if "pytest_lora.plugin.shared_base" not in sys.modules:
@@ -255,13 +258,13 @@ class GpuTests:
 
     def _look(self, item: pytest.Item, run: Run) -> None:
         """Note the peak so far."""
-        if self._broken or not run.devices:
+        if self._cuda.words or not run.devices:
             return
         try:
             self._memory.synchronize()
             peaks = [self._memory.peak(number) for number in run.devices]
         except RuntimeError as error:
-            self._break(item, error)
+            self._cuda.end(item.nodeid, error)
             return
         run.peak = max((peak for peak in peaks if peak is not None), default=None)
 
@@ -269,44 +272,28 @@ class GpuTests:
         # pytest forgets the values of its fixtures right after this hook.
         getattr(item, "funcargs", {}).clear()
         memory.let_go(run.errors)
-        if self._broken or not run.devices:
+        if self._cuda.words or not run.devices:
             return
         try:
             self._memory.synchronize()
             self._memory.release()
             left = self._allocated(run) - self._lasting_bytes() - run.before + run.lasting
         except RuntimeError as error:
-            self._break(item, error)
+            self._cuda.end(item.nodeid, error)
             return
         run.left = max(left, 0)
         if run.left:
             self._left[item.nodeid] = run.left
 
-    def _note_break(self, item: pytest.Item, error: BaseException) -> bool:
-        """Note that CUDA is broken, if that is what an error says, or what waiting for the device said after it."""
-        if memory.poison(error):
-            self._break(item, error)
-        return self._broken_by == item.nodeid
-
-    def _break(self, item: pytest.Item, error: BaseException) -> None:
-        """Note that CUDA is broken: an error that a look at the device raises, whatever its words, is no test's own."""
-        if not self._broken:
-            words = memory.poison(error) or str(error).partition("\n")[0] or type(error).__name__
-            self._broken, self._broken_by = words, item.nodeid
-
-    def _require_sound(self, was_broken: str) -> None:
-        if self._broken and not was_broken:
-            pytest.fail(f"this test left CUDA broken: {self._broken}", pytrace=False)
-
     def _diagnosis(self, item: pytest.Item, run: Run, error: BaseException) -> str:
         """What to say under an error, which is kept until its frames may be cleared."""
         run.errors.append(error)
-        if self._note_break(item, error):
+        if self._cuda.note(item.nodeid, error):
             return (
-                f"CUDA is broken in this process now ({self._broken}). GPU tests that follow in it are not run: each "
-                "would fail with the same error. CUDA_LAUNCH_BLOCKING=1 shows the line that broke it."
+                f"CUDA is broken in this process now ({self._cuda.words}). GPU tests that follow in it are not run: "
+                "each would fail with the same error. CUDA_LAUNCH_BLOCKING=1 shows the line that broke it."
             )
-        if self._broken or not run.devices or not memory.is_out_of_memory(error):
+        if self._cuda.words or not run.devices or not memory.is_out_of_memory(error):
             return ""
         self._look(item, run)
         taken = {number: self._memory.taken(number) for number in run.devices}

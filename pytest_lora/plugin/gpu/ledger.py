@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from filelock import FileLock, Timeout
 
 from pytest_lora.plugin.gpu.shares import Entry, State
+from pytest_lora.writing import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,10 +75,10 @@ def opened(home: Path, own: set[str]) -> Iterator[list[Entry]]:
         entries = [entry for entry in before if entry.ticket in own or _is_alive(home, entry)]
         yield entries
         if entries != before or not file.exists():
-            # A process that dies while it writes leaves the old file, not half of the new one.
-            draft = home / "ledger.draft"
-            draft.write_text(json.dumps([asdict(entry) for entry in entries]))
-            draft.replace(file)
+            try:
+                write_whole(file, json.dumps([asdict(entry) for entry in entries]))
+            except OSError as error:
+                raise NotSharedError(f"{file} cannot be written: {error}") from error
 
 
 def _read(file: Path) -> list[Entry]:
@@ -94,11 +95,11 @@ def _entry(told: Any) -> Entry | None:
     texts = all(isinstance(told[name], str) for name in ("ticket", "owner", "who"))
     if not texts or not _TICKET.fullmatch(told["ticket"]) or told["state"] not in get_args(State):
         return None
-    shares = told["shares"]
-    sound = isinstance(shares, dict) and all(
-        type(size) is int and 0 <= size < 2**63 for size in shares.values()
-    )
-    return Entry(**told) if sound and isinstance(told["declared"], bool) else None
+    return Entry(**told) if _are_sizes(told["shares"]) and _are_sizes(told["needs"]) else None
+
+
+def _are_sizes(told: Any) -> bool:
+    return isinstance(told, dict) and all(type(size) is int and 0 <= size < 2**63 for size in told.values())
 
 
 def _is_alive(home: Path, entry: Entry) -> bool:

@@ -34,7 +34,8 @@ def held(
     """Hold parts of devices, as soon as they are free.
 
     Args:
-        shares: Bytes of each device, by its key; None for all of it, as more than its total.
+        shares: Bytes of each device, by its key; None where nobody said how much. Then it takes the device alone, but
+            for what idle processes keep, which may be half of it.
         totals: Bytes that there are, by key.
         who: Named in the log, and to those who wait in vain.
         patience: Seconds to wait.
@@ -45,7 +46,8 @@ def held(
     home = ledger.folder()
     ticket, life = _live(home)
     asked = {key: totals[key] if size is None else min(size, totals[key]) for key, size in shares.items()}
-    own = Entry(ticket, str(os.getpid()), who, "waits", asked, None not in shares.values())
+    needs = {key: totals[key] // 2 if shares[key] is None else size for key, size in asked.items()}
+    own = Entry(ticket, str(os.getpid()), who, "waits", asked, needs)
     try:
         _wait(home, own, totals, patience)
         yield
@@ -75,7 +77,7 @@ def keep(shares: Mapping[str, int], who: str) -> None:
     with ledger.opened(home, _own) as entries:
         entries[:] = [entry for entry in entries if entry.ticket != ticket]
         if is_anything:
-            entries.append(Entry(ticket, str(os.getpid()), who, "keeps", dict(shares)))
+            entries.append(Entry(ticket, str(os.getpid()), who, "keeps", dict(shares), {}))
     if not is_anything:
         del _kept[home]
         _end(home, ticket, life)

@@ -21,7 +21,7 @@ class Entry:
         who: The test, or the worker, for messages.
         state: A test waits or runs; a process keeps memory between its tests, such as a base of session scope.
         shares: Bytes of each device, by its key.
-        declared: Whether the test said how much it needs; one that did not takes whole devices.
+        needs: What of that must be free beside the memory that idle processes keep, by key.
     """
 
     ticket: str
@@ -29,7 +29,7 @@ class Entry:
     who: str
     state: State
     shares: Mapping[str, int]
-    declared: bool = True
+    needs: Mapping[str, int]
 
 
 def may_begin(entries: Sequence[Entry], own: Entry, totals: Mapping[str, int]) -> bool:
@@ -57,12 +57,10 @@ def _finds_its_share(entries: Sequence[Entry], own: Entry, totals: Mapping[str, 
 
 
 def _has_room(entries: Sequence[Entry], own: Entry, totals: Mapping[str, int]) -> bool:
-    """Whether a test finds what it declared beside what runs and what idle processes keep."""
-    if not own.declared:
-        return True
+    """Whether a test finds what it needs beside what runs and what idle processes keep."""
     running = [entry for entry in entries if entry.state == "runs"]
     others = [*running, *(keeper for keeper in _idle(entries) if keeper.owner != own.owner)]
-    return all(_sum(others, key) + size <= totals.get(key, size) for key, size in own.shares.items())
+    return all(_sum(others, key) + size <= totals.get(key, size) for key, size in own.needs.items())
 
 
 def _waits_for_owner(entries: Sequence[Entry], own: Entry, owner: str, totals: Mapping[str, int]) -> bool:
