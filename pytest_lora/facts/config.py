@@ -249,6 +249,9 @@ _READ: dict[str, Callable[[Any], Any]] = {
 
 def _read(config: Any, field: str) -> Any:
     value = getattr(config, field, None)
+    if hasattr(config, "init_r"):
+        # AdaLoRA begins with init_r on every module; its rank_pattern notes what it has pruned since.
+        value = {"r": config.init_r, "rank_pattern": None}.get(field, value)
     try:
         return _READ[field](value)
     except (TypeError, ValueError, AttributeError) as error:

@@ -24,6 +24,7 @@ from pytest_lora.inspection.peft_internals import (
     factors,
     lora_configs,
     token_rows,
+    trains_xlora,
 )
 from pytest_lora.inspection.survey import Survey, survey
 
@@ -94,6 +95,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         stored_parameters=counted.stored,
         twins=_twins(found.lora),
         reentrant_without_inputs=transformers_internals.reentrant_without_inputs(found),
+        trains_xlora=trains_xlora(model),
     )
 
 

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import peft
 from packaging.version import Version
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.xlora import XLoraModel
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor, nn
 
@@ -37,15 +39,18 @@ __all__ = [
     "delta_weight",
     "dense_weight",
     "factors",
+    "further_tensors",
     "forget_adapters",
     "fused_parameter",
     "heads_by_task_type",
+    "is_adalora",
     "load_state",
     "lora_configs",
     "own_geometry",
     "save_adapters",
     "saved_state",
     "token_rows",
+    "trains_xlora",
     "wrapped_base",
 ]
 
@@ -101,6 +106,9 @@ def active_adapters(
 def factors(layer: LoraLayer, adapter: str) -> Factors:
     """The tensors of one adapter on one layer."""
     by_design = tuple(getattr(layer, "frozen_peft_weight_names", {}).get(adapter, ()))
+    if adapter in getattr(layer, "lora_E", ()):
+        # AdaLoRA's product is B diag(E) A, and E is what starts at zero.
+        return Factors("lora_A", _weight(layer.lora_A[adapter]), "lora_E", _weight(layer.lora_E[adapter]), by_design)
     if adapter in layer.lora_A:
         a, b = _weight(layer.lora_A[adapter]), _weight(layer.lora_B[adapter])
         return Factors("lora_A", a, "lora_B", b, by_design)
@@ -109,8 +117,25 @@ def factors(layer: LoraLayer, adapter: str) -> Factors:
 
 
 def _weight(factor: Any) -> Tensor:
-    weight: Tensor = factor.weight
+    """A factor's tensor: PEFT keeps it in a module, AdaLoRA as it is."""
+    weight: Tensor = getattr(factor, "weight", factor)
     return weight
+
+
+def further_tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """What a variant of LoRA trains on a layer beside the two factors, by its name in PEFT.
+
+    The magnitude of DoRA, the diagonal of KaSA, the left singular vectors of AdaLoRA.
+    """
+    two = factors(layer, adapter)
+    for name in layer.adapter_layer_names:
+        held: Any = getattr(layer, name, None) or {}
+        if adapter in held:
+            part = held[adapter]
+            named = part.named_parameters() if hasattr(part, "named_parameters") else [("weight", part)]
+            for own, tensor in named:
+                if tensor is not two.a and tensor is not two.b:
+                    yield name if own == "weight" else f"{name}.{own}", tensor
 
 
 def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
@@ -154,7 +179,18 @@ def delta_weight(layer: LoraLayer, adapter: str) -> Tensor:
 def own_geometry(layer: LoraLayer, adapter: str) -> bool:
     """Whether a LoRA variant other than DoRA gives the factors shapes of its own (QALoRA, BD-LoRA, ...)."""
     variant = getattr(layer, "lora_variant", {}).get(adapter)
-    return variant is not None and "Dora" not in type(variant).__name__
+    return is_adalora(layer) or (variant is not None and "Dora" not in type(variant).__name__)
+
+
+def trains_xlora(model: nn.Module) -> bool:
+    """Whether X-LoRA's classifier, which weighs its frozen adapters token by token, requires gradients."""
+    mixtures: list[Any] = [module for module in model.modules() if isinstance(module, XLoraModel)]
+    return any(p.requires_grad for mixture in mixtures for p in mixture.internal_xlora_classifier.parameters())
+
+
+def is_adalora(layer: LoraLayer) -> bool:
+    """Whether a layer is AdaLoRA's, which divides its scaling, lora_alpha itself, by the rank."""
+    return isinstance(layer, AdaLoraLayer)
 
 
 def token_rows(wrapper: TrainableTokensWrapper) -> dict[str, Tensor]:
