@@ -38,7 +38,7 @@ def main() -> None:
     options = parser.parse_args()
 
     from pytest_lora import Expect
-    from pytest_lora.checks import checkpoint_base, judge_checkpoint
+    from pytest_lora.checks.checkpoint import checkpoint_base, judge_checkpoint
     from tests.checkpoint.damage import damaged
     from tests.rules.bases import BASES, Namespace
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from pytest_lora.tiny import load_tiny, sample_texts, text_batch
+from pytest_lora.bases.tiny import load_tiny, sample_texts, text_batch
 
 RESULTS = Path(__file__).parent / "results" / "history_runs.json"
 SEQ_LEN = 72  # the longest record is 65 bytes, and begin and end of sequence go around it

@@ -1,8 +1,8 @@
 """Does a rank sweep find a rank that is known by construction?
 
 For each rank k a task on the built-in base whose target is a change of the output head of exact rank k
-(``pytest_lora/tiny/known_rank.py``); ``rank_sweep`` tries ranks 1 to 32, and ``choose()`` with its defaults is to name
-k. Each seed draws the teacher, the adapters' weights and the order of the data anew.
+(``pytest_lora/bases/tiny/known_rank.py``); ``rank_sweep`` tries ranks 1 to 32, and ``choose()`` with its defaults is to
+name k. Each seed draws the teacher, the adapters' weights and the order of the data anew.
 
     python benchmarks/known_rank.py [--seeds 10] [--out benchmarks/results/known_rank.json]
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from pytest_lora import rank_sweep
-from pytest_lora.tiny.known_rank import KnownRankTask
+from pytest_lora.bases.tiny.known_rank import KnownRankTask
 
 KNOWN = (2, 4, 8, 16)
 RANKS = (1, 2, 4, 8, 16, 32)

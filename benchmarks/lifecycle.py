@@ -29,9 +29,9 @@ import transformers
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from pytest_lora import lifecycle
-from pytest_lora.lifecycle import LoraLifecycle
-from tests.test_lifecycle import SmallLifecycle
+from pytest_lora.strategies import lifecycle
+from pytest_lora.strategies.lifecycle import LoraLifecycle
+from tests.strategies.test_lifecycle import SmallLifecycle
 
 BLOCK = 25
 COUNTED = {

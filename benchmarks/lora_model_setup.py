@@ -34,7 +34,7 @@ WARM_UP = 3
 
 TESTS = """
 import torch
-from pytest_lora.tiny import load_tiny
+from pytest_lora.bases.tiny import load_tiny
 
 torch.set_num_threads(1)  # on a busy machine threads wait for each other, which makes building look slow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -43,7 +43,7 @@ from transformers import (
 )
 
 from pytest_lora import LoraHealthError, assert_loss_decreases
-from pytest_lora.tiny import load_tiny, sample_texts, text_batch
+from pytest_lora.bases.tiny import load_tiny, sample_texts, text_batch
 
 VOCABULARY = 128
 WORKERS = 2

@@ -49,7 +49,7 @@ def measured(shape: str, rounds: int) -> dict[str, float]:
     from peft import LoraConfig
     from transformers import LlamaConfig
 
-    import pytest_lora.memory as memory
+    import pytest_lora.memory.estimate as memory
     from pytest_lora.inspection.memory import predictor
 
     importlib.import_module("bitsandbytes")

@@ -21,7 +21,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from pytest_lora.tiny import load_tiny, random_tiny, sample_texts, text_batch
+from pytest_lora.bases.tiny import load_tiny, random_tiny, sample_texts, text_batch
 
 BASES = ("pretrained", "random")
 SEQ_LEN = 72  # the longest record is 65 bytes, and begin and end of sequence go around it

@@ -12,8 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pytest_lora import assert_rank_suffices, rank_sweep, suggest_rank
-from pytest_lora.tiny import tiny_config
-from pytest_lora.tiny.known_rank import KnownRankTask
+from pytest_lora.bases.tiny import tiny_config
+from pytest_lora.bases.tiny.known_rank import KnownRankTask
 
 
 def test_which_rank(tmp_path: Path) -> None:

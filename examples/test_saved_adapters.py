@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from pytest_lora.tiny import load_tiny
+from pytest_lora.bases.tiny import load_tiny
 
 TOPICS = ("chemistry", "cooking", "history", "law", "music")
 

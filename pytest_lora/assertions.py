@@ -102,7 +102,8 @@ def assert_lora_healthy(
         ValueError: A code does not exist, or ``steps`` is out of its range or without a batch.
     """
     __tracebackhide__ = True
-    from pytest_lora.checks import PROBE_STEPS, check_model, check_training
+    from pytest_lora.checks.model import check_model
+    from pytest_lora.checks.training import PROBE_STEPS, check_training
 
     if steps is not None and batch is None:
         raise ValueError("steps needs a batch to take them with; give batch too")
@@ -142,7 +143,7 @@ def assert_checkpoint_healthy(
         ValueError: There is nothing at ``path``, the base cannot be read or built, or a code does not exist.
     """
     __tracebackhide__ = True
-    from pytest_lora.checks import check_checkpoint
+    from pytest_lora.checks.checkpoint import check_checkpoint
 
     return demand(_selected(check_checkpoint(path, base, expect=expect), select, ignore))
 
@@ -173,7 +174,7 @@ def assert_resumable(
         ValueError: There is nothing at ``path``, a field of ``config`` cannot be used, or the base cannot be built.
     """
     __tracebackhide__ = True
-    from pytest_lora.resumption import check_resumable
+    from pytest_lora.inspection.resumption import check_resumable
 
     return demand(check_resumable(path, config, base))
 
@@ -216,7 +217,7 @@ def assert_loss_decreases(
         ValueError: An argument is out of its range, there is no batch, or the model gives no loss for one.
     """
     __tracebackhide__ = True
-    from pytest_lora.checks import measure_loss_drop
+    from pytest_lora.checks.training import measure_loss_drop
 
     report, drop = measure_loss_drop(
         model, batches, steps=steps, by=by, optimizer=optimizer, lr=lr, loss_fn=loss_fn, device=device
@@ -248,7 +249,7 @@ def assert_config_healthy(
         ValueError: The base cannot be read or built, or a code does not exist.
     """
     __tracebackhide__ = True
-    from pytest_lora.checks import check_config
+    from pytest_lora.checks.config import check_config
 
     return demand(_selected(check_config(config, base, expect=expect), select, ignore))
 
@@ -297,7 +298,7 @@ def assert_fits_memory(
         ValueError: An argument is out of its range, or the step cannot be traced.
     """
     __tracebackhide__ = True
-    from pytest_lora.checks import check_memory
+    from pytest_lora.checks.memory import check_memory
 
     report = check_memory(
         base,
@@ -329,7 +330,7 @@ def assert_param_ratio(model: nn.Module, low: float = 0.0005, high: float = 0.01
         ValueError: A bound is no fraction from 0 to 1, or ``low`` is above ``high``.
     """
     __tracebackhide__ = True
-    from pytest_lora.adapter_properties import parameter_ratio
+    from pytest_lora.checks.properties import parameter_ratio
 
     return demand(parameter_ratio(model, low, high))
 
@@ -351,7 +352,7 @@ def assert_alpha_ratio(model_or_config: nn.Module | LoraConfig, expected: float 
         ValueError: ``expected`` is not a finite number above 0, or a configured rank is below 1.
     """
     __tracebackhide__ = True
-    from pytest_lora.adapter_properties import scaling
+    from pytest_lora.checks.properties import scaling
 
     return demand(scaling(model_or_config, expected))
 
@@ -391,8 +392,9 @@ def assert_adapter_shapes(
             batch, or the model gives no loss.
     """
     __tracebackhide__ = True
-    from pytest_lora.adapter_properties import Trial, adapter_shapes
-    from pytest_lora.checks import PROBE_RATE, require_steps, require_trainers
+    from pytest_lora.arguments import require_steps, require_trainers
+    from pytest_lora.checks.properties import Trial, adapter_shapes
+    from pytest_lora.checks.training import PROBE_RATE
 
     require_steps(steps)
     require_trainers(None, None, None, loss_fn)
@@ -433,7 +435,7 @@ def assert_reload_exact(
         OSError: The temporary folder cannot be written.
     """
     __tracebackhide__ = True
-    from pytest_lora.roundtrip.reload import check_reload
+    from pytest_lora.inspection.behaviour.reload import check_reload
 
     return demand(check_reload(model, batch, base=base))
 
@@ -464,7 +466,7 @@ def assert_merge_exact(
             a tolerance is negative.
     """
     __tracebackhide__ = True
-    from pytest_lora.roundtrip.merge import check_merge
+    from pytest_lora.inspection.behaviour.merge import check_merge
 
     return demand(check_merge(model, batch, rtol=rtol, atol=atol))
 
@@ -493,6 +495,6 @@ def assert_lora_laws(model: nn.Module, batch: Any) -> Report:
         ValueError: The model cannot be copied, does not take the batch, or gives random or no finite numbers for it.
     """
     __tracebackhide__ = True
-    from pytest_lora.laws import check_lora_laws
+    from pytest_lora.inspection.behaviour.laws import check_lora_laws
 
     return demand(check_lora_laws(model, batch))

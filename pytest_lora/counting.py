@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.number_tables import markdown_lines, text_lines
+from pytest_lora.facts.number_tables import markdown_lines, text_lines
 
 if TYPE_CHECKING:
     import os

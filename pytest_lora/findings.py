@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, get_args
 
-from pytest_lora.exhibits import Exhibit, from_plain, to_plain
+from pytest_lora.facts.figures import Exhibit, from_plain, to_plain
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)

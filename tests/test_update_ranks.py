@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pytest_lora import LoraHealthError, assert_adapter_shapes, check_training
-from pytest_lora.tiny import load_tiny, text_batch
+from pytest_lora.bases.tiny import load_tiny, text_batch
 from tests.rules.bases import BASES, image_batch, language_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -116,6 +116,12 @@ class BaseFacts:
     carries_adapter: bool
     fused: tuple[FusedParameter, ...]
 
+    @property
+    def title(self) -> str:
+        """The class name, with how the base is quantized: ``"LlamaForCausalLM in 4bit"``."""
+        packed = next((m.quantization for m in self.modules if m.quantization), None)
+        return f"{self.architecture} in {packed}" if packed else self.architecture
+
     def tied_to(self, module: str) -> tuple[str, ...]:
         """The other modules that share this module's weight."""
         return tuple(n for group in self.tied if module in group for n in group if n != module)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from pytest_lora.byte_sizes import format_bytes
+from pytest_lora.facts.byte_sizes import format_bytes
 
 Checkpointing = bool | Literal["reentrant"]
 

@@ -153,13 +153,13 @@ class Adapters:
         return found
 
     def _judged(self, item: AdapterItem, folder: Path) -> Report:
-        from pytest_lora import checks
+        from pytest_lora.checks.checkpoint import checkpoint_base, judge_checkpoint
         from pytest_lora.plugin import markers
 
         path = options_of(self.config).base
         if path is not None and self._base is None:
-            self._base = checks.checkpoint_base(path)
-        return checks.judge_checkpoint(folder, self._base, markers.expect_for(item))
+            self._base = checkpoint_base(path)
+        return judge_checkpoint(folder, self._base, markers.expect_for(item))
 
 
 class AdapterDirectory(pytest.Collector):

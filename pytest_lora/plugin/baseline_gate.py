@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_lora.baseline import (
+from pytest_lora.facts.figures import AdapterMap, Exhibit, LossCurve, MemoryBudget
+from pytest_lora.plugin.gpu import report as gpu_report
+from pytest_lora.plugin.summary import reports_by_test
+from pytest_lora.report.baseline import (
     BaselineError,
     Row,
     Value,
@@ -22,9 +25,6 @@ from pytest_lora.baseline import (
     table,
     to_json,
 )
-from pytest_lora.exhibits import AdapterMap, Exhibit, LossCurve, MemoryBudget
-from pytest_lora.plugin.gpu import report as gpu_report
-from pytest_lora.plugin.summary import reports_by_test
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

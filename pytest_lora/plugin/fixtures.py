@@ -43,10 +43,10 @@ def lora_base_model(request: pytest.FixtureRequest, lora_device: torch.device) -
 
     folder = options_of(request.config).model
     if folder is None:
-        from pytest_lora.tiny import load_tiny
+        from pytest_lora.bases.tiny import load_tiny
 
         return load_tiny(device=lora_device)
-    from pytest_lora.local_model import load_in_4bit
+    from pytest_lora.bases.local import load_in_4bit
 
     return load_in_4bit(folder, lora_device)
 
@@ -112,8 +112,8 @@ def lora_batch(lora_base_model: nn.Module, lora_device: torch.device) -> dict[st
     Ids are bytes of text. A base with fewer than 259 of them gets the ids modulo its vocabulary. Override it
     for a base that is no language model.
     """
+    from pytest_lora.bases.tiny import text_batch
     from pytest_lora.plugin import lora_settings
-    from pytest_lora.tiny import text_batch
 
     return lora_settings.within_vocabulary(text_batch(device=lora_device), lora_base_model)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pytest_lora.findings import grouped
-from pytest_lora.snapshot import Damage, Snapshot
+from pytest_lora.inspection.state import Damage, Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pytest_lora.exhibits import LossCurve, RankSweep
+from pytest_lora.facts.figures import LossCurve, RankSweep
 from pytest_lora.report.map_view import number
 
 Point = tuple[float, float]

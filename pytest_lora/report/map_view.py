@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from pytest_lora.exhibits import AdapterMap, CellState
+from pytest_lora.facts.figures import AdapterMap, CellState
 
 STATES: dict[CellState, str] = {
     "live": "trains",

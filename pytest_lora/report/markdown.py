@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from pytest_lora.byte_sizes import format_bytes
-from pytest_lora.exhibits import AdapterMap, LossCurve, MemoryBudget, RankSweep
+from pytest_lora.facts.byte_sizes import format_bytes
+from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, RankSweep
 from pytest_lora.report import gpu_view
-from pytest_lora.report.gallery import Shown, gallery
+from pytest_lora.report.figures import Shown, gallery
 from pytest_lora.report.map_view import map_view, number
 from pytest_lora.report.rule_groups import FoundIn, rule_groups
 from pytest_lora.report.session import Session, counted_tests

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pytest_lora.exhibits import MemoryBudget
+from pytest_lora.facts.figures import MemoryBudget
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

@@ -16,11 +16,11 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from pytest_lora.byte_sizes import format_bytes
-from pytest_lora.exhibits import AdapterMap, to_plain
+from pytest_lora.facts.byte_sizes import format_bytes
+from pytest_lora.facts.figures import AdapterMap, to_plain
 from pytest_lora.report import gpu_view
 from pytest_lora.report.charts import curve_chart, path, sweep_chart
-from pytest_lora.report.gallery import gallery
+from pytest_lora.report.figures import gallery
 from pytest_lora.report.map_view import map_view, number, words_of
 from pytest_lora.report.memory_view import memory_view
 from pytest_lora.report.rule_docs import rule_doc

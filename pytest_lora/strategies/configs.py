@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from pytest_lora.expect import Expect
-from pytest_lora.strategies.ground import Ground, Target, ground_of
+from pytest_lora.strategies.bases import Ground, Target, ground_of
 
 if TYPE_CHECKING:
     import os

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from pytest_lora.bases.tiny import load_tiny
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.strategies.configs import lora_configs
-from pytest_lora.tiny import load_tiny
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,7 +7,7 @@ from typing import Any
 from pytest_lora.assertions import demand
 from pytest_lora.findings import Finding, Report
 from pytest_lora.sweep.choice import METRIC_SHARE, is_enough, percent, require_share
-from pytest_lora.sweep.exhibit import exhibited
+from pytest_lora.sweep.figure import exhibited
 from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.table import number
 

@@ -141,7 +141,7 @@ def peak_memory(model: nn.Module, cost: Cost) -> tuple[int | None, str]:
         return cost.peak_bytes, "measured"
     if cost.batch is None:
         return None, "not estimated: the model itself was not called with a batch"
-    from pytest_lora.memory import estimate_of_model
+    from pytest_lora.memory.estimate import estimate_of_model
 
     try:
         estimate = estimate_of_model(model, cost.batch)

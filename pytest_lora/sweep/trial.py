@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_lora.copies import no_trace
 from pytest_lora.findings import Finding
 from pytest_lora.inspection.base import base_facts, base_parameters
+from pytest_lora.inspection.behaviour.copies import no_trace
 from pytest_lora.inspection.survey import survey
 from pytest_lora.sweep.devices import claim_gpu
 from pytest_lora.sweep.measure import Cost, cost_of_training, first_line, peak_memory
@@ -210,7 +210,8 @@ def _losses(given: Any) -> tuple[float, ...]:
 
 
 def _health(model: nn.Module, losses: tuple[float, ...]) -> tuple[Finding, ...]:
-    from pytest_lora.checks import check_model, diagnose_history
+    from pytest_lora.checks.history import diagnose_history
+    from pytest_lora.checks.model import check_model
     from pytest_lora.expect import Expect
 
     found = list(check_model(model, expect=Expect(fresh=False)).findings)

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pytest_lora.baseline import to_json
+from pytest_lora.report.baseline import to_json
 
 
 def tiny_llama() -> LlamaForCausalLM:

@@ -16,9 +16,9 @@ def _libraries() -> None:
 
     torch and numpy cannot be loaded twice, and of other modules there would be two.
     """
-    from pytest_lora.tiny import load_tiny
+    from pytest_lora.bases.tiny import load_tiny
 
     load_tiny()
     own = [one.name for one in pkgutil.walk_packages(pytest_lora.plugin.__path__, "pytest_lora.plugin.")]
-    for name in ("peft", "pytest_lora.checks", "pytest_lora.memory", *own):
+    for name in ("peft", "pytest_lora.checks", "pytest_lora.memory.estimate", *own):
         importlib.import_module(name)

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-# Sessions in this process take modules out of sys.modules again, all but those that are there before.
-from pytest_lora.baseline import to_json
 from pytest_lora.plugin import baseline_gate as baseline_gate
+
+# Sessions in this process take modules out of sys.modules again, all but those that are there before.
+from pytest_lora.report.baseline import to_json
 
 TESTS = """
 import os
 import pytest
 from pytest_lora.assertions import demand
-from pytest_lora.exhibits import AdapterMap, LossCurve, MemoryBudget
+from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget
 from pytest_lora.findings import Finding, Report
 
 NOW = eval(os.environ.get("NOW", "{}"))

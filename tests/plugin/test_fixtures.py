@@ -9,7 +9,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 
-import pytest_lora.tiny.model as tiny
+import pytest_lora.bases.tiny.model as tiny
 from tests.plugin.sessions import MODES, run, session
 
 CONFTEST = """
@@ -32,7 +32,7 @@ def seen(model):
 
 @pytest.fixture(scope="session")
 def reference():
-    from pytest_lora.tiny import load_tiny
+    from pytest_lora.bases.tiny import load_tiny
     return seen(load_tiny())
 
 @pytest.fixture

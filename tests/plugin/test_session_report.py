@@ -22,7 +22,7 @@ ALLOWED = ("-W", "always::pytest_lora.LoraHealthWarning")
 TESTS = """import os
 import pytest
 from pytest_lora.assertions import demand
-from pytest_lora.exhibits import LossCurve
+from pytest_lora.facts.figures import LossCurve
 from pytest_lora.findings import Finding, Report
 
 def finding(severity, where="here"):

@@ -193,7 +193,7 @@ def test_exhibits_travel_only_where_somebody_looks(pytester: pytest.Pytester, as
     pytester.makepyfile(
         test_it="""
         from pytest_lora.assertions import demand
-        from pytest_lora.exhibits import LossCurve
+        from pytest_lora.facts.figures import LossCurve
         from pytest_lora.findings import Report
 
         def test_many_times():

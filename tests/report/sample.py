@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pytest_lora.exhibits import (
+from pytest_lora.facts.figures import (
     AdapterMap,
     CellState,
     LossCurve,

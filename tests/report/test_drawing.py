@@ -10,16 +10,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pytest_lora.exhibits import AdapterMap, LossCurve, MemoryBudget, WhatIf
+from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, WhatIf
 from pytest_lora.findings import Report
 from pytest_lora.report.charts import Scale, curve_chart, path, sweep_chart
-from pytest_lora.report.gallery import gallery
+from pytest_lora.report.figures import gallery
 from pytest_lora.report.map_view import map_view, number
 from pytest_lora.report.markdown import markdown_report
 from pytest_lora.report.memory_view import memory_view
 from pytest_lora.report.page import _flops, _percent, _seconds, page
 from tests.report.sample import BROKEN, BUDGET, FALLING, MAP, SESSION, SWEEP, ran
-from tests.test_exhibits import CURVES, SWEEPS, maps
+from tests.report.test_figures import CURVES, SWEEPS, maps
 
 LOSSES = st.floats(0, 1e6) | st.sampled_from([math.nan, math.inf])
 

@@ -17,7 +17,7 @@ from pytest_lora import (
     check_memory,
     estimate_memory,
 )
-from pytest_lora.byte_sizes import format_bytes
+from pytest_lora.facts.byte_sizes import format_bytes
 
 BASE = LlamaConfig(
     hidden_size=512, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=8, vocab_size=4000

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from torch import nn
 
 from pytest_lora import check_model
+from pytest_lora.bases.tiny import text_batch
 from pytest_lora.strategies import build_lora_model, lora_configs, lora_models
-from pytest_lora.tiny import text_batch
 
 FEW = settings(
     max_examples=12,

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from pytest_lora import LoraHealthError, Report, SweepResult, assert_rank_suffices, suggest_rank
-from pytest_lora.exhibits import RankSweep
+from pytest_lora.bases.tiny import tiny_config
+from pytest_lora.facts.figures import RankSweep
 from pytest_lora.sweep.advice import advise
 from pytest_lora.sweep.rows import Failure, TrialRow
-from pytest_lora.tiny import tiny_config
 
 
 def result(

@@ -16,8 +16,8 @@ from peft import LoraConfig
 from torch import nn
 
 from pytest_lora import SweepResult, rank_sweep
+from pytest_lora.bases.tiny import load_tiny, text_batch
 from pytest_lora.sweep import TrainOn, TrialPlan
-from pytest_lora.tiny import load_tiny, text_batch
 from tests.sweep import toys
 
 

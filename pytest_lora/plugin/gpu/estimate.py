@@ -28,7 +28,7 @@ def explained(item: pytest.Item, budget: int) -> str:
     estimate = _estimated(item)
     if estimate is None:
         return ""
-    from pytest_lora.checks import judge_memory
+    from pytest_lora.checks.memory import judge_memory
 
     model, _ = _known(item)
     report: Report = judge_memory(model, estimate, budget)
@@ -40,7 +40,7 @@ def _estimated(item: pytest.Item) -> MemoryEstimate | None:
     model, batch = _known(item)
     if model is None or batch is None:
         return None
-    from pytest_lora.memory import estimate_of_model
+    from pytest_lora.memory.estimate import estimate_of_model
 
     try:
         return estimate_of_model(model, batch)

@@ -1,0 +1,1 @@
+"""Bases: the small pretrained one in the wheel, and models in a local folder."""

@@ -1,0 +1,66 @@
+"""The losses that a run has logged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from pytest_lora.arguments import (
+    require_expect,
+)
+from pytest_lora.expect import Expect
+from pytest_lora.facts.figures.drawing import (
+    history_curve,
+)
+from pytest_lora.findings import Report
+from pytest_lora.rules import judge
+
+if TYPE_CHECKING:
+    pass
+
+
+def diagnose_history(
+    train_losses: Iterable[float],
+    eval_losses: Iterable[float] | Mapping[int, float] | None = None,
+    *,
+    total_steps: int | None = None,
+    steps_per_loss: int = 1,
+    learning_rate: float | None = None,
+    expect: Expect | None = None,
+) -> Report:
+    """Judge the losses that a run has logged so far, and say what a practitioner would do.
+
+    Nothing is run: this is about numbers from a log. Too little evidence is silence, not a guess.
+
+    Args:
+        train_losses: Training losses in their order, one or more, in nats per token or alike; from a
+            ``Trainer``: ``[x["loss"] for x in trainer.state.log_history if "loss" in x]``. Below ten losses
+            only what they show beyond doubt is judged.
+        eval_losses: Losses on held-out data: a mapping from optimizer step to loss, or a list, which is
+            taken as evenly spaced over the training losses.
+        total_steps: Optimizer steps that the run is planned to have, at least 1. A plateau is then judged by
+            the share of the run that has passed.
+        steps_per_loss: Optimizer steps from one training loss to the next (the Trainer's ``logging_steps``).
+        learning_rate: The peak learning rate; advice then says from which to which.
+        expect: What is meant; with ``expect.config`` advice on the rank says from which to which.
+
+    Returns:
+        A report with the rules on a history (codes LORA340 to LORA359).
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: There are no training losses, or a number is outside its range.
+    """
+    from pytest_lora.facts.history import history_facts
+
+    expect = require_expect(expect)
+    facts = history_facts(
+        train_losses,
+        eval_losses,
+        total_steps=total_steps,
+        steps_per_loss=steps_per_loss,
+        learning_rate=learning_rate,
+    )
+    count = len(facts.train)
+    subject = f"history of {count} training loss{'es' if count > 1 else ''}"
+    return Report(subject, tuple(judge([facts], expect)), (history_curve(subject, facts),))

@@ -1,0 +1,275 @@
+"""An adapter saved and loaded again, on copies of the model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from pytest_lora.facts.config import rewrites_base
+from pytest_lora.findings import Finding, Report, grouped
+from pytest_lora.inspection.behaviour.copies import (
+    adapted_copy,
+    as_module,
+    base_without_adapter,
+    copy_of,
+    distance,
+    identical,
+    no_trace,
+    output_of,
+    quiet_eval,
+    require_batch,
+    watched_output,
+)
+from pytest_lora.inspection.model import adapted_survey
+from pytest_lora.inspection.peft_internals import (
+    WRAPPERS,
+    BaseTunerLayer,
+    LoraLayer,
+    active_adapters,
+    adapter_names,
+    lora_configs,
+    save_adapters,
+)
+
+Base = nn.Module | Callable[[], nn.Module]
+
+_ADAPTER_PARTS = ("lora_", "modules_to_save", "trainable_tokens_")
+_OUTPUT_DIFFERS = "LORA910", "reloaded_output_differs"
+_NOT_SAVED = "LORA911", "trained_weights_are_not_saved"
+_WEIGHTS_DIFFER = "LORA912", "reloaded_weights_differ"
+_OTHER_PRECISION = "LORA913", "reloaded_in_another_precision"
+_OTHER_BASE = "LORA914", "base_is_not_the_same"
+
+
+def check_reload(model: nn.Module, batch: Any, *, base: Base | None = None) -> Report:
+    """Save the adapters, load them on a fresh base, and compare; see ``assert_reload_exact``."""
+    require_batch(batch)
+    _require_base(model, base)
+    with no_trace():
+        adapted = adapted_copy(model)
+        trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+        expected, moving = watched_output(adapted, batch)
+        fresh = _given_base(base) if base is not None else base_without_adapter(adapted, forget_trained=True)
+        try:
+            reloaded = _reloaded(adapted, fresh)
+        except _LoadingError as error:
+            findings = [_unloadable(error)]
+        else:
+            findings = list(_tensor_findings(adapted, reloaded, trained, moving, base is not None))
+            findings += _output_findings(expected, output_of(reloaded, batch), findings)
+    return Report(f"reload of {type(model).__name__}", tuple(findings))
+
+
+def _require_base(model: nn.Module, base: Base | None) -> None:
+    """Raise where what is given as ``base`` does not suit the model."""
+    found = adapted_survey(model)
+    if base is None:
+        for config in lora_configs(found.root).values():
+            if rewrites_base(config.init_lora_weights):
+                raise ValueError(
+                    f"base must be given: init_lora_weights={config.init_lora_weights!r} rewrote the weights under "
+                    "the adapter, and loading it starts from the original ones"
+                )
+        return
+    if not callable(base):
+        raise TypeError(f"base must be a model or a function that makes one, not {type(base).__name__}")
+    merged = [name for name, layer in found.lora.items() if layer.merged]
+    if merged:
+        raise ValueError(
+            f"model is merged on {grouped(merged)}, which rounds the weights that base is compared with; "
+            "load it anew, or leave base out"
+        )
+
+
+def _given_base(base: Base) -> nn.Module:
+    if isinstance(base, nn.Module):
+        made: Any = base
+    else:
+        try:
+            made = base()
+        except Exception as error:  # whatever the user's function raises
+            raise ValueError(f"base: the function raises {type(error).__name__}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"base must be a model or a function that makes one, not {type(made).__name__}")
+    if any(isinstance(m, BaseTunerLayer) for m in made.modules()):
+        raise ValueError("base must be a model without adapters")
+    return copy_of("base", made) if made is base else quiet_eval("base", made)
+
+
+class _LoadingError(Exception):
+    """What was saved cannot be loaded."""
+
+
+def _unloadable(error: _LoadingError) -> Finding:
+    return Finding(
+        *_WEIGHTS_DIFFER,
+        "error",
+        "the saved adapter",
+        f"it cannot be loaded on the base: {error}",
+        "a checkpoint that loads",
+        "see that save_pretrained writes every tensor of the adapter, and that the base has the modules it names",
+    )
+
+
+@contextmanager
+def _saving() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the adapter cannot be saved into a temporary folder in {tempfile.gettempdir()}: {error}; "
+            "let TMPDIR be a folder that can be written and has room for it"
+        ) from error
+
+
+@contextmanager
+def _loading() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError, OSError) as error:
+        raise _LoadingError(f"{type(error).__name__}: {error}") from error
+
+
+def _reloaded(adapted: nn.Module, fresh: nn.Module) -> nn.Module:
+    layer = next(m for m in adapted.modules() if isinstance(m, LoraLayer))
+    active = list(active_adapters(layer))
+    reload = _reloaded_peft if isinstance(adapted, WRAPPERS) else _reloaded_transformers
+    with ExitStack() as stack:
+        with _saving():
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+        return quiet_eval("model", reload(adapted, fresh, active, Path(folder)))
+
+
+def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Path) -> nn.Module:
+    from peft import PeftModel
+
+    if not isinstance(adapted, PeftModel):
+        raise ValueError(f"model cannot be saved: PEFT has no save_pretrained for {type(adapted).__name__}")
+    with _saving():
+        save_adapters(adapted, str(folder))
+    homes = {name: folder if name == "default" else folder / name for name in adapted.peft_config}
+    (first, home), *others = homes.items()
+    with _loading():
+        reloaded: Any = type(adapted).from_pretrained(fresh, str(home), adapter_name=first)
+        for name, home in others:
+            reloaded.load_adapter(str(home), adapter_name=name)
+        reloaded.base_model.set_adapter(active)
+    return as_module(reloaded)
+
+
+def _reloaded_transformers(adapted: Any, fresh: Any, active: list[str], folder: Path) -> nn.Module:
+    if len(active) != 1 or not hasattr(adapted, "save_pretrained") or not hasattr(fresh, "load_adapter"):
+        raise ValueError(
+            f"model cannot be saved: {type(adapted).__name__} with active adapters {active} has no save_pretrained "
+            "that writes one adapter; wrap it with peft.get_peft_model"
+        )
+    with _saving():
+        adapted.save_pretrained(str(folder))
+    with _loading():
+        fresh.load_adapter(str(folder), adapter_name=active[0])
+    return as_module(fresh)
+
+
+def _tensor_findings(
+    adapted: nn.Module, reloaded: nn.Module, trained: set[str], moving: frozenset[str], base_given: bool
+) -> Iterator[Finding]:
+    left_out = _unsaved_adapters(adapted)
+    before = {
+        name: tensor
+        for name, tensor in adapted.state_dict().items()
+        if name not in moving and not left_out.intersection(name.split("."))
+    }
+    after = reloaded.state_dict()
+    lost: list[str] = []
+    changed: list[str] = []
+    recast: list[str] = []
+    foreign: list[str] = []
+    for name, tensor in before.items():
+        other = after.get(name)
+        same = other is not None and other.shape == tensor.shape and identical(other.to(tensor), tensor)
+        is_adapter = any(part in name for part in _ADAPTER_PARTS)
+        if not same:
+            (changed if is_adapter else lost if name in trained else foreign).append(name)
+        elif is_adapter and other is not None and other.dtype != tensor.dtype:
+            recast.append(name)
+    if lost:
+        yield Finding(
+            *_NOT_SAVED,
+            "error",
+            grouped(lost),
+            f"{len(lost)} trained tensors are not in the saved adapter",
+            "every tensor that was trained comes back",
+            _fix_for_lost(lost),
+        )
+    if changed:
+        yield Finding(
+            *_WEIGHTS_DIFFER,
+            "error",
+            grouped(changed),
+            f"{len(changed)} tensors of the adapter have other values or shapes after loading",
+            "the values that were saved",
+            "see that no step or hook changes the model while it is saved, and that adapter names hold no dots",
+        )
+    if foreign and base_given:
+        yield Finding(
+            *_OTHER_BASE,
+            "error",
+            grouped(foreign),
+            f"{len(foreign)} tensors of the base differ from the base under the trained adapter",
+            "the base on which the adapter was trained, weights and buffers alike",
+            "load the adapter on the very base and quantization that it was trained on; modules that changed in "
+            "training (BatchNorm statistics, a new head) go into modules_to_save",
+        )
+    if recast:
+        pair = before[recast[0]].dtype, after[recast[0]].dtype
+        yield Finding(
+            *_OTHER_PRECISION,
+            "warning",
+            grouped(recast),
+            f"saved as {pair[0]}, loaded as {pair[1]}: the values are the same, the arithmetic is not",
+            "one precision in training and in use",
+            "cast the loaded adapter back, or train it in float32 (autocast_adapter_dtype=True)",
+        )
+
+
+def _unsaved_adapters(adapted: nn.Module) -> set[str]:
+    """Names of adapters that the model's ``save_pretrained`` does not write: with transformers' own, the inactive."""
+    if isinstance(adapted, WRAPPERS):
+        return set()
+    layers = [m for m in adapted.modules() if isinstance(m, LoraLayer)]
+    return {name for layer in layers for name in adapter_names(layer) if name not in active_adapters(layer)}
+
+
+def _fix_for_lost(lost: list[str]) -> str:
+    modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in lost})
+    if all(name.endswith(".bias") for name in lost):
+        return 'set bias="all" in the LoraConfig (PEFT 0.17 loses the biases of "lora_only"), or freeze the biases'
+    if any("embed" in module or module == "wte" for module in modules):
+        return (
+            "train new tokens with trainable_token_indices, or put the embedding into modules_to_save; or save "
+            "with save_embedding_layers=True"
+        )
+    return f"put them into modules_to_save={modules}, or freeze them"
+
+
+def _output_findings(expected: Tensor, got: Tensor, explained: list[Finding]) -> list[Finding]:
+    apart = distance(expected, got)
+    if explained or identical(expected, got):
+        return []
+    return [
+        Finding(
+            *_OUTPUT_DIFFERS,
+            "error",
+            "the output of the reloaded model",
+            f"it differs by up to {apart:.3g}, though every saved tensor came back as it was",
+            "the same output, bit for bit",
+            "look for what is neither weight nor configuration: attributes set by hand, hooks, another active "
+            "adapter, scaling changed with set_scale",
+        )
+    ]

@@ -1,0 +1,220 @@
+"""Predicted GPU memory of a training step, without a GPU and without weights."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_lora.facts.memory import AMPERE_WORKSPACE, Checkpointing, MemoryEstimate, StepSetting
+from pytest_lora.memory.setting import checked_setting, require_count
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
+    from transformers import BitsAndBytesConfig, PretrainedConfig
+
+    from pytest_lora.inspection.memory.predictor import Predictor
+
+
+def estimate_memory(
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
+    config: LoraConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    quantization: str | BitsAndBytesConfig | None = None,
+    dtype: str = "bfloat16",
+    gradient_checkpointing: Checkpointing = False,
+    optimizer: str = "adamw_torch",
+    padding_mask: bool = False,
+    accumulation: int = 1,
+    outputs_held: bool = False,
+    prepare_for_kbit: bool | None = None,
+    autocast: bool | None = None,
+    adapter_dtype: str = "float32",
+    use_cache: bool = False,
+    empty_cache: bool = False,
+    workspace: int | str = AMPERE_WORKSPACE,
+) -> MemoryEstimate:
+    """Predict the GPU memory of one training step.
+
+    The installed code of transformers, bitsandbytes and PEFT runs the step on tensors without values, every
+    storage is followed from its making to its end, and CUDA's caching allocator is replayed over it. Layers
+    that are like their neighbours are run once and counted often. Nothing is read, downloaded or changed.
+
+    Args:
+        base: A live model without adapter, a ``PretrainedConfig``, or the path of a model folder or
+            ``config.json``.
+        config: The adapter.
+        batch_size: Sequences (or images) in a micro-batch, at least 1.
+        seq_len: Tokens in each, padding included, at least 1.
+        quantization: ``"nf4"``, ``"fp4"`` (4 bits, no double quantization), ``"int8"``, a
+            ``BitsAndBytesConfig``, or None for a base in ``dtype``.
+        dtype: Dtype of the unquantized weights: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        gradient_checkpointing: ``False``, ``True`` (non-reentrant) or ``"reentrant"``.
+        optimizer: As in ``TrainingArguments(optim=...)``.
+        padding_mask: Whether batches hold padding: attention then needs a mask, and another kernel.
+        accumulation: Micro-batches to one optimizer step.
+        outputs_held: Whether the loop keeps the model's outputs (logits) while it goes backward. The Trainer
+            does not.
+        prepare_for_kbit: Whether PEFT's ``prepare_model_for_kbit_training`` is called, which casts what is not
+            quantized to float32. Default: yes if the base is quantized.
+        autocast: Whether the forward runs under ``torch.autocast``, as in the Trainer with ``bf16=True`` or
+            ``fp16=True``. Default: yes where ``dtype`` is one of these.
+        adapter_dtype: Dtype of the adapter: PEFT keeps it in ``"float32"`` unless
+            ``autocast_adapter_dtype=False``.
+        use_cache: Whether the model keeps keys and values for generation while it trains.
+        empty_cache: Whether the loop calls ``torch.cuda.empty_cache`` between steps.
+        workspace: Bytes of cuBLAS's workspace: 8,519,680 on Ampere and Ada, ``"32MiB"`` on Hopper;
+            ``torch.backends.cuda.cublas_workspace_size()`` says it on the GPU itself.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range, the base cannot be built, PEFT refuses the
+            configuration, or the model does something that needs values; the message names it.
+    """
+    memory = step_memory(
+        base,
+        config,
+        quantization=quantization,
+        dtype=dtype,
+        gradient_checkpointing=gradient_checkpointing,
+        optimizer=optimizer,
+        padding_mask=padding_mask,
+        accumulation=accumulation,
+        outputs_held=outputs_held,
+        prepare_for_kbit=prepare_for_kbit,
+        autocast=autocast,
+        adapter_dtype=adapter_dtype,
+        use_cache=use_cache,
+        empty_cache=empty_cache,
+        workspace=workspace,
+    )
+    return memory.estimate(batch_size, seq_len)
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Memory of one base and adapter at any batch size, sequence length and rank, in bytes.
+
+    The first points asked are traced, a few tenths of a second each; then a fit over a dozen traces answers,
+    exactly and in a fraction of a millisecond (``peak_allocated``) or some ten (the others).
+
+    Attributes:
+        rank: ``r`` where none is given.
+    """
+
+    _predictor: Predictor
+    rank: int
+
+    def peak_allocated(self, batch_size: int, seq_len: int, r: int | None = None) -> int:
+        """What ``torch.cuda.max_memory_allocated`` would say."""
+        return self._predictor.peak_allocated(*self._point(batch_size, seq_len, r))
+
+    def peak_reserved(self, batch_size: int, seq_len: int, r: int | None = None) -> int:
+        """What ``torch.cuda.max_memory_reserved`` would say."""
+        return self._predictor.peak_reserved(*self._point(batch_size, seq_len, r))
+
+    def estimate(self, batch_size: int, seq_len: int, r: int | None = None) -> MemoryEstimate:
+        """Everything about one step."""
+        return self._predictor.estimate(*self._point(batch_size, seq_len, r))
+
+    def _point(self, batch_size: int, seq_len: int, r: int | None) -> tuple[int, int, int]:
+        return (
+            require_count("batch_size", batch_size),
+            require_count("seq_len", seq_len),
+            self.rank if r is None else require_count("r", r),
+        )
+
+
+def step_memory(
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str], config: LoraConfig, **setting: Any
+) -> StepMemory:
+    """The memory of one base and adapter at any batch size, sequence length and rank.
+
+    For many estimates, which then share what they have in common.
+
+    Args:
+        base: As for ``estimate_memory``.
+        config: The adapter.
+        setting: The other arguments of ``estimate_memory``, ``batch_size`` and ``seq_len`` aside.
+
+    Raises:
+        TypeError, ValueError: As ``estimate_memory``.
+    """
+    _require_config(config)
+    checked = checked_setting(**{**_DEFAULTS, **setting})
+    if isinstance(base, (str, os.PathLike)):
+        from pytest_lora.inspection.skeleton import read_config
+
+        base = read_config(Path(base))
+    return StepMemory(_predictor(base, config, checked), config.r)
+
+
+def _require_config(config: Any) -> None:
+    from pytest_lora.inspection.peft_internals import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config must be a peft.LoraConfig, not {type(config).__name__}")
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(estimate_memory).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}
+_KEPT = 64
+_predictors: dict[Any, Predictor] = {}
+
+
+def _predictor(base: Any, config: LoraConfig, setting: StepSetting) -> Predictor:
+    """What predicts for a base, an adapter of any rank, and a setting; kept, as its traces are worth keeping.
+
+    A live model may change, so that nothing is kept for it.
+    """
+    from pytest_lora.inspection.memory.predictor import Predictor
+
+    description = _described(base)
+    if description is None:
+        return Predictor(base, config, setting)
+    fields = {k: v for k, v in vars(config).items() if k not in ("r", "lora_alpha")}
+    key = (description, repr(sorted(fields.items(), key=str)), setting)
+    if key not in _predictors:
+        if len(_predictors) >= _KEPT:
+            del _predictors[next(iter(_predictors))]
+        _predictors[key] = Predictor(copy.deepcopy(base), copy.deepcopy(config), setting)
+    return _predictors[key]
+
+
+def _described(base: Any) -> str | None:
+    """Text that tells one configuration from another; None for a live model."""
+    from transformers import PretrainedConfig
+
+    if isinstance(base, PretrainedConfig):
+        return f"{type(base).__name__} {base.to_json_string(use_diff=False)}"
+    return None
+
+
+def estimate_of_model(model: nn.Module, batch: Any) -> MemoryEstimate | None:
+    """What ``estimate_memory`` says of a live model with an adapter and a batch for it, with AdamW.
+
+    Returns:
+        None where the model has no configuration to build from, or the batch no ``input_ids``.
+
+    Raises:
+        ValueError: The step cannot be traced.
+    """
+    from pytest_lora.inspection.memory.live_model import described
+
+    ids = batch.get("input_ids") if hasattr(batch, "get") else None
+    if ids is None or ids.dim() != 2:
+        return None
+    found = described(model, int(ids.shape[0]), int(ids.shape[1]))
+    if found is None:
+        return None
+    predictor = _predictor(found.base, found.config, found.setting)
+    return predictor.estimate(found.setting.batch_size, found.setting.seq_len, found.config.r)

@@ -1,0 +1,177 @@
+"""How far a budget goes: the largest batch, sequence or rank that fits, and all batches as a table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pytest_lora.facts.byte_sizes import format_bytes
+from pytest_lora.facts.number_tables import markdown_lines, text_lines
+from pytest_lora.memory.budget import require_budget
+from pytest_lora.memory.estimate import StepMemory, step_memory
+from pytest_lora.memory.setting import require_count
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
+    from transformers import PretrainedConfig
+
+Vary = Literal["batch_size", "seq_len", "r"]
+
+_LARGEST = {"batch_size": 2**16, "seq_len": 2**22, "r": 2**14}
+
+
+def largest_that_fits(
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
+    config: LoraConfig,
+    budget: str | int,
+    *,
+    vary: Vary,
+    batch_size: int = 1,
+    seq_len: int = 512,
+    **setting: Any,
+) -> int:
+    """The largest batch size, sequence length or rank whose step fits a budget, 0 if none does.
+
+    Args:
+        base: As for ``estimate_memory``.
+        config: The adapter.
+        budget: GPU memory: ``"24GiB"``, or whole bytes. The peak that is allocated must not pass it.
+        vary: ``"batch_size"``, ``"seq_len"`` or ``"r"``; the others stay as given.
+        batch_size: Stays, unless it is varied.
+        seq_len: Stays, unless it is varied.
+        setting: The other arguments of ``estimate_memory``.
+
+    Raises:
+        TypeError, ValueError: As ``estimate_memory``; or the budget has no unit, or ``vary`` is none of these.
+    """
+    limit = require_budget(budget)
+    if vary not in _LARGEST:
+        raise ValueError(f"vary must be one of {', '.join(_LARGEST)}, not {vary!r}")
+    memory = step_memory(base, config, **setting)
+    point = {"batch_size": batch_size, "seq_len": seq_len, "r": config.r}
+
+    def fits(value: int) -> bool:
+        return memory.peak_allocated(**{**point, vary: value}) <= limit
+
+    return _largest(fits, _LARGEST[vary])
+
+
+def _largest(fits: Callable[[int], bool], bound: int) -> int:
+    """The largest value up to a bound that fits, where all smaller ones do."""
+    low, high = 0, 1
+    while high <= bound and fits(high):
+        low, high = high, 2 * high
+    high = min(high, bound + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierRow:
+    """The largest batch for one sequence length and rank.
+
+    Attributes:
+        seq_len: Tokens in each sequence.
+        rank: ``r``.
+        batch_size: The largest batch that fits, 0 where not even one sequence does.
+        peak_allocated: Bytes that a step with this batch allocates at its peak; of batch 1 where none fits.
+    """
+
+    seq_len: int
+    rank: int
+    batch_size: int
+    peak_allocated: int
+
+
+@dataclass(frozen=True, slots=True)
+class OomFrontier:
+    """How far a budget goes: the largest batch per sequence length and rank.
+
+    Attributes:
+        base: Class of the base or of its configuration.
+        budget: Bytes.
+        rows: By sequence length, then by rank, in the order that was asked for.
+    """
+
+    base: str
+    budget: int
+    rows: tuple[FrontierRow, ...]
+
+    def __str__(self) -> str:
+        return "\n".join((self._title(), *text_lines(self._cells())))
+
+    def to_markdown(self) -> str:
+        """The table in Markdown."""
+        return "\n".join((f"{self._title()}:", "", *markdown_lines(self._cells())))
+
+    def _title(self) -> str:
+        return f"Largest batch of {self.base} in {format_bytes(self.budget)}"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        ranks = list(dict.fromkeys(row.rank for row in self.rows))
+        found = {(row.seq_len, row.rank): row.batch_size for row in self.rows}
+        lengths = dict.fromkeys(row.seq_len for row in self.rows)
+        return [
+            ("sequence", *(f"r={rank}" for rank in ranks)),
+            *((str(length), *(str(found[length, rank]) for rank in ranks)) for length in lengths),
+        ]
+
+
+def oom_frontier(
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
+    config: LoraConfig,
+    budget: str | int,
+    *,
+    seq_lens: Iterable[int] = (512, 1024, 2048, 4096),
+    ranks: Iterable[int] | None = None,
+    **setting: Any,
+) -> OomFrontier:
+    """The largest batch that fits a budget, for every sequence length and rank.
+
+    Args:
+        base: As for ``estimate_memory``.
+        config: The adapter.
+        budget: GPU memory: ``"24GiB"``, or whole bytes. The peak that is allocated must not pass it.
+        seq_lens: Sequence lengths in tokens.
+        ranks: Ranks; by default that of ``config`` alone.
+        setting: The other arguments of ``estimate_memory``, ``batch_size`` and ``seq_len`` aside.
+
+    Raises:
+        TypeError, ValueError: As ``estimate_memory``; or the budget has no unit, or a list is empty or holds
+            something that is no whole number above 0.
+    """
+    limit = require_budget(budget)
+    lengths = _require_counts("seq_lens", seq_lens)
+    wanted = None if ranks is None else _require_counts("ranks", ranks)
+    memory = step_memory(base, config, **setting)
+    rows = tuple(
+        _frontier_row(memory, limit, length, rank) for length in lengths for rank in wanted or (memory.rank,)
+    )
+    return OomFrontier(_named(base), limit, rows)
+
+
+def _frontier_row(memory: StepMemory, limit: int, seq_len: int, rank: int) -> FrontierRow:
+    def fits(batch_size: int) -> bool:
+        return memory.peak_allocated(batch_size, seq_len, rank) <= limit
+
+    batch_size = _largest(fits, _LARGEST["batch_size"])
+    return FrontierRow(seq_len, rank, batch_size, memory.peak_allocated(max(1, batch_size), seq_len, rank))
+
+
+def _named(base: Any) -> str:
+    """What a table calls a base: the class of a model or of its configuration, or the path."""
+    return str(base) if isinstance(base, (str, os.PathLike)) else type(base).__name__
+
+
+def _require_counts(name: str, values: Any) -> tuple[int, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be whole numbers such as [512, 1024], not {values!r}")
+    counts = tuple(dict.fromkeys(require_count(name, value) for value in values))
+    if not counts:
+        raise ValueError(f"{name} must not be empty")
+    return counts

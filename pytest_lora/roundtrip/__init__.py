@@ -1,1 +1,0 @@
-"""Round trips of an adapter, done on copies of the model; a module for each."""

@@ -1,0 +1,1 @@
+"""Rules of the stage *history*: losses that a run has logged."""

@@ -1,0 +1,144 @@
+"""The checks as a callback of the transformers Trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from pytest_lora.facts.history import as_count
+from pytest_lora.runs.watch import FIRST_STEPS, OnError, Watch
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from pytest_lora.expect import Expect
+
+
+class LoraHealthCallback(TrainerCallback):
+    """Judge a real run: the model before it starts and after its first steps, the losses as they are logged.
+
+    Gradients, learning rates and moves of the first steps are judged with the first loss that the Trainer logs after
+    them (``logging_steps``), in one process and without DeepSpeed: elsewhere no process sees whole gradients. The run
+    itself goes as it would without: no forward pass is added and no random number drawn.
+
+    Each finding is told once, as a ``LoraHealthWarning``. Errors do what ``on_error`` says: ``"warn"``,
+    ``"stop"`` (the run ends after the step) or ``"raise"`` (``LoraHealthError`` out of ``trainer.train()``).
+
+    Args:
+        expect: What is meant, where only the user can know it.
+        on_error: See above.
+        model_steps: Optimizer steps whose gradients are looked at, and after which the model is again. The default
+            is 2: the first step moves ``lora_B``, which gives ``lora_A`` its first gradient at the second.
+
+    Raises:
+        TypeError: ``expect`` is no ``Expect``, or ``model_steps`` no whole number.
+        ValueError: ``on_error`` is none of the three, or ``model_steps`` is below 1.
+    """
+
+    def __init__(
+        self, *, expect: Expect | None = None, on_error: OnError = "warn", model_steps: int = FIRST_STEPS
+    ) -> None:
+        self._expect, self._on_error = expect, on_error
+        self._model_steps = as_count("model_steps", model_steps)
+        self.watch = Watch(expect=expect, on_error=on_error)
+        self._begun_at = self._unlogged = 0
+        self._latest: tuple[str, int, object] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start a new watch and judge the model and the optimizer."""
+        self.watch = Watch(
+            total_steps=state.max_steps if state.max_steps > 0 else None,
+            expect=self._expect,
+            on_error=self._on_error,
+            first_steps=self._model_steps,
+        )
+        self._latest = None
+        self._begun_at = state.global_step
+        losses, evals = _logged(state)
+        self._unlogged = 0 if losses else state.global_step
+        self.watch.recall(losses, evals)
+        self._look(control, kwargs)
+        # The schedule has set the rate of the first step by now, which a warm-up makes small.
+        self.watch.learning_rate = float(args.learning_rate)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the gradients of the first steps, as they are after clipping."""
+        if self._is_repeated("gradients", state):
+            return
+        optimizer = kwargs.get("optimizer")
+        # With several processes a gradient may be a shard, and DeepSpeed keeps it to itself.
+        if args.world_size == 1 and optimizer is not None and "DeepSpeed" not in type(optimizer).__name__:
+            self.watch.before_step(
+                kwargs["model"], optimizer, kwargs.get("lr_scheduler"), scaler=bool(args.fp16)
+            )
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note what the first steps moved."""
+        if not self._is_repeated("step", state):
+            self.watch.after_step()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Judge the model again after the first steps."""
+        if state.global_step == self._begun_at + self._model_steps:
+            self._look(control, kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take the loss that the Trainer logs, or at its end the mean if it logged none."""
+        if self._is_repeated("losses", state, logs):
+            return
+        if logs and not self.watch.count and "train_loss" in logs:
+            logs = {"loss": logs["train_loss"]}
+        if logs and "loss" in logs:
+            # Not args.logging_steps: losses may be logged by epoch, or by a share of the run.
+            logged = state.global_step - self._unlogged
+            self.watch.steps_per_loss = max(1, round(logged / (self.watch.count + 1)))
+        for name, take in (("loss", self.watch.log), ("eval_loss", self.watch.log_eval)):
+            if logs and name in logs:
+                take(logs[name])
+        self._stop_if_asked(control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Judge the whole history and the model at its end."""
+        self.watch.judge()
+        self.watch.judge_first_steps()
+        self._look(control, kwargs)
+
+    def _is_repeated(self, what: str, state: TrainerState, logs: object = None) -> bool:
+        """Whether the same thing is told again, as it is to a callback that was added twice."""
+        before, self._latest = self._latest, (what, state.global_step, logs)
+        return before is not None and before[:2] == self._latest[:2] and before[2] is logs
+
+    def _look(self, control: TrainerControl, kwargs: dict[str, Any]) -> None:
+        rate = self.watch.learning_rate
+        self.watch.look(kwargs["model"], kwargs.get("optimizer"))
+        self.watch.learning_rate = rate
+        self._stop_if_asked(control)
+
+    def _stop_if_asked(self, control: TrainerControl) -> None:
+        if self._on_error == "stop" and self.watch.should_stop:
+            control.should_training_stop = True
+
+
+def _logged(state: TrainerState) -> tuple[list[float], dict[int, float]]:
+    """Losses of a run before it was resumed: those of training, and those of evaluations by step."""
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    evals = {int(entry["step"]): entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+    return losses, evals

@@ -1,0 +1,308 @@
+"""The life of a model with adapters, as a state machine of Hypothesis over PEFT's own operations.
+
+Needs the extra ``pytest-lora[strategies]``.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+from pytest_lora.bases.tiny import load_tiny, text_batch
+from pytest_lora.checks.model import check_model
+from pytest_lora.expect import Expect
+from pytest_lora.inspection.behaviour.combination import COMBINATIONS, combination_error, rank_of
+from pytest_lora.inspection.behaviour.copies import TOLERANCES, distance, identical, output_of
+from pytest_lora.inspection.behaviour.laws import check_lora_laws
+from pytest_lora.inspection.bitsandbytes_internals import pack_linear_layers, unpack_linear_layers
+from pytest_lora.inspection.peft_internals import SVD_SCALES_TWICE, forget_adapters, save_adapters
+
+NAMES = ("first", "second", "third", "fourth")
+_RATE = 1e-2
+_SEEDS = st.integers(0, 2**16)
+_RANKS = st.integers(1, 8)
+_WEIGHTS = st.sampled_from((1.0, 0.5, 2.0, -1.0))
+_LARGEST_COMBINATION = 32
+_VARIANTS = st.sampled_from(("plain", "rslora", "dora"))
+_IN_PASSING = ("LORA202", "LORA203")
+"""Disabled adapters and merged ones: errors in a set-up that is to train, states in passing here."""
+
+
+@cache
+def _tiny_base() -> Any:
+    return load_tiny(quantization=None)
+
+
+class LoraLifecycle(RuleBasedStateMachine):
+    """Adapters are added, activated, disabled, merged, deleted, saved, loaded, trained, combined and renamed.
+
+    After each step every adapter gives what it gave last and the base what it gave at first: bit for bit, or within
+    rounding once something was merged. And ``check_model`` finds no error. In between, the base is packed to 4 bits
+    under its adapters, and the laws of ``assert_lora_laws`` are held. Your own model takes its place in three
+    lines::
+
+        class OwnLifecycle(LoraLifecycle):
+            def make_base(self):
+                return AutoModelForCausalLM.from_pretrained("path/of/my/model")
+
+        TestOwnLifecycle = OwnLifecycle.TestCase
+
+    Override ``make_batch`` too where the model takes something else than the built-in base does, and ``targets``
+    where its modules have other names. Merging rounds quantized weights for good, so the base that is made is not
+    to be quantized, and once the machine has packed it, merging is left to the laws, which do it on a copy.
+
+    Attributes:
+        targets: ``target_modules`` of the adapters.
+        quantizes: Whether the base is packed to 4 bits on the way.
+        steps: States looked at so far by all machines, for those who count.
+    """
+
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    quantizes = True
+    steps = 0
+
+    def make_base(self) -> Any:
+        """A new base without adapter, not quantized."""
+        return copy.deepcopy(_tiny_base())
+
+    def make_batch(self) -> Any:
+        """What the model is called with; it must give a loss."""
+        return {name: value[:1, :16] for name, value in text_batch().items()}
+
+    @initialize(seed=_SEEDS, rank=_RANKS, variant=_VARIANTS)
+    def begin(self, seed: int, rank: int, variant: str) -> None:
+        """A base with one adapter on it."""
+        torch.manual_seed(seed)
+        self.batch = self.make_batch()
+        base = self.make_base()
+        self.plain = output_of(base.eval(), self.batch)
+        self.model: Any = get_peft_model(base, self._config(rank, variant), adapter_name=NAMES[0]).eval()
+        self.outputs = {NAMES[0]: self._now()}
+        self.merged = self.disabled = self.rounded = self.quantized = self.judged = False
+
+    def _config(self, rank: int, variant: str) -> LoraConfig:
+        return LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=list(self.targets),
+            init_lora_weights=False,
+            use_rslora=variant == "rslora",
+            use_dora=variant == "dora",
+        )
+
+    def _now(self) -> Tensor:
+        return output_of(self.model.eval(), self.batch)
+
+    def _free(self) -> list[str]:
+        return [name for name in NAMES if name not in self.outputs]
+
+    def _active(self) -> str:
+        active: str = self.model.active_adapter
+        return active
+
+    def _at_rest(self) -> bool:
+        return not self.merged and not self.disabled
+
+    @precondition(lambda self: self._at_rest() and self._free())
+    @rule(seed=_SEEDS, rank=_RANKS, variant=_VARIANTS)
+    def add(self, seed: int, rank: int, variant: str) -> None:
+        """Add an adapter, and activate it."""
+        torch.manual_seed(seed)
+        name = self._free()[0]
+        self.model.add_adapter(name, self._config(rank, variant))
+        self.model.set_adapter(name)
+        self.outputs[name] = self._now()
+
+    @precondition(lambda self: self._at_rest())
+    @rule(data=st.data())
+    def activate(self, data: st.DataObject) -> None:
+        """Make another adapter the active one."""
+        self.model.set_adapter(data.draw(st.sampled_from(sorted(self.outputs))))
+
+    @precondition(lambda self: not self.merged)
+    @rule()
+    def switch(self) -> None:
+        """Disable the adapters, or enable them again."""
+        if self.disabled:
+            self.model.base_model.enable_adapter_layers()
+        else:
+            self.model.base_model.disable_adapter_layers()
+        self.disabled = not self.disabled
+
+    @precondition(lambda self: self._at_rest() and not self.quantized)
+    @rule()
+    def merge(self) -> None:
+        """Merge the active adapter into the base."""
+        self.model.merge_adapter()
+        self.merged = self.rounded = True
+
+    @precondition(lambda self: self.merged)
+    @rule()
+    def unmerge(self) -> None:
+        """Take it out again."""
+        self.model.unmerge_adapter()
+        self.merged = False
+
+    @precondition(lambda self: self._at_rest() and len(self.outputs) > 1)
+    @rule(data=st.data())
+    def delete(self, data: st.DataObject) -> None:
+        """Delete an adapter that is not active."""
+        others = sorted(set(self.outputs) - {self._active()})
+        name = data.draw(st.sampled_from(others))
+        self.model.delete_adapter(name)
+        del self.outputs[name]
+
+    @precondition(lambda self: self._at_rest() and self._free())
+    @rule()
+    def save_and_load(self) -> None:
+        """Save the active adapter, and load it under another name."""
+        source, name = self._active(), self._free()[0]
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapters(self.model, folder, selected_adapters=[source])
+            self.model.load_adapter(str(Path(folder) / source), adapter_name=name, is_trainable=True)
+        self.model.set_adapter(name)
+        moved = not self._contiguous(source)
+        self._same(self._now(), self.outputs[source], f"adapter {source!r}, loaded", rounded=moved)
+        self.outputs[name] = self._now()
+
+    def _contiguous(self, adapter: str) -> bool:
+        """Whether its factors lie in memory as they are loaded; products of another layout round differently."""
+        factors = [p for name, p in self.model.named_parameters() if f".{adapter}." in name]
+        return all(factor.is_contiguous() for factor in factors)
+
+    @precondition(lambda self: self._at_rest() and self._free())
+    @rule()
+    def rename(self) -> None:
+        """Give the active adapter another name: save it, load it under that name, delete the old one."""
+        source = self._active()
+        self.save_and_load()
+        self.model.delete_adapter(source)
+        del self.outputs[source]
+
+    @precondition(lambda self: self._at_rest())
+    @rule()
+    def train(self) -> None:
+        """Take one step with the active adapter."""
+        self.model.train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=_RATE)
+        self.model(**self.batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.outputs[self._active()] = self._now()
+
+    def _plain(self) -> list[str]:
+        """Adapters that PEFT can combine: of rsLoRA and DoRA it makes something else, see docs/upstream.md."""
+        configs = self.model.peft_config
+        return [n for n in sorted(self.outputs) if not configs[n].use_rslora and not configs[n].use_dora]
+
+    @precondition(lambda self: self._at_rest() and self._free() and self._plain())
+    @rule(data=st.data())
+    def combine(self, data: st.DataObject) -> None:
+        """Combine one or two plain adapters into a new one; a single one at weight 1 is that one again."""
+        name, known = self._free()[0], self._plain()
+        sources = list(dict.fromkeys(data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=2))))
+        weights = {source: data.draw(_WEIGHTS) for source in sources}
+        ranks = [rank_of(self.model, source) for source in sources]
+        kinds = [kind for kind in COMBINATIONS if kind != "cat" or sum(ranks) <= _LARGEST_COMBINATION]
+        if len(set(ranks)) > 1 or min(weights.values()) < 0:
+            kinds.remove("linear")  # which takes adapters of one rank and, in PEFT 0.17, no negative weight
+        if SVD_SCALES_TWICE:
+            kinds.remove("svd")
+        kind = data.draw(st.sampled_from(kinds))
+        self.model.add_weighted_adapter(sources, list(weights.values()), name, combination_type=kind)
+        self.model.set_adapter(name)
+        self.outputs[name] = self._now()
+        error = combination_error(self.model, name, weights, kind)
+        assert error is None, f"{kind} of {weights}: {error}"
+        if list(weights.values()) == [1.0]:
+            source = sources[0]
+            self._same(self._now(), self.outputs[source], f"adapter {source!r} at weight 1", rounded=True)
+
+    @precondition(lambda self: self.quantizes and self._at_rest() and not self.quantized)
+    @rule()
+    def quantize(self) -> None:
+        """Move the adapters to the base in 4 bits: save them, pack the base that they leave, load them there.
+
+        They must act on it as on a base that has the same values in whole weights.
+        """
+        active = self._active()
+        with tempfile.TemporaryDirectory() as folder:
+            save_adapters(self.model, folder)
+            base = self.model.unload()
+            forget_adapters(base)
+            self._same(output_of(base.eval(), self.batch), self.plain, "the base after unload()")
+            pack_linear_layers(base)
+            whole = copy.deepcopy(base)
+            unpack_linear_layers(whole)
+            self.model, twin = self._loaded(base, folder), self._loaded(whole, folder)
+        for name in self.outputs:
+            self.model.set_adapter(name)
+            twin.set_adapter(name)
+            self.outputs[name] = self._now()
+            expected = output_of(twin.eval(), self.batch)
+            self._same(self.outputs[name], expected, f"adapter {name!r} in 4 bits", rounded=True)
+        self.model.set_adapter(active)
+        with self.model.disable_adapter():
+            self.plain = self._now()
+        self.quantized, self.rounded = True, False
+
+    def _loaded(self, base: Any, folder: str) -> Any:
+        first, *others = self.outputs
+        model = PeftModel.from_pretrained(base, f"{folder}/{first}", adapter_name=first, is_trainable=True)
+        for name in others:
+            model.load_adapter(f"{folder}/{name}", adapter_name=name, is_trainable=True)
+        return model
+
+    @precondition(lambda self: self._at_rest() and not self.judged)
+    @rule()
+    def hold_laws(self) -> None:
+        """Hold the laws of LoRA against copies of the model, which takes as long as ten other steps: once a life."""
+        self.judged = True
+        errors = check_lora_laws(self.model, self.batch).errors
+        assert not errors, "\n".join(map(str, errors))
+
+    @invariant()
+    def laws_hold(self) -> None:
+        """Every adapter acts as it did, and so does the base."""
+        LoraLifecycle.steps += 1
+        if self.disabled:
+            self._same(self._now(), self.plain, "disabled adapters")
+            return
+        active = self._active()
+        self._same(self._now(), self.outputs[active], f"adapter {active!r}")
+        if self.merged:
+            return
+        for name, expected in self.outputs.items():
+            self.model.set_adapter(name)
+            self._same(self._now(), expected, f"adapter {name!r}")
+        self.model.set_adapter(active)
+        with self.model.disable_adapter():
+            self._same(self._now(), self.plain, "the base under disable_adapter")
+
+    def _same(self, seen: Tensor, expected: Tensor, what: str, rounded: bool = False) -> None:
+        """Equal bit for bit, or within rounding once something was merged."""
+        if identical(seen, expected):
+            return
+        assert rounded or self.rounded, f"{what}: the output moved by {distance(seen, expected):.3g}"
+        apart, scale = distance(seen, expected), float(expected.abs().max())
+        allowed = TOLERANCES.get(seen.dtype, 0.0) * scale
+        assert apart <= allowed, f"{what}: the output moved by {apart:.3g}, at most {allowed:.3g} is rounding"
+
+    @invariant()
+    def checks_pass(self) -> None:
+        """``check_model`` finds no error but that adapters are merged or disabled, where they are."""
+        report = check_model(self.model, expect=Expect(fresh=None))
+        passing = _IN_PASSING if self.merged or self.disabled else ()
+        errors = [finding for finding in report.errors if finding.code not in passing]
+        assert not errors, "\n".join(map(str, errors))
