@@ -129,7 +129,7 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
     output_embeddings = _embedding(root, "get_output_embeddings", names)
     return BaseFacts(
         architecture=type(root).__name__,
-        task_type=_task_type(root),
+        task_type=task_of(type(root).__name__, _config(root)),
         modules=tuple(_base_modules(modules)),
         module_names=tuple(name for name in modules if name),
         parameters=sum(p.numbers for p in parameters),
@@ -155,11 +155,11 @@ def _base_modules(modules: dict[str, nn.Module]) -> Iterator[BaseModule]:
             yield BaseModule(name, type(module).__name__, *shape, quantization_of(module))
 
 
-def _task_type(root: nn.Module) -> str | None:
-    name = type(root).__name__
-    if name.endswith("ForConditionalGeneration") and getattr(_config(root), "is_encoder_decoder", False):
+def task_of(architecture: str, config: Any) -> str | None:
+    """The PEFT task type that fits a transformers class, by its name and its configuration; None where none does."""
+    if architecture.endswith("ForConditionalGeneration") and getattr(config, "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
-    return next((task for ending, task in TASKS.items() if name.endswith(ending)), None)
+    return next((task for ending, task in TASKS.items() if architecture.endswith(ending)), None)
 
 
 def _config(root: nn.Module) -> Any:

@@ -52,6 +52,7 @@ __all__ = [
     "token_rows",
     "trains_xlora",
     "wrapped_base",
+    "xlora_models",
 ]
 
 
@@ -184,8 +185,13 @@ def own_geometry(layer: LoraLayer, adapter: str) -> bool:
 
 def trains_xlora(model: nn.Module) -> bool:
     """Whether X-LoRA's classifier, which weighs its frozen adapters token by token, requires gradients."""
-    mixtures: list[Any] = [module for module in model.modules() if isinstance(module, XLoraModel)]
-    return any(p.requires_grad for mixture in mixtures for p in mixture.internal_xlora_classifier.parameters())
+    classifiers: list[Any] = [mixture.internal_xlora_classifier for mixture in xlora_models(model)]
+    return any(p.requires_grad for classifier in classifiers for p in classifier.parameters())
+
+
+def xlora_models(model: nn.Module) -> list[Any]:
+    """The tuners of X-LoRA in a model."""
+    return [module for module in model.modules() if isinstance(module, XLoraModel)]
 
 
 def is_adalora(layer: LoraLayer) -> bool:

@@ -266,6 +266,7 @@ def _leaking(adapted: nn.Module, batch: Any) -> Iterator[Finding]:
     config = copy.deepcopy(pair.peft_config[first[0]])
     config.init_lora_weights, config.bias = False, "none"
     config.modules_to_save = config.trainable_token_indices = None
+    config.inference_mode = True  # AdaLoRA has one trainable adapter at most
     try:
         pair.add_adapter(_SECOND, config)
     except ValueError:

@@ -156,7 +156,8 @@ def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Pa
     homes = {name: folder if name == "default" else folder / name for name in adapted.peft_config}
     (first, home), *others = homes.items()
     with _loading():
-        reloaded: Any = type(adapted).from_pretrained(fresh, str(home), adapter_name=first)
+        # AdaLoRA's forward pass raises where none of its adapters is trainable.
+        reloaded: Any = type(adapted).from_pretrained(fresh, str(home), adapter_name=first, is_trainable=True)
         for name, home in others:
             reloaded.load_adapter(str(home), adapter_name=name)
         reloaded.base_model.set_adapter(active)

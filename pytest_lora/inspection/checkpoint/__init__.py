@@ -78,6 +78,8 @@ def checkpoint_facts(path: Path, base: Base | None = None, *, read_pickle: bool 
     elif weights is not None:
         reading.safetensors(weights)
     keys = {tensor.name: Key.of(tensor.name) for tensor in reading.tensors}
+    if base is not None and raw is not None:
+        base = base.meant_by(raw, reading.tensors, keys)
     config = reading.judge_patterns(raw, keys, base)
     facts = CheckpointFacts(
         name=path.name or str(path),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 
 from pytest_lora.facts.checkpoint import PREFIX, Fit, Key, Misfit, TensorFacts
@@ -16,10 +18,18 @@ from pytest_lora.inspection.checkpoint.config_file import lora_config
 from pytest_lora.inspection.config import ADAPTER, assembled, dry_run
 from pytest_lora.inspection.layers import layer_facts
 from pytest_lora.inspection.peft_internals import heads_by_task_type, load_state, saved_state
-from pytest_lora.inspection.skeleton import resolve_base, skeleton
+from pytest_lora.inspection.skeleton import (
+    build_on_meta,
+    builds_another_class,
+    model_or_config,
+    resolve_base,
+    skeleton,
+)
 from pytest_lora.inspection.survey import survey
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from pytest_lora.facts.base import BaseFacts
     from pytest_lora.inspection.survey import Survey
 
@@ -27,19 +37,42 @@ if TYPE_CHECKING:
 class Base:
     """A base to compare adapters with, built once."""
 
-    def __init__(self, base: Any, task_type: str | None = None) -> None:
+    def __init__(self, base: Any) -> None:
         """Take a live model, a ``PretrainedConfig``, or the path of a model folder or ``config.json``.
 
         Raises:
             TypeError: ``base`` is none of these.
             ValueError: It cannot be read or built, or carries adapters itself.
         """
-        self.model = resolve_base(base, task_type)
+        given = model_or_config(base)
+        self.config = None if isinstance(given, nn.Module) else given
+        self._meant: dict[tuple[str, ...], Base] = {}
+        self._look_at(resolve_base(given), base)
+
+    def _look_at(self, model: nn.Module, base: Any) -> None:
+        self.model = model
         self.found: Survey = survey(self.model)
         if self.found.carries_adapter:
             raise ValueError("base: it carries adapters itself; give the base model without them")
         self.facts: BaseFacts = base_facts(self.found, base_parameters(self.found))
         self.name = _name(self.model, base)
+
+    def meant_by(self, raw: dict[str, Any], tensors: tuple[TensorFacts, ...], keys: dict[str, Key]) -> Base:
+        """The base of the class that an adapter's own configuration means, where a ``config.json`` names another.
+
+        A live model is what it is. Of a head that the ``config.json`` says nothing of, the file tells the classes.
+        """
+        if self.config is None:
+            return self
+        config, task_type = _class_of_the_adapter(self.config, raw)
+        if config is self.config and not builds_another_class(config, task_type):
+            return self
+        labels = _labels(tensors, keys)
+        key = str(config.architectures), str(task_type), str(labels)
+        if key not in self._meant:
+            self._meant[key] = meant = copy.copy(self)
+            meant._look_at(build_on_meta(config, task_type, labels), self.name)
+        return self._meant[key]
 
     def fit(self, raw: dict[str, Any], tensors: tuple[TensorFacts, ...], keys: dict[str, Key]) -> Fit:
         """Compare an adapter; ``raw`` is its configuration, whose fields have been checked."""
@@ -126,6 +159,29 @@ def _weights(injected: nn.Module) -> dict[str, tuple[int, ...]]:
         for own, p in module._parameters.items()
         if p is not None
     }
+
+
+def _class_of_the_adapter(config: PretrainedConfig, raw: dict[str, Any]) -> tuple[PretrainedConfig, str | None]:
+    """What to build for an adapter: by its task type, or else by the class of transformers in ``auto_mapping``."""
+    task_type, mapping = raw.get("task_type"), raw.get("auto_mapping")
+    if isinstance(task_type, str):
+        return config, task_type
+    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    made = getattr(transformers, name, None) if isinstance(name, str) else None
+    if getattr(made, "config_class", None) is not type(config) or name in (config.architectures or ()):
+        return config, None
+    config = copy.deepcopy(config)
+    config.architectures = [name]
+    return config, None
+
+
+def _labels(tensors: tuple[TensorFacts, ...], keys: dict[str, Key]) -> int | None:
+    """Rows of the last matrix of a task head in the file, which are its classes; None where it has none."""
+    parts = [(keys[t.name].module.split("."), t.shape) for t in tensors if len(t.shape) == 2 and not keys[t.name].part]
+    return min((shape[0] for path, shape in parts if HEADS.intersection(path)), default=None)
+
+
+HEADS = frozenset(head for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") for head in heads_by_task_type(task))
 
 
 def _name(model: nn.Module, base: Any) -> str | None:
