@@ -117,6 +117,7 @@ class SavedModule:
         active: Whether the copy takes part in the forward pass.
         disabled: Whether all copies are switched off here.
         tied: Other modules that shared the original's weight and do not share the copy's.
+        tied_by_loading: Whether this transformers ties the two again as it loads a merged model in which they differ.
     """
 
     module: str
@@ -129,6 +130,7 @@ class SavedModule:
     active: bool
     disabled: bool
     tied: tuple[str, ...]
+    tied_by_loading: bool
 
     @property
     def field(self) -> str:

@@ -144,7 +144,20 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
         device_types=tuple(dict.fromkeys(p.tensor.device.type for p in parameters)),
         quantization=_quantization(root, modules),
         carries_adapter=survey.carries_adapter,
-        fused=tuple(FusedParameter(p.full_name, p.numbers) for p in parameters if p.tensor.ndim == 3),
+        fused=tuple(
+            FusedParameter(p.full_name, p.numbers) for p in parameters if _stacks_experts(p, modules)
+        ),
+    )
+
+
+def _stacks_experts(parameter: BaseParameter, modules: dict[str, nn.Module]) -> bool:
+    """Whether a parameter stacks the matrices of several experts; kernels and positions have three dimensions too."""
+    shape = parameter.tensor.shape
+    names = (parameter.full_name, type(modules[parameter.module]).__name__)
+    return (
+        len(shape) == 3
+        and shape[0] > 1
+        and any(word in n.lower() for word in ("expert", "moe") for n in names)
     )
 
 

@@ -109,7 +109,9 @@ def factors(layer: LoraLayer, adapter: str) -> Factors:
     by_design = tuple(getattr(layer, "frozen_peft_weight_names", {}).get(adapter, ()))
     if adapter in getattr(layer, "lora_E", ()):
         # AdaLoRA's product is B diag(E) A, and E is what starts at zero.
-        return Factors("lora_A", _weight(layer.lora_A[adapter]), "lora_E", _weight(layer.lora_E[adapter]), by_design)
+        return Factors(
+            "lora_A", _weight(layer.lora_A[adapter]), "lora_E", _weight(layer.lora_E[adapter]), by_design
+        )
     if adapter in layer.lora_A:
         a, b = _weight(layer.lora_A[adapter]), _weight(layer.lora_B[adapter])
         return Factors("lora_A", a, "lora_B", b, by_design)

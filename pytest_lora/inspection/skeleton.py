@@ -16,6 +16,11 @@ from torch import nn
 from torch.nn import init
 
 from pytest_lora.inspection.base import logical_shape, quantization_of, task_of
+from pytest_lora.inspection.peft_internals import (
+    BaseTunerLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+)
 from pytest_lora.inspection.survey import survey
 
 if TYPE_CHECKING:
@@ -24,7 +29,9 @@ if TYPE_CHECKING:
 META = torch.device("meta")
 _BLANK = nn.Module().__dict__
 
-PRETRAINED = re.compile(r"(ForCausalLM|LMHead(Model)?|ForMaskedLM|ForPreTraining|ForConditionalGeneration|Model)$")
+PRETRAINED = re.compile(
+    r"(ForCausalLM|LMHead(Model)?|ForMaskedLM|ForPreTraining|ForConditionalGeneration|Model)$"
+)
 """Classes that a base is pretrained as, and that its ``config.json`` names whatever is built on it."""
 
 
@@ -216,7 +223,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     """A copy of a model's structure on the meta device; nothing of the original is shared that PEFT changes.
 
     Weights become meta tensors of their logical shape, shared where they were shared; layers quantized by
-    bitsandbytes become ``nn.Linear`` of their logical shape; hooks stay behind.
+    bitsandbytes become ``nn.Linear`` of their logical shape; hooks stay behind, and so do the adapters of PEFT.
     """
     return _Copier().copy(model)
 
@@ -228,6 +235,10 @@ class _Copier:
 
     def copy(self, module: nn.Module) -> nn.Module:
         known = self.modules.get(id(module))
+        if isinstance(module, BaseTunerLayer):
+            return self.copy(module.base_layer)
+        if isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
+            return self.copy(module.original_module)
         if known is None:
             known = self.modules[id(module)] = self._plain_linear(module) or self._shallow(module)
         return known

@@ -123,7 +123,9 @@ def _outermost_adapted(model: nn.Module) -> nn.Module:
         return adapted
     while True:
         model = _uncompiled(model)
-        held = next((WRAPPER_CLASSES[c.__name__] for c in type(model).__mro__ if c.__name__ in WRAPPER_CLASSES), "")
+        held = next(
+            (WRAPPER_CLASSES[c.__name__] for c in type(model).__mro__ if c.__name__ in WRAPPER_CLASSES), ""
+        )
         inner = model._modules.get(held)
         if inner is None:
             return model

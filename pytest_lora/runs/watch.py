@@ -31,7 +31,7 @@ FIRST_STEPS = 2
 """The first step moves ``lora_B``, which gives ``lora_A`` its first gradient at the second."""
 
 
-_BETWEEN = ("pytest_lora", "contextlib", "transformers", "accelerate", "trl")
+BETWEEN = ("pytest_lora", "contextlib", "transformers", "accelerate", "trl")
 """Packages between the user's line and a finding, which is the line that a warning names."""
 
 
@@ -167,7 +167,7 @@ class Watch:
         self.should_stop |= bool(new.errors)
         for finding in (*new.errors, *new.warnings):
             if finding.severity == "warning" or self._on_error != "raise":
-                warnings.warn(str(finding), LoraHealthWarning, stacklevel=stack_level(*_BETWEEN))
+                warnings.warn(str(finding), LoraHealthWarning, stacklevel=stack_level(*BETWEEN))
         if new.errors and self._on_error == "raise":
             raise LoraHealthError(new)
 

@@ -15,7 +15,7 @@ from pytest_lora.facts.checkpoint import PREFIX, Fit, Key, Misfit, TensorFacts
 from pytest_lora.facts.config import ConfigFacts, Refusal, Settings, is_named
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.checkpoint.config_file import lora_config
-from pytest_lora.inspection.config import ADAPTER, assembled, dry_run
+from pytest_lora.inspection.config import ADAPTER, assembled, dry_run, refused
 from pytest_lora.inspection.layers import layer_facts
 from pytest_lora.inspection.peft_internals import heads_by_task_type, load_state, saved_state
 from pytest_lora.inspection.skeleton import (
@@ -26,6 +26,7 @@ from pytest_lora.inspection.skeleton import (
     skeleton,
 )
 from pytest_lora.inspection.survey import survey
+from pytest_lora.inspection.transformers_internals import READS_OTHER_PREFIXES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -76,24 +77,34 @@ class Base:
 
     def fit(self, raw: dict[str, Any], tensors: tuple[TensorFacts, ...], keys: dict[str, Key]) -> Fit:
         """Compare an adapter; ``raw`` is its configuration, whose fields have been checked."""
-        plain = Fit(self.facts, self.name, None)
+        plain = Fit(self.facts, self.name, None, read_by_load_adapter=self._reads_other_prefix(keys))
         try:
             config = lora_config(raw)
             settings = Settings.of(config)
         except Exception as error:
             return replace(plain, config=self._refused(raw, error))
-        injected, refused = dry_run(config, skeleton(self.model))
+        injected, error = dry_run(config, skeleton(self.model))
         if injected is None:
-            refusal = Refusal(type(refused).__name__, str(refused))
-            return replace(plain, config=self._facts(settings, settings, self.found, refusal))
+            return replace(plain, config=self._facts(settings, settings, self.found, refused(error)))
         facts = self._facts(settings, Settings.of(config), survey(injected), None)
         return _compared(replace(plain, config=facts), injected, tensors, keys)
+
+    def _reads_other_prefix(self, keys: dict[str, Key]) -> bool:
+        """Whether every adapted module exists here under another ``base_model_prefix``, which load_adapter mends."""
+        prefix = getattr(self.model, "base_model_prefix", "")
+        known = set(self.facts.module_names)
+        adapted = {key.module for key in keys.values() if key.part}
+        if not READS_OTHER_PREFIXES or not prefix or not adapted:
+            return False
+        return all(f"{prefix}.{name}" in known for name in adapted) or all(
+            name.startswith(f"{prefix}.") and name.removeprefix(f"{prefix}.") in known for name in adapted
+        )
 
     def _refused(self, raw: dict[str, Any], error: Exception) -> ConfigFacts:
         from types import SimpleNamespace
 
         settings = Settings.of(SimpleNamespace(**{"r": 8, "lora_alpha": 8, **raw}))
-        return self._facts(settings, settings, self.found, Refusal(type(error).__name__, str(error)))
+        return self._facts(settings, settings, self.found, refused(error))
 
     def _facts(
         self, written: Settings, applied: Settings, after: Survey, refusal: Refusal | None
@@ -103,7 +114,8 @@ class Base:
         saved = tuple(n for n in written.modules_to_save if n not in added or self._has(n))
         written = replace(written, inference_mode=False, modules_to_save=saved)
         layers = tuple(layer_facts(after.lora, ADAPTER))
-        return assembled(ADAPTER, written, applied, self.facts, after, layers, refusal, live=True)
+        made = assembled(ADAPTER, written, applied, self.facts, after, layers, refusal, live=True)
+        return replace(made, of_a_file=True)
 
     def _has(self, name: str) -> bool:
         return any(is_named(module, name) for module in self.facts.module_names)
@@ -161,7 +173,9 @@ def _weights(injected: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _class_of_the_adapter(config: PretrainedConfig, raw: dict[str, Any]) -> tuple[PretrainedConfig, str | None]:
+def _class_of_the_adapter(
+    config: PretrainedConfig, raw: dict[str, Any]
+) -> tuple[PretrainedConfig, str | None]:
     """What to build for an adapter: by its task type, or else by the class of transformers in ``auto_mapping``."""
     task_type, mapping = raw.get("task_type"), raw.get("auto_mapping")
     if isinstance(task_type, str):
@@ -177,11 +191,17 @@ def _class_of_the_adapter(config: PretrainedConfig, raw: dict[str, Any]) -> tupl
 
 def _labels(tensors: tuple[TensorFacts, ...], keys: dict[str, Key]) -> int | None:
     """Rows of the last matrix of a task head in the file, which are its classes; None where it has none."""
-    parts = [(keys[t.name].module.split("."), t.shape) for t in tensors if len(t.shape) == 2 and not keys[t.name].part]
+    parts = [
+        (keys[t.name].module.split("."), t.shape)
+        for t in tensors
+        if len(t.shape) == 2 and not keys[t.name].part
+    ]
     return min((shape[0] for path, shape in parts if HEADS.intersection(path)), default=None)
 
 
-HEADS = frozenset(head for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") for head in heads_by_task_type(task))
+HEADS = frozenset(
+    head for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") for head in heads_by_task_type(task)
+)
 
 
 def _name(model: nn.Module, base: Any) -> str | None:

@@ -55,7 +55,7 @@ def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator
             fix="transpose these factors, or give them each other's name; MLX stores them transposed",
         )
     broken = {m.name for m in turned}
-    torn = [m for m in facts.adapted if m.rank and m.b_rank and m.rank != m.b_rank and m.name not in broken]
+    torn = [m for m in facts.adapted if m.rank and m.b_rank and not m.ranks_agree and m.name not in broken]
     if torn:
         yield Violation(
             where=grouped(m.name for m in torn),

@@ -13,8 +13,10 @@ def alpha_blows_up_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[V
     """The scaling is so large that training will diverge at usual learning rates.
 
     ## What it does
-    Looks for adapted modules whose effective scaling is above `Expect.max_scaling`, or, under rsLoRA,
-    above `Expect.max_scaling_rslora` while alpha is at least the rank.
+    Looks for adapted modules whose effective scaling is above `Expect.max_scaling`. Under rsLoRA, where alpha is at
+    least the rank, that limit falls with the square root of the rank to `Expect.max_scaling_rslora`: at rank 1 the
+    two are the same mathematics, and every further rank is louder by that root. A trained adapter is not judged:
+    what would diverge has done so.
 
     ## Why is this bad?
     The scaling multiplies update and gradients. An alpha that was left from a larger rank, or chosen as
@@ -36,6 +38,8 @@ def alpha_blows_up_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[V
     ## References
     - rsLoRA: https://arxiv.org/abs/2312.03732
     """
+    if facts.of_a_file:
+        return
     loud = [layer for layer in facts.layers if layer.scaling > _limit(layer, expect)]
     for scaling in sorted({layer.scaling for layer in loud}):
         layers = [layer for layer in loud if layer.scaling == scaling]
@@ -53,4 +57,6 @@ def alpha_blows_up_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[V
 
 def _limit(layer: LayerFacts, expect: Expect) -> float:
     chosen_for_plain_lora = layer.use_rslora and layer.alpha >= layer.rank
-    return expect.max_scaling_rslora if chosen_for_plain_lora else expect.max_scaling
+    if not chosen_for_plain_lora:
+        return expect.max_scaling
+    return max(expect.max_scaling_rslora, expect.max_scaling / layer.rank**0.5)

@@ -12,7 +12,7 @@ def base_already_carries_an_adapter(facts: ConfigFacts, expect: Expect) -> Itera
     """The base that the configuration is for already went through PEFT.
 
     ## What it does
-    Looks for PEFT layers in the base.
+    Looks for PEFT layers in the base, and lets PEFT say whether it takes the configuration as one more adapter.
 
     ## Why is this bad?
     A second `get_peft_model` wraps the first adapter inside the second. Keys of saved files no longer
@@ -36,9 +36,17 @@ def base_already_carries_an_adapter(facts: ConfigFacts, expect: Expect) -> Itera
     - https://github.com/huggingface/peft/issues/2115
     """
     if facts.base.carries_adapter and not facts.live:
+        refusal = facts.refusal
+        beside = refusal is None or not refusal.error
         yield Violation(
             where=facts.base.architecture,
-            observed="the base already carries PEFT layers: a second adapter would be wrapped around the first",
+            observed="the base already carries PEFT layers: a second adapter would be wrapped around the first"
+            + (
+                ""
+                if beside
+                else f"; beside it PEFT refuses this one: {refusal.error}: {refusal.message[:200]}"
+            ),
             expected="a base without adapters",
-            fix="use model.unload() first, or model.add_adapter(name, config) for a second adapter",
+            fix="use model.unload() first"
+            + (", or model.add_adapter(name, config) for a second adapter" if beside else ""),
         )
