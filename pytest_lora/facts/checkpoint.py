@@ -211,6 +211,11 @@ class AdaptedModule:
         return shape[1] if len(shape) > 1 and 0 not in shape else None
 
     @property
+    def target(self) -> str:
+        """The module that a configuration names: attention takes its out_proj along, under ``base_layer``."""
+        return self.name.partition(".base_layer.")[0].removesuffix(".base_layer")
+
+    @property
     def ranks_agree(self) -> bool:
         """Whether both factors are of one rank; of a convolution in groups lora_B has the rank of one group."""
         rank, columns = self.rank, self.b_rank

@@ -26,7 +26,6 @@ from pytest_lora.facts.config import (
 )
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.exclusion import explained
-from pytest_lora.inspection.rehearsal import refused_initialisation, refused_merge, without_values
 from pytest_lora.inspection.layers import layer_facts
 from pytest_lora.inspection.peft_internals import (
     LoraConfig,
@@ -36,6 +35,7 @@ from pytest_lora.inspection.peft_internals import (
     lora_configs,
     token_rows,
 )
+from pytest_lora.inspection.rehearsal import refused_initialisation, refused_merge, without_values
 from pytest_lora.inspection.skeleton import resolve_base, skeleton
 from pytest_lora.inspection.survey import Survey, survey
 

@@ -17,7 +17,6 @@ from pytest_lora.inspection.peft_internals import (
     wrapped_base,
 )
 
-
 WRAPPER_CLASSES = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",

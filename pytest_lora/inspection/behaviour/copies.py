@@ -61,7 +61,7 @@ def adapted_copy(model: nn.Module) -> nn.Module:
     found = adapted_survey(model)
     if xlora_models(model):
         raise ValueError(
-            "model: X-LoRA weighs its adapters anew for every token, so that they cannot be merged, and are saved apart "
+            "model: X-LoRA weighs its adapters anew for every token: they cannot be merged, and are saved apart "
             "from it; give a model with one of the adapters"
         )
     wrapped: nn.Module | None = next((m for m in model.modules() if isinstance(m, WRAPPERS)), None)

@@ -216,10 +216,6 @@ def _adapted(
             )
     settings = config.settings if config else None
     for module, held in parts.items():
-        yield AdaptedModule(
-            name=module,
-            a=held.get("A"),
-            b=held.get("B"),
-            magnitude=held.get("magnitude_vector"),
-            configured_rank=settings.rank_of(module) if settings else None,
-        )
+        adapted = AdaptedModule(module, held.get("A"), held.get("B"), held.get("magnitude_vector"), None)
+        rank = settings.rank_of(adapted.target) if settings else None
+        yield replace(adapted, configured_rank=rank)

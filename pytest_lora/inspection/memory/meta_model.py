@@ -15,9 +15,9 @@ from torch import nn
 
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
-from pytest_lora.inspection.rehearsal import without_values
 from pytest_lora.inspection.memory.layer_stacks import Stack, cut_stacks
 from pytest_lora.inspection.memory.weights import Weight, loaded_weights, units_of
+from pytest_lora.inspection.rehearsal import without_values
 from pytest_lora.inspection.skeleton import (
     META,
     require_no_adapter,

@@ -96,8 +96,8 @@ def _fix(field: str, settings: object, lost: list[NameMatch], facts: ConfigFacts
         return f"use {fused}" if fused else "this base stacks no weights; name its modules in target_modules"
     if fused and any(_is_of_experts(match.name) for match in lost):
         return (
-            f"the experts of this base are fused parameters, which no module name means: drop {[m.name for m in lost]}, "
-            f"and to adapt the experts set target_parameters={fused}"
+            f"the experts of this base are fused parameters, which no module name means: drop "
+            f"{[m.name for m in lost]}, and to adapt the experts set target_parameters={fused}"
         )
     found = {match.name for match in facts.names if match.field == field and match.modules}
     available = sorted({module.leaf for module in facts.base.modules if module.is_linear} - found)
