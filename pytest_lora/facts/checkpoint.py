@@ -146,8 +146,8 @@ class Key:
     tool_name: str = ""
 
     @classmethod
-    def of(cls, name: str) -> Key:
-        """Take a key apart."""
+    def of(cls, name: str, own_module: bool = False) -> Key:
+        """Take a key apart; ``own_module`` says that the base calls a part of itself ``module``."""
         steps = name.split(".")
         # "module" may be what a base calls a part of itself, so only at the top is it a wrapper's.
         inside = tuple(step for step in steps if step.startswith("_") and step in WRAPPERS)
@@ -156,7 +156,7 @@ class Key:
         while True:
             if rest.startswith(PREFIX):
                 rest, prefixes = rest.removeprefix(PREFIX), prefixes + 1
-            elif rest.startswith("module."):
+            elif rest.startswith("module.") and not (own_module and prefixes):
                 rest, outside = rest.removeprefix("module."), outside + 1
             else:
                 break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -34,7 +35,7 @@ def explained(
     if not refused:
         return refusal
     for exclusion in _exclusions(refused, settings, modules) if not settings.exclude_modules else ():
-        tried = copy.deepcopy(config)
+        tried: Any = copy.deepcopy(config)
         tried.exclude_modules = exclusion if isinstance(exclusion, str) else set(exclusion)
         if try_config(tried) is None:
             return Refusal(refusal.error, refusal.message, refused, exclusion)

@@ -43,6 +43,7 @@ __all__ = [
     "further_tensors",
     "fused_parameter",
     "heads_by_task_type",
+    "held_layer",
     "is_adalora",
     "load_state",
     "lora_configs",
@@ -91,6 +92,13 @@ def forget_adapters(base: nn.Module) -> None:
         vars(base).pop(attribute, None)
 
 
+def held_layer(layer: BaseTunerLayer) -> nn.Module:
+    """What an adapter layer wraps, which in a mixed model may be an adapter layer itself."""
+    inner: Any = layer.base_layer
+    held: nn.Module = inner
+    return held
+
+
 def adapter_names(layer: LoraLayer) -> tuple[str, ...]:
     """Adapters on one LoRA layer, in the order they were added."""
     return tuple(layer.r)
@@ -107,10 +115,11 @@ def active_adapters(
 def factors(layer: LoraLayer, adapter: str) -> Factors:
     """The tensors of one adapter on one layer."""
     by_design = tuple(getattr(layer, "frozen_peft_weight_names", {}).get(adapter, ()))
-    if adapter in getattr(layer, "lora_E", ()):
+    singular_values: Any = getattr(layer, "lora_E", {})
+    if adapter in singular_values:
         # AdaLoRA's product is B diag(E) A, and E is what starts at zero.
         return Factors(
-            "lora_A", _weight(layer.lora_A[adapter]), "lora_E", _weight(layer.lora_E[adapter]), by_design
+            "lora_A", _weight(layer.lora_A[adapter]), "lora_E", singular_values[adapter], by_design
         )
     if adapter in layer.lora_A:
         a, b = _weight(layer.lora_A[adapter]), _weight(layer.lora_B[adapter])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,11 +54,12 @@ def without_values(config: LoraConfig) -> None:
     if reads_weights(config):
         config.init_lora_weights = True
     if _sets(config, "velora_config"):
-        config.velora_config = None
+        groups: Any = config.velora_config
+        config.velora_config = replace(groups, init_type="batch_average_once")
 
 
 def refused_initialisation(config: LoraConfig, layers: Iterable[tuple[LoraLayer, int]]) -> Exception | None:
-    """What PEFT raises when it initialises these layers; None where it does not, or where that cannot be tried.
+    """What is raised when these layers are initialised and run; None where nothing is, or it cannot be tried.
 
     Args:
         config: The configuration as written.
@@ -67,7 +70,8 @@ def refused_initialisation(config: LoraConfig, layers: Iterable[tuple[LoraLayer,
         return None
     if str(config.init_lora_weights).lower().startswith(_NEED_MORE):
         return None
-    return _tried(config, layers, merge=False)
+    made, run = _tried(config, layers, _run)
+    return made or run
 
 
 def refused_merge(config: LoraConfig, layers: Iterable[tuple[LoraLayer, int]]) -> Exception | None:
@@ -83,40 +87,51 @@ def refused_merge(config: LoraConfig, layers: Iterable[tuple[LoraLayer, int]]) -
     plain = copy.deepcopy(config)
     if reads_weights(plain):
         plain.init_lora_weights = True
-    return _tried(plain, layers, merge=True)
+    return _tried(plain, layers, _merge)[1]
 
 
 def _sets(config: LoraConfig, field: str) -> bool:
     return bool(getattr(config, field, None))
 
 
-def _tried(config: LoraConfig, layers: Iterable[tuple[LoraLayer, int]], *, merge: bool) -> Exception | None:
+def _tried(
+    config: LoraConfig,
+    layers: Iterable[tuple[LoraLayer, int]],
+    use: Callable[[Any, dict[str, nn.Module]], None],
+) -> tuple[Exception | None, Exception | None]:
+    """What is raised when PEFT makes an adapter for small layers like these, and when that is used."""
     from peft import get_peft_model
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ranks = dict(_small_layers(layers, whole=_sets(config, "velora_config")))
-        if not ranks:
-            return None
         named = {f"layer_{number}": module for number, module in enumerate(ranks)}
         base: Any = nn.ModuleDict(named)
+        if not named:
+            return None, None
         try:
-            model: Any = get_peft_model(
-                base, _for_these(config, dict(zip(named, ranks.values(), strict=True)))
-            )
+            model = get_peft_model(base, _for_these(config, dict(zip(named, ranks.values(), strict=True))))
         except Exception as error:
-            return None if merge else error
-        if merge:
-            try:
-                model.merge_and_unload()
-            except Exception as error:
-                return error
-    return None
+            return error, None
+        try:
+            use(model, named)
+        except Exception as error:
+            return None, error
+    return None, None
 
 
-def _for_these(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
+def _run(model: Any, named: dict[str, nn.Module]) -> None:
+    for name, module in named.items():
+        model.base_model.model[name](*_inputs(module))
+
+
+def _merge(model: Any, named: dict[str, nn.Module]) -> None:
+    model.merge_and_unload()
+
+
+def _for_these(config: LoraConfig, ranks: dict[str, int]) -> Any:
     """The configuration for modules of these names and ranks."""
-    tried = copy.deepcopy(config)
+    tried: Any = copy.deepcopy(config)
     for field in _OF_THE_WHOLE_MODEL:
         if hasattr(tried, field):
             setattr(tried, field, None)
@@ -139,7 +154,8 @@ def _small_layers(layers: Iterable[tuple[LoraLayer, int]], *, whole: bool) -> It
         if shape is None:
             continue
         inputs, outputs = shape if whole else (min(size, rank + 1) for size in shape)
-        prepared, biased = hasattr(base, _GRADIENT), getattr(base, "bias", None) is not None
+        prepared = hasattr(base, _GRADIENT)
+        biased = any(getattr(base, name, None) is not None for name in ("bias", "in_proj_bias"))
         key = (type(base), inputs, outputs, getattr(base, "groups", 1), rank, prepared, biased)
         if key not in seen:
             seen.add(key)
@@ -154,9 +170,26 @@ def _small(base: nn.Module, inputs: int, outputs: int, biased: bool) -> nn.Modul
     if isinstance(base, nn.Embedding):
         return nn.Embedding(inputs, outputs)
     if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return type(base)(base.groups, base.groups, 1, groups=base.groups, bias=biased)
+        convolution: Any = type(base)
+        small: nn.Module = convolution(
+            base.groups, base.groups, base.kernel_size, groups=base.groups, bias=biased
+        )
+        return small
+    if isinstance(base, nn.MultiheadAttention):
+        width = base.num_heads * math.ceil(inputs / base.num_heads)
+        return nn.MultiheadAttention(width, base.num_heads, bias=biased)
     kind: Any = type(base)
     if kind.__name__ == "Conv1D":
         turned: nn.Module = kind(outputs, inputs)
         return turned
     return nn.Linear(inputs, outputs, bias=biased) if isinstance(base, nn.Linear) else None
+
+
+def _inputs(module: nn.Module) -> tuple[torch.Tensor, ...]:
+    """One input that a small layer takes."""
+    if isinstance(module, nn.Embedding):
+        return (torch.zeros(1, 1, dtype=torch.long),)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return (torch.zeros(1, module.in_channels, *module.kernel_size),)
+    inputs, _ = logical_shape(module) or (1, 1)
+    return (torch.zeros(1, 1, inputs),) * (3 if isinstance(module, nn.MultiheadAttention) else 1)

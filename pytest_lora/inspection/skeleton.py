@@ -20,6 +20,7 @@ from pytest_lora.inspection.peft_internals import (
     BaseTunerLayer,
     ModulesToSaveWrapper,
     TrainableTokensWrapper,
+    held_layer,
 )
 from pytest_lora.inspection.survey import survey
 
@@ -180,6 +181,11 @@ def _named_class(config: PretrainedConfig) -> Any:
     return next((known for known in named if isinstance(known, type)), None)
 
 
+def depends_on_task(config: PretrainedConfig, task_type: str | None) -> bool:
+    """Whether another class is built for a task type than for none."""
+    return task_type is not None and (_named_class(config) is None or builds_another_class(config, task_type))
+
+
 def builds_another_class(config: PretrainedConfig, task_type: str | None) -> bool:
     """Whether a task type means another class than the pretrained one that a configuration names."""
     import transformers
@@ -235,10 +241,13 @@ class _Copier:
 
     def copy(self, module: nn.Module) -> nn.Module:
         known = self.modules.get(id(module))
+        inner: Any = None
         if isinstance(module, BaseTunerLayer):
-            return self.copy(module.base_layer)
-        if isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
-            return self.copy(module.original_module)
+            inner = held_layer(module)
+        elif isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
+            inner = module.original_module
+        if inner is not None:
+            return self.copy(inner)
         if known is None:
             known = self.modules[id(module)] = self._plain_linear(module) or self._shallow(module)
         return known

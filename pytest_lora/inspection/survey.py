@@ -14,6 +14,7 @@ from pytest_lora.inspection.peft_internals import (
     ModulesToSaveWrapper,
     TrainableTokensWrapper,
     fused_parameter,
+    held_layer,
     wrapped_base,
 )
 
@@ -67,7 +68,7 @@ class Survey:
             self.visit(module.original_module, name)
         elif isinstance(module, BaseTunerLayer):
             self.other_tuners.append(name)
-            self.visit(module.base_layer, name)
+            self.visit(held_layer(module), name)
         elif (inner := wrapped_base(module)) is not None:
             self.visit(inner, name)
         else:

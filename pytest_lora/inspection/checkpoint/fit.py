@@ -20,7 +20,7 @@ from pytest_lora.inspection.layers import layer_facts
 from pytest_lora.inspection.peft_internals import heads_by_task_type, load_state, saved_state
 from pytest_lora.inspection.skeleton import (
     build_on_meta,
-    builds_another_class,
+    depends_on_task,
     model_or_config,
     resolve_base,
     skeleton,
@@ -66,7 +66,7 @@ class Base:
         if self.config is None:
             return self
         config, task_type = _class_of_the_adapter(self.config, raw)
-        if config is self.config and not builds_another_class(config, task_type):
+        if config is self.config and not depends_on_task(config, task_type):
             return self
         labels = _labels(tensors, keys)
         key = str(config.architectures), str(task_type), str(labels)
@@ -83,9 +83,9 @@ class Base:
             settings = Settings.of(config)
         except Exception as error:
             return replace(plain, config=self._refused(raw, error))
-        injected, error = dry_run(config, skeleton(self.model))
+        injected, raised = dry_run(config, skeleton(self.model))
         if injected is None:
-            return replace(plain, config=self._facts(settings, settings, self.found, refused(error)))
+            return replace(plain, config=self._facts(settings, settings, self.found, refused(raised)))
         facts = self._facts(settings, Settings.of(config), survey(injected), None)
         return _compared(replace(plain, config=facts), injected, tensors, keys)
 
@@ -180,8 +180,8 @@ def _class_of_the_adapter(
     task_type, mapping = raw.get("task_type"), raw.get("auto_mapping")
     if isinstance(task_type, str):
         return config, task_type
-    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    made = getattr(transformers, name, None) if isinstance(name, str) else None
+    name = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
+    made = getattr(transformers, name, None)
     if getattr(made, "config_class", None) is not type(config) or name in (config.architectures or ()):
         return config, None
     config = copy.deepcopy(config)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
@@ -59,4 +60,4 @@ def _limit(layer: LayerFacts, expect: Expect) -> float:
     chosen_for_plain_lora = layer.use_rslora and layer.alpha >= layer.rank
     if not chosen_for_plain_lora:
         return expect.max_scaling
-    return max(expect.max_scaling_rslora, expect.max_scaling / layer.rank**0.5)
+    return max(expect.max_scaling_rslora, expect.max_scaling / math.sqrt(layer.rank))

@@ -37,16 +37,12 @@ def base_already_carries_an_adapter(facts: ConfigFacts, expect: Expect) -> Itera
     """
     if facts.base.carries_adapter and not facts.live:
         refusal = facts.refusal
-        beside = refusal is None or not refusal.error
+        words = f"{refusal.error}: {refusal.message[:200]}" if refusal is not None and refusal.error else ""
         yield Violation(
             where=facts.base.architecture,
             observed="the base already carries PEFT layers: a second adapter would be wrapped around the first"
-            + (
-                ""
-                if beside
-                else f"; beside it PEFT refuses this one: {refusal.error}: {refusal.message[:200]}"
-            ),
+            + (f"; beside it PEFT refuses this one: {words}" if words else ""),
             expected="a base without adapters",
             fix="use model.unload() first"
-            + (", or model.add_adapter(name, config) for a second adapter" if beside else ""),
+            + ("" if words else ", or model.add_adapter(name, config) for a second adapter"),
         )

@@ -29,6 +29,10 @@ _FIXES = (
         "take this kind of layer out of target_modules, or leave the variant of LoRA out",
     ),
     ("num_groups", "set num_groups to a divisor of the inputs of every target"),
+    (
+        "mat1 and mat2",
+        "leave init_lora_weights at its default: this one fits no layers that are stored transposed (Conv1D)",
+    ),
     ("Unknown initialization", "set init_lora_weights=True, or to a method that this version of PEFT knows"),
     (
         "trainable_token_indices cannot",
