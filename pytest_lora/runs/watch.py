@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -184,8 +184,7 @@ def watch_training(
 ) -> Iterator[Watch]:
     """Watch a hand-written training loop: the model at the start and the end, the losses as they come.
 
-    What the optimizer's first two steps show, gradients among it, is judged with the first loss after them. Steps with
-    a closure are not looked into.
+    What the optimizer's first two steps show, gradients among it, is judged with the first loss after them.
 
     Example:
         with watch_training(model, optimizer, total_steps=len(batches)) as watch:
@@ -228,10 +227,15 @@ def _at_each_step(watch: Watch, model: nn.Module, optimizer: Any) -> Iterator[No
         yield
         return
 
-    def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        # With a closure the gradients come only inside the step.
-        if len(arguments) < 2 and named.get("closure") is None:
+    def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        closure = arguments[1] if len(arguments) > 1 else named.get("closure")
+        if closure is None:
             watch.before_step(model, optimizer)
+            return None
+        # With a closure the gradients come only inside the step.
+        noting = _noting(closure, lambda: watch.before_step(model, optimizer))
+        rest = {name: value for name, value in named.items() if name != "closure"}
+        return (arguments[0], noting, *arguments[2:]), rest
 
     def after(*_: Any) -> None:
         watch.after_step()
@@ -242,3 +246,18 @@ def _at_each_step(watch: Watch, model: nn.Module, optimizer: Any) -> Iterator[No
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _noting(closure: Callable[[], Any], note: Callable[[], None]) -> Callable[[], Any]:
+    """A closure that notes the gradients when it has computed them for the first time."""
+    noted = False
+
+    def compute() -> Any:
+        nonlocal noted
+        result = closure()
+        if not noted:
+            noted = True
+            note()
+        return result
+
+    return compute
