@@ -333,7 +333,6 @@ class ConfigFacts:
         refusal: PEFT's error while it makes or initialises the adapter, or None.
         live: Whether this was read from a model that already carries the adapter.
         merge_refusal: What PEFT raises when these adapters are merged, or None.
-        of_a_file: Whether this is the configuration of a saved adapter, whose training is over.
         stored: Embeddings whose whole weights a saved adapter holds, whatever its configuration says.
     """
 
@@ -348,7 +347,6 @@ class ConfigFacts:
     refusal: Refusal | None
     live: bool
     merge_refusal: Refusal | None = None
-    of_a_file: bool = False
     stored: tuple[str, ...] = ()
 
     def unmatched(self, field: str) -> Iterator[NameMatch]:

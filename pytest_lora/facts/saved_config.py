@@ -38,7 +38,7 @@ def config_of_the_file(facts: CheckpointFacts) -> ConfigFacts | None:
         carries_adapter=False,
         fused=(),
     )
-    return ConfigFacts("default", settings, base, layers, (), (), (), (), None, live=True, of_a_file=True)
+    return ConfigFacts("default", settings, base, layers, (), (), (), (), None, live=True)
 
 
 def _layers(facts: CheckpointFacts, settings: Settings) -> Iterator[LayerFacts]:

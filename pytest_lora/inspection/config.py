@@ -66,7 +66,7 @@ def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     injected, error = dry_run(tried, skeleton(model))
     after = found if injected is None else survey(injected)
     layers = tuple(layer_facts(after.lora, ADAPTER))
-    ranked = _with_ranks(after, ADAPTER)
+    ranked = with_ranks(after, ADAPTER)
     refusal = refused(error or refused_initialisation(config, ranked))
     if refusal is not None and injected is None:
         refusal = explained(refusal, config, found.modules, lambda other: dry_run(other, skeleton(model))[1])
@@ -91,7 +91,7 @@ def refused(error: Exception | None) -> Refusal | None:
     return None if error is None else Refusal(type(error).__name__, str(error))
 
 
-def _with_ranks(found: Survey, adapter: str) -> list[tuple[LoraLayer, int]]:
+def with_ranks(found: Survey, adapter: str) -> list[tuple[LoraLayer, int]]:
     """The layers of an adapter, each with its rank there."""
     return [
         (layer, int(layer.r[adapter])) for layer in found.lora.values() if adapter in adapter_names(layer)
@@ -132,7 +132,7 @@ def live_config_facts(
     """Read the configuration of an adapter that a live model already carries."""
     settings = _without_absent_heads(Settings.of(config), base)
     made = assembled(adapter, settings, settings, base, found, layers, None, live=True)
-    return replace(made, merge_refusal=refused(refused_merge(config, _with_ranks(found, adapter))))
+    return replace(made, merge_refusal=refused(refused_merge(config, with_ranks(found, adapter))))
 
 
 def _without_absent_heads(settings: Settings, base: BaseFacts) -> Settings:

@@ -98,8 +98,8 @@ def forget_adapters(base: nn.Module) -> None:
 
 def held_layer(layer: BaseTunerLayer) -> nn.Module:
     """What an adapter layer wraps, which in a mixed model may be an adapter layer itself."""
-    inner: Any = layer.base_layer
-    held: nn.Module = inner
+    wrapping: Any = layer
+    held: nn.Module = wrapping.base_layer
     return held
 
 

@@ -15,9 +15,10 @@ from pytest_lora.facts.checkpoint import PREFIX, Fit, Key, Misfit, TensorFacts
 from pytest_lora.facts.config import ConfigFacts, Refusal, Settings, is_named
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.checkpoint.config_file import lora_config
-from pytest_lora.inspection.config import ADAPTER, assembled, dry_run, refused
+from pytest_lora.inspection.config import ADAPTER, assembled, dry_run, refused, with_ranks
 from pytest_lora.inspection.layers import layer_facts
 from pytest_lora.inspection.peft_internals import heads_by_task_type, load_state, saved_state
+from pytest_lora.inspection.rehearsal import refused_merge
 from pytest_lora.inspection.skeleton import (
     build_on_meta,
     depends_on_task,
@@ -86,8 +87,10 @@ class Base:
         injected, raised = dry_run(config, skeleton(self.model))
         if injected is None:
             return replace(plain, config=self._facts(settings, settings, self.found, refused(raised)))
-        facts = self._facts(settings, Settings.of(config), survey(injected), None)
-        return _compared(replace(plain, config=facts), injected, tensors, keys)
+        after = survey(injected)
+        facts = self._facts(settings, Settings.of(config), after, None)
+        merged = refused(refused_merge(config, with_ranks(after, ADAPTER)))
+        return _compared(replace(plain, config=replace(facts, merge_refusal=merged)), injected, tensors, keys)
 
     def _reads_other_prefix(self, keys: dict[str, Key]) -> bool:
         """Whether every adapted module exists here under another ``base_model_prefix``, which load_adapter mends."""
@@ -114,8 +117,7 @@ class Base:
         saved = tuple(n for n in written.modules_to_save if n not in added or self._has(n))
         written = replace(written, inference_mode=False, modules_to_save=saved)
         layers = tuple(layer_facts(after.lora, ADAPTER))
-        made = assembled(ADAPTER, written, applied, self.facts, after, layers, refusal, live=True)
-        return replace(made, of_a_file=True)
+        return assembled(ADAPTER, written, applied, self.facts, after, layers, refusal, live=True)
 
     def _has(self, name: str) -> bool:
         return any(is_named(module, name) for module in self.facts.module_names)

@@ -9,7 +9,7 @@ from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA103", severity="warning", needs=ConfigFacts, on_saved="alone")
+@rule("LORA103", severity="warning", needs=ConfigFacts)
 def alpha_blows_up_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """The scaling is so large that training will diverge at usual learning rates.
 
@@ -39,8 +39,6 @@ def alpha_blows_up_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[V
     ## References
     - rsLoRA: https://arxiv.org/abs/2312.03732
     """
-    if facts.of_a_file:
-        return
     loud = [layer for layer in facts.layers if layer.scaling > _limit(layer, expect)]
     for scaling in sorted({layer.scaling for layer in loud}):
         layers = [layer for layer in loud if layer.scaling == scaling]

@@ -7,7 +7,7 @@ from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA136", severity="error", needs=ConfigFacts)
+@rule("LORA136", severity="error", needs=ConfigFacts, on_saved="with_base")
 def merge_is_impossible(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """The adapter is going to be merged, and PEFT cannot merge it.
 
