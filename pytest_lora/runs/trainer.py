@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -134,6 +135,9 @@ class LoraHealthCallback(TrainerCallback):
             return
         if logs and not self.watch.count and "train_loss" in logs:
             logs = {"loss": logs["train_loss"]}
+        if logs and logs.get("loss") == 0 and 0 < float(logs.get("grad_norm") or 0) < math.inf:
+            # The loss of a policy gradient is zero on average, and that of a step may be rounded to zero.
+            self.watch.explained.add("LORA341")
         if logs and "loss" in logs:
             # Not args.logging_steps: losses may be logged by epoch, or by a share of the run.
             logged = state.global_step - self._unlogged

@@ -41,6 +41,7 @@ class Watch:
 
     Attributes:
         reports: Every report that had something new, in order.
+        explained: Codes of findings that what is known of the run explains, so that they are not told.
         should_stop: Whether an error was found; for loops that end themselves under ``on_error="stop"``.
     """
 
@@ -61,6 +62,7 @@ class Watch:
         self.steps_per_loss = as_count("steps_per_loss", steps_per_loss)
         self.learning_rate: float | None = None
         self.reports: list[Report] = []
+        self.explained: set[str] = set()
         self.should_stop = False
         self._expect = require_expect(expect)
         self._select, self._ignore = codes("select", select), codes("ignore", ignore)
@@ -162,7 +164,9 @@ class Watch:
 
     def _deliver(self, report: Report) -> None:
         found = selected(report.findings, self._select, self._ignore)
-        fresh = tuple(f for f in found if (f.code, f.severity) not in self._known)
+        fresh = tuple(
+            f for f in found if (f.code, f.severity) not in self._known and f.code not in self.explained
+        )
         if not fresh:
             return
         self._known.update((f.code, f.severity) for f in fresh)
