@@ -70,6 +70,8 @@ class Base:
         if config is self.config and not depends_on_task(config, task_type):
             return self
         labels = _labels(tensors, keys)
+        if config is not self.config and labels:
+            config.num_labels = labels
         key = str(config.architectures), str(task_type), str(labels)
         if key not in self._meant:
             self._meant[key] = meant = copy.copy(self)

@@ -9,15 +9,14 @@ from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA103", severity="warning", needs=ConfigFacts)
+@rule("LORA103", severity="warning", needs=ConfigFacts, on_saved="alone")
 def alpha_blows_up_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """The scaling is so large that training will diverge at usual learning rates.
 
     ## What it does
     Looks for adapted modules whose effective scaling is above `Expect.max_scaling`. Under rsLoRA, where alpha is at
     least the rank, that limit falls with the square root of the rank to `Expect.max_scaling_rslora`: at rank 1 the
-    two are the same mathematics, and every further rank is louder by that root. A trained adapter is not judged:
-    what would diverge has done so.
+    two are the same mathematics, and every further rank is louder by that root.
 
     ## Why is this bad?
     The scaling multiplies update and gradients. An alpha that was left from a larger rank, or chosen as
