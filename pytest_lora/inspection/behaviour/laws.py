@@ -32,6 +32,7 @@ from pytest_lora.inspection.peft_internals import (
     active_adapters,
     fused_parameter,
     lora_configs,
+    own_geometry,
 )
 
 _SECOND = "pytest_lora_second"
@@ -124,8 +125,8 @@ class _Call:
 
     @property
     def takes_more_rows(self) -> bool:
-        """Whether rows of zeros in the factors are more rank."""
-        return True
+        """Whether rows of zeros in the two factors are more rank; a variant may keep something beside them."""
+        return not any(own_geometry(self.layer, name) for name in active_adapters(self.layer))
 
 
 @dataclass(frozen=True)
