@@ -19,6 +19,7 @@ from pytest_lora.inspection.peft_internals import (
     ModulesToSaveWrapper,
     TrainableTokensWrapper,
     forget_adapters,
+    xlora_models,
 )
 from pytest_lora.inspection.state.precision import in_float64
 
@@ -40,9 +41,14 @@ def adapted_copy(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` carries no LoRA layers.
-        ValueError: It cannot be copied, or has no values.
+        ValueError: It cannot be copied, has no values, or is one of X-LoRA.
     """
     found = adapted_survey(model)
+    if xlora_models(model):
+        raise ValueError(
+            "model: X-LoRA weighs its adapters anew for every token: they cannot be merged, and are saved apart "
+            "from it; give a model with one of the adapters"
+        )
     wrapped: nn.Module | None = next((m for m in model.modules() if isinstance(m, WRAPPERS)), None)
     copied = copy_of("model", found.root if wrapped is None else wrapped)
     for module in copied.modules():

@@ -31,6 +31,7 @@ from pytest_lora.inspection.peft_internals import (
     active_adapters,
     fused_parameter,
     lora_configs,
+    own_geometry,
 )
 from pytest_lora.inspection.quiet import quiet_libraries
 from pytest_lora.inspection.state import Keeper
@@ -127,8 +128,8 @@ class _Call:
 
     @property
     def takes_more_rows(self) -> bool:
-        """Whether rows of zeros in the factors are more rank."""
-        return True
+        """Whether rows of zeros in the two factors are more rank; a variant may keep something beside them."""
+        return not any(own_geometry(self.layer, name) for name in active_adapters(self.layer))
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ def _leak(adapted: nn.Module, batch: Any) -> Leak | None:
     config = copy.deepcopy(pair.peft_config[first[0]])
     config.init_lora_weights, config.bias = False, "none"
     config.modules_to_save = config.trainable_token_indices = None
+    config.inference_mode = True  # AdaLoRA has one trainable adapter at most
     try:
         pair.add_adapter(_SECOND, config)
     except ValueError:

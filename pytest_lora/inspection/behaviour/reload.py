@@ -153,8 +153,9 @@ def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Pa
     (first, home), *others = homes.items()
     device = loading_device(fresh)
     with _loading():
+        # AdaLoRA's forward pass raises where none of its adapters is trainable.
         reloaded: Any = type(adapted).from_pretrained(
-            fresh, str(home), adapter_name=first, torch_device=device
+            fresh, str(home), adapter_name=first, is_trainable=True, torch_device=device
         )
         for name, home in others:
             reloaded.load_adapter(str(home), adapter_name=name, torch_device=device)
