@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from pytest_lora.expect import Expect
+    from pytest_lora.facts.training import Objective
 
 
 class LoraHealthCallback(TrainerCallback):
@@ -87,7 +88,11 @@ class LoraHealthCallback(TrainerCallback):
         # With several processes a gradient may be a shard, and DeepSpeed keeps it to itself.
         if args.world_size == 1 and optimizer is not None and "DeepSpeed" not in type(optimizer).__name__:
             self.watch.before_step(
-                kwargs["model"], optimizer, kwargs.get("lr_scheduler"), scaler=bool(args.fp16)
+                kwargs["model"],
+                optimizer,
+                kwargs.get("lr_scheduler"),
+                scaler=bool(args.fp16),
+                objective=_objective(args),
             )
 
     def on_optimizer_step(
@@ -148,6 +153,25 @@ class LoraHealthCallback(TrainerCallback):
     def _stop_if_asked(self, control: TrainerControl) -> None:
         if self._settings["on_error"] == "stop" and self.watch.should_stop:
             control.should_training_stop = True
+
+
+_PREFERENCES = ("DPOConfig", "KTOConfig", "ORPOConfig", "CPOConfig", "BCOConfig")
+_POLICY = ("GRPOConfig", "RLOOConfig", "PPOConfig", "OnlineDPOConfig", "XPOConfig", "NashMDConfig")
+
+
+def _objective(args: Any) -> Objective:
+    """What a trainer trains for: the arguments of TRL's trainers have classes of their own."""
+    names = {cls.__name__ for cls in type(args).__mro__}
+    if names.intersection(_POLICY):
+        return "policy"
+    if names.isdisjoint(_PREFERENCES):
+        return "texts" if "SFTConfig" in names else ""
+    published = getattr(args, "loss_type", None) in ("sigmoid", ["sigmoid"])
+    mixed = getattr(args, "rpo_alpha", None) is not None or getattr(args, "label_smoothing", None) not in (
+        None,
+        0,
+    )
+    return "DPO" if "DPOConfig" in names and published and not mixed else "preferences"
 
 
 def _logged(state: TrainerState) -> tuple[list[float], dict[int, float]]:

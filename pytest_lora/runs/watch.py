@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from pytest_lora.facts.training import Objective
     from pytest_lora.inspection.training import FirstSteps
 
 OnError = Literal["warn", "stop", "raise"]
@@ -112,14 +113,20 @@ class Watch:
         self._deliver(report)
 
     def before_step(
-        self, model: nn.Module, optimizer: Any, schedule: Any = None, *, scaler: bool = False
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        schedule: Any = None,
+        *,
+        scaler: bool = False,
+        objective: Objective = "",
     ) -> None:
         """Note the gradients of one of the first steps, right before the optimizer takes it."""
         from pytest_lora.inspection.training import FirstSteps
 
         if self._steps_to_note:
             if self._first_steps is None:
-                self._first_steps = FirstSteps(model, optimizer, schedule, scaler)
+                self._first_steps = FirstSteps(model, optimizer, schedule, scaler, objective)
             self._first_steps.before_step()
 
     def after_step(self) -> None:

@@ -596,3 +596,40 @@ def test_a_healthy_run_of_sft_trainer_passes_in_silence(tmp_path: Path) -> None:
     sft_trainer(tmp_path, small(), callback, peft_config=config).train()
     assert callback.watch.count == 4
     assert not [f for report in callback.watch.reports for f in (*report.errors, *report.warnings)]
+
+
+class Halt(TrainerCallback):
+    """Ends a run that was planned for longer after its third step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= 3
+
+
+@pytest.mark.parametrize(("rate", "told"), [(2e-4, True), (5e-6, False)])
+def test_the_rate_of_a_run_of_dpo_trainer(tmp_path: Path, rate: float, told: bool) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    callback = LoraHealthCallback()
+    config = trl.DPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=100,
+        learning_rate=rate,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+    )
+    texts = [{"prompt": "<s>", "chosen": "<s> </s>", "rejected": "</s> <s>"}] * 8
+    trainer = trl.DPOTrainer(
+        model=small(),
+        args=config,
+        train_dataset=datasets.Dataset.from_list(texts),
+        processing_class=byte_tokenizer(),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[callback, Halt()],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    found = {f.code for report in callback.watch.reports for f in (*report.errors, *report.warnings)}
+    assert found == ({"LORA371"} if told else set())

@@ -177,6 +177,8 @@ class _Probe:
         )
         self._schedule = schedule_facts(plan.scheduler, self._optimizer) if plan.scheduler else None
         self._touched: set[str] = set()
+        self._switched_off = False
+        self._is_fresh = plan.optimizer is not None and not any(plan.optimizer.state.values())
         held = {id(p) for group in self._groups for p in group["params"]}
         self._watch = Watch(model, parameter_parts(self._found), held)
         self._steps: list[StepFacts] = []
@@ -214,7 +216,8 @@ class _Probe:
                 break
 
     def _toucher(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def note(_: nn.Module, arguments: Any) -> None:
+        def note(module: Any, arguments: Any) -> None:
+            self._switched_off |= bool(module.disable_adapters)
             first = arguments[0] if arguments else None
             if not isinstance(first, Tensor) or first.numel():
                 self._touched.add(name)
@@ -323,6 +326,8 @@ class _Probe:
             updates=self._updates.facts(ranks=plan.ranks) if self._updates and self._steps else (),
             failure=self._failure,
             spoiled=tuple(_spoiled(self._batches)),
+            optimizer_is_fresh=self._is_fresh,
+            switched_off=self._switched_off and not any(layer.disabled for layer in facts.layers),
         )
 
 
