@@ -101,6 +101,11 @@ class HistoryFacts:
         return tuple(i for i, (before, after) in steps if i > warm and after > RESTART * before)
 
     @property
+    def is_warming_up(self) -> bool:
+        """Whether the schedule has raised the rate up to now, so that its peak is still to come."""
+        return bool(self.rates) and self.rates[-1] == max(self.rates) > self.rates[len(self.rates) // 2]
+
+    @property
     def steps_trained(self) -> int:
         """Optimizer steps of the usable losses, but for those of a schedule that had next to no learning rate."""
         if not self.rates or not self.learning_rate:

@@ -126,9 +126,10 @@ class LoraHealthCallback(TrainerCallback):
             # Not args.logging_steps: losses may be logged by epoch, or by a share of the run.
             logged = state.global_step - self._unlogged
             self.watch.steps_per_loss = max(1, round(logged / (self.watch.count + 1)))
-        for name, take in (("loss", self.watch.log), ("eval_loss", self.watch.log_eval)):
-            if logs and name in logs:
-                take(logs[name])
+        if logs and "loss" in logs:
+            self.watch.log(logs["loss"], learning_rate=logs.get("learning_rate"))
+        if logs and "eval_loss" in logs:
+            self.watch.log_eval(logs["eval_loss"])
         self._stop_if_asked(control)
 
     def on_train_end(

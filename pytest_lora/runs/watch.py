@@ -67,6 +67,7 @@ class Watch:
         self._select, self._ignore = codes("select", select), codes("ignore", ignore)
         self._on_error = on_error
         self._train: list[float] = []
+        self._rates: list[float] = []
         self._earlier = 0
         self._evals: dict[int, float] = {}
         self._known: set[tuple[str, str]] = set()
@@ -85,9 +86,14 @@ class Watch:
         self._earlier = len(losses)
         self._evals.update(eval_losses)
 
-    def log(self, loss: Any, *, eval_loss: Any = None) -> None:
-        """Record the loss of a step, and with it that of an evaluation, and judge the curve if it is time."""
+    def log(self, loss: Any, *, eval_loss: Any = None, learning_rate: float | None = None) -> None:
+        """Record the loss of a step, and with it that of an evaluation, and judge the curve if it is time.
+
+        With the learning rate of every step, warm-up and restarts of the schedule are not taken for faults.
+        """
         self._train.append(as_number("loss", loss))
+        if learning_rate is not None:
+            self._rates.append(as_number("learning_rate", learning_rate))
         if eval_loss is not None:
             self._note_evaluation("eval_loss", eval_loss)
         suspicious = self._train[-1] == 0 or self._train[-1] * 0 != 0
@@ -162,7 +168,7 @@ class Watch:
                     self._evals or None,
                     total_steps=self.total_steps,
                     steps_per_loss=self.steps_per_loss,
-                    learning_rate=self.learning_rate,
+                    learning_rate=self._rates if len(self._rates) == len(self._train) else self.learning_rate,
                     expect=self._expect,
                 )
             )

@@ -262,6 +262,12 @@ def test_no_better_than_an_early_evaluation() -> None:
 
 def test_what_the_schedule_did() -> None:
     flat = noisy([2.0] * 110, 0.03)
+    rising = [1e-5 * (i + 1) for i in range(110)]
+    assert codes(diagnose_history(flat, total_steps=600, learning_rate=[1e-3] * 110)) == {
+        "LORA344": "warning"
+    }
+    assert codes(diagnose_history(flat, total_steps=600, learning_rate=rising)) == {"LORA344": "info"}
+    assert codes(diagnose_history(flat, total_steps=150, learning_rate=rising)) == {"LORA344": "warning"}
     warming = [1e-6] * 60 + [1e-3] * 50
     assert codes(diagnose_history(flat)) == {"LORA344": "warning"}
     assert codes(diagnose_history(flat, learning_rate=warming)) == {"LORA344": "info"}

@@ -598,6 +598,18 @@ def test_a_healthy_run_of_sft_trainer_passes_in_silence(tmp_path: Path) -> None:
     assert not [f for report in callback.watch.reports for f in (*report.errors, *report.warnings)]
 
 
+def test_the_schedule_of_a_run_reaches_its_history(tmp_path: Path) -> None:
+    callback = LoraHealthCallback()
+    trainer(tmp_path, callback, max_steps=12, warmup_steps=4).train()
+    rates = callback.watch._rates
+    assert len(rates) == 12
+    assert rates.index(max(rates)) in (3, 4)
+    flat = Watch(total_steps=600)
+    for i in range(110):
+        flat.log(2.0 + (37 * i * i % 101) / 1000, learning_rate=1e-5 * (i + 1))
+    assert not [f for report in flat.reports for f in report.warnings], "it still warms up"
+
+
 class Halt(TrainerCallback):
     """Ends a run that was planned for longer after its third step."""
 

@@ -26,9 +26,9 @@ def loss_settles_at_chance(facts: HistoryFacts, expect: Expect) -> Iterator[Viol
     """The loss came down to that of a guess and stays there.
 
     ## What it does
-    Compares the level of the last losses with ln(`vocabulary_size`), where that is given. At 97 to 110 % of it, with
-    no fall over the second half of the losses, nothing was learned but how often each answer comes. The verdict
-    needs 20 losses and half of `total_steps`, or 100 steps where that is not known.
+    Compares the level of the last losses with ln(`vocabulary_size`), where that is given. At 97 to 110 % of it, after
+    a fall and with none over the second half of the losses, nothing was learned but how often each answer comes. The
+    verdict needs 20 losses and half of `total_steps`, or 100 steps where that is not known.
 
     ## Why is this bad?
     The loss fell, and so looks right: a model that had opinions has unlearned them. But its answers do not depend on
@@ -58,7 +58,8 @@ def loss_settles_at_chance(facts: HistoryFacts, expect: Expect) -> Iterator[Viol
         return
     least, most = _AT_CHANCE
     end, second_half = curve.end.value, facts.usable[len(facts.usable) // 2 :]
-    if not least * chance < end < most * chance or trend(second_half) < _FALLS:
+    came_down = curve.trend < _FALLS
+    if not came_down or not least * chance < end < most * chance or trend(second_half) < _FALLS:
         return
     yield Violation(
         where="train_losses",

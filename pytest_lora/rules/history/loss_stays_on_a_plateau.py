@@ -37,6 +37,9 @@ _NO_BETTER, _LATER_EVALS, _EARLY_BEST = 1.05, 5, 1 / 3
 _ALL_WORSE = 1.02
 """After a best evaluation so early, five later ones which are all worse, by 5 % in the middle, are no wobble."""
 
+_LONGEST_WARM_UP = 0.5
+"""Share of a run. A warm-up beyond it leaves no time at the rate that was set; LORA329 tells one over the whole run."""
+
 _FELL = -3.0
 """z of the trend of training losses that fall: one in 700 by chance."""
 
@@ -51,7 +54,8 @@ def loss_stays_on_a_plateau(facts: HistoryFacts, expect: Expect) -> Iterator[Vio
     2 % while a rank test sees no fall of the training losses; or whose evaluation losses are all worse than one in the
     first third of the run, while the training loss has not fallen since. The verdict needs 20 losses, 15 % of
     `total_steps` (10 %, by when the longest usual warm-up is over: info) or, where that is not known, 100 steps (50:
-    info). Steps at less than a tenth of the peak rate do not count. A loss below 0.1 has nowhere to fall to.
+    info). Steps at less than a tenth of the peak rate do not count, and while a schedule still warms up
+    it is an info, up to half of the run. A loss below 0.1 has nowhere to fall to.
     `benchmarks/history_diagnosis.py` measures how often this errs.
 
     ## Why is this bad?
@@ -88,8 +92,13 @@ def loss_stays_on_a_plateau(facts: HistoryFacts, expect: Expect) -> Iterator[Vio
         expected="a clear fall within the first 10 to 20 % of the run",
         fix=f"stop, load the base anew, {double_rank(expect)}, and start from epoch 0: never resume a checkpoint "
         "with another rank. If a higher rank changes nothing, raise the learning rate",
-        severity="info" if seen < enough else None,
+        severity="info" if seen < enough or _is_to_come(facts) else None,
     )
+
+
+def _is_to_come(facts: HistoryFacts) -> bool:
+    """Whether the rates that are to teach are still ahead, in a warm-up that is no longer than it may be."""
+    return facts.is_warming_up and (facts.share_seen or 0.0) < _LONGEST_WARM_UP
 
 
 def _found(facts: HistoryFacts, curve: CurveFacts) -> str | None:
