@@ -174,6 +174,16 @@ def test_steps_that_bfloat16_holds_and_the_remedy() -> None:
     assert not report.findings
 
 
+def test_numbers_that_move_are_not_lost_whatever_their_scale() -> None:
+    model = adapted().bfloat16()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.mul_(1e-3)
+                parameter[:, :2] = 2.0
+    assert not check_training(model, texts(), optimizer=adam(model, 1e-5), select=["LORA315"]).findings
+
+
 def test_a_warm_up_is_no_loss_in_rounding() -> None:
     model = adapted().bfloat16()
     optimizer = adam(model, 2e-3)
