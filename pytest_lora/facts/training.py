@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pytest_lora.facts.labels import LabelFacts
+from pytest_lora.facts.media import MediumFacts
 from pytest_lora.facts.model import LayerState, ModelFacts
 from pytest_lora.facts.optimizer import OptimizerFacts, Part, ScheduleFacts
 
@@ -92,6 +93,8 @@ FailureKind = Literal[
     "unknown input",
     "graph used twice",
     "changed in place",
+    "placeholders",
+    "token types",
 ]
 
 
@@ -206,6 +209,7 @@ class TrainingFacts:
             plan asks for ranks.
         failure: What kept a step from being taken, or None.
         spoiled: Inputs that hold NaN or infinity, with their batch; masks and biases aside.
+        media: Images, videos and audio of each batch, where the model knows any.
     """
 
     model: ModelFacts
@@ -229,6 +233,7 @@ class TrainingFacts:
     updates: tuple[UpdateFacts, ...] = ()
     failure: Failure | None = None
     spoiled: tuple[str, ...] = ()
+    media: tuple[MediumFacts, ...] = ()
 
     @property
     def adapter_tensors(self) -> tuple[TensorFacts, ...]:

@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 import pytest_lora.rules
 from pytest_lora.rules import Rule, catalogue
-from tests.rules.bases import run
+from tests.rules.bases import TAKES_TOKEN_TYPES, run
 
 SECTIONS = ("What it does", "Why is this bad?", "Example", "Use instead", "References")
 STAGES = {"1": "config", "2": "model", "3": "training", "4": "checkpoint", "5": "memory"}
@@ -33,6 +33,8 @@ def code(known: Rule, title: str) -> str:
     for field in FIELDS_OF_NEWER_PEFT - LoraConfig.__dataclass_fields__.keys():
         if f"{field}=" in block[1]:
             pytest.skip(f"this version of PEFT has no {field}")
+    if "mm_token_type_ids" in block[1] and not TAKES_TOKEN_TYPES:
+        pytest.skip("this version of transformers has no mm_token_type_ids")
     return block[1]
 
 

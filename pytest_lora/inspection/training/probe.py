@@ -23,6 +23,7 @@ from pytest_lora.inspection.training.base_changes import since_probe, since_snap
 from pytest_lora.inspection.training.batches import LossFn, NoLossError, generators_of, loss_of, take_batches
 from pytest_lora.inspection.training.failures import failure_of
 from pytest_lora.inspection.training.labels import label_facts, vocabulary
+from pytest_lora.inspection.training.media import medium_facts
 from pytest_lora.inspection.training.optimizer import (
     as_float,
     optimizer_facts,
@@ -323,6 +324,7 @@ class _Probe:
             updates=self._updates.facts(ranks=plan.ranks) if self._updates and self._steps else (),
             failure=self._failure,
             spoiled=tuple(_spoiled(self._batches)),
+            media=tuple(medium_facts(self._batches, found.root)),
         )
 
 
