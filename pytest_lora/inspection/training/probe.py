@@ -22,6 +22,7 @@ from pytest_lora.inspection.survey import Survey
 from pytest_lora.inspection.training.base_changes import since_probe, since_snapshot
 from pytest_lora.inspection.training.batches import LossFn, NoLossError, generators_of, loss_of, take_batches
 from pytest_lora.inspection.training.failures import failure_of
+from pytest_lora.inspection.training.graph import Ran, how_it_runs
 from pytest_lora.inspection.training.labels import label_facts, vocabulary
 from pytest_lora.inspection.training.media import medium_facts
 from pytest_lora.inspection.training.optimizer import (
@@ -177,7 +178,7 @@ class _Probe:
             else OptimizerFacts("AdamW", (), (), 0, 0, ())
         )
         self._schedule = schedule_facts(plan.scheduler, self._optimizer) if plan.scheduler else None
-        self._touched: set[str] = set()
+        self._touched: dict[str, Ran] = {}
         held = {id(p) for group in self._groups for p in group["params"]}
         self._watch = Watch(model, parameter_parts(self._found), held)
         self._steps: list[StepFacts] = []
@@ -218,7 +219,7 @@ class _Probe:
         def note(_: nn.Module, arguments: Any) -> None:
             first = arguments[0] if arguments else None
             if not isinstance(first, Tensor) or first.numel():
-                self._touched.add(name)
+                self._touched[name] = max(self._touched.get(name, Ran.CUT), how_it_runs())
 
         return note
 
@@ -301,7 +302,8 @@ class _Probe:
     def facts(self, given: int) -> TrainingFacts:
         """Everything that was seen; ``given`` is the number of batches there are."""
         facts, found, plan = self._facts, self._found, self._plan
-        first = self._batches[0]
+        used = max(1, len({step.batch for step in self._steps}))
+        inputs = _names(self._batches[:used])
         return TrainingFacts(
             model=facts,
             optimizer=self._described,
@@ -315,7 +317,10 @@ class _Probe:
             untouched=tuple(n for n in found.lora if n not in self._touched) if self._steps else (),
             labels=self._labels,
             batches=given,
-            inputs=tuple(map(str, first)) if isinstance(first, Mapping) else (),
+            inputs=inputs,
+            later_inputs=tuple(n for n in _names(self._batches[used:]) if n not in inputs),
+            without_graph=tuple(n for n, ran in self._touched.items() if ran < Ran.WITH_GRAPH),
+            cut=tuple(n for n, ran in self._touched.items() if ran == Ran.CUT),
             history=tuple(float(loss) for loss in plan.history),
             changes=(*self._snapshot, *since_probe(found, self._trace)),
             dropouts=tuple(_live_dropouts(found)),
@@ -326,6 +331,11 @@ class _Probe:
             spoiled=tuple(_spoiled(self._batches)),
             media=tuple(medium_facts(self._batches, found.root)),
         )
+
+
+def _names(batches: tuple[Any, ...]) -> tuple[str, ...]:
+    """Names of what some batches hold, each once."""
+    return tuple(dict.fromkeys(str(n) for batch in batches if isinstance(batch, Mapping) for n in batch))
 
 
 def _default_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer | None:
