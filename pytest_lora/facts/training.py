@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import LabelFacts
 from pytest_lora.facts.media import MediumFacts
 from pytest_lora.facts.model import LayerState, ModelFacts
@@ -212,6 +213,7 @@ class TrainingFacts:
             plan asks for ranks.
         failure: What kept a step from being taken, or None.
         spoiled: Inputs that hold NaN or infinity, with their batch; masks and biases aside.
+        alone: A text on its own against the same text in its batch, where one has company there.
         media: Images, videos and audio of each batch, where the model knows any.
     """
 
@@ -240,6 +242,7 @@ class TrainingFacts:
     later_inputs: tuple[str, ...] = ()
     without_graph: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
+    alone: AloneFacts | None = None
 
     @property
     def adapter_tensors(self) -> tuple[TensorFacts, ...]:

@@ -38,7 +38,8 @@ def test_checkpointing_that_cuts_one_tower_off_is_named() -> None:
     report = check_training(checkpointed("image_text_base", reentrant=True, hook=True), image_text_batch())
     (finding,) = report.findings
     assert (finding.code, finding.severity) == ("LORA314", "warning")
-    assert "vision_tower" in finding.where and "language_model" not in finding.where
+    assert "vision_tower" in finding.where
+    assert "language_model" not in finding.where
     assert "reentrant gradient checkpointing" in finding.observed
     assert "use_reentrant" in finding.fix
 

@@ -114,9 +114,9 @@ def grids_disagree(batch: Any, root: nn.Module) -> bool:
     """Whether the grids of a batch speak of another number of patches or placeholders than there are."""
     for known in medium_facts((batch,), root):
         grid, patches = (batch.get(name) for name in (known.grid, _PATCHES.get(known.medium)))
-        if isinstance(grid, Tensor) and isinstance(patches, Tensor) and patches.ndim == 2:
-            if int(grid.prod(dim=-1).sum()) != len(patches):
-                return True
+        by_rows = isinstance(grid, Tensor) and isinstance(patches, Tensor) and patches.ndim == 2
+        if by_rows and int(grid.prod(dim=-1).sum()) != len(patches):
+            return True
         if known.wanted is not None and known.wanted != known.placeholders:
             return True
     return False

@@ -6,16 +6,18 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.model import LayerState
 from pytest_lora.facts.optimizer import OptimizerFacts
 from pytest_lora.facts.training import Failure, LossDrop, Phase, StepFacts, TrainingFacts, unusual_inits
+from pytest_lora.inspection.behaviour.batch_law import batch_law
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.peft_internals import LoraLayer
 from pytest_lora.inspection.survey import Survey
@@ -87,7 +89,9 @@ def training_facts(model: nn.Module, batches: Any, plan: Plan) -> TrainingFacts:
         )
         probe = _Probe(model, taken, plan, trace)
         probe.run()
-        return probe.facts(given)
+        facts = probe.facts(given)
+        # Last of all, as the model may keep something of it: positions, counters, caches.
+        return replace(facts, alone=probe.batch_law()) if facts.steps else facts
 
 
 def loss_drop(
@@ -214,6 +218,12 @@ class _Probe:
             except _StepError as failed:
                 self._failure = failed.failure
                 break
+
+    def batch_law(self) -> AloneFacts | None:
+        """A text alone against the same text in its batch, where the model itself makes the loss."""
+        if self._plan.loss_fn is not None or self._failure is not None:
+            return None
+        return batch_law(self._model, self._found.root, self._batches[: len(self._steps)])
 
     def _toucher(self, name: str) -> Callable[[nn.Module, Any], None]:
         def note(_: nn.Module, arguments: Any) -> None:

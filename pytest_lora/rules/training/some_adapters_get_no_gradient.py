@@ -80,8 +80,8 @@ def _fix(facts: TrainingFacts, reason: str | None) -> str:
     if "no_grad" in reason:
         return "run these modules outside torch.no_grad(), or leave them out of target_modules"
     return (
-        "leave these modules out of target_modules, give a batch that needs them, or let the forward pass call them and "
-        "not their weights"
+        "leave these modules out of target_modules, give a batch that needs them, or let the forward pass call "
+        "them and not their weights"
     )
 
 

@@ -44,8 +44,10 @@ def token_types_do_not_fit(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
         if not (medium.types and medium.placeholders and medium.inputs):
             continue
         if medium.untyped is None and "position_ids" not in facts.inputs:
-            observed = f"no {medium.types}, though there are {medium.placeholders} {medium.medium} placeholders and the "
-            observed += "model takes it: it reads them at the positions of a text"
+            observed = (
+                f"no {medium.types}, though there are {medium.placeholders} {medium.medium} placeholders and "
+            )
+            observed += "the model takes it: it reads them at the positions of a text"
         elif medium.untyped:
             observed = (
                 f"{medium.types} are 0 (text) at {medium.untyped} of {medium.placeholders} {medium.medium} "
