@@ -34,6 +34,7 @@ __all__ = [
     "active_adapters",
     "adapted_weight",
     "adapter_names",
+    "custom_classes",
     "delta_weight",
     "dense_weight",
     "factors",
@@ -42,6 +43,7 @@ __all__ = [
     "heads_by_task_type",
     "load_state",
     "lora_configs",
+    "own_code",
     "own_geometry",
     "save_adapters",
     "saved_state",
@@ -155,6 +157,22 @@ def own_geometry(layer: LoraLayer, adapter: str) -> bool:
     """Whether a LoRA variant other than DoRA gives the factors shapes of its own (QALoRA, BD-LoRA, ...)."""
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     return variant is not None and "Dora" not in type(variant).__name__
+
+
+def own_code(layer: LoraLayer) -> str:
+    """What is not PEFT's about a layer: its class, or the ``forward`` of this instance; empty if nothing is.
+
+    The hooks of accelerate, which move weights to where they are needed, replace ``forward`` too and call the old one.
+    """
+    made: type = type(layer)
+    if made.__module__.partition(".")[0] != "peft":
+        return f"class {made.__module__}.{made.__qualname__}"
+    return "forward" if "forward" in vars(layer) and "_hf_hook" not in vars(layer) else ""
+
+
+def custom_classes(config: LoraConfig) -> frozenset[type]:
+    """Classes of layers that a configuration registers for modules of its own (``_register_custom_module``)."""
+    return frozenset((getattr(config, "_custom_modules", None) or {}).values())
 
 
 def token_rows(wrapper: TrainableTokensWrapper) -> dict[str, Tensor]:

@@ -117,6 +117,8 @@ def assert_adapters_in_sync(model: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    from pytest_lora.inspection.wrappers import late_adapters
+
     if not dist.is_initialized():
         raise RuntimeError(
             "assert_adapters_in_sync needs a process group: call it in run_distributed or torchrun"
@@ -135,6 +137,12 @@ def assert_adapters_in_sync(model: Any) -> None:
         [
             f"the adapter differs between {len(digests)} ranks, in {len(problems)} of {len(own)} weights:",
             *problems[:10],
+            *(
+                f"the adapter was put in after {late.wrapper} wrapped the model, which does not know "
+                f"{len(late.parameters)} of its parameters: their gradients are not reduced; put the adapter in before "
+                "wrapping the model"
+                for late in late_adapters(model)
+            ),
         ]
     )
 
