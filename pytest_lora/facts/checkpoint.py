@@ -286,6 +286,7 @@ class Fit:
         wanted: The keys that PEFT would write for this base and configuration.
         compared: Whether PEFT could be asked at all.
         loads: Whether PEFT finds a place for every tensor and a tensor for every place.
+        wrapper: Part of the base's live names (``"_orig_mod"``) by which alone the keys of the file differ; else empty.
     """
 
     base: BaseFacts
@@ -297,6 +298,7 @@ class Fit:
     wanted: frozenset[str] = frozenset()
     compared: bool = False
     loads: bool = False
+    wrapper: str = ""
 
 
 @dataclass(frozen=True)

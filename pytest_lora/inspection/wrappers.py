@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,15 +20,23 @@ def late_adapters(model: nn.Module) -> Iterator[LateAdapter]:
     DDP keeps a list of the parameters that it was made with, the first FSDP puts them into flat ones, the second makes
     them distributed tensors. Around a compiled model, PEFT saves keys with the name of the compiled one in them.
     """
+    yield from _on_a_compiled_model(model)
+    if not (dist.is_available() and dist.is_initialized()):
+        return  # DDP and FSDP ask for a process group
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             yield from _missed("DistributedDataParallel", module, _known_to_ddp(module))
         elif (sharded := _known_to_fsdp(module)) is not None:
             yield from _missed("FSDP", module, sharded)
             return  # those inside are the same
-        elif isinstance(module, BaseTuner) and hasattr(module.model, "_orig_mod"):
-            names = tuple(name for name, _ in module.named_parameters() if "lora_" in name)
-            yield LateAdapter("torch.compile", names)
+
+
+def _on_a_compiled_model(model: nn.Module) -> Iterator[LateAdapter]:
+    above: nn.Module | None = model
+    while above is not None and not isinstance(above, BaseTuner):
+        above = next(above.children(), None)  # whatever wraps a model holds it first
+    if isinstance(above, BaseTuner) and hasattr(above.model, "_orig_mod"):
+        yield LateAdapter("torch.compile", tuple(n for n, _ in above.named_parameters() if "lora_" in n))
 
 
 def _missed(wrapper: str, module: nn.Module, known: set[int]) -> Iterator[LateAdapter]:

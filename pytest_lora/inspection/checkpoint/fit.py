@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pytest_lora.facts.checkpoint import PREFIX, Fit, Key, Misfit, TensorFacts
+from pytest_lora.facts.checkpoint import PREFIX, WRAPPERS, Fit, Key, Misfit, TensorFacts
 from pytest_lora.facts.config import ConfigFacts, Refusal, Settings, is_named
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.checkpoint.config_file import lora_config
@@ -40,6 +40,7 @@ class Base:
             raise ValueError("base: it carries adapters itself; give the base model without them")
         self.facts: BaseFacts = base_facts(self.found, base_parameters(self.found))
         self.name = _name(self.model, base)
+        self.wrapper = next((name for name in WRAPPERS if name in getattr(base, "_modules", ())), "")
 
     def fit(self, raw: dict[str, Any], tensors: tuple[TensorFacts, ...], keys: dict[str, Key]) -> Fit:
         """Compare an adapter; ``raw`` is its configuration, whose fields have been checked."""
@@ -54,7 +55,9 @@ class Base:
             refusal = Refusal(type(refused).__name__, str(refused))
             return replace(plain, config=self._facts(settings, settings, self.found, refusal))
         facts = self._facts(settings, Settings.of(config), survey(injected), None)
-        return _compared(replace(plain, config=facts), injected, tensors, keys)
+        fit = _compared(replace(plain, config=facts), injected, tensors, keys)
+        # What wraps the base is taken off here, but not where PEFT is given it.
+        return replace(fit, wrapper=fit.wrapper or self.wrapper)
 
     def _refused(self, raw: dict[str, Any], error: Exception) -> ConfigFacts:
         from types import SimpleNamespace
@@ -101,8 +104,23 @@ def _compared(plain: Fit, injected: nn.Module, tensors: tuple[TensorFacts, ...],
     )
     unused = tuple(name for name in unused if name not in own)
     return replace(
-        plain, misfits=misfits + resized, missing=missing, unused=unused, wanted=wanted_names, compared=True
+        plain,
+        misfits=misfits + resized,
+        missing=missing,
+        unused=unused,
+        wanted=wanted_names,
+        compared=True,
+        wrapper=_wrapper(wanted_names, unused),
     )
+
+
+def _wrapper(wanted: frozenset[str], unused: tuple[str, ...]) -> str:
+    """The name of a wrapper without which the keys that PEFT looks for would be those that the file has."""
+    for wrapper in WRAPPERS:
+        wrapped = [key for key in wanted if f".{wrapper}." in key]
+        if wrapped and {key.replace(f".{wrapper}.", ".") for key in wrapped} >= set(unused) and unused:
+            return wrapper
+    return ""
 
 
 def _loads(injected: nn.Module, tensors: tuple[TensorFacts, ...]) -> bool:
