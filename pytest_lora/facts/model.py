@@ -243,7 +243,7 @@ class ModelFacts:
         trainable_parameters: Logical numbers that require gradients.
         total_parameters: Logical numbers in the model, adapters included.
         stored_parameters: The same, with packed 4-bit weights counted as they are stored.
-        twins: Pairs of adapters that are active together and hold the same numbers wherever they are.
+        duplicates: Pairs of adapters that are active together and hold the same numbers wherever they are.
         reentrant_without_inputs: Reentrant gradient checkpointing is on and nothing makes its input require
             gradients, so that no gradient reaches an adapter inside.
         late: Adapters that were put in after a wrapper was made.
@@ -266,7 +266,7 @@ class ModelFacts:
     trainable_parameters: int
     total_parameters: int
     stored_parameters: int
-    twins: tuple[tuple[str, str], ...]
+    duplicates: tuple[tuple[str, str], ...]
     reentrant_without_inputs: bool
     late: tuple[LateAdapter, ...] = ()
     colliding: tuple[CollidingName, ...] = ()

@@ -19,7 +19,14 @@ from transformers import (
 )
 
 from pytest_lora import Expect, Finding, Report, check_training
-from tests.rules.bases import BASES, VOCABULARY, WIDTH, _llama_config, image_text_batch, language_batch
+from pytest_lora.bases.examples.models import (
+    BASES,
+    VOCABULARY,
+    WIDTH,
+    _llama_config,
+    image_text_batch,
+    language_batch,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from pytest_lora import Expect, Finding, check_model
-from tests.rules.bases import BASES
+from pytest_lora.bases.examples.models import BASES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

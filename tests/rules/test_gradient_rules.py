@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pytest_lora import Report, check_training
-from tests.rules.bases import BASES, WIDTH, image_text_batch, language_batch
+from pytest_lora.bases.examples.models import BASES, WIDTH, image_text_batch, language_batch
 from tests.rules.test_training_rules import TwoTowers, adapted
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from pytest_lora import Report, check_training
-from tests.rules.bases import (
+from pytest_lora.bases.examples.models import (
     BASES,
     PLACEHOLDER,
     TAKES_TOKEN_TYPES,

@@ -50,9 +50,9 @@ from pytest_lora import (
     suggest_rank,
     watch_training,
 )
+from pytest_lora.bases.examples.models import BASES, language_batch
 from pytest_lora.bases.tiny import load_tiny, text_batch
 from pytest_lora.inspection.peft_internals import saved_state
-from tests.rules.bases import BASES, language_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -112,13 +112,13 @@ RUNNING: dict[str, Callable[[Setup], object]] = {
     "check_training": lambda s: check_training(s.model, s.batch, max_grad_norm=1.0, **s.trained),
     "check_training, own optimizer": lambda s: check_training(s.model, s.batch),
     "assert_lora_healthy, batch": lambda s: assert_lora_healthy(
-        s.model, batch=s.batch, optimizer=s.optimizer
+        s.model, batches=s.batch, optimizer=s.optimizer
     ),
     "assert_loss_decreases": lambda s: assert_loss_decreases(
         s.model, s.batch, steps=2, optimizer=s.optimizer, device="cpu"
     ),
     "check_loss_decreases": lambda s: check_loss_decreases(s.model, s.batch, steps=2, device="cpu"),
-    "assert_adapter_shapes, batch": lambda s: assert_adapter_shapes(s.model, batch=s.batch),
+    "assert_adapter_shapes, batch": lambda s: assert_adapter_shapes(s.model, batches=s.batch),
     "assert_reload_exact": lambda s: assert_reload_exact(s.model, s.batch),
     "assert_merge_exact": lambda s: assert_merge_exact(s.model, s.batch),
     "assert_lora_laws": lambda s: assert_lora_laws(s.model, s.batch),
@@ -141,9 +141,9 @@ LOOKING: dict[str, Callable[[Setup], object]] = {
     "count_parameters": lambda s: count_parameters(s.model),
     "rank_table": lambda s: rank_table(s.base, [2, 4], target_modules=["q_proj"]),
     "suggest_rank": lambda s: suggest_rank(s.base, 5000),
-    "estimate_memory": lambda s: estimate_memory(s.base, CONFIG, batch_size=2, seq_len=16),
-    "step_memory": lambda s: step_memory(s.base, CONFIG).peak_allocated(2, 16),
-    "largest_that_fits": lambda s: largest_that_fits(s.base, CONFIG, "64MiB", vary="batch_size", seq_len=16),
+    "estimate_memory": lambda s: estimate_memory(CONFIG, s.base, batch_size=2, seq_len=16),
+    "step_memory": lambda s: step_memory(CONFIG, s.base).peak_allocated(2, 16),
+    "largest_that_fits": lambda s: largest_that_fits(CONFIG, s.base, "64MiB", vary="batch_size", seq_len=16),
     # What else would fit is asked of the smaller base only, as it takes many estimates.
     "check_memory": lambda s: check_memory(
         s.base,
@@ -158,7 +158,7 @@ LOOKING: dict[str, Callable[[Setup], object]] = {
     ),
     "watch_training": _watched,
     "assert_adapters_in_sync": _in_sync,
-    "oom_frontier": lambda s: oom_frontier(s.base, CONFIG, "1GiB", seq_lens=[16], dtype="float32"),
+    "oom_frontier": lambda s: oom_frontier(CONFIG, s.base, "1GiB", seq_lens=[16], dtype="float32"),
 }
 """Those that look only."""
 

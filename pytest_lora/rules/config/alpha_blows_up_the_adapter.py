@@ -8,7 +8,7 @@ from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA103", severity="warning", needs=ConfigFacts)
+@rule("LORA103", severity="warning", needs=ConfigFacts, on_saved="alone")
 def alpha_blows_up_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """The scaling is so large that training will diverge at usual learning rates.
 

@@ -26,7 +26,7 @@ _FIXES = (
 """Words of PEFT's messages that do not say what to write instead, and what to write."""
 
 
-@rule("LORA124", severity="error", needs=ConfigFacts)
+@rule("LORA124", severity="error", needs=ConfigFacts, on_saved="with_base")
 def peft_refuses_the_config(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """PEFT stops at this configuration.
 

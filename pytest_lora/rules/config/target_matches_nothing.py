@@ -8,7 +8,7 @@ from pytest_lora.facts.config import ConfigFacts, NameMatch
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA104", severity="error", needs=ConfigFacts)
+@rule("LORA104", severity="error", needs=ConfigFacts, on_saved="refused")
 def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """A name in the targets matches no module, so that fewer modules are adapted than configured.
 
