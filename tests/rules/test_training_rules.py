@@ -653,6 +653,7 @@ def decayed_after_the_loss_fell() -> Report:
     model = adapted()
     optimizer = adam(model)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+    model(**language_batch()).loss.backward()
     for _ in range(10):
         optimizer.step()
         schedule.step()
@@ -705,6 +706,7 @@ def end_of_a_cosine() -> Report:
     model = adapted()
     optimizer = adam(model, lr=1e-5)
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, 20)
+    model(**language_batch()).loss.backward()
     for _ in range(17):
         optimizer.step()
         schedule.step()
@@ -819,6 +821,7 @@ def begin_tokens_between_packed_texts() -> Report:
 def packed_positions() -> Report:
     batch = language_batch()
     batch["position_ids"] = torch.arange(8).repeat(4, 2)
+    del batch["attention_mask"]  # a mask of ones would let both texts see each other
     return check_training(adapted(), batch)
 
 
