@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pytest_lora.facts.batch_law import AloneFacts, Company
+from pytest_lora.facts.labels import IGNORED
 from pytest_lora.inspection.behaviour.copies import TOLERANCES, largest, no_trace, output_of
-from pytest_lora.inspection.training.batches import device_of, on_device
-from pytest_lora.inspection.training.labels import IGNORED
+from pytest_lora.inspection.placement import device_of, on_device
 
 _TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "num_items_in_batch"}
 _DECODER = {"decoder_input_ids", "decoder_attention_mask"}

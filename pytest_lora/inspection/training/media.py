@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, get_args
 
 from torch import Tensor, nn
 
+from pytest_lora.facts.labels import IGNORED
 from pytest_lora.facts.media import Medium, MediumFacts
-from pytest_lora.inspection.training.labels import IGNORED
 
 _INPUTS: dict[Medium, str] = {
     "image": r"image|pixel_values(?!_videos)",
