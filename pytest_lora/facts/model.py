@@ -14,7 +14,7 @@ class Factor:
     """One of the two low-rank factors of an adapter on one module.
 
     Attributes:
-        name: ``"lora_A"``, ``"lora_B"``, ``"lora_embedding_A"`` or ``"lora_embedding_B"``.
+        name: As PEFT calls it: ``"lora_A"``, ``"lora_B"``, ``"lora_embedding_A"``, ``"lora_magnitude_vector"``, ...
         shape: As stored.
         dtype: ``"float32"``, ``"bfloat16"``, ...
         device: ``"cpu"``, ``"cuda:0"``, ``"meta"``.
@@ -58,7 +58,8 @@ class LayerState(LayerFacts):
         disabled: Whether all adapters are switched off here.
         merged: Whether the adapter is merged into the base weight here.
         dropout_live: Whether a LoRA dropout above zero is in training mode.
-        magnitude: The magnitude vector of DoRA, or None.
+        further: What a variant trains beside the two factors: the magnitude of DoRA, the diagonal of KaSA, the left
+            singular vectors of AdaLoRA, whose ``b`` are the singular values (``lora_E``).
         own_code: What is not PEFT's about the layer: ``"class my.Linear"``, ``"forward"``; empty for a layer of PEFT.
         swappable: Whether it was prepared for hot-swapping, so that its scaling is a tensor.
         empty_ranks: Ranks at which both factors are zero though others hold something.
@@ -75,7 +76,7 @@ class LayerState(LayerFacts):
     disabled: bool
     merged: bool
     dropout_live: bool
-    magnitude: Factor | None
+    further: tuple[Factor, ...]
     own_code: str = ""
     swappable: bool = False
     empty_ranks: int = 0
@@ -85,7 +86,7 @@ class LayerState(LayerFacts):
     @property
     def parts(self) -> tuple[Factor, ...]:
         """The tensors of the adapter here."""
-        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
+        return (self.a, self.b, *self.further)
 
     @property
     def trainable(self) -> bool:
@@ -137,6 +138,7 @@ class SavedModule:
         active: Whether the copy takes part in the forward pass.
         disabled: Whether all copies are switched off here.
         tied: Other modules that shared the original's weight and do not share the copy's.
+        tied_by_loading: Whether this transformers ties the two again as it loads a merged model in which they differ.
     """
 
     module: str
@@ -149,6 +151,7 @@ class SavedModule:
     active: bool
     disabled: bool
     tied: tuple[str, ...]
+    tied_by_loading: bool
 
     @property
     def field(self) -> str:
@@ -248,6 +251,7 @@ class ModelFacts:
             gradients, so that no gradient reaches an adapter inside.
         late: Adapters that were put in after a wrapper was made.
         colliding: Adapters whose names are also names of modules.
+        trains_xlora: Whether a classifier of X-LoRA trains, which weighs adapters that are frozen by design.
     """
 
     base: BaseFacts
@@ -270,6 +274,7 @@ class ModelFacts:
     reentrant_without_inputs: bool
     late: tuple[LateAdapter, ...] = ()
     colliding: tuple[CollidingName, ...] = ()
+    trains_xlora: bool = False
 
     @property
     def active_layers(self) -> tuple[LayerState, ...]:

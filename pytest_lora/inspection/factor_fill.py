@@ -39,10 +39,10 @@ def fills(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[int, Fill]:
             pending.setdefault(b.device, []).append((id(b), a.shape[0], marks))
     found: dict[int, Fill] = {}
     for entries in pending.values():
-        marks = torch.cat([marks for _, _, marks in entries]).tolist()
+        found_marks: list[bool] = torch.cat([marks for _, _, marks in entries]).tolist()
         start = 0
         for key, rank, own in entries:
-            found[key] = _fill(marks[start : start + len(own)], rank)
+            found[key] = _fill(found_marks[start : start + len(own)], rank)
             start += len(own)
     return found
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from pytest_lora.assertions import stack_level
 from pytest_lora.facts.history import as_count
-from pytest_lora.runs.watch import FIRST_STEPS, OnError, Watch
+from pytest_lora.findings import LoraHealthWarning
+from pytest_lora.inspection.model import carries_lora
+from pytest_lora.runs.watch import BETWEEN, FIRST_STEPS, OnError, Watch
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -22,6 +27,8 @@ class LoraHealthCallback(TrainerCallback):
     Gradients, learning rates and moves of the first steps are judged with the first loss that the Trainer logs after
     them (``logging_steps``), in one process and without DeepSpeed: elsewhere no process sees whole gradients. The run
     itself goes as it would without: no forward pass is added and no random number drawn.
+
+    A model without LoRA layers is said to have none, once, and nothing of its run is judged.
 
     Each finding is told once, as a ``LoraHealthWarning``. Errors do what ``on_error`` says: ``"warn"``,
     ``"stop"`` (the run ends after the step) or ``"raise"`` (``LoraHealthError`` out of ``trainer.train()``).
@@ -58,11 +65,22 @@ class LoraHealthCallback(TrainerCallback):
         self.watch = Watch(**self._settings)
         self._begun_at = self._unlogged = 0
         self._latest: tuple[str, int, object] | None = None
+        self._judges = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start a new watch and judge the model and the optimizer."""
+        self._judges = carries_lora(kwargs["model"])
+        if not self._judges:
+            given = type(kwargs["model"]).__name__
+            warnings.warn(
+                f"LoraHealthCallback: this {given} carries no LoRA layers, so that nothing is judged; "
+                "make them with peft.get_peft_model(base, LoraConfig(...))",
+                LoraHealthWarning,
+                stacklevel=stack_level(*BETWEEN),
+            )
+            return
         self.watch = Watch(
             total_steps=state.max_steps if state.max_steps > 0 else None,
             **self._settings,
@@ -81,7 +99,7 @@ class LoraHealthCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the gradients of the first steps, as they are after clipping."""
-        if self._is_repeated("gradients", state):
+        if self._is_idle("gradients", state):
             return
         optimizer = kwargs.get("optimizer")
         # With several processes a gradient may be a shard, and DeepSpeed keeps it to itself.
@@ -94,14 +112,14 @@ class LoraHealthCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note what the first steps moved."""
-        if not self._is_repeated("step", state):
+        if not self._is_idle("step", state):
             self.watch.after_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Judge the model again after the first steps."""
-        if state.global_step == self._begun_at + self._model_steps:
+        if self._judges and state.global_step == self._begun_at + self._model_steps:
             self._look(control, kwargs)
 
     def on_log(
@@ -113,10 +131,13 @@ class LoraHealthCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take the loss that the Trainer logs, or at its end the mean if it logged none."""
-        if self._is_repeated("losses", state, logs):
+        if self._is_idle("losses", state, logs):
             return
         if logs and not self.watch.count and "train_loss" in logs:
             logs = {"loss": logs["train_loss"]}
+        if logs and logs.get("loss") == 0 and 0 < float(logs.get("grad_norm") or 0) < math.inf:
+            # The loss of a policy gradient is zero on average, and that of a step may be rounded to zero.
+            self.watch.explained.add("LORA341")
         if logs and "loss" in logs:
             # Not args.logging_steps: losses may be logged by epoch, or by a share of the run.
             logged = state.global_step - self._unlogged
@@ -130,12 +151,17 @@ class LoraHealthCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Judge the whole history and the model at its end."""
+        if not self._judges:
+            return
         self.watch.judge()
         self.watch.judge_first_steps()
         self._look(control, kwargs)
 
-    def _is_repeated(self, what: str, state: TrainerState, logs: object = None) -> bool:
-        """Whether the same thing is told again, as it is to a callback that was added twice."""
+    def _is_idle(self, what: str, state: TrainerState, logs: object = None) -> bool:
+        """Whether there is nothing to note: no LoRA, or the same thing again, as a callback is told that was added
+        twice."""
+        if not self._judges:
+            return True
         before, self._latest = self._latest, (what, state.global_step, logs)
         return before is not None and before[:2] == self._latest[:2] and before[2] is logs
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -32,7 +32,7 @@ FIRST_STEPS = 2
 """The first step moves ``lora_B``, which gives ``lora_A`` its first gradient at the second."""
 
 
-_BETWEEN = ("pytest_lora", "contextlib", "transformers", "accelerate", "trl")
+BETWEEN = ("pytest_lora", "contextlib", "transformers", "accelerate", "trl")
 """Packages between the user's line and a finding, which is the line that a warning names."""
 
 
@@ -41,6 +41,7 @@ class Watch:
 
     Attributes:
         reports: Every report that had something new, in order.
+        explained: Codes of findings that what is known of the run explains, so that they are not told.
         should_stop: Whether an error was found; for loops that end themselves under ``on_error="stop"``.
     """
 
@@ -61,6 +62,7 @@ class Watch:
         self.steps_per_loss = as_count("steps_per_loss", steps_per_loss)
         self.learning_rate: float | None = None
         self.reports: list[Report] = []
+        self.explained: set[str] = set()
         self.should_stop = False
         self._expect = require_expect(expect)
         self._select, self._ignore = codes("select", select), codes("ignore", ignore)
@@ -162,7 +164,9 @@ class Watch:
 
     def _deliver(self, report: Report) -> None:
         found = selected(report.findings, self._select, self._ignore)
-        fresh = tuple(f for f in found if (f.code, f.severity) not in self._known)
+        fresh = tuple(
+            f for f in found if (f.code, f.severity) not in self._known and f.code not in self.explained
+        )
         if not fresh:
             return
         self._known.update((f.code, f.severity) for f in fresh)
@@ -172,7 +176,7 @@ class Watch:
         self.should_stop |= bool(new.errors or (in_force().strict and new.warnings))
         for finding in (*new.errors, *new.warnings):
             if finding.severity == "warning" or self._on_error != "raise":
-                warnings.warn(str(finding), LoraHealthWarning, stacklevel=stack_level(*_BETWEEN))
+                warnings.warn(str(finding), LoraHealthWarning, stacklevel=stack_level(*BETWEEN))
         grave = new.errors or (new.warnings if in_force().strict else ())
         if grave and self._on_error == "raise":
             raise LoraHealthError(new)
@@ -192,8 +196,7 @@ def watch_training(
 ) -> Iterator[Watch]:
     """Watch a hand-written training loop: the model at the start and the end, the losses as they come.
 
-    What the optimizer's first two steps show, gradients among it, is judged with the first loss after them. Steps with
-    a closure are not looked into.
+    What the optimizer's first two steps show, gradients among it, is judged with the first loss after them.
 
     Example:
         with watch_training(model, optimizer, total_steps=len(batches)) as watch:
@@ -245,10 +248,15 @@ def _at_each_step(watch: Watch, model: nn.Module, optimizer: Any) -> Iterator[No
         yield
         return
 
-    def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        # With a closure the gradients come only inside the step.
-        if len(arguments) < 2 and named.get("closure") is None:
+    def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        closure = arguments[1] if len(arguments) > 1 else named.get("closure")
+        if closure is None:
             watch.before_step(model, optimizer)
+            return None
+        # With a closure the gradients come only inside the step.
+        noting = _noting(closure, lambda: watch.before_step(model, optimizer))
+        rest = {name: value for name, value in named.items() if name != "closure"}
+        return (arguments[0], noting, *arguments[2:]), rest
 
     def after(*_: Any) -> None:
         watch.after_step()
@@ -259,3 +267,18 @@ def _at_each_step(watch: Watch, model: nn.Module, optimizer: Any) -> Iterator[No
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _noting(closure: Callable[[], Any], note: Callable[[], None]) -> Callable[[], Any]:
+    """A closure that notes the gradients when it has computed them for the first time."""
+    noted = False
+
+    def compute() -> Any:
+        nonlocal noted
+        result = closure()
+        if not noted:
+            noted = True
+            note()
+        return result
+
+    return compute

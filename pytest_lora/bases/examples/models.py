@@ -134,15 +134,11 @@ def image_text_base() -> nn.Module:
         image_size=16,
         patch_size=8,
     )
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision,
-            text_config=_llama_config(),
-            image_token_id=PLACEHOLDER,
-            image_seq_length=4,
-            vision_feature_layer=-1,
-        )
+    config = LlavaConfig(
+        vision_config=vision, text_config=_llama_config(), image_seq_length=4, vision_feature_layer=-1
     )
+    config.image_token_id = PLACEHOLDER
+    return LlavaForConditionalGeneration(config)
 
 
 def image_text_batch(rows: int = 2) -> dict[str, torch.Tensor]:

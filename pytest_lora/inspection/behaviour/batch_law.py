@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from pytest_lora.facts.batch_law import AloneFacts, Company
 from pytest_lora.facts.labels import IGNORED
-from pytest_lora.inspection.behaviour.copies import TOLERANCES, largest, no_trace, output_of
+from pytest_lora.inspection.behaviour.copies import TOLERANCES, largest, output_of
 from pytest_lora.inspection.placement import device_of, on_device
+from pytest_lora.inspection.quiet import quiet_libraries
+from pytest_lora.inspection.state.precision import without_tf32
 
 _TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "num_items_in_batch"}
 _DECODER = {"decoder_input_ids", "decoder_attention_mask"}
@@ -45,7 +47,8 @@ class _Text(NamedTuple):
 def batch_law(model: nn.Module, root: nn.Module, batches: tuple[Any, ...]) -> AloneFacts | None:
     """Run the shortest text of the first batch that has company in its row, with it and without.
 
-    Two rows are run at most, without gradients: no more than a forward pass of a batch of two.
+    Two rows are run at most, without gradients: no more than a forward pass of a batch of two. To be called where a
+    keeper puts back what a model notes of its calls.
 
     Args:
         model: What is called.
@@ -61,7 +64,7 @@ def batch_law(model: nn.Module, root: nn.Module, batches: tuple[Any, ...]) -> Al
     if found is None or _is_of_its_length(root, found.length):
         return None
     batch = on_device(_given(batches[found.batch]), device_of(model))
-    with no_trace(), _evaluation(model), _uncompiled(), torch.no_grad():
+    with quiet_libraries(), without_tf32(), _evaluation(model), _uncompiled(), torch.no_grad():
         try:
             together, alone = _in_company(batch, found, root), _alone(batch, found, root)
             first, second = output_of(model, together), output_of(model, alone)
@@ -254,8 +257,6 @@ def _tolerance(model: nn.Module, result: Tensor) -> float | None:
     device = result.device.type
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
-    if device == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        dtypes.add(torch.float16)  # TF32 keeps as many bits of a number
     if any(not dtype.is_floating_point for dtype in dtypes):  # quantized: what computes may be any of these
         dtypes = {d for d in dtypes if d.is_floating_point} | {torch.bfloat16}
     return max(TOLERANCES[d] for d in dtypes) if dtypes <= TOLERANCES.keys() else None

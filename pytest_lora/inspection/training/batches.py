@@ -25,13 +25,9 @@ def take_batches(batches: Any, steps: int, loss_fn: LossFn | None) -> tuple[Any,
         TypeError: ``batches`` is neither a batch nor an iterable of batches.
         ValueError: There is none.
     """
+    require_batches(batches, loss_fn)
     if _is_batch(batches, loss_fn):
         return (batches,)
-    if isinstance(batches, (str, bytes, Tensor, nn.Module)) or not isinstance(batches, Iterable):
-        raise TypeError(
-            "batches must be a batch (a dict of tensors) or an iterable of batches, "
-            f"not {type(batches).__name__}"
-        )
     wanted = max(steps, LOOKED_AT) if isinstance(batches, Sequence) else max(steps, 1)
     taken = tuple(islice(batches, wanted))
     if not taken:
@@ -44,6 +40,21 @@ def take_batches(batches: Any, steps: int, loss_fn: LossFn | None) -> tuple[Any,
                     "give loss_fn for batches of another form"
                 )
     return taken
+
+
+def require_batches(batches: Any, loss_fn: LossFn | None) -> None:
+    """Raise unless this is a batch or an iterable of batches; none is taken.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if _is_batch(batches, loss_fn):
+        return
+    if isinstance(batches, (str, bytes, Tensor, nn.Module)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            "batches must be a batch (a dict of tensors) or an iterable of batches, "
+            f"not {type(batches).__name__}"
+        )
 
 
 def _is_batch(value: Any, loss_fn: LossFn | None) -> bool:

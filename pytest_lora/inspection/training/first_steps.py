@@ -10,6 +10,7 @@ from torch import nn
 
 from pytest_lora.facts.training import StepFacts, TrainingFacts
 from pytest_lora.inspection.model import adapted_survey, model_facts
+from pytest_lora.inspection.training.circumstances import repacked_layers
 from pytest_lora.inspection.training.optimizer import (
     as_float,
     optimizer_facts,
@@ -17,7 +18,6 @@ from pytest_lora.inspection.training.optimizer import (
     parameter_parts,
     schedule_facts,
 )
-from pytest_lora.inspection.training.probe import repacked
 from pytest_lora.inspection.training.watch import Watch
 
 
@@ -44,7 +44,7 @@ class FirstSteps:
         self._scaler = scaler
         self._model = model_facts(model)
         self._described = optimizer_facts(model, optimizer)
-        self._repacked = tuple(repacked(found))
+        self._repacked = tuple(repacked_layers(found))
         held = {id(p) for group in param_groups(optimizer) for p in group["params"]}
         self._watch = Watch(model, parameter_parts(found), held)
         self._seen: list[tuple[tuple[float, ...], float | None]] = []
