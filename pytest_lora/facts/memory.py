@@ -31,16 +31,23 @@ AMPERE_WORKSPACE = 8_519_680
 on Hopper 32 MiB."""
 
 
+BITSANDBYTES = ("nf4", "fp4", "int8")
+"""Methods of bitsandbytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How bitsandbytes stores the linear layers of the base.
+    """How the linear layers of the base are stored: by bitsandbytes, or packed already in the checkpoint.
 
     Attributes:
-        method: ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        method: ``"nf4"``, ``"fp4"`` or ``"int8"`` of bitsandbytes; ``"gptq"``, ``"awq"``, ``"fp8"`` or ``"mxfp4"``.
         double_quant: Whether the scales of 4-bit blocks are quantized too.
         storage: Dtype that packs 4-bit numbers.
         compute_dtype: Dtype that 4-bit layers compute in.
         skip_modules: Layers that stay whole, besides those that transformers keeps whole.
+        bits: Bits of a number, of GPTQ and AWQ.
+        group_size: Numbers of a row that share a scale, of GPTQ and AWQ; None for the whole row.
+        block_size: Rows and columns that share a scale, of FP8; None for the whole matrix.
     """
 
     method: str
@@ -48,6 +55,14 @@ class Quantization:
     storage: str = "uint8"
     compute_dtype: str = "bfloat16"
     skip_modules: tuple[str, ...] = ()
+    bits: int = 4
+    group_size: int | None = None
+    block_size: tuple[int, int] | None = None
+
+    @property
+    def by_bitsandbytes(self) -> bool:
+        """Whether bitsandbytes packs the weights, when the model is loaded."""
+        return self.method in BITSANDBYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +106,13 @@ class StepSetting:
     frozen: tuple[str, ...] = ()
 
 
+class Unmodelled(NamedTuple):
+    """Something that a prediction leaves out, and so what it is: ``"at least"`` or ``"at most"`` what is needed."""
+
+    what: str
+    bound: Literal["at least", "at most"]
+
+
 class TimelinePoint(NamedTuple):
     """A stretch of the step: its phase, the repeated layer it ran in (None outside), its peak in bytes."""
 
@@ -118,6 +140,7 @@ class MemoryEstimate:
         paged: Optimizer state in unified memory, which the allocator does not count.
         cuda_context: What the CUDA context takes beside it, a rough figure; ``nvidia-smi`` counts it.
         has_tokens: Whether the step has tokens at all; with images alone, their length means nothing.
+        unmodelled: What is left out, which makes the figures a bound.
     """
 
     setting: StepSetting
@@ -134,6 +157,15 @@ class MemoryEstimate:
     paged: int
     cuda_context: int
     has_tokens: bool = True
+    unmodelled: tuple[Unmodelled, ...] = ()
+
+    @property
+    def bound(self) -> Literal["at least", "at most", "about"] | None:
+        """What the figures are where something is not modelled; None where they are meant as they stand."""
+        bounds = {part.bound for part in self.unmodelled}
+        if not bounds:
+            return None
+        return bounds.pop() if len(bounds) == 1 else "about"
 
     @property
     def batch(self) -> str:
@@ -150,12 +182,15 @@ class MemoryEstimate:
             *((("optimizer state in paged memory", self.paged),) if self.paged else ()),
             ("CUDA context beside it, roughly", self.cuda_context),
         ]
+        left_out = [f"{part.bound} this: {part.what} not modelled" for part in self.unmodelled]
         width = max(len(name) for name, _ in rows)
         head = (
             f"a training step of {self.architecture}, {self.batch}, "
             f"r={self.rank}; peak in the {self.peak_phase}, {self.peak_operation}"
         )
-        return "\n".join((head, *(f"{name.ljust(width)}  {format_bytes(size):>10s}" for name, size in rows)))
+        return "\n".join(
+            (head, *(f"{name.ljust(width)}  {format_bytes(size):>10s}" for name, size in rows), *left_out)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,12 +73,12 @@ def quantized_linears(model: nn.Module, quantization: Any) -> list[nn.Module]:
     """
     from transformers.integrations import bitsandbytes as integration
 
-    kept = _kept_whole(model, quantization.llm_int8_skip_modules)
+    kept = kept_whole(model, quantization.llm_int8_skip_modules)
     integration.replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=quantization)
     return quantized_layers(model)
 
 
-def _kept_whole(model: Any, skipped: list[str] | None) -> list[str]:
+def kept_whole(model: Any, skipped: list[str] | None) -> list[str]:
     """Layers that transformers leaves whole: those skipped, or else the output embeddings; and those in float32."""
     from transformers.quantizers.base import HfQuantizer
 

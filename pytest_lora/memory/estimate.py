@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting
 from pytest_lora.memory.arguments import StepArguments, names_settings
-from pytest_lora.memory.setting import checked_setting, require_count
+from pytest_lora.memory.setting import checked_setting, declared_quantization, require_count
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -46,7 +46,8 @@ def estimate_memory(
         batch_size: Sequences (or images) in a micro-batch, at least 1.
         seq_len: Tokens in each, padding included, at least 1.
         quantization: ``"nf4"``, ``"fp4"`` (4 bits, no double quantization), ``"int8"``, a
-            ``BitsAndBytesConfig``, or None for a base in ``dtype``.
+            ``BitsAndBytesConfig``, or None for a base in ``dtype``, or as its own ``quantization_config`` says
+            (GPTQ, AWQ, FP8, MXFP4, bitsandbytes).
         dtype: Dtype of the unquantized weights: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
         gradient_checkpointing: ``False``, ``True`` (non-reentrant) or ``"reentrant"``.
         optimizer: As in ``TrainingArguments(optim=...)``.
@@ -123,12 +124,35 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
     Raises:
         TypeError, ValueError: As ``estimate_memory``.
     """
-    checked = checked_setting(**setting)
     if isinstance(base, (str, os.PathLike)):
         from pytest_lora.inspection.skeleton import read_config
 
         base = read_config(Path(base))
+    checked = checked_setting(**{**setting, "quantization": _as_stored(base, setting.get("quantization"))})
     return StepMemory(_predictor(base, config, checked), config.r)
+
+
+def _as_stored(base: Any, asked: Any) -> Any:
+    """The quantization that is asked for, or that a base has already.
+
+    Raises:
+        ValueError: Both, and not the same.
+    """
+    stored = declared_quantization(getattr(base, "config", base))
+    if stored is None and hasattr(base, "modules"):
+        from pytest_lora.inspection.memory.live_model import quantization_of_model
+
+        stored = quantization_of_model(base)
+    if getattr(asked, "dequantize", False):
+        return None
+    if stored is None:
+        return asked
+    if asked is None or (stored.by_bitsandbytes and checked_setting(quantization=asked).quantization):
+        return stored
+    raise ValueError(
+        f"quantization: the base is stored in {stored.method} already; leave quantization out, or give a configuration "
+        "with dequantize=True to have it unpacked"
+    )
 
 
 _KEPT = 64

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.byte_sizes import parse_bytes
-from pytest_lora.facts.memory import AMPERE_WORKSPACE, Checkpointing, Quantization, StepSetting
+from pytest_lora.facts.memory import AMPERE_WORKSPACE, BITSANDBYTES, Checkpointing, Quantization, StepSetting
 
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig
 
-_METHODS = ("nf4", "fp4", "int8")
 _DTYPES = ("bfloat16", "float16", "float32")
 _SHORT_DTYPES = {
     "bf16": "bfloat16",
@@ -60,13 +59,14 @@ def checked_setting(
             f"gradient_checkpointing must be True, False or 'reentrant', not {gradient_checkpointing!r}"
         )
     packed = _quantization(quantization, dtype)
+    kbit = packed is not None and (packed.by_bitsandbytes or packed.method == "gptq")
     flags = {
         "padding_mask": padding_mask,
         "outputs_held": outputs_held,
         "autocast": dtype != "float32" if autocast is None else autocast,
         "use_cache": use_cache,
         "empty_cache": empty_cache,
-        "prepare_for_kbit": packed is not None if prepare_for_kbit is None else prepare_for_kbit,
+        "prepare_for_kbit": kbit if prepare_for_kbit is None else prepare_for_kbit,
     }
     for name, value in flags.items():
         if not isinstance(value, bool):
@@ -93,11 +93,11 @@ def _quantization(given: Any, dtype: str) -> Quantization | None:
         return given
     if isinstance(given, str):
         given = _BITS.get(given, given)
-        _require_one_of("quantization", given, _METHODS)
+        _require_one_of("quantization", given, BITSANDBYTES)
         return Quantization(given, compute_dtype=dtype)
     if not hasattr(given, "load_in_4bit") or not hasattr(given, "load_in_8bit"):
         raise TypeError(
-            f"quantization must be one of {', '.join(_METHODS)}, a BitsAndBytesConfig or None, "
+            f"quantization must be one of {', '.join(BITSANDBYTES)}, a BitsAndBytesConfig or None, "
             f"not {type(given).__name__}"
         )
     skipped = tuple(given.llm_int8_skip_modules or ())
@@ -112,6 +112,46 @@ def _quantization(given: Any, dtype: str) -> Quantization | None:
         compute_dtype=str(given.bnb_4bit_compute_dtype).removeprefix("torch."),
         skip_modules=skipped,
     )
+
+
+def declared_quantization(config: Any) -> Quantization | None:
+    """How a checkpoint is stored by its own configuration.
+
+    Raises:
+        ValueError: It is stored in a way that is not known here.
+    """
+    parts = (config, getattr(config, "text_config", None))
+    found = next((d for p in parts if (d := getattr(p, "quantization_config", None))), None)
+    if found is None:
+        return None
+    values: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method", "bitsandbytes")))
+    if values.get("dequantize"):
+        return None
+    if method.startswith("bitsandbytes"):
+        return _quantization(_bitsandbytes(values), "bfloat16")
+    if method not in ("gptq", "awq", "fp8", "mxfp4"):
+        raise ValueError(
+            f"base: its weights are stored by {method!r}, which is not known here; known are bitsandbytes, gptq, awq, "
+            "fp8 and mxfp4. Without quantization_config in its configuration it is estimated in dtype"
+        )
+    skipped = values.get("modules_to_not_convert") or ()
+    block = values.get("weight_block_size")
+    group = values.get("group_size", 128)
+    return Quantization(
+        method,
+        skip_modules=tuple(skipped),
+        bits=int(values.get("bits", values.get("w_bit", 4)) or 4),
+        group_size=group if group and group > 0 else None,
+        block_size=(int(block[0]), int(block[1])) if block else None,
+    )
+
+
+def _bitsandbytes(values: dict[str, Any]) -> Any:
+    import transformers
+
+    make: Any = transformers.BitsAndBytesConfig
+    return make.from_dict(values)
 
 
 def _names(name: str, given: Any) -> tuple[str, ...]:

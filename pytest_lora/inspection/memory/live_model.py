@@ -31,7 +31,7 @@ def described(model: nn.Module, batch_size: int, seq_len: int) -> Described | No
     if base is None or not configs:
         return None
     config = next(iter(configs.values()))
-    packed = _quantization(root)
+    packed = quantization_of_model(root)
     dtype = dtype_name(_commonest([p for p in root.parameters() if not p.requires_grad]))
     setting = StepSetting(
         batch_size=batch_size,
@@ -54,7 +54,8 @@ def _commonest(parameters: list[nn.Parameter]) -> torch.dtype:
     return counts.most_common(1)[0][0] if counts else torch.float32
 
 
-def _quantization(root: nn.Module) -> Quantization | None:
+def quantization_of_model(root: nn.Module) -> Quantization | None:
+    """How bitsandbytes stores the layers of a live model; None where it stores none."""
     layers: list[Any] = list(quantized_layers(root))
     if not layers:
         return None

@@ -18,6 +18,7 @@ from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
 from pytest_lora.inspection.config import DATA_INITS
 from pytest_lora.inspection.memory.layer_stacks import Stack, cut_stacks
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
+from pytest_lora.inspection.memory.packed_weights import pack_weights
 from pytest_lora.inspection.memory.weights import Weight, loaded_weights, units_of
 from pytest_lora.inspection.peft_internals import freeze, store_adapter
 from pytest_lora.inspection.skeleton import (
@@ -27,7 +28,7 @@ from pytest_lora.inspection.skeleton import (
     skeleton,
     without_initial_values,
 )
-from pytest_lora.inspection.transformers_internals import quantized_linears
+from pytest_lora.inspection.transformers_internals import kept_whole, quantized_linears
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -88,7 +89,7 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> 
     alike = same_in_every_layer(config) and not any(_NUMBERED.search(name) for name in setting.frozen)
     stacks = cut_stacks(model) if cut and alike else []
     if setting.quantization is not None:
-        _quantize(model, setting.quantization, dtype)
+        _quantize(model, setting.quantization, setting)
     _prepare(model, setting)
     adapted = _with_adapter(model, config, setting).train()
     store_adapter(adapted, getattr(torch, setting.adapter_dtype))
@@ -124,11 +125,14 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _quantize(model: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
+def _quantize(model: nn.Module, quantization: Quantization, setting: StepSetting) -> None:
     """Replace linear layers as transformers does, and give them quantized weights without values."""
+    if not quantization.by_bitsandbytes:
+        pack_weights(model, [*kept_whole(model, None), *quantization.skip_modules], setting)
+        return
     in_4_bits = quantization.method != "int8"
     for module in quantized_linears(model, _bitsandbytes_config(quantization)):
-        pack_on_meta(module, dtype)
+        pack_on_meta(module, getattr(torch, setting.dtype))
     marked: Any = model
     marked.is_quantized = True
     marked.is_loaded_in_4bit, marked.is_loaded_in_8bit = in_4_bits, not in_4_bits

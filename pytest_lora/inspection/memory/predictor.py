@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pytest_lora.facts.memory import MemoryEstimate, StepSetting
+from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
 from pytest_lora.inspection.memory.batches import has_tokens
 from pytest_lora.inspection.memory.compiled_replay import fastest_replay
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
@@ -95,6 +96,7 @@ class Predictor:
             paged=paged,
             cuda_context=CUDA_CONTEXT,
             has_tokens=has_tokens(model),
+            unmodelled=tuple(_unmodelled(self.setting)),
         )
 
     def _reserved(self, shape: StepShape, sizes: NDArray[np.int64]) -> int:
@@ -154,6 +156,16 @@ class Predictor:
             with quiet():
                 self._models = {rank: build(self._base, config, self.setting, cut=not self._whole)}
         return self._models[rank]
+
+
+def _unmodelled(setting: StepSetting) -> Iterator[Unmodelled]:
+    packed = setting.quantization
+    if packed is not None and not packed.by_bitsandbytes:
+        yield Unmodelled(f"kernels of {packed.method} that unpack a weight in parts are", "at most")
+    if packed is not None and packed.method == "mxfp4":
+        yield Unmodelled(
+            "that transformers trains mxfp4 only with Mxfp4Config(dequantize=True) is", "at least"
+        )
 
 
 def _thresholds(base: Any) -> list[int]:
