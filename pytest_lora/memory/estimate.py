@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
-from pytest_lora.facts.memory import MemoryEstimate, StepSetting
+from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
 from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.setting import checked_setting, declared_quantization, require_count
 
@@ -42,7 +42,7 @@ def estimate_memory(
     Args:
         config: The adapter. It and the base are understood in either order.
         base: A live model without adapter, a ``PretrainedConfig``, or the path of a model folder or
-            ``config.json``.
+            ``config.json``. What DDP, FSDP and ``torch.compile`` add or save is not counted, and said.
         batch_size: Sequences (or images) in a micro-batch, at least 1.
         seq_len: Tokens in each, padding included, at least 1.
         quantization: ``"nf4"``, ``"fp4"`` (4 bits, no double quantization), ``"int8"``, a
@@ -89,6 +89,7 @@ class StepMemory:
 
     _predictor: Predictor
     rank: int
+    _left_out: tuple[Unmodelled, ...] = ()
 
     def peak_allocated(self, batch_size: int, seq_len: int, r: int | None = None) -> int:
         """What ``torch.cuda.max_memory_allocated`` would say."""
@@ -100,7 +101,7 @@ class StepMemory:
 
     def estimate(self, batch_size: int, seq_len: int, r: int | None = None) -> MemoryEstimate:
         """Everything about one step."""
-        return self._predictor.estimate(*self._point(batch_size, seq_len, r))
+        return _with(self._left_out, self._predictor.estimate(*self._point(batch_size, seq_len, r)))
 
     def _point(self, batch_size: int, seq_len: int, r: int | None) -> tuple[int, int, int]:
         return (
@@ -129,7 +130,19 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
 
         base = read_config(Path(base))
     checked = checked_setting(**{**setting, "quantization": _as_stored(base, setting.get("quantization"))})
-    return StepMemory(_predictor(base, config, checked), config.r)
+    return StepMemory(_predictor(base, config, checked), config.r, _left_out(base))
+
+
+def _left_out(base: Any) -> tuple[Unmodelled, ...]:
+    if not hasattr(base, "modules"):
+        return ()
+    from pytest_lora.inspection.memory.live_model import left_out
+
+    return left_out(base)
+
+
+def _with(left_out: tuple[Unmodelled, ...], estimate: MemoryEstimate) -> MemoryEstimate:
+    return replace(estimate, unmodelled=(*estimate.unmodelled, *left_out)) if left_out else estimate
 
 
 def _as_stored(base: Any, asked: Any) -> Any:
@@ -210,4 +223,5 @@ def estimate_of_model(model: nn.Module, batch: Any) -> MemoryEstimate | None:
     if found is None:
         return None
     predictor = _predictor(found.base, found.config, found.setting)
-    return predictor.estimate(found.setting.batch_size, found.setting.seq_len, found.config.r)
+    estimate = predictor.estimate(found.setting.batch_size, found.setting.seq_len, found.config.r)
+    return _with(_left_out(model), estimate)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pytest_lora.facts.memory import Quantization, StepSetting
+from pytest_lora.facts.memory import Quantization, StepSetting, Unmodelled
 from pytest_lora.inspection.base import dtype_name
 from pytest_lora.inspection.bitsandbytes_internals import quantized_layers
 from pytest_lora.inspection.peft_internals import LoraConfig, frozen_factors, lora_configs
@@ -44,6 +44,22 @@ def described(model: nn.Module, batch_size: int, seq_len: int) -> Described | No
         frozen=frozen_factors(root),
     )
     return Described(base, config, setting)
+
+
+_WRAPPERS = {
+    "DistributedDataParallel": Unmodelled("gradient buckets of DistributedDataParallel are", "at least"),
+    "FullyShardedDataParallel": Unmodelled("weights cut over several GPUs (FSDP) are", "at most"),
+    "FSDPModule": Unmodelled("weights cut over several GPUs (FSDP) are", "at most"),
+    "OptimizedModule": Unmodelled("operations that torch.compile fuses are", "at most"),
+}
+
+
+def left_out(model: nn.Module) -> tuple[Unmodelled, ...]:
+    """What of a live model no estimate counts: what wraps it."""
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    if any(getattr(module, "_compiled_call_impl", None) for module in model.modules()):
+        kinds.add("OptimizedModule")
+    return tuple(dict.fromkeys(found for name, found in _WRAPPERS.items() if name in kinds))
 
 
 def _commonest(parameters: list[nn.Parameter]) -> torch.dtype:
