@@ -152,6 +152,9 @@ BATCHES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
 
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama_7b": LlamaConfig,  # its defaults are Llama-2-7B
+    "gptq_7b": lambda: LlamaConfig(
+        quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128}
+    ),
     "fused_moe": lambda: GptOssConfig(
         hidden_size=256,
         intermediate_size=512,
