@@ -75,6 +75,8 @@ class StepSetting:
         quantization: How the base is quantized; None if it is not.
         dtype: Dtype of the base's unquantized weights.
         adapter_dtype: Dtype of the adapter's weights.
+        images: Images in each sequence, of models that read text and images.
+        image_size: Height and width of an image in pixels; None for the model's own.
         frozen: Parameters of the adapter that are not trained: of every layer (``"lora_A"``), or by whole names.
         gradient_checkpointing: ``False``, ``True`` (non-reentrant) or ``"reentrant"``.
         optimizer: Name as in ``TrainingArguments(optim=...)``.
@@ -104,6 +106,8 @@ class StepSetting:
     empty_cache: bool = False
     workspace: int = AMPERE_WORKSPACE
     frozen: tuple[str, ...] = ()
+    images: int = 1
+    image_size: int | tuple[int, int] | None = None
 
 
 class Unmodelled(NamedTuple):
@@ -168,6 +172,12 @@ class MemoryEstimate:
         return bounds.pop() if len(bounds) == 1 else "about"
 
     @property
+    def is_mostly_whole(self) -> bool:
+        """Whether quantization leaves more bytes of the base whole, embeddings and head aside, than it packs."""
+        packed = self.breakdown.get("quantized base weights", 0)
+        return self.setting.quantization is not None and self.breakdown.get("base weights", 0) > packed
+
+    @property
     def batch(self) -> str:
         """``"batch 4 x 2048 tokens"``."""
         size = f"batch {self.setting.batch_size}"
@@ -182,7 +192,10 @@ class MemoryEstimate:
             *((("optimizer state in paged memory", self.paged),) if self.paged else ()),
             ("CUDA context beside it, roughly", self.cuda_context),
         ]
-        left_out = [f"{part.bound} this: {part.what} not modelled" for part in self.unmodelled]
+        left_out = [
+            "quantization packs linear layers; the larger part of this base, fused experts for one, stays whole"
+        ] * self.is_mostly_whole
+        left_out += [f"{part.bound} this: {part.what} not modelled" for part in self.unmodelled]
         width = max(len(name) for name, _ in rows)
         head = (
             f"a training step of {self.architecture}, {self.batch}, "

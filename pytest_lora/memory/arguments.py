@@ -37,6 +37,8 @@ class StepArguments(TypedDict, total=False):
     empty_cache: bool
     workspace: int | str
     frozen: Sequence[str]
+    images: int
+    image_size: int | tuple[int, int] | None
 
 
 _SPELLINGS = {

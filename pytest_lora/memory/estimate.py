@@ -65,6 +65,9 @@ def estimate_memory(
         empty_cache: Whether the loop calls ``torch.cuda.empty_cache`` between steps.
         workspace: Bytes of cuBLAS's workspace: 8,519,680 on Ampere and Ada, ``"32MiB"`` on Hopper;
             ``torch.backends.cuda.cublas_workspace_size()`` says it on the GPU itself.
+        images: Images in each sequence, where the model reads text and images; 0 for text alone.
+        image_size: Pixels of an image's edge, or its height and width, where the model takes more than its own
+            ``vision_config.image_size``; models of any resolution are asked with 448.
         frozen: Parameters of the adapter that are not trained: ``["lora_A"]`` as in LoRA-FA, or whole names in
             the base. ``optimizer="lorafa"``, PEFT's own, freezes them by itself.
 

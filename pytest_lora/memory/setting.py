@@ -41,6 +41,8 @@ def checked_setting(
     empty_cache: bool = False,
     workspace: int | str = AMPERE_WORKSPACE,
     frozen: Sequence[str] = (),
+    images: int = 1,
+    image_size: int | tuple[int, int] | None = None,
 ) -> StepSetting:
     """The arguments of ``estimate_memory`` as facts; batch size and sequence length are left at 1.
 
@@ -84,6 +86,8 @@ def checked_setting(
         accumulation=require_count("accumulation", accumulation),
         workspace=parse_bytes(workspace, "workspace"),
         frozen=_names("frozen", frozen),
+        images=require_count("images", images, least=0),
+        image_size=_image_size(image_size),
         **flags,
     )
 
@@ -183,14 +187,23 @@ def _require_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}{meant}")
 
 
-def require_count(name: str, value: Any) -> int:
-    """A whole number above 0.
+def _image_size(given: Any) -> int | tuple[int, int] | None:
+    if given is None:
+        return None
+    if isinstance(given, (tuple, list)):
+        height, width = (require_count("image_size", edge) for edge in given)
+        return height, width
+    return require_count("image_size", given)
+
+
+def require_count(name: str, value: Any, *, least: int = 1) -> int:
+    """A whole number of at least 1, or what is said.
 
     Raises:
         TypeError, ValueError: It is none; the message names the argument.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
     return value

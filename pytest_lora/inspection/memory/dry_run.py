@@ -15,6 +15,8 @@ from pytest_lora.inspection.memory.batches import batch_for
 from pytest_lora.inspection.memory.cuda_kernels import cuda_kernels
 from pytest_lora.inspection.memory.layer_stacks import KEPT, Stack
 from pytest_lora.inspection.memory.meta_model import MetaModel
+from pytest_lora.inspection.memory.patience import TooLongError
+from pytest_lora.inspection.memory.remedies import remedy
 from pytest_lora.inspection.memory.stand_ins import StandIns
 from pytest_lora.inspection.memory.storage_tracker import (
     OUTSIDE,
@@ -24,6 +26,10 @@ from pytest_lora.inspection.memory.storage_tracker import (
     quiet,
 )
 from pytest_lora.inspection.transformers_internals import masks_without_values
+
+
+class NotTracedError(ValueError):
+    """A step does something that cannot be done without values, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,9 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
     trainable = [p for p in model.parameters() if p.requires_grad]
     config = _text_config(built.transformer)
     autocast = getattr(torch, setting.dtype) if setting.autocast else None
-    stand_ins = StandIns(padded=setting.padding_mask, experts=_first_of(config, _EXPERTS))
+    stand_ins = StandIns(
+        padded=setting.padding_mask, experts=_first_of(config, _EXPERTS), images=setting.images
+    )
     tracker = StorageTracker(_first_of(config, ("vocab_size",)), stand_ins)
     for tensor in (*model.parameters(), *model.buffers()):
         tracker.ignore(tensor)
@@ -77,10 +85,13 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
             tracker.recorded(),
         ):
             _step(built, setting, tracker)
+    except TooLongError:
+        raise
     except Exception as error:
         kind = "" if isinstance(error, NeedsValuesError) else f"{type(error).__name__}: "
-        raise ValueError(
+        raise NotTracedError(
             f"base: a step of {type(built.transformer).__name__} cannot be traced: {kind}{error}"
+            f"{remedy(error, built.transformer)}"
         ) from error
     finally:
         tracker.recording = False

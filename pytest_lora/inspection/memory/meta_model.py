@@ -19,6 +19,7 @@ from pytest_lora.inspection.config import DATA_INITS
 from pytest_lora.inspection.memory.layer_stacks import Stack, cut_stacks
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
+from pytest_lora.inspection.memory.remedies import excluded_by_peft
 from pytest_lora.inspection.memory.weights import Weight, loaded_weights, units_of
 from pytest_lora.inspection.peft_internals import freeze, store_adapter
 from pytest_lora.inspection.skeleton import (
@@ -33,7 +34,7 @@ from pytest_lora.inspection.transformers_internals import kept_whole, quantized_
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_LAYER_FIELDS = ("layers_to_transform", "layer_replication", "rank_pattern", "exclude_modules")
+_LAYER_FIELDS = ("layers_to_transform", "layer_replication", "rank_pattern")
 _NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
 
 
@@ -87,6 +88,7 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> 
             )
         model = _in_dtype(skeleton(model), dtype)
     alike = same_in_every_layer(config) and not any(_NUMBERED.search(name) for name in setting.frozen)
+    _complete(model)
     stacks = cut_stacks(model) if cut and alike else []
     if setting.quantization is not None:
         _quantize(model, setting.quantization, setting)
@@ -98,9 +100,19 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> 
     return MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of))
 
 
+def _complete(model: nn.Module) -> None:
+    """Give a configuration the token numbers that every training sets; which number it is does not matter."""
+    transformer: Any = model
+    for name in ("pad_token_id", "image_token_id", "image_token_index"):
+        if getattr(transformer.config, name, 0) is None:
+            setattr(transformer.config, name, 0)
+
+
 def same_in_every_layer(config: LoraConfig) -> bool:
     """Whether a configuration cannot tell one layer from another by its number."""
-    names = [config.target_modules, config.modules_to_save, config.target_parameters]
+    if isinstance(config.exclude_modules, str):
+        return False
+    names = [config.exclude_modules, config.target_modules, config.modules_to_save, config.target_parameters]
     if any(getattr(config, field, None) for field in _LAYER_FIELDS):
         return False
     if isinstance(config.target_modules, str):
@@ -193,7 +205,9 @@ def _with_adapter(model: nn.Module, config: LoraConfig, setting: StepSetting) ->
                 autocast_adapter_dtype=setting.adapter_dtype == "float32",
             )
     except Exception as error:
-        raise ValueError(f"config: PEFT refuses it on this base: {error}{_hint(error, setting)}") from error
+        raise ValueError(
+            f"config: PEFT refuses it on this base: {error}{_hint(error, setting)}{excluded_by_peft(error)}"
+        ) from error
     return adapted
 
 
