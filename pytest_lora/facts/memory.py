@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -77,6 +77,10 @@ class StepSetting:
         adapter_dtype: Dtype of the adapter's weights.
         images: Images in each sequence, of models that read text and images.
         image_size: Height and width of an image in pixels; None for the model's own.
+        trainer: What runs the step: ``"transformers"``, ``"trl-sft"`` and the like, ``"loop"``; empty for a step
+            that is described by the other fields alone.
+        args: Fields of the trainer's arguments, for its loss.
+        padding_free: Whether the sequences of a batch are put into one row.
         frozen: Parameters of the adapter that are not trained: of every layer (``"lora_A"``), or by whole names.
         gradient_checkpointing: ``False``, ``True`` (non-reentrant) or ``"reentrant"``.
         optimizer: Name as in ``TrainingArguments(optim=...)``.
@@ -84,7 +88,7 @@ class StepSetting:
         accumulation: Micro-batches to one optimizer step.
         outputs_held: Whether the training loop keeps the model's outputs until the step has ended.
         prepare_for_kbit: Whether ``prepare_model_for_kbit_training`` casts what is not quantized to float32.
-        autocast: Whether the forward runs under ``torch.autocast`` in ``dtype``.
+        autocast: Dtype of the ``torch.autocast`` that the forward runs under; empty where it runs under none.
         use_cache: Whether the model keeps keys and values for generation.
         empty_cache: Whether the training loop empties the allocator's cache between steps.
         workspace: Bytes of the workspace that cuBLAS allocates.
@@ -101,13 +105,21 @@ class StepSetting:
     accumulation: int = 1
     outputs_held: bool = False
     prepare_for_kbit: bool = False
-    autocast: bool = False
+    autocast: str = ""
     use_cache: bool = False
     empty_cache: bool = False
     workspace: int = AMPERE_WORKSPACE
     frozen: tuple[str, ...] = ()
     images: int = 1
     image_size: int | tuple[int, int] | None = None
+    trainer: str = ""
+    args: tuple[tuple[str, Hashable], ...] = ()
+    padding_free: bool = False
+
+    @property
+    def by_trl(self) -> bool:
+        """Whether a trainer of TRL computes the loss."""
+        return self.trainer.startswith("trl-")
 
 
 class Unmodelled(NamedTuple):

@@ -161,12 +161,16 @@ def own_geometry(layer: LoraLayer, adapter: str) -> bool:
     return variant is not None and "Dora" not in type(variant).__name__
 
 
-def store_adapter(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the factors of all adapters of a model in a dtype; whole copies of layers stay as they are."""
+def store_adapter(model: nn.Module, dtype: torch.dtype, *, magnitudes: bool) -> None:
+    """Keep the factors of all adapters of a model in a dtype, and the magnitudes of DoRA too, or as they are.
+
+    Whole copies of layers stay as they are.
+    """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         for name, parameter in layer.named_parameters():
-            if parameter.is_floating_point() and name.startswith("lora_"):
+            kept = name.startswith("lora_magnitude_vector") and not magnitudes
+            if parameter.is_floating_point() and name.startswith("lora_") and not kept:
                 parameter.data = parameter.data.to(dtype)
 
 

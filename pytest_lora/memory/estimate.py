@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
 from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.setting import checked_setting, declared_quantization, require_count
+from pytest_lora.memory.trainer import read_arguments
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -29,8 +30,8 @@ def estimate_memory(
     config: LoraConfig,
     base: Base,
     *,
-    batch_size: int,
-    seq_len: int,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
     **setting: Unpack[StepArguments],
 ) -> MemoryEstimate:
     """Predict the GPU memory of one training step.
@@ -43,22 +44,23 @@ def estimate_memory(
         config: The adapter. It and the base are understood in either order.
         base: A live model without adapter, a ``PretrainedConfig``, or the path of a model folder or
             ``config.json``. What DDP, FSDP and ``torch.compile`` add or save is not counted, and said.
-        batch_size: Sequences (or images) in a micro-batch, at least 1.
-        seq_len: Tokens in each, padding included, at least 1.
+        batch_size: Sequences (or images, or pairs of preference tuning) in a micro-batch, at least 1.
+        seq_len: Tokens in each, padding included, at least 1; of audio, frames of the encoder.
         quantization: ``"nf4"``, ``"fp4"`` (4 bits, no double quantization), ``"int8"``, a
             ``BitsAndBytesConfig``, or None for a base in ``dtype``, or as its own ``quantization_config`` says
             (GPTQ, AWQ, FP8, MXFP4, bitsandbytes).
         dtype: Dtype of the unquantized weights: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
-        gradient_checkpointing: ``False``, ``True`` (non-reentrant) or ``"reentrant"``.
+        gradient_checkpointing: ``False``, ``True`` (non-reentrant) or ``"reentrant"``; None as the trainer does by
+            default, which is off but for TRL.
         optimizer: As in ``TrainingArguments(optim=...)``.
         padding_mask: Whether batches hold padding: attention then needs a mask, and another kernel.
         accumulation: Micro-batches to one optimizer step.
         outputs_held: Whether the loop keeps the model's outputs (logits) while it goes backward. The Trainer
-            does not.
+            does not; a loop does.
         prepare_for_kbit: Whether PEFT's ``prepare_model_for_kbit_training`` is called, which casts what is not
             quantized to float32. Default: yes if the base is quantized.
         autocast: Whether the forward runs under ``torch.autocast``, as in the Trainer with ``bf16=True`` or
-            ``fp16=True``. Default: yes where ``dtype`` is one of these.
+            ``fp16=True``, or the dtype of it. Default: yes where ``dtype`` is one of these.
         adapter_dtype: Dtype of the adapter: PEFT keeps it in ``"float32"`` unless
             ``autocast_adapter_dtype=False``; it holds for gradients and optimizer states too.
         use_cache: Whether the model keeps keys and values for generation while it trains.
@@ -68,6 +70,14 @@ def estimate_memory(
         images: Images in each sequence, where the model reads text and images; 0 for text alone.
         image_size: Pixels of an image's edge, or its height and width, where the model takes more than its own
             ``vision_config.image_size``; models of any resolution are asked with 448.
+        trainer: What runs the step. ``"trl-sft"``, ``"trl-dpo"``, ``"trl-reward"``, ``"trl-grpo"``: the loss of
+            the installed TRL runs, and what it sets up by default counts (checkpointing, adapters of QLoRA in
+            bfloat16, no ``prepare_model_for_kbit_training``). ``"transformers"``: the Trainer, which is what the
+            defaults describe. ``"loop"``: a loop of one's own, which holds the outputs and has no autocast.
+        args: A ``TrainingArguments``, ``SFTConfig``, ``DPOConfig``, ``RewardConfig`` or ``GRPOConfig``: trainer,
+            batch, length, accumulation, optimizer, precision, checkpointing, packing and the loss are read from
+            it; what is given here as well counts instead.
+        padding_free: Whether the sequences of a batch are put into one row, as packing does.
         frozen: Parameters of the adapter that are not trained: ``["lora_A"]`` as in LoRA-FA, or whole names in
             the base. ``optimizer="lorafa"``, PEFT's own, freezes them by itself.
 
@@ -76,7 +86,13 @@ def estimate_memory(
         ValueError: An argument is out of its range, the base cannot be built, PEFT refuses the
             configuration, or the model does something that needs values; the message names it.
     """
-    return step_memory(config, base, **setting).estimate(batch_size, seq_len)
+    read = read_arguments(setting["args"]) if setting.get("args") is not None else {}
+    point = {"batch_size": batch_size, "seq_len": seq_len}
+    point = {name: read.get(name) if value is None else value for name, value in point.items()}
+    for name, value in point.items():
+        if value is None:
+            raise TypeError(f"estimate_memory needs {name}=, or args= of a trainer that have it")
+    return step_memory(config, base, **setting).estimate(*(require_count(n, v) for n, v in point.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +148,14 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
         from pytest_lora.inspection.skeleton import read_config
 
         base = read_config(Path(base))
-    checked = checked_setting(**{**setting, "quantization": _as_stored(base, setting.get("quantization"))})
+    given: dict[str, Any] = {**setting, "quantization": _as_stored(base, setting.get("quantization"))}
+    if given.get("args") is not None:
+        read = read_arguments(given["args"])
+        given = {
+            **{name: value for name, value in read.items() if name not in ("batch_size", "seq_len")},
+            **given,
+        }
+    checked = checked_setting(**given)
     return StepMemory(_predictor(base, config, checked), config.r, _left_out(base))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.byte_sizes import parse_bytes
 from pytest_lora.facts.memory import AMPERE_WORKSPACE, BITSANDBYTES, Checkpointing, Quantization, StepSetting
+from pytest_lora.memory.trainer import TRAINERS, loss_fields, trainer_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,20 +30,23 @@ def checked_setting(
     *,
     quantization: str | BitsAndBytesConfig | Quantization | None = None,
     dtype: str | torch.dtype = "bfloat16",
-    gradient_checkpointing: Checkpointing = False,
+    gradient_checkpointing: Checkpointing | None = None,
     optimizer: str = "adamw_torch",
     padding_mask: bool = False,
     accumulation: int = 1,
-    outputs_held: bool = False,
+    outputs_held: bool | None = None,
     prepare_for_kbit: bool | None = None,
-    autocast: bool | None = None,
-    adapter_dtype: str | torch.dtype = "float32",
+    autocast: bool | str | None = None,
+    adapter_dtype: str | torch.dtype | None = None,
     use_cache: bool = False,
     empty_cache: bool = False,
     workspace: int | str = AMPERE_WORKSPACE,
     frozen: Sequence[str] = (),
     images: int = 1,
     image_size: int | tuple[int, int] | None = None,
+    trainer: str | None = None,
+    args: Any = None,
+    padding_free: bool = False,
 ) -> StepSetting:
     """The arguments of ``estimate_memory`` as facts; batch size and sequence length are left at 1.
 
@@ -53,34 +57,40 @@ def checked_setting(
     """
     from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 
+    trainer = _trainer(trainer, args)
+    by_trl = trainer.startswith("trl-")
     dtype = _dtype("dtype", dtype)
-    adapter_dtype = _dtype("adapter_dtype", adapter_dtype)
     _require_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
+    packed = _quantization(quantization, dtype)
+    kbit = packed is not None and (packed.by_bitsandbytes or packed.method == "gptq") and not by_trl
+    if adapter_dtype is None:  # TRL keeps adapters of QLoRA in bfloat16, PEFT in float32
+        adapter_dtype = "bfloat16" if by_trl and packed is not None else "float32"
+    if gradient_checkpointing is None:
+        gradient_checkpointing = by_trl
     if gradient_checkpointing not in (True, False, "reentrant"):
         raise ValueError(
             f"gradient_checkpointing must be True, False or 'reentrant', not {gradient_checkpointing!r}"
         )
-    packed = _quantization(quantization, dtype)
-    kbit = packed is not None and (packed.by_bitsandbytes or packed.method == "gptq")
+    if outputs_held is None:
+        outputs_held = trainer == "loop"
     flags = {
         "padding_mask": padding_mask,
         "outputs_held": outputs_held,
-        "autocast": dtype != "float32" if autocast is None else autocast,
         "use_cache": use_cache,
         "empty_cache": empty_cache,
+        "padding_free": padding_free,
         "prepare_for_kbit": kbit if prepare_for_kbit is None else prepare_for_kbit,
     }
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, not {value!r}")
-    if flags["autocast"] and dtype == "float32":
-        raise ValueError("autocast needs a dtype to cast to; give dtype='bfloat16', or autocast=False")
     return StepSetting(
         batch_size=1,
         seq_len=1,
         quantization=packed,
         dtype=dtype,
-        adapter_dtype=adapter_dtype,
+        adapter_dtype=_dtype("adapter_dtype", adapter_dtype),
+        autocast=_autocast(autocast, dtype, trainer),
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         accumulation=require_count("accumulation", accumulation),
@@ -88,6 +98,8 @@ def checked_setting(
         frozen=_names("frozen", frozen),
         images=require_count("images", images, least=0),
         image_size=_image_size(image_size),
+        trainer=trainer,
+        args=() if args is None or not by_trl else loss_fields(args),
         **flags,
     )
 
@@ -185,6 +197,31 @@ def _require_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
         near = difflib.get_close_matches(value, known, n=1)
         meant = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}{meant}")
+
+
+def _trainer(given: Any, args: Any) -> str:
+    """The name of the trainer; empty where a step is described by the other arguments alone."""
+    if given:
+        _require_one_of("trainer", given, TRAINERS)
+    if args is None or isinstance(args, tuple):
+        return given or ""
+    found = trainer_of(args)
+    if given and given != found:
+        raise ValueError(
+            f"trainer: a {type(args).__name__} is for {found!r}, not {given!r}; leave one of them out"
+        )
+    return found
+
+
+def _autocast(given: Any, dtype: str, trainer: str) -> str:
+    """The dtype of autocast; a trainer's is bfloat16 over weights in float32."""
+    if given is None:
+        given = dtype != "float32" and trainer != "loop"
+    if given is False or given == "":
+        return ""
+    if given is True:
+        return "bfloat16" if dtype == "float32" else dtype
+    return _dtype("autocast", given)
 
 
 def _image_size(given: Any) -> int | tuple[int, int] | None:

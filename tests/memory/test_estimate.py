@@ -199,7 +199,7 @@ def test_every_kind_of_model(kind: str, padded: bool) -> None:
 
 def test_a_quantized_base_with_biases_makes_the_same_storages_each_time() -> None:
     """bitsandbytes casts biases in the first forward: where the old ones were, other storages come to lie."""
-    setting = StepSetting(2, 96, Quantization("nf4"), prepare_for_kbit=True, autocast=True)
+    setting = StepSetting(2, 96, Quantization("nf4"), prepare_for_kbit=True, autocast="bfloat16")
     steps = [Predictor(MODELS["gpt2"](), adapter(), setting)._step((2, 96, 8)) for _ in range(3)]
     assert all((s.events, s.sizes) == (steps[0].events, steps[0].sizes) for s in steps)
 
@@ -291,7 +291,18 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"padding_mask": 1}, TypeError, "padding_mask must be True or False, not 1"),
     ({"accumulation": 0}, ValueError, "accumulation must be at least 1, not 0"),
     ({"workspace": "32"}, ValueError, 'workspace must carry a unit: "32GiB" '),
-    ({"dtype": "float32", "autocast": True}, ValueError, "autocast needs a dtype to cast to"),
+    ({"autocast": "int8"}, ValueError, "autocast must be one of bfloat16, float16, float32, not 'int8'"),
+    ({"trainer": "trl-sftt"}, ValueError, "did you mean 'trl-sft'?"),
+    (
+        {"args": {"optim": "sgd"}},
+        TypeError,
+        "args must be a transformers.TrainingArguments or one of SFTConfig",
+    ),
+    (
+        {"batch_size": None},
+        TypeError,
+        "estimate_memory needs batch_size=, or args= of a trainer that have it",
+    ),
 ]
 
 

@@ -20,6 +20,7 @@ from pytest_lora.inspection.memory.layer_stacks import Stack, cut_stacks
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
 from pytest_lora.inspection.memory.remedies import excluded_by_peft
+from pytest_lora.inspection.memory.trainers import fuse_head
 from pytest_lora.inspection.memory.weights import Weight, loaded_weights, units_of
 from pytest_lora.inspection.peft_internals import freeze, store_adapter
 from pytest_lora.inspection.skeleton import (
@@ -57,9 +58,14 @@ class MetaModel:
     @property
     def transformer(self) -> nn.Module:
         """The base under the adapter."""
-        wrapper: Any = self.model
-        inner: nn.Module = wrapper.get_base_model()
-        return inner
+        return adapted_base(self.model)
+
+
+def adapted_base(model: nn.Module) -> nn.Module:
+    """The base under PEFT's wrapper."""
+    wrapper: Any = model
+    inner: nn.Module = wrapper.get_base_model()
+    return inner
 
 
 def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> MetaModel:
@@ -75,11 +81,14 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> 
         TypeError: ``base`` is nothing that a base can be made of.
         ValueError: The base cannot be built, carries an adapter, or PEFT refuses the configuration.
     """
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     dtype: torch.dtype = getattr(torch, setting.dtype)
+    task = getattr(config.task_type, "value", config.task_type)
+    if setting.trainer == "trl-reward" and isinstance(base, PretrainedConfig):
+        base, task = _scoring(base), "SEQ_CLS"
     with _default_dtype(dtype):
-        model = resolve_base(base, getattr(config.task_type, "value", config.task_type))
+        model = resolve_base(base, task)
     if isinstance(base, nn.Module):
         require_no_adapter(model)
         if not isinstance(model, PreTrainedModel):
@@ -94,10 +103,21 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> 
         _quantize(model, setting.quantization, setting)
     _prepare(model, setting)
     adapted = _with_adapter(model, config, setting).train()
-    store_adapter(adapted, getattr(torch, setting.adapter_dtype))
+    store_adapter(adapted, getattr(torch, setting.adapter_dtype), magnitudes=not setting.by_trl)
     freeze(adapted, (*setting.frozen, *OPTIMIZERS[setting.optimizer].frozen))
+    if setting.by_trl:
+        fuse_head(adapted_base(adapted), setting)
     unit_of = units_of(stacks)
     return MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of))
+
+
+def _scoring(base: Any) -> Any:
+    """The configuration of a model with one number as its output, which TRL builds to learn rewards."""
+    scoring = copy.deepcopy(base)
+    scoring.architectures = None
+    scoring.id2label = {0: "LABEL_0"}
+    scoring.label2id = {"LABEL_0": 0}
+    return scoring
 
 
 def _complete(model: nn.Module) -> None:
@@ -181,7 +201,7 @@ def _prepare(model: nn.Module, setting: StepSetting) -> None:
         )
     elif checkpointing:
         transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
-        if reentrant:
+        if reentrant or setting.by_trl:
             transformer.enable_input_require_grads()
     if checkpointing or not setting.use_cache:
         transformer.config.use_cache = False
