@@ -48,21 +48,26 @@ class Allocations(TorchDispatchMode):
         self.live = self.peak = self.largest = 0
         self.sizes: dict[int, int] = {}
         self.watched: dict[int, weakref.ref[Any]] = {}
-        self.known: set[int] = set()
+        self.before: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
-                self.known |= {id(leaf.untyped_storage())} - self.sizes.keys()
+                self._was_there(leaf.untyped_storage())
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._made(leaf.untyped_storage())
         return out
 
+    def _was_there(self, storage: Any) -> None:
+        key = id(storage)
+        if key not in self.sizes and key not in self.before:
+            self.before[key] = weakref.ref(storage, lambda _: self.before.pop(key))
+
     def _made(self, storage: Any) -> None:
         key, size = id(storage), storage.nbytes()
-        if key in self.sizes or key in self.known:
+        if key in self.sizes or key in self.before:
             return
         self.sizes[key] = size
         self.watched[key] = weakref.ref(storage, lambda _: self._freed(key))
