@@ -148,7 +148,7 @@ class Predictor:
                 step = self._step(point)
                 shape = StepShape(step)
             except (NotRepeatingError, NotTracedError):  # some models count their layers, or address them
-                if self._whole:
+                if self._whole or not any(built.stacks for built in self._models.values()):
                     raise
                 self._whole = True
                 self._models.clear()
