@@ -20,6 +20,7 @@ class LabelFacts:
         kind: What they mean to the model.
         labels: How many count, after the shift of a causal model.
         total: How many there are, after that shift.
+        unlabelled: How many positions that are attended to have no label.
         rows: Rows of the batch.
         rows_ignored: Rows in which no label counts.
         padding: Labels that count at positions which are padding.
@@ -39,13 +40,14 @@ class LabelFacts:
         padded_at: Where that padding stands in the row.
         double_starts: Rows that begin with two begin tokens (bos).
         still_positions: Rows whose ``position_ids`` are one and the same number throughout.
-        told: Share of labels that ``decoder_input_ids`` hold at their own position, so that the decoder reads them.
+        visible: Share of labels that ``decoder_input_ids`` hold at their own position, so that the decoder reads them.
     """
 
     batch: int
     kind: LabelKind
     labels: int
     total: int
+    unlabelled: int
     rows: int
     rows_ignored: int
     padding: int
@@ -65,7 +67,7 @@ class LabelFacts:
     padded_at: Literal["left", "right"]
     double_starts: int
     still_positions: int
-    told: float
+    visible: float
 
 
 def named_batches(found: Iterable[LabelFacts]) -> str:

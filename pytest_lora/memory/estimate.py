@@ -65,8 +65,11 @@ def estimate_memory(
             ``autocast_adapter_dtype=False``; it holds for gradients and optimizer states too.
         use_cache: Whether the model keeps keys and values for generation while it trains.
         empty_cache: Whether the loop calls ``torch.cuda.empty_cache`` between steps.
-        workspace: Bytes of cuBLAS's workspace: 8,519,680 on Ampere and Ada, ``"32MiB"`` on Hopper;
-            ``torch.backends.cuda.cublas_workspace_size()`` says it on the GPU itself.
+        workspace: Bytes of a workspace of cuBLAS, of which forward and backward have one each: 8,519,680 on Ampere and
+            Ada, ``"32MiB"`` on Hopper. Default: that of the GPU on which a live base lies, else 8,519,680.
+        attention: Kernel that PyTorch's attention takes without a mask: ``"flash"``, ``"cudnn"``, ``"efficient"`` or
+            ``"math"``, which holds the scores. Default: what PyTorch chooses on that GPU, else ``"flash"``. With a
+            mask it is the memory-efficient one.
         images: Images in each sequence, where the model reads text and images; 0 for text alone.
         image_size: Pixels of an image's edge, or its height and width, where the model takes more than its own
             ``vision_config.image_size``; models of any resolution are asked with 448.
@@ -148,7 +151,11 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
         from pytest_lora.inspection.skeleton import read_config
 
         base = read_config(Path(base))
-    given: dict[str, Any] = {**setting, "quantization": _as_stored(base, setting.get("quantization"))}
+    given: dict[str, Any] = {
+        **setting,
+        **_answers(base, setting),
+        "quantization": _as_stored(base, setting.get("quantization")),
+    }
     if given.get("args") is not None:
         read = read_arguments(given["args"])
         given = {
@@ -192,6 +199,13 @@ def _as_stored(base: Any, asked: Any) -> Any:
         f"quantization: the base is stored in {stored.method} already; leave quantization out, or give a configuration "
         "with dequantize=True to have it unpacked"
     )
+
+
+def _answers(base: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """What the GPU of a live base answers for the arguments that are not given."""
+    from pytest_lora.inspection.memory.devices import of_model
+
+    return {name: answer for name, answer in of_model(base)._asdict().items() if setting.get(name) is None}
 
 
 _KEPT = 64

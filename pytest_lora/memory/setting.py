@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.byte_sizes import parse_bytes
-from pytest_lora.facts.memory import AMPERE_WORKSPACE, BITSANDBYTES, Checkpointing, Quantization, StepSetting
+from pytest_lora.facts.memory import (
+    AMPERE_WORKSPACE,
+    ATTENTION_KERNELS,
+    BITSANDBYTES,
+    Attention,
+    Checkpointing,
+    Quantization,
+    StepSetting,
+)
 from pytest_lora.memory.trainer import TRAINERS, loss_fields, trainer_of
 
 if TYPE_CHECKING:
@@ -40,7 +48,8 @@ def checked_setting(
     adapter_dtype: str | torch.dtype | None = None,
     use_cache: bool = False,
     empty_cache: bool = False,
-    workspace: int | str = AMPERE_WORKSPACE,
+    workspace: int | str | None = None,
+    attention: Attention | None = None,
     frozen: Sequence[str] = (),
     images: int = 1,
     image_size: int | tuple[int, int] | None = None,
@@ -60,6 +69,8 @@ def checked_setting(
     trainer = _trainer(trainer, args)
     by_trl = trainer.startswith("trl-")
     dtype = _dtype("dtype", dtype)
+    attention = "flash" if attention is None else attention
+    _require_one_of("attention", attention, ATTENTION_KERNELS)
     _require_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
     packed = _quantization(quantization, dtype)
     kbit = packed is not None and (packed.by_bitsandbytes or packed.method == "gptq") and not by_trl
@@ -94,7 +105,8 @@ def checked_setting(
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         accumulation=require_count("accumulation", accumulation),
-        workspace=parse_bytes(workspace, "workspace"),
+        workspace=AMPERE_WORKSPACE if workspace is None else parse_bytes(workspace, "workspace"),
+        attention=attention,
         frozen=_names("frozen", frozen),
         images=require_count("images", images, least=0),
         image_size=_image_size(image_size),

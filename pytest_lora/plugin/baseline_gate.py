@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_lora.facts.figures import AdapterMap, Exhibit, LossCurve, MemoryBudget
 from pytest_lora.plugin.gpu import report as gpu_report
 from pytest_lora.plugin.summary import reports_by_test
 from pytest_lora.report.baseline import (
@@ -25,6 +24,7 @@ from pytest_lora.report.baseline import (
     table,
     to_json,
 )
+from pytest_lora.writing import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -64,9 +64,10 @@ class BaselineGate:
         self._reports: list[pytest.TestReport] = []
         self._rows: list[Row] = []
         self._changes: list[str] = []
+        self._trouble = ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep what tells of measurements."""
+        """Keep what was measured."""
         self._reports.append(report)
 
     @pytest.hookimpl(trylast=True)
@@ -79,7 +80,11 @@ class BaselineGate:
             after = merged(self._before, now)
             self._changes = list(diff(self._before, after))
             if self._changes or not self._path.exists():
-                self._path.write_text(to_json(after), encoding="utf-8")
+                try:
+                    write_whole(self._path, to_json(after))
+                except OSError as error:
+                    self._trouble = f"not written, and as it was before: {error}"
+                    session.exitstatus = pytest.ExitCode.TESTS_FAILED
             return
         self._rows = compare(self._before, now)
         if any(row.verdict == "regression" for row in self._rows):
@@ -91,16 +96,21 @@ class BaselineGate:
         terminalreporter.ensure_newline()
         terminalreporter.section("LoRA baseline")
         lines = (
-            self._told_update() if self._update else self._told(terminalreporter.config.get_verbosity() > 0)
+            self._update_lines()
+            if self._update
+            else self._comparison(terminalreporter.config.get_verbosity() > 0)
         )
         for line in lines:
             terminalreporter.write_line(line, red=line.endswith("regression"))
 
-    def _told_update(self) -> Iterator[str]:
+    def _update_lines(self) -> Iterator[str]:
         yield from self._changes or ["nothing changed"]
+        if self._trouble:
+            yield f"ERROR: {self._path} is {self._trouble}"
+            return
         yield f"written to {self._path}" if self._changes else f"{self._path} stays as it is"
 
-    def _told(self, whole: bool) -> Iterator[str]:
+    def _comparison(self, whole: bool) -> Iterator[str]:
         """Rows that differ, all of them with -v, and how many there are of each kind."""
         shown = [row for row in self._rows if whole or row.verdict != "same"]
         if shown:
@@ -114,7 +124,13 @@ class BaselineGate:
             if numbers
             else f"nothing was measured that could be compared with {self._path}"
         )
-        if count["regression"] or count["new"]:
+        if count["regression"]:
+            verb = "quantity has" if count["regression"] == 1 else "quantities have"
+            yield (
+                f"FAILED: {count['regression']} {verb} regressed; "
+                "if this is meant, --lora-update-baseline writes it to the file"
+            )
+        elif count["new"]:
             yield "if this is meant, --lora-update-baseline writes it to the file"
 
 
@@ -138,33 +154,12 @@ def of_reports(reports: Iterable[Report]) -> dict[str, Value]:
     kept = list(reports)
     values: defaultdict[str, list[Value]] = defaultdict(list)
     for report in kept:
-        for exhibit in report.exhibits:
-            for name, value in _quantities(exhibit):
-                if value not in values[name]:
-                    values[name].append(value)
+        for name, value in report.measured:
+            if value not in values[name]:
+                values[name].append(value)
     found: dict[str, Value] = {}
     for name, several in values.items():
         if len(several) <= MANY:
             found |= {f"{name} #{n}" if n > 1 else name: value for n, value in enumerate(several, 1)}
     codes = {f.code for report in kept for f in (*report.errors, *report.warnings)}
     return {**found, "findings": tuple(sorted(codes))}
-
-
-def _quantities(exhibit: Exhibit) -> Iterator[tuple[str, Value]]:
-    if isinstance(exhibit, AdapterMap):
-        yield (
-            f"{'saved' if exhibit.saved else 'trainable'} parameters with {exhibit.adapter}",
-            exhibit.trainable_parameters,
-        )
-        for group in exhibit.columns:
-            scalings = sorted({s for s in exhibit.column(group, exhibit.scalings) if s is not None})
-            name = f"scaling of {group} in {exhibit.adapter}"
-            if len(scalings) == 1:
-                yield name, scalings[0]
-            elif scalings:
-                yield f"{name}, smallest", scalings[0]
-                yield f"{name}, largest", scalings[-1]
-    elif isinstance(exhibit, LossCurve) and exhibit.drop is not None:
-        yield f"loss drop within {exhibit.window[1]} steps", exhibit.drop
-    elif isinstance(exhibit, MemoryBudget):
-        yield "predicted peak", exhibit.peak_allocated

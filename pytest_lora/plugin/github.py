@@ -52,8 +52,12 @@ def tell(terminal: pytest.TerminalReporter, status: int) -> None:
     session = _session(terminal, status)
     options = options_of(config)
     if options.step_summary:
-        with open(options.step_summary, "a", encoding="utf-8", errors="backslashreplace") as summary:
-            summary.write(_summary(session, gpu_asked=options.gpu_report))
+        try:
+            with open(options.step_summary, "a", encoding="utf-8", errors="backslashreplace") as summary:
+                summary.write(_summary(session, gpu_asked=options.gpu_report))
+        except OSError as error:
+            terminal.ensure_newline()
+            terminal.write_line(f"LoRA: the job summary is not written: {error}")
     if os.environ.get("GITHUB_ACTIONS") == "true":
         silent = [s for s, names in _OTHERS.items() if any(map(config.pluginmanager.has_plugin, names))]
         terminal.ensure_newline()
@@ -63,7 +67,7 @@ def tell(terminal: pytest.TerminalReporter, status: int) -> None:
 
 
 def _session(terminal: pytest.TerminalReporter, status: int) -> Session:
-    """What ``--lora-report`` has gathered; without it, what the terminal was told."""
+    """What ``--lora-report`` has gathered; without it, what the terminal shows."""
     plugins = terminal.config.pluginmanager
     writer: SessionReport | None = plugins.get_plugin("lora-session-report")
     if writer is not None:
@@ -88,16 +92,16 @@ def _summary(session: Session, *, gpu_asked: bool) -> str:
 
 def annotated(session: Session, root: Path) -> Iterator[Annotation]:
     """Errors of tests that failed by them, and warnings of tests that did not fail; at a line each rule once."""
-    told: set[tuple[str, int | None, str]] = set()
+    annotated: set[tuple[str, int | None, str]] = set()
     count = {"error": 0, "warning": 0}
     for test in session.judged:
         severity: Severity = "error" if test.failed else "warning"
         warnings = [f for f in test.findings if f.severity == "warning" and test.outcome == "passed"]
         for finding in test.decisive or warnings:
             place = test.file, test.line, finding.code
-            if place in told or count[severity] == MOST:
+            if place in annotated or count[severity] == MOST:
                 continue
-            told.add(place)
+            annotated.add(place)
             count[severity] += 1
             yield Annotation(
                 severity,

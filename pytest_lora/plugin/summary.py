@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pytest
 
 PROPERTY = "lora_report"
-SHOWN_EXHIBITS = 20
+SHOWN_FIGURES = 20
 """Reports of a phase that keep what they show beside findings: a property test makes hundreds, of which the last ones
 are those of a failure."""
 _COLOURS: dict[Severity, dict[str, bool]] = {
@@ -40,11 +40,13 @@ def collect(item: pytest.Item) -> list[Report]:
         The reports that are new.
     """
     new: list[Report] = []
-    kept = SHOWN_EXHIBITS if options_of(item.config).exhibits else 0
+    kept = SHOWN_FIGURES if options_of(item.config).figures else 0
     while delivered:
         report = delivered.popleft()
         if len(delivered) >= kept:
-            report = report.without_exhibits()
+            report = report.without_figures()
+        if not options_of(item.config).baseline:
+            report = report.without_numbers()
         entry = (PROPERTY, report.to_json())
         if entry not in item.user_properties:
             item.user_properties.append(entry)
@@ -53,8 +55,11 @@ def collect(item: pytest.Item) -> list[Report]:
 
 
 def add_section(report: pytest.TestReport, call: pytest.CallInfo[None], config: pytest.Config) -> None:
-    """With -v, show the whole report under a failed assertion, which itself spells out ten findings."""
+    """Let pytest's short summary begin with the codes; with -v, show the whole report, not ten findings only."""
     whole = getattr(call.excinfo.value, "report", None) if call.excinfo else None
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None and call.excinfo is not None and isinstance(whole, Report):
+        crash.message = str(call.excinfo.value)
     if report.failed and isinstance(whole, Report) and config.get_verbosity() > 0:
         report.sections.append(("LoRA report", str(whole)))
 

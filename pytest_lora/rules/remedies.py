@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pytest_lora.expect import Expect
 
+START_FRESH = "start fresh with this configuration, or go on with that of the checkpoint"
+
 
 def lower_rate(learning_rate: float | None, divisor: int) -> str:
     """Advice to divide the learning rate, which is named where it is known."""

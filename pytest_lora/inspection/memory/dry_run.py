@@ -82,7 +82,7 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
             quiet(),
             collected_late(),
             masks_without_values(),
-            cuda_kernels(autocast),
+            cuda_kernels(autocast, setting.attention),
             fused_kernels() if setting.by_trl else nullcontext(),
             tracker.recorded(),
         ):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
 from pytest_lora.inspection.memory.batches import has_tokens
@@ -24,6 +25,7 @@ from pytest_lora.inspection.memory.sizes import Family, Point, Surface, fitted
 from pytest_lora.inspection.memory.step import Step, assemble
 from pytest_lora.inspection.memory.storage_tracker import quiet
 from pytest_lora.inspection.memory.timeline import NotRepeatingError
+from pytest_lora.inspection.state import Keeper
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -159,12 +161,14 @@ class Predictor:
     def _step(self, point: Point) -> Step:
         batch_size, seq_len, rank = point
         setting = replace(self.setting, batch_size=batch_size, seq_len=seq_len)
-        built = self._model(rank)
-        name = type(built.transformer).__name__
         since = time.monotonic()
-        what = f"a step of {name}, batch {batch_size} x {seq_len}, r={rank}"
-        with limited(what):
-            step = assemble(built, setting)
+        model = self._base if isinstance(self._base, nn.Module) else None
+        # The step runs on the meta device, so the values of a live model are out of its reach.
+        with Keeper(model, values=False):
+            built = self._model(rank)
+            what = f"a step of {type(built.transformer).__name__}, batch {batch_size} x {seq_len}, r={rank}"
+            with limited(what):
+                step = assemble(built, setting)
         require_few(what, step.whole_length())
         self._slowest = max(self._slowest, time.monotonic() - since)
         return step

@@ -21,8 +21,8 @@ from pytest_lora.inspection.peft_internals import (
     factors,
     fused_parameter,
 )
+from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.survey import Survey
-from pytest_lora.inspection.training.trace import Trace
 
 WHOLE = 512
 """Matrices whose shorter side is longer than this are judged by a sketch instead of all their singular values."""
@@ -51,12 +51,12 @@ class Updates:
 
     Args:
         found: The model.
-        trace: The copies of base weights that were made before the steps.
+        keeper: The copies of base weights that were made before the steps.
     """
 
-    def __init__(self, found: Survey, trace: Trace) -> None:
+    def __init__(self, found: Survey, keeper: Keeper) -> None:
         self._found = found
-        self._trace = trace
+        self._keeper = keeper
         self._kept = tuple(self._keep())
 
     def _keep(self) -> Iterator[_Kept]:
@@ -121,7 +121,7 @@ class Updates:
         """Whether the weight underneath moved, and by what, where it is stored as numbers."""
         if kept.weight is None or kept.weight.device.type == "meta":
             return False, None
-        before = self._trace.before(kept.weight)
+        before = self._keeper.before(kept.weight)
         now = kept.weight.detach()
         if before is None:
             return kept.weight._version != kept.version, None
@@ -194,7 +194,7 @@ def _rank(matrices: Tensor, allowed: int, stored: torch.dtype, largest: float) -
 
     Rounding to ``stored`` leaves every number off by up to half an eps of it; a matrix of such noise has a spectral
     norm of about its size times (sqrt(rows) + sqrt(columns)) (Vershynin, arXiv:1011.3027, theorem 5.31), and sums of
-    r products add up to sqrt(r) of it. A sketch, the matrix times a thin random one, keeps the rank up to its width
+    r products add up to sqrt(r) of it. A sketch, the matrix times a narrow random one, keeps the rank up to its width
     with probability 1 (Halko, Martinsson and Tropp, arXiv:0909.4061).
     """
     rows, columns = matrices.shape[-2:]
@@ -204,7 +204,7 @@ def _rank(matrices: Tensor, allowed: int, stored: torch.dtype, largest: float) -
     tolerance *= math.sqrt(rows) + math.sqrt(columns)
     if min(rows, columns) > WHOLE:
         generator = torch.Generator().manual_seed(0)
-        thin = torch.randn(columns, allowed + SPARE, generator=generator, dtype=torch.float64)
-        matrices = matrices @ (thin / math.sqrt(columns)).to(matrices.device, matrices.dtype)
+        sketch = torch.randn(columns, allowed + SPARE, generator=generator, dtype=torch.float64)
+        matrices = matrices @ (sketch / math.sqrt(columns)).to(matrices.device, matrices.dtype)
     values = torch.linalg.svdvals(matrices)
     return int((values > tolerance).sum(dim=-1).max())

@@ -37,7 +37,7 @@ def new_head_is_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
     - https://github.com/huggingface/peft/issues/876
     - https://github.com/huggingface/peft/issues/577
     """
-    if expect.pretrained_head or expect.purpose == "inference":
+    if expect.pretrained_head or expect.purpose == "inference" or facts.refusal is not None:
         return
     # Where it is set already, this head is one that PEFT does not know of, such as the pooler of DeBERTa.
     known = facts.settings.task_type == facts.base.task_type

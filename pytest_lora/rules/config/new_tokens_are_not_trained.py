@@ -7,7 +7,7 @@ from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA119", severity="error", needs=ConfigFacts)
+@rule("LORA119", severity="error", needs=ConfigFacts, on_saved="with_base")
 def new_tokens_are_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """Tokens were added to the vocabulary, but their embeddings stay at random.
 
@@ -50,7 +50,7 @@ def new_tokens_are_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[V
         missing = (
             tokens if rows is None else sum(row not in rows for row in range(first_new, first_new + tokens))
         )
-        if facts.keeps(side) or side in facts.adapted or not missing:
+        if facts.keeps(side) or side in (*facts.adapted, *facts.stored) or not missing:
             continue
         leaf = side.rpartition(".")[2]
         yield Violation(

@@ -8,7 +8,7 @@ from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA108", severity="warning", needs=ConfigFacts)
+@rule("LORA108", severity="warning", needs=ConfigFacts, on_saved="alone")
 def scaling_differs_between_modules(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """Patterns give the modules of one adapter very different scalings.
 

@@ -8,7 +8,7 @@ from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA127", severity="error", needs=ConfigFacts)
+@rule("LORA127", severity="error", needs=ConfigFacts, on_saved="alone")
 def scaling_differs_from_expected(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """The effective scaling is not the one that was stated.
 

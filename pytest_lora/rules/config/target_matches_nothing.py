@@ -8,7 +8,7 @@ from pytest_lora.facts.config import ConfigFacts, NameMatch
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA104", severity="error", needs=ConfigFacts)
+@rule("LORA104", severity="error", needs=ConfigFacts, on_saved="refused")
 def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """A name in the targets matches no module, so that fewer modules are adapted than configured.
 
@@ -68,6 +68,11 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
         )
 
 
+def _is_of_experts(name: str) -> bool:
+    """Whether a name is one that experts have where each is a module: w1, w2, w3, or a projection of an MLP."""
+    return bool(re.fullmatch(r"(.*\.)?(w[123]|(gate|up|down|gate_up)_proj|experts?.*)", name))
+
+
 def _is_outside(match: NameMatch, facts: ConfigFacts) -> bool:
     """Whether a target name means modules, but none of them is in a numbered block."""
     numbered = any(part.isdigit() for module in match.modules for part in module.split("."))
@@ -78,15 +83,26 @@ def _is_outside(match: NameMatch, facts: ConfigFacts) -> bool:
 def _fix(field: str, settings: object, lost: list[NameMatch], facts: ConfigFacts) -> str:
     if isinstance(settings, str):
         names = re.findall(r"\w+", settings)
+        if settings.lower() == "all-linear":
+            kinds = ", ".join(f"{m.leaf!r} ({m.kind})" for m in facts.base.modules[:4])
+            return f"this base has no linear layers: name what it has{f', such as {kinds}' if kinds else ''}"
         if [name.lower() for name in names] in (["all", "linear"], ["all_linear"]):
             return f"write {field}='all-linear'"
         return f"a string is a regular expression for the whole name; for plain names write {field}={names}"
     if any(re.search(r"[*|()\[\]^$,]", match.name) for match in lost):
         return f"names in a list are no patterns; give the pattern as one string, {field}='...'"
+    fused = sorted({".".join(p.name.split(".")[-2:]) for p in facts.base.fused})
     if field == "target_parameters":
-        fused = sorted({".".join(p.name.split(".")[-2:]) for p in facts.base.fused})
         return f"use {fused}" if fused else "this base stacks no weights; name its modules in target_modules"
-    available = sorted({module.leaf for module in facts.base.modules if module.is_linear})
+    if fused and any(_is_of_experts(match.name) for match in lost):
+        return (
+            f"the experts of this base are fused parameters, which no module name means: drop "
+            f"{[m.name for m in lost]}, and to adapt the experts set target_parameters={fused}"
+        )
+    found = {match.name for match in facts.names if match.field == field and match.modules}
+    available = sorted({module.leaf for module in facts.base.modules if module.is_linear} - found)
+    if not available:
+        return "drop the name: the others name every linear layer of this model"
     known = f"drop the name, or use those of this model: {', '.join(available[:12])}"
     similar = sorted({name for match in lost for name in match.similar})
     return f"did you mean {' or '.join(similar)}? Else {known}" if similar else known
