@@ -232,12 +232,16 @@ def custom_classes(config: LoraConfig) -> frozenset[type]:
     return frozenset((getattr(config, "_custom_modules", None) or {}).values())
 
 
-def store_adapter(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the factors of all adapters of a model in a dtype; whole copies of layers stay as they are."""
+def store_adapter(model: nn.Module, dtype: torch.dtype, *, magnitudes: bool) -> None:
+    """Keep the factors of all adapters of a model in a dtype, and the magnitudes of DoRA too, or as they are.
+
+    Whole copies of layers stay as they are.
+    """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         for name, parameter in layer.named_parameters():
-            if parameter.is_floating_point() and name.startswith("lora_"):
+            kept = name.startswith("lora_magnitude_vector") and not magnitudes
+            if parameter.is_floating_point() and name.startswith("lora_") and not kept:
                 parameter.data = parameter.data.to(dtype)
 
 

@@ -246,8 +246,16 @@ BATCHES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
 }
 
 
+def _llama_in_gptq() -> PretrainedConfig:
+    """Llama-2-7B as its quantized checkpoints describe themselves."""
+    config = LlamaConfig()
+    vars(config)["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    return config
+
+
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama_7b": LlamaConfig,  # its defaults are Llama-2-7B
+    "gptq_7b": _llama_in_gptq,
     "fused_moe": lambda: GptOssConfig(
         hidden_size=256,
         intermediate_size=512,
