@@ -55,7 +55,7 @@ def freeze(model: nn.Module, word: str) -> None:
         ({"steps": True}, TypeError, "steps must be a whole number"),
         ({"optimizer": "adam"}, TypeError, "optimizer must be a torch.optim.Optimizer, not str"),
         ({"loss_fn": 3}, TypeError, "loss_fn must be called with a model and a batch"),
-        ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm must not be negative"),
+        ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm must be a number at least 0"),
         ({"max_grad_norm": "1"}, TypeError, "max_grad_norm must be a number"),
         ({"history": 3.0}, TypeError, "history must be a sequence of losses"),
         ({"history": ["a"]}, TypeError, "history must hold numbers"),
@@ -299,7 +299,7 @@ def test_assert_lora_healthy_hears_of_the_optimizer_once() -> None:
 
 
 def test_steps_need_a_batch() -> None:
-    with pytest.raises(ValueError, match="steps needs a batch"):
+    with pytest.raises(ValueError, match="steps needs batches"):
         assert_lora_healthy(adapted(), steps=3)
 
 
