@@ -65,7 +65,9 @@ def model_facts(model: nn.Module) -> ModelFacts:
     Raises:
         TypeError: ``model`` carries no LoRA layers, and PEFT has no LoRA configuration for it either.
     """
-    found = survey(model) if carries_lora(model) else adapted_survey(model)
+    found = survey(model)
+    if not found.lora and not _is_unloaded(model, found):
+        found = adapted_survey(model)
     parameters = base_parameters(found)
     base = base_facts(found, parameters)
     configs = lora_configs(found.root)
@@ -101,7 +103,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         reentrant_without_inputs=transformers_internals.reentrant_without_inputs(found),
         late=tuple(late_adapters(model)),
         colliding=tuple(colliding_names(model, found)),
-        trains_xlora=trains_xlora(model),
+        trains_xlora=bool(found.lora) and trains_xlora(model),
     )
 
 

@@ -140,12 +140,15 @@ def _weight(factor: Any) -> Tensor:
     return weight
 
 
-def further_tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[str, Tensor]]:
+def further_tensors(
+    layer: LoraLayer, adapter: str, pair: Factors | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """What a variant of LoRA trains on a layer beside the two factors, by its name in PEFT.
 
-    The magnitude of DoRA, the diagonal of KaSA, the left singular vectors of AdaLoRA.
+    The magnitude of DoRA, the diagonal of KaSA, the left singular vectors of AdaLoRA. ``pair`` spares looking the
+    factors up once more.
     """
-    two = factors(layer, adapter)
+    two = factors(layer, adapter) if pair is None else pair
     for name in layer.adapter_layer_names:
         held: Any = getattr(layer, name, None) or {}
         if adapter in held:
@@ -207,8 +210,18 @@ def trains_xlora(model: nn.Module) -> bool:
 
 
 def xlora_models(model: nn.Module) -> list[Any]:
-    """The tuners of X-LoRA in a model."""
-    return [module for module in model.modules() if isinstance(module, XLoraModel)]
+    """The tuners of X-LoRA in a model; they lie around its base."""
+    return [module for module in _outside_of_layers(model) if isinstance(module, XLoraModel)]
+
+
+def _outside_of_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that lie around a tuner's base, and the tuner: none of the base's own."""
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        yield module
+        if not isinstance(module, BaseTuner) or isinstance(module, XLoraModel):
+            waiting += [child for child in module._modules.values() if child is not None]
 
 
 def is_adalora(layer: LoraLayer) -> bool:
