@@ -1,11 +1,54 @@
-"""What several rules advise, in the same words."""
+"""What several rules advise, in the same words: the assignment or the call that a reader copies."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytest_lora.expect import Expect
+    from pytest_lora.facts.config import Settings
+
+
+def assigned(**fields: object) -> str:
+    """``"r=8, target_modules=['q_proj']"``: fields as they are written in a call of ``LoraConfig``."""
+    return ", ".join(f"{name}={_written(value)}" for name, value in fields.items())
+
+
+def _written(value: object) -> str:
+    if isinstance(value, tuple):
+        value = list(value) or None
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_written(found)}" for key, found in value.items()) + "}"
+    return f"{value:.10g}" if isinstance(value, float) else repr(value)
+
+
+def without(names: Iterable[str], *dropped: str) -> tuple[str, ...]:
+    """A list of names less some of them, in order."""
+    return tuple(name for name in names if name not in dropped)
+
+
+def scaled(settings: Settings, module: str, scaling: float, rank: int | None = None) -> dict[str, object]:
+    """The field that gives a module this scaling: a key of ``alpha_pattern``, or ``lora_alpha``.
+
+    The key is the one that decides for the alpha already, or for the rank. ``rank`` is the rank that it is to
+    have, if that changes, too.
+    """
+    rank = settings.rank_of(module) if rank is None else rank
+    alpha = float(scaling * (rank**0.5 if settings.use_rslora else rank))
+    key = settings.alpha_key(module) or settings.rank_key(module)
+    if key is None:
+        return {"lora_alpha": alpha}
+    return {"alpha_pattern": {**dict(settings.alpha_pattern), key: alpha}}
+
+
+def ranked(settings: Settings, module: str, rank: int) -> dict[str, object]:
+    """The fields that give a module this rank and leave its scaling as it is."""
+    key = settings.rank_key(module)
+    fields: dict[str, object] = (
+        {"r": rank} if key is None else {"rank_pattern": {**dict(settings.rank_pattern), key: rank}}
+    )
+    return {**fields, **scaled(settings, module, settings.scaling_of(module) or 2.0, rank)}
 
 
 def lower_rate(learning_rate: float | None, divisor: int) -> str:

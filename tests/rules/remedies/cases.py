@@ -1,0 +1,112 @@
+"""Faulty scripts beyond the examples of the documentation, with the rule whose fix is to mend them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.rules.test_config_rules import FAULTY, QV
+
+
+def configuration(base: str, fields: dict[str, Any], expect: str = "None") -> str:
+    """A script that checks a configuration on one of the bases of the examples."""
+    fields = {"target_modules": ["q_proj", "v_proj"], **fields}
+    written = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+    return f"base = {base}\nconfig = LoraConfig({written})\nreport = check_config(config, base, expect={expect})\n"
+
+
+CONFIGURATIONS: list[tuple[str, str, dict[str, Any]]] = [
+    *FAULTY,
+    ("LORA101", "base", {"alpha_pattern": {"v_proj": 0}}),
+    ("LORA101", "base", {"lora_alpha": 0, "use_rslora": True, "r": 16}),
+    ("LORA102", "base", {"r": 16, "lora_alpha": 0.25, "use_rslora": True}),
+    ("LORA102", "base", {"r": 8, "alpha_pattern": {"v_proj": 0.125}}),
+    ("LORA103", "base", {"r": 16, "lora_alpha": 64, "use_rslora": True}),
+    ("LORA103", "base", {"r": 1, "lora_alpha": 16, "use_rslora": True}),
+    ("LORA103", "base", {"r": 4, "lora_alpha": 256, "alpha_pattern": {"q_proj": 8}}),
+    ("LORA104", "base", {"target_modules": "all_linear"}),
+    ("LORA104", "base", {"target_modules": ["all-linear"]}),
+    ("LORA104", "nn.Sequential(nn.Conv2d(64, 64, 3))", {"target_modules": "all-linear"}),
+    ("LORA104", "base", {"target_modules": "q_proj,v_proj"}),
+    ("LORA104", "base", {"target_modules": "['q_proj', 'v_proj']"}),
+    ("LORA104", "base", {"target_modules": "q_prj|v_prj"}),
+    ("LORA104", "base", {"target_modules": r"model\.layers\.\d+\.self_attn\.(q|v)"}),
+    ("LORA104", "base", {"target_modules": r"layers\.\d+\.self_attn\.(q|v)_proj"}),
+    ("LORA104", "base", {"target_modules": r"base_model\.model\.model\.layers\.0\.self_attn\.q_proj"}),
+    ("LORA104", "base", {"target_modules": "^q_proj$"}),
+    ("LORA104", "base", {"target_modules": r"transformer\.h\.\d+\.c_attn"}),
+    ("LORA104", "base", {"target_modules": [".*q_proj", "v_proj"]}),
+    ("LORA104", "base", {"target_modules": ["*_proj"]}),
+    ("LORA104", "base", {"target_modules": ["query_key_value"]}),
+    ("LORA104", "base", {"target_modules": ["q_prj", "v_proj"]}),
+    ("LORA104", "base", {"target_modules": ["q_proj", "v_proj", "v_proj2"]}),
+    ("LORA104", "base", {"target_modules": ["base_model.model.model.layers.0.self_attn.q_proj"]}),
+    ("LORA104", "moe_base", {"target_modules": ["q_proj", "w1"]}),
+    ("LORA104", "moe_base", {"target_modules": ["q_proj", "gate_up_proj", "down_proj"], "lora_dropout": 0.1}),
+    ("LORA104", "fused_moe", {"target_modules": ["q_proj", "gate_up_proj", "down_proj"]}),
+    ("LORA104", "fused_moe", {"target_modules": ["down_proj"]}),
+    ("LORA104", "fused_moe", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_proj"]}),
+    ("LORA104", "base", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}),
+    ("LORA105", "base", {"layers_to_transform": [9]}),
+    ("LORA106", "base", {"target_modules": "all-linear", "exclude_modules": ["mlp", "lm_head"]}),
+    ("LORA106", "base", {"exclude_modules": "mlp"}),
+    ("LORA107", "base", {"rank_pattern": {"k_proj": 4}}),
+    ("LORA107", "base", {"rank_pattern": {"nothing": 4, "q_proj": 16}, "alpha_pattern": {"q_proj": 16}}),
+    ("LORA107", "base", {"rank_pattern": {".*": 4, "q_proj": 16}}),
+    ("LORA107", "base", {"target_modules": ".*(q|v)_proj", "rank_pattern": {"k_proj": 4}}),
+    ("LORA108", "base", {"use_rslora": True, "alpha_pattern": {"q_proj": 256}}),
+    ("LORA109", "base", {"target_modules": ["k_proj", "gate_proj"], "r": 64, "lora_alpha": 64}),
+    ("LORA109", "base", {"target_modules": ["k_proj"], "r": 64, "lora_alpha": 64, "use_rslora": True}),
+    ("LORA109", "classifier_base", {"target_modules": ["q_proj", "score"], "modules_to_save": []}),
+    ("LORA110", "base", {"modules_to_save": ["lm_head", "nothing_like_it"]}),
+    ("LORA111", "base", {"target_modules": ["lm_head"], "modules_to_save": ["lm_head", "norm"]}),
+    ("LORA112", "classifier_base", {"target_modules": ["q_proj", "score"]}),
+    ("LORA112", "classifier_base", {"modules_to_save": ["norm"]}),
+    ("LORA113", "tied_base", {"target_modules": ["q_proj", "embed_tokens"]}),
+    ("LORA113", "tied_base", {"target_modules": ".*(q_proj|lm_head)"}),
+    ("LORA115", "fused_moe", {"target_parameters": ["experts.down_proj"], "init_lora_weights": "pissa"}),
+    ("LORA117", "gpt2_base", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "lora_only"}),
+    ("LORA120", "base", {"trainable_token_indices": {"embed_tokens": [-1, 5]}}),
+    ("LORA122", "classifier_base", {"task_type": "CAUSAL_LM", "modules_to_save": ["score"]}),
+    ("LORA123", "base_4bit", {"target_modules": "all-linear", "modules_to_save": ["down_proj"]}),
+    ("LORA124", "base", {"r": -1}),
+    ("LORA124", "base", {"rank_pattern": {"q_proj": 0}}),
+    ("LORA124", "base", {"rank_pattern": {"q_proj": "16"}}),
+    ("LORA124", "base", {"rank_pattern": {"*q_proj": 16}}),
+    ("LORA124", "base", {"target_modules": "("}),
+    ("LORA124", "base", {"bias": "true"}),
+    ("LORA124", "base", {"target_modules": ["self_attn", "mlp"]}),
+    ("LORA124", "base", {"target_modules": ["q_proj", "norm"]}),
+    ("LORA124", "base", {"target_modules": ".*self_attn.*"}),
+    ("LORA124", "fused_moe", {"target_modules": ["q_proj", "experts"]}),
+    ("LORA124", "fused_moe", {"target_parameters": ["experts.down_proj"], "lora_dropout": 0.1}),
+    ("LORA124", "base", {"target_modules": "all-linear", "exclude_modules": ".*"}),
+    ("LORA124", "base", {"modules_to_save": ["q_proj", "v_proj"]}),
+    ("LORA124", "base", {"init_lora_weights": "no such method"}),
+    ("LORA124", "nn.Sequential(nn.Conv2d(64, 64, 3, groups=4))", {"target_modules": ["0"], "r": 6}),
+    ("LORA124", "base", {"target_modules": ["q_proj", "embed_tokens"], "trainable_token_indices": [5]}),
+    ("LORA124", "base", {"layer_replication": [(0, 9)]}),
+    ("LORA131", "base", {"r": 8, "rank_pattern": {"q_proj": 5}, "init_lora_weights": "orthogonal"}),
+]
+"""The rule, the base and the fields of a configuration."""
+
+MEANT = [
+    ("LORA112", "classifier_base", {}, "Expect(fresh=True)"),
+    ("LORA114", "vision_language_base", {"target_modules": "all-linear"}, "Expect(scope='language_model')"),
+    ("LORA114", "vision_language_base", {"target_modules": ["v_proj"]}, "Expect(scope='language_model')"),
+    ("LORA119", "base", {"modules_to_save": ["lm_head"]}, "Expect(new_tokens=2)"),
+    ("LORA119", "tied_base", {}, "Expect(new_tokens=2)"),
+    ("LORA119", "base", {"trainable_token_indices": {"embed_tokens": [5]}}, "Expect(new_tokens=2)"),
+    ("LORA126", "base", {"r": 16}, f"Expect(config=LoraConfig(r=8, target_modules={QV}))"),
+    ("LORA126", "base", {"target_modules": ["k_proj"]}, f"Expect(config=LoraConfig(target_modules={QV}))"),
+    ("LORA126", "base", {"rank_pattern": {"q_proj": 4}}, f"Expect(config=LoraConfig(target_modules={QV}))"),
+    ("LORA126", "base", {"use_rslora": True}, f"Expect(config=LoraConfig(target_modules={QV}))"),
+    ("LORA127", "base", {"r": 8, "use_rslora": True}, "Expect(alpha_ratio=2.0)"),
+    ("LORA127", "base", {"r": 8, "rank_pattern": {"q_proj": 16}}, "Expect(alpha_ratio=1.0)"),
+    ("LORA128", "base", {"r": 16}, "Expect(param_ratio=(0.001, 0.02))"),
+]
+"""The same, with what is expected."""
+
+CASES = [
+    *((code, configuration(base, fields)) for code, base, fields in CONFIGURATIONS),
+    *((code, configuration(base, fields, expect)) for code, base, fields, expect in MEANT),
+]
