@@ -53,7 +53,8 @@ def adapter_can_not_learn(facts: ModelFacts, expect: Expect) -> Iterator[Violati
             observed=f"{state} in {len(stuck)} of {len(facts.active_layers)} modules, so that every "
             "gradient is zero",
             expected="one factor at random, and the one at zero trainable",
-            fix="make the adapter anew with init_lora_weights=True"
+            fix="start the adapter anew: for layer in model.modules(): hasattr(layer, 'reset_lora_parameters') and "
+            f"layer.reset_lora_parameters({first.adapter!r}, True)"
             if both
-            else f"make {frozen.name} trainable again (call model.set_adapter({first.adapter!r}))",
+            else f"make {frozen.name} trainable again: model.set_adapter({first.adapter!r})",
         )

@@ -43,5 +43,6 @@ def quantized_weight_is_not_packed(facts: ModelFacts, expect: Expect) -> Iterato
             where=grouped(found.unpacked),
             observed=f"{len(found.unpacked)} quantized layers hold weights that were never packed",
             expected="packed weights with their quantization state",
-            fix='move the layers to their device once: layer.to("cuda") or layer.to("cpu") packs them',
+            fix="move the layers to their device once, which packs them: "
+            f"model.to({next(iter(facts.base.device_types), 'cuda')!r})",
         )

@@ -72,7 +72,7 @@ CONFIGURATIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("LORA124", "base", {"rank_pattern": {"q_proj": 0}}),
     ("LORA124", "base", {"rank_pattern": {"q_proj": "16"}}),
     ("LORA124", "base", {"rank_pattern": {"*q_proj": 16}}),
-    ("LORA124", "base", {"target_modules": "("}),
+    ("LORA104", "base", {"target_modules": "("}),
     ("LORA124", "base", {"bias": "true"}),
     ("LORA124", "base", {"target_modules": ["self_attn", "mlp"]}),
     ("LORA124", "base", {"target_modules": ["q_proj", "norm"]}),
@@ -106,7 +106,44 @@ MEANT = [
 ]
 """The same, with what is expected."""
 
+ADAPTED = f"model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules={QV}))\n"
+
+MODELS = [
+    ("LORA201", "model = PeftModel.from_pretrained(base, adapter())\nreport = check_model(model)"),
+    ("LORA201", "model = base\nmodel.load_adapter(str(adapter()))\nreport = check_model(model)"),
+    (
+        "LORA202",
+        f"model = base\nmodel.add_adapter(LoraConfig(target_modules={QV}))\nmodel.disable_adapters()\n"
+        "report = check_model(model)",
+    ),
+    ("LORA204", f"{ADAPTED}model.base_model.model.lm_head.requires_grad_(True)\nreport = check_model(model)"),
+    (
+        "LORA206",
+        f"model = get_peft_model(base, LoraConfig(target_modules={QV}, modules_to_save=['lm_head'])).half()\n"
+        "report = check_model(model)",
+    ),
+    (
+        "LORA213",
+        f"model = get_peft_model(tied_base, LoraConfig(target_modules={QV}, modules_to_save=['lm_head']))\n"
+        "report = check_model(model)",
+    ),
+    ("LORA215", f"{ADAPTED}model.base_model.set_adapter([])\nreport = check_model(model)"),
+    (
+        "LORA224",
+        f"{ADAPTED}for name, p in model.named_parameters():\n    'lora_B' in name and p.requires_grad_(False)\n"
+        "report = check_model(model)",
+    ),
+    (
+        "LORA228",
+        f"{ADAPTED}for m in model.modules():\n    hasattr(m, 'scale_layer') and m.scale_layer(0)\n"
+        "report = check_model(model)",
+    ),
+    ("LORA232", f"{ADAPTED}model.peft_config['default'].r = 4\nreport = check_model(model)"),
+]
+"""The rule, and a script with a faulty model."""
+
 CASES = [
+    *MODELS,
     *((code, configuration(base, fields)) for code, base, fields in CONFIGURATIONS),
     *((code, configuration(base, fields, expect)) for code, base, fields, expect in MEANT),
 ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from hashlib import sha256
 from typing import Any
 
+import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from pytest_lora import Finding
@@ -14,6 +15,10 @@ from pytest_lora.findings import starred
 from pytest_lora.inspection.config import config_facts
 
 _EXCLUDED = re.compile(r"exclude_modules=\[[^]]*\]")
+
+
+_IS_SAVED = re.compile(r"\.lora_|\.modules_to_save\.|\.trainable_tokens_")
+"""In names of parameters that belong to an adapter."""
 
 
 def possessions(names: dict[str, Any]) -> set[str]:
@@ -49,8 +54,14 @@ def _of_config(config: LoraConfig, base: Any) -> set[str]:
 
 
 def _of_model(model: nn.Module) -> set[str]:
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    return {
-        *(f"adapter {adapter} {name}" for name, layer in layers.items() for adapter in layer.lora_A),
-        *(f"trained {name}" for name, p in model.named_parameters() if p.requires_grad),
-    }
+    """The values of every adapter, whatever their dtype."""
+    own = {name: p for name, p in model.named_parameters() if _IS_SAVED.search(name) and not p.is_meta}
+    return {f"{_digest(values)} {_module(name)}" for name, values in own.items()}
+
+
+def _digest(values: torch.Tensor) -> str:
+    return sha256(values.detach().float().cpu().numpy().tobytes()).hexdigest()[:8]
+
+
+def _module(name: str) -> str:
+    return _IS_SAVED.split(name.removeprefix("base_model.model."))[0]

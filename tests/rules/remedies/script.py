@@ -20,6 +20,7 @@ from tests.rules.bases import Namespace
 from tests.rules.remedies.words import Step
 
 CONFIG_FIELDS = frozenset(LoraConfig.__dataclass_fields__)
+KNOWN = frozenset({"torch", "nn", *pytest_lora.__all__})
 MEANT = "meant"
 """The variable that holds what an example compares with; no fix changes it."""
 
@@ -138,4 +139,4 @@ def _names_read(node: ast.AST) -> set[str]:
 
 
 def _names_known(tree: ast.Module) -> set[str]:
-    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {"torch", "nn"}
+    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | KNOWN

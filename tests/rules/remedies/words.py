@@ -53,6 +53,10 @@ def alternatives(fix: str) -> list[list[Step]]:
 def _code_spans(text: str) -> Iterator[tuple[int, int, bool]]:
     position = 0
     while found := _NAME.search(text, position):
+        if found[0] == "for" and (end := _loop(text, found.start())) is not None:
+            yield found.start(), end, False
+            position = end
+            continue
         start, position = found.start(), found.end()
         end = _trailers(text, position)
         assignment = re.compile(r" ?=(?!=) ?").match(text, end)
@@ -63,6 +67,18 @@ def _code_spans(text: str) -> Iterator[tuple[int, int, bool]]:
             if _parses(text[start:end]):
                 yield start, end, False
             position = end
+
+
+def _loop(text: str, start: int) -> int | None:
+    """The end of a ``for`` statement of one line; None where the word only means what it says."""
+    return next((end for end in range(len(text), start, -1) if _is_loop(text[start:end])), None)
+
+
+def _is_loop(code: str) -> bool:
+    try:
+        return isinstance(ast.parse(code).body[0], ast.For)
+    except SyntaxError:
+        return False
 
 
 def _trailers(text: str, end: int) -> int:
