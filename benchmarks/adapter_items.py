@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--run-up-to", type=int, default=10_000)
     options = parser.parse_args()
 
-    from tests.rules.bases import Namespace
+    from tests.namespace import Namespace
 
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -68,7 +68,7 @@ def main() -> None:
         fuzz(options.place, options.runs)
         return
 
-    from tests.rules.bases import Namespace
+    from tests.namespace import Namespace
 
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)

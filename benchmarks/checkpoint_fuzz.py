@@ -38,9 +38,10 @@ def main() -> None:
     options = parser.parse_args()
 
     from pytest_lora import Expect
+    from pytest_lora.bases.examples.models import BASES
     from pytest_lora.checks.checkpoint import checkpoint_base, judge_checkpoint
     from tests.checkpoint.damage import damaged
-    from tests.rules.bases import BASES, Namespace
+    from tests.namespace import Namespace
 
     def sources(scratch: Path) -> list[Path]:
         names = Namespace(scratch)

@@ -117,8 +117,8 @@ def adapter(setting: Setting) -> LoraConfig:
 
 def predicted(setting: Setting, workspace: int) -> dict[str, int]:
     estimate = estimate_memory(
-        BASES[setting.base](),
         adapter(setting),
+        BASES[setting.base](),
         batch_size=setting.batch_size,
         seq_len=setting.seq_len,
         quantization=quantization(setting),

@@ -27,7 +27,7 @@ from pytest_lora.inspection.skeleton import build_on_meta
 
 def ours(case: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
-    estimate = estimate_memory(base_of(case), adapter_of(case), **setting_of(case))
+    estimate = estimate_memory(adapter_of(case), base_of(case), **setting_of(case))
     seconds = time.perf_counter() - start
     reserved = case["measured"]["kind"] == "max_memory_reserved"
     predicted = estimate.peak_reserved if reserved else estimate.peak_allocated

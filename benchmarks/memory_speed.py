@@ -57,10 +57,10 @@ def measured(shape: str, rounds: int) -> dict[str, float]:
     config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     setting: dict[str, Any] = {"quantization": "nf4", "gradient_checkpointing": True}
     start = time.perf_counter()
-    memory.estimate_memory(base, config, batch_size=4, seq_len=512, **setting)
+    memory.estimate_memory(config, base, batch_size=4, seq_len=512, **setting)
     first = time.perf_counter() - start
 
-    step = memory.step_memory(base, config, **setting)
+    step = memory.step_memory(config, base, **setting)
     start = time.perf_counter()
     for batch_size in range(2, 10):
         step.peak_allocated(batch_size, 300)

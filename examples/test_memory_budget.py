@@ -32,7 +32,7 @@ QLORA = {
 
 
 def test_what_fills_the_memory() -> None:
-    estimate = estimate_memory(LLAMA_2_70B, CONFIG, batch_size=4, seq_len=1024, **QLORA)
+    estimate = estimate_memory(CONFIG, LLAMA_2_70B, batch_size=4, seq_len=1024, **QLORA)
     print(f"\n{estimate}")
 
     assert max(estimate.breakdown, key=lambda name: estimate.breakdown[name]) == "quantized base weights"
@@ -50,7 +50,7 @@ def test_on_48_gib_the_batch_has_to_shrink() -> None:
 
     assert "error[LORA502]: step does not fit" in str(refused.value)
     tokens = largest_that_fits(
-        LLAMA_2_70B, CONFIG, "47GiB", vary="seq_len", batch_size=1, optimizer="adamw_8bit", **QLORA
+        CONFIG, LLAMA_2_70B, "47GiB", vary="seq_len", batch_size=1, optimizer="adamw_8bit", **QLORA
     )
     assert 512 < tokens < 16384
 

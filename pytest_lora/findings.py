@@ -7,9 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from pytest_lora.facts.figures import Exhibit, from_plain, to_plain
+from pytest_lora.facts.figures import Figure, from_plain, to_plain
+
+if TYPE_CHECKING:
+    from pytest_lora.facts.measures import Measures
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
@@ -70,12 +73,15 @@ class Report:
     Attributes:
         subject: What was judged.
         findings: What was found.
-        exhibits: What was seen on the way and is worth a look: a map of the adapter, a loss curve, a memory budget.
+        figures: What was seen on the way and is worth a look: a map of the adapter, a loss curve, a memory budget.
+        measured: Numbers that a baseline compares, by name: trainable parameters, scalings, a predicted peak (bytes),
+            losses and their relative drop.
     """
 
     subject: str
     findings: tuple[Finding, ...] = ()
-    exhibits: tuple[Exhibit, ...] = field(default=(), repr=False)
+    figures: tuple[Figure, ...] = field(default=(), repr=False)
+    measured: Measures = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         ordered = sorted(self.findings, key=lambda f: (SEVERITIES.index(f.severity), f.code))
@@ -121,19 +127,43 @@ class Report:
         """The same report with other findings."""
         return replace(self, findings=tuple(findings))
 
-    def without_exhibits(self) -> Report:
-        """The findings alone, which is what a test's log needs."""
-        return replace(self, exhibits=())
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The codes of the errors, each once; without errors those of the warnings."""
+        return tuple(dict.fromkeys(f.code for f in self.errors or self.warnings))
+
+    def measure(self, name: str) -> float:
+        """One of the numbers that were measured.
+
+        Raises:
+            KeyError: There is none of this name; the message has those that there are.
+        """
+        known = dict(self.measured)
+        if name not in known:
+            raise KeyError(
+                f"nothing is measured under {name!r}; there are {', '.join(known) or 'no numbers'}"
+            )
+        return known[name]
+
+    def without_figures(self) -> Report:
+        """The report without pictures, which is what a test's log needs."""
+        return replace(self, figures=())
+
+    def without_numbers(self) -> Report:
+        """The report without what a baseline compares."""
+        return replace(self, measured=())
 
     def to_json(self) -> str:
-        """The report as one JSON object: ``subject``, ``ok``, ``findings``, and ``exhibits`` where there are any."""
+        """The report as one JSON object: ``subject``, ``ok``, ``findings``; also ``measured`` and ``figures`` if any."""
         data: dict[str, object] = {
             "subject": self.subject,
             "ok": self.ok,
             "findings": [asdict(f) for f in self.findings],
         }
-        if self.exhibits:
-            data["exhibits"] = [to_plain(one) for one in self.exhibits]
+        if self.measured:
+            data["measured"] = dict(self.measured)
+        if self.figures:
+            data["figures"] = [to_plain(one) for one in self.figures]
         return json.dumps(data)
 
     @classmethod
@@ -141,13 +171,14 @@ class Report:
         """The report that ``to_json`` wrote.
 
         Raises:
-            ValueError: It is no JSON, or has an exhibit of a kind that this version does not know.
+            ValueError: It is no JSON, or has a figure of a kind that this version does not know.
         """
         data = json.loads(text)
         return cls(
             data["subject"],
             tuple(Finding(**f) for f in data["findings"]),
-            tuple(from_plain(one) for one in data.get("exhibits", ())),
+            tuple(from_plain(one) for one in data.get("figures", ())),
+            tuple(data.get("measured", {}).items()),
         )
 
 

@@ -17,21 +17,21 @@ import pytest_lora
 PACKAGE = Path(pytest_lora.__file__).parent
 HEAVY = ("torch", "numpy", "transformers", "peft", "bitsandbytes", "hypothesis", "accelerate", "safetensors")
 
-LOWEST = {"facts", "findings", "expect", "arguments"}
+LOWEST = {"arguments", "expect", "facts", "findings"}
 MIDDLE = {"counting", "memory", "bases"}
 FLOORS = {
-    **dict.fromkeys(LOWEST, LOWEST),
+    **dict.fromkeys(sorted(LOWEST), LOWEST),
     "rules": LOWEST | {"rules"},
     "report": LOWEST | {"rules", "report"},
     "inspection": LOWEST | {"inspection"},
-    **dict.fromkeys(MIDDLE, LOWEST | MIDDLE | {"inspection"}),
+    **dict.fromkeys(sorted(MIDDLE), LOWEST | MIDDLE | {"inspection"}),
     "checks": LOWEST | MIDDLE | {"checks", "inspection", "rules"},
     "assertions": LOWEST | {"checks", "inspection", "rules"},
-    **dict.fromkeys(("runs", "strategies", "sweep"), set()),
+    **{
+        part: LOWEST | MIDDLE | {part, "assertions", "checks", "inspection", "rules"}
+        for part in ("runs", "strategies", "sweep")
+    },
 }
-UPPER = {"runs", "strategies", "sweep"}
-for part in UPPER:
-    FLOORS[part] = LOWEST | MIDDLE | {part, "assertions", "checks", "inspection", "rules"}
 """What each part of the package may import from the package; the plugin may import everything."""
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from pytest_lora import Expect, Report, check_config, check_model
-from tests.rules.bases import BASES, LAYERS, VOCABULARY, WIDTH
+from pytest_lora.bases.examples.models import BASES, LAYERS, VOCABULARY, WIDTH
 
 KNOWN_FIELDS = {f.name for f in fields(LoraConfig)}
 

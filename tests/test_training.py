@@ -20,7 +20,7 @@ from pytest_lora import (
     check_loss_decreases,
     check_training,
 )
-from tests.rules.bases import BASES, classifier_batch, language_batch
+from pytest_lora.bases.examples.models import BASES, classifier_batch, language_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from pytest_lora import LoraHealthError, assert_loss_decreases, check_training
-from tests.rules.bases import BASES, classifier_batch, image_batch, language_batch
+from pytest_lora.bases.examples.models import BASES, classifier_batch, image_batch, language_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pytest_lora import LoraHealthError, assert_adapter_shapes, check_training
+from pytest_lora.bases.examples.models import BASES, image_batch, language_batch
 from pytest_lora.bases.tiny import load_tiny, text_batch
-from tests.rules.bases import BASES, image_batch, language_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -1,23 +1,25 @@
-"""A saved adapter."""
+"""A saved adapter, alone, on its base, and beside the configuration under which training is to go on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.arguments import (
-    require_expect,
-)
+from pytest_lora.arguments import refusing, require_expect
+from pytest_lora.checks.judging import report_on, reported
 from pytest_lora.expect import Expect
-from pytest_lora.facts.figures.drawing import (
-    checkpoint_maps,
-)
+from pytest_lora.facts.figures.adapter_maps import checkpoint_maps
+from pytest_lora.facts.measures import of_checkpoint
 from pytest_lora.findings import Report
-from pytest_lora.rules import judge
+from pytest_lora.rules import Rule, judge
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
     from pathlib import Path
 
+    from peft import LoraConfig
     from torch import nn
     from transformers import PretrainedConfig
 
@@ -26,26 +28,14 @@ if TYPE_CHECKING:
     from pytest_lora.inspection.checkpoint.fit import Base
 
 
-OF_SAVED_CONFIGS = frozenset(
-    f"LORA{number}" for number in (101, 102, 103, 107, 108, 110, 114, 119, 120, 122, 124, 126, 127, 130)
-)
-"""Rules of the stage *config* that still matter when the training is over: what the adapter does on its base. Keys and
-shapes say more about its targets than the names in its configuration."""
-
-
-OF_FILES_ALONE = frozenset(f"LORA{number}" for number in (101, 102, 103, 108, 114, 126, 127))
-"""Those that need no base: what rank, alpha and names in the folder itself say."""
-
-
-OF_REFUSED_CONFIGS = OF_SAVED_CONFIGS | {"LORA104", "LORA105"}
-"""Where PEFT cannot put the adapter on the base, so that keys were not compared, the names have to tell why."""
-
-
+@refusing
 def check_checkpoint(
     path: str | os.PathLike[str],
     base: nn.Module | PretrainedConfig | str | os.PathLike[str] | None = None,
     *,
     expect: Expect | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
 ) -> Report:
     """Judge a saved adapter: whether its configuration, keys, shapes, dtypes, values and base belong together.
 
@@ -60,6 +50,8 @@ def check_checkpoint(
         expect: What is meant. ``fresh=True`` for an adapter saved before training, ``pretrained_head=True`` where the
             task head comes with the base, ``new_tokens`` for rows added to the vocabulary, ``config`` for what the
             adapter was to be.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
 
     Returns:
         A report with the rules of the stage *checkpoint* (codes 4xx), and those rules of the stage *config* (1xx) that
@@ -68,13 +60,15 @@ def check_checkpoint(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: There is nothing at ``path``, or the base cannot be read or built.
+        ValueError: There is nothing at ``path``, the base cannot be read or built, or a code does not exist.
     """
     from pytest_lora.inspection.checkpoint import folder_of
 
     expect = require_expect(expect)
     folder = folder_of(path)
-    return judge_checkpoint(folder, None if base is None else checkpoint_base(base), expect)
+    return judge_checkpoint(
+        folder, None if base is None else checkpoint_base(base), expect, select=select, ignore=ignore
+    )
 
 
 def checkpoint_base(base: Any) -> Base:
@@ -89,30 +83,85 @@ def checkpoint_base(base: Any) -> Base:
     return Base(base)
 
 
-def judge_checkpoint(folder: Path, base: Base | None, expect: Expect) -> Report:
+def judge_checkpoint(
+    folder: Path, base: Base | None, expect: Expect, *, select: Iterable[str] = (), ignore: Iterable[str] = ()
+) -> Report:
     """The report on one adapter folder; see ``check_checkpoint``."""
-    from pytest_lora.facts.saved_config import config_of_the_file
     from pytest_lora.inspection.checkpoint import checkpoint_facts
 
     facts = checkpoint_facts(folder, base, read_pickle=expect.read_pickle)
-    findings = list(judge([facts], expect))
-    fit = facts.fit
-    if fit is not None and fit.config is not None and not facts.is_foreign:
-        findings += [f for f in judge([fit.config], expect) if _still_matters(f, facts, expect)]
-    elif fit is None and (config := config_of_the_file(facts)) is not None:
-        findings += judge([config], expect, only=OF_FILES_ALONE)
+    findings = [*judge([facts], expect), *_of_the_config(facts, expect)]
     subject = f"adapter {facts.name}"
-    named = subject if fit is None else f"{subject} on {fit.base.title}"
-    return Report(named, tuple(findings), checkpoint_maps(facts))
+    named = subject if facts.fit is None else f"{subject} on {facts.fit.base.title}"
+    return reported(named, findings, select, ignore, checkpoint_maps(facts), of_checkpoint(facts))
 
 
-def _still_matters(finding: Finding, facts: CheckpointFacts, expect: Expect) -> bool:
-    if facts.fit is None:
-        return False
-    if finding.code == "LORA113" and expect.will_merge:
-        return facts.fit.compared
-    if finding.code not in (OF_SAVED_CONFIGS if facts.fit.compared else OF_REFUSED_CONFIGS):
-        return False
-    # PEFT saves whole embeddings where the vocabulary was resized, whatever the configuration says.
-    embeddings = facts.fit.base.input_embeddings
-    return finding.code != "LORA119" or embeddings is None or not facts.holds(embeddings)
+def _of_the_config(facts: CheckpointFacts, expect: Expect) -> Iterator[Finding]:
+    """What the rules on configurations that fit saved ones say."""
+    from pytest_lora.facts.saved_config import config_of_the_file
+
+    fit = facts.fit
+    if fit is None:
+        config = config_of_the_file(facts)
+        if config is not None:
+            yield from judge([config], expect, where=lambda rule: rule.on_saved == "alone")
+    elif fit.config is not None and not facts.is_foreign:
+        # PEFT saves whole embeddings where the vocabulary was resized, whatever the configuration says.
+        inputs, outputs = fit.base.input_embeddings, fit.base.output_embeddings
+        stored = tuple(filter(None, (inputs, outputs))) if inputs and facts.holds(inputs) else ()
+        compared, merged = fit.compared, expect.will_merge is True
+
+        def matters(rule: Rule) -> bool:
+            if rule.on_saved == "merged":
+                return merged and compared
+            return rule.on_saved in ("alone", "with_base") or (rule.on_saved == "refused" and not compared)
+
+        yield from judge([replace(fit.config, stored=stored)], expect, where=matters)
+
+
+@refusing
+def check_resume(
+    path: str | os.PathLike[str],
+    config: LoraConfig,
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str] | None = None,
+    *,
+    expect: Expect | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+) -> Report:
+    """Judge whether training can go on from a saved adapter under a configuration.
+
+    A checkpoint of another rank, other targets, another alpha or another base is refused: LoRA shapes are fixed at
+    initialisation, so that the remedy is to start fresh, or to go on with the configuration of the checkpoint.
+
+    Args:
+        path: The adapter's folder, or a file in it.
+        config: The configuration of the run that is to go on. Its ``base_model_name_or_path`` is compared where it
+            is set.
+        base: The base, to find out which modules the configuration adapts on it; without one, names are compared,
+            and ``target_modules="all-linear"`` is taken to be what it was.
+        expect: What is meant, where only the user can know it.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
+
+    Returns:
+        A report, with codes LORA920 to LORA925.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: There is nothing at ``path``, a field of ``config`` cannot be used, the base cannot be built, or a
+            code does not exist.
+    """
+    from pytest_lora.inspection.checkpoint import checkpoint_facts, folder_of
+    from pytest_lora.inspection.config import config_facts
+    from pytest_lora.inspection.peft_internals import LoraConfig
+    from pytest_lora.inspection.resumption import resumption_facts
+
+    expect = require_expect(expect)
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"config must be a peft.LoraConfig, not {type(config).__name__}")
+    folder = folder_of(path)
+    layers = None if base is None else config_facts(config, base).layers
+    saved = checkpoint_facts(folder)
+    facts = resumption_facts(saved, config, layers)
+    return report_on(f"resuming from {saved.name}", [facts], expect, select, ignore)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from pytest_lora.arguments import (
-    require_expect,
-)
+from pytest_lora.arguments import adapter_and_base, refusing, require_expect
+from pytest_lora.checks.judging import report_on
 from pytest_lora.expect import Expect
-from pytest_lora.facts.figures.drawing import (
-    config_maps,
-)
+from pytest_lora.facts.figures.adapter_maps import config_maps
+from pytest_lora.facts.measures import of_config
 from pytest_lora.findings import Report
-from pytest_lora.rules import judge
 
 if TYPE_CHECKING:
     import os
@@ -22,11 +20,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+@refusing
 def check_config(
     config: LoraConfig,
     base: nn.Module | PretrainedConfig | str | os.PathLike[str],
     *,
     expect: Expect | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
 ) -> Report:
     """Judge a ``LoraConfig`` against the base it is for, before anything is built or trained.
 
@@ -37,16 +38,20 @@ def check_config(
         config: The configuration; it is not changed.
         base: A live model, a ``PretrainedConfig``, or the path of a model folder or ``config.json``.
         expect: What is meant, where only the user can know it.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
 
     Returns:
         A report with the rules of the stage *config* (codes 1xx).
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: The base cannot be read or built.
+        ValueError: The base cannot be read or built, or a code does not exist.
     """
     from pytest_lora.inspection.config import config_facts
 
+    config, base = adapter_and_base(config, base)
     expect = require_expect(expect)
     facts = config_facts(config, base)
-    return Report(f"LoraConfig on {facts.base.title}", tuple(judge([facts], expect)), config_maps(facts))
+    subject = f"LoraConfig on {facts.base.title}"
+    return report_on(subject, [facts], expect, select, ignore, config_maps(facts), of_config(facts))

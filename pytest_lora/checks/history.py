@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
-from pytest_lora.arguments import (
-    require_expect,
-)
+from pytest_lora.arguments import refusing, require_expect
+from pytest_lora.checks.judging import report_on
 from pytest_lora.expect import Expect
-from pytest_lora.facts.figures.drawing import (
-    history_curve,
-)
+from pytest_lora.facts.figures.curves import history_curve
 from pytest_lora.findings import Report
-from pytest_lora.rules import judge
-
-if TYPE_CHECKING:
-    pass
 
 
+@refusing
 def diagnose_history(
     train_losses: Iterable[float],
     eval_losses: Iterable[float] | Mapping[int, float] | None = None,
@@ -27,6 +20,8 @@ def diagnose_history(
     steps_per_loss: int = 1,
     learning_rate: float | None = None,
     expect: Expect | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
 ) -> Report:
     """Judge the losses that a run has logged so far, and say what a practitioner would do.
 
@@ -43,13 +38,15 @@ def diagnose_history(
         steps_per_loss: Optimizer steps from one training loss to the next (the Trainer's ``logging_steps``).
         learning_rate: The peak learning rate; advice then says from which to which.
         expect: What is meant; with ``expect.config`` advice on the rank says from which to which.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
 
     Returns:
         A report with the rules on a history (codes LORA340 to LORA359).
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: There are no training losses, or a number is outside its range.
+        ValueError: There are no training losses, a number is outside its range, or a code does not exist.
     """
     from pytest_lora.facts.history import history_facts
 
@@ -63,4 +60,4 @@ def diagnose_history(
     )
     count = len(facts.train)
     subject = f"history of {count} training loss{'es' if count > 1 else ''}"
-    return Report(subject, tuple(judge([facts], expect)), (history_curve(subject, facts),))
+    return report_on(subject, [facts], expect, select, ignore, (history_curve(subject, facts),))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-from pytest_lora.arguments import (
-    require_expect,
-)
+from pytest_lora.arguments import require_expect, require_flag
+from pytest_lora.checks.judging import report_on
 from pytest_lora.expect import Expect
-from pytest_lora.facts.figures.drawing import (
-    memory_budget,
-)
+from pytest_lora.facts.figures.curves import memory_budget
+from pytest_lora.facts.measures import of_memory
 from pytest_lora.findings import Report
-from pytest_lora.rules import judge
+from pytest_lora.memory.arguments import StepArguments, names_settings
 
 if TYPE_CHECKING:
     import os
@@ -26,30 +25,35 @@ if TYPE_CHECKING:
     from pytest_lora.facts.memory import MemoryEstimate
 
 
+@names_settings
 def check_memory(
-    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
     config: LoraConfig,
+    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
     *,
     batch_size: int,
     seq_len: int,
     budget: str | int | torch.device,
     advise: bool = True,
     expect: Expect | None = None,
-    **setting: Any,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    **setting: Unpack[StepArguments],
 ) -> Report:
     """Judge whether a training step fits the memory of a GPU, without a GPU and without weights.
 
     Where it does not fit, other settings are estimated too, and the smallest change that fits comes first.
 
     Args:
-        base: As for ``estimate_memory``.
         config: The adapter.
+        base: As for ``estimate_memory``.
         batch_size: Sequences (or images) in a micro-batch.
         seq_len: Tokens in each, padding included.
         budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked.
         advise: Whether other settings are estimated where it does not fit, which takes a second or two. A
             search over many settings does without.
         expect: What is meant, where only the user can know it.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
         setting: The other arguments of ``estimate_memory``: ``quantization``, ``dtype``,
             ``gradient_checkpointing``, ``optimizer`` and so on.
 
@@ -58,17 +62,20 @@ def check_memory(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An argument is out of its range, the budget has no unit, or the step cannot be traced.
+        ValueError: An argument is out of its range, the budget has no unit, the step cannot be traced, or a code does
+            not exist.
     """
     from pytest_lora.memory.budget import require_budget
     from pytest_lora.memory.estimate import estimate_memory
 
     expect = require_expect(expect)
-    if not isinstance(advise, bool):
-        raise TypeError(f"advise must be True or False, not {advise!r}")
+    require_flag("advise", advise)
     limit = require_budget(budget)
-    estimate = estimate_memory(base, config, batch_size=batch_size, seq_len=seq_len, **setting)
-    return _judge_memory(base, config, setting, estimate, limit, expect, advise=advise)
+    estimate = estimate_memory(config, base, batch_size=batch_size, seq_len=seq_len, **setting)
+    plain: dict[str, Any] = {**setting}
+    return _judge_memory(
+        base, config, plain, estimate, limit, expect, advise=advise, select=select, ignore=ignore
+    )
 
 
 def judge_memory(model: nn.Module, estimate: MemoryEstimate, budget: int) -> Report:
@@ -93,6 +100,8 @@ def _judge_memory(
     expect: Expect,
     *,
     advise: bool = True,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
 ) -> Report:
     from pytest_lora.facts.memory import MemoryFacts
     from pytest_lora.memory.what_if import alternatives
@@ -101,4 +110,5 @@ def _judge_memory(
     others = alternatives(base, config, setting, estimate, limit) if wanted else ()
     subject = f"memory of a training step of {estimate.architecture}"
     judged = MemoryFacts(estimate, limit, others)
-    return Report(subject, tuple(judge([judged], expect)), (memory_budget(judged),))
+    figures = (memory_budget(judged),)
+    return report_on(subject, [judged], expect, select, ignore, figures, of_memory(estimate))

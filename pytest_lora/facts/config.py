@@ -316,6 +316,7 @@ class ConfigFacts:
         token_modules: Modules with single trainable rows.
         refusal: PEFT's error, or None.
         live: Whether this was read from a model that already carries the adapter.
+        stored: Embeddings whose whole weights a saved adapter holds, whatever its configuration says.
     """
 
     adapter: str
@@ -328,6 +329,7 @@ class ConfigFacts:
     token_modules: tuple[str, ...]
     refusal: Refusal | None
     live: bool
+    stored: tuple[str, ...] = ()
 
     def unmatched(self, field: str) -> Iterator[NameMatch]:
         """Names of one field that match nothing."""

@@ -39,7 +39,7 @@ class LabelFacts:
         padded_at: Where that padding stands in the row.
         double_starts: Rows that begin with two begin tokens (bos).
         still_positions: Rows whose ``position_ids`` are one and the same number throughout.
-        told: Share of labels that ``decoder_input_ids`` hold at their own position, so that the decoder reads them.
+        visible: Share of labels that ``decoder_input_ids`` hold at their own position, so that the decoder reads them.
     """
 
     batch: int
@@ -65,7 +65,7 @@ class LabelFacts:
     padded_at: Literal["left", "right"]
     double_starts: int
     still_positions: int
-    told: float
+    visible: float
 
 
 def named_batches(found: Iterable[LabelFacts]) -> str:

@@ -60,6 +60,7 @@ class StepSetting:
         quantization: How the base is quantized; None if it is not.
         dtype: Dtype of the base's unquantized weights.
         adapter_dtype: Dtype of the adapter's weights.
+        frozen: Parameters of the adapter that are not trained: of every layer (``"lora_A"``), or by whole names.
         gradient_checkpointing: ``False``, ``True`` (non-reentrant) or ``"reentrant"``.
         optimizer: Name as in ``TrainingArguments(optim=...)``.
         padding_mask: Whether batches hold padding, so that attention needs a mask.
@@ -87,6 +88,7 @@ class StepSetting:
     use_cache: bool = False
     empty_cache: bool = False
     workspace: int = AMPERE_WORKSPACE
+    frozen: tuple[str, ...] = ()
 
 
 class TimelinePoint(NamedTuple):

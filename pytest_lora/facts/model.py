@@ -192,7 +192,7 @@ class ModelFacts:
         trainable_parameters: Logical numbers that require gradients.
         total_parameters: Logical numbers in the model, adapters included.
         stored_parameters: The same, with packed 4-bit weights counted as they are stored.
-        twins: Pairs of adapters that are active together and hold the same numbers wherever they are.
+        duplicates: Pairs of adapters that are active together and hold the same numbers wherever they are.
         reentrant_without_inputs: Reentrant gradient checkpointing is on and nothing makes its input require
             gradients, so that no gradient reaches an adapter inside.
     """
@@ -213,7 +213,7 @@ class ModelFacts:
     trainable_parameters: int
     total_parameters: int
     stored_parameters: int
-    twins: tuple[tuple[str, str], ...]
+    duplicates: tuple[tuple[str, str], ...]
     reentrant_without_inputs: bool
 
     @property

@@ -92,7 +92,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         trainable_parameters=counted.trainable,
         total_parameters=counted.total,
         stored_parameters=counted.stored,
-        twins=_twins(found.lora),
+        duplicates=_duplicates(found.lora),
         reentrant_without_inputs=transformers_internals.reentrant_without_inputs(found),
     )
 
@@ -137,7 +137,7 @@ def _nonfinite(parameters: tuple[BaseParameter, ...]) -> Iterator[str]:
             yield name
 
 
-def _twins(lora: dict[str, LoraLayer]) -> tuple[tuple[str, str], ...]:
+def _duplicates(lora: dict[str, LoraLayer]) -> tuple[tuple[str, str], ...]:
     """Pairs of adapters that are active together on some module and hold the same numbers on all of those."""
     equal: dict[tuple[str, str], bool] = {}
     for layer in lora.values():

@@ -15,6 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
     from torch import Tensor, nn
 
 WRAPPERS = (PeftModel, PeftMixedModel)
@@ -38,6 +39,8 @@ __all__ = [
     "dense_weight",
     "factors",
     "forget_adapters",
+    "freeze",
+    "frozen_factors",
     "fused_parameter",
     "heads_by_task_type",
     "load_state",
@@ -45,6 +48,7 @@ __all__ = [
     "own_geometry",
     "save_adapters",
     "saved_state",
+    "store_adapter",
     "token_rows",
     "wrapped_base",
 ]
@@ -155,6 +159,37 @@ def own_geometry(layer: LoraLayer, adapter: str) -> bool:
     """Whether a LoRA variant other than DoRA gives the factors shapes of its own (QALoRA, BD-LoRA, ...)."""
     variant = getattr(layer, "lora_variant", {}).get(adapter)
     return variant is not None and "Dora" not in type(variant).__name__
+
+
+def store_adapter(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the factors of all adapters of a model in a dtype; whole copies of layers stay as they are."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            if parameter.is_floating_point() and name.startswith("lora_"):
+                parameter.data = parameter.data.to(dtype)
+
+
+def freeze(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Freeze parameters of adapters: of every layer by a part of their name, or by whole names in the base."""
+    for name, parameter in model.named_parameters():
+        if any(f".{frozen}." in f".{name}." for frozen in names):
+            parameter.requires_grad_(False)
+
+
+def frozen_factors(model: nn.Module) -> tuple[str, ...]:
+    """What ``freeze`` takes to freeze what is frozen of the active adapters in a model."""
+    trained: dict[str, list[str]] = {}
+    frozen: dict[str, list[str]] = {}
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    for layer_name, layer in layers:
+        for name, parameter in layer.named_parameters():
+            kind, _, rest = name.partition(".")
+            if kind.startswith("lora_") and rest.split(".")[0] in layer.active_adapters:
+                kinds = trained if parameter.requires_grad else frozen
+                kinds.setdefault(kind, []).append(f"{layer_name}.{kind}")
+    whole = [kind for kind in frozen if kind not in trained]
+    return (*whole, *(name for kind, names in frozen.items() if kind in trained for name in names))
 
 
 def token_rows(wrapper: TrainableTokensWrapper) -> dict[str, Tensor]:

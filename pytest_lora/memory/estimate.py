@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import os
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
-from pytest_lora.facts.memory import AMPERE_WORKSPACE, Checkpointing, MemoryEstimate, StepSetting
+from pytest_lora.facts.memory import MemoryEstimate, StepSetting
+from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.setting import checked_setting, require_count
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
-    from transformers import BitsAndBytesConfig, PretrainedConfig
+    from transformers import PretrainedConfig
 
     from pytest_lora.inspection.memory.predictor import Predictor
 
+    Base: TypeAlias = nn.Module | PretrainedConfig | str | os.PathLike[str]
 
+
+@names_settings
 def estimate_memory(
-    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
     config: LoraConfig,
+    base: Base,
     *,
     batch_size: int,
     seq_len: int,
-    quantization: str | BitsAndBytesConfig | None = None,
-    dtype: str = "bfloat16",
-    gradient_checkpointing: Checkpointing = False,
-    optimizer: str = "adamw_torch",
-    padding_mask: bool = False,
-    accumulation: int = 1,
-    outputs_held: bool = False,
-    prepare_for_kbit: bool | None = None,
-    autocast: bool | None = None,
-    adapter_dtype: str = "float32",
-    use_cache: bool = False,
-    empty_cache: bool = False,
-    workspace: int | str = AMPERE_WORKSPACE,
+    **setting: Unpack[StepArguments],
 ) -> MemoryEstimate:
     """Predict the GPU memory of one training step.
 
@@ -47,9 +40,9 @@ def estimate_memory(
     that are like their neighbours are run once and counted often. Nothing is read, downloaded or changed.
 
     Args:
+        config: The adapter. It and the base are understood in either order.
         base: A live model without adapter, a ``PretrainedConfig``, or the path of a model folder or
             ``config.json``.
-        config: The adapter.
         batch_size: Sequences (or images) in a micro-batch, at least 1.
         seq_len: Tokens in each, padding included, at least 1.
         quantization: ``"nf4"``, ``"fp4"`` (4 bits, no double quantization), ``"int8"``, a
@@ -66,35 +59,20 @@ def estimate_memory(
         autocast: Whether the forward runs under ``torch.autocast``, as in the Trainer with ``bf16=True`` or
             ``fp16=True``. Default: yes where ``dtype`` is one of these.
         adapter_dtype: Dtype of the adapter: PEFT keeps it in ``"float32"`` unless
-            ``autocast_adapter_dtype=False``.
+            ``autocast_adapter_dtype=False``; it holds for gradients and optimizer states too.
         use_cache: Whether the model keeps keys and values for generation while it trains.
         empty_cache: Whether the loop calls ``torch.cuda.empty_cache`` between steps.
         workspace: Bytes of cuBLAS's workspace: 8,519,680 on Ampere and Ada, ``"32MiB"`` on Hopper;
             ``torch.backends.cuda.cublas_workspace_size()`` says it on the GPU itself.
+        frozen: Parameters of the adapter that are not trained: ``["lora_A"]`` as in LoRA-FA, or whole names in
+            the base. ``optimizer="lorafa"``, PEFT's own, freezes them by itself.
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of its range, the base cannot be built, PEFT refuses the
             configuration, or the model does something that needs values; the message names it.
     """
-    memory = step_memory(
-        base,
-        config,
-        quantization=quantization,
-        dtype=dtype,
-        gradient_checkpointing=gradient_checkpointing,
-        optimizer=optimizer,
-        padding_mask=padding_mask,
-        accumulation=accumulation,
-        outputs_held=outputs_held,
-        prepare_for_kbit=prepare_for_kbit,
-        autocast=autocast,
-        adapter_dtype=adapter_dtype,
-        use_cache=use_cache,
-        empty_cache=empty_cache,
-        workspace=workspace,
-    )
-    return memory.estimate(batch_size, seq_len)
+    return step_memory(config, base, **setting).estimate(batch_size, seq_len)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,23 +109,21 @@ class StepMemory:
         )
 
 
-def step_memory(
-    base: nn.Module | PretrainedConfig | str | os.PathLike[str], config: LoraConfig, **setting: Any
-) -> StepMemory:
+@names_settings
+def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]) -> StepMemory:
     """The memory of one base and adapter at any batch size, sequence length and rank.
 
     For many estimates, which then share what they have in common.
 
     Args:
-        base: As for ``estimate_memory``.
         config: The adapter.
+        base: As for ``estimate_memory``.
         setting: The other arguments of ``estimate_memory``, ``batch_size`` and ``seq_len`` aside.
 
     Raises:
         TypeError, ValueError: As ``estimate_memory``.
     """
-    _require_config(config)
-    checked = checked_setting(**{**_DEFAULTS, **setting})
+    checked = checked_setting(**setting)
     if isinstance(base, (str, os.PathLike)):
         from pytest_lora.inspection.skeleton import read_config
 
@@ -155,18 +131,6 @@ def step_memory(
     return StepMemory(_predictor(base, config, checked), config.r)
 
 
-def _require_config(config: Any) -> None:
-    from pytest_lora.inspection.peft_internals import LoraConfig
-
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"config must be a peft.LoraConfig, not {type(config).__name__}")
-
-
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(estimate_memory).parameters.items()
-    if parameter.default is not inspect.Parameter.empty
-}
 _KEPT = 64
 _predictors: dict[Any, Predictor] = {}
 
@@ -176,13 +140,14 @@ def _predictor(base: Any, config: LoraConfig, setting: StepSetting) -> Predictor
 
     A live model may change, so that nothing is kept for it.
     """
+    from transformers import PretrainedConfig
+
     from pytest_lora.inspection.memory.predictor import Predictor
 
-    description = _described(base)
-    if description is None:
+    if not isinstance(base, PretrainedConfig):
         return Predictor(base, config, setting)
-    fields = {k: v for k, v in vars(config).items() if k not in ("r", "lora_alpha")}
-    key = (description, repr(sorted(fields.items(), key=str)), setting)
+    adapter = {name: value for name, value in vars(config).items() if name not in ("r", "lora_alpha")}
+    key = (_identity(base), type(config), _identity(adapter), setting)
     if key not in _predictors:
         if len(_predictors) >= _KEPT:
             del _predictors[next(iter(_predictors))]
@@ -190,13 +155,17 @@ def _predictor(base: Any, config: LoraConfig, setting: StepSetting) -> Predictor
     return _predictors[key]
 
 
-def _described(base: Any) -> str | None:
-    """Text that tells one configuration from another; None for a live model."""
-    from transformers import PretrainedConfig
-
-    if isinstance(base, PretrainedConfig):
-        return f"{type(base).__name__} {base.to_json_string(use_diff=False)}"
-    return None
+def _identity(value: Any) -> Hashable:
+    """What tells one configuration from another: every attribute, private ones too (the attention, for one)."""
+    if isinstance(value, Mapping):
+        return frozenset((str(name), _identity(part)) for name, part in value.items())
+    if isinstance(value, (set, frozenset)):
+        return frozenset(map(_identity, value))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_identity, value))
+    if hasattr(value, "__dict__") and not isinstance(value, (type, Enum)):
+        return type(value), _identity(vars(value))
+    return type(value), repr(value)
 
 
 def estimate_of_model(model: nn.Module, batch: Any) -> MemoryEstimate | None:

@@ -5,39 +5,41 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.number_tables import markdown_lines, text_lines
+from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.budget import require_budget
 from pytest_lora.memory.estimate import StepMemory, step_memory
 from pytest_lora.memory.setting import require_count
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from torch import nn
-    from transformers import PretrainedConfig
+
+    from pytest_lora.memory.estimate import Base
 
 Vary = Literal["batch_size", "seq_len", "r"]
 
 _LARGEST = {"batch_size": 2**16, "seq_len": 2**22, "r": 2**14}
 
 
+@names_settings
 def largest_that_fits(
-    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
     config: LoraConfig,
+    base: Base,
     budget: str | int,
     *,
     vary: Vary,
     batch_size: int = 1,
     seq_len: int = 512,
-    **setting: Any,
+    **setting: Unpack[StepArguments],
 ) -> int:
     """The largest batch size, sequence length or rank whose step fits a budget, 0 if none does.
 
     Args:
-        base: As for ``estimate_memory``.
         config: The adapter.
+        base: As for ``estimate_memory``.
         budget: GPU memory: ``"24GiB"``, or whole bytes. The peak that is allocated must not pass it.
         vary: ``"batch_size"``, ``"seq_len"`` or ``"r"``; the others stay as given.
         batch_size: Stays, unless it is varied.
@@ -50,7 +52,7 @@ def largest_that_fits(
     limit = require_budget(budget)
     if vary not in _LARGEST:
         raise ValueError(f"vary must be one of {', '.join(_LARGEST)}, not {vary!r}")
-    memory = step_memory(base, config, **setting)
+    memory = step_memory(config, base, **setting)
     point = {"batch_size": batch_size, "seq_len": seq_len, "r": config.r}
 
     def fits(value: int) -> bool:
@@ -122,20 +124,21 @@ class OomFrontier:
         ]
 
 
+@names_settings
 def oom_frontier(
-    base: nn.Module | PretrainedConfig | str | os.PathLike[str],
     config: LoraConfig,
+    base: Base,
     budget: str | int,
     *,
     seq_lens: Iterable[int] = (512, 1024, 2048, 4096),
     ranks: Iterable[int] | None = None,
-    **setting: Any,
+    **setting: Unpack[StepArguments],
 ) -> OomFrontier:
     """The largest batch that fits a budget, for every sequence length and rank.
 
     Args:
-        base: As for ``estimate_memory``.
         config: The adapter.
+        base: As for ``estimate_memory``.
         budget: GPU memory: ``"24GiB"``, or whole bytes. The peak that is allocated must not pass it.
         seq_lens: Sequence lengths in tokens.
         ranks: Ranks; by default that of ``config`` alone.
@@ -148,7 +151,7 @@ def oom_frontier(
     limit = require_budget(budget)
     lengths = _require_counts("seq_lens", seq_lens)
     wanted = None if ranks is None else _require_counts("ranks", ranks)
-    memory = step_memory(base, config, **setting)
+    memory = step_memory(config, base, **setting)
     rows = tuple(
         _frontier_row(memory, limit, length, rank) for length in lengths for rank in wanted or (memory.rank,)
     )

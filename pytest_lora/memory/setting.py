@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.byte_sizes import parse_bytes
-from pytest_lora.facts.memory import Checkpointing, Quantization, StepSetting
+from pytest_lora.facts.memory import AMPERE_WORKSPACE, Checkpointing, Quantization, StepSetting
 
 if TYPE_CHECKING:
+    import torch
     from transformers import BitsAndBytesConfig
 
 _METHODS = ("nf4", "fp4", "int8")
 _DTYPES = ("bfloat16", "float16", "float32")
+_SHORT_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+}
+_BITS = {"4bit": "nf4", "4-bit": "nf4", "8bit": "int8", "8-bit": "int8"}
+"""What people call a quantization by its bits; nf4 and fp4 take the same memory."""
 
 
 def checked_setting(
     *,
-    quantization: str | BitsAndBytesConfig | Quantization | None,
-    dtype: str,
-    gradient_checkpointing: Checkpointing,
-    optimizer: str,
-    padding_mask: bool,
-    accumulation: int,
-    outputs_held: bool,
-    prepare_for_kbit: bool | None,
-    autocast: bool | None,
-    adapter_dtype: str,
-    use_cache: bool,
-    empty_cache: bool,
-    workspace: int | str,
+    quantization: str | BitsAndBytesConfig | Quantization | None = None,
+    dtype: str | torch.dtype = "bfloat16",
+    gradient_checkpointing: Checkpointing = False,
+    optimizer: str = "adamw_torch",
+    padding_mask: bool = False,
+    accumulation: int = 1,
+    outputs_held: bool = False,
+    prepare_for_kbit: bool | None = None,
+    autocast: bool | None = None,
+    adapter_dtype: str | torch.dtype = "float32",
+    use_cache: bool = False,
+    empty_cache: bool = False,
+    workspace: int | str = AMPERE_WORKSPACE,
+    frozen: Sequence[str] = (),
 ) -> StepSetting:
     """The arguments of ``estimate_memory`` as facts; batch size and sequence length are left at 1.
+
+    The one place of their defaults.
 
     Raises:
         TypeError, ValueError: An argument has the wrong type, or is out of its range.
     """
     from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 
-    _require_one_of("dtype", dtype, _DTYPES)
-    _require_one_of("adapter_dtype", adapter_dtype, _DTYPES)
+    dtype = _dtype("dtype", dtype)
+    adapter_dtype = _dtype("adapter_dtype", adapter_dtype)
     _require_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
     if gradient_checkpointing not in (True, False, "reentrant"):
         raise ValueError(
@@ -68,6 +83,7 @@ def checked_setting(
         optimizer=optimizer,
         accumulation=require_count("accumulation", accumulation),
         workspace=parse_bytes(workspace, "workspace"),
+        frozen=_names("frozen", frozen),
         **flags,
     )
 
@@ -76,6 +92,7 @@ def _quantization(given: Any, dtype: str) -> Quantization | None:
     if given is None or isinstance(given, Quantization):
         return given
     if isinstance(given, str):
+        given = _BITS.get(given, given)
         _require_one_of("quantization", given, _METHODS)
         return Quantization(given, compute_dtype=dtype)
     if not hasattr(given, "load_in_4bit") or not hasattr(given, "load_in_8bit"):
@@ -97,11 +114,33 @@ def _quantization(given: Any, dtype: str) -> Quantization | None:
     )
 
 
+def _names(name: str, given: Any) -> tuple[str, ...]:
+    if (
+        isinstance(given, str)
+        or not isinstance(given, Sequence)
+        or not all(isinstance(n, str) for n in given)
+    ):
+        raise TypeError(f'{name} must be a list of names such as ["lora_A"], not {given!r}')
+    return tuple(given)
+
+
+def _dtype(name: str, given: Any) -> str:
+    """The name of a dtype, of itself, its name or what it is called for short."""
+    written: Any = str(given) if type(given).__name__ == "dtype" else given
+    if isinstance(written, str):
+        written = written.removeprefix("torch.")
+        written = _SHORT_DTYPES.get(written, written)
+    _require_one_of(name, written, _DTYPES)
+    return str(written)
+
+
 def _require_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {', '.join(known)}, not {value!r}")
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        near = difflib.get_close_matches(value, known, n=1)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}{meant}")
 
 
 def require_count(name: str, value: Any) -> int:

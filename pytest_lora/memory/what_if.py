@@ -160,7 +160,7 @@ def _other_weights(estimate: MemoryEstimate) -> Iterator[_Storage]:
 
 
 def _peak(base: Any, setting: dict[str, Any], change: _Change) -> int:
-    memory = step_memory(base, change.config, **{**setting, **change.fields})
+    memory = step_memory(change.config, base, **{**setting, **change.fields})
     return memory.peak_allocated(change.batch, change.length, change.rank)
 
 

@@ -18,21 +18,12 @@ from pytest_lora.assertions import LoraHealthError, delivered
 from pytest_lora.findings import Finding, LoraHealthWarning, Report
 from pytest_lora.plugin.options import ADAPTER_FILES
 from pytest_lora.plugin.session_options import options_of
+from pytest_lora.rules.checkpoint import GROUPS, group_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
     from pytest_lora.inspection.checkpoint.fit import Base
-
-GROUPS = {
-    "files": ("LORA40",),
-    "config": ("LORA41", "LORA1"),
-    "keys": ("LORA42",),
-    "shapes": ("LORA43",),
-    "values": ("LORA44",),
-    "base": ("LORA45",),
-}
-"""Names of the items of an adapter, and the codes that each judges."""
 
 KNOWN_BY = (*ADAPTER_FILES, "adapter_model.bin", "pytorch_lora_weights.safetensors")
 """Files that make a folder one with an adapter; the first that is there gives the items their names."""
@@ -233,7 +224,7 @@ class AdapterItem(pytest.Item):
             LoraHealthWarning: There are warnings, and a filter makes them errors.
         """
         whole = self.adapters.report(self)
-        report = whole.with_findings(f for f in whole.findings if group_of(f) == self.name)
+        report = whole.with_findings(f for f in whole.findings if group_of(f.code) == self.name)
         delivered.append(report)
         strict = [str(finding) for finding in report.warnings if self._is_strict(finding)]
         if not report.ok:
@@ -257,11 +248,6 @@ class AdapterItem(pytest.Item):
     def reportinfo(self) -> tuple[Path, int | None, str]:
         """Where the item is, and its name in headings."""
         return self.path, None, f"{self.path.parent.name}: {self.name}"
-
-
-def group_of(finding: Finding) -> str:
-    """The item that a finding belongs to."""
-    return next(name for name, codes in GROUPS.items() if finding.code.startswith(codes))
 
 
 def _nodeid(path: Path, adapters: Adapters) -> str:

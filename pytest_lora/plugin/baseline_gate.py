@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_lora.facts.figures import AdapterMap, Exhibit, LossCurve, MemoryBudget
+from pytest_lora.facts.figures import AdapterMap, Figure, LossCurve, MemoryBudget
 from pytest_lora.plugin.gpu import report as gpu_report
 from pytest_lora.plugin.summary import reports_by_test
 from pytest_lora.report.baseline import (
@@ -138,8 +138,8 @@ def of_reports(reports: Iterable[Report]) -> dict[str, Value]:
     kept = list(reports)
     values: defaultdict[str, list[Value]] = defaultdict(list)
     for report in kept:
-        for exhibit in report.exhibits:
-            for name, value in _quantities(exhibit):
+        for figure in report.figures:
+            for name, value in _quantities(figure):
                 if value not in values[name]:
                     values[name].append(value)
     found: dict[str, Value] = {}
@@ -150,21 +150,21 @@ def of_reports(reports: Iterable[Report]) -> dict[str, Value]:
     return {**found, "findings": tuple(sorted(codes))}
 
 
-def _quantities(exhibit: Exhibit) -> Iterator[tuple[str, Value]]:
-    if isinstance(exhibit, AdapterMap):
+def _quantities(figure: Figure) -> Iterator[tuple[str, Value]]:
+    if isinstance(figure, AdapterMap):
         yield (
-            f"{'saved' if exhibit.saved else 'trainable'} parameters with {exhibit.adapter}",
-            exhibit.trainable_parameters,
+            f"{'saved' if figure.saved else 'trainable'} parameters with {figure.adapter}",
+            figure.trainable_parameters,
         )
-        for group in exhibit.columns:
-            scalings = sorted({s for s in exhibit.column(group, exhibit.scalings) if s is not None})
-            name = f"scaling of {group} in {exhibit.adapter}"
+        for group in figure.columns:
+            scalings = sorted({s for s in figure.column(group, figure.scalings) if s is not None})
+            name = f"scaling of {group} in {figure.adapter}"
             if len(scalings) == 1:
                 yield name, scalings[0]
             elif scalings:
                 yield f"{name}, smallest", scalings[0]
                 yield f"{name}, largest", scalings[-1]
-    elif isinstance(exhibit, LossCurve) and exhibit.drop is not None:
-        yield f"loss drop within {exhibit.window[1]} steps", exhibit.drop
-    elif isinstance(exhibit, MemoryBudget):
-        yield "predicted peak", exhibit.peak_allocated
+    elif isinstance(figure, LossCurve) and figure.drop is not None:
+        yield f"loss drop within {figure.window[1]} steps", figure.drop
+    elif isinstance(figure, MemoryBudget):
+        yield "predicted peak", figure.peak_allocated

@@ -63,7 +63,7 @@ def tell(terminal: pytest.TerminalReporter, status: int) -> None:
 
 
 def _session(terminal: pytest.TerminalReporter, status: int) -> Session:
-    """What ``--lora-report`` has gathered; without it, what the terminal was told."""
+    """What ``--lora-report`` has gathered; without it, what the terminal shows."""
     plugins = terminal.config.pluginmanager
     writer: SessionReport | None = plugins.get_plugin("lora-session-report")
     if writer is not None:
@@ -88,16 +88,16 @@ def _summary(session: Session, *, gpu_asked: bool) -> str:
 
 def annotated(session: Session, root: Path) -> Iterator[Annotation]:
     """Errors of tests that failed by them, and warnings of tests that did not fail; at a line each rule once."""
-    told: set[tuple[str, int | None, str]] = set()
+    annotated: set[tuple[str, int | None, str]] = set()
     count = {"error": 0, "warning": 0}
     for test in session.judged:
         severity: Severity = "error" if test.failed else "warning"
         warnings = [f for f in test.findings if f.severity == "warning" and test.outcome == "passed"]
         for finding in test.decisive or warnings:
             place = test.file, test.line, finding.code
-            if place in told or count[severity] == MOST:
+            if place in annotated or count[severity] == MOST:
                 continue
-            told.add(place)
+            annotated.add(place)
             count[severity] += 1
             yield Annotation(
                 severity,

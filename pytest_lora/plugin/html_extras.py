@@ -18,8 +18,11 @@ def add(report: pytest.TestReport, judged: Sequence[Report], config: pytest.Conf
     """Put what was judged in a phase under its test; healthy reports are one line."""
     plugin: Any = config.pluginmanager.get_plugin("html")
     if plugin is not None and hasattr(plugin, "extras"):
-        told: Any = report
-        told.extras = [*getattr(report, "extras", ()), *(plugin.extras.html(_element(one)) for one in judged)]
+        extended: Any = report
+        extended.extras = [
+            *getattr(report, "extras", ()),
+            *(plugin.extras.html(_element(one)) for one in judged),
+        ]
 
 
 def _element(report: Report) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_lora.bases.examples import runnable
 from pytest_lora.rules import Rule, catalogue
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def page(wanted: str) -> Iterator[str]:
     rule = _find(wanted)
     yield f"{rule.code} {rule.name} ({rule.severity})"
     yield ""
-    yield rule.doc
+    yield runnable(rule.doc)
 
 
 def _find(wanted: str) -> Rule:

@@ -48,7 +48,7 @@ class LoraOptions:
     step_summary: Path | None
 
     @property
-    def exhibits(self) -> bool:
+    def figures(self) -> bool:
         """Whether anybody is going to look at more than findings, so that it is worth carrying along."""
         return bool(self.reports or self.step_summary or self.baseline)
 

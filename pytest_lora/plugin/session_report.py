@@ -1,4 +1,4 @@
-"""``--lora-report``: what the tests of a session told, gathered by the process that runs it and written to files.
+"""``--lora-report``: what the tests of a session report, gathered by the process that runs it and written to files.
 
 The files are written again and again while the session goes on, so that something can be read when its process is
 killed.
@@ -63,7 +63,7 @@ class Gathered:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._failures: dict[str, tuple[str, int | None, str]] = {}
         self._places: dict[str, tuple[str, int | None]] = {}
-        self._telling: dict[str, pytest.TestReport] = {}
+        self._reporting: dict[str, pytest.TestReport] = {}
 
     def add(self, report: pytest.TestReport) -> None:
         """Take in the report of a phase of a test."""
@@ -77,7 +77,7 @@ class Gathered:
         elif report.when == "call":
             self._failures.pop(nodeid, None)  # of an earlier try
         if any(name in (summary.PROPERTY, GPU_PROPERTY) for name, _ in report.user_properties):
-            self._telling[nodeid] = report
+            self._reporting[nodeid] = report
             file, line, _ = report.location
             self._places[nodeid] = file, None if line is None else line + 1
 
@@ -96,9 +96,9 @@ class Gathered:
 
     def session(self) -> Session:
         """The session as far as it has come."""
-        told = summary.reports_by_test(self._telling.values())
-        gpu = gpu_report.uses(self._telling.values())
-        shown = [n for n in self._outcomes if n in self._telling or n in self._failures]
+        judged = summary.reports_by_test(self._reporting.values())
+        gpu = gpu_report.uses(self._reporting.values())
+        shown = [n for n in self._outcomes if n in self._reporting or n in self._failures]
         config = self._config
         return Session(
             name=config.rootpath.name or "session",
@@ -112,7 +112,7 @@ class Gathered:
             command=shlex.join(["pytest", *map(str, config.invocation_params.args)]),
             versions=tuple(_versions()),
             seeds=tuple(_seeds(config)),
-            tests=tuple(self._ran(nodeid, told.get(nodeid, []), gpu.get(nodeid)) for nodeid in shown),
+            tests=tuple(self._ran(nodeid, judged.get(nodeid, []), gpu.get(nodeid)) for nodeid in shown),
         )
 
     def _ran(self, nodeid: str, reports: list[Any], gpu: GpuUse | None) -> RanTest:
@@ -153,7 +153,7 @@ class SessionReport:
         self.gathered.add_broken_file(report)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note what a test told."""
+        """Note what a test reports."""
         self.gathered.add(report)
         if time.monotonic() >= self._write_at:
             self._write()

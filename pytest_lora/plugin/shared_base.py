@@ -189,23 +189,23 @@ class Guarded:
             outcome = "It was put back for the next test."
         else:
             outcome = self._make_anew(request, restored)
-        return told(request.node.name, damage, outcome) if damage else ""
+        return damage_message(request.node.name, damage, outcome) if damage else ""
 
     def _make_anew(self, request: pytest.FixtureRequest, restored: bool) -> str:
         """Tear down the fixtures that made the base, so that pytest sets them up for the next test."""
         makers = self.bases.makers(self.base.model)
-        told = f"The next test gets a base made anew by the fixture {BASE} of {_place(makers)}."
+        message = f"The next test gets a base made anew by the fixture {BASE} of {_place(makers)}."
         if not restored:
-            told += (
+            message += (
                 " This one is too large to be put back: a fixture that returns it again returns it damaged."
             )
         subrequest: Any = request
         for maker in makers:
             try:
                 maker.finish(subrequest)
-            except Exception as error:  # a user's teardown; the damage has to be told all the same
-                told += f" Its teardown failed: {error!r}."
-        return told
+            except Exception as error:  # a user's teardown; the damage is reported all the same
+                message += f" Its teardown failed: {error!r}."
+        return message
 
 
 def _place(makers: list[pytest.FixtureDef[Any]]) -> str:
@@ -213,7 +213,7 @@ def _place(makers: list[pytest.FixtureDef[Any]]) -> str:
     return "pytest-lora" if module.startswith("pytest_lora.") else module
 
 
-def told(test: str, damage: Damage, outcome: str) -> str:
+def damage_message(test: str, damage: Damage, outcome: str) -> str:
     """The error at the teardown of a test that damaged the base."""
     lines = [f"{test} damaged the base model that other tests share ({BASE}):"]
     if damage.merged:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pytest
 
 PROPERTY = "lora_report"
-SHOWN_EXHIBITS = 20
+SHOWN_FIGURES = 20
 """Reports of a phase that keep what they show beside findings: a property test makes hundreds, of which the last ones
 are those of a failure."""
 _COLOURS: dict[Severity, dict[str, bool]] = {
@@ -40,11 +40,11 @@ def collect(item: pytest.Item) -> list[Report]:
         The reports that are new.
     """
     new: list[Report] = []
-    kept = SHOWN_EXHIBITS if options_of(item.config).exhibits else 0
+    kept = SHOWN_FIGURES if options_of(item.config).figures else 0
     while delivered:
         report = delivered.popleft()
         if len(delivered) >= kept:
-            report = report.without_exhibits()
+            report = report.without_figures()
         entry = (PROPERTY, report.to_json())
         if entry not in item.user_properties:
             item.user_properties.append(entry)

@@ -1,4 +1,4 @@
-"""The exhibits of a session: each distinct one once, those of failing tests first, no more than anybody looks at."""
+"""The figures of a session: each distinct one once, those of failing tests first, no more than anybody looks at."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from pytest_lora.facts.figures import AdapterMap, Exhibit, LossCurve, MemoryBudget, RankSweep
+from pytest_lora.facts.figures import AdapterMap, Figure, LossCurve, MemoryBudget, RankSweep
 from pytest_lora.report.session import RanTest, Session
 
-E = TypeVar("E", bound=Exhibit)
+E = TypeVar("E", bound=Figure)
 
 
 @dataclass(frozen=True, slots=True)
 class Shown(Generic[E]):
-    """An exhibit and the tests that have it."""
+    """An figure and the tests that have it."""
 
-    exhibit: E
+    figure: E
     tests: tuple[RanTest, ...]
 
     @property
@@ -27,36 +27,36 @@ class Shown(Generic[E]):
 
 
 @dataclass(frozen=True, slots=True)
-class Room(Generic[E]):
-    """The exhibits of a kind, and how many more there are."""
+class Selection(Generic[E]):
+    """The figures of a kind, and how many more there are."""
 
     shown: tuple[Shown[E], ...]
     more: int
 
 
 @dataclass(frozen=True, slots=True)
-class Gallery:
+class Figures:
     """Everything to look at."""
 
-    maps: Room[AdapterMap]
-    curves: Room[LossCurve]
-    budgets: Room[MemoryBudget]
-    sweeps: Room[RankSweep]
+    maps: Selection[AdapterMap]
+    curves: Selection[LossCurve]
+    budgets: Selection[MemoryBudget]
+    sweeps: Selection[RankSweep]
 
 
-def gallery(session: Session) -> Gallery:
-    """Arrange the exhibits of a session."""
+def figures(session: Session) -> Figures:
+    """Arrange the figures of a session."""
     by_kind: dict[type[Any], dict[Any, list[RanTest]]] = {}
     for test in session.tests:
-        for exhibit in dict.fromkeys(one for report in test.reports for one in report.exhibits):
-            if isinstance(exhibit, MemoryBudget) and test.gpu and exhibit.measured is None:
-                exhibit = replace(exhibit, measured=test.gpu.peak_bytes)
-            by_kind.setdefault(type(exhibit), {}).setdefault(exhibit, []).append(test)
-    return Gallery(
-        _room(by_kind.get(AdapterMap, {}), 12, lambda one: "dead" not in one.states),
-        _room(by_kind.get(LossCurve, {}), 24, _went_down),
-        _room(by_kind.get(MemoryBudget, {}), 12, lambda one: one.fits),
-        _room(by_kind.get(RankSweep, {}), 6, lambda one: one.chosen is not None),
+        for figure in dict.fromkeys(one for report in test.reports for one in report.figures):
+            if isinstance(figure, MemoryBudget) and test.gpu and figure.measured is None:
+                figure = replace(figure, measured=test.gpu.peak_bytes)
+            by_kind.setdefault(type(figure), {}).setdefault(figure, []).append(test)
+    return Figures(
+        _selection(by_kind.get(AdapterMap, {}), 12, lambda one: "dead" not in one.states),
+        _selection(by_kind.get(LossCurve, {}), 24, _went_down),
+        _selection(by_kind.get(MemoryBudget, {}), 12, lambda one: one.fits),
+        _selection(by_kind.get(RankSweep, {}), 6, lambda one: one.chosen is not None),
     )
 
 
@@ -65,7 +65,7 @@ def _went_down(curve: LossCurve) -> bool:
     return finite and curve.drop is not None and curve.drop >= (curve.wanted or 0.0)
 
 
-def _room(found: dict[E, list[RanTest]], most: int, is_fine: Callable[[E], bool]) -> Room[E]:
-    every = [Shown(exhibit, tuple(tests)) for exhibit, tests in found.items()]
-    every.sort(key=lambda one: (not one.failed, is_fine(one.exhibit)))
-    return Room(tuple(every[:most]), len(every[most:]))
+def _selection(found: dict[E, list[RanTest]], most: int, is_fine: Callable[[E], bool]) -> Selection[E]:
+    every = [Shown(figure, tuple(tests)) for figure, tests in found.items()]
+    every.sort(key=lambda one: (not one.failed, is_fine(one.figure)))
+    return Selection(tuple(every[:most]), len(every[most:]))

@@ -8,13 +8,13 @@ from html import escape
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, RankSweep
 from pytest_lora.report import gpu_view
-from pytest_lora.report.figures import Shown, gallery
+from pytest_lora.report.figures import Shown, figures
 from pytest_lora.report.map_view import map_view, number
 from pytest_lora.report.rule_groups import FoundIn, rule_groups
 from pytest_lora.report.session import Session, counted_tests
 from pytest_lora.report.text import markdown, markdown_block, markdown_code, printable
 
-ROOM = 400_000
+MOST_CHARACTERS = 400_000
 """Characters of findings; GitHub takes 1 MiB for all summaries of a step."""
 
 NAMED_TESTS = 5
@@ -25,15 +25,15 @@ _MARKS = {"error": "❌", "warning": "⚠️", "healthy": "✅"}
 
 def markdown_report(session: Session, *, gpu_open: bool = False) -> str:
     """Everything that can be said without pictures; ``gpu_open`` where GPU tests are not to be folded away."""
-    shown = gallery(session)
+    shown = figures(session)
     parts = (
         _head(session),
         _rules(session),
         _failures(session),
         _section("Adapters", (line for one in shown.maps.shown for line in _map(one))),
         _section("Losses", _losses(shown.curves.shown)),
-        _section("Memory", (line for one in shown.budgets.shown for line in _budget(one.exhibit))),
-        _section("Ranks", (line for one in shown.sweeps.shown for line in _sweep(one.exhibit))),
+        _section("Memory", (line for one in shown.budgets.shown for line in _budget(one.figure))),
+        _section("Ranks", (line for one in shown.sweeps.shown for line in _sweep(one.figure))),
         _section("GPU tests", _gpu(session), folded=not gpu_open),
         _section("Session", _session(session)),
     )
@@ -96,7 +96,7 @@ def _rules(session: Session) -> Iterator[str]:
     for group in groups:
         yield _row(group.severity, markdown(group.code), markdown(group.title), group.count)
     yield ""
-    room = ROOM
+    left = MOST_CHARACTERS
     for group in groups:
         if group.severity == "info":
             continue
@@ -104,8 +104,8 @@ def _rules(session: Session) -> Iterator[str]:
         yield ""
         for index, one in enumerate(group.found):
             lines = list(_finding(one))
-            room -= sum(map(len, lines))
-            if room < 0:
+            left -= sum(map(len, lines))
+            if left < 0:
                 yield f"- and {len(group.found) - index} more"
                 break
             yield from lines
@@ -145,7 +145,7 @@ def _failures(session: Session) -> Iterator[str]:
 
 
 def _map(one: Shown[AdapterMap]) -> Iterator[str]:
-    shown = one.exhibit
+    shown = one.figure
     yield f"### Adapter {markdown(shown.adapter)} on {markdown(shown.base)}"
     yield ""
     share = f"{number(shown.percent, 3)} %"
@@ -174,7 +174,7 @@ def _losses(curves: Sequence[Shown[LossCurve]]) -> Iterator[str]:
         return
     yield from _table(("run", "before", "after", "drop", "asked for"), 4)
     for one in curves:
-        curve = one.exhibit
+        curve = one.figure
         drop = "" if curve.drop is None else f"{number(100 * curve.drop, 3)} %"
         wanted = "" if curve.wanted is None else f"{number(100 * curve.wanted, 3)} %"
         yield _row(markdown(curve.title), number(curve.before), number(curve.after), drop, wanted)

@@ -20,7 +20,7 @@ from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.figures import AdapterMap, to_plain
 from pytest_lora.report import gpu_view
 from pytest_lora.report.charts import curve_chart, path, sweep_chart
-from pytest_lora.report.figures import gallery
+from pytest_lora.report.figures import figures
 from pytest_lora.report.map_view import map_view, number, words_of
 from pytest_lora.report.memory_view import memory_view
 from pytest_lora.report.rule_docs import rule_doc
@@ -29,7 +29,7 @@ from pytest_lora.report.session import RanTest, Session, counted_tests
 from pytest_lora.report.text import printable, without_margin
 from pytest_lora.rules import catalogue
 
-ROOM = 900_000
+MOST_CHARACTERS = 900_000
 """Characters that findings may take in full. A page stays under 2 MB, which opens at once; the rest is counted, and
 whole in the report as JSON."""
 
@@ -55,7 +55,7 @@ class _ShownGroup:
 
 def page(session: Session) -> str:
     """The report on a session as HTML."""
-    shown = gallery(session)
+    shown = figures(session)
     others = [test for test in session.tests if test.fails_otherwise]
     return (
         _environment()
@@ -85,9 +85,9 @@ def page(session: Session) -> str:
 
 
 def _within(groups: list[RuleGroup]) -> list[_ShownGroup]:
-    """Cut the groups to the room that there is; of every rule something is shown."""
+    """Cut the groups to what the page may hold; of every rule something is shown."""
     docs = {rule.code: rule.doc for rule in catalogue()} if groups else {}
-    room = ROOM
+    left = MOST_CHARACTERS
     cut: list[_ShownGroup] = []
     for group in groups:
         shown: list[FoundIn] = []
@@ -95,8 +95,8 @@ def _within(groups: list[RuleGroup]) -> list[_ShownGroup]:
             finding = one.finding
             texts = (finding.where, finding.observed, finding.expected, finding.fix)
             named = sum(len(test.nodeid) for test in one.tests[:NAMED_TESTS])
-            room -= sum(min(len(text), 4000) for text in texts) + 2 * named + 500
-            if shown and room < 0:
+            left -= sum(min(len(text), 4000) for text in texts) + 2 * named + 500
+            if shown and left < 0:
                 break
             shown.append(one)
         cut.append(_ShownGroup(group, docs.get(group.code, ""), tuple(shown), len(group.found) - len(shown)))

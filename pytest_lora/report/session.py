@@ -166,8 +166,8 @@ class Session:
         """The session as one JSON object, with the version of its ``format``."""
         data = asdict(self)
         # asdict knows neither how a report travels nor that JSON has no NaN.
-        for told, test in zip(data["tests"], self.tests, strict=True):
-            told["reports"] = [json.loads(report.to_json()) for report in test.reports]
+        for plain, test in zip(data["tests"], self.tests, strict=True):
+            plain["reports"] = [json.loads(report.to_json()) for report in test.reports]
         data["counts"], data["versions"], data["seeds"] = (
             dict(self.counts),
             dict(self.versions),

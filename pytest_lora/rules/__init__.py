@@ -1,14 +1,21 @@
-"""Rules: pure functions from facts to findings, one a file, found by their place in the tree."""
+"""Rules: pure functions from facts to findings, one a file, found by their place in the tree.
+
+Other packages add theirs through the entry point group ``pytest_lora.rules``, whose values name a module or a package
+of modules, each with one function under ``@rule``.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 # Facts are loaded with the rules, not by the first rule: code that takes modules out of ``sys.modules``
 # again (pytest's own pytester does) would else leave rules that know no fact of later checks.
@@ -17,6 +24,13 @@ from pytest_lora.expect import Expect
 from pytest_lora.findings import SEVERITIES, Finding, Severity
 
 F = TypeVar("F")
+
+ENTRY_POINTS = "pytest_lora.rules"
+"""Entry point group of packages that add rules of their own."""
+
+OnSaved = Literal["alone", "with_base", "refused", "merged"]
+"""Where a rule on configurations also judges that of a saved adapter: from its folder alone and on a base; on a base
+only; on a base on which PEFT refuses the configuration, so that no keys were compared; on a base before a merge."""
 
 
 class Violation(NamedTuple):
@@ -37,7 +51,20 @@ Judge = Callable[[F, Expect], Iterator[Violation]]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule of the catalogue: its code, its name (that of its file) and the facts it needs."""
+    """One rule of the catalogue.
+
+    Attributes:
+        code: Its code, ``"LORA203"``.
+        name: Its name, which is that of its function.
+        severity: Severity of its findings, unless the evidence is weaker or stronger than usual.
+        needs: Class of the facts that it judges.
+        stage: The stage that it belongs to: the folder of its file, or the module of its facts.
+        doc: Its documentation.
+        judge: The function.
+        aliases: Codes that it had before; they still select and ignore it.
+        on_saved: Where it also judges the configuration of a saved adapter; None for nowhere.
+        passing: Whether what it finds is a state that PEFT's own operations pass through.
+    """
 
     code: str
     name: str
@@ -46,11 +73,19 @@ class Rule:
     stage: str
     doc: str
     judge: Judge[Any]
+    aliases: tuple[str, ...] = ()
+    on_saved: OnSaved | None = None
+    passing: bool = False
 
     @property
     def summary(self) -> str:
         """The first line of the documentation."""
         return self.doc.partition("\n")[0]
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The code and those that it had before."""
+        return (self.code, *self.aliases)
 
     def __call__(self, facts: object, expect: Expect) -> Iterator[Finding]:
         for violation in self.judge(facts, expect):
@@ -61,44 +96,92 @@ class Rule:
 _registered: dict[str, Rule] = {}
 
 
-def rule(code: str, *, severity: Severity, needs: type[F]) -> Callable[[Judge[F]], Judge[F]]:
-    """Register a function as the rule of its file.
+def rule(
+    code: str,
+    *,
+    severity: Severity,
+    needs: type[F],
+    aliases: Iterable[str] = (),
+    on_saved: OnSaved | None = None,
+    passing: bool = False,
+) -> Callable[[Judge[F]], Judge[F]]:
+    """Register a function as a rule: it takes facts and an ``Expect``, and yields a ``Violation`` for each fault.
+
+    Args:
+        code: Its code, for ever: letters and digits. Those of this package begin with ``LORA``; a package of yours
+            takes a prefix of its own (``ACME001``).
+        severity: ``"error"``, ``"warning"`` or ``"info"``; see ``Finding``.
+        needs: The class of facts that it judges, such as ``pytest_lora.facts.model.ModelFacts``.
+        aliases: Codes that it had before; they go on to select and ignore it.
+        on_saved: For rules on ``ConfigFacts``: where it also judges the configuration of a saved adapter.
+        passing: Whether PEFT's own operations pass through what it finds (merging, disabling).
 
     Raises:
-        ValueError: The code is taken, the severity unknown, the documentation missing, or the function is
-            not named like its file.
+        ValueError: The code or the name is taken, the severity unknown, or the documentation missing.
     """
 
     def register(judge: Judge[F]) -> Judge[F]:
-        _, _, stage, file = judge.__module__.rsplit(".", 3)
         name = judge.__name__
-        if name != file:
-            raise ValueError(f"rule {name!r} must be in a file of its own name, not in {file!r}")
         if severity not in SEVERITIES:
             raise ValueError(f"rule {name!r}: severity must be one of {SEVERITIES}, not {severity!r}")
-        if (known := _registered.get(code)) and known.name != name:
-            raise ValueError(f"rule {name!r}: code {code} is already that of {known.name!r}")
         if not judge.__doc__:
             raise ValueError(f"rule {name!r} has no documentation")
+        for known in _registered.values():
+            same_place = known.judge.__module__ == judge.__module__ and known.name == name
+            if not same_place and (known.name == name or {code, *aliases} & {*known.codes}):
+                raise ValueError(
+                    f"rule {name!r}: its name or its code {code} is already that of {known.name!r}"
+                )
         doc = inspect.cleandoc(judge.__doc__)
-        _registered[code] = Rule(code, name, severity, needs, stage, doc, judge)
+        _registered[code] = Rule(
+            code, name, severity, needs, _stage(judge, needs), doc, judge, tuple(aliases), on_saved, passing
+        )
         return judge
 
     return register
 
 
+def _stage(judge: Judge[Any], needs: type) -> str:
+    """The folder of a rule of this package; elsewhere the module of its facts, as in ``pytest_lora.facts.model``."""
+    home = judge.__module__ if judge.__module__.startswith(f"{__name__}.") else f"{needs.__module__}."
+    return home.rsplit(".", 2)[1]
+
+
 @cache
 def catalogue() -> tuple[Rule, ...]:
-    """Every rule, ordered by code."""
+    """Every rule, ordered by code: those of this package, and those of others."""
     for module in pkgutil.walk_packages(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
+        _load(module)
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        found = entry.load()
+        for module in pkgutil.walk_packages(getattr(found, "__path__", ()), f"{found.__name__}."):
+            importlib.import_module(module.name)
     return tuple(_registered[code] for code in sorted(_registered))
 
 
+def _load(module: pkgutil.ModuleInfo) -> None:
+    """Import a module of rules past pytest, which rewrites each module of a plugin: these assert nothing."""
+    if module.name in sys.modules:
+        return
+    spec = module.module_finder.find_spec(module.name, None)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[module.name] = loaded
+    spec.loader.exec_module(loaded)
+    parent, _, name = module.name.rpartition(".")
+    setattr(sys.modules[parent], name, loaded)
+
+
 def judge(
-    facts: Iterable[object], expect: Expect, *, only: frozenset[str] | None = None
+    facts: Iterable[object], expect: Expect, *, where: Callable[[Rule], bool] | None = None
 ) -> Iterator[Finding]:
-    """Yield what every rule that needs one of these facts (of these codes, if given) has to say about them.
+    """Yield what every rule that needs one of these facts has to say about them.
+
+    Args:
+        facts: What was seen.
+        expect: What is meant.
+        where: Which rules to ask; all by default.
 
     Raises:
         LookupError: No rule needs one of the facts, so that nothing would have been judged.
@@ -108,27 +191,24 @@ def judge(
         if not fitting:
             raise LookupError(f"no rule judges {type(fact).__name__}; its module was imported twice")
         for known in fitting:
-            if only is None or known.code in only:
+            if where is None or where(known):
                 yield from known(fact, expect)
 
 
-def selected(findings: Iterable[Finding], select: Iterable[str], ignore: Iterable[str]) -> Iterator[Finding]:
-    """Keep the findings whose code starts with one of ``select`` (all, if empty) and with none of ``ignore``.
+def find(wanted: str) -> Rule | None:
+    """The rule with this code, present or former, or this name; None where there is none."""
+    asked = wanted.lower().replace("-", "_").replace(" ", "_")
+    known = {key.lower(): rule for rule in catalogue() for key in (*rule.codes, rule.name)}
+    return known.get(asked)
+
+
+def code_of(name: str) -> str:
+    """The code of the rule of this name.
 
     Raises:
-        ValueError: A prefix fits no code of the catalogue, so that it would silently do nothing.
+        LookupError: There is no such rule.
     """
-    keep, drop = _prefixes("select", select), _prefixes("ignore", ignore)
-    for finding in findings:
-        if (not keep or finding.code.startswith(keep)) and not (drop and finding.code.startswith(drop)):
-            yield finding
-
-
-def _prefixes(argument: str, prefixes: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(prefixes, str):
-        raise TypeError(f"{argument} must be a list of codes such as ['LORA1'], not the string {prefixes!r}")
-    found = tuple(prefixes)
-    for prefix in found:
-        if not any(r.code.startswith(prefix) for r in catalogue()):
-            raise ValueError(f"{argument}: {prefix!r} is no code or start of a code; --lora-rules lists them")
-    return found
+    for known in catalogue():
+        if known.name == name:
+            return known.code
+    raise LookupError(f"there is no rule named {name!r}")

@@ -50,6 +50,8 @@ def ranked(settings: Settings, module: str, rank: int) -> dict[str, object]:
     )
     return {**fields, **scaled(settings, module, settings.scaling_of(module) or 2.0, rank)}
 
+START_FRESH = "start fresh with this configuration, or go on with that of the checkpoint"
+
 
 def lower_rate(learning_rate: float | None, divisor: int) -> str:
     """Advice to divide the learning rate, which is named where it is known."""

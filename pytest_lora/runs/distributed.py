@@ -1,9 +1,8 @@
-"""Several processes: run a function on every rank, and hold that all ranks have the same adapter."""
+"""Several processes: run a function on every rank."""
 
 from __future__ import annotations
 
 import faulthandler
-import hashlib
 import importlib
 import os
 import sys
@@ -11,8 +10,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -94,49 +92,10 @@ def run_distributed(
             results = elastic_launch(config, _rank)(task)
         except ChildFailedError as error:
             exits = {rank: one.exitcode for rank, one in error.failures.items()}
-            failure = _told(Path(folder), fn.__qualname__, world_size, exits)
+            failure = _failure_text(Path(folder), fn.__qualname__, world_size, exits)
     if failure:
         raise RanksFailedError(failure)
     return [results[rank] for rank in range(world_size)]
-
-
-def assert_adapters_in_sync(model: Any) -> None:
-    """Assert that every rank has the same adapter, bit for bit; call it on all ranks, after an optimizer step.
-
-    What is compared are the adapter's weights and all that is trained. Sharded weights (FSDP) are put together
-    first, by all ranks at once.
-
-    Args:
-        model: A model with LoRA layers, also inside DDP or FSDP.
-
-    Raises:
-        AssertionError: Weights differ; names them, the ranks and by how much. Raised on every rank.
-        RuntimeError: There is no process group.
-        TypeError: The model has no adapter.
-    """
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        raise RuntimeError(
-            "assert_adapters_in_sync needs a process group: call it in run_distributed or torchrun"
-        )
-    with ExitStack() as stack, torch.no_grad():
-        _gather_shards(model, stack)
-        own = {name: _whole(tensor).detach() for name, tensor in _adapter_weights(model)}
-        if not own:
-            raise TypeError(
-                f"{type(model).__name__} has no adapter: no LoRA weights and nothing that is trained"
-            )
-        digests: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(digests, {name: _digest(tensor) for name, tensor in own.items()})
-        problems = list(_differences(digests, own))
-    assert not problems, "\n".join(
-        [
-            f"the adapter differs between {len(digests)} ranks, in {len(problems)} of {len(own)} weights:",
-            *problems[:10],
-        ]
-    )
 
 
 def _check(fn: Any, world_size: object, backend: object, timeout: object) -> None:
@@ -231,7 +190,7 @@ def _is_dead(home: Path, rank: int) -> bool:
     return True
 
 
-def _told(home: Path, name: str, world_size: int, exits: dict[int, int]) -> str:
+def _failure_text(home: Path, name: str, world_size: int, exits: dict[int, int]) -> str:
     """What became of the ranks that failed: the cause first, and of those that failed after it the last line."""
     causes, errors = [], []
     for rank in range(world_size):
@@ -253,55 +212,3 @@ def _told(home: Path, name: str, world_size: int, exits: dict[int, int]) -> str:
         else:
             causes.append(f"rank {rank} of {world_size} raised:\n{text}")
     return f"{name} failed\n\n" + "\n\n".join(causes)
-
-
-def _gather_shards(model: Any, stack: ExitStack) -> None:
-    """Put together, for the time being, what the first FSDP has sharded."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        stack.enter_context(FullyShardedDataParallel.summon_full_params(model, writeback=False))
-
-
-def _adapter_weights(model: Any) -> Iterator[tuple[str, Any]]:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad or "lora_" in name:
-            yield name, parameter
-
-
-def _whole(tensor: Any) -> Any:
-    """A tensor of the second FSDP put together; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _digest(tensor: Any) -> str:
-    import torch
-
-    numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(numbers.tobytes()).hexdigest()}"
-
-
-def _differences(digests: list[dict[str, str]], own: dict[str, Any]) -> Iterator[str]:
-    """Yield a line for each weight that is not the same everywhere; all ranks see the same ones, in one order."""
-    import torch.distributed as dist
-
-    names = sorted({name for digest in digests for name in digest})
-    for name in names:
-        there = [digest.get(name) for digest in digests]
-        if len(set(there)) == 1:
-            continue
-        ranks = [rank for rank, value in enumerate(there) if value != there[0]]
-        line = (
-            f"  {name}: {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))} unlike rank 0"
-        )
-        if any(value is None for value in there):
-            yield f"{line}, where only some have it"
-            continue
-        if len({value.rpartition(" ")[0] for value in there if value}) > 1:
-            yield f"{line}, in shape or dtype"
-            continue
-        first = own[name].clone()
-        dist.broadcast(first, src=0)
-        largest = (own[name].double() - first.double()).abs().max()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        yield f"{line}, by up to {largest.item():.3g}"

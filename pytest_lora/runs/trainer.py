@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -27,6 +28,8 @@ class LoraHealthCallback(TrainerCallback):
 
     Args:
         expect: What is meant, where only the user can know it.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
         on_error: See above.
         model_steps: Optimizer steps whose gradients are looked at, and after which the model is again. The default
             is 2: the first step moves ``lora_B``, which gives ``lora_A`` its first gradient at the second.
@@ -37,11 +40,22 @@ class LoraHealthCallback(TrainerCallback):
     """
 
     def __init__(
-        self, *, expect: Expect | None = None, on_error: OnError = "warn", model_steps: int = FIRST_STEPS
+        self,
+        *,
+        expect: Expect | None = None,
+        select: Iterable[str] = (),
+        ignore: Iterable[str] = (),
+        on_error: OnError = "warn",
+        model_steps: int = FIRST_STEPS,
     ) -> None:
-        self._expect, self._on_error = expect, on_error
+        self._settings: dict[str, Any] = {
+            "expect": expect,
+            "select": tuple(select),
+            "ignore": tuple(ignore),
+            "on_error": on_error,
+        }
         self._model_steps = as_count("model_steps", model_steps)
-        self.watch = Watch(expect=expect, on_error=on_error)
+        self.watch = Watch(**self._settings)
         self._begun_at = self._unlogged = 0
         self._latest: tuple[str, int, object] | None = None
 
@@ -51,8 +65,7 @@ class LoraHealthCallback(TrainerCallback):
         """Start a new watch and judge the model and the optimizer."""
         self.watch = Watch(
             total_steps=state.max_steps if state.max_steps > 0 else None,
-            expect=self._expect,
-            on_error=self._on_error,
+            **self._settings,
             first_steps=self._model_steps,
         )
         self._latest = None
@@ -133,7 +146,7 @@ class LoraHealthCallback(TrainerCallback):
         self._stop_if_asked(control)
 
     def _stop_if_asked(self, control: TrainerControl) -> None:
-        if self._on_error == "stop" and self.watch.should_stop:
+        if self._settings["on_error"] == "stop" and self.watch.should_stop:
             control.should_training_stop = True
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.history import as_count, as_number
 from pytest_lora.findings import LoraHealthWarning, Report
 from pytest_lora.rules import judge
+from pytest_lora.rules.selection import codes, in_force, selected
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,6 +50,8 @@ class Watch:
         total_steps: int | None = None,
         steps_per_loss: int = 1,
         expect: Expect | None = None,
+        select: Iterable[str] = (),
+        ignore: Iterable[str] = (),
         on_error: OnError = "warn",
         first_steps: int = FIRST_STEPS,
     ) -> None:
@@ -60,6 +63,7 @@ class Watch:
         self.reports: list[Report] = []
         self.should_stop = False
         self._expect = require_expect(expect)
+        self._select, self._ignore = codes("select", select), codes("ignore", ignore)
         self._on_error = on_error
         self._train: list[float] = []
         self._earlier = 0
@@ -157,18 +161,20 @@ class Watch:
             )
 
     def _deliver(self, report: Report) -> None:
-        fresh = tuple(f for f in report.findings if (f.code, f.severity) not in self._known)
+        found = selected(report.findings, self._select, self._ignore)
+        fresh = tuple(f for f in found if (f.code, f.severity) not in self._known)
         if not fresh:
             return
         self._known.update((f.code, f.severity) for f in fresh)
         new = report.with_findings(fresh)
         self.reports.append(new)
         delivered.append(new)
-        self.should_stop |= bool(new.errors)
+        self.should_stop |= bool(new.errors or (in_force().strict and new.warnings))
         for finding in (*new.errors, *new.warnings):
             if finding.severity == "warning" or self._on_error != "raise":
                 warnings.warn(str(finding), LoraHealthWarning, stacklevel=stack_level(*_BETWEEN))
-        if new.errors and self._on_error == "raise":
+        grave = new.errors or (new.warnings if in_force().strict else ())
+        if grave and self._on_error == "raise":
             raise LoraHealthError(new)
 
 
@@ -180,6 +186,8 @@ def watch_training(
     total_steps: int | None = None,
     steps_per_loss: int = 1,
     expect: Expect | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
     on_error: OnError = "warn",
 ) -> Iterator[Watch]:
     """Watch a hand-written training loop: the model at the start and the end, the losses as they come.
@@ -200,6 +208,8 @@ def watch_training(
         total_steps: Optimizer steps that the run is planned to have.
         steps_per_loss: Optimizer steps from one logged loss to the next.
         expect: What is meant, where only the user can know it.
+        select: Codes, or starts of codes, to look at; all when empty.
+        ignore: Codes, or starts of codes, to leave out.
         on_error: ``"warn"``: errors are ``LoraHealthWarning`` too. ``"stop"``: and ``watch.should_stop`` is what
             the loop looks at (it is kept in every mode). ``"raise"``: ``LoraHealthError`` at the next ``log``.
 
@@ -208,7 +218,14 @@ def watch_training(
         TypeError: The model carries no LoRA layers, or an argument has the wrong type.
         ValueError: ``on_error`` is none of these, or a number of steps is below 1.
     """
-    watch = Watch(total_steps=total_steps, steps_per_loss=steps_per_loss, expect=expect, on_error=on_error)
+    watch = Watch(
+        total_steps=total_steps,
+        steps_per_loss=steps_per_loss,
+        expect=expect,
+        select=select,
+        ignore=ignore,
+        on_error=on_error,
+    )
     watch.look(model, optimizer)
     try:
         with _at_each_step(watch, model, optimizer):

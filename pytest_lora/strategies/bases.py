@@ -53,7 +53,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
+class BaseTargets:
     """A base, as far as a configuration has to know it.
 
     Attributes:
@@ -89,7 +89,7 @@ class Ground:
         return tuple(known[name] for name in wanted)
 
 
-def ground_of(base: Any) -> Ground:
+def targets_of(base: Any) -> BaseTargets:
     """Look at a base: a live model, a ``PretrainedConfig``, the path of one, or None.
 
     Raises:
@@ -109,7 +109,7 @@ def ground_of(base: Any) -> Ground:
     targets = _targets(facts)
     if not targets:
         raise ValueError(f"base: {facts.architecture} has no module that LoRA could adapt")
-    return Ground(
+    return BaseTargets(
         targets=targets,
         all_linear=_all_linear(facts),
         blocks=tuple(sorted(frozenset().union(*(target.layers for target in targets)))),
@@ -124,10 +124,10 @@ def _unknown() -> Target:
     return Target("", frozenset({"Linear"}), 2**14, 2**14, frozenset(), quantized=True)
 
 
-def _without_base() -> Ground:
+def _without_base() -> BaseTargets:
     """Nothing is known of weights and blocks, so nothing is drawn that depends on them."""
     targets = tuple(replace(_unknown(), name=name) for name in LLAMA_NAMES)
-    return Ground(targets, replace(_unknown(), name="all-linear"), (), (), (), biases=False, facts=None)
+    return BaseTargets(targets, replace(_unknown(), name="all-linear"), (), (), (), biases=False, facts=None)
 
 
 def _targets(facts: BaseFacts) -> tuple[Target, ...]:

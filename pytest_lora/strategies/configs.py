@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from pytest_lora.expect import Expect
-from pytest_lora.strategies.bases import Ground, Target, ground_of
+from pytest_lora.strategies.bases import BaseTargets, Target, targets_of
 
 if TYPE_CHECKING:
     import os
@@ -79,13 +79,13 @@ def lora_configs(
             unknown, or every rank is too large for every target.
     """
     wanted = _require_variants(variants)
-    return drawn_configs(_narrowed(ground_of(base), _require_ranks(ranks), targets, wanted))
+    return drawn_configs(_narrowed(targets_of(base), _require_ranks(ranks), targets, wanted))
 
 
-class Room(NamedTuple):
+class SearchSpace(NamedTuple):
     """What is drawn from: the targets of a base that take at least one of the ranks."""
 
-    ground: Ground
+    base_targets: BaseTargets
     targets: tuple[Target, ...]
     all_linear: Target | None
     ranks: tuple[int, ...]
@@ -116,23 +116,31 @@ def suits(init: str, targets: Sequence[Target]) -> bool:
     return init != "orthogonal" or all(target.linear and not target.quantized for target in targets)
 
 
-def _narrowed(ground: Ground, ranks: tuple[int, ...], targets: Any, variants: tuple[str, ...]) -> Room:
+def _narrowed(
+    base_targets: BaseTargets, ranks: tuple[int, ...], targets: Any, variants: tuple[str, ...]
+) -> SearchSpace:
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
-    named = ground.targets if targets is None else () if everything else ground.named(_require_names(targets))
-    whole = ground.all_linear if targets is None or everything else None
+    named = (
+        base_targets.targets
+        if targets is None
+        else ()
+        if everything
+        else base_targets.named(_require_names(targets))
+    )
+    whole = base_targets.all_linear if targets is None or everything else None
     if everything and whole is None:
         raise ValueError('targets: "all-linear" does not suit this base; name its modules')
     named = tuple(target for target in named if target.size >= ranks[0])
     whole = whole if whole is not None and whole.size >= ranks[0] else None
     if not named and whole is None:
         raise ValueError(f"ranks: the smallest, {ranks[0]}, is too large for every target of this base")
-    return Room(ground, named, whole, ranks, variants)
+    return SearchSpace(base_targets, named, whole, ranks, variants)
 
 
 @st.composite
-def drawn_configs(draw: Draw, room: Room) -> LoraConfig:
-    """One configuration out of what a base has room for."""
-    return made(draw, drawn_fields(draw, room))
+def drawn_configs(draw: Draw, space: SearchSpace) -> LoraConfig:
+    """One configuration out of what a base has space for."""
+    return made(draw, drawn_fields(draw, space))
 
 
 def made(draw: Draw, fields: dict[str, Any]) -> LoraConfig:
@@ -143,16 +151,16 @@ def made(draw: Draw, fields: dict[str, Any]) -> LoraConfig:
     return config
 
 
-def drawn_fields(draw: Draw, room: Room) -> dict[str, Any]:
+def drawn_fields(draw: Draw, space: SearchSpace) -> dict[str, Any]:
     """Fields that are not at their defaults, in the order in which people write them.
 
     What is drawn does not depend on the targets: taking one away must leave the rest of an example as it is,
     or it would not shrink. What does not suit the targets falls back to what does.
     """
-    choice = drawn_choice(draw, room)
-    layers = _layers(draw, room, choice)
-    kind = _kind(draw, room, choice)
-    rank = draw(_sampled(room.ranks_for(choice.size, even=kind.even)))
+    choice = drawn_choice(draw, space)
+    layers = _layers(draw, space, choice)
+    kind = _kind(draw, space, choice)
+    rank = draw(_sampled(space.ranks_for(choice.size, even=kind.even)))
     alpha = _sound_alpha(draw(_sampled(_ALPHAS)), rank, kind.rslora)
     fields: dict[str, Any] = {"r": rank}
     if alpha != DEFAULT_ALPHA:
@@ -161,13 +169,13 @@ def drawn_fields(draw: Draw, room: Room) -> dict[str, Any]:
     if layers is not None:
         fields["layers_to_transform"] = layers
     fields |= _kind_fields(kind)
-    fields |= _patterns(draw, room, choice, kind, rank, alpha)
+    fields |= _patterns(draw, space, choice, kind, rank, alpha)
     if dropout := draw(_sampled(_DROPOUTS)):
         fields["lora_dropout"] = dropout
-    if room.ground.biases and draw(_BOOLEANS):
+    if space.base_targets.biases and draw(_BOOLEANS):
         fields["bias"] = "lora_only"
-    fields |= dict(room.ground.needs)
-    fields |= _saved(draw, room.ground, choice, fields)
+    fields |= dict(space.base_targets.needs)
+    fields |= _saved(draw, space.base_targets, choice, fields)
     if any("Conv1D" in target.kinds for target in choice.targets):
         fields["fan_in_fan_out"] = True
     return fields
@@ -194,35 +202,35 @@ def several(values: tuple[Any, ...]) -> st.SearchStrategy[list[Any]]:
     return several.map(lambda drawn: list(dict.fromkeys(drawn)))
 
 
-def drawn_choice(draw: Draw, room: Room) -> Choice:
+def drawn_choice(draw: Draw, space: SearchSpace) -> Choice:
     """Names in a list, a regular expression for the same, or "all-linear".
 
     The names are drawn in any case: a way with fewer choices would be the simpler one to Hypothesis.
     """
-    ways = [*(["names", "regex"] if room.targets else []), *(["all-linear"] if room.all_linear else [])]
+    ways = [*(["names", "regex"] if space.targets else []), *(["all-linear"] if space.all_linear else [])]
     way = draw(_sampled(ways))
-    targets = draw(several(room.targets)) if room.targets else []
+    targets = draw(several(space.targets)) if space.targets else []
     if way == "all-linear":
-        assert room.all_linear is not None
-        return Choice(way, (room.all_linear,))
+        assert space.all_linear is not None
+        return Choice(way, (space.all_linear,))
     names = [target.name for target in targets]
     return Choice(names if way == "names" else rf"(.*\.)?({'|'.join(names)})", tuple(targets))
 
 
-def _kind(draw: Draw, room: Room, choice: Choice) -> Kind:
-    rslora = "rslora" in room.variants and draw(_BOOLEANS)
-    dora = "dora" in room.variants and draw(_BOOLEANS)
-    init = draw(_sampled((None, *(name for name in INITS if name in room.variants))))
+def _kind(draw: Draw, space: SearchSpace, choice: Choice) -> Kind:
+    rslora = "rslora" in space.variants and draw(_BOOLEANS)
+    dora = "dora" in space.variants and draw(_BOOLEANS)
+    init = draw(_sampled((None, *(name for name in INITS if name in space.variants))))
     if init is not None and not suits(init, choice.targets):
         init = None
-    if init == "orthogonal" and not room.ranks_for(choice.size, even=True):
+    if init == "orthogonal" and not space.ranks_for(choice.size, even=True):
         init = None
     return Kind(rslora, dora, init)
 
 
-def _layers(draw: Draw, room: Room, choice: Choice) -> list[int] | None:
+def _layers(draw: Draw, space: SearchSpace, choice: Choice) -> list[int] | None:
     """Numbers for ``layers_to_transform``, which PEFT takes beside a list of names alone."""
-    known = room.ground.blocks
+    known = space.base_targets.blocks
     if not known:
         return None
     block, way = draw(_sampled(known)), draw(_sampled(("one", "some", "all")))
@@ -268,7 +276,9 @@ def _kind_fields(kind: Kind) -> dict[str, Any]:
     return fields
 
 
-def _patterns(draw: Draw, room: Room, choice: Choice, kind: Kind, rank: int, alpha: int) -> dict[str, Any]:
+def _patterns(
+    draw: Draw, space: SearchSpace, choice: Choice, kind: Kind, rank: int, alpha: int
+) -> dict[str, Any]:
     """A rank or an alpha of its own for one target, its scaling near that of the others."""
     way = draw(_sampled((None, "rank_pattern", "alpha_pattern")))
     if way is None or choice.written == "all-linear":
@@ -281,7 +291,7 @@ def _patterns(draw: Draw, room: Room, choice: Choice, kind: Kind, rank: int, alp
         return _sound(value, kind.rslora) and spread <= _LIMITS.max_scaling_spread
 
     if way == "rank_pattern":
-        ranks = room.ranks_for(target.size, even=kind.even)
+        ranks = space.ranks_for(target.size, even=kind.even)
         values = [r for r in ranks if r != rank and near(scaling(alpha, r, kind.rslora))]
     else:
         alphas = dict.fromkeys(_alphas(rank, *_ALPHAS))
@@ -289,11 +299,11 @@ def _patterns(draw: Draw, room: Room, choice: Choice, kind: Kind, rank: int, alp
     return {way: {target.name: draw(_sampled(values))}} if values else {}
 
 
-def _saved(draw: Draw, ground: Ground, choice: Choice, fields: dict[str, Any]) -> dict[str, Any]:
-    if not ground.saveable or not draw(_BOOLEANS):
+def _saved(draw: Draw, base_targets: BaseTargets, choice: Choice, fields: dict[str, Any]) -> dict[str, Any]:
+    if not base_targets.saveable or not draw(_BOOLEANS):
         return {}
     targeted = {target.name for target in choice.targets}
-    chosen = [name for name in draw(several(ground.saveable)) if name not in targeted]
+    chosen = [name for name in draw(several(base_targets.saveable)) if name not in targeted]
     return {"modules_to_save": [*fields.get("modules_to_save", ()), *chosen]} if chosen else {}
 
 
@@ -333,6 +343,6 @@ def _require_variants(variants: Any) -> tuple[str, ...]:
     return wanted
 
 
-def room_of(base: Any) -> Room:
-    """Everything that a base has room for under the defaults."""
-    return _narrowed(ground_of(base), tuple(RANKS), None, VARIANTS)
+def space_of(base: Any) -> SearchSpace:
+    """Everything that a base allows under the defaults."""
+    return _narrowed(targets_of(base), tuple(RANKS), None, VARIANTS)

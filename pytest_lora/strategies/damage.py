@@ -1,4 +1,4 @@
-"""Ways to damage a saved adapter, by the code of the rule that must name each."""
+"""Ways to damage a saved adapter, by the name of the rule that must report each."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save_file
+
+from pytest_lora.bases.examples.folders import (
+    CONFIG,
+    WEIGHTS,
+    Tensors,
+    configure,
+    cut,
+    edit,
+    pickle_weights,
+    remove,
+    rename,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,46 +39,6 @@ class Damage:
     possible: Callable[[LoraConfig], bool] = lambda config: True
 
 
-def configure(path: Path, **fields: Any) -> Path:
-    """Set fields of the configuration; None takes a field out."""
-    file = path / CONFIG
-    written = {**json.loads(file.read_text()), **fields}
-    file.write_text(json.dumps({name: value for name, value in written.items() if value is not None}))
-    return path
-
-
-def edit(path: Path, change: Callable[[Tensors], Tensors]) -> Path:
-    """Write the tensors anew, changed."""
-    changed = change(load_file(path / WEIGHTS))
-    save_file({name: tensor.clone().contiguous() for name, tensor in changed.items()}, path / WEIGHTS)
-    return path
-
-
-def cut(path: Path, name: str, by: int) -> Path:
-    """Take bytes off the end of a file."""
-    content = (path / name).read_bytes()
-    (path / name).write_bytes(content[:-by])
-    return path
-
-
-def remove(path: Path, name: str) -> Path:
-    """Remove a file."""
-    (path / name).unlink()
-    return path
-
-
-def rename(path: Path, name: str, to: str) -> Path:
-    """Rename a file."""
-    (path / name).rename(path / to)
-    return path
-
-
-def pickle_weights(path: Path) -> Path:
-    """Put a pickle in the place of the safetensors file."""
-    torch.save(load_file(path / WEIGHTS), path / "adapter_model.bin")
-    return remove(path, WEIGHTS)
-
-
 def _cut_somewhere(name: str) -> Callable[[Path, int], Path]:
     def do(path: Path, at: int) -> Path:
         return cut(path, name, 1 + at % (path / name).stat().st_size)
@@ -85,7 +51,7 @@ def _factors(tensors: Tensors) -> list[str]:
 
 
 def _to_one_factor(change: Callable[[torch.Tensor, int], torch.Tensor]) -> Callable[[Path, int], Path]:
-    """Changes one factor, and tells the change where in it."""
+    """Changes one factor; the number says where in it."""
 
     def do(path: Path, at: int) -> Path:
         def changed(tensors: Tensors) -> Tensors:
@@ -116,8 +82,8 @@ def _twice(path: Path, at: int) -> Path:
         names = _factors(tensors)
         name = names[at % len(names)]
         stem, dot, end = name.rpartition(".")
-        twin = f"{stem}.default.{end}" if end == "weight" else f"{stem}{dot}{end}.default"
-        return {**tensors, twin: tensors[name]}
+        double = f"{stem}.default.{end}" if end == "weight" else f"{stem}{dot}{end}.default"
+        return {**tensors, double: tensors[name]}
 
     return edit(path, changed)
 
@@ -136,29 +102,31 @@ def _saves_modules(config: LoraConfig) -> bool:
 
 
 DAMAGES = {
-    "LORA402": Damage(lambda path, at: remove(path, WEIGHTS)),
-    "LORA411": Damage(lambda path, at: remove(path, CONFIG)),
-    "LORA401": Damage(_cut_somewhere(WEIGHTS)),
-    "LORA412": Damage(_cut_somewhere(CONFIG)),
-    "LORA403": Damage(lambda path, at: pickle_weights(path)),
-    "LORA404": Damage(lambda path, at: rename(path, WEIGHTS, "adapter_model-00001-of-00002.safetensors")),
-    "LORA413": Damage(lambda path, at: configure(path, r=-at)),
-    "LORA414": Damage(lambda path, at: configure(path, lora_alpha=None)),
-    "LORA421": Damage(lambda path, at: edit(path, lambda tensors: {})),
-    "LORA422": Damage(
+    "weights_are_missing": Damage(lambda path, at: remove(path, WEIGHTS)),
+    "config_is_missing": Damage(lambda path, at: remove(path, CONFIG)),
+    "file_is_not_readable": Damage(_cut_somewhere(WEIGHTS)),
+    "config_is_not_readable": Damage(_cut_somewhere(CONFIG)),
+    "weights_are_pickled": Damage(lambda path, at: pickle_weights(path)),
+    "weights_are_sharded": Damage(
+        lambda path, at: rename(path, WEIGHTS, "adapter_model-00001-of-00002.safetensors")
+    ),
+    "config_field_is_unusable": Damage(lambda path, at: configure(path, r=-at)),
+    "config_lacks_fields": Damage(lambda path, at: configure(path, lora_alpha=None)),
+    "file_holds_no_adapter": Damage(lambda path, at: edit(path, lambda tensors: {})),
+    "key_prefix_is_wrong": Damage(
         lambda path, at: edit(path, lambda tensors: {f"module.{k}": v for k, v in tensors.items()})
     ),
-    "LORA423": Damage(_lose_a_factor),
-    "LORA426": Damage(
+    "factor_is_missing": Damage(_lose_a_factor),
+    "saved_module_is_not_in_the_file": Damage(
         lambda path, at: edit(path, lambda tensors: {k: v for k, v in tensors.items() if "lora_" in k}),
         _saves_modules,
     ),
-    "LORA429": Damage(_twice),
-    "LORA431": Damage(_other_rank, lambda config: not config.rank_pattern),
-    "LORA432": Damage(_to_one_factor(lambda tensor, at: tensor.new_empty(0))),
-    "LORA435": Damage(_to_one_factor(lambda tensor, at: tensor.to(torch.int8))),
-    "LORA441": Damage(_to_one_factor(_nan)),
-    "LORA442": Damage(_without_update),
-    "LORA452": Damage(lambda path, at: configure(path, base_model_name_or_path=None)),
+    "key_is_there_twice": Damage(_twice),
+    "rank_differs_from_config": Damage(_other_rank, lambda config: not config.rank_pattern),
+    "tensor_is_empty": Damage(_to_one_factor(lambda tensor, at: tensor.new_empty(0))),
+    "dtype_is_not_floating": Damage(_to_one_factor(lambda tensor, at: tensor.to(torch.int8))),
+    "saved_adapter_is_not_finite": Damage(_to_one_factor(_nan)),
+    "saved_adapter_holds_no_update": Damage(_without_update),
+    "base_name_is_missing": Damage(lambda path, at: configure(path, base_model_name_or_path=None)),
 }
 """The damage that a rule must name, the simplest first."""

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from torch import nn
 
+from pytest_lora.bases.examples.folders import configure
 from pytest_lora.inspection.peft_internals import save_adapters
+from pytest_lora.rules import code_of
 from pytest_lora.strategies.configs import lora_configs
-from pytest_lora.strategies.damage import DAMAGES, configure
+from pytest_lora.strategies.damage import DAMAGES
 from pytest_lora.strategies.models import build_lora_model, require_base, require_configs, tiny_base
 
 _VARIANTS = ("rslora", "dora", "gaussian", "orthogonal")
@@ -52,7 +54,7 @@ def build_adapter_folder(
     Args:
         config: The adapter; it is not changed.
         base: A model without adapter. Default: the built-in one in 4 bits.
-        damage: Code of the rule that must name the damage, of ``DAMAGES`` in ``pytest_lora.strategies.damage``.
+        damage: Name of the rule that must name the damage, of ``DAMAGES`` in ``pytest_lora.strategies.damage``.
         at: Where: which tensor and value, or how many bytes are lost; any number from 0 on.
         seed: Seed of the adapter's values.
 
@@ -68,7 +70,7 @@ def build_adapter_folder(
         warnings.simplefilter("ignore")
         model = build_lora_model(config, base, trained=True, seed=seed)
         path = Path(tempfile.mkdtemp(prefix="pytest_lora_"))
-        folder = AdapterFolder(path, damage)
+        folder = AdapterFolder(path, None if damage is None else code_of(damage))
         weakref.finalize(folder, shutil.rmtree, path, ignore_errors=True)
         save_adapters(model, str(path))
     if model.peft_config["default"].base_model_name_or_path is None:
@@ -128,4 +130,4 @@ def _folders(
 
 
 def _damages(config: LoraConfig) -> list[str]:
-    return [code for code, damage in DAMAGES.items() if damage.possible(config)]
+    return [name for name, damage in DAMAGES.items() if damage.possible(config)]

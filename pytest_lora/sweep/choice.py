@@ -13,7 +13,7 @@ metric: of the best metric or of its improvement over the metric before training
 doublings are judged by their gain per doubling.
 
 *Time*: less than 70 % of the largest rank's training time. At equal steps rank hardly changes the time, so this rule is
-told and never decides.
+shown and never decides.
 
 The chosen rank is the larger of what the first two name: enough of the best, and no gain left that is worth having.
 """
@@ -26,6 +26,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pytest_lora.arguments import require_number, require_share
+from pytest_lora.facts.sweep import is_enough, percent
 from pytest_lora.sweep.rows import RankOutcome
 
 METRIC_SHARE = 0.95
@@ -78,7 +80,7 @@ class RankChoice:
         verdicts: One a rule: metric, doubling, time.
         runner_up: The rank to take otherwise; None where there is no other.
         runner_up_reason: Why that one.
-        thin: What the evidence is too thin to tell.
+        unsettled: What the evidence does not settle.
         shares: Share of the best metric, by rank, as the metric rule counts it; empty where it is not judged.
         metric_share: The threshold of the metric rule.
         time_share: The threshold of the time rule.
@@ -90,7 +92,7 @@ class RankChoice:
     verdicts: tuple[Verdict, ...]
     runner_up: int | None
     runner_up_reason: str
-    thin: tuple[str, ...]
+    unsettled: tuple[str, ...]
     shares: tuple[tuple[int, float], ...]
     metric_share: float = METRIC_SHARE
     time_share: float = TIME_SHARE
@@ -101,8 +103,8 @@ class RankChoice:
         lines += [f"  {verdict}" for verdict in self.verdicts]
         if self.runner_up is not None:
             lines.append(f"Runner-up r={self.runner_up}: {self.runner_up_reason}.")
-        if self.thin:
-            lines += ["Too thin to tell:", *(f"  - {said}" for said in self.thin)]
+        if self.unsettled:
+            lines += ["The evidence does not settle:", *(f"  - {said}" for said in self.unsettled)]
         return "\n".join(lines)
 
 
@@ -144,7 +146,7 @@ def choose(
     """
     metric_share = require_share("metric_share", metric_share)
     time_share = require_share("time_share", time_share)
-    min_gain = _require_gain(min_gain)
+    min_gain = require_number("min_gain", min_gain, least=0.0)
     ranks = sorted((o for o in outcomes if o.metric is not None), key=lambda o: o.rank)
     if not ranks:
         seen = sorted({f"r={o.rank}: {failure}" for o in outcomes for failure in o.failures})
@@ -167,7 +169,7 @@ def choose(
         verdicts=verdicts,
         runner_up=runner_up,
         runner_up_reason=why,
-        thin=tuple(_thin(outcomes, ranks, shares, rank, before, maximise, metric_share, min_gain)),
+        unsettled=tuple(_unsettled(outcomes, ranks, shares, rank, before, maximise, metric_share, min_gain)),
         shares=tuple(shares.items()),
         metric_share=metric_share,
         time_share=time_share,
@@ -287,19 +289,19 @@ def _runner_up(
     if not others:
         return None, ""
 
-    def told(other: int) -> str:
+    def beside(other: int) -> str:
         return f", with {percent(shares[other])} of the best" if other in shares else ""
 
     for verdict in verdicts:
         if verdict.rank not in (None, rank):
-            return verdict.rank, f"the {verdict.rule} rule alone would take it{told(verdict.rank or 0)}"
+            return verdict.rank, f"the {verdict.rule} rule alone would take it{beside(verdict.rank or 0)}"
     larger = [o for o in others if o.rank > rank]
     if larger:
-        return larger[0].rank, f"the next larger one{told(larger[0].rank)}"
-    return others[-1].rank, f"the next smaller one{told(others[-1].rank)}"
+        return larger[0].rank, f"the next larger one{beside(larger[0].rank)}"
+    return others[-1].rank, f"the next smaller one{beside(others[-1].rank)}"
 
 
-def _thin(
+def _unsettled(
     outcomes: Sequence[RankOutcome],
     ranks: Sequence[RankOutcome],
     shares: dict[int, float],
@@ -381,35 +383,3 @@ def _share_in_doubt(
         f"r={chosen.rank} may have less than {percent(wanted)} of the best: "
         f"it may be as much as {gap:.3g} behind r={best.rank}"
     )
-
-
-def is_enough(share: float, wanted: float) -> bool:
-    """Whether a share reaches a threshold; the last digits, which are rounding, do not count."""
-    return share >= wanted - 1e-9
-
-
-def percent(share: float) -> str:
-    """A share in percent, with three digits: ``"97.8 %"``."""
-    value = 100 * share + 0.0  # which makes a plain zero of a negative one
-    return f"{value:.3g} %" if abs(value) < 999.5 else f"{value:.0f} %"
-
-
-def require_share(name: str, value: object) -> float:
-    """A number above 0 and at most 1.
-
-    Raises:
-        TypeError, ValueError: It is none; the message has the name.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be above 0 and at most 1, not {value!r}")
-    return float(value)
-
-
-def _require_gain(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"min_gain must be a number, not {value!r}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"min_gain must be at least 0, not {value!r}")
-    return float(value)

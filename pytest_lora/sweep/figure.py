@@ -1,4 +1,4 @@
-"""A sweep as an exhibit: the numbers that a report of the session shows."""
+"""A sweep as a figure: the numbers that a report of the session shows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.rows import RankOutcome
 
 
-def exhibited(result: SweepResult) -> RankSweep:
+def figure_of(result: SweepResult) -> RankSweep:
     """The sweep with its choice; without one where no trial has a metric."""
     measured = any(row.metric is not None for row in result.rows)
     choice = result.choose() if measured else None
@@ -29,9 +29,9 @@ def _reasons(choice: RankChoice) -> tuple[str, ...]:
     runner_up = (
         () if choice.runner_up is None else (f"runner-up r={choice.runner_up}: {choice.runner_up_reason}",)
     )
-    thin = tuple(f"too thin to tell: {said}" for said in choice.thin)
+    unsettled = tuple(f"not settled: {said}" for said in choice.unsettled)
     verdicts = (f"{one.rule} rule {one.said}; {one.reason}" for one in choice.verdicts)
-    return (choice.reason, *verdicts, *runner_up, *thin)
+    return (choice.reason, *verdicts, *runner_up, *unsettled)
 
 
 def _trial(row: RankOutcome) -> RankTrial:

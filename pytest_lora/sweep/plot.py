@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pytest_lora.sweep.choice import RankChoice, enough, percent
+from pytest_lora.facts.sweep import percent
+from pytest_lora.sweep.choice import RankChoice, enough
 from pytest_lora.sweep.rows import RankOutcome
 from pytest_lora.sweep.table import number
 

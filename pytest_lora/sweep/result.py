@@ -60,11 +60,11 @@ class SweepResult:
 
         Args:
             metric_share: Share of the best metric that is enough.
-            time_share: Share of the largest rank's training time; told, but never decides.
+            time_share: Share of the largest rank's training time; shown, but never decides.
             min_gain: Gain of a doubling that pays, as a share of the metric's size.
 
         Returns:
-            The rank, every rule's verdict, the runner-up, and what the evidence is too thin to tell.
+            The rank, every rule's verdict, the runner-up, and What the evidence does not settle.
 
         Raises:
             TypeError: A threshold is no number.

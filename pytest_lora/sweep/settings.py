@@ -12,7 +12,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_lora.sweep.choice import require_share
+from pytest_lora.arguments import require_share
 from pytest_lora.sweep.plan import TrialPlan
 
 

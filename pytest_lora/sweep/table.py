@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.number_tables import markdown_lines, text_lines
-from pytest_lora.sweep.choice import percent
+from pytest_lora.facts.sweep import percent
 from pytest_lora.sweep.rows import RankOutcome
 
 if TYPE_CHECKING:

@@ -72,7 +72,7 @@ def provenance(result: SweepResult, choice: RankChoice) -> dict[str, str | int |
         "alpha": chosen.alpha,
         "rank_reason": choice.reason,
         "rank_runner_up": choice.runner_up or 0,
-        "rank_thin_evidence": "; ".join(choice.thin),
+        "rank_unsettled": "; ".join(choice.unsettled),
         "sweep_ranks": ", ".join(str(row.rank) for row in result.rows),
         "sweep_seeds": ", ".join(map(str, sorted({row.seed for row in result.trials}))),
         "sweep_slice": ", ".join(sorted({row.data for row in result.trials if row.data})),

@@ -13,12 +13,11 @@ from peft.tuners.lora.layer import Linear, MultiheadAttention
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from pytest_lora import LoraHealthError, assert_lora_laws
+from pytest_lora import LoraHealthError, assert_lora_laws, check_lora_laws
+from pytest_lora.bases.examples.models import image_batch
 from pytest_lora.bases.tiny import load_tiny
-from pytest_lora.inspection.behaviour.laws import check_lora_laws
 from pytest_lora.strategies import lora_models
 from tests.behaviour.test_roundtrip import BATCH, HEALTHY, adapted, assert_same, base, codes, state, trained
-from tests.rules.bases import image_batch
 
 
 def convolution() -> nn.Module:

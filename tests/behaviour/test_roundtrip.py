@@ -17,12 +17,18 @@ from peft import LoraConfig, PeftMixedModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 
-from pytest_lora import LoraHealthError, LoraHealthWarning, Report, assert_merge_exact, assert_reload_exact
+from pytest_lora import (
+    LoraHealthError,
+    LoraHealthWarning,
+    Report,
+    assert_merge_exact,
+    assert_reload_exact,
+    check_merge,
+    check_reload,
+)
+from pytest_lora.bases.examples.models import BASES
 from pytest_lora.inspection.behaviour import copies, merge, reload
-from pytest_lora.inspection.behaviour.merge import check_merge
-from pytest_lora.inspection.behaviour.reload import check_reload
 from pytest_lora.inspection.peft_internals import BaseTunerLayer, ModulesToSaveWrapper
-from tests.rules.bases import BASES
 
 BATCH = {"input_ids": torch.arange(3, 35).view(2, 16)}
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from tests.rules.bases import Namespace
+from tests.namespace import Namespace
 
 
 @pytest.fixture

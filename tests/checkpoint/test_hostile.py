@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from pytest_lora import Expect, Finding, check_checkpoint
+from pytest_lora.bases.examples import folders
 from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
 from pytest_lora.inspection.checkpoint.header import read_header
 from tests.checkpoint.damage import PICKLE, damaged
-from tests.rules import folders
-from tests.rules.bases import Namespace
+from tests.namespace import Namespace
 
 pytestmark = pytest.mark.lora_slow
 

@@ -9,8 +9,8 @@ from peft import LoraConfig
 from torch import nn
 
 from pytest_lora import LoraHealthError, assert_resumable
-from tests.rules import folders
-from tests.rules.bases import Namespace
+from pytest_lora.bases.examples import folders
+from tests.namespace import Namespace
 
 SAVED: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 

@@ -28,7 +28,7 @@ def adapter(**fields: Any) -> LoraConfig:
 
 
 def predicted(case: dict[str, Any]) -> MemoryEstimate:
-    return estimate_memory(base_of(case), adapter_of(case), **setting_of(case))
+    return estimate_memory(adapter_of(case), base_of(case), **setting_of(case))
 
 
 @pytest.mark.parametrize("case", CASES[:4], ids=lambda case: case["name"])
@@ -135,7 +135,7 @@ def configuration(seed: int) -> tuple[Any, LoraConfig, dict[str, Any], tuple[int
 def test_a_few_layers_stand_for_the_whole_step(seed: int) -> None:
     base, config, setting, (batch_size, seq_len, rank) = configuration(seed)
     config.r = rank
-    cut = estimate_memory(base, config, batch_size=batch_size, seq_len=seq_len, **setting)
+    cut = estimate_memory(config, base, batch_size=batch_size, seq_len=seq_len, **setting)
     whole = Predictor(base, config, cut.setting)
     whole._whole = True
     traced = whole.estimate(batch_size, seq_len, rank)
@@ -145,7 +145,7 @@ def test_a_few_layers_stand_for_the_whole_step(seed: int) -> None:
         traced.after_step,
     )
     assert sum(cut.breakdown.values()) == cut.peak_allocated
-    assert step_memory(base, config, **setting).peak_allocated(batch_size, seq_len) == cut.peak_allocated
+    assert step_memory(config, base, **setting).peak_allocated(batch_size, seq_len) == cut.peak_allocated
 
 
 @pytest.mark.lora_slow
@@ -153,7 +153,7 @@ def test_a_few_layers_stand_for_the_whole_step(seed: int) -> None:
 def test_corner_points_stand_for_any_other(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     base, config, setting, point = configuration(seed)
     monkeypatch.setattr(predictor, "FIT_AFTER", 0)
-    memory = step_memory(base, config, **setting)
+    memory = step_memory(config, base, **setting)
     interpolated = memory.estimate(*point)
     config.r = point[2]
     monkeypatch.setattr(predictor, "FIT_AFTER", 10**6)
@@ -189,7 +189,7 @@ TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "vit": None, "llava": None}
 def test_every_kind_of_model(kind: str, padded: bool) -> None:
     config = adapter(task_type=TASKS.get(kind, "CAUSAL_LM"))
     estimate = estimate_memory(
-        MODELS[kind](), config, batch_size=2, seq_len=96, padding_mask=padded, gradient_checkpointing=padded
+        config, MODELS[kind](), batch_size=2, seq_len=96, padding_mask=padded, gradient_checkpointing=padded
     )
     assert 0 < estimate.loaded < estimate.after_step <= estimate.peak_allocated <= estimate.peak_reserved
     assert sum(estimate.breakdown.values()) == estimate.peak_allocated
@@ -211,7 +211,7 @@ def small(**fields: Any) -> LlamaConfig:
 def peak(**fields: Any) -> int:
     fields = {"batch_size": 4, "seq_len": 128, **fields}
     return estimate_memory(
-        fields.pop("base", small()), adapter(r=fields.pop("r", 8)), **fields
+        adapter(r=fields.pop("r", 8)), fields.pop("base", small()), **fields
     ).peak_allocated
 
 
@@ -226,8 +226,8 @@ def test_more_of_anything_needs_more_memory() -> None:
 
 def test_paged_optimizers_keep_their_state_outside_of_the_allocator() -> None:
     wide = small(hidden_size=1024)
-    inside = estimate_memory(wide, adapter(r=128), batch_size=1, seq_len=8, optimizer="adamw_8bit")
-    paged = estimate_memory(wide, adapter(r=128), batch_size=1, seq_len=8, optimizer="paged_adamw_8bit")
+    inside = estimate_memory(adapter(r=128), wide, batch_size=1, seq_len=8, optimizer="adamw_8bit")
+    paged = estimate_memory(adapter(r=128), wide, batch_size=1, seq_len=8, optimizer="paged_adamw_8bit")
     assert inside.paged == 0
     assert paged.paged > 0
     assert paged.after_step < inside.after_step
@@ -237,7 +237,7 @@ def test_a_live_model_is_read_and_left_alone() -> None:
     config = small(num_hidden_layers=2)
     model = transformers.LlamaForCausalLM(config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    live = estimate_memory(model, adapter(), batch_size=2, seq_len=32)
+    live = estimate_memory(adapter(), model, batch_size=2, seq_len=32)
     described = estimate_memory(config, adapter(), batch_size=2, seq_len=32)
     assert live.peak_allocated == pytest.approx(described.peak_allocated, rel=0.001)
     assert all((model.state_dict()[name] == tensor).all() for name, tensor in before.items())
@@ -246,22 +246,22 @@ def test_a_live_model_is_read_and_left_alone() -> None:
 
 def test_a_folder_with_a_configuration_is_enough(tmp_path: Path) -> None:
     small().save_pretrained(tmp_path)
-    read = estimate_memory(tmp_path, adapter(), batch_size=2, seq_len=32)
+    read = estimate_memory(adapter(), tmp_path, batch_size=2, seq_len=32)
     assert read.peak_allocated == peak(batch_size=2, seq_len=32)
 
 
 def test_largest_that_fits_is_the_last_that_does() -> None:
     budget = 64 * 2**20
     for vary in ("batch_size", "seq_len", "r"):
-        largest = largest_that_fits(small(), adapter(), budget, vary=vary, batch_size=2, seq_len=64)
+        largest = largest_that_fits(adapter(), small(), budget, vary=vary, batch_size=2, seq_len=64)
         at = {"batch_size": 2, "seq_len": 64, "r": 8}
         assert largest > 1
         assert peak(**{**at, vary: largest}) <= budget < peak(**{**at, vary: largest + 1})
-    assert largest_that_fits(small(), adapter(), "1MiB", vary="r") == 0
+    assert largest_that_fits(adapter(), small(), "1MiB", vary="r") == 0
 
 
 def test_one_adapter_at_many_points() -> None:
-    memory = step_memory(small(), adapter(r=4), quantization="nf4")
+    memory = step_memory(adapter(r=4), small(), quantization="nf4")
     assert isinstance(memory, StepMemory)
     assert memory.rank == 4
     assert memory.peak_allocated(2, 64) == memory.peak_allocated(2, 64, 4) < memory.peak_allocated(2, 64, 32)
@@ -275,14 +275,14 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"batch_size": True}, TypeError, "batch_size must be a whole number, not True"),
     ({"seq_len": 1.5}, TypeError, "seq_len must be a whole number, not 1.5"),
     ({"optimizer": "adam"}, ValueError, "optimizer must be one of adamw_torch, adamw_torch_fused, sgd, "),
-    ({"quantization": "4bit"}, ValueError, "quantization must be one of nf4, fp4, int8, not '4bit'"),
+    ({"quantization": "nf8"}, ValueError, "nf4, fp4, int8, not 'nf8'; did you mean 'nf4'?"),
     (
         {"quantization": 4},
         TypeError,
         "quantization must be one of nf4, fp4, int8, a BitsAndBytesConfig or None",
     ),
     ({"quantization": BitsAndBytesConfig()}, ValueError, "this BitsAndBytesConfig loads neither in 4 nor"),
-    ({"dtype": "bf16"}, ValueError, "dtype must be one of bfloat16, float16, float32, not 'bf16'"),
+    ({"dtype": "int8"}, ValueError, "dtype must be one of bfloat16, float16, float32, not 'int8'"),
     (
         {"gradient_checkpointing": "yes"},
         ValueError,
@@ -298,24 +298,24 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("fields", "error", "message"), BAD, ids=lambda value: str(value)[:40])
 def test_bad_arguments_are_named(fields: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error) as raised:
-        estimate_memory(small(), adapter(), **{"batch_size": 1, "seq_len": 8, **fields})
+        estimate_memory(adapter(), small(), **{"batch_size": 1, "seq_len": 8, **fields})
     assert message in str(raised.value)
 
 
 def test_what_is_no_lora_or_no_base_is_named() -> None:
     with pytest.raises(TypeError, match=r"^config must be a peft\.LoraConfig, not dict$"):
-        estimate_memory(small(), {"r": 8}, batch_size=1, seq_len=8)  # type: ignore[arg-type]
+        estimate_memory({"r": 8}, small(), batch_size=1, seq_len=8)  # type: ignore[arg-type]
     with pytest.raises(
         TypeError, match=r"^base must be a torch\.nn\.Module, a transformers PretrainedConfig"
     ):
-        estimate_memory(7, adapter(), batch_size=1, seq_len=8)  # type: ignore[arg-type]
+        estimate_memory(adapter(), 7, batch_size=1, seq_len=8)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError,
         match=r"^base: no/such/config\.json does not exist; give a model folder, a config\.json, or a live model$",
     ):
-        estimate_memory("no/such/config.json", adapter(), batch_size=1, seq_len=8)
+        estimate_memory(adapter(), "no/such/config.json", batch_size=1, seq_len=8)
     with pytest.raises(ValueError, match=r"^config: PEFT refuses it on this base: Target modules"):
-        estimate_memory(small(), adapter(target_modules=["nope"]), batch_size=1, seq_len=8)
+        estimate_memory(adapter(target_modules=["nope"]), small(), batch_size=1, seq_len=8)
 
 
 def test_a_base_with_an_adapter_and_one_that_transformers_does_not_know_are_refused() -> None:
@@ -323,12 +323,12 @@ def test_a_base_with_an_adapter_and_one_that_transformers_does_not_know_are_refu
     with pytest.raises(
         ValueError, match=r"^base: this PeftModelForCausalLM carries an adapter already; give the model"
     ):
-        estimate_memory(adapted, adapter(), batch_size=1, seq_len=8)
+        estimate_memory(adapter(), adapted, batch_size=1, seq_len=8)
     network = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(
         ValueError, match=r"^base: a step can be run of transformers models, not of a Sequential$"
     ):
-        estimate_memory(network, LoraConfig(target_modules=["0"]), batch_size=1, seq_len=8)
+        estimate_memory(LoraConfig(target_modules=["0"]), network, batch_size=1, seq_len=8)
 
 
 def test_what_cannot_be_traced_is_named() -> None:
@@ -336,7 +336,7 @@ def test_what_cannot_be_traced_is_named() -> None:
     with pytest.raises(
         ValueError, match=r"^base: a step of DebertaV2\w+ cannot be traced: aten\.nonzero\.default"
     ):
-        estimate_memory(base, adapter(task_type="SEQ_CLS"), batch_size=1, seq_len=8)
+        estimate_memory(adapter(task_type="SEQ_CLS"), base, batch_size=1, seq_len=8)
 
 
 def test_nothing_global_is_left_changed() -> None:
@@ -360,8 +360,8 @@ def test_nothing_global_is_left_changed() -> None:
     peak(gradient_checkpointing=True)
     with pytest.raises(ValueError, match="cannot be traced"):
         estimate_memory(
-            transformers.DebertaV2Config(**SMALL, num_hidden_layers=2),
             adapter(task_type="SEQ_CLS"),
+            transformers.DebertaV2Config(**SMALL, num_hidden_layers=2),
             batch_size=1,
             seq_len=8,
         )

@@ -25,7 +25,7 @@ CONFIG = LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
 
 @pytest.fixture(scope="module")
 def table() -> OomFrontier:
-    return oom_frontier(BASE, CONFIG, "2GiB", seq_lens=[256, 1024, 2**20], ranks=[8, 64])
+    return oom_frontier(CONFIG, BASE, "2GiB", seq_lens=[256, 1024, 2**20], ranks=[8, 64])
 
 
 def test_each_batch_is_the_largest_that_fits(table: OomFrontier) -> None:
@@ -34,8 +34,8 @@ def test_each_batch_is_the_largest_that_fits(table: OomFrontier) -> None:
     ]
     for row in table.rows[:4]:
         found = largest_that_fits(
-            BASE,
             LoraConfig(r=row.rank, target_modules=["q_proj", "v_proj"]),
+            BASE,
             "2GiB",
             vary="batch_size",
             seq_len=row.seq_len,
@@ -60,7 +60,7 @@ def test_it_is_printed(table: OomFrontier) -> None:
 
 
 def test_the_rank_of_the_config_is_the_default() -> None:
-    (row,) = oom_frontier(BASE, CONFIG, "2GiB", seq_lens=[256]).rows
+    (row,) = oom_frontier(CONFIG, BASE, "2GiB", seq_lens=[256]).rows
     assert row.rank == 8
 
 
@@ -75,7 +75,7 @@ def test_the_rank_of_the_config_is_the_default() -> None:
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        oom_frontier(BASE, CONFIG, "2GiB", **arguments)
+        oom_frontier(CONFIG, BASE, "2GiB", **arguments)
 
 
 def test_without_advice_nothing_else_is_estimated() -> None:
@@ -114,5 +114,5 @@ def test_a_search_finds_and_shrinks_what_does_not_fit() -> None:
         fits()
     config, shape = failed[-1]
     assert (config.r, config.lora_dropout, shape.batch_size) == (1, 0.0, 1)
-    largest = largest_that_fits(llama, config, "24GiB", vary="seq_len", quantization="nf4")
+    largest = largest_that_fits(config, llama, "24GiB", vary="seq_len", quantization="nf4")
     assert shape.seq_len == largest + 1

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from pytest_lora.bases.examples import folders
 from pytest_lora.plugin.adapter_items import GROUPS
 from pytest_lora.rules import catalogue
+from tests.namespace import Namespace
 from tests.plugin.sessions import MODES, run, session
-from tests.rules import folders
-from tests.rules.bases import Namespace
 
 PLAIN = ("-p", "no:cacheprovider", "-p", "no:xdist")
 EVIL_INI = "[pytest]\naddopts = -p modeling\npythonpath = .\n"

@@ -99,7 +99,7 @@ def test_every_format_is_written(
     assert found["test_fails_otherwise"]["message"] == "assert 1 == 2"
     (report,) = (Report.from_json(json.dumps(one)) for one in found["test_errs"]["reports"])
     assert report.findings[0].where == "<b>&"
-    assert report.exhibits
+    assert report.figures
     page = (folder / "deep/er/out.html").read_text()
     assert "2 of 4 tests found errors" in page
     assert "&lt;b&gt;&amp;" in page

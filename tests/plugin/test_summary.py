@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from pytest_lora.findings import Report
-from pytest_lora.plugin.summary import SHOWN_EXHIBITS
+from pytest_lora.plugin.summary import SHOWN_FIGURES
 from tests.plugin.sessions import MODES, run, session
 
 REPORTS = """
@@ -189,7 +189,7 @@ def test_strict_mode(pytester: pytest.Pytester, how: list[str]) -> None:
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_exhibits_travel_only_where_somebody_looks(pytester: pytest.Pytester, asked: bool) -> None:
+def test_figures_travel_only_where_somebody_looks(pytester: pytest.Pytester, asked: bool) -> None:
     pytester.makepyfile(
         test_it="""
         from pytest_lora.assertions import demand
@@ -199,12 +199,12 @@ def test_exhibits_travel_only_where_somebody_looks(pytester: pytest.Pytester, as
         def test_many_times():
             for n in range(TIMES):
                 demand(Report("model", (), (LossCurve(f"run {n}", (), (), (), (), (0, 1), 2.0, 1.0, None),)))
-        """.replace("TIMES", str(SHOWN_EXHIBITS + 5))
+        """.replace("TIMES", str(SHOWN_FIGURES + 5))
     )
     pytester.runpytest_inprocess("--junit-xml=out.xml", *(["--lora-report=out.json"] if asked else []))
     values = [p.get("value", "") for p in ET.parse(pytester.path / "out.xml").iter("property")]
     shown = [
-        one.title for value in values for one in Report.from_json(value).exhibits if hasattr(one, "title")
+        one.title for value in values for one in Report.from_json(value).figures if hasattr(one, "title")
     ]
-    assert shown == ([f"run {n}" for n in range(5, SHOWN_EXHIBITS + 5)] if asked else [])
-    assert len(values) == (SHOWN_EXHIBITS + 1 if asked else 1)
+    assert shown == ([f"run {n}" for n in range(5, SHOWN_FIGURES + 5)] if asked else [])
+    assert len(values) == (SHOWN_FIGURES + 1 if asked else 1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, WhatIf
 from pytest_lora.findings import Report
 from pytest_lora.report.charts import Scale, curve_chart, path, sweep_chart
-from pytest_lora.report.figures import gallery
+from pytest_lora.report.figures import figures
 from pytest_lora.report.map_view import map_view, number
 from pytest_lora.report.markdown import markdown_report
 from pytest_lora.report.memory_view import memory_view
@@ -70,12 +70,12 @@ def test_noise_on_a_flat_curve_looks_flat() -> None:
 
 
 @given(CURVES | SWEEPS)
-def test_anything_can_be_drawn(exhibit: object) -> None:
-    if isinstance(exhibit, LossCurve):
-        if len(exhibit.steps) == len(exhibit.losses) and len(exhibit.eval_steps) == len(exhibit.eval_losses):
-            curve_chart(exhibit)
+def test_anything_can_be_drawn(figure: object) -> None:
+    if isinstance(figure, LossCurve):
+        if len(figure.steps) == len(figure.losses) and len(figure.eval_steps) == len(figure.eval_losses):
+            curve_chart(figure)
     else:
-        sweep_chart(exhibit)  # type: ignore[arg-type]
+        sweep_chart(figure)  # type: ignore[arg-type]
 
 
 def test_ranks_are_one_step_apart_and_failed_ones_have_no_point() -> None:
@@ -181,24 +181,24 @@ def test_bars_stay_within_their_track(sizes: list[int], limit: int, measured: in
     assert (view.peak <= view.limit) is budget.fits or abs(view.peak - view.limit) < 0.01
 
 
-def test_the_gallery_shows_each_once_and_failing_tests_first() -> None:
-    shown = gallery(SESSION)
-    assert [one.exhibit for one in shown.curves.shown] == [BROKEN, FALLING]
+def test_the_figures_shows_each_once_and_failing_tests_first() -> None:
+    shown = figures(SESSION)
+    assert [one.figure for one in shown.curves.shown] == [BROKEN, FALLING]
     (budget,) = shown.budgets.shown
     assert [test.nodeid for test in budget.tests] == ["tests/test_memory.py::test_fits"]
     twice = dataclasses.replace(SESSION, tests=(*SESSION.tests, *SESSION.tests[2:3]))
-    assert len(gallery(twice).budgets.shown[0].tests) == 2
+    assert len(figures(twice).budgets.shown[0].tests) == 2
     many = tuple(
         ran(f"t::{n}", "passed", dataclasses.replace(SESSION.tests[1].reports[0], findings=()))
         for n in range(3)
     )
-    assert len(gallery(dataclasses.replace(SESSION, tests=many)).maps.shown) == 1
+    assert len(figures(dataclasses.replace(SESSION, tests=many)).maps.shown) == 1
 
 
 def test_a_measured_peak_joins_the_budget_of_its_test() -> None:
     test = dataclasses.replace(SESSION.tests[2], gpu=SESSION.tests[7].gpu)
-    (shown,) = gallery(dataclasses.replace(SESSION, tests=(test,))).budgets.shown
-    assert shown.exhibit == dataclasses.replace(BUDGET, measured=36 * 2**30)
+    (shown,) = figures(dataclasses.replace(SESSION, tests=(test,))).budgets.shown
+    assert shown.figure == dataclasses.replace(BUDGET, measured=36 * 2**30)
 
 
 @pytest.mark.parametrize(

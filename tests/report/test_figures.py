@@ -1,4 +1,4 @@
-"""What travels with findings: every exhibit survives JSON, whatever is in it."""
+"""What travels with findings: every figure survives JSON, whatever is in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pytest_lora.facts.figures import (
     AdapterMap,
-    Exhibit,
+    Figure,
     LossCurve,
     MemoryBudget,
     RankSweep,
@@ -102,11 +102,11 @@ SWEEPS = st.builds(
 
 
 @given(maps() | CURVES | BUDGETS | SWEEPS)
-def test_every_exhibit_survives_strict_json(exhibit: Exhibit) -> None:
-    text = json.dumps(to_plain(exhibit), allow_nan=False)
+def test_every_figure_survives_strict_json(figure: Figure) -> None:
+    text = json.dumps(to_plain(figure), allow_nan=False)
     back = from_plain(json.loads(text))
-    assert type(back) is type(exhibit)
-    assert repr(back) == repr(exhibit)  # NaN is not equal to itself
+    assert type(back) is type(figure)
+    assert repr(back) == repr(figure)  # NaN is not equal to itself
 
 
 def test_a_uniform_map_is_small_and_a_full_one_still_fits() -> None:
@@ -127,9 +127,9 @@ def test_a_report_carries_them_and_old_json_still_reads() -> None:
     finding = Finding("LORA203", "adapter_left_merged", "error", "here", "seen", "wanted", "mend")
     curve = LossCurve("run", (0, 1), (math.nan, 1.0), (), (), (0, 2), 2.0, 1.0, 0.01)
     report = Report("model", (finding,), (curve,))
-    assert repr(Report.from_json(report.to_json()).exhibits) == repr((curve,))
-    assert Report.from_json(report.without_exhibits().to_json()) == Report("model", (finding,))
-    assert "exhibits" not in report.without_exhibits().to_json()
+    assert repr(Report.from_json(report.to_json()).figures) == repr((curve,))
+    assert Report.from_json(report.without_figures().to_json()) == Report("model", (finding,))
+    assert "figures" not in report.without_figures().to_json()
     old = json.dumps({"subject": "model", "ok": False, "findings": [asdict(finding)]})
     assert Report.from_json(old) == Report("model", (finding,))
     assert report.with_findings(()) == Report("model", (), (curve,))
@@ -137,7 +137,7 @@ def test_a_report_carries_them_and_old_json_still_reads() -> None:
 
 def test_an_unknown_kind_is_named() -> None:
     with pytest.raises(
-        ValueError, match="there is no exhibit of kind 'pie'; known are adapter_map, loss_curve"
+        ValueError, match="there is no figure of kind 'pie'; known are adapter_map, loss_curve"
     ):
         from_plain({"kind": "pie"})
 

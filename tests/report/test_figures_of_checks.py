@@ -26,9 +26,9 @@ from pytest_lora import (
     diagnose_history,
 )
 from pytest_lora.assertions import delivered
+from pytest_lora.bases.examples.folders import edit, pickle_weights, save_adapter
+from pytest_lora.bases.examples.models import BASES, language_batch
 from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget
-from tests.rules.bases import BASES, language_batch
-from tests.rules.folders import adapter, edit, pickle_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -39,7 +39,7 @@ def adapted(base: str = "base", **changes: Any) -> Any:
 
 
 def the_map(report: Report) -> AdapterMap:
-    (found,) = (one for one in report.exhibits if isinstance(one, AdapterMap))
+    (found,) = (one for one in report.figures if isinstance(one, AdapterMap))
     return found
 
 
@@ -82,7 +82,7 @@ def test_frozen_dead_and_idle_cells() -> None:
 def test_an_inactive_adapter_has_a_map_of_its_own() -> None:
     model = adapted()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["k_proj"]))
-    maps = [one for one in check_model(model).exhibits if isinstance(one, AdapterMap)]
+    maps = [one for one in check_model(model).figures if isinstance(one, AdapterMap)]
     assert [(one.adapter, one.columns) for one in maps] == [
         ("default", ("self_attn.q_proj", "self_attn.v_proj")),
         ("other", ("self_attn.k_proj",)),
@@ -125,7 +125,7 @@ def test_a_configuration_is_a_map_too() -> None:
 def saved(tmp_path: Path, **changes: Any) -> tuple[Path, Any]:
     """A saved adapter with values of a trained one, and its base."""
     base = BASES["base"]()
-    return adapter(tmp_path, base, **changes), base
+    return save_adapter(tmp_path, base, **changes), base
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -182,7 +182,7 @@ def test_a_file_of_names_without_order_is_no_map(tmp_path: Path) -> None:
             f"base_model.model.l{n}.{n}.m{n}.lora_{part}.weight": factor for n in range(150) for part in "AB"
         },
     )
-    assert check_checkpoint(folder).exhibits == ()
+    assert check_checkpoint(folder).figures == ()
 
 
 def test_selecting_and_training_keep_the_map() -> None:
@@ -197,16 +197,16 @@ def test_a_loss_assertion_shows_its_curve_passing_or_not() -> None:
     with pytest.raises(LoraHealthError) as failed:
         assert_loss_decreases(adapted(), language_batch(), steps=2, by=0.9)
     for report, steps, by in ((delivered[0], 4, 0.01), (failed.value.report, 2, 0.9)):
-        (curve,) = (one for one in report.exhibits if isinstance(one, LossCurve))
+        (curve,) = (one for one in report.figures if isinstance(one, LossCurve))
         assert (len(curve.losses), curve.window, curve.wanted) == (steps, (0, steps), by)
-    (curve,) = (one for one in delivered[0].exhibits if isinstance(one, LossCurve))
+    (curve,) = (one for one in delivered[0].figures if isinstance(one, LossCurve))
     assert (curve.before, curve.after, curve.losses) == (drop.before, drop.after, drop.curve)
 
 
 def test_a_long_history_is_thinned_and_keeps_its_ends() -> None:
     losses = [5 - 4 * n / 5000 + 0.1 * math.sin(n) for n in range(5000)]
     losses[1234], losses[2345] = 9.0, math.nan
-    (curve,) = diagnose_history(losses, {2000: 3.0}, steps_per_loss=10).exhibits
+    (curve,) = diagnose_history(losses, {2000: 3.0}, steps_per_loss=10).figures
     assert isinstance(curve, LossCurve)
     assert len(curve.losses) <= 410
     assert (9.0 in curve.losses, any(map(math.isnan, curve.losses))) == (True, True)
@@ -220,7 +220,7 @@ def test_a_budget_shows_what_fills_it() -> None:
     config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     base = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     for budget, fits in (("1GiB", True), ("200MiB", False)):
-        (shown,) = check_memory(base, config, batch_size=8, seq_len=256, budget=budget).exhibits
+        (shown,) = check_memory(base, config, batch_size=8, seq_len=256, budget=budget).figures
         assert isinstance(shown, MemoryBudget)
         assert sum(size for _, size in shown.breakdown) == shown.peak_allocated
         assert shown.fits is fits

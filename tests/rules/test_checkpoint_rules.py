@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pytest_lora import Expect, Report, check_checkpoint
-from tests.rules import folders
-from tests.rules.bases import BASES, Namespace, quantized
-from tests.rules.folders import configure, edit
+from pytest_lora.bases.examples import folders
+from pytest_lora.bases.examples.folders import configure, edit
+from pytest_lora.bases.examples.models import BASES, quantized
+from tests.namespace import Namespace
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

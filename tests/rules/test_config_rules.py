@@ -8,7 +8,7 @@ import pytest
 from peft import LoraConfig
 
 from pytest_lora import Expect, Finding, check_config
-from tests.rules.bases import BASES, VOCABULARY
+from pytest_lora.bases.examples.models import BASES, VOCABULARY
 
 QV = ["q_proj", "v_proj"]
 

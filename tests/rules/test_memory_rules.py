@@ -73,7 +73,7 @@ def test_what_fits_comes_first_and_the_rank_last() -> None:
 
 def test_every_row_is_an_estimate_of_its_own() -> None:
     found = finding("600MiB")
-    half = estimate_memory(BASE, adapter(), batch_size=8, seq_len=256)
+    half = estimate_memory(adapter(), BASE, batch_size=8, seq_len=256)
     assert re.search(rf"seq_len=256 +{format_bytes(half.peak_allocated)} ", found.fix)
 
 
@@ -93,7 +93,7 @@ def test_weights_that_do_not_fit_are_another_matter() -> None:
 
 def test_where_a_smaller_rank_does_fit_nobody_says_it_does_not_help() -> None:
     config = adapter(r=256)
-    peak = estimate_memory(BASE, config, batch_size=1, seq_len=8).peak_allocated
+    peak = estimate_memory(config, BASE, batch_size=1, seq_len=8).peak_allocated
     report = check_memory(BASE, config, batch_size=1, seq_len=8, budget=peak - 2**20)
     assert "r=128" in report.findings[0].fix
     assert "will not help" not in report.findings[0].fix
@@ -102,7 +102,7 @@ def test_where_a_smaller_rank_does_fit_nobody_says_it_does_not_help() -> None:
 def test_the_assertion_raises_warns_and_returns() -> None:
     with pytest.raises(LoraHealthError, match=r"LORA502"):
         assert_fits_memory(BASE, adapter(), budget="600MiB", **STEP)
-    peak = estimate_memory(BASE, adapter(), **STEP).peak_allocated
+    peak = estimate_memory(adapter(), BASE, **STEP).peak_allocated
     with pytest.warns(LoraHealthWarning, match=r"no room for the cuda context"):
         assert_fits_memory(BASE, adapter(), budget=peak + 2**20, **STEP)
     assert assert_fits_memory(BASE, adapter(), budget="80GiB", **STEP).ok
@@ -132,7 +132,7 @@ def test_the_unit_of_a_budget_may_be_written_in_any_case() -> None:
 def test_images_have_no_sequence_to_shorten() -> None:
     base = ViTConfig(**SMALL, image_size=32, architectures=["ViTForImageClassification"])
     config = adapter(task_type=None)
-    peak = estimate_memory(base, config, batch_size=4, seq_len=1).peak_allocated
+    peak = estimate_memory(config, base, batch_size=4, seq_len=1).peak_allocated
     (found,) = check_memory(base, config, batch_size=4, seq_len=1, budget=peak - 2**10).findings
     assert found.where.startswith("a step of ViTForImageClassification, batch 4, r=16, base in bfloat16, ")
     assert "batch_size=2 with accumulation=2" in rows(found)
@@ -146,8 +146,8 @@ def test_what_cannot_be_built_is_no_advice() -> None:
         task_type=None, target_modules=["query", "value"], modules_to_save=["intermediate.dense"]
     )
     with pytest.raises(ValueError, match="PEFT refuses it on this base"):
-        estimate_memory(base, config, batch_size=4, seq_len=96, quantization="nf4")
-    peak = estimate_memory(base, config, batch_size=4, seq_len=96).peak_allocated
+        estimate_memory(config, base, batch_size=4, seq_len=96, quantization="nf4")
+    peak = estimate_memory(config, base, batch_size=4, seq_len=96).peak_allocated
     (found,) = check_memory(base, config, batch_size=4, seq_len=96, budget=peak - 2**20).findings
     assert not any("nf4" in row for row in rows(found))
     assert {"seq_len=48", "gradient_checkpointing=True"} <= rows(found).keys()
@@ -158,7 +158,7 @@ def test_all_together_leaves_out_what_needs_more() -> None:
     base, asked = GPT2Config(n_embd=64, n_head=4, n_layer=6), {"batch_size": 2, "seq_len": 96}
     config = adapter(target_modules=["c_attn"])
     fields: dict[str, Any] = {"gradient_checkpointing": True, "optimizer": "adamw_8bit", "accumulation": 2}
-    fitting = estimate_memory(base, config, batch_size=1, seq_len=96, **fields).peak_allocated
+    fitting = estimate_memory(config, base, batch_size=1, seq_len=96, **fields).peak_allocated
     found = check_memory(base, config, budget=fitting, **asked).findings[0]
     assert rows(found)['quantization="nf4"'] == "too much"
     assert next(iter(rows(found).items())) == (
@@ -168,5 +168,5 @@ def test_all_together_leaves_out_what_needs_more() -> None:
 
 
 def test_an_unknown_setting_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'quantisation'"):
+    with pytest.raises(TypeError, match="has no argument 'quantisation'; write quantization="):
         check_memory(BASE, adapter(), budget="24GiB", quantisation="nf4", **STEP)

@@ -20,11 +20,11 @@ from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
 from pytest_lora import Expect, check_model
+from pytest_lora.bases.examples.models import BASES, LAYERS, VOCABULARY, WIDTH
 from pytest_lora.facts.base import BaseModule, Quantization
 from pytest_lora.facts.model import LayerState, ModelFacts, TrainableBase
 from pytest_lora.inspection.model import model_facts
 from pytest_lora.rules import catalogue
-from tests.rules.bases import BASES, LAYERS, VOCABULARY, WIDTH
 
 RULES = {rule.name: rule for rule in catalogue()}
 Case = tuple[nn.Module, Expect]

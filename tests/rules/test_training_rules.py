@@ -23,9 +23,16 @@ from transformers import (
 )
 
 from pytest_lora import Expect, Report, check_training
+from pytest_lora.bases.examples.models import (
+    BASES,
+    VOCABULARY,
+    WIDTH,
+    classifier_batch,
+    image_batch,
+    language_batch,
+)
 from pytest_lora.facts.training import Failure, FailureKind
 from pytest_lora.rules.training import step_raises
-from tests.rules.bases import BASES, VOCABULARY, WIDTH, classifier_batch, image_batch, language_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

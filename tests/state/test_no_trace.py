@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pytest_lora import Expect, check_model
-from tests.rules.bases import BASES
+from pytest_lora.bases.examples.models import BASES
 
 
 def _adapted(base: str, **changes: Any) -> nn.Module:

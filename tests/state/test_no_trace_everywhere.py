@@ -50,9 +50,9 @@ from pytest_lora import (
     suggest_rank,
     watch_training,
 )
+from pytest_lora.bases.examples.models import BASES, language_batch
 from pytest_lora.bases.tiny import load_tiny, text_batch
 from pytest_lora.inspection.peft_internals import saved_state
-from tests.rules.bases import BASES, language_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -141,9 +141,9 @@ LOOKING: dict[str, Callable[[Setup], object]] = {
     "count_parameters": lambda s: count_parameters(s.model),
     "rank_table": lambda s: rank_table(s.base, [2, 4], target_modules=["q_proj"]),
     "suggest_rank": lambda s: suggest_rank(s.base, 5000),
-    "estimate_memory": lambda s: estimate_memory(s.base, CONFIG, batch_size=2, seq_len=16),
-    "step_memory": lambda s: step_memory(s.base, CONFIG).peak_allocated(2, 16),
-    "largest_that_fits": lambda s: largest_that_fits(s.base, CONFIG, "64MiB", vary="batch_size", seq_len=16),
+    "estimate_memory": lambda s: estimate_memory(CONFIG, s.base, batch_size=2, seq_len=16),
+    "step_memory": lambda s: step_memory(CONFIG, s.base).peak_allocated(2, 16),
+    "largest_that_fits": lambda s: largest_that_fits(CONFIG, s.base, "64MiB", vary="batch_size", seq_len=16),
     # What else would fit is asked of the smaller base only, as it takes many estimates.
     "check_memory": lambda s: check_memory(
         s.base,
@@ -158,7 +158,7 @@ LOOKING: dict[str, Callable[[Setup], object]] = {
     ),
     "watch_training": _watched,
     "assert_adapters_in_sync": _in_sync,
-    "oom_frontier": lambda s: oom_frontier(s.base, CONFIG, "1GiB", seq_lens=[16], dtype="float32"),
+    "oom_frontier": lambda s: oom_frontier(CONFIG, s.base, "1GiB", seq_lens=[16], dtype="float32"),
 }
 """Those that look only."""
 

@@ -98,7 +98,7 @@ def test_drawn_faults_are_found(name: str) -> None:
 
 
 def test_everything_is_drawn() -> None:
-    """Every field varies, on a base that has room for it."""
+    """Every field varies, on a base that has space for it."""
     seen: set[str] = set()
     forms: set[str] = set()
 

@@ -61,7 +61,7 @@ def test_contradicting_rules_are_all_told() -> None:
         "  time      does not hold  r=8 takes 80 % of the time of r=16; under 70 % is asked for, as r=4 does; "
         "it does not decide\n"
         "Runner-up r=4: the metric rule alone would take it, with 97.8 % of the best.\n"
-        "Too thin to tell:\n"
+        "The evidence does not settle:\n"
         "  - one seed a rank shows no noise: differences between ranks may be chance (seeds=3 or more tells)"
     )
 
@@ -97,7 +97,7 @@ def test_nothing_learned_is_told() -> None:
     assert choice.verdicts[0].holds is None
     assert (
         "no rank is better than the metric before training: look at the training before the rank"
-        in choice.thin
+        in choice.unsettled
     )
 
 
@@ -105,9 +105,9 @@ def test_noise_is_told_apart_by_seed() -> None:
     """Seeds share the slice: what both ranks have in common is no noise."""
     steady = choose(rows({4: [0.5, 0.7, 0.9], 8: [0.6, 0.8, 1.0]}), before=0.0, maximise=True)
     assert steady.rank == 8
-    assert not any("cannot be told apart" in said for said in steady.thin)
+    assert not any("cannot be told apart" in said for said in steady.unsettled)
     noisy = choose(rows({4: [0.5, 0.9, 0.7], 8: [0.6, 0.8, 1.0]}), before=0.0, maximise=True)
-    assert noisy.thin[0] == (
+    assert noisy.unsettled[0] == (
         "r=8 and r=4 cannot be told apart over 3 seeds: they differ by 0.1, and less than 0.497 may be chance"
     )
 
@@ -117,13 +117,13 @@ def test_a_share_in_doubt_is_told() -> None:
         rows({4: [0.97, 0.85, 0.99], 8: [0.97, 0.97, 0.96]}), before=0.0, maximise=True, min_gain=0.1
     )
     assert choice.rank == 4
-    assert any(said.startswith("r=4 may have less than 95 % of the best") for said in choice.thin)
+    assert any(said.startswith("r=4 may have less than 95 % of the best") for said in choice.unsettled)
 
 
 def test_ends_of_the_sweep_are_told() -> None:
-    assert any("r=16 is the largest rank measured" in s for s in chosen({8: 0.5, 16: 0.9}, 0.0).thin)
-    assert any("r=8 is the smallest rank measured" in s for s in chosen({8: 0.9, 16: 0.9}, 0.0).thin)
-    assert "one rank only was measured" in chosen({8: 0.9}, 0.0).thin
+    assert any("r=16 is the largest rank measured" in s for s in chosen({8: 0.5, 16: 0.9}, 0.0).unsettled)
+    assert any("r=8 is the smallest rank measured" in s for s in chosen({8: 0.9, 16: 0.9}, 0.0).unsettled)
+    assert "one rank only was measured" in chosen({8: 0.9}, 0.0).unsettled
 
 
 def test_failed_trials_are_told_and_not_chosen() -> None:
@@ -131,7 +131,7 @@ def test_failed_trials_are_told_and_not_chosen() -> None:
     done = [TrialRow(4, 8, 0, metric=0.5), TrialRow(8, 16, 0, metric=0.9)]
     choice = choose(outcomes([*done, failed]), before=0.0, maximise=True)
     assert choice.rank == 8
-    assert "r=16 lacks 1 of 1 trials (out of memory)" in choice.thin
+    assert "r=16 lacks 1 of 1 trials (out of memory)" in choice.unsettled
     with pytest.raises(ValueError, match="no trial has a metric\n  r=16: out of memory: much; less"):
         choose(outcomes([failed]), before=0.0, maximise=True)
 

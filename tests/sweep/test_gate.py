@@ -82,7 +82,7 @@ def test_bad_arguments() -> None:
 
 def test_the_report_shows_the_whole_sweep() -> None:
     report = assert_rank_suffices(result({4: [0.6, 0.7], 8: [0.9, 0.9], 16: [None]}), 8)
-    (shown,) = Report.from_json(report.to_json()).exhibits
+    (shown,) = Report.from_json(report.to_json()).figures
     assert isinstance(shown, RankSweep)
     assert (shown.metric, shown.maximise, shown.chosen) == ("accuracy", True, 8)
     assert shown.enough == pytest.approx(0.5 + 0.95 * (0.9 - 0.5))

@@ -189,7 +189,7 @@ class RankSweep:
     enough: float | None = None
 
 
-Exhibit = AdapterMap | LossCurve | MemoryBudget | RankSweep
+Figure = AdapterMap | LossCurve | MemoryBudget | RankSweep
 
 _KINDS: dict[str, type[Any]] = {one.kind: one for one in (AdapterMap, LossCurve, MemoryBudget, RankSweep)}
 _PACKED = ("states", "ranks", "scalings", "gradients", "updates")
@@ -197,16 +197,16 @@ _FLOATS = ("losses", "eval_losses", "scalings", "gradients", "updates", "before"
 _TRIAL_FLOATS = ("metric", "spread", "seconds", "flops")
 
 
-def to_plain(exhibit: Exhibit) -> dict[str, Any]:
-    """An exhibit as JSON can hold it: runs of equal cells once, and NaN and infinity as words."""
-    fields = asdict(exhibit)
-    for name in _PACKED if isinstance(exhibit, AdapterMap) else ():
+def to_plain(figure: Figure) -> dict[str, Any]:
+    """An figure as JSON can hold it: runs of equal cells once, and NaN and infinity as words."""
+    fields = asdict(figure)
+    for name in _PACKED if isinstance(figure, AdapterMap) else ():
         fields[name] = [[value, len(list(run))] for value, run in groupby(fields[name])]
-    return {"kind": exhibit.kind, **{name: _worded(value) for name, value in fields.items()}}
+    return {"kind": figure.kind, **{name: _worded(value) for name, value in fields.items()}}
 
 
-def from_plain(data: Mapping[str, Any]) -> Exhibit:
-    """The exhibit that ``to_plain`` took apart.
+def from_plain(data: Mapping[str, Any]) -> Figure:
+    """The figure that ``to_plain`` took apart.
 
     Raises:
         ValueError: There is no such kind.
@@ -214,7 +214,7 @@ def from_plain(data: Mapping[str, Any]) -> Exhibit:
     fields = dict(data)
     kind = fields.pop("kind", None)
     if kind not in _KINDS:
-        raise ValueError(f"there is no exhibit of kind {kind!r}; known are {', '.join(_KINDS)}")
+        raise ValueError(f"there is no figure of kind {kind!r}; known are {', '.join(_KINDS)}")
     if kind == AdapterMap.kind:
         for name in _PACKED:
             fields[name] = chain.from_iterable(repeat(value, count) for value, count in fields[name])
@@ -225,7 +225,7 @@ def from_plain(data: Mapping[str, Any]) -> Exhibit:
         fields["what_if"] = [WhatIf(**one) for one in fields["what_if"]]
     if kind == RankSweep.kind:
         fields["trials"] = [_trial(one) for one in fields["trials"]]
-    made: Exhibit = _KINDS[kind](**{name: _tupled(value) for name, value in fields.items()})
+    made: Figure = _KINDS[kind](**{name: _tupled(value) for name, value in fields.items()})
     return made
 
 

@@ -151,19 +151,6 @@ def _as_any(layer: Any) -> Any:
 # ---------------------------------------------------------------------------------------- outputs
 
 
-def require_batch(batch: Any) -> None:
-    """Raise unless ``batch`` has a form that a model can be called with, and values."""
-    if not isinstance(batch, (Mapping, tuple, list, Tensor)):
-        raise TypeError(
-            f"batch must be a mapping, a tuple or a tensor that the model takes, not {type(batch).__name__}"
-        )
-    values = (
-        batch.values() if isinstance(batch, Mapping) else (batch,) if isinstance(batch, Tensor) else batch
-    )
-    if any(isinstance(value, Tensor) and value.is_meta for value in values):
-        raise ValueError("batch is on the meta device and has no values")
-
-
 def output_of(model: nn.Module, batch: Any) -> Tensor:
     """The logits, or the first tensor, that a model gives for a batch."""
     with torch.no_grad():

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pytest_lora.facts.behaviour import LawFacts, Leak
 from pytest_lora.facts.config import rewrites_base
-from pytest_lora.findings import Finding, Report, grouped
 from pytest_lora.inspection.behaviour.copies import (
     TOLERANCES,
     adapted_copy,
@@ -21,12 +21,9 @@ from pytest_lora.inspection.behaviour.copies import (
     largest,
     no_trace,
     output_of,
-    require_batch,
     stable_output,
     without_adapter,
 )
-from pytest_lora.inspection.behaviour.merge import check_merge
-from pytest_lora.inspection.behaviour.reload import check_reload
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import (
     LoraLayer,
@@ -37,33 +34,26 @@ from pytest_lora.inspection.peft_internals import (
     lora_configs,
 )
 
-_NAMES = {
-    "LORA930": "zeroed_adapter_changes_the_output",
-    "LORA931": "disabled_adapter_changes_the_base",
-    "LORA932": "output_is_not_linear_in_the_scaling",
-    "LORA933": "padding_the_rank_changes_the_output",
-    "LORA934": "second_adapter_leaks_into_the_first",
-}
 _SECOND = "pytest_lora_second"
 
 
-def check_lora_laws(model: nn.Module, batch: Any) -> Report:
-    """Hold the laws that apply against copies of a model; see ``assert_lora_laws``."""
-    require_batch(batch)
+def law_facts(model: nn.Module, batch: Any) -> LawFacts:
+    """Hold the laws that apply against copies of a model.
+
+    Raises:
+        TypeError: ``model`` carries no LoRA layers.
+        ValueError: It cannot be copied or run, or gives no output that can be compared.
+    """
     with no_trace():
         adapted = adapted_copy(model)
         layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
         stable_output(adapted, batch)
-        findings = [
-            *_disabled(adapted, layers, batch),
-            *_leaking(adapted, batch),
-            *_layer_laws(adapted, layers, batch),
-            *_zeroed(adapted, layers, batch),
-        ]
-    findings += check_merge(model, batch).errors
-    if _loads_as_it_is(adapted):
-        findings += check_reload(model, batch).errors
-    return Report(f"laws of {type(model).__name__}", tuple(findings))
+        disabled = _disabled(adapted, layers, batch)
+        leak = _leak(adapted, batch)
+        nonlinear, padded = _layer_laws(adapted, layers, batch)
+        # Last, as it takes what the adapters have learned.
+        zeroed = _zeroed(adapted, layers, batch)
+        return LawFacts(disabled, zeroed, nonlinear, padded, leak, _loads_as_it_is(adapted))
 
 
 def _loads_as_it_is(adapted: nn.Module) -> bool:
@@ -77,22 +67,11 @@ def _loads_as_it_is(adapted: nn.Module) -> bool:
     return hasattr(adapted, "save_pretrained") and not rewritten
 
 
-def _finding(code: str, where: str, observed: str, expected: str, fix: str) -> Finding:
-    return Finding(code, _NAMES[code], "error", where, observed, expected, fix)
-
-
-def _disabled(adapted: nn.Module, layers: dict[str, Any], batch: Any) -> Iterator[Finding]:
+def _disabled(adapted: nn.Module, layers: dict[str, Any], batch: Any) -> float | None:
     """With its LoRA layers disabled a model is the model without them, bit for bit."""
     off = without_adapter(layers, lambda: _without_copies(adapted, batch))
     base = output_of(base_without_adapter(adapted), batch)
-    if not identical(off, base):
-        yield _finding(
-            "LORA931",
-            "the output with adapters disabled",
-            f"it differs by up to {distance(off, base):.3g} from that of the base",
-            "the base, bit for bit",
-            "look for base weights that were changed while the adapter was on them, and for hooks",
-        )
+    return None if identical(off, base) else distance(off, base)
 
 
 def _without_copies(adapted: nn.Module, batch: Any) -> Tensor:
@@ -108,26 +87,19 @@ def _without_copies(adapted: nn.Module, batch: Any) -> Tensor:
     return result
 
 
-def _zeroed(adapted: nn.Module, layers: dict[str, Any], batch: Any) -> Iterator[Finding]:
+def _zeroed(adapted: nn.Module, layers: dict[str, Any], batch: Any) -> float | None:
     """With B = 0 an adapter changes nothing. It has no plain form under DoRA, whose magnitude acts alone."""
     if any(
         getattr(layer, "use_dora", {}).get(a) for layer in layers.values() for a in active_adapters(layer)
     ):
-        return
+        return None
     for layer in layers.values():
         for factors in (layer.lora_B, layer.lora_embedding_A):
             for parameter in factors.parameters():
                 parameter.data.zero_()
     zeroed = output_of(adapted, batch)
     off = without_adapter(layers, lambda: output_of(adapted, batch))
-    if not _near(zeroed, off):
-        yield _finding(
-            "LORA930",
-            "the output with lora_B = 0",
-            f"it differs by up to {distance(zeroed, off):.3g} from that with the adapter disabled",
-            "no difference: B @ A is zero",
-            "look for biases of the adapter (lora_bias=True) or a forward of its own that add to the output",
-        )
+    return None if _near(zeroed, off) else distance(zeroed, off)
 
 
 @dataclass(frozen=True)
@@ -171,32 +143,20 @@ class _Update(_Call):
         return fused_parameter(self.layer) is None
 
 
-def _layer_laws(adapted: nn.Module, layers: dict[str, Any], batch: Any) -> Iterator[Finding]:
+Deviations = tuple[tuple[str, float], ...]
+
+
+def _layer_laws(adapted: nn.Module, layers: dict[str, Any], batch: Any) -> tuple[Deviations, Deviations]:
+    """Layers that are not linear in the scaling, and layers that padding with zeros changes."""
     calls = _calls(adapted, layers, batch)
-    nonlinear: dict[str, float] = {}
-    padded: dict[str, float] = {}
     with torch.no_grad():
-        for call in calls:
-            if call.acts_alone and (off := _deviation_from_linear(call)) is not None:
-                nonlinear[call.name] = off
-            if call.takes_more_rows and (off := _deviation_when_padded(call)) is not None:
-                padded[call.name] = off
-    if nonlinear:
-        yield _finding(
-            "LORA932",
-            grouped(nonlinear),
-            f"twice the scaling changes the effect by another factor, off by up to {max(nonlinear.values()):.3g}",
-            "an effect that is twice as large",
-            "look for a nonlinearity or a clamp between lora_A and lora_B",
-        )
-    if padded:
-        yield _finding(
-            "LORA933",
-            grouped(padded),
-            f"rows of zeros in lora_A and columns of zeros in lora_B move the output by {max(padded.values()):.3g}",
-            "the same output: they add nothing",
-            "look for a forward that uses the shape of the factors, where the scaling belongs",
-        )
+        linear = {call.name: _deviation_from_linear(call) for call in calls if call.acts_alone}
+        padded = {call.name: _deviation_when_padded(call) for call in calls if call.takes_more_rows}
+    return _above_rounding(linear), _above_rounding(padded)
+
+
+def _above_rounding(found: dict[str, float | None]) -> Deviations:
+    return tuple((name, off) for name, off in found.items() if off is not None)
 
 
 def _calls(adapted: nn.Module, layers: dict[str, Any], batch: Any) -> list[_Call]:
@@ -252,12 +212,12 @@ def _deviation_when_padded(call: _Call) -> float | None:
     return None if _near(after, before) else distance(after, before)
 
 
-def _leaking(adapted: nn.Module, batch: Any) -> Iterator[Finding]:
+def _leak(adapted: nn.Module, batch: Any) -> Leak | None:
     """A second adapter that is not active changes nothing, neither when it comes nor when it was active."""
     from peft import PeftModel
 
     if not isinstance(adapted, PeftModel):
-        return
+        return None
     pair: Any = copy.deepcopy(adapted)
     first = list(pair.base_model.active_adapters)
     before = output_of(pair, batch)
@@ -270,7 +230,7 @@ def _leaking(adapted: nn.Module, batch: Any) -> Iterator[Finding]:
         pair.add_adapter(_SECOND, config)
     except ValueError:
         if config.target_parameters:  # of which PEFT 0.17 takes one adapter only
-            return
+            return None
         raise
     pair.eval()
     added = output_of(pair, batch)
@@ -281,14 +241,8 @@ def _leaking(adapted: nn.Module, batch: Any) -> Iterator[Finding]:
     back = output_of(pair, batch)
     for seen, when in ((added, "after a second adapter was added"), (back, "after the second was active")):
         if not (identical(before, seen) or (rounds and _near(before, seen))):
-            yield _finding(
-                "LORA934",
-                f"the output under {', '.join(first)}",
-                f"it differs by up to {distance(before, seen):.3g} {when}",
-                "the same output, bit for bit",
-                "look for state that adapters share: base weights, biases, buffers, hooks",
-            )
-            return
+            return Leak(tuple(first), distance(before, seen), when)
+    return None
 
 
 def _near(first: Tensor, second: Tensor, steps: float = 1.0) -> bool:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
+from pytest_lora.facts.behaviour import ReloadFacts
 from pytest_lora.facts.config import rewrites_base
-from pytest_lora.findings import Finding, Report, grouped
+from pytest_lora.findings import grouped
 from pytest_lora.inspection.behaviour.copies import (
     adapted_copy,
     as_module,
@@ -23,7 +25,6 @@ from pytest_lora.inspection.behaviour.copies import (
     no_trace,
     output_of,
     quiet_eval,
-    require_batch,
     watched_output,
 )
 from pytest_lora.inspection.model import adapted_survey
@@ -40,16 +41,21 @@ from pytest_lora.inspection.peft_internals import (
 Base = nn.Module | Callable[[], nn.Module]
 
 _ADAPTER_PARTS = ("lora_", "modules_to_save", "trainable_tokens_")
-_OUTPUT_DIFFERS = "LORA910", "reloaded_output_differs"
-_NOT_SAVED = "LORA911", "trained_weights_are_not_saved"
-_WEIGHTS_DIFFER = "LORA912", "reloaded_weights_differ"
-_OTHER_PRECISION = "LORA913", "reloaded_in_another_precision"
-_OTHER_BASE = "LORA914", "base_is_not_the_same"
 
 
-def check_reload(model: nn.Module, batch: Any, *, base: Base | None = None) -> Report:
-    """Save the adapters, load them on a fresh base, and compare; see ``assert_reload_exact``."""
-    require_batch(batch)
+def reload_facts(model: nn.Module, batch: Any, *, base: Base | None = None) -> ReloadFacts:
+    """Save the adapters of a copy, load them on a fresh base, and compare.
+
+    Args:
+        model: Anything with PEFT LoRA layers.
+        batch: What the model is called with.
+        base: The base without adapters, or a function that makes it; by default that under the adapters.
+
+    Raises:
+        TypeError: ``model`` carries no LoRA layers, or ``base`` is no base.
+        ValueError: ``base`` has to be given or does not suit the model, or the model cannot be copied, run or saved.
+        OSError: The adapter cannot be written into a temporary folder.
+    """
     _require_base(model, base)
     with no_trace():
         adapted = adapted_copy(model)
@@ -59,11 +65,9 @@ def check_reload(model: nn.Module, batch: Any, *, base: Base | None = None) -> R
         try:
             reloaded = _reloaded(adapted, fresh)
         except _LoadingError as error:
-            findings = [_unloadable(error)]
-        else:
-            findings = list(_tensor_findings(adapted, reloaded, trained, moving, base is not None))
-            findings += _output_findings(expected, output_of(reloaded, batch), findings)
-    return Report(f"reload of {type(model).__name__}", tuple(findings))
+            return ReloadFacts(refusal=str(error))
+        compared = _compared(adapted, reloaded, trained, moving, base is not None)
+        return replace(compared, apart=distance(expected, output_of(reloaded, batch)))
 
 
 def _require_base(model: nn.Module, base: Base | None) -> None:
@@ -104,17 +108,6 @@ def _given_base(base: Base) -> nn.Module:
 
 class _LoadingError(Exception):
     """What was saved cannot be loaded."""
-
-
-def _unloadable(error: _LoadingError) -> Finding:
-    return Finding(
-        *_WEIGHTS_DIFFER,
-        "error",
-        "the saved adapter",
-        f"it cannot be loaded on the base: {error}",
-        "a checkpoint that loads",
-        "see that save_pretrained writes every tensor of the adapter, and that the base has the modules it names",
-    )
 
 
 @contextmanager
@@ -176,9 +169,9 @@ def _reloaded_transformers(adapted: Any, fresh: Any, active: list[str], folder: 
     return as_module(fresh)
 
 
-def _tensor_findings(
+def _compared(
     adapted: nn.Module, reloaded: nn.Module, trained: set[str], moving: frozenset[str], base_given: bool
-) -> Iterator[Finding]:
+) -> ReloadFacts:
     left_out = _unsaved_adapters(adapted)
     before = {
         name: tensor
@@ -198,44 +191,13 @@ def _tensor_findings(
             (changed if is_adapter else lost if name in trained else foreign).append(name)
         elif is_adapter and other is not None and other.dtype != tensor.dtype:
             recast.append(name)
-    if lost:
-        yield Finding(
-            *_NOT_SAVED,
-            "error",
-            grouped(lost),
-            f"{len(lost)} trained tensors are not in the saved adapter",
-            "every tensor that was trained comes back",
-            _fix_for_lost(lost),
-        )
-    if changed:
-        yield Finding(
-            *_WEIGHTS_DIFFER,
-            "error",
-            grouped(changed),
-            f"{len(changed)} tensors of the adapter have other values or shapes after loading",
-            "the values that were saved",
-            "see that no step or hook changes the model while it is saved, and that adapter names hold no dots",
-        )
-    if foreign and base_given:
-        yield Finding(
-            *_OTHER_BASE,
-            "error",
-            grouped(foreign),
-            f"{len(foreign)} tensors of the base differ from the base under the trained adapter",
-            "the base on which the adapter was trained, weights and buffers alike",
-            "load the adapter on the very base and quantization that it was trained on; modules that changed in "
-            "training (BatchNorm statistics, a new head) go into modules_to_save",
-        )
-    if recast:
-        pair = before[recast[0]].dtype, after[recast[0]].dtype
-        yield Finding(
-            *_OTHER_PRECISION,
-            "warning",
-            grouped(recast),
-            f"saved as {pair[0]}, loaded as {pair[1]}: the values are the same, the arithmetic is not",
-            "one precision in training and in use",
-            "cast the loaded adapter back, or train it in float32 (autocast_adapter_dtype=True)",
-        )
+    return ReloadFacts(
+        lost=tuple(lost),
+        changed=tuple(changed),
+        foreign=tuple(foreign) if base_given else (),
+        recast=tuple(recast),
+        dtypes=(str(before[recast[0]].dtype), str(after[recast[0]].dtype)) if recast else None,
+    )
 
 
 def _unsaved_adapters(adapted: nn.Module) -> set[str]:
@@ -244,32 +206,3 @@ def _unsaved_adapters(adapted: nn.Module) -> set[str]:
         return set()
     layers = [m for m in adapted.modules() if isinstance(m, LoraLayer)]
     return {name for layer in layers for name in adapter_names(layer) if name not in active_adapters(layer)}
-
-
-def _fix_for_lost(lost: list[str]) -> str:
-    modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in lost})
-    if all(name.endswith(".bias") for name in lost):
-        return 'set bias="all" in the LoraConfig (PEFT 0.17 loses the biases of "lora_only"), or freeze the biases'
-    if any("embed" in module or module == "wte" for module in modules):
-        return (
-            "train new tokens with trainable_token_indices, or put the embedding into modules_to_save; or save "
-            "with save_embedding_layers=True"
-        )
-    return f"put them into modules_to_save={modules}, or freeze them"
-
-
-def _output_findings(expected: Tensor, got: Tensor, explained: list[Finding]) -> list[Finding]:
-    apart = distance(expected, got)
-    if explained or identical(expected, got):
-        return []
-    return [
-        Finding(
-            *_OUTPUT_DIFFERS,
-            "error",
-            "the output of the reloaded model",
-            f"it differs by up to {apart:.3g}, though every saved tensor came back as it was",
-            "the same output, bit for bit",
-            "look for what is neither weight nor configuration: attributes set by hand, hooks, another active "
-            "adapter, scaling changed with set_scale",
-        )
-    ]

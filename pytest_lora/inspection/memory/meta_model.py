@@ -17,7 +17,9 @@ from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
 from pytest_lora.inspection.config import DATA_INITS
 from pytest_lora.inspection.memory.layer_stacks import Stack, cut_stacks
+from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.weights import Weight, loaded_weights, units_of
+from pytest_lora.inspection.peft_internals import freeze, store_adapter
 from pytest_lora.inspection.skeleton import (
     META,
     require_no_adapter,
@@ -83,11 +85,14 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> 
                 f"base: a step can be run of transformers models, not of a {type(model).__name__}"
             )
         model = _in_dtype(skeleton(model), dtype)
-    stacks = cut_stacks(model) if cut and same_in_every_layer(config) else []
+    alike = same_in_every_layer(config) and not any(_NUMBERED.search(name) for name in setting.frozen)
+    stacks = cut_stacks(model) if cut and alike else []
     if setting.quantization is not None:
         _quantize(model, setting.quantization, dtype)
     _prepare(model, setting)
     adapted = _with_adapter(model, config, setting).train()
+    store_adapter(adapted, getattr(torch, setting.adapter_dtype))
+    freeze(adapted, (*setting.frozen, *OPTIMIZERS[setting.optimizer].frozen))
     unit_of = units_of(stacks)
     return MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of))
 

@@ -25,11 +25,13 @@ class OptimizerKind:
         temporaries: Bytes a number of the parameter that a step needs beside its states, for all
             parameters at once.
         paged: Whether large states live in unified memory, outside of the allocator.
+        frozen: Factors that it freezes.
     """
 
     make: Callable[[list[torch.nn.Parameter]], Any]
     temporaries: int = 0
     paged: bool = False
+    frozen: tuple[str, ...] = ()
 
 
 def _torch(name: str, **arguments: Any) -> Callable[[list[torch.nn.Parameter]], Any]:
@@ -43,6 +45,18 @@ def _bitsandbytes(name: str, **arguments: Any) -> Callable[[list[torch.nn.Parame
         return getattr(bnb.optim, name)(parameters, **arguments)
 
     return make
+
+
+def _lora_fa(parameters: list[torch.nn.Parameter]) -> Any:
+    """PEFT's LoRA-FA, which asks for each B together with its frozen A; of that, its rank matters alone."""
+    from peft.optimizers.lorafa import LoraFAOptimizer
+
+    groups: Any = []
+    for factor in parameters:
+        frozen = torch.nn.Parameter(factor.new_empty(factor.shape[-1], 1), requires_grad=False)
+        names = ["factor.lora_A", "factor.lora_B"]
+        groups.append({"params": [frozen, factor], "names": names, "scaling_factors": [1.0, 1.0]})
+    return LoraFAOptimizer(groups)
 
 
 def _adafactor(parameters: list[torch.nn.Parameter]) -> Any:
@@ -78,6 +92,7 @@ OPTIMIZERS: Mapping[str, OptimizerKind] = {
     "rmsprop_bnb": OptimizerKind(_bitsandbytes("RMSprop32bit")),
     "rmsprop_bnb_32bit": OptimizerKind(_bitsandbytes("RMSprop32bit")),
     "rmsprop_bnb_8bit": OptimizerKind(_bitsandbytes("RMSprop8bit")),
+    "lorafa": OptimizerKind(_lora_fa, frozen=("lora_A",)),
 }
 """Optimizers by name. torch's take the foreach path on CUDA unless fused: a square root of the second moment
 for all parameters at once (``torch.optim.adamw._multi_tensor_adamw``, ``rmsprop``, ``adagrad``)."""
@@ -101,7 +116,7 @@ def state_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[
         raise ValueError(f"optimizer: {name!r} cannot be asked for its state: {error}") from error
     return tuple(
         value.untyped_storage().nbytes()
-        for key, value in optimizer.state[parameter].items()
+        for key, value in (optimizer.state.get(parameter) or next(iter(optimizer.state.values()))).items()
         if isinstance(value, torch.Tensor) and value.is_meta and not key.startswith(_SHARED)
     )
 

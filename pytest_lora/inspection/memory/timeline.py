@@ -157,10 +157,10 @@ class _Expansion:
         # What belongs to the layer before or after is inner or not by chance of what was kept: where the
         # other inner unit does the same with a storage of an inner unit, that says which one is meant.
         if self._is_inner(stretch.unit) and not self._is_original(stretch):
-            twin = self.storage[stretch.partner : stretch.partner + len(index)]
+            partner = self.storage[stretch.partner : stretch.partner + len(index)]
             foreign = ~self._inner_of(storage, stretch.unit // KEPT)
-            shifted = foreign & self._inner_of(twin, stretch.unit // KEPT)
-            storage[shifted] = twin[shifted]
+            shifted = foreign & self._inner_of(partner, stretch.unit // KEPT)
+            storage[shifted] = partner[shifted]
         else:
             shifted = np.zeros(len(index), dtype=np.bool_)
         home = self.home[storage]

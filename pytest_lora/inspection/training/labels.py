@@ -140,7 +140,7 @@ def _facts(
         padded_at=side,
         double_starts=_double_starts(ids, mask, words) if causal and ids is not None else 0,
         still_positions=_still_positions(batch),
-        told=_told(labels, batch) if kind == "sequence" else 0.0,
+        visible=_visible(labels, batch) if kind == "sequence" else 0.0,
     )
 
 
@@ -240,7 +240,7 @@ def _still_positions(batch: Mapping[str, Any]) -> int:
     return int((positions == positions[:, :1]).all(dim=1).sum())
 
 
-def _told(labels: Tensor, batch: Mapping[str, Any]) -> float:
+def _visible(labels: Tensor, batch: Mapping[str, Any]) -> float:
     read = batch.get("decoder_input_ids")
     counted = labels != IGNORED
     if not isinstance(read, Tensor) or read.shape != labels.shape:

@@ -194,7 +194,7 @@ def _rank(matrices: Tensor, allowed: int, stored: torch.dtype, largest: float) -
 
     Rounding to ``stored`` leaves every number off by up to half an eps of it; a matrix of such noise has a spectral
     norm of about its size times (sqrt(rows) + sqrt(columns)) (Vershynin, arXiv:1011.3027, theorem 5.31), and sums of
-    r products add up to sqrt(r) of it. A sketch, the matrix times a thin random one, keeps the rank up to its width
+    r products add up to sqrt(r) of it. A sketch, the matrix times a narrow random one, keeps the rank up to its width
     with probability 1 (Halko, Martinsson and Tropp, arXiv:0909.4061).
     """
     rows, columns = matrices.shape[-2:]
@@ -204,7 +204,7 @@ def _rank(matrices: Tensor, allowed: int, stored: torch.dtype, largest: float) -
     tolerance *= math.sqrt(rows) + math.sqrt(columns)
     if min(rows, columns) > WHOLE:
         generator = torch.Generator().manual_seed(0)
-        thin = torch.randn(columns, allowed + SPARE, generator=generator, dtype=torch.float64)
-        matrices = matrices @ (thin / math.sqrt(columns)).to(matrices.device, matrices.dtype)
+        sketch = torch.randn(columns, allowed + SPARE, generator=generator, dtype=torch.float64)
+        matrices = matrices @ (sketch / math.sqrt(columns)).to(matrices.device, matrices.dtype)
     values = torch.linalg.svdvals(matrices)
     return int((values > tolerance).sum(dim=-1).max())

@@ -130,14 +130,16 @@ def _replaced() -> Hardware | None:
     text = os.environ.get(REPLACED)
     if text is None:
         return None
-    told = json.loads(text)
-    kind = told["kind"]
+    answer = json.loads(text)
+    kind = answer["kind"]
     machine = [
         Device(f"{kind}:{i}", str(i), one["name"], int(one["total"]), _pair(one.get("capability")))
-        for i, one in enumerate(told["devices"])
+        for i, one in enumerate(answer["devices"])
     ]
     devices = (_shown(machine) or ()) if kind == "cuda" else tuple(machine)
-    return Hardware(kind, devices) if devices else none(_hidden() or told.get("why_none", "there is no GPU"))
+    return (
+        Hardware(kind, devices) if devices else none(_hidden() or answer.get("why_none", "there is no GPU"))
+    )
 
 
 def _pair(capability: list[int] | None) -> tuple[int, int] | None:
@@ -198,23 +200,23 @@ def _from_torch(wanted: str) -> Hardware:
 def _cuda_device(index: int) -> Device:
     import torch
 
-    told = torch.cuda.get_device_properties(index)
+    properties = torch.cuda.get_device_properties(index)
     entries = visible()
     return Device(
         label=f"cuda:{index}",
         key=entries[index] if entries and index < len(entries) else str(index),
-        name=told.name,
-        total=int(told.total_memory),
+        name=properties.name,
+        total=int(properties.total_memory),
         # What ROCm reports there numbers other architectures.
-        capability=None if torch.version.hip else (told.major, told.minor),
+        capability=None if torch.version.hip else (properties.major, properties.minor),
     )
 
 
 def _xpu_device(index: int) -> Device:
     import torch
 
-    told = torch.xpu.get_device_properties(index)
-    return Device(f"xpu:{index}", str(index), str(told.name), int(told.total_memory))
+    properties = torch.xpu.get_device_properties(index)
+    return Device(f"xpu:{index}", str(index), str(properties.name), int(properties.total_memory))
 
 
 def _why_torch_has_none(wanted: str) -> str:

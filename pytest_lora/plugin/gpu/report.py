@@ -22,9 +22,9 @@ def uses(reports: Iterable[pytest.TestReport]) -> dict[str, GpuUse]:
     for report in sorted(reports, key=lambda report: report.start):
         for name, value in report.user_properties:
             if name == GPU_PROPERTY:
-                told = json.loads(str(value))
+                data = json.loads(str(value))
                 last.pop(report.nodeid, None)
-                last[report.nodeid] = GpuUse(**{**told, "devices": tuple(told["devices"])})
+                last[report.nodeid] = GpuUse(**{**data, "devices": tuple(data["devices"])})
     return last
 
 
@@ -64,12 +64,12 @@ class RequireGpu:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count the GPU tests that ran, and those that could not any more."""
-        told = [json.loads(str(value)) for name, value in report.user_properties if name == GPU_PROPERTY]
-        if not told:
+        data = [json.loads(str(value)) for name, value in report.user_properties if name == GPU_PROPERTY]
+        if not data:
             return
         if report.when == "call" and (not report.skipped or hasattr(report, "wasxfail")):
             self._ran += 1
-        if report.when == "setup" and told[0]["broken_by"]:
+        if report.when == "setup" and data[0]["broken_by"]:
             self._not_run += 1
 
     @pytest.hookimpl(tryfirst=True)

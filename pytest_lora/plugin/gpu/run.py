@@ -60,7 +60,7 @@ class Run:
     def publish(self, item: pytest.Item) -> None:
         """Put what is known on the test's properties, in which it travels to reports, JUnit XML and xdist."""
         prediction = item.stash.get(PREDICTION, None)
-        told: dict[str, object] = {
+        data: dict[str, object] = {
             "devices": [device.label for device in self.devices.values()],
             "peak_bytes": self.peak,
             "limit_bytes": self.need.limit.size if self.need.limit else None,
@@ -71,4 +71,4 @@ class Run:
             "broken_by": self.broken_by or None,
         }
         item.user_properties[:] = [entry for entry in item.user_properties if entry[0] != GPU_PROPERTY]
-        item.user_properties.append((GPU_PROPERTY, json.dumps(told)))
+        item.user_properties.append((GPU_PROPERTY, json.dumps(data)))

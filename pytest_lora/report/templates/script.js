@@ -52,14 +52,14 @@ function unpacked(runs) {
 }
 
 for (const map of document.querySelectorAll(".map")) {
-  const told = JSON.parse(map.querySelector("script").textContent);
+  const data = JSON.parse(map.querySelector("script").textContent);
   const planes = {};
-  for (const name of ["states", "ranks", "scalings", "gradients", "updates"]) planes[name] = unpacked(told[name]);
+  for (const name of ["states", "ranks", "scalings", "gradients", "updates"]) planes[name] = unpacked(data[name]);
   const readout = map.querySelector(".readout");
   for (const scroll of map.querySelectorAll(".scroll[data-stack]")) {
     const stack = scroll.dataset.stack;
-    const rows = told.rows.map((row, index) => [row, index]).filter(([row]) => row.split(".").slice(0, -1).join(".") === stack);
-    const modules = [...scroll.querySelectorAll(".module:not(.axis)")].map((one) => told.columns.indexOf(one.textContent));
+    const rows = data.rows.map((row, index) => [row, index]).filter(([row]) => row.split(".").slice(0, -1).join(".") === stack);
+    const modules = [...scroll.querySelectorAll(".module:not(.axis)")].map((one) => data.columns.indexOf(one.textContent));
     const cells = [...scroll.querySelectorAll(".grid i")];
     let at = -1;
     const show = (next) => {
@@ -69,8 +69,8 @@ for (const map of document.querySelectorAll(".map")) {
       cells[at].classList.add("at");
       const [row, index] = rows[at % rows.length];
       const column = modules[Math.floor(at / rows.length)];
-      const place = index * told.columns.length + column;
-      const words = [row ? `${row}.${told.columns[column]}` : told.columns[column], told.words[planes.states[place]] ?? "no such module"];
+      const place = index * data.columns.length + column;
+      const words = [row ? `${row}.${data.columns[column]}` : data.columns[column], data.words[planes.states[place]] ?? "no such module"];
       for (const [name, plane] of [["rank", "ranks"], ["scaling", "scalings"], ["gradient", "gradients"], ["update", "updates"]]) {
         const value = planes[plane][place];
         if (value !== undefined && value !== null) words.push(`${name} ${value}`);

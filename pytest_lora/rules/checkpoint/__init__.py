@@ -1,1 +1,16 @@
-"""Rules on saved adapters: files (40x), configuration (41x), keys (42x), shapes (43x), values (44x), base (45x)."""
+"""Rules on saved adapters (codes 4xx), and the groups that they are shown in."""
+
+GROUPS = {
+    "files": ("LORA40",),
+    "config": ("LORA41",),
+    "keys": ("LORA42",),
+    "shapes": ("LORA43",),
+    "values": ("LORA44",),
+    "base": ("LORA45",),
+}
+"""Parts of a saved adapter, each a test item, and how the codes begin that are about it."""
+
+
+def group_of(code: str) -> str:
+    """The part of a saved adapter that a rule is about: ``"config"`` for those on configurations and of others."""
+    return next((name for name, starts in GROUPS.items() if code.startswith(starts)), "config")

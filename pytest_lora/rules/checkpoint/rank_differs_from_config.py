@@ -55,15 +55,15 @@ def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator
             fix="transpose these factors, or give them each other's name; MLX stores them transposed",
         )
     broken = {m.name for m in turned}
-    torn = [m for m in facts.adapted if m.rank and m.b_rank and m.rank != m.b_rank and m.name not in broken]
-    if torn:
+    uneven = [m for m in facts.adapted if m.rank and m.b_rank and m.rank != m.b_rank and m.name not in broken]
+    if uneven:
         yield Violation(
-            where=grouped(m.name for m in torn),
-            observed=f"lora_A has rank {torn[0].rank}, but lora_B has rank {torn[0].b_rank}",
+            where=grouped(m.name for m in uneven),
+            observed=f"lora_A has rank {uneven[0].rank}, but lora_B has rank {uneven[0].b_rank}",
             expected="two factors of one rank",
             fix="save the adapter again from the trained model; the file is put together from two adapters",
         )
-    broken |= {m.name for m in torn}
+    broken |= {m.name for m in uneven}
     wrong: dict[tuple[int, int], list[str]] = {}
     for module in facts.adapted:
         rank, configured = module.rank, module.configured_rank

@@ -9,7 +9,7 @@ from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, scaled
 
 
-@rule("LORA103", severity="warning", needs=ConfigFacts)
+@rule("LORA103", severity="warning", needs=ConfigFacts, on_saved="alone")
 def alpha_blows_up_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """The scaling is so large that training will diverge at usual learning rates.
 

@@ -9,7 +9,7 @@ from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, scaled
 
 
-@rule("LORA102", severity="warning", needs=ConfigFacts)
+@rule("LORA102", severity="warning", needs=ConfigFacts, on_saved="alone")
 def alpha_damps_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """The scaling is so small that the adapter hardly acts.
 

@@ -9,7 +9,7 @@ from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, scaled
 
 
-@rule("LORA101", severity="error", needs=ConfigFacts)
+@rule("LORA101", severity="error", needs=ConfigFacts, on_saved="alone")
 def alpha_is_not_positive(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """Alpha is zero or negative, so that the adapter does nothing or the opposite.
 

@@ -9,7 +9,7 @@ from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned
 
 
-@rule("LORA126", severity="error", needs=ConfigFacts)
+@rule("LORA126", severity="error", needs=ConfigFacts, on_saved="alone")
 def differs_from_expected_config(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """What is there differs from the configuration that was meant.
 

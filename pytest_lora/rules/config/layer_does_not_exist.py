@@ -8,7 +8,7 @@ from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned
 
 
-@rule("LORA105", severity="error", needs=ConfigFacts)
+@rule("LORA105", severity="error", needs=ConfigFacts, on_saved="refused")
 def layer_does_not_exist(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """layers_to_transform names blocks that the base does not have.
 

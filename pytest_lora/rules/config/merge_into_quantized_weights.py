@@ -8,7 +8,7 @@ from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA130", severity="warning", needs=ConfigFacts)
+@rule("LORA130", severity="warning", needs=ConfigFacts, on_saved="with_base")
 def merge_into_quantized_weights(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """The adapter is going to be merged into quantized weights.
 

@@ -8,7 +8,7 @@ from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned
 
 
-@rule("LORA119", severity="error", needs=ConfigFacts)
+@rule("LORA119", severity="error", needs=ConfigFacts, on_saved="with_base")
 def new_tokens_are_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """Tokens were added to the vocabulary, but their embeddings stay at random.
 
@@ -51,7 +51,7 @@ def new_tokens_are_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[V
         missing = (
             tokens if rows is None else sum(row not in rows for row in range(first_new, first_new + tokens))
         )
-        if facts.keeps(side) or side in facts.adapted or not missing:
+        if facts.keeps(side) or side in (*facts.adapted, *facts.stored) or not missing:
             continue
         leaf = side.rpartition(".")[2]
         copy = not base.tied_to(side) and side not in facts.token_modules

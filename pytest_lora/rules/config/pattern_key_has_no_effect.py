@@ -12,7 +12,7 @@ PREFIX = "base_model.model."
 """What PEFT puts before the names of the base in a model that it has wrapped."""
 
 
-@rule("LORA107", severity="error", needs=ConfigFacts)
+@rule("LORA107", severity="error", needs=ConfigFacts, on_saved="with_base")
 def pattern_key_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """A key of rank_pattern or alpha_pattern decides for no adapted module.
 

@@ -41,7 +41,7 @@ _FIXES = (
 """Words of PEFT's messages, and what to write."""
 
 
-@rule("LORA124", severity="error", needs=ConfigFacts)
+@rule("LORA124", severity="error", needs=ConfigFacts, on_saved="with_base")
 def peft_refuses_the_config(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """PEFT stops at this configuration.
 

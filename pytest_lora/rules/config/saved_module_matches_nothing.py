@@ -9,7 +9,7 @@ from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, without
 
 
-@rule("LORA110", severity="error", needs=ConfigFacts)
+@rule("LORA110", severity="error", needs=ConfigFacts, on_saved="with_base")
 def saved_module_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """A name in modules_to_save matches no module, so that it is neither trained nor saved.
 

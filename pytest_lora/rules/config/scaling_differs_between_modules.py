@@ -9,7 +9,7 @@ from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned
 
 
-@rule("LORA108", severity="warning", needs=ConfigFacts)
+@rule("LORA108", severity="warning", needs=ConfigFacts, on_saved="alone")
 def scaling_differs_between_modules(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """Patterns give the modules of one adapter very different scalings.
 

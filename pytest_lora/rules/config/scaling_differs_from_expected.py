@@ -9,7 +9,7 @@ from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned
 
 
-@rule("LORA127", severity="error", needs=ConfigFacts)
+@rule("LORA127", severity="error", needs=ConfigFacts, on_saved="alone")
 def scaling_differs_from_expected(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """The effective scaling is not the one that was stated.
 

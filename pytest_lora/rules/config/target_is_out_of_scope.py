@@ -10,7 +10,7 @@ from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned
 
 
-@rule("LORA114", severity="warning", needs=ConfigFacts)
+@rule("LORA114", severity="warning", needs=ConfigFacts, on_saved="alone")
 def target_is_out_of_scope(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """Adapters sit on parts of the model outside the stated scope.
 

@@ -10,7 +10,7 @@ from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, without
 
 
-@rule("LORA104", severity="error", needs=ConfigFacts)
+@rule("LORA104", severity="error", needs=ConfigFacts, on_saved="refused")
 def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """A name in the targets matches no module, so that fewer modules are adapted than configured.
 

@@ -7,7 +7,7 @@ from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA122", severity="warning", needs=ConfigFacts)
+@rule("LORA122", severity="warning", needs=ConfigFacts, on_saved="with_base")
 def task_type_contradicts_the_model(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """task_type is that of another kind of model.
 

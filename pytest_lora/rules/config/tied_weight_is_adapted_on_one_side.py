@@ -8,7 +8,7 @@ from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, without
 
 
-@rule("LORA113", severity="error", needs=ConfigFacts)
+@rule("LORA113", severity="error", needs=ConfigFacts, on_saved="merged")
 def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """A module is adapted whose weight is tied to another module that keeps the old one.
 

@@ -7,7 +7,7 @@ from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA120", severity="error", needs=ConfigFacts)
+@rule("LORA120", severity="error", needs=ConfigFacts, on_saved="with_base")
 def token_index_does_not_exist(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
     """trainable_token_indices names rows that the embedding does not have.
 

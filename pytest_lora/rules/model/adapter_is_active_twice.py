@@ -44,7 +44,7 @@ def adapter_is_active_twice(facts: ModelFacts, expect: Expect) -> Iterator[Viola
     - https://github.com/sgl-project/sglang/issues/13771
     - https://huggingface.co/docs/peft/developer_guides/mixed_models
     """
-    for first, second in facts.twins:
+    for first, second in facts.duplicates:
         layers = [layer for layer in facts.of(first) if layer.active and layer.changes_output]
         if layers:
             yield Violation(

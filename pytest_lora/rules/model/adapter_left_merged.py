@@ -8,7 +8,7 @@ from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA203", severity="error", needs=ModelFacts)
+@rule("LORA203", severity="error", needs=ModelFacts, passing=True)
 def adapter_left_merged(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
     """An adapter is merged into the base weights while it should train.
 

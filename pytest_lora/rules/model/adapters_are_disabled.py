@@ -8,7 +8,7 @@ from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA202", severity="error", needs=ModelFacts)
+@rule("LORA202", severity="error", needs=ModelFacts, passing=True)
 def adapters_are_disabled(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
     """Adapters are switched off, so that the forward pass is that of the base alone.
 

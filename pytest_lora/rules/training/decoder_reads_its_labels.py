@@ -48,11 +48,11 @@ def decoder_reads_its_labels(facts: TrainingFacts, expect: Expect) -> Iterator[V
     """
     if facts.custom_loss:
         return
-    told = [known for known in facts.labels if known.labels >= ENOUGH and known.told >= ALIKE]
-    if told:
+    read = [known for known in facts.labels if known.labels >= ENOUGH and known.visible >= ALIKE]
+    if read:
         yield Violation(
-            where=f"{named_batches(told)}: decoder_input_ids",
-            observed=f"{100 * told[0].told:.0f} % of decoder_input_ids equal the label at their own position: "
+            where=f"{named_batches(read)}: decoder_input_ids",
+            observed=f"{100 * read[0].visible:.0f} % of decoder_input_ids equal the label at their own position: "
             "the decoder reads what it is to predict",
             expected="decoder_input_ids shifted right: the start token first, then the labels but the last",
             fix="leave decoder_input_ids out; the model makes them from the labels",

@@ -1,14 +1,12 @@
-"""Small bases and batches under the names that the examples in rule documentation use."""
+"""Small bases and batches."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 from transformers import (
@@ -23,8 +21,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-import pytest_lora
-from tests.rules import folders
+from pytest_lora.bases.examples.folders import save_adapter, scratch
 
 LAYERS = 2
 WIDTH = 64
@@ -51,7 +48,7 @@ def _llama_config(**changes: Any) -> LlamaConfig:
 
 def quantized(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model with its linear layers, the head aside, packed to 4 bits in place."""
-    import bitsandbytes as bnb
+    bnb: Any = import_module("bitsandbytes")
 
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or name in ("lm_head", "score"):
@@ -63,7 +60,7 @@ def quantized(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> n
             module.weight.data, requires_grad=False, quant_type="nf4", module=packed
         )
         model.get_submodule(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], packed.to("cpu"))
-    model.is_loaded_in_4bit = True
+    vars(model)["is_loaded_in_4bit"] = True
     return model
 
 
@@ -117,11 +114,17 @@ def image_batch(rows: int = 4) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(rows, 3, 16, 16), "labels": torch.randint(0, 4, (rows,))}
 
 
+def _classifier() -> nn.Module:
+    build: Any = LlamaForSequenceClassification
+    model: nn.Module = build(_llama_config(num_labels=3))
+    return model
+
+
 BASES: dict[str, Callable[[], nn.Module]] = {
     "base": lambda: LlamaForCausalLM(_llama_config()),
     "base_4bit": lambda: quantized(LlamaForCausalLM(_llama_config())),
     "tied_base": lambda: LlamaForCausalLM(_llama_config(tie_word_embeddings=True)),
-    "classifier_base": lambda: LlamaForSequenceClassification(_llama_config(num_labels=3)),
+    "classifier_base": _classifier,
     "moe_base": lambda: MixtralForCausalLM(
         MixtralConfig(
             vocab_size=VOCABULARY,
@@ -165,51 +168,31 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-@cache
-def names() -> dict[str, Any]:
-    """What an example may use besides the bases: torch, PEFT and this package."""
-    found: dict[str, Any] = {"torch": torch, "nn": nn}
-    found.update({n: getattr(peft, n) for n in ("LoraConfig", "PeftModel", "get_peft_model")})
-    found.update({n: getattr(pytest_lora, n) for n in pytest_lora.__all__})
-    return found
+def made(name: str) -> Any:
+    """A fresh base, batch or configuration, from a fixed seed; random states stay as they are.
+
+    Raises:
+        KeyError: There is none of this name.
+    """
+    build = {**BASES, **BATCHES, **CONFIGS}[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build()
 
 
-class Namespace(dict[str, Any]):
-    """Names for one example; a base or batch is built, from a fixed seed, when it is first mentioned."""
+def adapter(on: nn.Module | None = None, *, folder: Path | None = None, **fields: Any) -> Path:
+    """Save an adapter of a small base, as if it had been trained.
 
-    def __init__(self, scratch: Path) -> None:
-        super().__init__()
-        self.scratch = scratch
+    Args:
+        on: The base; by default a fresh ``base``.
+        folder: Where to put its folder; by default one that is removed when the process ends.
+        fields: Fields of ``LoraConfig``. Those of ``LlamaConfig`` in ``BASE_FIELDS`` make the base another.
 
-    def adapter(self, on: nn.Module | None = None, **fields: Any) -> Path:
-        """Folder of a saved adapter; fields of LlamaConfig among the others make it one of another base."""
-        changes = {name: fields.pop(name) for name in BASE_FIELDS & fields.keys()}
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            base = LlamaForCausalLM(_llama_config(**changes)) if on is None else on
-            return folders.adapter(self.scratch, base, **fields)
-
-    def __missing__(self, name: str) -> Any:
-        if name == "adapter":
-            return self.adapter
-        if name in folders.__all__:
-            return getattr(folders, name)
-        made = {**BASES, **BATCHES, **CONFIGS}
-        if name in made:
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                self[name] = made[name]()
-            return self[name]
-        if name in names():
-            return names()[name]
-        raise KeyError(name)
-
-
-def run(code: str) -> pytest_lora.Report:
-    """Run an example and hand back the report that it made."""
-    with tempfile.TemporaryDirectory() as scratch:
-        namespace = Namespace(Path(scratch))
-        exec(compile(code, "<example>", "exec"), namespace)
-    report = namespace["report"]
-    assert isinstance(report, pytest_lora.Report)
-    return report
+    Returns:
+        The adapter's folder.
+    """
+    changes = {name: fields.pop(name) for name in BASE_FIELDS & fields.keys()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(_llama_config(**changes)) if on is None else on
+        return save_adapter(scratch() if folder is None else folder, base, **fields)

@@ -1,29 +1,24 @@
-"""From facts to exhibits: what a check has seen anyway, arranged for a reader. Nothing is measured here."""
+"""From facts to maps of an adapter: what a check has seen anyway, arranged by layer and kind of module."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import chain, groupby
+from itertools import chain
 from typing import Literal
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.checkpoint import AdaptedModule, CheckpointFacts
 from pytest_lora.facts.config import ConfigFacts, Settings
-from pytest_lora.facts.figures import AdapterMap, CellState, LossCurve, MemoryBudget, WhatIf
-from pytest_lora.facts.history import HistoryFacts
-from pytest_lora.facts.memory import MemoryFacts
+from pytest_lora.facts.figures import AdapterMap, CellState
 from pytest_lora.facts.model import LayerState, ModelFacts
-from pytest_lora.facts.training import LossDrop, TensorFacts, TrainingFacts
+from pytest_lora.facts.training import TensorFacts, TrainingFacts
 
 SHOWN_ADAPTERS = 8
 """Maps of one model; of more adapters the active ones come first."""
-
-POINTS = 400
-"""Losses of a curve that are kept: more than a page has pixels for would only be carried around."""
 
 _LAYER = re.compile(r"^((?:[^.]+\.)*?\d+)\.(.+)$")
 _EXPERT = re.compile(r"\bexperts\.\d+\b")
@@ -78,7 +73,7 @@ def checkpoint_maps(facts: CheckpointFacts) -> tuple[AdapterMap, ...]:
     if not facts.is_judged:
         return ()
     cells = [(one.name.removesuffix(".base_layer"), _saved(one, facts.settings)) for one in facts.adapted]
-    places = [_place(module) for module, _ in cells]
+    places = [place(module) for module, _ in cells]
     if not cells or len({row for row, _ in places}) * len({column for _, column in places}) > MOST_CELLS:
         return ()
     numbers = sum(tensor.numbers for tensor in facts.lora)
@@ -97,61 +92,6 @@ def _saved(module: AdaptedModule, settings: Settings | None) -> Cell:
     size = module.b.values.rms if module.b and module.b.values else None
     state: CellState = "dead" if module.holds_nothing else "live"
     return state, rank, scaling, None, None if size is None else _rounded(size)
-
-
-def drop_curve(title: str, drop: LossDrop) -> LossCurve:
-    """The steps of ``assert_loss_decreases`` with what it compares: the loss before the first and after the last."""
-    return LossCurve(
-        title=title,
-        steps=tuple(range(len(drop.curve))),
-        losses=drop.curve,
-        eval_steps=(),
-        eval_losses=(),
-        window=(0, len(drop.curve)),
-        before=drop.before,
-        after=drop.after,
-        wanted=drop.by,
-    )
-
-
-def history_curve(title: str, facts: HistoryFacts) -> LossCurve:
-    """The losses that a run has logged; the levels at start and end are those that the rules look at."""
-    kept = list(_thinned(facts.train))
-    return LossCurve(
-        title=title,
-        steps=tuple(facts.step(index) for index in kept),
-        losses=tuple(facts.train[index] for index in kept),
-        eval_steps=tuple(one.step for one in facts.evals),
-        eval_losses=tuple(one.loss for one in facts.evals),
-        window=(facts.step(0), max(facts.steps, facts.step(0))),
-        before=facts.curve.start.value if facts.curve else None,
-        after=facts.curve.end.value if facts.curve else None,
-        wanted=None,
-    )
-
-
-def memory_budget(facts: MemoryFacts) -> MemoryBudget:
-    """A predicted step against the memory there is."""
-    estimate = facts.estimate
-    asked = estimate.setting
-    words = [
-        f"{estimate.architecture}, {estimate.batch}, r={estimate.rank}",
-        f"base in {asked.quantization.method if asked.quantization else asked.dtype}",
-        asked.optimizer,
-        *(["gradient checkpointing"] if asked.gradient_checkpointing else []),
-    ]
-    return MemoryBudget(
-        title=", ".join(words),
-        breakdown=tuple((name, size) for name, size in estimate.breakdown.items() if size),
-        peak_allocated=estimate.peak_allocated,
-        peak_reserved=estimate.peak_reserved,
-        budget=facts.budget,
-        peak_at=f"{estimate.peak_phase}, {estimate.peak_operation}",
-        what_if=tuple(
-            WhatIf(one.change, one.peak_allocated, one.peak_allocated <= facts.budget)
-            for one in facts.alternatives
-        ),
-    )
 
 
 class _Steps:
@@ -207,12 +147,12 @@ def _mapped(
     """Arrange an adapter's modules by layer and kind; without a base none is missing."""
     cells: dict[tuple[str, str], list[Cell]] = {}
     for module, cell in modules:
-        cells.setdefault(_place(module), []).append(cell)
+        cells.setdefault(place(module), []).append(cell)
     adapted = {column for _, column in cells}
     stacks = {_stack(row) for row, _ in cells}
     # In the order of the base; fused parameters are no modules of it.
     names = chain((m.name for m in base.modules), (p.name for p in base.fused)) if base else ()
-    known = [_place(name) for name in names]
+    known = [place(name) for name in names]
     places = [place for place in known if place[1] in adapted and _stack(place[0]) in stacks]
     places += cells
     rows = tuple(dict.fromkeys(row for row, _ in places))
@@ -241,7 +181,7 @@ def _mapped(
 
 
 @lru_cache(8192)
-def _place(module: str) -> tuple[str, str]:
+def place(module: str) -> tuple[str, str]:
     """The layer that a module is in, and its name there."""
     name = _EXPERT.sub("experts.*", module)
     found = _LAYER.match(name)
@@ -273,16 +213,3 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
-
-
-def _thinned(losses: Sequence[float]) -> Iterator[int]:
-    """Indices of the losses to keep: of each stretch the lowest and the highest, and all that are not finite there."""
-    size = max(1, math.ceil(2 * len(losses) / POINTS))
-    if size < 3:
-        yield from range(len(losses))
-        return
-    for _, group in groupby(range(len(losses)), key=lambda index: index // size):
-        stretch = list(group)
-        finite = [index for index in stretch if math.isfinite(losses[index])]
-        ends = {min(finite, key=losses.__getitem__), max(finite, key=losses.__getitem__)} if finite else set()
-        yield from sorted(ends | set(sorted(set(stretch) - set(finite))[:1]))

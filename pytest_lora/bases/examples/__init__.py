@@ -1,0 +1,101 @@
+"""Small bases, batches and saved adapters, under the names that the examples of rules use.
+
+``from pytest_lora.bases.examples import base, batch`` gives a fresh base, and a batch for it, each time it is asked.
+Nothing heavy is imported before.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+from collections.abc import Iterator
+from typing import Any
+
+_MODELS = (
+    "base",
+    "base_4bit",
+    "tied_base",
+    "classifier_base",
+    "moe_base",
+    "gpt2_base",
+    "fused_moe_base",
+    "vision_language_base",
+    "torch_attention_base",
+    "batchnorm_base",
+    "batch",
+    "classifier_batch",
+    "image_batch",
+    "llama_7b",
+    "fused_moe",
+)
+_FUNCTIONS = {
+    "models": ("adapter", "quantized"),
+    "folders": (
+        "add_base_weights",
+        "configure",
+        "cut",
+        "edit",
+        "pickle_weights",
+        "remove",
+        "rename",
+        "write",
+        "write_sparse",
+    ),
+    "ranks": ("step_in_ddp", "step_without_synchronisation"),
+}
+__all__ = sorted((*_MODELS, *(name for names in _FUNCTIONS.values() for name in names)))
+
+_FROM = {"torch": "", "nn": "torch", **dict.fromkeys(("LoraConfig", "PeftModel", "get_peft_model"), "peft")}
+"""Names of other packages that an example may use without an import, and where they come from."""
+
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _MODELS:
+        return import_module(f"{__name__}.models").made(name)
+    for module, names in _FUNCTIONS.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def runnable(doc: str) -> str:
+    """The documentation of a rule, its examples with the imports that they need, so that they run as they stand."""
+    return _BLOCK.sub(lambda block: f"```python\n{with_imports(block[1])}```", doc)
+
+
+def with_imports(code: str) -> str:
+    """An example with the imports of what it uses and does not define."""
+    lines = sorted(set(_imports(code)))
+    return "\n".join([*lines, "", code]) if lines else code
+
+
+def _imports(code: str) -> Iterator[str]:
+    import pytest_lora
+
+    public = {name for name in dir(pytest_lora) if not name.startswith("_")}
+    for name in _used(ast.parse(code)):
+        if name in _FROM:
+            home = _FROM[name]
+            yield f"from {home} import {name}" if home else f"import {name}"
+        elif name in public:
+            yield f"from pytest_lora import {name}"
+        elif name in __all__:
+            yield f"from {__name__} import {name}"
+
+
+def _used(tree: ast.Module) -> Iterator[str]:
+    """Names that a statement reads and none before it has bound."""
+    bound = set(dir(builtins))
+    for statement in tree.body:
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        yield from {node.id for node in names if isinstance(node.ctx, ast.Load)} - bound
+        bound |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            bound |= {(alias.asname or alias.name).partition(".")[0] for alias in statement.names}
+        elif isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(statement.name)

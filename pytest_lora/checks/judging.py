@@ -1,0 +1,37 @@
+"""From facts to a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.figures import Figure
+from pytest_lora.facts.measures import Measures
+from pytest_lora.findings import Finding, Report
+from pytest_lora.rules import judge
+from pytest_lora.rules.selection import selected
+
+
+def report_on(
+    subject: str,
+    facts: Iterable[object],
+    expect: Expect,
+    select: Iterable[str],
+    ignore: Iterable[str],
+    figures: tuple[Figure, ...] = (),
+    measured: Measures = (),
+) -> Report:
+    """What the rules say of facts, as far as it is selected."""
+    return reported(subject, judge(facts, expect), select, ignore, figures, measured)
+
+
+def reported(
+    subject: str,
+    findings: Iterable[Finding],
+    select: Iterable[str],
+    ignore: Iterable[str],
+    figures: tuple[Figure, ...] = (),
+    measured: Measures = (),
+) -> Report:
+    """A report on findings, as far as they are selected."""
+    return Report(subject, tuple(selected(findings, select, ignore)), figures, measured)

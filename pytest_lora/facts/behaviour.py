@@ -1,0 +1,128 @@
+"""What a model did when it was saved and loaded, merged, padded or switched off, on copies of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadFacts:
+    """An adapter that was saved, and loaded on a fresh base.
+
+    Attributes:
+        refusal: What loading raised; None where it loaded, and the rest is known.
+        lost: Trained tensors that are not in the saved adapter.
+        changed: Tensors of the adapter with other values or shapes after loading.
+        foreign: Tensors of the given base that differ from those under the adapter.
+        recast: Tensors of the adapter with the same values in another dtype.
+        dtypes: Dtype of the first of these before and after; None where there is none.
+        apart: Largest difference of the outputs; 0 where they are equal bit for bit.
+    """
+
+    refusal: str | None = None
+    lost: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    recast: tuple[str, ...] = ()
+    dtypes: tuple[str, str] | None = None
+    apart: float = 0.0
+
+    @property
+    def tensors_differ(self) -> bool:
+        """Whether a tensor explains a difference of the outputs."""
+        return bool(self.lost or self.changed or self.foreign or self.recast)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeFacts:
+    """Adapters that were merged, unmerged and unloaded.
+
+    Attributes:
+        refusal: What PEFT raised for the merge; None where it merged.
+        unmerged: LoRA layers that were not merged then.
+        quantized: LoRA layers over quantized weights.
+        apart: Largest difference of the output after the merge.
+        effect: Largest difference that the adapter itself makes.
+        tolerance: The relative tolerance, and the difference that it allows here.
+        damaged: Tensors that unmerging did not restore.
+        restored_steps: Rounding steps within which a tensor counts as restored.
+        left_over: Tensors of the base that differ after ``unload()``.
+    """
+
+    refusal: str | None = None
+    unmerged: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = ()
+    apart: float = 0.0
+    effect: float = 0.0
+    tolerance: tuple[float, float] = (0.0, 0.0)
+    damaged: tuple[str, ...] = ()
+    restored_steps: int = 0
+    left_over: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """A second adapter that changes the output of the first.
+
+    Attributes:
+        adapters: The adapters that were active.
+        apart: Largest difference of their output.
+        when: After what.
+    """
+
+    adapters: tuple[str, ...]
+    apart: float
+    when: str
+
+
+@dataclass(frozen=True, slots=True)
+class LawFacts:
+    """How far a model is from the laws of LoRA; None for a law that it keeps, or that does not apply.
+
+    Attributes:
+        disabled: Largest difference between the output with adapters disabled and that of the base.
+        zeroed: Largest difference that adapters with ``lora_B = 0`` make.
+        nonlinear: LoRA layers that do not act in proportion to the scaling, and how far each is off.
+        padded: LoRA layers that act otherwise with zeros padded to their rank, and how far each is off.
+        leak: A second adapter that changes the first.
+        loads_as_it_is: Whether saving and loading it is meant to be exact.
+    """
+
+    disabled: float | None = None
+    zeroed: float | None = None
+    nonlinear: tuple[tuple[str, float], ...] = ()
+    padded: tuple[tuple[str, float], ...] = ()
+    leak: Leak | None = None
+    loads_as_it_is: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class WeightDifference:
+    """A weight that is not the same on all ranks.
+
+    Attributes:
+        name: Its name.
+        ranks: Ranks on which it is unlike on rank 0.
+        kind: ``"missing"`` (some ranks lack it), ``"form"`` (another shape or dtype) or ``"values"``.
+        largest: Largest difference of its values; None for the other kinds.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    kind: str
+    largest: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SyncFacts:
+    """The adapter on all ranks of a process group.
+
+    Attributes:
+        ranks: Number of ranks.
+        weights: Number of weights that were compared.
+        differences: Those that differ.
+    """
+
+    ranks: int
+    weights: int
+    differences: tuple[WeightDifference, ...]

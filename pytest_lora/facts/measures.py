@@ -1,0 +1,81 @@
+"""Numbers of one check that a baseline compares: exact, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.facts.figures.adapter_maps import place
+from pytest_lora.facts.memory import MemoryEstimate
+from pytest_lora.facts.model import ModelFacts
+from pytest_lora.facts.training import LossDrop
+
+Measures = tuple[tuple[str, int | float], ...]
+"""Pairs of a name and a number."""
+
+
+def of_model(facts: ModelFacts) -> Measures:
+    """Trainable parameters, and the scaling of every kind of module under every adapter."""
+    found: list[tuple[str, int | float]] = []
+    for adapter in facts.adapters:
+        layers = facts.of(adapter)
+        if layers:
+            found.append((f"trainable parameters with {adapter}", facts.trainable_parameters))
+            found += _scalings(adapter, ((layer.module, layer.scaling) for layer in layers))
+    return tuple(found)
+
+
+def of_config(facts: ConfigFacts) -> Measures:
+    """Trainable parameters, and the scaling of every kind of module; none where PEFT refuses the configuration."""
+    if not facts.layers:
+        return ()
+    trainable = (f"trainable parameters with {facts.adapter}", facts.trainable_parameters)
+    scalings = _scalings(facts.adapter, ((layer.module, layer.scaling) for layer in facts.layers))
+    return (trainable, *scalings)
+
+
+def of_checkpoint(facts: CheckpointFacts) -> Measures:
+    """Saved parameters, and the scaling of every kind of module."""
+    if not facts.is_judged or not facts.adapted:
+        return ()
+    saved = (f"saved parameters with {facts.name}", sum(tensor.numbers for tensor in facts.lora))
+    settings = facts.settings
+    if settings is None:
+        return (saved,)
+    scaled = (
+        (one.name.removesuffix(".base_layer"), scaling)
+        for one in facts.adapted
+        if (scaling := settings.scaling_of(one.name)) is not None
+    )
+    return (saved, *_scalings(facts.name, scaled))
+
+
+def of_memory(estimate: MemoryEstimate) -> Measures:
+    """The predicted peak, in bytes."""
+    return (("predicted peak", estimate.peak_allocated),)
+
+
+def of_drop(drop: LossDrop) -> Measures:
+    """The loss before and after, and its relative drop, where they are numbers."""
+    steps = len(drop.curve)
+    pairs = {
+        f"loss before {steps} steps": drop.before,
+        f"loss after {steps} steps": drop.after,
+        f"loss drop within {steps} steps": drop.drop,
+    }
+    return tuple((name, value) for name, value in pairs.items() if value == value)
+
+
+def _scalings(adapter: str, scaled: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
+    """The scaling of each kind of module, the smallest and the largest where they differ."""
+    kinds: dict[str, set[float]] = {}
+    for module, scaling in scaled:
+        kinds.setdefault(place(module)[1], set()).add(scaling)
+    for kind, values in kinds.items():
+        name = f"scaling of {kind} in {adapter}"
+        if len(values) == 1:
+            yield name, min(values)
+        else:
+            yield f"{name}, smallest", min(values)
+            yield f"{name}, largest", max(values)

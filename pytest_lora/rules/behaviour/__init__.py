@@ -1,0 +1,1 @@
+"""Rules on behaviour (codes 9xx): properties pinned by a test, round trips, laws, resumption, ranks in sync."""

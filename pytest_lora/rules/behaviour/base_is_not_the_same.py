@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.behaviour import ReloadFacts
+from pytest_lora.findings import grouped
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA914", severity="error", needs=ReloadFacts)
+def base_is_not_the_same(facts: ReloadFacts, expect: Expect) -> Iterator[Violation]:
+    """The base that is loaded differs from the base under the trained adapter.
+
+    ## What it does
+    Compares the weights and buffers of the base that is given with those under the adapter.
+
+    ## Why is this bad?
+    An adapter is a difference to one base. On another one it means something else, and nothing says so.
+
+    ## Example
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    report = check_reload(model, batch, base=type(base)(base.config))
+    ```
+
+    ## Use instead
+    ```python
+    from copy import deepcopy
+
+    fresh = deepcopy(base)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    report = check_reload(model, batch, base=fresh)
+    ```
+
+    ## References
+    - https://huggingface.co/docs/peft/developer_guides/checkpoint
+    """
+    if facts.foreign:
+        yield Violation(
+            where=grouped(facts.foreign),
+            observed=f"{len(facts.foreign)} tensors of the base differ from the base under the trained adapter",
+            expected="the base on which the adapter was trained, weights and buffers alike",
+            fix="load the adapter on the very base and quantization that it was trained on; modules that changed in "
+            "training (BatchNorm statistics, a new head) go into modules_to_save",
+        )

@@ -1,0 +1,1 @@
+"""Rules on rank sweeps (codes 94x)."""
