@@ -5,35 +5,31 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 
 import pytest_lora
-from tests.rules.bases import Namespace
+from pytest_lora.bases import examples
 from tests.rules.remedies.words import Step
 
 CONFIG_FIELDS = frozenset(LoraConfig.__dataclass_fields__)
-KNOWN = frozenset({"torch", "nn", *pytest_lora.__all__})
+KNOWN = frozenset({"torch", "nn", *pytest_lora.__all__, *examples.__all__})
 MEANT = "meant"
 """The variable that holds what an example compares with; no fix changes it."""
 
 
-@contextmanager
-def executed(source: str) -> Iterator[Namespace]:
-    """The names of a script after it ran, from fixed random numbers; its files live as long as the context."""
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+def executed(source: str) -> dict[str, Any]:
+    """The names of a script after it ran, from fixed random numbers."""
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        namespace = Namespace(Path(scratch))
         torch.manual_seed(0)
-        exec(compile(source, "<script>", "exec"), namespace)
-        yield namespace
+        exec(compile(examples.with_imports(source), "<script>", "exec"), names)
+    return names
 
 
 def mended(source: str, steps: Iterable[Step]) -> str | None:

@@ -45,8 +45,8 @@ def mends(judged: str, source: str, way: int) -> bool:
 
 def outcome(source: str) -> tuple[tuple[Finding, ...], set[str]]:
     """The findings of a script, and what the user has in it."""
-    with executed(source) as names:
-        return names["report"].findings, possessions(names)
+    names = executed(source)
+    return names["report"].findings, possessions(names)
 
 
 def of(judged: str, findings: Iterable[Finding]) -> list[Finding]:
