@@ -10,6 +10,19 @@ if TYPE_CHECKING:
     from pytest_lora.facts.config import Settings
 
 
+CAST_TRAINED = "for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data"
+
+START_ANEW = (
+    "start the adapter anew: for layer in model.modules(): hasattr(layer, 'reset_lora_parameters') and "
+    "layer.reset_lora_parameters({active!r}, True)"
+)
+
+
+def optimizer_anew(rate: float) -> str:
+    """An optimizer that holds what trains, with a learning rate."""
+    return f"optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr={rate:g})"
+
+
 def assigned(**fields: object) -> str:
     """``"r=8, target_modules=['q_proj']"``: fields as they are written in a call of ``LoraConfig``."""
     return ", ".join(f"{name}={_written(value)}" for name, value in fields.items())
@@ -49,6 +62,7 @@ def ranked(settings: Settings, module: str, rank: int) -> dict[str, object]:
         {"r": rank} if key is None else {"rank_pattern": {**dict(settings.rank_pattern), key: rank}}
     )
     return {**fields, **scaled(settings, module, settings.scaling_of(module) or 2.0, rank)}
+
 
 START_FRESH = "start fresh with this configuration, or go on with that of the checkpoint"
 

@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.model import ModelFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import CAST_TRAINED
 
 
 @rule("LORA206", severity="error", needs=ModelFacts)
@@ -59,7 +60,7 @@ def trained_weights_are_float16(facts: ModelFacts, expect: Expect) -> Iterator[V
                 else "convert the base before get_peft_model, not after, and keep "
                 "autocast_adapter_dtype; here "
             )
-            + "cast what trains: for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data",
+            + f"cast what trains: {CAST_TRAINED}",
         )
 
 

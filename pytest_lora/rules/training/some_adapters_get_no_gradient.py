@@ -63,7 +63,7 @@ def some_adapters_get_no_gradient(facts: TrainingFacts, expect: Expect) -> Itera
             fix=(
                 "leave these modules out of target_modules, or let the forward pass call them and not their weights"
                 if reason
-                else "look for .detach() or torch.no_grad() in or behind these modules, or leave them out of "
+                else "look for detach or torch.no_grad in or behind these modules, or leave them out of "
                 "target_modules"
             )
             if severity == "warning"

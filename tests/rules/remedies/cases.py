@@ -142,8 +142,54 @@ MODELS = [
 ]
 """The rule, and a script with a faulty model."""
 
+TRAINABLE = "[p for p in model.parameters() if p.requires_grad]"
+
+
+def training(change: str = "", optimizer: str = "AdamW", **options: float) -> str:
+    """A script that checks a training, with a change of the model or the batch and the options of the optimizer."""
+    given = ", ".join(f"{name}={value!r}" for name, value in {"lr": 1e-3, **options}.items())
+    made = f"optimizer = torch.optim.{optimizer}({TRAINABLE}, {given})"
+    return f"{ADAPTED}{change}\n{made}\nreport = check_training(model, batch, optimizer=optimizer)"
+
+
+TRAININGS = [
+    ("LORA303", training(optimizer="SGD", lr=0.0)),
+    (
+        "LORA303",
+        f"{ADAPTED}report = check_loss_decreases(model, batch, learning_rate=0.0, ignore=['LORA316'])",
+    ),
+    ("LORA304", training(optimizer="SGD", lr=1e4)),
+    ("LORA305", training(eps=1e4)),
+    ("LORA306", training(lr=10.0, weight_decay=0.01)),
+    ("LORA306", training(lr=10.0, weight_decay=20.0)),
+    (
+        "LORA308",
+        training("model.half()")
+        .replace("optimizer=optimizer", "optimizer=optimizer, scaler=scaler")
+        .replace("report =", "scaler = torch.amp.GradScaler('cpu', init_scale=64.0)\nreport ="),
+    ),
+    ("LORA313", training("model.requires_grad_(False)").replace(TRAINABLE, "list(model.parameters())")),
+    ("LORA313", training("model.merge_adapter()")),
+    (
+        "LORA313",
+        training("model.base_model.disable_adapter_layers()").replace(TRAINABLE, "list(model.parameters())"),
+    ),
+    ("LORA313", training("for n, p in model.named_parameters():\n    'lora_A' in n and p.data.zero_()")),
+    ("LORA313", training().replace("lora_alpha=16", "lora_alpha=0")),
+    ("LORA313", training().replace("lora_alpha=16", "lora_dropout=1.0")),
+    (
+        "LORA321",
+        training(
+            "batch['input_ids'][:, 6:] = 0\nbatch.pop('attention_mask')\n"
+            "batch['labels'] = batch['input_ids'].clone()"
+        ),
+    ),
+]
+"""The rule, and a script with a faulty training."""
+
 CASES = [
     *MODELS,
+    *TRAININGS,
     *((code, configuration(base, fields)) for code, base, fields in CONFIGURATIONS),
     *((code, configuration(base, fields, expect)) for code, base, fields, expect in MEANT),
 ]

@@ -98,7 +98,8 @@ def _value(text: str, start: int) -> int | None:
     if quote:
         end = _quoted(text, quote.end())
     elif text[start : start + 1] in _CLOSING:
-        end = _balanced(text, start)
+        closed = _balanced(text, start)
+        end = None if closed is None else _trailers(text, closed)
     else:
         literal = _LITERAL.match(text, start)
         end = _trailers(text, literal.end()) if literal else None
