@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.facts.checkpoint import Key
+
 if TYPE_CHECKING:
     from pytest_lora.expect import Expect
+    from pytest_lora.facts.checkpoint import CheckpointFacts
     from pytest_lora.facts.config import Settings
 
 
@@ -65,6 +68,26 @@ def ranked(settings: Settings, module: str, rank: int) -> dict[str, object]:
 
 
 START_FRESH = "start fresh with this configuration, or go on with that of the checkpoint"
+
+
+def name_in_keys(facts: CheckpointFacts) -> str | None:
+    """What to do where the adapter is called as a part of its modules is.
+
+    Older PEFT takes ``.name`` out of every key while it saves, and so out of the names of the modules, too. It saves
+    an adapter into a folder of its name.
+    """
+    part = f".{facts.name}"
+    if facts.fit is None or not facts.adapted:
+        return None
+    wanted = {Key.of(name).module for name in facts.fit.wanted if ".lora_" in name}
+    held = {module.name for module in facts.adapted}
+    lost = held - wanted
+    if not lost or not lost <= {module.replace(part, "") for module in wanted}:
+        return None
+    return (
+        f"the adapter is called {facts.name!r}, as its modules are, and older PEFT takes that out of the keys: save it "
+        "from the trained model under another name"
+    )
 
 
 def lower_rate(learning_rate: float | None, divisor: int) -> str:

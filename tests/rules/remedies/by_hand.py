@@ -7,6 +7,11 @@ _ORDER = "two calls of the user's code have to change places, or one has to go"
 _LOSS_FUNCTION = "the loss function, or the loop around it, is the user's own code"
 _DATA = "the code that makes the data is the user's own"
 
+_FILE = "the file has to be saved, fetched or converted again"
+_OTHER_FILES = "files of the folder have to be moved or removed"
+_TRAINING_KNOWS = "only the training knows the value"
+_OTHER_BASE = "the base that the adapter was trained on has to be loaded"
+
 BY_HAND: dict[str, str] = {
     "LORA130": _LOADED_ANEW,
     "LORA205": _ORDER,
@@ -33,4 +38,38 @@ BY_HAND: dict[str, str] = {
     "LORA328": _DATA,
     "LORA334": _LOADED_ANEW,
     "LORA338": "it is an info that asks for no change",
+    "LORA401": _FILE,
+    "LORA402": _FILE,
+    "LORA403": _FILE,
+    "LORA404": _FILE,
+    "LORA405": _OTHER_FILES,
+    "LORA406": _OTHER_FILES,
+    "LORA407": _FILE,
+    "LORA411": _FILE,
+    "LORA412": _FILE,
+    "LORA413": _TRAINING_KNOWS,
+    "LORA414": _TRAINING_KNOWS,
+    "LORA415": "it is an info that asks for no change",
+    "LORA421": _FILE,
+    "LORA422": _FILE,
+    "LORA423": _FILE,
+    "LORA424": _FILE,
+    "LORA425": _OTHER_BASE,
+    "LORA426": _FILE,
+    "LORA428": _FILE,
+    "LORA429": _FILE,
+    "LORA432": _FILE,
+    "LORA433": _OTHER_BASE,
+    "LORA435": _FILE,
+    "LORA441": _VALUES_ARE_LOST,
+    "LORA442": _VALUES_ARE_LOST,
+    "LORA443": _FILE,
+    "LORA444": _VALUES_ARE_LOST,
+    "LORA451": _OTHER_BASE,
+    "LORA452": _TRAINING_KNOWS,
 }
+
+STAGES_BY_HAND = {
+    "history": "the run is over; only the next one shows what a change does",
+}
+"""Stages of which no fix can be applied, and why."""

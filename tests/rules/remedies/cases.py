@@ -187,8 +187,48 @@ TRAININGS = [
 ]
 """The rule, and a script with a faulty training."""
 
+KEPT = "lambda tensors: {k: v for k, v in tensors.items() if %s}"
+
+CHECKPOINTS = [
+    ("LORA415", "path = adapter()\nconfigure(path, peft_type='LOHA')\nreport = check_checkpoint(path)"),
+    ("LORA414", "path = adapter()\nconfigure(path, peft_type=None)\nreport = check_checkpoint(path)"),
+    (
+        "LORA425",
+        "path = adapter(use_dora=True)\nconfigure(path, use_dora=False)\nreport = check_checkpoint(path, base)",
+    ),
+    (
+        "LORA425",
+        "path = adapter(use_dora=True)\nconfigure(path, use_dora=False)\nreport = check_checkpoint(path)",
+    ),
+    (
+        "LORA425",
+        "path = adapter()\nconfigure(path, target_modules=['q_proj'])\nreport = check_checkpoint(path, base)",
+    ),
+    (
+        "LORA425",
+        "path = adapter()\nconfigure(path, layers_to_transform=[0])\nreport = check_checkpoint(path)",
+    ),
+    (
+        "LORA431",
+        "path = adapter(rank_pattern={'v_proj': 4})\nconfigure(path, rank_pattern={})\n"
+        "report = check_checkpoint(path)",
+    ),
+    (
+        "LORA431",
+        "path = adapter(rank_pattern={'v_proj': 4})\nconfigure(path, rank_pattern={'v_proj': 2})\n"
+        "report = check_checkpoint(path)",
+    ),
+    (
+        "LORA452",
+        "path = adapter()\nbase.name_or_path = 'org/llama'\nconfigure(path, base_model_name_or_path=None)\n"
+        "report = check_checkpoint(path, base)",
+    ),
+]
+"""The rule, and a script with a faulty saved adapter."""
+
 CASES = [
     *MODELS,
+    *CHECKPOINTS,
     *TRAININGS,
     *((code, configuration(base, fields)) for code, base, fields in CONFIGURATIONS),
     *((code, configuration(base, fields, expect)) for code, base, fields, expect in MEANT),

@@ -78,6 +78,9 @@ def _set_keyword(tree: ast.Module, step: Step) -> bool:
     takers = written or configs or [call for call in _report_calls(tree) if _takes(call, name)]
     for call in takers:
         _put(call, name, step.node.value)
+    if not takers and name in CONFIG_FIELDS and "path" in _names_known(tree):
+        tree.body.insert(_place(tree, step), ast.parse(f"configure(path, {step.code})").body[0])
+        return True
     return bool(takers)
 
 
