@@ -52,7 +52,7 @@ def bypassed(lora_model):
 
 
 def test_every_module_trains(bypassed, lora_batch):
-    assert_lora_healthy(bypassed, batch=lora_batch)
+    assert_lora_healthy(bypassed, batches=lora_batch)
 
 
 def test_loss_falls(lora_model, lora_batch):

@@ -154,7 +154,7 @@ class Report:
         return replace(self, measured=())
 
     def to_json(self) -> str:
-        """The report as one JSON object: ``subject``, ``ok``, ``findings``; also ``measured`` and ``figures`` if any."""
+        """The report as one JSON object: ``subject``, ``ok``, ``findings``, and any ``measured`` and ``figures``."""
         data: dict[str, object] = {
             "subject": self.subject,
             "ok": self.ok,

@@ -92,7 +92,7 @@ def test_a_rate_and_an_optimizer_exclude_each_other() -> None:
     model = adapted()
     with pytest.raises(ValueError, match="lr is for the optimizer that is made here"):
         assert_loss_decreases(
-            model, language_batch(), lr=1.0, optimizer=torch.optim.SGD(model.parameters(), 1.0)
+            model, language_batch(), learning_rate=1.0, optimizer=torch.optim.SGD(model.parameters(), 1.0)
         )
 
 
@@ -278,20 +278,20 @@ def test_gradients_of_fresh_a_arrive_with_the_second_step() -> None:
 
 def test_assert_lora_healthy_with_a_batch_also_trains() -> None:
     model = adapted(lora_dropout=0.1)
-    assert not assert_lora_healthy(model, batch=language_batch(), steps=2).errors
+    assert not assert_lora_healthy(model, batches=language_batch(), steps=2).errors
     batch = language_batch()
     batch["labels"].fill_(-100)
     assert not assert_lora_healthy(model).errors
     with pytest.raises(LoraHealthError, match="LORA320"):
-        assert_lora_healthy(model, batch=batch)
-    assert not assert_lora_healthy(model, batch=batch, ignore=["LORA320"]).errors
+        assert_lora_healthy(model, batches=batch)
+    assert not assert_lora_healthy(model, batches=batch, ignore=["LORA320"]).errors
 
 
 def test_assert_lora_healthy_hears_of_the_optimizer_once() -> None:
     model = adapted()
     optimizer = torch.optim.AdamW(BASES["base"]().parameters(), lr=1e-3)
     with pytest.raises(LoraHealthError) as raised:
-        assert_lora_healthy(model, batch=language_batch(), optimizer=optimizer)
+        assert_lora_healthy(model, batches=language_batch(), optimizer=optimizer)
     assert [f.code for f in raised.value.report.errors].count("LORA302") == 1
 
 

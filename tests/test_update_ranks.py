@@ -93,20 +93,20 @@ def two_adapters() -> Any:
 @pytest.mark.parametrize("build", LANGUAGE.values(), ids=LANGUAGE)
 def test_healthy_language_models(build: Callable[[], Any]) -> None:
     torch.manual_seed(0)
-    report = assert_adapter_shapes(build(), batch=language_batch())
+    report = assert_adapter_shapes(build(), batches=language_batch())
     assert not report.findings, str(report)
 
 
 @pytest.mark.parametrize(("build", "batch"), SINGLE.values(), ids=SINGLE)
 def test_healthy_layers(build: Callable[[], Any], batch: Callable[[], torch.Tensor]) -> None:
     torch.manual_seed(0)
-    report = assert_adapter_shapes(build(), batch=[batch()], loss_fn=squares)
+    report = assert_adapter_shapes(build(), batches=[batch()], loss_fn=squares)
     assert not report.findings, str(report)
 
 
 def test_the_built_in_base() -> None:
     model = get_peft_model(load_tiny(), LoraConfig(r=4, target_modules="all-linear"))
-    assert not assert_adapter_shapes(model, "all-linear", batch=text_batch()).findings
+    assert not assert_adapter_shapes(model, "all-linear", batches=text_batch()).findings
 
 
 def layer_of(model: Any) -> Any:
@@ -115,7 +115,7 @@ def layer_of(model: Any) -> Any:
 
 def failure(model: Any, batch: Any = None, **options: Any) -> str:
     with pytest.raises(LoraHealthError) as caught:
-        assert_adapter_shapes(model, batch=language_batch() if batch is None else batch, **options)
+        assert_adapter_shapes(model, batches=language_batch() if batch is None else batch, **options)
     return str(caught.value)
 
 
@@ -183,10 +183,10 @@ def test_an_update_that_can_not_be_measured_is_said() -> None:
         raise NotImplementedError
 
     layer.get_delta_weight = refuse
-    assert not assert_adapter_shapes(model, batch=language_batch()).findings, "the factors tell it"
+    assert not assert_adapter_shapes(model, batches=language_batch()).findings, "the factors tell it"
 
     layer.get_delta_weight = lambda adapter: torch.full((64, 64), float("nan"))
-    (info,) = assert_adapter_shapes(model, batch=language_batch()).findings
+    (info,) = assert_adapter_shapes(model, batches=language_batch()).findings
     assert info.severity == "info"
     assert info.where == "model.layers.0.self_attn.q_proj"
     assert info.observed == "the rank of the update was not measured: it is not finite"
@@ -211,7 +211,7 @@ def test_bad_arguments_are_named_before_any_work(
 @pytest.mark.parametrize("batch", [3, "text", [], torch.ones(3)])
 def test_a_batch_of_another_form(batch: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"^batch"):
-        assert_adapter_shapes(adapted(), batch=batch)
+        assert_adapter_shapes(adapted(), batches=batch)
 
 
 # Scales under another initialisation (LORA338).
@@ -259,4 +259,4 @@ def test_packed_weights_are_unpacked_for_their_norm() -> None:
 
 def test_batch_normalised_images_pass() -> None:
     model = adapted("batchnorm_base", target_modules=["conv"], modules_to_save=["head"])
-    assert not assert_adapter_shapes(model, batch=image_batch()).findings
+    assert not assert_adapter_shapes(model, batches=image_batch()).findings

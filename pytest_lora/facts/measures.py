@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 from pytest_lora.facts.checkpoint import CheckpointFacts
@@ -57,14 +58,8 @@ def of_memory(estimate: MemoryEstimate) -> Measures:
 
 
 def of_drop(drop: LossDrop) -> Measures:
-    """The loss before and after, and its relative drop, where they are numbers."""
-    steps = len(drop.curve)
-    pairs = {
-        f"loss before {steps} steps": drop.before,
-        f"loss after {steps} steps": drop.after,
-        f"loss drop within {steps} steps": drop.drop,
-    }
-    return tuple((name, value) for name, value in pairs.items() if value == value)
+    """The relative drop of the loss, where it is a number."""
+    return ((f"loss drop within {len(drop.curve)} steps", drop.drop),) if math.isfinite(drop.drop) else ()
 
 
 def _scalings(adapter: str, scaled: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:

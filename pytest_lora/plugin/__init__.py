@@ -72,6 +72,10 @@ def pytest_configure(config: pytest.Config) -> None:
     from pytest_lora.plugin.session_options import options_of
 
     options = options_of(config)
+    if options.select or options.ignore or options.strict:
+        from pytest_lora.plugin import selections
+
+        selections.enable(config)
     if options.adapters or names_adapters:
         from pytest_lora.plugin import adapter_items
 

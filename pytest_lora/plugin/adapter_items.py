@@ -19,6 +19,7 @@ from pytest_lora.findings import Finding, LoraHealthWarning, Report
 from pytest_lora.plugin.options import ADAPTER_FILES
 from pytest_lora.plugin.session_options import options_of
 from pytest_lora.rules.checkpoint import GROUPS, group_of
+from pytest_lora.rules.selection import in_force
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -227,7 +228,7 @@ class AdapterItem(pytest.Item):
         report = whole.with_findings(f for f in whole.findings if group_of(f.code) == self.name)
         delivered.append(report)
         strict = [str(finding) for finding in report.warnings if self._is_strict(finding)]
-        if not report.ok:
+        if not report.ok or (in_force().strict and report.warnings):
             raise LoraHealthError(report)
         if strict:
             raise LoraHealthWarning("\n\n".join(strict))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_lora.facts.figures import AdapterMap, Figure, LossCurve, MemoryBudget
 from pytest_lora.plugin.gpu import report as gpu_report
 from pytest_lora.plugin.summary import reports_by_test
 from pytest_lora.report.baseline import (
@@ -66,7 +65,7 @@ class BaselineGate:
         self._changes: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep what tells of measurements."""
+        """Keep what was measured."""
         self._reports.append(report)
 
     @pytest.hookimpl(trylast=True)
@@ -91,16 +90,16 @@ class BaselineGate:
         terminalreporter.ensure_newline()
         terminalreporter.section("LoRA baseline")
         lines = (
-            self._told_update() if self._update else self._told(terminalreporter.config.get_verbosity() > 0)
+            self._update_lines() if self._update else self._comparison(terminalreporter.config.get_verbosity() > 0)
         )
         for line in lines:
             terminalreporter.write_line(line, red=line.endswith("regression"))
 
-    def _told_update(self) -> Iterator[str]:
+    def _update_lines(self) -> Iterator[str]:
         yield from self._changes or ["nothing changed"]
         yield f"written to {self._path}" if self._changes else f"{self._path} stays as it is"
 
-    def _told(self, whole: bool) -> Iterator[str]:
+    def _comparison(self, whole: bool) -> Iterator[str]:
         """Rows that differ, all of them with -v, and how many there are of each kind."""
         shown = [row for row in self._rows if whole or row.verdict != "same"]
         if shown:
@@ -114,7 +113,13 @@ class BaselineGate:
             if numbers
             else f"nothing was measured that could be compared with {self._path}"
         )
-        if count["regression"] or count["new"]:
+        if count["regression"]:
+            verb = "quantity has" if count["regression"] == 1 else "quantities have"
+            yield (
+                f"FAILED: {count['regression']} {verb} regressed; "
+                "if this is meant, --lora-update-baseline writes it to the file"
+            )
+        elif count["new"]:
             yield "if this is meant, --lora-update-baseline writes it to the file"
 
 
@@ -138,33 +143,12 @@ def of_reports(reports: Iterable[Report]) -> dict[str, Value]:
     kept = list(reports)
     values: defaultdict[str, list[Value]] = defaultdict(list)
     for report in kept:
-        for figure in report.figures:
-            for name, value in _quantities(figure):
-                if value not in values[name]:
-                    values[name].append(value)
+        for name, value in report.measured:
+            if value not in values[name]:
+                values[name].append(value)
     found: dict[str, Value] = {}
     for name, several in values.items():
         if len(several) <= MANY:
             found |= {f"{name} #{n}" if n > 1 else name: value for n, value in enumerate(several, 1)}
     codes = {f.code for report in kept for f in (*report.errors, *report.warnings)}
     return {**found, "findings": tuple(sorted(codes))}
-
-
-def _quantities(figure: Figure) -> Iterator[tuple[str, Value]]:
-    if isinstance(figure, AdapterMap):
-        yield (
-            f"{'saved' if figure.saved else 'trainable'} parameters with {figure.adapter}",
-            figure.trainable_parameters,
-        )
-        for group in figure.columns:
-            scalings = sorted({s for s in figure.column(group, figure.scalings) if s is not None})
-            name = f"scaling of {group} in {figure.adapter}"
-            if len(scalings) == 1:
-                yield name, scalings[0]
-            elif scalings:
-                yield f"{name}, smallest", scalings[0]
-                yield f"{name}, largest", scalings[-1]
-    elif isinstance(figure, LossCurve) and figure.drop is not None:
-        yield f"loss drop within {figure.window[1]} steps", figure.drop
-    elif isinstance(figure, MemoryBudget):
-        yield "predicted peak", figure.peak_allocated

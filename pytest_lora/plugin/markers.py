@@ -15,6 +15,9 @@ from pytest_lora.plugin.session_options import options_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+OF_CHECKS = ("select", "ignore", "strict")
+"""Fields of the mark ``lora`` that hold for every check of a test."""
+
 _MEANT = {
     "rank": "r",
     "lora_r": "r",
@@ -43,7 +46,7 @@ def fields_for(node: pytest.Item) -> Fields:
     for mark in farthest_first(node, "lora"):
         if mark.args:
             raise ValueError(_positional(node.nodeid, mark.args[0]))
-        merged |= mark.kwargs
+        merged |= {name: value for name, value in mark.kwargs.items() if name not in OF_CHECKS}
     return split(merged, f"{node.nodeid}: @pytest.mark.lora")
 
 
@@ -102,7 +105,7 @@ def farthest_first(node: pytest.Item, name: str) -> Iterator[pytest.Mark]:
 
 
 def _closest(name: str) -> str:
-    known = [*lora_config_fields(), *Expect.field_names()]
+    known = [*lora_config_fields(), *Expect.field_names(), *OF_CHECKS]
     return _MEANT.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 

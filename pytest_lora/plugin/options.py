@@ -9,7 +9,7 @@ import pytest
 MARKERS = (
     "lora(**fields): set fields of peft.LoraConfig (r=16, target_modules='all-linear') or of "
     "pytest_lora.Expect (alpha_ratio=2.0) for the LoRA fixtures of a test, a class or a module; the mark closest "
-    "to the test wins, field by field.",
+    "to the test wins, field by field. select=[...], ignore=[...] and strict=True hold for every check of the test.",
     "lora_gpu(min_vram_gb=None, count=1, capability=None): a test that needs GPUs, skipped where they are missing: "
     "GB (10**9 bytes) of memory on each, how many, and the CUDA compute capability, as in (8, 0).",
     "lora_vram_limit(size): a GPU test that fails if more than this, as in '8GiB', is allocated at a time on a GPU.",
@@ -67,6 +67,19 @@ TABLE = (
         "defaults for every test, one a line: FIELD = PYTHON LITERAL, fields as for @pytest.mark.lora",
         ini="linelist",
     ),
+    _Option(
+        "select",
+        "codes, or starts of codes, that count in every check of the session, as in LORA1,LORA203; all by default",
+        {"metavar": "CODES"},
+        "args",
+    ),
+    _Option(
+        "ignore",
+        "codes, or starts of codes, that are left out of every check of the session, as in LORA109",
+        {"metavar": "CODES"},
+        "args",
+    ),
+    _Option("strict", "warnings fail as errors do", {"action": "store_true"}, "bool"),
     _Option(
         "slow", "run the tests marked lora_slow; RUN_SLOW=1 does it too", {"action": "store_true"}, "bool"
     ),

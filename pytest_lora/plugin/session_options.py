@@ -20,6 +20,9 @@ class LoraOptions:
         adapters: Folders of saved adapters to make test items of, absolute.
         base: Model folder or ``config.json`` that these are compared with, absolute; ``None`` for none.
         fields: Defaults of ``LoraConfig`` and ``Expect`` fields for every test.
+        select: Codes, or starts of codes, that count; all when empty.
+        ignore: Codes, or starts of codes, that are left out.
+        strict: Whether warnings fail as errors do.
         slow: Whether tests marked ``lora_slow`` run.
         device: ``"auto"``, or what ``--lora-device`` says.
         require_gpu: Whether GPU tests must run.
@@ -36,6 +39,9 @@ class LoraOptions:
     adapters: tuple[Path, ...]
     base: Path | None
     fields: dict[str, object]
+    select: tuple[str, ...]
+    ignore: tuple[str, ...]
+    strict: bool
     slow: bool
     device: str
     require_gpu: bool
@@ -66,6 +72,9 @@ class LoraOptions:
             adapters=tuple(_adapter_folders(config)),
             base=_base_path(config),
             fields=dict(_field(line) for line in config.getini("lora_config")),
+            select=_codes(config, "select"),
+            ignore=_codes(config, "ignore"),
+            strict=bool(config.getoption("lora_strict") or config.getini("lora_strict")),
             slow=bool(config.getoption("lora_slow") or config.getini("lora_slow") or env),
             device=_device(config.getoption("lora_device")),
             require_gpu=config.getoption("lora_require_gpu"),
@@ -77,6 +86,13 @@ class LoraOptions:
             reports=tuple(_report_file(config, given) for given in config.getoption("lora_report")),
             step_summary=Path(summary) if (summary := os.environ.get("GITHUB_STEP_SUMMARY")) else None,
         )
+
+
+def _codes(config: pytest.Config, name: str) -> tuple[str, ...]:
+    """Codes of the flag, else those of the ini value; they are checked where a check first looks at them."""
+    flag = config.getoption(f"lora_{name}")
+    given = config.getini(f"lora_{name}") if flag is None else [flag]
+    return tuple(part.strip() for text in given for part in text.split(",") if part.strip())
 
 
 _OPTIONS = pytest.StashKey[LoraOptions]()

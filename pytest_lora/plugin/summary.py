@@ -45,6 +45,8 @@ def collect(item: pytest.Item) -> list[Report]:
         report = delivered.popleft()
         if len(delivered) >= kept:
             report = report.without_figures()
+        if not options_of(item.config).baseline:
+            report = report.without_numbers()
         entry = (PROPERTY, report.to_json())
         if entry not in item.user_properties:
             item.user_properties.append(entry)
@@ -53,8 +55,11 @@ def collect(item: pytest.Item) -> list[Report]:
 
 
 def add_section(report: pytest.TestReport, call: pytest.CallInfo[None], config: pytest.Config) -> None:
-    """With -v, show the whole report under a failed assertion, which itself spells out ten findings."""
+    """Let pytest's short summary begin with the codes; with -v, show the whole report, not ten findings only."""
     whole = getattr(call.excinfo.value, "report", None) if call.excinfo else None
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None and call.excinfo is not None and isinstance(whole, Report):
+        crash.message = str(call.excinfo.value)
     if report.failed and isinstance(whole, Report) and config.get_verbosity() > 0:
         report.sections.append(("LoRA report", str(whole)))
 

@@ -34,8 +34,10 @@ class Selection:
         )
 
 
-_EVERYTHING = Selection()
-_in_force: ContextVar[Selection] = ContextVar("selection", default=_EVERYTHING)
+EVERYTHING = Selection()
+"""Nothing left out, and warnings only warn."""
+
+_in_force: ContextVar[Selection] = ContextVar("selection", default=EVERYTHING)
 
 
 def in_force() -> Selection:

@@ -187,7 +187,7 @@ def test_a_file_of_names_without_order_is_no_map(tmp_path: Path) -> None:
 
 def test_selecting_and_training_keep_the_map() -> None:
     delivered.clear()
-    assert_lora_healthy(adapted(), batch=language_batch(), ignore=["LORA1"])
+    assert_lora_healthy(adapted(), batches=language_batch(), ignore=["LORA1"])
     assert the_map(delivered[-1]).gradients
 
 

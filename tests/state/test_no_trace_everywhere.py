@@ -112,13 +112,13 @@ RUNNING: dict[str, Callable[[Setup], object]] = {
     "check_training": lambda s: check_training(s.model, s.batch, max_grad_norm=1.0, **s.trained),
     "check_training, own optimizer": lambda s: check_training(s.model, s.batch),
     "assert_lora_healthy, batch": lambda s: assert_lora_healthy(
-        s.model, batch=s.batch, optimizer=s.optimizer
+        s.model, batches=s.batch, optimizer=s.optimizer
     ),
     "assert_loss_decreases": lambda s: assert_loss_decreases(
         s.model, s.batch, steps=2, optimizer=s.optimizer, device="cpu"
     ),
     "check_loss_decreases": lambda s: check_loss_decreases(s.model, s.batch, steps=2, device="cpu"),
-    "assert_adapter_shapes, batch": lambda s: assert_adapter_shapes(s.model, batch=s.batch),
+    "assert_adapter_shapes, batch": lambda s: assert_adapter_shapes(s.model, batches=s.batch),
     "assert_reload_exact": lambda s: assert_reload_exact(s.model, s.batch),
     "assert_merge_exact": lambda s: assert_merge_exact(s.model, s.batch),
     "assert_lora_laws": lambda s: assert_lora_laws(s.model, s.batch),
