@@ -87,6 +87,7 @@ class Settings:
     corda_config: bool
     lora_ga_config: bool
     use_qalora: bool
+    lora_bias: bool
 
     @classmethod
     def of(cls, config: Any) -> Settings:
@@ -244,6 +245,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "corda_config": bool,
     "lora_ga_config": bool,
     "use_qalora": bool,
+    "lora_bias": bool,
 }
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pytest_lora.expect import Expect
     from pytest_lora.facts.checkpoint import CheckpointFacts
     from pytest_lora.facts.config import Settings
+    from pytest_lora.facts.resumption import ResumptionFacts
 
 
 CAST_TRAINED = "for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data"
@@ -68,6 +69,15 @@ def ranked(settings: Settings, module: str, rank: int) -> dict[str, object]:
 
 
 START_FRESH = "start fresh with this configuration, or go on with that of the checkpoint"
+
+
+def as_in_checkpoint(facts: ResumptionFacts, *fields: str) -> str:
+    """The fields as the checkpoint has them, or another start."""
+    if facts.saved is None:
+        return START_FRESH
+    values = {field: getattr(facts.saved, field) for field in fields}
+    written = {f: dict(value) if f.endswith("pattern") else value for f, value in values.items()}
+    return f"{assigned(**written)}, as in the checkpoint; or {START_FRESH}"
 
 
 def name_in_keys(facts: CheckpointFacts) -> str | None:

@@ -12,6 +12,9 @@ _OTHER_FILES = "files of the folder have to be moved or removed"
 _TRAINING_KNOWS = "only the training knows the value"
 _OTHER_BASE = "the base that the adapter was trained on has to be loaded"
 
+_LIBRARY = "the fault is in code of the library, or in code put into it"
+_SET_BY_HAND = "the model was changed by the user's own code"
+
 BY_HAND: dict[str, str] = {
     "LORA130": _LOADED_ANEW,
     "LORA205": _ORDER,
@@ -67,9 +70,29 @@ BY_HAND: dict[str, str] = {
     "LORA444": _VALUES_ARE_LOST,
     "LORA451": _OTHER_BASE,
     "LORA452": _TRAINING_KNOWS,
+    "LORA903": _SET_BY_HAND,
+    "LORA904": _SET_BY_HAND,
+    "LORA905": "whether the test or the configuration is right, only the user knows",
+    "LORA910": _SET_BY_HAND,
+    "LORA912": _SET_BY_HAND,
+    "LORA913": _VALUES_ARE_LOST,
+    "LORA914": _OTHER_BASE,
+    "LORA915": "the cause has to be found first; the rules on a model name it",
+    "LORA916": _LOADED_ANEW,
+    "LORA917": _LIBRARY,
+    "LORA918": _LIBRARY,
+    "LORA919": "the adapter has to be trained anew",
+    "LORA925": _FILE,
+    "LORA930": _LIBRARY,
+    "LORA931": _LIBRARY,
+    "LORA932": _LIBRARY,
+    "LORA933": _LIBRARY,
+    "LORA934": _LIBRARY,
+    "LORA950": _LOSS_FUNCTION,
 }
 
 STAGES_BY_HAND = {
     "history": "the run is over; only the next one shows what a change does",
+    "sweep": "the sweep is over; only the next one shows what a change does",
 }
 """Stages of which no fix can be applied, and why."""

@@ -1,7 +1,7 @@
 """Reads the code that stands in the words of a fix: assignments and calls, as alternatives of steps.
 
-``"set bias='none', or call model.eval() and model.train()"`` has two alternatives, the second of two steps.
-What has no code in it is prose, and no step.
+``"set bias='none', or call model.eval() and model.train()"`` has two alternatives, the second of two steps. So has a
+table of two lines. What has no code in it is prose, and no step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ _DOTTED = re.compile(r"\.[A-Za-z_]\w*")
 _LITERAL = re.compile(r"-?\d[\d_]*(?:\.\d+)?(?:e[-+]?\d+)?|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*", re.IGNORECASE)
 _PREFIXED = re.compile(r"[rbf]?(?=['\"])")
 _EITHER = re.compile(r"\b(or|else)\b", re.IGNORECASE)
+NO_WAY = ("too much", "iB")
+"""How a table of changes ends the line of one that does not help, or that it has told in its head."""
+
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -43,11 +46,11 @@ def alternatives(fix: str) -> list[list[Step]]:
     for number, (start, stop, is_keyword) in enumerate(spans):
         following = spans[number + 1][0] if number + 1 < len(spans) else len(fix)
         step = Step(fix[start:stop], fix[stop:following], is_keyword)
-        if not ways or _EITHER.search(fix[end:start]):
+        if not ways or _EITHER.search(fix[end:start]) or "\n" in fix[end:start]:
             ways.append([])
         ways[-1].append(step)
         end = stop
-    return ways
+    return [way for way in ways if not way[-1].after.partition("\n")[0].endswith(NO_WAY)]
 
 
 def _code_spans(text: str) -> Iterator[tuple[int, int, bool]]:
