@@ -90,7 +90,9 @@ class BaselineGate:
         terminalreporter.ensure_newline()
         terminalreporter.section("LoRA baseline")
         lines = (
-            self._update_lines() if self._update else self._comparison(terminalreporter.config.get_verbosity() > 0)
+            self._update_lines()
+            if self._update
+            else self._comparison(terminalreporter.config.get_verbosity() > 0)
         )
         for line in lines:
             terminalreporter.write_line(line, red=line.endswith("regression"))

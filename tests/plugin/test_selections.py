@@ -119,9 +119,9 @@ def test_saved_adapters_look_at_what_is_selected(pytester: pytest.Pytester) -> N
     loud = "-Walways::pytest_lora.LoraHealthWarning"
     folders.configure(path, base_model_name_or_path=None)  # a warning
     pytester.runpytest(loud, "--lora-adapters=adapters", "--lora-ignore=LORA442").assert_outcomes(passed=6)
-    pytester.runpytest(loud, "--lora-adapters=adapters", "--lora-ignore=LORA442", "--lora-strict").assert_outcomes(
-        passed=5, failed=1
-    )
+    pytester.runpytest(
+        loud, "--lora-adapters=adapters", "--lora-ignore=LORA442", "--lora-strict"
+    ).assert_outcomes(passed=5, failed=1)
 
 
 def test_sessions_without_a_selection_do_not_load_the_rules(pytester: pytest.Pytester) -> None:
