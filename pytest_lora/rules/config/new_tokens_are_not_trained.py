@@ -54,19 +54,22 @@ def new_tokens_are_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[V
         if facts.keeps(side) or side in (*facts.adapted, *facts.stored) or not missing:
             continue
         leaf = side.rpartition(".")[2]
-        copy = not base.tied_to(side) and side not in facts.token_modules
         yield Violation(
             where=side,
             observed=f"{missing} of {tokens} new tokens have rows in {leaf} that are frozen at random values",
             expected="added rows to be trained and saved",
-            fix=f"{f'set {_copied(facts, leaf)}, or ' if copy else ''}train the new rows alone: "
-            f"trainable_token_indices={{{_rows(facts, leaf, first_new, tokens)}}}",
+            fix=" or ".join(_ways(facts, side, first_new, tokens)),
             severity="error" if side == base.input_embeddings else "warning",
         )
 
 
-def _copied(facts: ConfigFacts, leaf: str) -> str:
-    return assigned(modules_to_save=(*facts.settings.modules_to_save, leaf))
+def _ways(facts: ConfigFacts, side: str, first: int, count: int) -> Iterator[str]:
+    """A copy in full, unless a tied module or trained rows forbid it; rows alone, which older PEFT has for embeddings."""
+    leaf = side.rpartition(".")[2]
+    if not facts.base.tied_to(side) and side not in facts.token_modules:
+        yield f"set {assigned(modules_to_save=(*facts.settings.modules_to_save, leaf))}"
+    if side == facts.base.input_embeddings or side in facts.token_modules:
+        yield f"train the new rows alone: trainable_token_indices={{{_rows(facts, leaf, first, count)}}}"
 
 
 def _rows(facts: ConfigFacts, leaf: str, first: int, count: int) -> str:
