@@ -188,8 +188,8 @@ def assertion(name: str) -> str:
     check = inspect.unwrap(getattr(pytest_lora, name)).__name__
     home = pytest_lora._homes()[check]
     text = f"""
-Raises `LoraHealthError` where [`{check}`][{home}.{check}] finds errors. It takes the same arguments in the same order, and
-returns the same report; warnings become `LoraHealthWarning`."""
+Raises `LoraHealthError` where [`{check}`][{home}.{check}] finds errors. It takes the same arguments in the same order
+and returns the same report; warnings become `LoraHealthWarning`."""
     return f"## `{name}`\n{text}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from pytest_lora.facts.byte_sizes import format_bytes
 
@@ -27,8 +27,12 @@ CATEGORIES = (
 
 
 AMPERE_WORKSPACE = 8_519_680
-"""Bytes of cuBLAS's workspace on Ampere and Ada (``CUBLAS_WORKSPACE_CONFIG`` ``:4096:2:16:8``, which torch sets);
+"""Bytes of one workspace of cuBLAS on Ampere and Ada (``CUBLAS_WORKSPACE_CONFIG`` ``:4096:2:16:8``, which torch sets);
 on Hopper 32 MiB."""
+
+Attention = Literal["math", "flash", "efficient", "cudnn"]
+ATTENTION_KERNELS: tuple[Attention, ...] = get_args(Attention)
+"""Kernels of scaled dot product attention, in the order of ``torch.nn.attention.SDPBackend``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,8 @@ class StepSetting:
         autocast: Whether the forward runs under ``torch.autocast`` in ``dtype``.
         use_cache: Whether the model keeps keys and values for generation.
         empty_cache: Whether the training loop empties the allocator's cache between steps.
-        workspace: Bytes of the workspace that cuBLAS allocates.
+        workspace: Bytes of a workspace of cuBLAS, of which the forward has one and the backward another.
+        attention: Kernel of scaled dot product attention without a mask.
     """
 
     batch_size: int
@@ -88,6 +93,7 @@ class StepSetting:
     use_cache: bool = False
     empty_cache: bool = False
     workspace: int = AMPERE_WORKSPACE
+    attention: Attention = "flash"
     frozen: tuple[str, ...] = ()
 
 

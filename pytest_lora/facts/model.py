@@ -13,7 +13,7 @@ class Factor:
     """One of the two low-rank factors of an adapter on one module.
 
     Attributes:
-        name: ``"lora_A"``, ``"lora_B"``, ``"lora_embedding_A"`` or ``"lora_embedding_B"``.
+        name: As PEFT calls it: ``"lora_A"``, ``"lora_B"``, ``"lora_embedding_A"``, ``"lora_magnitude_vector"``, ...
         shape: As stored.
         dtype: ``"float32"``, ``"bfloat16"``, ...
         device: ``"cpu"``, ``"cuda:0"``, ``"meta"``.
@@ -57,7 +57,8 @@ class LayerState(LayerFacts):
         disabled: Whether all adapters are switched off here.
         merged: Whether the adapter is merged into the base weight here.
         dropout_live: Whether a LoRA dropout above zero is in training mode.
-        magnitude: The magnitude vector of DoRA, or None.
+        further: What a variant trains beside the two factors: the magnitude of DoRA, the diagonal of KaSA, the left
+            singular vectors of AdaLoRA, whose ``b`` are the singular values (``lora_E``).
     """
 
     a: Factor
@@ -69,12 +70,12 @@ class LayerState(LayerFacts):
     disabled: bool
     merged: bool
     dropout_live: bool
-    magnitude: Factor | None
+    further: tuple[Factor, ...]
 
     @property
     def parts(self) -> tuple[Factor, ...]:
         """The tensors of the adapter here."""
-        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
+        return (self.a, self.b, *self.further)
 
     @property
     def trainable(self) -> bool:
@@ -116,6 +117,7 @@ class SavedModule:
         active: Whether the copy takes part in the forward pass.
         disabled: Whether all copies are switched off here.
         tied: Other modules that shared the original's weight and do not share the copy's.
+        tied_by_loading: Whether this transformers ties the two again as it loads a merged model in which they differ.
     """
 
     module: str
@@ -128,6 +130,7 @@ class SavedModule:
     active: bool
     disabled: bool
     tied: tuple[str, ...]
+    tied_by_loading: bool
 
     @property
     def field(self) -> str:
@@ -195,6 +198,7 @@ class ModelFacts:
         duplicates: Pairs of adapters that are active together and hold the same numbers wherever they are.
         reentrant_without_inputs: Reentrant gradient checkpointing is on and nothing makes its input require
             gradients, so that no gradient reaches an adapter inside.
+        trains_xlora: Whether a classifier of X-LoRA trains, which weighs adapters that are frozen by design.
     """
 
     base: BaseFacts
@@ -215,6 +219,7 @@ class ModelFacts:
     stored_parameters: int
     duplicates: tuple[tuple[str, str], ...]
     reentrant_without_inputs: bool
+    trains_xlora: bool = False
 
     @property
     def active_layers(self) -> tuple[LayerState, ...]:

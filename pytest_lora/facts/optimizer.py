@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Part = Literal["a", "b", "magnitude", "saved", "rows", "bias", "base"]
-"""What a parameter is: a low-rank factor, the magnitude vector of DoRA, part of a full copy
+Part = Literal["a", "b", "further", "saved", "rows", "bias", "base"]
+"""What a parameter is: a low-rank factor, a further tensor of a variant (the magnitude of DoRA), part of a full copy
 (``modules_to_save``), trained embedding rows, a bias that the configuration trains, or the base."""
 
 _ADAPTIVE = re.compile(

@@ -18,7 +18,9 @@ from pytest_lora.inspection.peft_internals import (
     active_adapters,
     adapter_names,
     factors,
+    further_tensors,
     fused_parameter,
+    is_adalora,
     own_geometry,
 )
 
@@ -35,8 +37,6 @@ class Values(NamedTuple):
 
 
 UNREAD = Values(None, None, None)
-
-MAGNITUDE = "lora_magnitude_vector"
 
 
 def read_values(tensors: Iterable[torch.Tensor | None]) -> dict[int, Values]:
@@ -75,9 +75,10 @@ def layer_facts(lora: dict[str, LoraLayer], adapter: str) -> Iterator[LayerFacts
 def layer_states(lora: dict[str, LoraLayer], rslora: frozenset[str] = frozenset()) -> Iterator[LayerState]:
     """Every adapter on every module as it stands; ``rslora`` names those whose configuration sets it."""
     found = [(m, layer, a, factors(layer, a)) for m, layer in lora.items() for a in adapter_names(layer)]
-    magnitudes = [_magnitude(layer, adapter) for _, layer, adapter, _ in found]
-    values = read_values(t for (_, _, _, f), m in zip(found, magnitudes, strict=True) for t in (f.a, f.b, m))
-    for (module, layer, adapter, pair), magnitude in zip(found, magnitudes, strict=True):
+    further = [tuple(further_tensors(layer, adapter)) for _, layer, adapter, _ in found]
+    both = zip(found, further, strict=True)
+    values = read_values(t for (_, _, _, f), others in both for t in (f.a, f.b, *(o for _, o in others)))
+    for (module, layer, adapter, pair), others in zip(found, further, strict=True):
         geometry = _geometry(module, layer, adapter, pair)
         geometry["use_rslora"] |= adapter in rslora
         dropout = layer.lora_dropout[adapter]
@@ -94,14 +95,8 @@ def layer_states(lora: dict[str, LoraLayer], rslora: frozenset[str] = frozenset(
             disabled=bool(layer.disable_adapters),
             merged=adapter in layer.merged_adapters,
             dropout_live=bool(dropout.training and geometry["dropout"]),
-            magnitude=None if magnitude is None else _factor(MAGNITUDE, magnitude, values, by_design),
+            further=tuple(_factor(name, tensor, values, by_design) for name, tensor in others),
         )
-
-
-def _magnitude(layer: LoraLayer, adapter: str) -> torch.Tensor | None:
-    if adapter not in layer.lora_magnitude_vector:
-        return None
-    return next(layer.lora_magnitude_vector[adapter].parameters(recurse=False), None)
 
 
 def _expected_shapes(
@@ -151,9 +146,8 @@ def _geometry(module: str, layer: LoraLayer, adapter: str, pair: Factors) -> dic
     shape = None if fused else logical_shape(base)
     inputs, outputs = shape or (int(layer.in_features or 0), int(layer.out_features or 0))
     use_dora = adapter in layer.lora_magnitude_vector
-    numbers = pair.a.numel() + pair.b.numel()
-    if use_dora:
-        numbers += sum(p.numel() for p in layer.lora_magnitude_vector[adapter].parameters(recurse=False))
+    tensors = (pair.a, pair.b, *(tensor for _, tensor in further_tensors(layer, adapter)))
+    rank, scaling = int(layer.r[adapter]), float(layer.scaling[adapter])
     return {
         "module": module,
         "kind": "Parameter" if fused else type(base).__name__,
@@ -162,13 +156,13 @@ def _geometry(module: str, layer: LoraLayer, adapter: str, pair: Factors) -> dic
         "out_features": outputs,
         "kernel": math.prod(getattr(base, "kernel_size", ())) if shape else 1,
         "experts": fused[1] if fused else 1,
-        "rank": int(layer.r[adapter]),
+        "rank": rank,
         "alpha": float(layer.lora_alpha[adapter]),
-        "scaling": float(layer.scaling[adapter]),
+        "scaling": scaling / rank if rank and is_adalora(layer) else scaling,
         "use_rslora": _uses_rslora(layer, adapter),
         "use_dora": use_dora,
         "dropout": float(getattr(layer.lora_dropout[adapter], "p", 0.0)),
-        "parameters": numbers,
+        "parameters": sum(tensor.numel() for tensor in tensors),
     }
 
 

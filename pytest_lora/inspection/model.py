@@ -24,7 +24,9 @@ from pytest_lora.inspection.peft_internals import (
     factors,
     lora_configs,
     token_rows,
+    trains_xlora,
 )
+from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -53,15 +55,14 @@ def adapted_survey(model: nn.Module) -> Survey:
     return found
 
 
+@leaves_no_trace
 def model_facts(model: nn.Module) -> ModelFacts:
     """Everything that the rules ask about a live model.
 
     Raises:
         TypeError: ``model`` carries no LoRA layers, and PEFT has no LoRA configuration for it either.
     """
-    found = survey(model)
-    if not found.lora and not _is_unloaded(model, found):
-        found = adapted_survey(model)
+    found = survey(model) if carries_lora(model) else adapted_survey(model)
     parameters = base_parameters(found)
     base = base_facts(found, parameters)
     configs = lora_configs(found.root)
@@ -94,7 +95,14 @@ def model_facts(model: nn.Module) -> ModelFacts:
         stored_parameters=counted.stored,
         duplicates=_duplicates(found.lora),
         reentrant_without_inputs=transformers_internals.reentrant_without_inputs(found),
+        trains_xlora=trains_xlora(model),
     )
+
+
+def carries_lora(model: nn.Module) -> bool:
+    """Whether a model was made for LoRA: it has LoRA layers, or is a PEFT model whose LoRA layers were taken off."""
+    found = survey(model)
+    return bool(found.lora) or _is_unloaded(model, found)
 
 
 def _is_unloaded(model: nn.Module, found: Survey) -> bool:
@@ -175,6 +183,7 @@ def _saved_modules(found: Survey, tied: tuple[tuple[str, ...], ...]) -> Iterator
                 active=adapter in active_adapters(wrapper) and not wrapper.disable_adapters,
                 disabled=bool(wrapper.disable_adapters),
                 tied=tuple(n for n in partners if not _shares(found, n, adapter, copied)),
+                tied_by_loading=transformers_internals.TIES_WHAT_DIFFERS,
             )
 
 

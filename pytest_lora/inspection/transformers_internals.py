@@ -8,10 +8,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from pytest_lora.inspection.bitsandbytes_internals import quantized_layers
 from pytest_lora.inspection.survey import Survey
+
+TIES_WHAT_DIFFERS = Version(transformers.__version__) < Version("5")
+"""Whether ``from_pretrained`` ties embeddings that the files hold twice, with different numbers."""
+
+READS_OTHER_PREFIXES = Version(transformers.__version__) >= Version("5")
+"""Whether ``load_adapter`` puts ``base_model_prefix`` before the keys of an adapter, or takes it off, as they need."""
 
 
 def reentrant_without_inputs(found: Survey) -> bool:

@@ -8,7 +8,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 from pytest_lora.arguments import adapter_and_base, refusing
-from pytest_lora.facts.memory import Checkpointing
+from pytest_lora.facts.memory import Attention, Checkpointing
 from pytest_lora.memory.setting import checked_setting
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ class StepArguments(TypedDict, total=False):
     adapter_dtype: str | torch.dtype
     use_cache: bool
     empty_cache: bool
-    workspace: int | str
+    workspace: int | str | None
+    attention: Attention | None
     frozen: Sequence[str]
 
 

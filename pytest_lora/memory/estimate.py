@@ -62,8 +62,11 @@ def estimate_memory(
             ``autocast_adapter_dtype=False``; it holds for gradients and optimizer states too.
         use_cache: Whether the model keeps keys and values for generation while it trains.
         empty_cache: Whether the loop calls ``torch.cuda.empty_cache`` between steps.
-        workspace: Bytes of cuBLAS's workspace: 8,519,680 on Ampere and Ada, ``"32MiB"`` on Hopper;
-            ``torch.backends.cuda.cublas_workspace_size()`` says it on the GPU itself.
+        workspace: Bytes of a workspace of cuBLAS, of which forward and backward have one each: 8,519,680 on Ampere and
+            Ada, ``"32MiB"`` on Hopper. Default: that of the GPU on which a live base lies, else 8,519,680.
+        attention: Kernel that PyTorch's attention takes without a mask: ``"flash"``, ``"cudnn"``, ``"efficient"`` or
+            ``"math"``, which holds the scores. Default: what PyTorch chooses on that GPU, else ``"flash"``. With a
+            mask it is the memory-efficient one.
         frozen: Parameters of the adapter that are not trained: ``["lora_A"]`` as in LoRA-FA, or whole names in
             the base. ``optimizer="lorafa"``, PEFT's own, freezes them by itself.
 
@@ -123,12 +126,19 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
     Raises:
         TypeError, ValueError: As ``estimate_memory``.
     """
-    checked = checked_setting(**setting)
+    checked = checked_setting(**{**setting, **_answers(base, setting)})
     if isinstance(base, (str, os.PathLike)):
         from pytest_lora.inspection.skeleton import read_config
 
         base = read_config(Path(base))
     return StepMemory(_predictor(base, config, checked), config.r)
+
+
+def _answers(base: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """What the GPU of a live base answers for the arguments that are not given."""
+    from pytest_lora.inspection.memory.devices import of_model
+
+    return {name: answer for name, answer in of_model(base)._asdict().items() if setting.get(name) is None}
 
 
 _KEPT = 64

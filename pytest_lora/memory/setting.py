@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.byte_sizes import parse_bytes
-from pytest_lora.facts.memory import AMPERE_WORKSPACE, Checkpointing, Quantization, StepSetting
+from pytest_lora.facts.memory import (
+    AMPERE_WORKSPACE,
+    ATTENTION_KERNELS,
+    Attention,
+    Checkpointing,
+    Quantization,
+    StepSetting,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +47,8 @@ def checked_setting(
     adapter_dtype: str | torch.dtype = "float32",
     use_cache: bool = False,
     empty_cache: bool = False,
-    workspace: int | str = AMPERE_WORKSPACE,
+    workspace: int | str | None = None,
+    attention: Attention | None = None,
     frozen: Sequence[str] = (),
 ) -> StepSetting:
     """The arguments of ``estimate_memory`` as facts; batch size and sequence length are left at 1.
@@ -54,6 +62,8 @@ def checked_setting(
 
     dtype = _dtype("dtype", dtype)
     adapter_dtype = _dtype("adapter_dtype", adapter_dtype)
+    attention = "flash" if attention is None else attention
+    _require_one_of("attention", attention, ATTENTION_KERNELS)
     _require_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
     if gradient_checkpointing not in (True, False, "reentrant"):
         raise ValueError(
@@ -82,7 +92,8 @@ def checked_setting(
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         accumulation=require_count("accumulation", accumulation),
-        workspace=parse_bytes(workspace, "workspace"),
+        workspace=AMPERE_WORKSPACE if workspace is None else parse_bytes(workspace, "workspace"),
+        attention=attention,
         frozen=_names("frozen", frozen),
         **flags,
     )

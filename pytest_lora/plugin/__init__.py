@@ -25,7 +25,7 @@ from pytest_lora.plugin.options import (
     MARKERS,
     add_options,
     any_set,
-    is_gpu_test,
+    may_use_gpu,
 )
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             skip = pytest.mark.skip(reason="lora_slow: run it with --lora-slow or RUN_SLOW=1")
             for item in slow_tests:
                 item.add_marker(skip)
-    if gpu_tests := [item for item in items if is_gpu_test(item)]:
+    if gpu_tests := [item for item in items if may_use_gpu(item)]:
         from pytest_lora.plugin.gpu import hooks
 
         hooks.begin(config, gpu_tests)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import pkgutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -166,26 +164,12 @@ def _stage(judge: Judge[Any], needs: type) -> str:
 def catalogue() -> tuple[Rule, ...]:
     """Every rule, ordered by code: those of this package, and those of others."""
     for module in pkgutil.walk_packages(__path__, f"{__name__}."):
-        _load(module)
+        importlib.import_module(module.name)
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         found = entry.load()
         for module in pkgutil.walk_packages(getattr(found, "__path__", ()), f"{found.__name__}."):
             importlib.import_module(module.name)
     return tuple(_registered[code] for code in sorted(_registered))
-
-
-def _load(module: pkgutil.ModuleInfo) -> None:
-    """Import a module of rules past pytest, which rewrites each module of a plugin: these assert nothing."""
-    if module.name in sys.modules:
-        return
-    spec = module.module_finder.find_spec(module.name, None)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[module.name] = loaded
-    spec.loader.exec_module(loaded)
-    parent, _, name = module.name.rpartition(".")
-    setattr(sys.modules[parent], name, loaded)
 
 
 def judge(

@@ -24,6 +24,7 @@ from pytest_lora.bases.examples.models import BASES, LAYERS, VOCABULARY, WIDTH
 from pytest_lora.facts.base import BaseModule, Quantization
 from pytest_lora.facts.model import LayerState, ModelFacts, TrainableBase
 from pytest_lora.inspection.model import model_facts
+from pytest_lora.inspection.transformers_internals import TIES_WHAT_DIFFERS
 from pytest_lora.rules import catalogue
 
 RULES = {rule.name: rule for rule in catalogue()}
@@ -451,7 +452,11 @@ FAULTS: list[tuple[Callable[..., Case], str, str]] = [
     (one_projection_frozen, "some_adapters_are_frozen", "warning"),
     (token_rows_frozen, "saved_copy_is_frozen", "error"),
     (tied_head_saved_alone, "tied_weight_is_trained_on_one_side", "error"),
-    (merge_of_two_untied_copies, "tied_weight_is_trained_on_one_side", "warning"),
+    *(
+        [(merge_of_two_untied_copies, "tied_weight_is_trained_on_one_side", "warning")]
+        if TIES_WHAT_DIFFERS
+        else []
+    ),
     (second_transformers_adapter_not_chosen, "trainable_adapter_is_not_active", "error"),
     (trainable_adapter_loaded_but_not_chosen, "trainable_adapter_is_not_active", "error"),
     (nothing_active, "no_adapter_is_active", "error"),

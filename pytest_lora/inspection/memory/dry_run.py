@@ -73,7 +73,7 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
             quiet(),
             collected_late(),
             masks_without_values(),
-            cuda_kernels(autocast),
+            cuda_kernels(autocast, setting.attention),
             tracker.recorded(),
         ):
             _step(built, setting, tracker)

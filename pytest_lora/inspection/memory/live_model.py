@@ -11,6 +11,7 @@ from torch import nn
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.base import dtype_name
 from pytest_lora.inspection.bitsandbytes_internals import quantized_layers
+from pytest_lora.inspection.memory.devices import of_model
 from pytest_lora.inspection.peft_internals import LoraConfig, frozen_factors, lora_configs
 from pytest_lora.inspection.survey import survey
 
@@ -41,6 +42,7 @@ def described(model: nn.Module, batch_size: int, seq_len: int) -> Described | No
         adapter_dtype=dtype_name(_commonest([p for p in root.parameters() if p.requires_grad])),
         gradient_checkpointing=any(getattr(m, "gradient_checkpointing", False) for m in root.modules()),
         prepare_for_kbit=packed is not None and dtype == "float32",
+        **of_model(root)._asdict(),
         frozen=frozen_factors(root),
     )
     return Described(base, config, setting)

@@ -15,11 +15,11 @@ from torch import nn
 
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
-from pytest_lora.inspection.config import DATA_INITS
 from pytest_lora.inspection.memory.layer_stacks import Stack, cut_stacks
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.weights import Weight, loaded_weights, units_of
 from pytest_lora.inspection.peft_internals import freeze, store_adapter
+from pytest_lora.inspection.rehearsal import without_values
 from pytest_lora.inspection.skeleton import (
     META,
     require_no_adapter,
@@ -176,11 +176,11 @@ def _with_adapter(model: nn.Module, config: LoraConfig, setting: StepSetting) ->
 
     config = copy.deepcopy(config)
     config.inference_mode = False
-    if str(config.init_lora_weights).lower().startswith(DATA_INITS):
-        config.init_lora_weights = True
+    without_values(config)
     transformer: Any = model
     try:
-        with warnings.catch_warnings(), META, without_initial_values():
+        # An embedding's factors are drawn before they go to the meta device.
+        with warnings.catch_warnings(), META, without_initial_values(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             adapted: nn.Module = get_peft_model(
                 transformer,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting
 from pytest_lora.inspection.memory.batches import has_tokens
@@ -20,6 +21,7 @@ from pytest_lora.inspection.memory.sizes import Family, Point, Surface, fitted
 from pytest_lora.inspection.memory.step import Step, assemble
 from pytest_lora.inspection.memory.storage_tracker import quiet
 from pytest_lora.inspection.memory.timeline import NotRepeatingError
+from pytest_lora.inspection.state import Keeper
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -145,7 +147,10 @@ class Predictor:
     def _step(self, point: Point) -> Step:
         batch_size, seq_len, rank = point
         setting = replace(self.setting, batch_size=batch_size, seq_len=seq_len)
-        return assemble(self._model(rank), setting)
+        model = self._base if isinstance(self._base, nn.Module) else None
+        # The step runs on the meta device, so the values of a live model are out of its reach.
+        with Keeper(model, values=False):
+            return assemble(self._model(rank), setting)
 
     def _model(self, rank: int) -> MetaModel:
         if rank not in self._models:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 _aten = torch.ops.aten
+_PACKED_SCALES = 7
+"""Place of ``absmax_8bit`` among the arguments of bitsandbytes' ``gemm_4bit``, given with double quantization."""
 
 
 class StandIns:
@@ -25,6 +27,8 @@ class StandIns:
         self._padded = padded
         self._experts = experts
         self._asked = 0
+        packet = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
+        self._gemm_4bit = packet and packet.default
         self._answers: dict[Any, Callable[..., torch.Tensor | int | None]] = {
             _aten.all.default: lambda mask: torch.tensor(not self._padded),
             _aten.any.default: lambda mask: torch.tensor(False),
@@ -38,6 +42,20 @@ class StandIns:
         """The stand-in for an operation's result; None where it can run."""
         known = self._answers.get(func)
         return known(*args, **kwargs) if known is not None and args[0].is_meta else None
+
+    def held_by_the_kernel(self, func: Any, args: tuple[Any, ...]) -> list[tuple[str, torch.Tensor]]:
+        """What an operation's kernel on CUDA holds while it runs and its meta kernel does not: maker and tensor.
+
+        bitsandbytes' ``gemm_4bit`` unpacks the weight, and of double quantization the scales, twice. For at most 1,536
+        rows it has kernels without that, on some GPUs and for some shapes; they are not counted on.
+        """
+        if func is not self._gemm_4bit or not args[0].is_meta:
+            return []
+        inputs, _, shape, *_ = args
+        held = [inputs.new_empty(shape)]
+        if len(args) > _PACKED_SCALES:
+            held += [torch.empty_like(args[_PACKED_SCALES], dtype=torch.float32) for _ in range(2)]
+        return [("bitsandbytes.dequantize_4bit in gemm_4bit", tensor) for tensor in held]
 
     def _expert(self, index: torch.Tensor) -> int | None:
         """A loop over experts asks for the number of one: each in turn."""

@@ -83,6 +83,9 @@ class StorageTracker:
         return context
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        meanwhile = self._stand_ins.held_by_the_kernel(func, args)
+        for name, tensor in meanwhile:
+            self._made(tensor, name)
         out = self._stand_ins.answer(func, args, kwargs)
         try:
             out = _RESULTS.run(func, args, kwargs) if out is None else out

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pytest_lora.inspection.bitsandbytes_internals import holds_8_bit_weights
 
 LossFn = Callable[[Any, Any], Tensor]
 """Called with the model and one batch; gives a scalar loss with its graph."""
@@ -23,13 +26,9 @@ def take_batches(batches: Any, steps: int, loss_fn: LossFn | None) -> tuple[Any,
         TypeError: ``batches`` is neither a batch nor an iterable of batches.
         ValueError: There is none.
     """
+    require_batches(batches, loss_fn)
     if _is_batch(batches, loss_fn):
         return (batches,)
-    if isinstance(batches, (str, bytes, Tensor, nn.Module)) or not isinstance(batches, Iterable):
-        raise TypeError(
-            "batches must be a batch (a dict of tensors) or an iterable of batches, "
-            f"not {type(batches).__name__}"
-        )
     wanted = max(steps, LOOKED_AT) if isinstance(batches, Sequence) else max(steps, 1)
     taken = tuple(islice(batches, wanted))
     if not taken:
@@ -42,6 +41,21 @@ def take_batches(batches: Any, steps: int, loss_fn: LossFn | None) -> tuple[Any,
                     "give loss_fn for batches of another form"
                 )
     return taken
+
+
+def require_batches(batches: Any, loss_fn: LossFn | None) -> None:
+    """Raise unless this is a batch or an iterable of batches; none is taken.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if _is_batch(batches, loss_fn):
+        return
+    if isinstance(batches, (str, bytes, Tensor, nn.Module)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            "batches must be a batch (a dict of tensors) or an iterable of batches, "
+            f"not {type(batches).__name__}"
+        )
 
 
 def _is_batch(value: Any, loss_fn: LossFn | None) -> bool:
@@ -102,19 +116,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def place(model: nn.Module, device: Any, optimizer: Any) -> torch.device | None:
-    """Where to run a model, or None for where it is.
-
-    Without a wish that is the GPU, for a model that lies on the CPU as a whole; one with an optimizer of its own stays
-    where the optimizer's state is.
+    """Where to move a model, or None to leave it where it is, as without a wish.
 
     Raises:
         TypeError: ``device`` is no device.
-        ValueError: It is not there, or is not where the optimizer's parameters are.
+        ValueError: It is not there, is not where the optimizer's parameters are, or the model cannot be moved.
     """
-    here = device_of(model)
     if device is None:
-        on_cpu = all(p.device.type == "cpu" for p in model.parameters())
-        return torch.device("cuda") if on_cpu and optimizer is None and torch.cuda.is_available() else None
+        return None
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"device must be a torch device such as 'cuda', not {device!r}")
     try:
@@ -123,9 +132,31 @@ def place(model: nn.Module, device: Any, optimizer: Any) -> torch.device | None:
         raise ValueError(f"device must be a torch device such as 'cuda', not {device!r}") from error
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={str(device)!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
-    if optimizer is not None and wanted.type != here.type:
+    here = device_of(model)
+    if wanted == here or (wanted.index is None and wanted.type == here.type):
+        return None
+    if optimizer is not None:
         raise ValueError(f"device={str(device)!r}, but the optimizer trains a model on {here}")
-    return None if wanted == here else wanted
+    if holds_8_bit_weights(model):
+        raise ValueError(
+            f"device={str(device)!r}, but the base is quantized to 8 bits on {here}, and a move leaves its scales "
+            f"behind; load it on {wanted}, or leave device out"
+        )
+    return wanted
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """A batch of any form with its tensors on a device; the batch itself stays as it is."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if hasattr(batch, "to"):  # transformers' BatchEncoding, which moves in place
+        return copy.copy(batch).to(device)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        values = [moved(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

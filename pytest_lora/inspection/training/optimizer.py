@@ -11,7 +11,13 @@ from torch.optim import Optimizer
 
 from pytest_lora.facts.optimizer import GroupFacts, Missing, OptimizerFacts, Part, ScheduleFacts
 from pytest_lora.inspection.base import dtype_name
-from pytest_lora.inspection.peft_internals import active_adapters, adapter_names, factors, token_rows
+from pytest_lora.inspection.peft_internals import (
+    active_adapters,
+    adapter_names,
+    factors,
+    further_tensors,
+    token_rows,
+)
 from pytest_lora.inspection.survey import Survey, survey
 
 HORIZON = (*range(65), *(2**n for n in range(7, 21)))
@@ -36,10 +42,8 @@ def parameter_parts(found: Survey) -> dict[int, Owned]:
             pair = factors(layer, adapter)
             owned[id(pair.a)] = Owned(module, adapter, "a", adapter in active)
             owned[id(pair.b)] = Owned(module, adapter, "b", adapter in active)
-            vectors = layer.lora_magnitude_vector
-            if adapter in vectors:
-                for parameter in vectors[adapter].parameters(recurse=False):
-                    owned[id(parameter)] = Owned(module, adapter, "magnitude", adapter in active)
+            for _, parameter in further_tensors(layer, adapter):
+                owned[id(parameter)] = Owned(module, adapter, "further", adapter in active)
             for factor in (layer.lora_A, layer.lora_B):
                 bias = getattr(factor[adapter], "bias", None) if adapter in factor else None
                 if isinstance(bias, Tensor):

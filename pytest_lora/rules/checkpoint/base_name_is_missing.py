@@ -37,7 +37,7 @@ def base_name_is_missing(facts: CheckpointFacts, expect: Expect) -> Iterator[Vio
     config = facts.config
     if config is None or not facts.is_judged:
         return
-    if facts.names_itself:
+    if facts.names_itself and not facts.merged:
         yield Violation(
             where=f"base_model_name_or_path in {facts.name}",
             observed="base_model_name_or_path is the path of this adapter itself, which is no base model",

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.facts.checkpoint import AdaptedModule, CheckpointFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned
@@ -15,7 +15,7 @@ def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator
 
     ## What it does
     Compares the rows of lora_A (and the columns of lora_B) with r and rank_pattern. Factors that have the rank on
-    their other side are called transposed.
+    their other side are called transposed. A matrix smaller than the rank gives PiSSA and OLoRA fewer.
 
     ## Why is this bad?
     Loading fails with a size mismatch. Where only r is read, as in other engines, the scaling alpha/r is
@@ -56,7 +56,7 @@ def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator
             fix="transpose these factors, or give them each other's name; MLX stores them transposed",
         )
     broken = {m.name for m in turned}
-    uneven = [m for m in facts.adapted if m.rank and m.b_rank and m.rank != m.b_rank and m.name not in broken]
+    uneven = [m for m in facts.adapted if m.rank and m.b_rank and not m.ranks_agree and m.name not in broken]
     if uneven:
         yield Violation(
             where=grouped(m.name for m in uneven),
@@ -70,7 +70,7 @@ def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator
         rank, configured = module.rank, module.configured_rank
         if rank and configured and rank != configured and module.name not in broken:
             fused = bool(facts.settings and facts.settings.target_parameters) and rank % configured == 0
-            if not fused:
+            if not fused and not _is_decomposed(module, facts):
                 wrong.setdefault((configured, rank), []).append(module.name)
     for (configured, rank), names in wrong.items():
         yield Violation(
@@ -94,3 +94,11 @@ def _fields(facts: CheckpointFacts, names: list[str], rank: int) -> str:
         )
     keys = dict.fromkeys(settings.rank_key(name) or name.rpartition(".")[2] for name in names)
     return assigned(rank_pattern={**dict(settings.rank_pattern), **dict.fromkeys(keys, rank)})
+
+
+def _is_decomposed(module: AdaptedModule, facts: CheckpointFacts) -> bool:
+    """Whether an initialisation that decomposes the weight found no more ranks in it than the file has."""
+    init = str(facts.settings.init_lora_weights).lower() if facts.settings else ""
+    if module.a is None or module.b is None or not init.startswith(("pissa", "olora")):
+        return False
+    return module.rank == min(module.a.shape[1], module.b.shape[0])

@@ -128,7 +128,7 @@ def _untargeted(facts: CheckpointFacts) -> Iterator[Violation]:
     if not targets or str(targets).lower() == "all-linear" or settings.target_parameters:
         return
     missed = [
-        m.name for m in facts.adapted if not settings.targets(m.name) or settings.skips_layer_of(m.name)
+        m.name for m in facts.adapted if not settings.targets(m.target) or settings.skips_layer_of(m.name)
     ]
     if settings.ensure_weight_tying and len(missed) == 1:
         return  # PEFT adapts what is tied to a target, too: one output head, or one embedding

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
@@ -14,8 +15,9 @@ def alpha_blows_up_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[V
     """The scaling is so large that training will diverge at usual learning rates.
 
     ## What it does
-    Looks for adapted modules whose effective scaling is above `Expect.max_scaling`, or, under rsLoRA,
-    above `Expect.max_scaling_rslora` while alpha is at least the rank.
+    Looks for adapted modules whose effective scaling is above `Expect.max_scaling`. Under rsLoRA, where alpha is at
+    least the rank, that limit falls with the square root of the rank to `Expect.max_scaling_rslora`: at rank 1 the
+    two are the same mathematics, and every further rank is louder by that root.
 
     ## Why is this bad?
     The scaling multiplies update and gradients. An alpha that was left from a larger rank, or chosen as
@@ -59,4 +61,6 @@ def _fix(settings: Settings, layer: LayerFacts) -> str:
 
 def _limit(layer: LayerFacts, expect: Expect) -> float:
     chosen_for_plain_lora = layer.use_rslora and layer.alpha >= layer.rank
-    return expect.max_scaling_rslora if chosen_for_plain_lora else expect.max_scaling
+    if not chosen_for_plain_lora:
+        return expect.max_scaling
+    return max(expect.max_scaling_rslora, expect.max_scaling / math.sqrt(layer.rank))

@@ -38,7 +38,7 @@ def new_head_is_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
     - https://github.com/huggingface/peft/issues/876
     - https://github.com/huggingface/peft/issues/577
     """
-    if expect.pretrained_head or expect.purpose == "inference":
+    if expect.pretrained_head or expect.purpose == "inference" or facts.refusal is not None:
         return
     for head in facts.base.heads:
         if head.fresh is False or facts.keeps(head.name):

@@ -64,7 +64,7 @@ def new_tokens_are_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[V
 
 
 def _ways(facts: ConfigFacts, side: str, first: int, count: int) -> Iterator[str]:
-    """A copy in full, unless a tied module or trained rows forbid it; rows alone, which older PEFT has for embeddings."""
+    """A copy in full, unless tied or by rows already; rows alone, which older PEFT has for embeddings only."""
     leaf = side.rpartition(".")[2]
     if not facts.base.tied_to(side) and side not in facts.token_modules:
         yield f"set {assigned(modules_to_save=(*facts.settings.modules_to_save, leaf))}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, Settings, compiled, is_named
+from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, without
 
@@ -16,6 +17,29 @@ _FIXES = (
     ("ParamWrapper does not support lora_bias", "on target_parameters set lora_bias=False"),
     ("ParamWrapper does not support use_dora", "on target_parameters set use_dora=False"),
     ("ParamWrapper does not work with DoRA", "on target_parameters set use_dora=False"),
+    (
+        "pissa_niter_",
+        "write init_lora_weights='pissa', or pissa_niter_16 with a whole number of iterations",
+    ),
+    (
+        "invalid literal for int()",
+        "write init_lora_weights='pissa_niter_16', with a whole number of iterations",
+    ),
+    ("KaSA requires", "set r (or a rank_pattern for these modules) below the smaller side of the weight"),
+    (
+        "MiCA requires",
+        "set r (or a rank_pattern for these modules) to the smaller side of the weight at most",
+    ),
+    ("lora_ga_config must", "set lora_ga_config to a LoraGAConfig, or init_lora_weights=True"),
+    (
+        "variant combination",
+        "take this kind of layer out of target_modules, or leave the variant of LoRA out",
+    ),
+    ("num_groups", "set num_groups to a divisor of the inputs of every target"),
+    (
+        "mat1 and mat2",
+        "set init_lora_weights=True: this one fits no layers that are stored transposed (Conv1D)",
+    ),
     (
         "ParamWrapper",
         "target_parameters take plain LoRA alone: set target_parameters=None, or leave the rest out",
@@ -71,10 +95,11 @@ def peft_refuses_the_config(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
     if refusal is None or facts.base.carries_adapter or _explained_elsewhere(facts):
         return
     message = re.sub(r"\(.*\) is not supported", "(...) is not supported", " ".join(refusal.message.split()))
+    about = f"; on {grouped(refusal.modules)}" if refusal.modules else ""
     on_meta_alone = "meta tensor" in message or "meta device" in message
     yield Violation(
         where=f"LoraConfig on {facts.base.architecture}",
-        observed=f"{refusal.error}: {message[:300]}",
+        observed=f"{refusal.error}: {message[:300]}{about}",
         expected="a configuration that PEFT accepts for this base",
         fix=_fix(facts, message),
         severity="info" if on_meta_alone else "error",
@@ -83,17 +108,22 @@ def peft_refuses_the_config(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
 
 def _explained_elsewhere(facts: ConfigFacts) -> bool:
     settings, base = facts.settings, facts.base
-    nothing_found = any(facts.unmatched("target_modules")) or any(facts.unmatched("target_parameters"))
+    unmatched = any(facts.unmatched("target_modules")) or any(facts.unmatched("target_parameters"))
+    nothing_found = unmatched and not (facts.refusal and facts.refusal.modules)
     layers = set(settings.layers_to_transform)
     no_such_layer = bool(layers and base.layer_indices) and not layers & set(base.layer_indices)
     rows = [row for _, group in settings.trainable_token_indices for row in group]
     no_such_row = base.vocab_size is not None and any(row >= base.vocab_size for row in rows)
+    odd_rank = "Orthogonal initialization requires" in str(facts.refusal)
     cannot_generate = "prepare_inputs_for_generation" in str(facts.refusal) and base.task_type is not None
-    return nothing_found or no_such_layer or no_such_row or cannot_generate
+    return nothing_found or no_such_layer or no_such_row or odd_rank or cannot_generate
 
 
 def _fix(facts: ConfigFacts, message: str) -> str:
-    settings = facts.settings
+    settings, refusal = facts.settings, facts.refusal
+    if refusal is not None and refusal.exclusion is not None:
+        names = refusal.exclusion if isinstance(refusal.exclusion, str) else list(refusal.exclusion)
+        return f"set exclude_modules={names!r}, with which PEFT takes the rest"
     if broken := _broken_pattern(settings):
         return f"{broken[1]!r} is no regular expression: {_mended_pattern(settings, *broken)}"
     if settings.r <= 0 or any(rank <= 0 for _, rank in settings.rank_pattern):

@@ -14,7 +14,8 @@ def rank_is_odd_for_orthogonal_init(facts: ConfigFacts, expect: Expect) -> Itera
     """The orthogonal initialisation splits the rank in two halves, and the rank is odd.
 
     ## What it does
-    Looks for `init_lora_weights="orthogonal"` on modules whose rank, patterns applied, is odd.
+    Looks for `init_lora_weights="orthogonal"` on modules whose rank, patterns applied, is odd; on embeddings PEFT
+    does without it.
 
     ## Why is this bad?
     PEFT stops: one half of an orthogonal matrix goes to `lora_A`, the other to `lora_B`.
@@ -36,7 +37,7 @@ def rank_is_odd_for_orthogonal_init(facts: ConfigFacts, expect: Expect) -> Itera
     """
     if str(facts.settings.init_lora_weights).lower() != "orthogonal" or facts.live:
         return
-    odd = [layer for layer in facts.layers if layer.rank % 2]
+    odd = [layer for layer in facts.layers if layer.rank % 2 and layer.kind != "Embedding"]
     if odd:
         yield Violation(
             where=grouped(layer.module for layer in odd),

@@ -72,6 +72,11 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
         )
 
 
+def _is_of_experts(name: str) -> bool:
+    """Whether a name is one that experts have where each is a module: w1, w2, w3, or a projection of an MLP."""
+    return bool(re.fullmatch(r"(.*\.)?(w[123]|(gate|up|down|gate_up)_proj|experts?.*)", name))
+
+
 def _is_outside(match: NameMatch, facts: ConfigFacts) -> bool:
     """Whether a target name means modules, but none of them is in a numbered block."""
     numbered = any(part.isdigit() for module in match.modules for part in module.split("."))
@@ -97,14 +102,13 @@ def _fix(field: str, settings: object, lost: list[NameMatch], facts: ConfigFacts
     if meant:
         named = assigned(target_modules=tuple(dict.fromkeys((*kept, *meant))))
         return f"did you mean {' and '.join(map(repr, meant))}? {named}" + (f"; else {drop}" if drop else "")
-    return f"{drop}; or use names of this model: {', '.join(_linear(facts)[:12])}" if drop else _any(facts)
+    others = without(_linear(facts), *kept)
+    more = f"; or use names of this model: {', '.join(others[:12])}" if others else ""
+    return f"{drop}{more}" if drop else _any(facts)
 
 
 _PATTERN = re.compile(r"[*|()\[\]^$,+?\\]")
 """What stands in a regular expression, or in a list written as text, and in no name of a module."""
-
-_EXPERTS = {"w1", "w2", "w3", "gate_proj", "up_proj", "down_proj", "gate_up_proj"}
-"""Names of the projections of an expert where each is a module of its own, which older transformers has."""
 
 
 def _is_all_linear(text: str) -> bool:
@@ -137,7 +141,7 @@ def _experts(lost: list[NameMatch], facts: ConfigFacts) -> list[str]:
     fused = sorted({_end(parameter.name) for parameter in facts.base.fused})
     leaves = {match.name.rpartition(".")[2] for match in lost}
     same = [name for name in fused if name.rpartition(".")[2] in leaves]
-    about_experts = leaves & _EXPERTS or any("expert" in match.name for match in lost)
+    about_experts = any(_is_of_experts(match.name) for match in lost)
     return same or (fused if about_experts else [])
 
 

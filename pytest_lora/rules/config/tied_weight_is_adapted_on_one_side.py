@@ -48,12 +48,18 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
         if not adapted and len(saved) in (0, len(group)):
             continue
         touched = adapted or saved
-        others = [m for m in group if m not in touched] or group
+        others = [m for m in group if m not in touched]
         way = "a LoRA target" if adapted else "in modules_to_save"
+        seen = f"{touched[0]} is {way}, but shares its weight with {', '.join(others)} (tied embeddings)"
+        if not others:
+            seen = f"{' and '.join(touched)} share one weight (tied embeddings), and each has an adapter of its own: "
+            seen += "merging writes every update into all of them"
         yield Violation(
             where=", ".join(touched),
-            observed=f"{touched[0]} is {way}, but shares its weight with {', '.join(others)} (tied embeddings)",
-            expected="tied modules to be adapted together or not at all",
+            observed=seen,
+            expected="tied modules to be adapted together or not at all"
+            if others
+            else "one adapter for one weight",
             fix=f"set ensure_weight_tying=True (newer PEFT), or {_without(touched, bool(adapted), facts)}",
         )
 

@@ -14,7 +14,7 @@ def no_adapter_is_trainable(facts: ModelFacts, expect: Expect) -> Iterator[Viola
 
     ## What it does
     Looks for a trainable LoRA factor; there is none, while the adapters are active and the purpose is
-    training.
+    training. X-LoRA, which trains a classifier over frozen adapters, is fine.
 
     ## Why is this bad?
     The loss falls by nothing: the optimizer is empty or holds what never gets a gradient.
@@ -41,7 +41,7 @@ def no_adapter_is_trainable(facts: ModelFacts, expect: Expect) -> Iterator[Viola
     - https://github.com/tloen/alpaca-lora/issues/352
     """
     idle = expect.purpose != "train" or facts.disabled or not facts.active
-    if idle or facts.training_adapters:
+    if idle or facts.training_adapters or facts.trains_xlora:
         return
     rest = [part.module for part in facts.kept if part.trainable]
     packed = sorted({f.dtype for layer in facts.active_layers for f in layer.parts if f.is_quantized})

@@ -15,7 +15,8 @@ def tied_weight_is_trained_on_one_side(facts: ModelFacts, expect: Expect) -> Ite
 
     ## What it does
     Looks for `modules_to_save` copies of a module that shares its weight with another one which does not
-    use the copy.
+    use the copy. Both sides saved in full are fine, but for a merge under transformers before 5, which ties them again
+    when the merged model is loaded.
 
     ## Why is this bad?
     With tied embeddings, `embed_tokens` and `lm_head` are one tensor. If only one of them trains a copy,
@@ -43,13 +44,17 @@ def tied_weight_is_trained_on_one_side(facts: ModelFacts, expect: Expect) -> Ite
     owned = {(copy.module, copy.adapter) for copy in facts.saved}
     for copy in facts.saved:
         alone = [name for name in copy.tied if (name, copy.adapter) not in owned]
-        lost_in_merge = expect.will_merge and copy.tied
+        lost_in_merge = expect.will_merge and copy.tied and copy.tied_by_loading
         if copy.active and copy.trainable and (alone or lost_in_merge):
             others = ", ".join(alone or copy.tied)
             yield Violation(
                 where=f"{copy.module}, tied to {others}",
                 observed=f"{copy.module} trains its own copy (modules_to_save), {others} "
-                + ("keeps the old shared weight" if alone else "another one; a merge ties them again"),
+                + (
+                    "keeps the old shared weight"
+                    if alone
+                    else "another one; the merged model ties them as it is loaded"
+                ),
                 expected="tied modules to train one shared weight",
                 fix=_fix(copy, facts),
                 severity=None if alone else "warning",

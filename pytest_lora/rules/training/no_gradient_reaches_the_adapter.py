@@ -32,7 +32,8 @@ def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Ite
     ## What it does
     Looks for steps in which every trainable tensor of the active adapters got no gradient, or zero only,
     and says why where that can be told: frozen, disabled, merged, outside the forward pass, cut off by
-    reentrant gradient checkpointing, a scaling of zero, a frozen zero factor.
+    reentrant gradient checkpointing, a scaling of zero, a frozen zero factor. Adapters that X-LoRA weighs are
+    frozen by design.
 
     ## Why is this bad?
     The run goes on to its end, the loss stays what it was or is lowered by a head alone, and the saved
@@ -61,6 +62,8 @@ def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Ite
     if not facts.judges_gradients or (
         facts.adapter_tensors and any(t.reached for t in facts.adapter_tensors)
     ):
+        return
+    if facts.model.trains_xlora:
         return
     layers = facts.model.active_layers
     reasons = Counter(facts.why_silent(layer) for layer in layers)

@@ -72,7 +72,7 @@ _PARTS: dict[Part, tuple[str, Severity]] = {
     "a": ("lora_A", "info"),
     "saved": ("the head or other full copies (modules_to_save)", "error"),
     "rows": ("the embedding rows of trainable_token_indices", "error"),
-    "magnitude": ("the DoRA magnitudes", "warning"),
+    "further": ("what the variant of LoRA trains beside them (DoRA's magnitudes)", "warning"),
     "bias": ("biases", "warning"),
 }
 """What each part is called, and how grave it is to leave it out."""
