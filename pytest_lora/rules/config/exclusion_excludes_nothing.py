@@ -35,13 +35,14 @@ def exclusion_excludes_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[V
     - https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig.exclude_modules
     """
     everything = str(facts.settings.target_modules).lower() == "all-linear"
-    modules = facts.base.modules
-    wanted = {m.name for m in modules if (m.is_linear if everything else facts.settings.targets(m.name))}
+    linear = {module.name for module in facts.base.modules if module.is_linear}
     for match in facts.names:
         if match.field != "exclude_modules":
             continue
         inside = [m for m in facts.adapted for name in match.modules if m.startswith(f"{name}.")]
-        if match.modules and (not inside or not wanted.isdisjoint(match.modules)):
+        if match.modules and (
+            not inside or any(m in linear if everything else facts.settings.targets(m) for m in match.modules)
+        ):
             continue
         seen = (
             f"{len(inside)} adapted modules are inside it" if inside else "no module of the base matches it"
