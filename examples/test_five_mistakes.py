@@ -22,8 +22,8 @@ def test_half_of_the_targets_match_nothing() -> None:
         "  --> target_modules on LlamaForCausalLM\n"
         "  observed: no module of the base matches ['dense', 'query_key_value']; 2 of 4 names match\n"
         "  expected: every name to match at least one module\n"
-        "  fix:      drop the name: target_modules=['q_proj', 'v_proj']; or use names of this model: down_proj, gate_proj, "
-        "k_proj, lm_head, o_proj, up_proj"
+        "  fix:      drop the name: target_modules=['q_proj', 'v_proj']; or use names of this model: down_proj, "
+        "gate_proj, k_proj, lm_head, o_proj, up_proj"
     )
 
 
