@@ -672,10 +672,23 @@ def test_an_adapter_that_is_called_as_its_modules_are_is_the_cause(tmp_path: Pat
     assert all(f"the adapter is called '{part}'" in finding.fix for finding in found)
 
 
-def test_a_base_that_is_compiled_block_by_block_is_the_cause() -> None:
-    compiled = examples.base
-    compiled.model.layers[0] = torch.compile(compiled.model.layers[0])
-    (found,) = check_checkpoint(examples.adapter(), compiled).errors
-    assert found.code == "LORA425"
-    assert "torch.compile wraps these modules" in found.observed
-    assert found.fix == "load the adapter on the plain base, before torch.compile"
+def compiled_blocks() -> Any:
+    base: Any = BASES["base"]()
+    for index, layer in enumerate(base.model.layers):
+        base.model.layers[index] = torch.compile(layer, backend="eager")
+    return base
+
+
+def compiled() -> Any:
+    return torch.compile(BASES["base"](), backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [compiled_blocks, compiled])
+def test_names_that_only_a_wrapper_keeps_apart_are_told(names: Namespace, wrap: Callable[[], Any]) -> None:
+    """An adapter on a base whose live names are others, and its remedy."""
+    path = names.adapter()
+    report = check_checkpoint(path, wrap())
+    assert loud(report) == ["LORA425"]
+    assert "'_orig_mod.' of torch.compile in their names, and the keys have not" in str(report)
+    assert "load the adapter first" in str(report)
+    assert not loud(check_checkpoint(path, BASES["base"]()))

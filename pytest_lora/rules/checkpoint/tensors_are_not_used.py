@@ -40,6 +40,16 @@ def tensors_are_not_used(facts: CheckpointFacts, expect: Expect) -> Iterator[Vio
     if facts.fit is None:
         yield from _untargeted(facts)
         return
+    if facts.fit.wrapper:
+        modules = [m.name for m in facts.adapted]
+        yield Violation(
+            where=grouped(modules),
+            observed=f"adapter keys of {_counted(modules)} match nothing: the modules of the live base have "
+            f"'{facts.fit.wrapper}.' of {WRAPPERS[facts.fit.wrapper]} in their names, and the keys have not",
+            expected="a base whose names are those of the keys",
+            fix="load the adapter first and wrap or compile the model then, or load it into the unwrapped modules",
+        )
+        return
     fit = facts.fits
     unused = fit.unused if fit is not None else ()
     if fit is None or not unused:
@@ -77,20 +87,10 @@ def _layers(modules: list[str]) -> str:
 def _reason(facts: CheckpointFacts, unused: tuple[str, ...]) -> str:
     if all("lora_magnitude_vector" in name for name in unused):
         return "they hold DoRA magnitudes, and use_dora is not set"
-    if wrapper := _wrapper(facts.fit.missing if facts.fit else ()):
-        return f"{WRAPPERS[wrapper]} wraps these modules of the base, and so renames them"
     return "the configuration does not adapt these modules"
 
 
-def _wrapper(names: tuple[str, ...]) -> str | None:
-    """What wraps modules of the base, as the keys that PEFT misses say."""
-    steps = {step for name in names for step in name.split(".")}
-    return next((wrapper for wrapper in WRAPPERS if wrapper.startswith("_") and wrapper in steps), None)
-
-
 def _fix(facts: CheckpointFacts, unused: tuple[str, ...]) -> str:
-    if wrapper := _wrapper(facts.fit.missing if facts.fit else ()):
-        return f"load the adapter on the plain base, before {WRAPPERS[wrapper]}"
     if all("lora_magnitude_vector" in name for name in unused):
         return f"restore the configuration of the training: {assigned(use_dora=True)}"
     return _restore(facts)

@@ -201,10 +201,6 @@ def four_bit() -> Report:
     return check_training(model, language_batch(), optimizer=adam(model, 2e-4))
 
 
-def text_alone_for_two_towers() -> Report:
-    return check_training(adapted(TwoTowers(), target_modules=["q_proj"]), language_batch())
-
-
 def norms_train_too() -> Report:
     model = adapted()
     for name, parameter in model.named_parameters():
@@ -276,7 +272,6 @@ HEALTHY: tuple[Build, ...] = (
     dora,
     token_rows_and_biases,
     four_bit,
-    text_alone_for_two_towers,
     norms_train_too,
     pissa_with_a_snapshot_of_the_original,
     merged_and_unmerged_before,
