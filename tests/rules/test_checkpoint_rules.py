@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pytest_lora import Expect, Report, check_checkpoint
+from pytest_lora.bases import examples
 from pytest_lora.bases.examples import folders
 from pytest_lora.bases.examples.folders import configure, edit
 from pytest_lora.bases.examples.models import BASES, quantized
@@ -655,6 +656,20 @@ def test_a_file_stands_for_its_folder(names: Namespace) -> None:
     path = configure(names.adapter(), r=16)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert loud(check_checkpoint(path / file)) == ["LORA431"]
+
+
+@pytest.mark.parametrize("part", ["q_proj", "self_attn", "0"])
+def test_an_adapter_that_is_called_as_its_modules_are_is_the_cause(tmp_path: Path, part: str) -> None:
+    """Older PEFT takes ``.name`` out of all keys while it saves; the files are written as it writes them."""
+    (tmp_path / "any").mkdir()
+    saved = folders.edit(
+        folders.save_adapter(tmp_path / "any", examples.base),
+        lambda tensors: {name.replace(f".{part}", ""): values for name, values in tensors.items()},
+    )
+    path = saved.rename(saved.with_name(part))
+    found = check_checkpoint(path, examples.base).errors
+    assert found
+    assert all(f"the adapter is called '{part}'" in finding.fix for finding in found)
 
 
 def compiled_blocks() -> Any:

@@ -43,7 +43,7 @@ def test_an_expected_config_with_a_broken_pattern_is_compared_all_the_same(field
         ("all_linear", "write target_modules='all-linear'"),
         ("q_proj|v_proj", "for plain names write target_modules=['q_proj', 'v_proj']"),
         ("q_proj,v_proj", "for plain names write target_modules=['q_proj', 'v_proj']"),
-        ([".*q_proj"], "give the pattern as one string, target_modules='...'"),
+        ([".*q_proj"], "give the pattern as one string, target_modules='.*q_proj'"),
     ],
 )
 def test_targets_written_in_another_form_get_the_form_to_use(targets: Any, fix: str) -> None:
@@ -52,35 +52,36 @@ def test_targets_written_in_another_form_get_the_form_to_use(targets: Any, fix: 
     assert fix in found["LORA104"].fix
 
 
-@pytest.mark.parametrize(
-    ("code", "base", "fields"),
-    [
-        ("LORA101", "base", {"lora_alpha": -16}),
-        ("LORA103", "base", {"r": 1, "lora_alpha": 64}),
-        ("LORA105", "base", {"layers_to_transform": [0, 9]}),
-        ("LORA106", "base", {"exclude_modules": ["q_prj"]}),
-        ("LORA107", "base", {"rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 16}}),
-        ("LORA108", "base", {"alpha_pattern": {"q_proj": 256}}),
-        ("LORA110", "base", {"modules_to_save": "lm_head"}),
-        ("LORA111", "classifier_base", {"target_modules": ["q_proj", "score"], "task_type": "SEQ_CLS"}),
-        ("LORA113", "tied_base", {"modules_to_save": ["embed_tokens"]}),
-        ("LORA115", "base_4bit", {"init_lora_weights": "pissa", "r": 8}),
-        ("LORA120", "base", {"trainable_token_indices": [500]}),
-        ("LORA121", "base", {"lora_dropout": 1.0}),
-        ("LORA124", "base", {"r": 0}),
-        ("LORA124", "base", {"target_modules": ["self_attn"]}),
-        ("LORA124", "base", {"init_lora_weights": "corda"}),
-        ("LORA104", "base", {"target_modules": ["q_proj", "v_proj.weight"]}),
-        ("LORA104", "base", {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [1]}),
-        ("LORA107", "base", {"rank_pattern": {"model.layers.1": 16}}),
-        ("LORA107", "base", {"rank_pattern": {"base_model.model.model.layers.0.self_attn.q_proj": 16}}),
-        ("LORA111", "base", {"trainable_token_indices": [5], "modules_to_save": ["embed_tokens"]}),
-        ("LORA121", "base", {"lora_dropout": -0.1}),
-        ("LORA124", "base", {"trainable_token_indices": {"wte": [5]}}),
-        ("LORA132", "torch_attention_base", {"target_modules": ["out_proj"]}),
-        ("LORA132", "torch_attention_base", {"target_modules": "all-linear"}),
-    ],
-)
+FAULTY: list[tuple[str, str, dict[str, Any]]] = [
+    ("LORA101", "base", {"lora_alpha": -16}),
+    ("LORA103", "base", {"r": 1, "lora_alpha": 64}),
+    ("LORA105", "base", {"layers_to_transform": [0, 9]}),
+    ("LORA106", "base", {"exclude_modules": ["q_prj"]}),
+    ("LORA107", "base", {"rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 16}}),
+    ("LORA108", "base", {"alpha_pattern": {"q_proj": 256}}),
+    ("LORA110", "base", {"modules_to_save": "lm_head"}),
+    ("LORA111", "classifier_base", {"target_modules": ["q_proj", "score"], "task_type": "SEQ_CLS"}),
+    ("LORA113", "tied_base", {"modules_to_save": ["embed_tokens"]}),
+    ("LORA115", "base_4bit", {"init_lora_weights": "pissa", "r": 8}),
+    ("LORA120", "base", {"trainable_token_indices": [500]}),
+    ("LORA121", "base", {"lora_dropout": 1.0}),
+    ("LORA124", "base", {"r": 0}),
+    ("LORA124", "base", {"target_modules": ["self_attn"]}),
+    ("LORA124", "base", {"init_lora_weights": "corda"}),
+    ("LORA104", "base", {"target_modules": ["q_proj", "v_proj.weight"]}),
+    ("LORA104", "base", {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [1]}),
+    ("LORA107", "base", {"rank_pattern": {"model.layers.1": 16}}),
+    ("LORA107", "base", {"rank_pattern": {"base_model.model.model.layers.0.self_attn.q_proj": 16}}),
+    ("LORA111", "base", {"trainable_token_indices": [5], "modules_to_save": ["embed_tokens"]}),
+    ("LORA121", "base", {"lora_dropout": -0.1}),
+    ("LORA124", "base", {"trainable_token_indices": {"wte": [5]}}),
+    ("LORA132", "torch_attention_base", {"target_modules": ["out_proj"]}),
+    ("LORA132", "torch_attention_base", {"target_modules": "all-linear"}),
+]
+"""The rule, the base and the fields of configurations that have one fault."""
+
+
+@pytest.mark.parametrize(("code", "base", "fields"), FAULTY)
 def test_fault_is_named_alone(code: str, base: str, fields: dict[str, Any]) -> None:
     assert findings(base, **fields).keys() == {code}
 
@@ -113,19 +114,27 @@ def test_unusual_but_healthy_configuration_is_left_alone(base: str, fields: dict
 @pytest.mark.parametrize(
     ("base", "fields", "fix"),
     [
-        ("base", {"rank_pattern": {"model.layers.1": 16}}, "write 'model.layers.1.*'"),
+        ("base", {"rank_pattern": {"model.layers.1": 16}}, "write rank_pattern={'model.layers.1.*': 16}"),
         ("base", {"modules_to_save": ["embed_token"]}, "did you mean 'embed_tokens'?"),
         (
             "base",
             {"alpha_pattern": {"base_model.model.model.layers.0.self_attn.q_proj": 16}},
-            "write 'model.layers.0.self_attn.q_proj'",
+            "write alpha_pattern={'model.layers.0.self_attn.q_proj': 16}",
         ),
-        ("base", {"rank_pattern": {"*q_proj": 16}}, "rank_pattern: '*q_proj' is no regular expression"),
-        ("base", {"trainable_token_indices": {"wte": [5]}}, "'model.embed_tokens', not 'wte'"),
+        ("base", {"rank_pattern": {"*q_proj": 16}}, "rank_pattern={'.*q_proj': 16}"),
+        (
+            "base",
+            {"trainable_token_indices": {"wte": [5]}},
+            "trainable_token_indices={'model.embed_tokens': [5]}",
+        ),
         ("base", {"target_modules": []}, "set target_modules"),
-        ("base", {"target_modules": "all-linear", "exclude_modules": ".*"}, "take the targets out of them"),
-        ("base", {"rank_pattern": {"q_proj": "16"}}, "as numbers, not as text"),
-        ("base", {"bias": "true"}, "set bias to"),
+        (
+            "base",
+            {"target_modules": "all-linear", "exclude_modules": ".*"},
+            "no target to adapt: exclude_modules=None",
+        ),
+        ("base", {"rank_pattern": {"q_proj": "16"}}, "write numbers, not text"),
+        ("base", {"bias": "true"}, "set bias='none'"),
     ],
 )
 def test_the_fix_says_what_to_write(base: str, fields: dict[str, Any], fix: str) -> None:

@@ -31,6 +31,7 @@ _MODELS = (
     "image_text_batch",
     "grid_batch",
     "llama_7b",
+    "gptq_7b",
     "fused_moe",
 )
 _FUNCTIONS = {

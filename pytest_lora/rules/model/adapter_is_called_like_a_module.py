@@ -48,6 +48,7 @@ def adapter_is_called_like_a_module(facts: ModelFacts, expect: Expect) -> Iterat
             where=f"adapter {name.adapter!r}",
             observed=observed,
             expected="a name that no module and no factor has",
-            fix="give the adapter a name of its own, such as 'adapter_1', before it is trained and saved",
+            fix="give the adapter a name of its own before it is trained and saved, such as "
+            "get_peft_model(..., adapter_name='adapter_1')",
             severity=None if name.lost else "warning",
         )

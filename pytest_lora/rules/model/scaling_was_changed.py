@@ -51,7 +51,7 @@ def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation
             observed=f"scaling is {value:g} in {len(layers)} of {len(facts.active_layers)} modules"
             + (", so that the adapter does nothing and gets no gradient" if value == 0 else ""),
             expected=f"alpha / {root} = {first.configured_scaling:g} (alpha={first.alpha:g}, r={first.rank})",
-            fix="call unscale_layer() on the LoRA layers, and choose the scaling by lora_alpha in the "
-            "configuration",
+            fix="leave it if an adapter of another alpha was hot-swapped in; else put it back: "
+            f"for layer in model.modules(): hasattr(layer, 'set_scale') and layer.set_scale({first.adapter!r}, 1)",
             severity="info" if expect.purpose == "inference" else "error" if value == 0 else None,
         )

@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.optimizer import OptimizerFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import optimizer_anew
 
 
 @rule("LORA364", severity="warning", needs=OptimizerFacts)
@@ -48,7 +49,8 @@ def optimizer_state_is_of_another_adapter(facts: OptimizerFacts, expect: Expect)
     ## References
     - https://docs.pytorch.org/docs/stable/generated/torch.optim.Optimizer.load_state_dict.html
     """
-    fix = "load the adapter of the same checkpoint too, before the optimizer is made, or begin with a fresh optimizer"
+    fix = "load the adapter of the same checkpoint too, before the optimizer is made, or begin with a fresh "
+    fix += f"optimizer: {optimizer_anew(2e-4)}"
     if facts.unmoved and not facts.misshapen:
         yield Violation(
             where=grouped(_module(name) for name in facts.unmoved),

@@ -71,14 +71,16 @@ def some_adapters_get_no_gradient(facts: TrainingFacts, expect: Expect) -> Itera
 
 def _fix(facts: TrainingFacts, reason: str | None) -> str:
     if reason is None:
-        return "look for .detach() or torch.no_grad() in or behind these modules, or leave them out of target_modules"
+        return (
+            "look for detach or torch.no_grad in or behind these modules, or leave them out of target_modules"
+        )
     if "checkpointing" in reason:
         return (
             'set gradient_checkpointing_kwargs={"use_reentrant": False}, or make what enters the first of these blocks '
             f"require gradients too: requires_grad_(True) on {_entrance(facts)}"
         )
     if "no_grad" in reason:
-        return "run these modules outside torch.no_grad(), or leave them out of target_modules"
+        return "run these modules outside of torch.no_grad, or leave them out of target_modules"
     return (
         "leave these modules out of target_modules, give a batch that needs them, or let the forward pass call "
         "them and not their weights"
