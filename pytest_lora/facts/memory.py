@@ -189,6 +189,10 @@ class MemoryEstimate:
             return None
         return bounds.pop() if len(bounds) == 1 else "about"
 
+    def fits(self, budget: int) -> bool:
+        """Whether the peak that is allocated stays within so many bytes; a bound says no more than it can."""
+        return self.peak_allocated <= budget
+
     @property
     def is_mostly_whole(self) -> bool:
         """Whether quantization leaves more bytes of the base whole, embeddings and head aside, than it packs."""

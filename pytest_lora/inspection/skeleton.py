@@ -245,6 +245,7 @@ class _Copier:
     def __init__(self) -> None:
         self.modules: dict[int, nn.Module] = {}
         self.tensors: dict[int, torch.Tensor] = {}
+        self.configs: dict[int, Any] = {}
 
     def copy(self, module: nn.Module) -> nn.Module:
         known = self.modules.get(id(module))
@@ -272,8 +273,9 @@ class _Copier:
         state["_parameters"] = {n: self._tensor(p) for n, p in module._parameters.items()}
         state["_buffers"] = {n: self._tensor(b) for n, b in module._buffers.items()}
         state["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-        if "config" in state:
-            state["config"] = copy.copy(state["config"])
+        if "config" in state:  # modules that share theirs go on to
+            own = state["config"]
+            state["config"] = self.configs.setdefault(id(own), copy.copy(own))
         state.pop("peft_config", None)
         clone.__dict__ = state
         state["_modules"] = {n: c if c is None else self.copy(c) for n, c in module._modules.items()}

@@ -208,7 +208,8 @@ def _answers(base: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
     return {name: answer for name, answer in of_model(base)._asdict().items() if setting.get(name) is None}
 
 
-_KEPT = 64
+_KEPT = 256
+"""Predictors, some MB each: a search over targets comes back to those it has tried."""
 _predictors: dict[Any, Predictor] = {}
 
 
@@ -223,13 +224,28 @@ def _predictor(base: Any, config: LoraConfig, setting: StepSetting) -> Predictor
 
     if not isinstance(base, PretrainedConfig):
         return Predictor(base, config, setting)
-    adapter = {name: value for name, value in vars(config).items() if name not in ("r", "lora_alpha")}
-    key = (_identity(base), type(config), _identity(adapter), setting)
+    key = (_identity(base), type(config), _identity(_what_takes_memory(config)), setting)
     if key not in _predictors:
         if len(_predictors) >= _KEPT:
             del _predictors[next(iter(_predictors))]
         _predictors[key] = Predictor(copy.deepcopy(base), copy.deepcopy(config), setting)
     return _predictors[key]
+
+
+_SCALES = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
+"""The rank is asked for at each point; the others are numbers that a layer multiplies by."""
+
+
+def _what_takes_memory(config: LoraConfig) -> dict[str, Any]:
+    """The fields of an adapter that two steps must share to make the same storages."""
+    from pytest_lora.inspection.rehearsal import READ_WEIGHTS
+
+    fields = {name: value for name, value in vars(config).items() if name not in _SCALES}
+    fields["lora_dropout"] = bool(config.lora_dropout)
+    init = fields["init_lora_weights"]
+    if init in (True, False, "gaussian") or str(init).lower().startswith(READ_WEIGHTS):
+        fields["init_lora_weights"] = True
+    return fields
 
 
 def _identity(value: Any) -> Hashable:

@@ -301,3 +301,16 @@ def test_what_is_not_known_or_not_installed_is_named(tmp_path: Path) -> None:
     args.use_liger_kernel = True
     with pytest.raises(ValueError, match=r"Liger is not installed; pip install liger-kernel$"):
         estimate_memory(CONFIG, SEVEN, args=args)
+
+
+def test_what_generation_takes_is_a_lower_bound() -> None:
+    found = estimate_memory(CONFIG, SEVEN, trainer="trl-grpo", batch_size=4, seq_len=512)
+    assert found.bound == "at least"
+    assert "keys and values take 16.0 MiB or more" in str(found), (
+        "2 x 2 bytes x 8 layers x 256 wide x 2048 tokens"
+    )
+
+
+def test_what_is_moved_to_the_host_makes_an_upper_bound(tmp_path: Path) -> None:
+    args = trl.SFTConfig(**plain(tmp_path, activation_offloading=True))
+    assert estimate_memory(CONFIG, SEVEN, args=args, seq_len=64).bound == "at most"

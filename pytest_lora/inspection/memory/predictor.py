@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
 from pytest_lora.inspection.memory.batches import has_tokens
 from pytest_lora.inspection.memory.compiled_replay import fastest_replay
@@ -108,7 +109,9 @@ class Predictor:
             paged=paged,
             cuda_context=CUDA_CONTEXT,
             has_tokens=has_tokens(model),
-            unmodelled=tuple(_unmodelled(self.setting)),
+            unmodelled=tuple(
+                _unmodelled(replace(self.setting, batch_size=batch_size, seq_len=seq_len), model)
+            ),
         )
 
     def _reserved(self, shape: StepShape, sizes: NDArray[np.int64]) -> int:
@@ -182,7 +185,18 @@ class Predictor:
         return self._models[rank]
 
 
-def _unmodelled(setting: StepSetting) -> Iterator[Unmodelled]:
+def _unmodelled(setting: StepSetting, model: nn.Module) -> Iterator[Unmodelled]:
+    asked: dict[str, Any] = dict(setting.args)
+    if asked.get("activation_offloading"):
+        yield Unmodelled("activations that are moved to the host are", "at most")
+    if asked.get("use_liger_kernel"):
+        yield Unmodelled("kernels of Liger that keep less for the backward are", "at most")
+    if setting.trainer == "trl-grpo":
+        cache = _cache_of_generation(getattr(model, "config", None), setting)
+        words = (
+            f", whose keys and values take {format_bytes(cache)} or more beside the weights," if cache else ""
+        )
+        yield Unmodelled(f"generation{words} is", "at least")
     packed = setting.quantization
     if packed is not None and not packed.by_bitsandbytes:
         yield Unmodelled(f"kernels of {packed.method} that unpack a weight in parts are", "at most")
@@ -190,6 +204,18 @@ def _unmodelled(setting: StepSetting) -> Iterator[Unmodelled]:
         yield Unmodelled(
             "that transformers trains mxfp4 only with Mxfp4Config(dequantize=True) is", "at least"
         )
+
+
+def _cache_of_generation(config: Any, setting: StepSetting) -> int:
+    """Bytes of keys and values of a whole batch of sequences, two bytes a number; 0 where they are not known."""
+    text = getattr(config, "text_config", config)
+    layers, heads = (getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    width = getattr(text, "hidden_size", None)
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(width, int)):
+        return 0
+    groups: int = getattr(text, "num_key_value_heads", None) or heads
+    each: int = getattr(text, "head_dim", None) or width // heads
+    return 2 * 2 * layers * groups * each * setting.batch_size * setting.seq_len
 
 
 def _thresholds(base: Any) -> list[int]:
