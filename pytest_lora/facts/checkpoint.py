@@ -301,6 +301,7 @@ class Fit:
         wanted: The keys that PEFT would write for this base and configuration.
         compared: Whether PEFT could be asked at all.
         loads: Whether PEFT finds a place for every tensor and a tensor for every place.
+        wrapper: Part of the base's live names (``"_orig_mod"``) by which alone the keys of the file differ; else empty.
         read_by_load_adapter: Whether the adapter is for the same model with or without its head, whose
             ``load_adapter`` (transformers) then finds the places that PEFT does not.
     """
@@ -314,6 +315,7 @@ class Fit:
     wanted: frozenset[str] = frozenset()
     compared: bool = False
     loads: bool = False
+    wrapper: str = ""
     read_by_load_adapter: bool = False
 
 

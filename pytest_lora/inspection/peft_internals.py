@@ -37,6 +37,7 @@ __all__ = [
     "active_adapters",
     "adapted_weight",
     "adapter_names",
+    "custom_classes",
     "delta_weight",
     "dense_weight",
     "factors",
@@ -50,6 +51,7 @@ __all__ = [
     "is_adalora",
     "load_state",
     "lora_configs",
+    "own_code",
     "own_geometry",
     "save_adapters",
     "saved_state",
@@ -214,12 +216,32 @@ def is_adalora(layer: LoraLayer) -> bool:
     return isinstance(layer, AdaLoraLayer)
 
 
-def store_adapter(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the factors of all adapters of a model in a dtype; whole copies of layers stay as they are."""
+def own_code(layer: LoraLayer) -> str:
+    """What is not PEFT's about a layer: its class, or the ``forward`` of this instance; empty if nothing is.
+
+    The hooks of accelerate, which move weights to where they are needed, replace ``forward`` too and call the old one.
+    """
+    made: type = type(layer)
+    if made.__module__.partition(".")[0] != "peft":
+        return f"class {made.__module__}.{made.__qualname__}"
+    return "forward" if "forward" in vars(layer) and "_hf_hook" not in vars(layer) else ""
+
+
+def custom_classes(config: LoraConfig) -> frozenset[type]:
+    """Classes of layers that a configuration registers for modules of its own (``_register_custom_module``)."""
+    return frozenset((getattr(config, "_custom_modules", None) or {}).values())
+
+
+def store_adapter(model: nn.Module, dtype: torch.dtype, *, magnitudes: bool) -> None:
+    """Keep the factors of all adapters of a model in a dtype, and the magnitudes of DoRA too, or as they are.
+
+    Whole copies of layers stay as they are.
+    """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         for name, parameter in layer.named_parameters():
-            if parameter.is_floating_point() and name.startswith("lora_"):
+            kept = name.startswith("lora_magnitude_vector") and not magnitudes
+            if parameter.is_floating_point() and name.startswith("lora_") and not kept:
                 parameter.data = parameter.data.to(dtype)
 
 

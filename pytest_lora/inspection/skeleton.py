@@ -234,6 +234,13 @@ def skeleton(model: nn.Module) -> nn.Module:
     return _Copier().copy(model)
 
 
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class without what ``fully_shard`` puts before it (``torch.distributed.fsdp.FSDPModule``)."""
+    kinds: Any = type(module).__mro__
+    own: type[nn.Module] = kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]
+    return own
+
+
 class _Copier:
     def __init__(self) -> None:
         self.modules: dict[int, nn.Module] = {}
@@ -260,7 +267,7 @@ class _Copier:
         return linear.requires_grad_(False).train(module.training)
 
     def _shallow(self, module: nn.Module) -> nn.Module:
-        clone = type(module).__new__(type(module))
+        clone = nn.Module.__new__(_own_class(module))
         state = {**module.__dict__, **copy.deepcopy(_BLANK), "training": module.training}
         state["_parameters"] = {n: self._tensor(p) for n, p in module._parameters.items()}
         state["_buffers"] = {n: self._tensor(b) for n, b in module._buffers.items()}

@@ -655,3 +655,25 @@ def test_a_file_stands_for_its_folder(names: Namespace) -> None:
     path = configure(names.adapter(), r=16)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert loud(check_checkpoint(path / file)) == ["LORA431"]
+
+
+def compiled_blocks() -> Any:
+    base: Any = BASES["base"]()
+    for index, layer in enumerate(base.model.layers):
+        base.model.layers[index] = torch.compile(layer, backend="eager")
+    return base
+
+
+def compiled() -> Any:
+    return torch.compile(BASES["base"](), backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [compiled_blocks, compiled])
+def test_names_that_only_a_wrapper_keeps_apart_are_told(names: Namespace, wrap: Callable[[], Any]) -> None:
+    """An adapter on a base whose live names are others, and its remedy."""
+    path = names.adapter()
+    report = check_checkpoint(path, wrap())
+    assert loud(report) == ["LORA425"]
+    assert "'_orig_mod.' of torch.compile in their names, and the keys have not" in str(report)
+    assert "load the adapter first" in str(report)
+    assert not loud(check_checkpoint(path, BASES["base"]()))

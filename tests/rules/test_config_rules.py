@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
 
 from pytest_lora import Expect, Finding, check_config
 from pytest_lora.bases.examples.models import BASES, VOCABULARY
@@ -148,3 +149,59 @@ ALORA = "alora_invocation_tokens"
 def test_invocations_that_never_come(tokens: list[int], task_type: str | None, flagged: bool) -> None:
     found = findings(task_type=task_type, **{ALORA: tokens})
     assert found.keys() == ({"LORA133"} if flagged else set())
+
+
+def outputs_after_merging(**fields: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a trained adapter on a base with tied embeddings, and those after merging it."""
+    model: Any = get_peft_model(BASES["tied_base"](), LoraConfig(**{"target_modules": QV, **fields}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        ids = torch.arange(120, VOCABULARY)[None]
+        before = model.eval()(input_ids=ids).logits
+        return before, model.merge_and_unload()(input_ids=ids).logits
+
+
+takes_rows_of_a_head = pytest.mark.skipif(
+    "ensure_weight_tying" not in LoraConfig.__dataclass_fields__,
+    reason="this version of PEFT trains rows of embeddings",
+)
+
+
+@takes_rows_of_a_head
+def test_rows_of_a_tied_head_alone_are_told() -> None:
+    rows = {"lm_head": [126, 127]}
+    before, after = outputs_after_merging(trainable_token_indices=rows)
+    assert not torch.allclose(before, after, atol=1e-3)
+    (found,) = findings("tied_base", trainable_token_indices=rows).values()
+    assert found.code == "LORA113"
+    assert "name the embedding in trainable_token_indices: {'embed_tokens'" in found.fix
+
+
+@pytest.mark.parametrize("rows", [[126, 127], {"embed_tokens": [126, 127]}])
+def test_remedy_of_rows_of_a_tied_head(rows: Any) -> None:
+    before, after = outputs_after_merging(trainable_token_indices=rows)
+    assert torch.allclose(before, after, atol=1e-4)
+    assert not findings("tied_base", trainable_token_indices=rows)
+
+
+@takes_rows_of_a_head
+def test_rows_of_an_untied_head_are_meant() -> None:
+    rows = {"embed_tokens": [126, 127], "lm_head": [126, 127]}
+    assert not findings("base", trainable_token_indices=rows)
+
+
+@pytest.mark.skipif(
+    "ensure_weight_tying" not in LoraConfig.__dataclass_fields__,
+    reason="this version of PEFT ties no adapters",
+)
+def test_adapters_that_are_tied_are_told_where_they_will_be_merged() -> None:
+    fields: dict[str, Any] = {"target_modules": [*QV, "embed_tokens"], "ensure_weight_tying": True}
+    assert not findings("tied_base", **fields)
+    before, after = outputs_after_merging(**fields)
+    merged = Expect(will_merge=True)
+    assert ("LORA113" in findings("tied_base", merged, **fields)) == (
+        not torch.allclose(before, after, atol=1e-3)
+    )
+    assert not findings("tied_base", merged, trainable_token_indices=[126, 127])

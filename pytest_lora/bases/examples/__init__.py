@@ -23,9 +23,13 @@ _MODELS = (
     "vision_language_base",
     "torch_attention_base",
     "batchnorm_base",
+    "image_text_base",
+    "grid_base",
     "batch",
     "classifier_batch",
     "image_batch",
+    "image_text_batch",
+    "grid_batch",
     "llama_7b",
     "fused_moe",
 )

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.checkpoint import CheckpointFacts, Key
+from pytest_lora.facts.checkpoint import WRAPPERS, CheckpointFacts, Key
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
@@ -38,6 +38,16 @@ def tensors_are_not_used(facts: CheckpointFacts, expect: Expect) -> Iterator[Vio
         return
     if facts.fit is None:
         yield from _untargeted(facts)
+        return
+    if facts.fit.wrapper:
+        modules = [m.name for m in facts.adapted]
+        yield Violation(
+            where=grouped(modules),
+            observed=f"adapter keys of {_counted(modules)} match nothing: the modules of the live base have "
+            f"'{facts.fit.wrapper}.' of {WRAPPERS[facts.fit.wrapper]} in their names, and the keys have not",
+            expected="a base whose names are those of the keys",
+            fix="load the adapter first and wrap or compile the model then, or load it into the unwrapped modules",
+        )
         return
     fit = facts.fits
     unused = fit.unused if fit is not None else ()

@@ -42,7 +42,7 @@ def quantization_leaves_most_weights_whole(facts: MemoryFacts, expect: Expect) -
     estimate = facts.estimate
     whole = estimate.breakdown.get("base weights", 0)
     packed = estimate.breakdown.get("quantized base weights", 0)
-    if estimate.setting.quantization is None or whole <= packed:
+    if not estimate.is_mostly_whole:
         return
     yield Violation(
         where=step_in_words(estimate),

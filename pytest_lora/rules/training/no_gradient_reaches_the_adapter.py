@@ -66,6 +66,8 @@ def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Ite
 
 
 _FIXES = {
+    "past the hook": "call inputs_embeds.requires_grad_(True), or set use_reentrant=False",
+    "past the embeddings": "give input_ids, or adapt modules behind the embeddings",
     "is not active": "call model.set_adapter(...) with the adapter that is to train, before the optimizer is made",
     "disabled": "call model.enable_adapter_layers(), and train outside model.disable_adapter()",
     "merged": "call model.unmerge_adapter() before training",

@@ -72,5 +72,8 @@ _FIXES: dict[FailureKind, str] = {
     "inference tensors": "build the model outside torch.inference_mode()",
     "unknown input": "leave out of the batch what the model does not take",
     "graph used twice": "make the graph anew at every step: call the model again and keep no tensor of the step before",
+    "placeholders": "make text and media in one call of the model's own processor, and cut neither afterwards: each "
+    "image, video or audio needs as many placeholder tokens in input_ids as the model makes features of it",
+    "token types": "hand on the token_type_ids (mm_token_type_ids) that the processor gives",
     "changed in place": "change no tensor in place that the backward pass needs",
 }
