@@ -80,9 +80,9 @@ def against(reference: str, model: Any, batch: dict[str, torch.Tensor]) -> torch
     """The loss of DPO against a frozen adapter."""
     gained = score(model, batch["chosen_input_ids"]) - score(model, batch["rejected_input_ids"])
     with torch.no_grad():
-        model.base_model.set_adapter(reference, inference_mode=True)
+        model.set_adapter(reference)
         before = score(model, batch["chosen_input_ids"]) - score(model, batch["rejected_input_ids"])
-        model.base_model.set_adapter("default")
+        model.set_adapter("default")
     return -torch.nn.functional.logsigmoid(0.1 * (gained - before)).mean()
 
 
