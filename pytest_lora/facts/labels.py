@@ -23,6 +23,7 @@ class LabelFacts:
         kind: What they mean to the model.
         labels: How many count, after the shift of a causal model.
         total: How many there are, after that shift.
+        unlabelled: How many positions that are attended to have no label.
         rows: Rows of the batch.
         rows_ignored: Rows in which no label counts.
         padding: Labels that count at positions which are padding.
@@ -49,6 +50,7 @@ class LabelFacts:
     kind: LabelKind
     labels: int
     total: int
+    unlabelled: int
     rows: int
     rows_ignored: int
     padding: int

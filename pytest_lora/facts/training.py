@@ -183,6 +183,10 @@ class UpdateFacts:
     unknown: str
 
 
+Objective = Literal["", "texts", "DPO", "preferences", "policy"]
+"""``"DPO"`` is its loss as it was published, ``"preferences"`` any other loss of chosen and rejected answers."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingFacts:
     """Some real optimizer steps on a model, watched.
@@ -215,6 +219,9 @@ class TrainingFacts:
         spoiled: Inputs that hold NaN or infinity, with their batch; masks and biases aside.
         alone: A text on its own against the same text in its batch, where one has company there.
         media: Images, videos and audio of each batch, where the model knows any.
+        objective: What a trainer trains for, by its own arguments; empty where none says so.
+        optimizer_is_fresh: Whether the optimizer given had taken no step before.
+        switched_off: Whether a forward pass ran with the adapters switched off, as a reference of the loss.
     """
 
     model: ModelFacts
@@ -243,6 +250,33 @@ class TrainingFacts:
     without_graph: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
     alone: AloneFacts | None = None
+    objective: Objective = ""
+    optimizer_is_fresh: bool = False
+    switched_off: bool = False
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether every active adapter is still as it was made: ``lora_B`` zero."""
+        layers = self.model.active_layers
+        return bool(layers) and all(layer.b.zero for layer in layers)
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether chosen answers are compared with rejected ones, by the trainer or by the names of the inputs."""
+        named = {word for name in self.inputs for word in ("chosen", "rejected") if word in name}
+        return self.objective in ("DPO", "preferences") or len(named) == 2
+
+    @property
+    def peak_rate(self) -> float:
+        """The largest learning rate that ``lora_B`` is known to get, or ``lora_A`` where only that trains."""
+        groups = self.optimizer.groups
+        own = [g for g in groups if "b" in g.parts] or [g for g in groups if "a" in g.parts]
+        known = [step.rates[group.index] for group in own for step in self.steps]
+        if self.schedule and self.schedule.peak:
+            known.append(self.schedule.peak)
+        else:
+            known += [group.initial_lr or 0.0 for group in own]
+        return max((rate for rate in known if not math.isnan(rate)), default=0.0)
 
     @property
     def adapter_tensors(self) -> tuple[TensorFacts, ...]:
@@ -417,6 +451,9 @@ def unusual_inits(model: ModelFacts) -> dict[str, str]:
 
 LOGGED_AS_ZERO = 5e-5
 """The Trainer logs losses below this as 0.0."""
+
+TRIED_OUT = 20
+"""Training steps below which a run is a trial of its recipe."""
 
 HISTORY_NEEDED = 5
 """Losses that a verdict on a flat history needs."""

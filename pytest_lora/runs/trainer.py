@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from pytest_lora.expect import Expect
+    from pytest_lora.facts.training import Objective
 
 
 class LoraHealthCallback(TrainerCallback):
@@ -105,7 +106,11 @@ class LoraHealthCallback(TrainerCallback):
         # With several processes a gradient may be a shard, and DeepSpeed keeps it to itself.
         if args.world_size == 1 and optimizer is not None and "DeepSpeed" not in type(optimizer).__name__:
             self.watch.before_step(
-                kwargs["model"], optimizer, kwargs.get("lr_scheduler"), scaler=bool(args.fp16)
+                kwargs["model"],
+                optimizer,
+                kwargs.get("lr_scheduler"),
+                scaler=bool(args.fp16),
+                objective=_objective(args),
             )
 
     def on_optimizer_step(
@@ -142,9 +147,10 @@ class LoraHealthCallback(TrainerCallback):
             # Not args.logging_steps: losses may be logged by epoch, or by a share of the run.
             logged = state.global_step - self._unlogged
             self.watch.steps_per_loss = max(1, round(logged / (self.watch.count + 1)))
-        for name, take in (("loss", self.watch.log), ("eval_loss", self.watch.log_eval)):
-            if logs and name in logs:
-                take(logs[name])
+        if logs and "loss" in logs:
+            self.watch.log(logs["loss"], learning_rate=logs.get("learning_rate"))
+        if logs and "eval_loss" in logs:
+            self.watch.log_eval(logs["eval_loss"])
         self._stop_if_asked(control)
 
     def on_train_end(
@@ -174,6 +180,25 @@ class LoraHealthCallback(TrainerCallback):
     def _stop_if_asked(self, control: TrainerControl) -> None:
         if self._settings["on_error"] == "stop" and self.watch.should_stop:
             control.should_training_stop = True
+
+
+_PREFERENCES = ("DPOConfig", "KTOConfig", "ORPOConfig", "CPOConfig", "BCOConfig")
+_POLICY = ("GRPOConfig", "RLOOConfig", "PPOConfig", "OnlineDPOConfig", "XPOConfig", "NashMDConfig")
+
+
+def _objective(args: Any) -> Objective:
+    """What a trainer trains for: the arguments of TRL's trainers have classes of their own."""
+    names = {cls.__name__ for cls in type(args).__mro__}
+    if names.intersection(_POLICY):
+        return "policy"
+    if names.isdisjoint(_PREFERENCES):
+        return "texts" if "SFTConfig" in names else ""
+    published = getattr(args, "loss_type", None) in ("sigmoid", ["sigmoid"])
+    mixed = getattr(args, "rpo_alpha", None) is not None or getattr(args, "label_smoothing", None) not in (
+        None,
+        0,
+    )
+    return "DPO" if "DPOConfig" in names and published and not mixed else "preferences"
 
 
 def _logged(state: TrainerState) -> tuple[list[float], dict[int, float]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from pytest_lora.facts.training import Objective
     from pytest_lora.inspection.training import FirstSteps
 
 OnError = Literal["warn", "stop", "raise"]
@@ -68,6 +69,7 @@ class Watch:
         self._select, self._ignore = codes("select", select), codes("ignore", ignore)
         self._on_error = on_error
         self._train: list[float] = []
+        self._rates: list[float] = []
         self._earlier = 0
         self._evals: dict[int, float] = {}
         self._known: set[tuple[str, str]] = set()
@@ -86,9 +88,14 @@ class Watch:
         self._earlier = len(losses)
         self._evals.update(eval_losses)
 
-    def log(self, loss: Any, *, eval_loss: Any = None) -> None:
-        """Record the loss of a step, and with it that of an evaluation, and judge the curve if it is time."""
+    def log(self, loss: Any, *, eval_loss: Any = None, learning_rate: float | None = None) -> None:
+        """Record the loss of a step, and with it that of an evaluation, and judge the curve if it is time.
+
+        With the learning rate of every step, warm-up and restarts of the schedule are not taken for faults.
+        """
         self._train.append(as_number("loss", loss))
+        if learning_rate is not None:
+            self._rates.append(as_number("learning_rate", learning_rate))
         if eval_loss is not None:
             self._note_evaluation("eval_loss", eval_loss)
         suspicious = self._train[-1] == 0 or self._train[-1] * 0 != 0
@@ -114,14 +121,20 @@ class Watch:
         self._deliver(report)
 
     def before_step(
-        self, model: nn.Module, optimizer: Any, schedule: Any = None, *, scaler: bool = False
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        schedule: Any = None,
+        *,
+        scaler: bool = False,
+        objective: Objective = "",
     ) -> None:
         """Note the gradients of one of the first steps, right before the optimizer takes it."""
         from pytest_lora.inspection.training import FirstSteps
 
         if self._steps_to_note:
             if self._first_steps is None:
-                self._first_steps = FirstSteps(model, optimizer, schedule, scaler)
+                self._first_steps = FirstSteps(model, optimizer, schedule, scaler, objective)
             self._first_steps.before_step()
 
     def after_step(self) -> None:
@@ -157,7 +170,7 @@ class Watch:
                     self._evals or None,
                     total_steps=self.total_steps,
                     steps_per_loss=self.steps_per_loss,
-                    learning_rate=self.learning_rate,
+                    learning_rate=self._rates if len(self._rates) == len(self._train) else self.learning_rate,
                     expect=self._expect,
                 )
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pytest_lora.facts.training import StepFacts, TrainingFacts
+from pytest_lora.facts.training import Objective, StepFacts, TrainingFacts
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.training.circumstances import repacked_layers
 from pytest_lora.inspection.training.optimizer import (
@@ -32,13 +32,18 @@ class FirstSteps:
         optimizer: What trains it.
         schedule: Its learning-rate schedule, or None.
         scaler: Whether a GradScaler scales the loss.
+        objective: What the trainer trains for.
 
     Raises:
         TypeError: The model carries no LoRA layers, or the optimizer has no ``param_groups``.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, schedule: Any, scaler: bool) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Any, schedule: Any, scaler: bool, objective: Objective = ""
+    ) -> None:
         found = adapted_survey(model)
+        self._objective: Objective = objective
+        self._is_fresh = not any(getattr(optimizer, "state", {}).values())
         self._optimizer = optimizer
         self._schedule = schedule
         self._scaler = scaler
@@ -93,4 +98,6 @@ class FirstSteps:
             dropouts=(),
             lora_dropout=max((layer.dropout for layer in self._model.active_layers), default=0.0),
             repacked=self._repacked,
+            objective=self._objective,
+            optimizer_is_fresh=self._is_fresh,
         )

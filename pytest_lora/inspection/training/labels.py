@@ -94,6 +94,11 @@ def _kind(labels: Tensor, ids: Tensor | None, words: Vocabulary) -> LabelKind | 
     return "causal" if alike else None
 
 
+def _targets_of(values: Tensor, causal: bool) -> Tensor:
+    """What stands at the positions of targets: all but the first of a causal model."""
+    return values[:, 1:] if causal else values
+
+
 def _facts(
     index: int,
     kind: LabelKind,
@@ -103,7 +108,7 @@ def _facts(
     words: Vocabulary,
 ) -> LabelFacts:
     causal = kind == "causal"
-    targets = labels[:, 1:] if causal else labels
+    targets = _targets_of(labels, causal)
     counted = targets != IGNORED
     rows = counted if counted.ndim > 1 else counted[:, None]
     mask = batch.get("attention_mask")
@@ -118,6 +123,7 @@ def _facts(
         kind=kind,
         labels=int(counted.sum()),
         total=targets.numel(),
+        unlabelled=int((~counted & (_targets_of(mask, causal) if mask is not None else True)).sum()),
         rows=labels.shape[0],
         rows_ignored=int((~rows.any(dim=1)).sum()),
         padding=int((padding[:, 1:] if causal else padding).sum()),

@@ -114,6 +114,8 @@ class Probe:
         self._batches: tuple[Any, ...] = ()
         self._labels: tuple[LabelFacts, ...] = ()
         self._touched: dict[str, Ran] = {}
+        self._switched_off = False
+        self._is_fresh = plan.optimizer is not None and not any(plan.optimizer.state.values())
         held = {id(p) for group in self._groups for p in group["params"]}
         self._watch = Watch(model, parameter_parts(self._found), held)
         self._steps: list[StepFacts] = []
@@ -162,7 +164,8 @@ class Probe:
         return batch_law(self._model, self._found.root, self._batches[: len(self._steps)])
 
     def _toucher(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def note(_: nn.Module, arguments: Any) -> None:
+        def note(module: Any, arguments: Any) -> None:
+            self._switched_off |= bool(module.disable_adapters)
             first = arguments[0] if arguments else None
             if not isinstance(first, Tensor) or first.numel():
                 self._touched[name] = max(self._touched.get(name, Ran.CUT), how_it_runs())
@@ -276,6 +279,8 @@ class Probe:
             updates=self._updates.facts(ranks=plan.ranks) if self._updates and self._steps else (),
             failure=self._failure,
             spoiled=tuple(spoiled_inputs(self._batches)),
+            optimizer_is_fresh=self._is_fresh,
+            switched_off=self._switched_off and not any(layer.disabled for layer in facts.layers),
         )
 
 

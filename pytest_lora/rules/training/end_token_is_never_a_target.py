@@ -34,6 +34,7 @@ def end_token_is_never_a_target(facts: TrainingFacts, expect: Expect) -> Iterato
     model.config.eos_token_id = 2
     batch["input_ids"][:, -1] = 2
     batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, :4] = -100
     report = check_training(model, batch)
     ```
 

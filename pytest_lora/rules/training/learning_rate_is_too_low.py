@@ -43,12 +43,7 @@ def learning_rate_is_too_low(facts: TrainingFacts, expect: Expect) -> Iterator[V
     - LoRA Without Regret, on rates of LoRA and full fine-tuning: https://thinkingmachines.ai/blog/lora/
     """
     groups = _deciding_groups(facts)
-    known = [step.rates[group.index] for group in groups for step in facts.steps]
-    if facts.schedule and facts.schedule.peak:
-        known.append(facts.schedule.peak)
-    else:
-        known += [group.initial_lr or 0.0 for group in groups]
-    rate = max(known, default=0.0)
+    rate = facts.peak_rate
     if not facts.steps or not rate > 0:
         return
     eps, left = _left_by_eps(facts, groups)

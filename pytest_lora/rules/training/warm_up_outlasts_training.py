@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.facts.training import TRIED_OUT, TrainingFacts
 from pytest_lora.rules import Violation, rule
 
 
@@ -54,7 +54,3 @@ def warm_up_outlasts_training(facts: TrainingFacts, expect: Expect) -> Iterator[
             fix=f"set num_warmup_steps={max(1, schedule.planned // 20)}, and count both in optimizer steps",
             severity=None if schedule.planned >= TRIED_OUT or facts.history_is_flat else "info",
         )
-
-
-TRIED_OUT = 20
-"""Training steps below which a run is a trial of its recipe."""
