@@ -77,6 +77,21 @@ class FileFault:
 
 
 @dataclass(frozen=True, slots=True)
+class Marks:
+    """Which parts of a factor hold anything but zeros.
+
+    Attributes:
+        rows: Whether each row does; empty where there are too many to be ranks.
+        columns: Whether each column does; empty likewise.
+        zero_rows: Rows that are zero, where they are one block at an end; else 0.
+    """
+
+    rows: tuple[bool, ...]
+    columns: tuple[bool, ...]
+    zero_rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Values:
     """What the numbers of a tensor are like.
 
@@ -85,12 +100,14 @@ class Values:
         infinities: How many are infinite.
         zero: Whether all are zero.
         rms: Their root mean square; None where it was not measured, which it is of ``lora_B`` alone.
+        marks: Which parts of ``lora_A`` or ``lora_B`` hold anything; None of other tensors.
     """
 
     nans: int
     infinities: int
     zero: bool
     rms: float | None = None
+    marks: Marks | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -692,3 +692,56 @@ def test_names_that_only_a_wrapper_keeps_apart_are_told(names: Namespace, wrap: 
     assert "'_orig_mod.' of torch.compile in their names, and the keys have not" in str(report)
     assert "load the adapter first" in str(report)
     assert not loud(check_checkpoint(path, BASES["base"]()))
+
+
+def zeroed(part: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], Any]:
+    """An edit that sets a part of every ``lora_B`` to zero."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for name, tensor in tensors.items():
+            if "lora_B" in name:
+                part(tensor).zero_()
+        return tensors
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (lambda b: b[:, 4:], "4 of 8 ranks"),
+        (lambda b: b[:, :6], "6 of 8 ranks"),
+        (lambda b: b[len(b) // 2 :], "50 % of the rows"),
+        (lambda b: b[: -len(b) // 4], "75 % of the rows"),
+    ],
+    ids=["last ranks", "first ranks", "second half", "all but a quarter"],
+)
+def test_the_same_part_of_every_saved_factor_is_told(names: Namespace, part: Any, words: str) -> None:
+    path = edit(names.adapter(), zeroed(part))
+    assert both(path, BASES["base"]()) == [["LORA445"], ["LORA445"]]
+    assert words in str(check_checkpoint(path))
+    assert not loud(check_checkpoint(path, expect=Expect(fresh=True)))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda b: b[::2],
+        lambda b: b[: len(b) // 3],
+        lambda b: b[:, :4] if len(b) > 40 else b[:0],
+        lambda b: b[:1],
+    ],
+    ids=["every other row", "a third", "ranks of one kind of modules", "a row"],
+)
+def test_saved_factors_that_are_zero_elsewhere_are_left_alone(names: Namespace, part: Any) -> None:
+    path = edit(names.adapter(), zeroed(part))
+    assert both(path, BASES["base"]()) == [[], []]
+
+
+def test_ranks_that_are_padded_in_both_saved_factors_are_left_alone(names: Namespace) -> None:
+    def pad(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for name, tensor in tensors.items():
+            (tensor[:, 4:] if "lora_B" in name else tensor[4:]).zero_()
+        return tensors
+
+    assert both(edit(names.adapter(), pad), BASES["base"]()) == [[], []]
