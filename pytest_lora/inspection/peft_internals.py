@@ -104,8 +104,8 @@ def held_layer(layer: BaseTunerLayer) -> nn.Module:
 
 
 def adapter_names(layer: LoraLayer) -> tuple[str, ...]:
-    """Adapters on one LoRA layer, in the order they were added."""
-    return tuple(layer.r)
+    """Adapters on one LoRA layer, in the order they were added; AdaLoRA may have taken every rank of one away."""
+    return tuple(name for name, rank in layer.r.items() if rank)
 
 
 def active_adapters(
