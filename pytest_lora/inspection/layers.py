@@ -69,7 +69,8 @@ def layer_facts(lora: dict[str, LoraLayer], adapter: str) -> Iterator[LayerFacts
     """The geometry of one adapter on every module that has it."""
     for module, layer in lora.items():
         if adapter in adapter_names(layer):
-            yield LayerFacts(**_geometry(module, layer, adapter, factors(layer, adapter)))
+            pair, others = factors(layer, adapter), tuple(further_tensors(layer, adapter))
+            yield LayerFacts(**_geometry(module, layer, adapter, pair, others))
 
 
 def layer_states(lora: dict[str, LoraLayer], rslora: frozenset[str] = frozenset()) -> Iterator[LayerState]:
@@ -79,7 +80,7 @@ def layer_states(lora: dict[str, LoraLayer], rslora: frozenset[str] = frozenset(
     both = zip(found, further, strict=True)
     values = read_values(t for (_, _, _, f), others in both for t in (f.a, f.b, *(o for _, o in others)))
     for (module, layer, adapter, pair), others in zip(found, further, strict=True):
-        geometry = _geometry(module, layer, adapter, pair)
+        geometry = _geometry(module, layer, adapter, pair, others)
         geometry["use_rslora"] |= adapter in rslora
         dropout = layer.lora_dropout[adapter]
         a_name, a, b_name, b, by_design = pair
@@ -140,13 +141,15 @@ def _factor(name: str, tensor: torch.Tensor, values: dict[int, Values], by_desig
     )
 
 
-def _geometry(module: str, layer: LoraLayer, adapter: str, pair: Factors) -> dict[str, Any]:
+def _geometry(
+    module: str, layer: LoraLayer, adapter: str, pair: Factors, others: tuple[tuple[str, torch.Tensor], ...]
+) -> dict[str, Any]:
     fused = fused_parameter(layer)
     base = layer.get_base_layer()
     shape = None if fused else logical_shape(base)
     inputs, outputs = shape or (int(layer.in_features or 0), int(layer.out_features or 0))
     use_dora = adapter in layer.lora_magnitude_vector
-    tensors = (pair.a, pair.b, *(tensor for _, tensor in further_tensors(layer, adapter)))
+    tensors = (pair.a, pair.b, *(tensor for _, tensor in others))
     rank, scaling = int(layer.r[adapter]), float(layer.scaling[adapter])
     return {
         "module": module,

@@ -62,7 +62,9 @@ def model_facts(model: nn.Module) -> ModelFacts:
     Raises:
         TypeError: ``model`` carries no LoRA layers, and PEFT has no LoRA configuration for it either.
     """
-    found = survey(model) if carries_lora(model) else adapted_survey(model)
+    found = survey(model)
+    if not found.lora and not _is_unloaded(model, found):
+        found = adapted_survey(model)
     parameters = base_parameters(found)
     base = base_facts(found, parameters)
     configs = lora_configs(found.root)

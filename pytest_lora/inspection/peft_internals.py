@@ -141,17 +141,23 @@ def _weight(factor: Any) -> Tensor:
 def further_tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[str, Tensor]]:
     """What a variant of LoRA trains on a layer beside the two factors, by its name in PEFT.
 
-    The magnitude of DoRA, the diagonal of KaSA, the left singular vectors of AdaLoRA.
+    The magnitude of DoRA, the diagonal of KaSA, the left singular vectors of AdaLoRA, a bias of ``lora_B``.
     """
-    two = factors(layer, adapter)
+    beside = layer.lora_bias.get(adapter) or is_adalora(layer)
     for name in layer.adapter_layer_names:
-        held: Any = getattr(layer, name, None) or {}
-        if adapter in held:
-            part = held[adapter]
-            named = part.named_parameters() if hasattr(part, "named_parameters") else [("weight", part)]
-            for own, tensor in named:
-                if tensor is not two.a and tensor is not two.b:
-                    yield name if own == "weight" else f"{name}.{own}", tensor
+        if name in _FACTORS and not (beside and name == "lora_B"):
+            continue
+        held: Any = getattr(layer, name, None)
+        if not held or adapter not in held:
+            continue
+        part = held[adapter]
+        named = part.named_parameters() if hasattr(part, "named_parameters") else [("weight", part)]
+        for own, tensor in named:
+            if own != "weight" or name != "lora_B" or is_adalora(layer):
+                yield name if own == "weight" else f"{name}.{own}", tensor
+
+
+_FACTORS = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
 
 
 def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
@@ -205,8 +211,10 @@ def trains_xlora(model: nn.Module) -> bool:
 
 
 def xlora_models(model: nn.Module) -> list[Any]:
-    """The tuners of X-LoRA in a model."""
-    return [module for module in model.modules() if isinstance(module, XLoraModel)]
+    """The tuner of X-LoRA in a model, if it has one."""
+    outer: Any = next((module for module in model.modules() if isinstance(module, WRAPPERS)), None)
+    tuner = getattr(outer, "base_model", None)
+    return [tuner] if isinstance(tuner, XLoraModel) else []
 
 
 def is_adalora(layer: LoraLayer) -> bool:
