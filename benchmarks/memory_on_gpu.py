@@ -3,7 +3,8 @@
     python benchmarks/memory_on_gpu.py [--json benchmarks/results/memory_on_gpu.json] [--only NAME ...]
 
 Bases get random weights on the GPU itself, so that nothing is downloaded; each setting runs three steps in a
-process of its own. Without CUDA only the predictions are printed.
+process of its own, within --limit seconds, all of them within --total. The JSON file is whole after every setting, so
+that whatever ends this loses one row at most. Without CUDA only the predictions are printed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen2Config
 
 from pytest_lora import estimate_memory
-from pytest_lora.facts.memory import AMPERE_WORKSPACE
+from pytest_lora.inspection.memory.devices import ASSUMED, DeviceAnswers, of_device
 from pytest_lora.inspection.transformers_internals import quantized_linears
 
 GIB = 2**30
@@ -115,7 +116,7 @@ def adapter(setting: Setting) -> LoraConfig:
     )
 
 
-def predicted(setting: Setting, workspace: int) -> dict[str, int]:
+def predicted(setting: Setting, gpu: DeviceAnswers) -> dict[str, int]:
     estimate = estimate_memory(
         adapter(setting),
         BASES[setting.base](),
@@ -125,7 +126,8 @@ def predicted(setting: Setting, workspace: int) -> dict[str, int]:
         gradient_checkpointing=setting.checkpointing,
         optimizer=setting.optimizer,
         padding_mask=setting.padded,
-        workspace=workspace,
+        workspace=gpu.workspace,
+        attention=gpu.attention,
     )
     return {
         "allocated": estimate.peak_allocated,
@@ -186,7 +188,7 @@ def measure(setting: Setting, device: torch.device) -> dict[str, int]:
     """Three steps as the Trainer takes them, under autocast; the peaks are those of the whole run of steps."""
     model = build(setting, device)
     optimizer = optimizer_of(setting, model)
-    cuda = device.type == "cuda"
+    cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -210,68 +212,89 @@ def measure(setting: Setting, device: torch.device) -> dict[str, int]:
     }
 
 
-def cublas_workspace() -> int:
-    """Bytes of cuBLAS's workspace on this GPU: as torch says, or as its first product of matrices leaves allocated."""
-    said = getattr(torch.backends.cuda, "cublas_workspace_size", None)  # torch 2.13
-    if said is not None:
-        return int(said())
-    before = torch.cuda.memory_allocated()
-    square = torch.ones(16, 16, device="cuda")
-    product = square @ square
-    del square, product
-    return torch.cuda.memory_allocated() - before
+def place() -> torch.device:
+    return torch.device("cuda")
 
 
 def one(setting: Setting) -> dict[str, Any]:
+    """Predict and, with CUDA, measure one setting in this process."""
     cuda = torch.cuda.is_available()
-    workspace = cublas_workspace() if cuda else AMPERE_WORKSPACE
+    gpu = of_device(place()) if cuda else ASSUMED
     start = time.perf_counter()
-    foretold = predicted(setting, workspace)
+    foretold = predicted(setting, gpu)
     row: dict[str, Any] = {
         "setting": setting.name,
-        "workspace": workspace,
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        **gpu._asdict(),
         "predicted": foretold,
         "seconds": time.perf_counter() - start,
     }
     if cuda:
-        row["measured"] = seen = measure(setting, torch.device("cuda"))
+        row["measured"] = seen = measure(setting, place())
         row["ratio"] = {name: foretold[name] / seen[name] for name in seen}
     return row
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--json", type=Path)
-    arguments.add_argument("--only", nargs="*", default=[])
-    arguments.add_argument("--one", help="measure this setting in this process")
-    chosen = arguments.parse_args()
+def command(setting: Setting) -> list[str]:
+    return [sys.executable, __file__, "--one", setting.name]
+
+
+def in_a_process(setting: Setting, limit: float) -> dict[str, Any]:
+    """The row of a setting; where its process fails, dies or takes too long, the row says so."""
+    if limit <= 0:
+        return {"setting": setting.name, "error": "not run: no time is left"}
+    try:
+        run = subprocess.run(command(setting), capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"setting": setting.name, "error": f"took longer than {limit:.0f} s"}
+    said = run.stdout.splitlines()
+    try:
+        row = json.loads(said[-1]) if said and not run.returncode else None
+    except ValueError:
+        row = None
+    if isinstance(row, dict):
+        return row
+    last = (run.stderr.strip().splitlines() or ["without a word"])[-1]
+    return {"setting": setting.name, "error": f"its process ended with {run.returncode}: {last}"}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the results so far; whoever ends this meanwhile leaves the file as it was."""
+    names = ("torch", "transformers", "peft", "bitsandbytes")
+    gpu = next((row["gpu"] for row in rows if row.get("gpu")), None)
+    result = {"gpu": gpu, "versions": {n: version(n) for n in names}, "rows": rows}
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(result, indent=2) + "\n")
+    draft.replace(path)
+
+
+def shown(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['setting']:60s} {row['error']}"
+    ratios = "  ".join(f"{name} {ratio:.3f}" for name, ratio in row.get("ratio", {}).items())
+    return f"{row['setting']:60s} {row['predicted']['allocated'] / GIB:7.2f} GiB  {ratios or 'not measured'}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--one", help="measure this setting in this process")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for one setting")
+    parser.add_argument("--total", type=float, default=600.0, help="seconds for all of them")
+    chosen = parser.parse_args(arguments)
     if chosen.one:
         print(json.dumps(one(next(s for s in SETTINGS if s.name == chosen.one))))
         return
-    rows = []
+    end = time.monotonic() + chosen.total
+    rows: list[dict[str, Any]] = []
     for setting in SETTINGS:
         if chosen.only and not any(word in setting.name for word in chosen.only):
             continue
-        run = subprocess.run(
-            [sys.executable, __file__, "--one", setting.name], capture_output=True, text=True, check=False
-        )
-        if run.returncode:
-            print(f"{setting.name:60s} failed: {run.stderr.strip().splitlines()[-1]}")
-            continue
-        row = json.loads(run.stdout.splitlines()[-1])
-        rows.append(row)
-        ratios = "  ".join(f"{name} {ratio:.3f}" for name, ratio in row.get("ratio", {}).items())
-        print(
-            f"{row['setting']:60s} {row['predicted']['allocated'] / GIB:7.2f} GiB  {ratios or 'not measured'}"
-        )
-    if chosen.json and torch.cuda.is_available():
-        names = ("torch", "transformers", "peft", "bitsandbytes")
-        result = {
-            "gpu": torch.cuda.get_device_name(),
-            "versions": {n: version(n) for n in names},
-            "rows": rows,
-        }
-        chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+        rows.append(in_a_process(setting, min(chosen.limit, end - time.monotonic())))
+        print(shown(rows[-1]), flush=True)
+        if chosen.json:
+            write(chosen.json, rows)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ has a page, its docstring. Files of the repository that pages link to are put on
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import re
 from collections import defaultdict
@@ -17,6 +18,7 @@ from typing import Any
 from mkdocs.structure.files import File, InclusionLevel
 
 import pytest_lora
+from pytest_lora.bases.examples import runnable
 from pytest_lora.plugin import fixtures
 from pytest_lora.plugin.options import MARKERS, TABLE
 from pytest_lora.rules import Rule, catalogue
@@ -26,22 +28,25 @@ STAGES = {
     "config": "Configuration (LORA1xx)",
     "model": "Model (LORA2xx)",
     "training": "Training (LORA3xx)",
+    "history": "Logged losses (LORA34x)",
     "checkpoint": "Saved adapters (LORA4xx)",
     "memory": "Memory (LORA5xx)",
     "recipe": "Recipes (LORA6xx)",
+    "behaviour": "Behaviour (LORA9xx)",
+    "sweep": "Rank sweeps (LORA94x)",
 }
 ALSO_PUBLIC = {
     "findings": ("Severity",),
-    "lifecycle": ("LoraLifecycle",),
     "strategies": (
+        "LoraLifecycle",
         "adapter_folders",
         "lora_configs",
         "lora_models",
         "misconfigured_lora_configs",
         "training_shapes",
     ),
-    "tiny": ("load_tiny", "random_tiny"),
-    "watch": ("Watch",),
+    "bases.tiny": ("load_tiny", "random_tiny"),
+    "runs.watch": ("Watch",),
 }
 """Public names that are imported from their own module."""
 
@@ -137,7 +142,7 @@ def rules_index() -> str:
 
 def rule_page(rule: Rule) -> str:
     """The docstring of a rule under its code, name and severity."""
-    return f"# {rule.code} {title_of(rule)}\n\n*{rule.severity}, `{rule.name}`*\n\n{rule.doc}\n"
+    return f"# {rule.code} {title_of(rule)}\n\n*{rule.severity}, `{rule.name}`*\n\n{runnable(rule.doc)}\n"
 
 
 def rules_nav() -> list[Any]:
@@ -172,8 +177,21 @@ def public_names() -> dict[str, list[str]]:
 def api_page(module: str, names: list[str]) -> str:
     """The public names of one module, from their docstrings."""
     where = "pytest_lora" if any(name in pytest_lora.__all__ for name in names) else f"pytest_lora.{module}"
-    entries = [f"::: pytest_lora.{module}.{name}" for name in names]
+    entries = [
+        assertion(name) if name.startswith("assert_") else f"::: pytest_lora.{module}.{name}"
+        for name in names
+    ]
     return "\n\n".join([f"# {api_title(module)}", f"`from {where} import ...`", *entries, ""])
+
+
+def assertion(name: str) -> str:
+    """An assertion, by the check that it raises for."""
+    check = inspect.unwrap(getattr(pytest_lora, name)).__name__
+    home = pytest_lora._homes()[check]
+    text = f"""
+Raises `LoraHealthError` where [`{check}`][{home}.{check}] finds errors. It takes the same arguments in the same order
+and returns the same report; warnings become `LoraHealthWarning`."""
+    return f"## `{name}`\n{text}"
 
 
 def api_title(module: str) -> str:

@@ -107,12 +107,22 @@ def require_number(
     Raises:
         TypeError, ValueError: It is none; the message has the name.
     """
+    number = require_real(name, value)
+    within = least <= number <= most and number > above
+    if not within or (finite and math.isinf(number)):
+        kind = "a finite number" if finite else "a number"
+        raise ValueError(f"{name} must be {kind}{_bounds(least, most, above)}, not {value!r}")
+    return number
+
+
+def require_real(name: str, value: Any) -> float:
+    """Any number.
+
+    Raises:
+        TypeError: It is none; the message has the name.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    if value != value or (finite and abs(value) == math.inf):
-        raise ValueError(f"{name} must be a finite number{_bounds(least, most, above)}, not {value!r}")
-    if not (least <= value <= most and value > above):
-        raise ValueError(f"{name} must be a number{_bounds(least, most, above)}, not {value!r}")
     return float(value)
 
 

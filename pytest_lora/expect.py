@@ -43,6 +43,7 @@ class Expect:
         scope: The part of the model that adapters may touch, as it is called in module names
             (``"language_model"``).
         pretrained_head: The task head was trained elsewhere, so freezing it is meant.
+        completion_only: Only the answers are to be learned: the tokens of prompts have the label -100.
         will_merge: The adapter is going to be merged into the base weights.
         reported_percent: The trainable percentage that the user's own code prints.
         read_pickle: Saved adapters: read ``adapter_model.bin`` too, with torch's ``weights_only=True``. By default
@@ -75,6 +76,7 @@ class Expect:
     new_tokens: int | None = None
     scope: str | None = None
     pretrained_head: bool = False
+    completion_only: bool = False
     will_merge: bool = False
     reported_percent: float | None = None
     read_pickle: bool = False
@@ -90,7 +92,7 @@ class Expect:
     def __post_init__(self) -> None:
         if self.purpose not in get_args(Purpose):
             raise ValueError(f"purpose must be one of {', '.join(get_args(Purpose))}, not {self.purpose!r}")
-        for name in ("fresh", "pretrained_head", "will_merge", "read_pickle"):
+        for name in ("fresh", "pretrained_head", "completion_only", "will_merge", "read_pickle"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, not {value!r}")

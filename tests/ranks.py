@@ -124,3 +124,7 @@ def every_verdict(prefix: str) -> dict[str, str]:
         except (AssertionError, TypeError) as error:
             told[name] = f"{type(error).__name__}: {error}"
     return told
+
+
+def own_device() -> str:
+    return str(torch.ones(1, device="cuda").device)

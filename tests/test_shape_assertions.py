@@ -45,8 +45,8 @@ def failure(caught: pytest.ExceptionInfo[LoraHealthError]) -> str:
 @pytest.mark.parametrize(
     ("low", "high", "fix"),
     [
-        (0.0005, 0.01, "lower r, adapt fewer modules, or raise high if so many are meant"),
-        (0.05, 0.5, "raise r, adapt more modules, or lower low if so few are meant"),
+        (0.0005, 0.01, "lower r, adapt fewer modules, or, if so many are meant, high=0.0416"),
+        (0.05, 0.5, "raise r, adapt more modules, or, if so few are meant, low=0.0408"),
     ],
 )
 def test_ratio_outside_the_band(low: float, high: float, fix: str) -> None:
@@ -54,7 +54,7 @@ def test_ratio_outside_the_band(low: float, high: float, fix: str) -> None:
     with pytest.raises(LoraHealthError) as caught:
         assert_param_ratio(model, low, high)
     assert failure(caught) == (
-        "PeftModel of LlamaForCausalLM: 1 error\n"
+        "LORA901: PeftModel of LlamaForCausalLM: 1 error\n"
         "\n"
         "error[LORA901]: parameter ratio outside band\n"
         "  --> PeftModel\n"
@@ -131,9 +131,9 @@ def test_scaling_per_module_with_patterns() -> None:
     with pytest.raises(LoraHealthError) as caught:
         assert_alpha_ratio(model)
     assert failure(caught) == (
-        "PeftModel of LlamaForCausalLM: 1 error\n"
+        "LORA902: PeftModel of LlamaForCausalLM: 1 error\n"
         "\n"
-        "error[LORA902]: scaling differs from expected\n"
+        "error[LORA902]: scaling is not the asserted one\n"
         "  --> 2 modules: model.layers.*.self_attn.v_proj\n"
         "  observed: scaling 4 (alpha 8 / rank 2)\n"
         "  expected: scaling 2 (expected=2.0)\n"
@@ -265,7 +265,7 @@ def test_factors_of_another_rank() -> None:
     with pytest.raises(LoraHealthError) as caught:
         assert_adapter_shapes(model)
     assert failure(caught) == (
-        "PeftModel of LlamaForCausalLM: 1 error\n"
+        "LORA903: PeftModel of LlamaForCausalLM: 1 error\n"
         "\n"
         "error[LORA903]: adapter shapes do not fit\n"
         "  --> 2 modules: model.layers.*.self_attn.q_proj\n"
@@ -307,15 +307,15 @@ def test_missing_and_unexpected_modules() -> None:
     with pytest.raises(LoraHealthError) as caught:
         assert_adapter_shapes(MODEL, ["q_proj", "k_proj"])
     assert failure(caught) == (
-        "PeftModel of LlamaForCausalLM: 2 errors\n"
+        "LORA905: PeftModel of LlamaForCausalLM: 2 errors\n"
         "\n"
-        "error[LORA903]: adapter shapes do not fit\n"
+        "error[LORA905]: adapted modules are not those named\n"
         "  --> 2 modules: model.layers.*.self_attn.k_proj\n"
         "  observed: missing: no adapter here\n"
         "  expected: one (targets=['q_proj', 'k_proj'])\n"
         "  fix:      add them to target_modules, or take them out of targets\n"
         "\n"
-        "error[LORA903]: adapter shapes do not fit\n"
+        "error[LORA905]: adapted modules are not those named\n"
         "  --> 2 modules: model.layers.*.self_attn.v_proj\n"
         "  observed: unexpected: there is an adapter here\n"
         "  expected: none (targets=['q_proj', 'k_proj'])\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from pytest_lora.arguments import refusing, require_expect
 from pytest_lora.checks.judging import report_on
@@ -18,7 +18,8 @@ def diagnose_history(
     *,
     total_steps: int | None = None,
     steps_per_loss: int = 1,
-    learning_rate: float | None = None,
+    learning_rate: float | Sequence[float] | None = None,
+    vocabulary_size: int | None = None,
     expect: Expect | None = None,
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
@@ -36,7 +37,10 @@ def diagnose_history(
         total_steps: Optimizer steps that the run is planned to have, at least 1. A plateau is then judged by
             the share of the run that has passed.
         steps_per_loss: Optimizer steps from one training loss to the next (the Trainer's ``logging_steps``).
-        learning_rate: The peak learning rate; advice then says from which to which.
+        learning_rate: The peak learning rate, or one rate for each training loss. Advice then says from which to
+            which; with the rate of each loss, warm-up and restarts of the schedule are not taken for faults.
+        vocabulary_size: How many answers the loss chooses among, at least 2: tokens, or classes of a classifier. Losses
+            are then compared with ln(vocabulary_size), that of a guess.
         expect: What is meant; with ``expect.config`` advice on the rank says from which to which.
         select: Codes, or starts of codes, to look at; all when empty.
         ignore: Codes, or starts of codes, to leave out.
@@ -57,6 +61,7 @@ def diagnose_history(
         total_steps=total_steps,
         steps_per_loss=steps_per_loss,
         learning_rate=learning_rate,
+        vocabulary_size=vocabulary_size,
     )
     count = len(facts.train)
     subject = f"history of {count} training loss{'es' if count > 1 else ''}"

@@ -48,7 +48,8 @@ def check_memory(
         base: As for ``estimate_memory``.
         batch_size: Sequences (or images) in a micro-batch.
         seq_len: Tokens in each, padding included.
-        budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked.
+        budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked, also for
+            ``workspace`` and ``attention``.
         advise: Whether other settings are estimated where it does not fit, which takes a second or two. A
             search over many settings does without.
         expect: What is meant, where only the user can know it.
@@ -65,12 +66,17 @@ def check_memory(
         ValueError: An argument is out of its range, the budget has no unit, the step cannot be traced, or a code does
             not exist.
     """
-    from pytest_lora.memory.budget import require_budget
+    from pytest_lora.memory.budget import is_device, require_budget
     from pytest_lora.memory.estimate import estimate_memory
 
     expect = require_expect(expect)
     require_flag("advise", advise)
     limit = require_budget(budget)
+    if is_device(budget):
+        from pytest_lora.inspection.memory.devices import of_device
+
+        answers = of_device(budget)
+        setting = {"workspace": answers.workspace, "attention": answers.attention, **setting}
     estimate = estimate_memory(config, base, batch_size=batch_size, seq_len=seq_len, **setting)
     plain: dict[str, Any] = {**setting}
     return _judge_memory(

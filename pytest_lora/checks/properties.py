@@ -6,7 +6,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.arguments import refusing, require_expect, require_loss_fn, require_number, require_steps
+from pytest_lora.arguments import (
+    refusing,
+    require_expect,
+    require_loss_fn,
+    require_number,
+    require_real,
+    require_steps,
+)
 from pytest_lora.checks.judging import report_on
 from pytest_lora.checks.training import PROBE_RATE
 from pytest_lora.expect import Expect
@@ -52,8 +59,7 @@ def check_param_ratio(
     """
     expect = require_expect(expect)
     for name, bound in (("low", low), ("high", high)):
-        require_number(name, bound)
-        if not 0 <= bound <= 1:
+        if not 0 <= require_real(name, bound) <= 1:
             raise ValueError(f"{name} must be a fraction from 0 to 1 (0.01 is 1 %), not {bound!r}")
     if low > high:
         raise ValueError(f"low must not be above high, but low={low!r} and high={high!r}")

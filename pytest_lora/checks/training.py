@@ -22,6 +22,7 @@ from pytest_lora.facts.figures.adapter_maps import model_maps
 from pytest_lora.facts.figures.curves import drop_curve
 from pytest_lora.facts.measures import of_drop, of_model
 from pytest_lora.findings import Report
+from pytest_lora.rules.selection import codes
 
 if TYPE_CHECKING:
     import torch
@@ -61,15 +62,20 @@ def check_training(
 ) -> Report:
     """Take some real optimizer steps, judge what was seen, and put everything back bit for bit.
 
-    Weights, buffers, gradients, training flags, hooks, random states, optimizer, scheduler and scaler are afterwards
-    what they were, also when something raises half-way. What the model or the optimizer raises is a finding where its
-    cause is known by its words; anything else, and what ``loss_fn`` raises, goes on. Where ``expect.purpose`` is not
-    ``"train"``, no step is taken: labels and modes are looked at only.
+    Weights, buffers, gradients, training flags, attributes, configurations, hooks, optimizer, scheduler, scaler, random
+    states and global settings are afterwards what they were, also when something raises half-way or Ctrl-C is pressed.
+    Models of up to 256 MiB are copied for that. Of larger ones that is copied which training changes, and a frozen
+    weight that changes all the same is an error with its name.
+
+    What the model or the optimizer raises is a finding where its cause is known by its words; anything else, and what
+    ``loss_fn`` raises, goes on. Where ``expect.purpose`` is not ``"train"``, no step is taken: labels and modes are
+    looked at only.
 
     Args:
         model: Anything with PEFT LoRA layers; see ``check_model``. It is run in the mode that it is in.
         batches: One batch (a dict of tensors for ``model(**batch)``) or an iterable of batches, used in order and over
-            again. At most ``steps`` are taken from an iterator; of a list, up to 64 are looked at.
+            again. None is taken before the arguments and the model are checked. At most ``steps`` are taken from an
+            iterator, or one where no step is taken; of a list, ``steps`` or up to 64 are looked at.
         optimizer: The optimizer of the real run. By default an AdamW over everything that requires gradients.
         steps: Optimizer steps to take, at least 1. The default is 3.
         scheduler: The learning-rate schedule of the real run, stepped once an optimizer step.
@@ -87,13 +93,15 @@ def check_training(
 
     Raises:
         TypeError: An argument has the wrong type, or the model carries no LoRA layers.
-        ValueError: An argument is out of its range, there is no batch, the model gives no loss for one, or a
-            code does not exist.
+        ValueError: An argument is out of its range, there is no batch, the model gives no loss for one or has tensors
+            that could not be put back, or a code does not exist.
+        RuntimeError: Something changed that could not be put back; the message names it.
     """
     from pytest_lora.facts.history import history_facts
     from pytest_lora.inspection.training import Plan, training_facts
 
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     require_steps(steps)
     require_trainers(optimizer, scheduler, scaler)
     require_loss_fn(loss_fn)
@@ -153,14 +161,17 @@ def check_loss_decreases(
     Args:
         model: Anything with PEFT LoRA layers; see ``check_model``.
         batches: One batch (a dict of tensors for ``model(**batch)``) or an iterable of batches, used in order and over
-            again; at most ``steps`` are used.
+            again; at most ``steps`` are taken, and none before the arguments and the model are checked.
         steps: Optimizer steps, at least 1.
         by: The relative drop that is asked for, such as 0.1 for 10 %. By default 1 %, or 0.05 % where ``optimizer`` or
             ``learning_rate`` is given, which may be made for thousands of steps.
         optimizer: The optimizer of the real run. By default an AdamW over everything that requires gradients.
         learning_rate: Learning rate of that AdamW. By default one that suits rank, scaling and number of the adapters.
         loss_fn: Called with the model and a batch, gives a scalar loss; by default the loss that the model returns.
-        device: Where to run, such as ``"cpu"``. By default the GPU where there is one and no optimizer is given.
+        device: Where to run, such as ``"cuda"``: model and batches are moved there for the time being. By default
+            everything stays where it is, as a function or a data loader of yours may hold tensors that cannot be moved
+            from here; the loss of the model itself gets its batch on the model's device in any case. A base in 8 bits
+            is never moved, as bitsandbytes leaves its scales behind.
         expect: What is meant, where only the user can know it.
         select: Codes, or starts of codes, to look at; all when empty.
         ignore: Codes, or starts of codes, to leave out.
@@ -171,12 +182,15 @@ def check_loss_decreases(
 
     Raises:
         TypeError: An argument has the wrong type, or the model carries no LoRA layers.
-        ValueError: An argument is out of its range, there is no batch, the model gives no loss for one, or a code does
-            not exist.
+        ValueError: An argument is out of its range, there is no batch, the model gives no loss for one or has tensors
+            that could not be put back, or a code does not exist.
+        RuntimeError: Something changed that could not be put back; the message names it.
     """
+    from pytest_lora.inspection.model import adapted_survey
     from pytest_lora.inspection.training import Plan, loss_drop, place
 
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     require_steps(steps)
     require_trainers(optimizer, None, None)
     require_loss_fn(loss_fn)
@@ -189,6 +203,7 @@ def check_loss_decreases(
         )
     if by is None:
         by = OWN_DROP if optimizer is None and learning_rate is None else GIVEN_DROP
+    adapted_survey(model)
     plan = Plan(steps=steps, rate=learning_rate, optimizer=optimizer, loss_fn=loss_fn)
     facts, drop = loss_drop(model, batches, plan, by, place(model, device, optimizer))
     subject = f"loss of {type(model).__name__} of {facts.model.base.architecture} over {steps} steps"

@@ -77,6 +77,21 @@ class FileFault:
 
 
 @dataclass(frozen=True, slots=True)
+class Marks:
+    """Which parts of a factor hold anything but zeros.
+
+    Attributes:
+        rows: Whether each row does; empty where there are too many to be ranks.
+        columns: Whether each column does; empty likewise.
+        zero_rows: Rows that are zero, where they are one block at an end; else 0.
+    """
+
+    rows: tuple[bool, ...]
+    columns: tuple[bool, ...]
+    zero_rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Values:
     """What the numbers of a tensor are like.
 
@@ -85,12 +100,14 @@ class Values:
         infinities: How many are infinite.
         zero: Whether all are zero.
         rms: Their root mean square; None where it was not measured, which it is of ``lora_B`` alone.
+        marks: Which parts of ``lora_A`` or ``lora_B`` hold anything; None of other tensors.
     """
 
     nans: int
     infinities: int
     zero: bool
     rms: float | None = None
+    marks: Marks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +163,8 @@ class Key:
     tool_name: str = ""
 
     @classmethod
-    def of(cls, name: str) -> Key:
-        """Take a key apart."""
+    def of(cls, name: str, own_module: bool = False) -> Key:
+        """Take a key apart; ``own_module`` says that the base calls a part of itself ``module``."""
         steps = name.split(".")
         # "module" may be what a base calls a part of itself, so only at the top is it a wrapper's.
         inside = tuple(step for step in steps if step.startswith("_") and step in WRAPPERS)
@@ -156,7 +173,7 @@ class Key:
         while True:
             if rest.startswith(PREFIX):
                 rest, prefixes = rest.removeprefix(PREFIX), prefixes + 1
-            elif rest.startswith("module."):
+            elif rest.startswith("module.") and not (own_module and prefixes):
                 rest, outside = rest.removeprefix("module."), outside + 1
             else:
                 break
@@ -211,6 +228,19 @@ class AdaptedModule:
         return shape[1] if len(shape) > 1 and 0 not in shape else None
 
     @property
+    def target(self) -> str:
+        """The module that a configuration names: attention takes its out_proj along, under ``base_layer``."""
+        return self.name.partition(".base_layer.")[0].removesuffix(".base_layer")
+
+    @property
+    def ranks_agree(self) -> bool:
+        """Whether both factors are of one rank; of a convolution in groups lora_B has the rank of one group."""
+        rank, columns = self.rank, self.b_rank
+        if rank == columns or not rank or not columns:
+            return rank == columns
+        return self.a is not None and len(self.a.shape) > 2 and rank % columns == 0
+
+    @property
     def turned(self) -> tuple[str, ...]:
         """Factors whose other side has the configured rank: they are transposed, or in each other's place."""
         wanted = self.configured_rank
@@ -250,6 +280,7 @@ class ConfigFile:
         problem: Why ``settings`` is None though the method is LoRA, else None.
         unjudged: Fields that are set and change the structure in ways that are not followed here.
         code: Fields that name code to import (``auto_map``).
+        tool: The tool other than PEFT that writes such a configuration, or None.
     """
 
     fields: tuple[str, ...]
@@ -261,6 +292,7 @@ class ConfigFile:
     problem: str | None
     unjudged: tuple[str, ...]
     code: tuple[str, ...]
+    tool: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +318,9 @@ class Fit:
         wanted: The keys that PEFT would write for this base and configuration.
         compared: Whether PEFT could be asked at all.
         loads: Whether PEFT finds a place for every tensor and a tensor for every place.
+        wrapper: Part of the base's live names (``"_orig_mod"``) by which alone the keys of the file differ; else empty.
+        read_by_load_adapter: Whether the adapter is for the same model with or without its head, whose
+            ``load_adapter`` (transformers) then finds the places that PEFT does not.
     """
 
     base: BaseFacts
@@ -297,6 +332,8 @@ class Fit:
     wanted: frozenset[str] = frozenset()
     compared: bool = False
     loads: bool = False
+    wrapper: str = ""
+    read_by_load_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -347,6 +384,8 @@ class CheckpointFacts:
     @cached_property
     def other_method(self) -> str | None:
         """What made the adapter where it is not PEFT's LoRA, in words; else None."""
+        if self.config is not None and self.config.tool:
+            return f"an adapter of {self.config.tool}"
         if self.config is not None and self.config.peft_type not in ("", "LORA"):
             return f"peft_type {self.config.peft_type}"
         if self.config is None and any(_OTHER_TOOLS.search(t.name) for t in self.tensors):

@@ -86,7 +86,10 @@ class Settings:
     eva_config: bool
     corda_config: bool
     lora_ga_config: bool
+    loftq_config: bool
     use_qalora: bool
+    lora_bias: bool
+    kasa_config: bool
 
     @classmethod
     def of(cls, config: Any) -> Settings:
@@ -243,12 +246,18 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "eva_config": bool,
     "corda_config": bool,
     "lora_ga_config": bool,
+    "loftq_config": bool,
     "use_qalora": bool,
+    "lora_bias": bool,
+    "kasa_config": bool,
 }
 
 
 def _read(config: Any, field: str) -> Any:
     value = getattr(config, field, None)
+    if hasattr(config, "init_r"):
+        # AdaLoRA begins with init_r on every module; its rank_pattern notes what it has pruned since.
+        value = {"r": config.init_r, "rank_pattern": None}.get(field, value)
     try:
         return _READ[field](value)
     except (TypeError, ValueError, AttributeError) as error:
@@ -295,10 +304,19 @@ class PatternKey:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """PEFT's own error where it stops at the configuration."""
+    """PEFT's own error where it stops at the configuration.
+
+    Attributes:
+        error: Class of the exception.
+        message: Its words.
+        modules: Modules of the base that they are about, where that can be told.
+        exclusion: What to set ``exclude_modules`` to, under which PEFT takes the rest; None where there is no such.
+    """
 
     error: str
     message: str
+    modules: tuple[str, ...] = ()
+    exclusion: tuple[str, ...] | str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,13 +327,14 @@ class ConfigFacts:
         adapter: Name of the adapter.
         settings: The fields as written; on a live model, as PEFT left them.
         base: The base model.
-        layers: Modules that get an adapter, in order; empty where PEFT refuses.
+        layers: Modules that get an adapter, in order; empty where PEFT refuses before it has made them.
         names: What each name in the lists of the configuration matches.
         patterns: What each key of the two patterns decides.
         saved_modules: Modules that are trained in full and saved beside the adapter.
         token_modules: Modules with single trainable rows.
-        refusal: PEFT's error, or None.
+        refusal: PEFT's error while it makes or initialises the adapter, or None.
         live: Whether this was read from a model that already carries the adapter.
+        merge_refusal: What PEFT raises when these adapters are merged, or None.
         stored: Embeddings whose whole weights a saved adapter holds, whatever its configuration says.
     """
 
@@ -329,6 +348,7 @@ class ConfigFacts:
     token_modules: tuple[str, ...]
     refusal: Refusal | None
     live: bool
+    merge_refusal: Refusal | None = None
     stored: tuple[str, ...] = ()
 
     def unmatched(self, field: str) -> Iterator[NameMatch]:

@@ -1,8 +1,9 @@
-"""Robust statistics of a loss curve, as pure functions: levels, noise, falls, swings, repeats."""
+"""Robust statistics of a loss curve, as pure functions: levels, noise, trends, falls, jumps, swings, repeats."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -17,10 +18,29 @@ NOISE_WINDOW = 24
 """Losses around a level from which its noise is estimated, at least."""
 
 _MAD_TO_DEVIATION = 1.4826
+"""Standard deviation of a normal variable over its median absolute deviation, 1 / 0.6745."""
+
 _MEDIAN_TO_MEAN = 1.2533
+"""Standard error of a median over that of a mean under normal noise, sqrt(pi / 2)."""
+
 _LONGEST_CYCLE = 64
+"""More batches than this are no "few batches in turn"; and the search stays linear in the number of losses."""
+
 _LONGEST_LAG = 4
+"""An up and down of longer period is a swing."""
+
 _SAME_BATCH = 0.15
+"""Share of the noise that is left between two visits to the same batch; of unlike batches all of it is."""
+
+_TREND_POINTS = 200
+"""Means of neighbouring losses that a trend is read from, at most: it takes the square of them in comparisons."""
+
+_JUMP_NOISE = 6.0
+"""A jump is higher than this many standard deviations of the noise; see ``SWING_NOISE`` for what white noise spans."""
+
+_JUMP_DONE = 0.75
+"""Share of the way from the lowest loss before to the highest after that a jump makes at once. Losses that blow
+up climb over several steps, each by a factor of its own; new data raise the loss with their first batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +87,56 @@ class Fall:
     size: float
     error: float
     resolution: float
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """The highest step up from one loss to the next that lasts, and makes most of a rise of the curve.
+
+    Attributes:
+        at: Index of the first loss after it.
+        before: Median of the losses right before it.
+        after: Median of the losses right after it.
+        trend: What ``trend`` says of all losses from it on.
+    """
+
+    at: int
+    before: float
+    after: float
+    trend: float
+
+
+def trend(values: Sequence[float]) -> float:
+    """Whether values rise or fall throughout: z of the rank test of Mann and Kendall, negative for a fall.
+
+    Standard normal where there is no trend, whatever the distribution of the noise (Mann, Econometrica 13, 1945;
+    Kendall, Rank Correlation Methods, 1975). 0 below four values.
+    """
+    width = -(-len(values) // _TREND_POINTS)
+    means = [fmean(values[i : i + width]) for i in range(0, len(values), width)] if width > 1 else values
+    count = len(means)
+    if count < 4:
+        return 0.0
+    score = sum((b > a) - (b < a) for i, a in enumerate(means) for b in means[i + 1 :])
+    ties = sum(t * (t - 1) * (2 * t + 5) for t in Counter(means).values())
+    variance = (count * (count - 1) * (2 * count + 5) - ties) / 18
+    return score / math.sqrt(variance) if variance else 0.0
+
+
+def jump(losses: Sequence[float]) -> Jump | None:
+    """The jump of a curve after its first tenth, if it has one: from one loss to the next, and not of a loss alone."""
+    count, few = len(losses), SMALLEST_BLOCK
+    places = range(max(2 * few, count // 10), count - 3 * few)
+    sides = ((i, median(losses[i - few : i]), median(losses[i : i + few])) for i in places)
+    found = max(sides, key=lambda side: side[2] - side[1], default=None)
+    if found is None:
+        return None
+    at, before, after = found
+    # The index of the highest difference may be one off where the noise is large; nothing depends on it.
+    low, high = min(smoothed(losses[:at], 2 * few - 1)), max(smoothed(losses[at:], 2 * few - 1))
+    if after - before < max(_JUMP_NOISE * noise(losses), _JUMP_DONE * (high - low)):
+        return None
+    return Jump(at, before, after, trend(losses[at:]))
 
 
 def noise(losses: Sequence[float]) -> float:

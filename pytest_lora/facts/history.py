@@ -5,74 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any
 
-from pytest_lora.facts.curve import (
-    NOISE_WINDOW,
-    Fall,
-    Level,
-    alternation,
-    clearest_fall,
-    cycles,
-    deviations,
-    level,
-    levels,
-    noise,
-    repetition,
-    smoothed,
-    swings,
-    typical,
-)
+from pytest_lora.facts.curve import Level, repetition
+from pytest_lora.facts.curve_shape import FEWEST_LOSSES, CurveFacts, curve_facts
 
-FEWEST_LOSSES = 10
-"""From so many losses on a curve has statistics; below, only what one loss shows by itself counts."""
+NO_RATE = 0.1
+"""Below this share of its peak a schedule is still at the start of its warm-up, or about to end: the last tenth of a
+linear decay and the last fifth of a cosine move the weights by 1 % and 2 % of what the whole schedule does."""
 
-FITS = 0.1
-"""At a loss below this, in nats per token, the model fits: each token has a probability of 0.9. Nothing that a
-curve does down there is a fault."""
+FEWEST_EVALS, EVAL_FLAT = 3, 0.02
+"""Evaluations on the same records have no noise of batches: 2 % is less than half of what a slow run falls by."""
 
-SWING = 0.3
-"""A swing is a rise by this share of the starting loss, and beyond the noise, that is taken back again."""
-
-SWING_NOISE = 5.0
-"""A swing is higher than this many standard deviations of the noise; 1,000 losses of white noise span 7, and
-4.5 after the running median of three under which swings are counted."""
-
-
-@dataclass(frozen=True, slots=True)
-class CurveFacts:
-    """What a curve of at least ``FEWEST_LOSSES`` losses looks like.
-
-    Attributes:
-        start: Level of the first losses.
-        lowest: The lowest level.
-        highest: The highest level.
-        end: Level of the last losses.
-        peak: The highest loss, outliers of one or two steps aside.
-        peak_at: Its index.
-        fall: The clearest fall anywhere.
-        noise: Standard deviation of the noise between neighbouring losses.
-        deviation: Typical deviation from the trend, as a share of the loss.
-        swings: How often the curve rose widely and came down again.
-        alternation: How strongly it goes up and down within few losses, 0 to 1.
-        cycles: Whether the same batches come again and again, which alone makes a curve go up and down.
-        levels: Levels from start to end.
-    """
-
-    start: Level
-    lowest: Level
-    highest: Level
-    end: Level
-    peak: float
-    peak_at: int
-    fall: Fall
-    noise: float
-    deviation: float
-    swings: int
-    alternation: float
-    cycles: bool
-    levels: tuple[Level, ...]
+RESTART = 2.0
+"""A schedule that doubles its rate between two losses has started anew; every warm-up that follows a decay does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +40,8 @@ class HistoryFacts:
         steps_per_loss: Optimizer steps from one training loss to the next.
         total_steps: Optimizer steps that the run is planned to have, if known.
         learning_rate: The peak learning rate, if known.
+        rates: The learning rate at each training loss; empty where only the peak or nothing is known.
+        vocabulary_size: How many answers the loss chooses among, if known: tokens, or classes of a classifier.
         nonfinite: Indices of training losses that are NaN or infinite.
         nonfinite_evals: Steps of evaluations whose loss is NaN or infinite.
         zero_from: Index from which on every training loss is exactly zero, if two or more are.
@@ -108,6 +57,8 @@ class HistoryFacts:
     steps_per_loss: int
     total_steps: int | None
     learning_rate: float | None
+    rates: tuple[float, ...]
+    vocabulary_size: int | None
     nonfinite: tuple[int, ...]
     nonfinite_evals: tuple[int, ...]
     zero_from: int | None
@@ -130,6 +81,38 @@ class HistoryFacts:
         """Share of the planned run that the usable losses cover."""
         return None if self.total_steps is None else self.steps / self.total_steps
 
+    @property
+    def evals_are_flat(self) -> bool:
+        """Whether three or more evaluation losses lie within ``EVAL_FLAT`` of the first."""
+        losses = [one.loss for one in self.evals]
+        return len(losses) >= FEWEST_EVALS and max(losses) - min(losses) < EVAL_FLAT * losses[0]
+
+    @property
+    def chance(self) -> float | None:
+        """The loss of a guess, ln(vocabulary), in nats; None where the vocabulary is not known."""
+        return math.log(self.vocabulary_size) if self.vocabulary_size else None
+
+    @property
+    def restarts(self) -> tuple[int, ...]:
+        """Indices of training losses from which on the schedule raised the learning rate again, after its warm-up."""
+        falls = (i for i, (before, after) in enumerate(pairwise(self.rates)) if after < before)
+        warm = next(falls, len(self.rates))
+        steps = enumerate(pairwise(self.rates), start=1)
+        return tuple(i for i, (before, after) in steps if i > warm and after > RESTART * before)
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether the schedule has raised the rate up to now, so that its peak is still to come."""
+        return bool(self.rates) and self.rates[-1] == max(self.rates) > self.rates[len(self.rates) // 2]
+
+    @property
+    def steps_trained(self) -> int:
+        """Optimizer steps of the usable losses, but for those of a schedule that had next to no learning rate."""
+        if not self.rates or not self.learning_rate:
+            return self.steps
+        least = NO_RATE * self.learning_rate
+        return self.steps_per_loss * sum(rate >= least for rate in self.rates[: len(self.usable)])
+
     def level_at(self, step: int) -> Level | None:
         """The level of the training loss around a step; None where there are too few losses for levels."""
         if self.curve is None:
@@ -151,7 +134,8 @@ def history_facts(
     *,
     total_steps: int | None = None,
     steps_per_loss: int = 1,
-    learning_rate: float | None = None,
+    learning_rate: float | Sequence[float] | None = None,
+    vocabulary_size: int | None = None,
     zero_has_gradient: bool = False,
 ) -> HistoryFacts:
     """Describe a history; ``diagnose_history`` documents the arguments.
@@ -160,16 +144,15 @@ def history_facts(
         TypeError: An argument has the wrong type; the message names it.
         ValueError: No training losses, or a number outside its range; the message names the argument.
     """
-    train = _losses("train_losses", train_losses)
+    train = _numbers("train_losses", train_losses)
     if not train:
         raise ValueError("train_losses must hold at least one loss")
     steps_per_loss = as_count("steps_per_loss", steps_per_loss)
     if total_steps is not None:
         total_steps = as_count("total_steps", total_steps)
-    if learning_rate is not None:
-        learning_rate = as_number("learning_rate", learning_rate)
-        if not (math.isfinite(learning_rate) and learning_rate >= 0):
-            raise ValueError(f"learning_rate must be a finite number of at least 0, not {learning_rate!r}")
+    if vocabulary_size is not None:
+        vocabulary_size = as_count("vocabulary_size", vocabulary_size, least=2)
+    peak, rates = _rates(learning_rate, len(train))
     evals = _evals(eval_losses, len(train) * steps_per_loss)
     nonfinite = tuple(i for i, loss in enumerate(train) if not math.isfinite(loss))
     zero_from = _zero_from(train)
@@ -180,7 +163,9 @@ def history_facts(
         evals=tuple(e for e in evals if math.isfinite(e.loss)),
         steps_per_loss=steps_per_loss,
         total_steps=total_steps,
-        learning_rate=learning_rate,
+        learning_rate=peak,
+        rates=rates,
+        vocabulary_size=vocabulary_size,
         nonfinite=nonfinite,
         nonfinite_evals=tuple(e.step for e in evals if not math.isfinite(e.loss)),
         zero_from=zero_from,
@@ -191,32 +176,24 @@ def history_facts(
     )
 
 
-def curve_facts(losses: Sequence[float]) -> CurveFacts:
-    """The statistics of at least ``FEWEST_LOSSES`` losses, none of them negative."""
-    known = levels(losses)
-    start = level(losses, 0, 3)
-    deviation = noise(losses)
-    smooth = smoothed(losses, 5)
-    rest = deviations(losses)
-    third = max(NOISE_WINDOW, len(losses) // 3)
-    # Noise grows with the loss, so that the third in which a curve is high is louder than the whole.
-    loudest = max(noise(part) for part in (losses, losses[:third], losses[-third:]))
-    peak_at = max(range(len(smooth)), key=smooth.__getitem__)
-    return CurveFacts(
-        start=start,
-        lowest=min(known, key=lambda one: one.value),
-        highest=max(known, key=lambda one: one.value),
-        end=known[-1],
-        peak=smooth[peak_at],
-        peak_at=peak_at,
-        fall=clearest_fall(losses),
-        noise=deviation,
-        deviation=typical(rest),
-        swings=swings(smoothed(losses, 3), max(SWING * start.value, SWING_NOISE * loudest)),
-        alternation=alternation(rest),
-        cycles=cycles(rest),
-        levels=known,
-    )
+def _rates(given: Any, count: int) -> tuple[float | None, tuple[float, ...]]:
+    """The peak and the rate at each of ``count`` losses, the latter empty where they are not given."""
+    if given is None:
+        return None, ()
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes)) and _dimensions(given) > 0
+    rates = _numbers("learning_rate", given) if several else (as_number("learning_rate", given),)
+    wrong = next((rate for rate in rates if not (math.isfinite(rate) and rate >= 0)), None)
+    if wrong is not None:
+        raise ValueError(f"learning_rate must be a finite number of at least 0, not {wrong!r}")
+    if several and len(rates) != count:
+        raise ValueError(
+            f"learning_rate must hold one rate for each of {count} training losses, not {len(rates)}"
+        )
+    return max(rates), rates if several else ()
+
+
+def _dimensions(given: Any) -> int:
+    return int(getattr(given, "ndim", 1))
 
 
 def _zero_from(train: Sequence[float]) -> int | None:
@@ -228,16 +205,16 @@ def _evals(given: Iterable[float] | Mapping[int, float] | None, steps: int) -> t
     if given is None:
         return ()
     if isinstance(given, Mapping):
-        losses = _losses("eval_losses", list(given.values()))
+        losses = _numbers("eval_losses", list(given.values()))
         positions = [as_count("eval_losses", step, least=0) for step in given]
         return tuple(EvalLoss(*pair) for pair in sorted(zip(positions, losses, strict=True)))
-    losses = _losses("eval_losses", given)
+    losses = _numbers("eval_losses", given)
     return tuple(EvalLoss(round(steps * (i + 1) / len(losses)), loss) for i, loss in enumerate(losses))
 
 
-def _losses(argument: str, given: Any) -> tuple[float, ...]:
+def _numbers(argument: str, given: Any) -> tuple[float, ...]:
     if isinstance(given, (str, bytes, Set, Mapping)) or not isinstance(given, Iterable):
-        raise TypeError(f"{argument} must be a list of losses, not {type(given).__name__}")
+        raise TypeError(f"{argument} must be a list of numbers, not {type(given).__name__}")
     return tuple(as_number(f"{argument}[{i}]", loss) for i, loss in enumerate(given))
 
 

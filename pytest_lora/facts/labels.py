@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+IGNORED = -100
+"""The label that ``torch.nn.functional.cross_entropy`` leaves out by default."""
+
 LabelKind = Literal["causal", "sequence", "tokens", "classes"]
 """Next-token labels that the model shifts itself, labels of a decoder, one class a token, one class a row."""
 
@@ -20,6 +23,7 @@ class LabelFacts:
         kind: What they mean to the model.
         labels: How many count, after the shift of a causal model.
         total: How many there are, after that shift.
+        unlabelled: How many positions that are attended to have no label.
         rows: Rows of the batch.
         rows_ignored: Rows in which no label counts.
         padding: Labels that count at positions which are padding.
@@ -46,6 +50,7 @@ class LabelFacts:
     kind: LabelKind
     labels: int
     total: int
+    unlabelled: int
     rows: int
     rows_ignored: int
     padding: int

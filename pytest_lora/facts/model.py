@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pytest_lora.facts.base import BaseFacts
@@ -13,7 +14,7 @@ class Factor:
     """One of the two low-rank factors of an adapter on one module.
 
     Attributes:
-        name: ``"lora_A"``, ``"lora_B"``, ``"lora_embedding_A"`` or ``"lora_embedding_B"``.
+        name: As PEFT calls it: ``"lora_A"``, ``"lora_B"``, ``"lora_embedding_A"``, ``"lora_magnitude_vector"``, ...
         shape: As stored.
         dtype: ``"float32"``, ``"bfloat16"``, ...
         device: ``"cpu"``, ``"cuda:0"``, ``"meta"``.
@@ -57,7 +58,13 @@ class LayerState(LayerFacts):
         disabled: Whether all adapters are switched off here.
         merged: Whether the adapter is merged into the base weight here.
         dropout_live: Whether a LoRA dropout above zero is in training mode.
-        magnitude: The magnitude vector of DoRA, or None.
+        further: What a variant trains beside the two factors: the magnitude of DoRA, the diagonal of KaSA, the left
+            singular vectors of AdaLoRA, whose ``b`` are the singular values (``lora_E``).
+        own_code: What is not PEFT's about the layer: ``"class my.Linear"``, ``"forward"``; empty for a layer of PEFT.
+        swappable: Whether it was prepared for hot-swapping, so that its scaling is a tensor.
+        empty_ranks: Ranks at which both factors are zero though others hold something.
+        idle_ranks: Ranks at which ``b`` alone still is zero.
+        zero_outputs: Rows of ``b`` that still are zero, where they are one block at an end.
     """
 
     a: Factor
@@ -69,17 +76,37 @@ class LayerState(LayerFacts):
     disabled: bool
     merged: bool
     dropout_live: bool
-    magnitude: Factor | None
+    further: tuple[Factor, ...]
+    own_code: str = ""
+    swappable: bool = False
+    empty_ranks: int = 0
+    idle_ranks: int = 0
+    zero_outputs: int = 0
 
     @property
     def parts(self) -> tuple[Factor, ...]:
         """The tensors of the adapter here."""
-        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
+        return (self.a, self.b, *self.further)
+
+    @property
+    def prunes_ranks(self) -> bool:
+        """Whether AdaLoRA takes ranks away from this module while it trains."""
+        return self.b.name == "lora_E"
 
     @property
     def trainable(self) -> bool:
         """Whether any factor requires gradients."""
         return self.a.trainable or self.b.trainable
+
+    @property
+    def is_scaled_as_configured(self) -> bool:
+        """Whether the scaling in effect is what rank and alpha give."""
+        return math.isclose(self.scaling, self.configured_scaling, rel_tol=1e-5)
+
+    @property
+    def is_swapped(self) -> bool:
+        """Whether factors of another configuration were swapped in, as scaling or padded ranks show."""
+        return not self.is_scaled_as_configured and (self.swappable or self.empty_ranks > 0)
 
     @property
     def can_learn(self) -> bool:
@@ -116,6 +143,7 @@ class SavedModule:
         active: Whether the copy takes part in the forward pass.
         disabled: Whether all copies are switched off here.
         tied: Other modules that shared the original's weight and do not share the copy's.
+        tied_by_loading: Whether this transformers ties the two again as it loads a merged model in which they differ.
     """
 
     module: str
@@ -128,6 +156,7 @@ class SavedModule:
     active: bool
     disabled: bool
     tied: tuple[str, ...]
+    tied_by_loading: bool
 
     @property
     def field(self) -> str:
@@ -172,6 +201,36 @@ class TrainableBase:
 
 
 @dataclass(frozen=True, slots=True)
+class LateAdapter:
+    """An adapter that was put in after a wrapper was made, which does not know its parameters.
+
+    Attributes:
+        wrapper: ``"DistributedDataParallel"``, ``"FSDP"`` or ``"torch.compile"``.
+        parameters: Names of what it does not know.
+    """
+
+    wrapper: str
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CollidingName:
+    """An adapter whose name is also a part of the names of modules.
+
+    Attributes:
+        adapter: Its name.
+        part: The module, or the factor, that has the same name.
+        lost: Keys of any adapter that PEFT leaves out or spoils when it saves this model; empty where all are right.
+        adapters: Adapters that these belong to.
+    """
+
+    adapter: str
+    part: str
+    lost: tuple[str, ...]
+    adapters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """A model with LoRA adapters.
 
@@ -195,6 +254,9 @@ class ModelFacts:
         duplicates: Pairs of adapters that are active together and hold the same numbers wherever they are.
         reentrant_without_inputs: Reentrant gradient checkpointing is on and nothing makes its input require
             gradients, so that no gradient reaches an adapter inside.
+        late: Adapters that were put in after a wrapper was made.
+        colliding: Adapters whose names are also names of modules.
+        trains_xlora: Whether a classifier of X-LoRA trains, which weighs adapters that are frozen by design.
     """
 
     base: BaseFacts
@@ -215,6 +277,9 @@ class ModelFacts:
     stored_parameters: int
     duplicates: tuple[tuple[str, str], ...]
     reentrant_without_inputs: bool
+    late: tuple[LateAdapter, ...] = ()
+    colliding: tuple[CollidingName, ...] = ()
+    trains_xlora: bool = False
 
     @property
     def active_layers(self) -> tuple[LayerState, ...]:
@@ -235,6 +300,17 @@ class ModelFacts:
     def disabled(self) -> bool:
         """Whether the adapters are switched off in every layer."""
         return bool(self.layers) and all(layer.disabled for layer in self.layers)
+
+    @property
+    def wiped(self) -> tuple[tuple[str, str], ...]:
+        """Adapters of which everything is zero, each with one that is not and whose name is a part of theirs."""
+        empty = [name for name in self.adapters if all(p.a.zero and p.b.zero for p in self.of(name))]
+        return tuple(
+            (name, other)
+            for name in empty
+            for other in self.adapters
+            if other != name and other in name and other not in empty
+        )
 
     def of(self, adapter: str) -> tuple[LayerState, ...]:
         """One adapter on all its modules."""

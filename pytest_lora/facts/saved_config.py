@@ -38,15 +38,26 @@ def config_of_the_file(facts: CheckpointFacts) -> ConfigFacts | None:
         carries_adapter=False,
         fused=(),
     )
-    return ConfigFacts("default", settings, base, layers, (), (), (), (), None, live=True)
+    return ConfigFacts(
+        adapter="default",
+        settings=settings,
+        base=base,
+        layers=layers,
+        names=(),
+        patterns=(),
+        saved_modules=(),
+        token_modules=(),
+        refusal=None,
+        live=True,
+    )
 
 
 def _layers(facts: CheckpointFacts, settings: Settings) -> Iterator[LayerFacts]:
     for module in facts.adapted:
-        scaling = settings.scaling_of(module.name)
+        scaling = settings.scaling_of(module.target)
         if scaling is None or module.a is None or module.b is None or not module.rank or not module.b_rank:
             continue
-        fused = bool(settings.target_parameters) and not settings.targets(module.name)
+        fused = bool(settings.target_parameters) and not settings.targets(module.target)
         yield LayerFacts(
             module=module.name,
             kind="Parameter" if fused else "Linear",
@@ -55,8 +66,8 @@ def _layers(facts: CheckpointFacts, settings: Settings) -> Iterator[LayerFacts]:
             out_features=module.b.shape[0],
             kernel=1,
             experts=1,
-            rank=settings.rank_of(module.name),
-            alpha=settings.alpha_of(module.name),
+            rank=settings.rank_of(module.target),
+            alpha=settings.alpha_of(module.target),
             scaling=scaling,
             use_rslora=settings.use_rslora,
             use_dora=settings.use_dora,

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import LabelFacts
+from pytest_lora.facts.media import MediumFacts
 from pytest_lora.facts.model import LayerState, ModelFacts
 from pytest_lora.facts.optimizer import OptimizerFacts, Part, ScheduleFacts
 
@@ -92,6 +94,8 @@ FailureKind = Literal[
     "unknown input",
     "graph used twice",
     "changed in place",
+    "placeholders",
+    "token types",
 ]
 
 
@@ -179,6 +183,10 @@ class UpdateFacts:
     unknown: str
 
 
+Objective = Literal["", "texts", "DPO", "preferences", "policy"]
+"""``"DPO"`` is its loss as it was published, ``"preferences"`` any other loss of chosen and rejected answers."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingFacts:
     """Some real optimizer steps on a model, watched.
@@ -194,9 +202,12 @@ class TrainingFacts:
         steps: The steps; none where the model is only to be evaluated or the labels make a step impossible.
         tensors: Every parameter that may train.
         untouched: Adapted modules that took no part in any forward pass.
+        without_graph: Adapted modules that every forward pass ran with gradients off.
+        cut: Those of them that reentrant gradient checkpointing ran so, as no input of its segment requires gradients.
         labels: Labels of each batch, where they are of a known form.
         batches: How many batches were given, as far as that is known.
-        inputs: Names of what the batches hold.
+        inputs: Names of what the batches hold that steps were taken on.
+        later_inputs: Names of what only the other batches hold.
         history: Losses of the run so far, as the user gave them.
         changes: Weights and buffers of the base that changed.
         dropouts: Modules with a dropout above zero in training mode.
@@ -206,6 +217,11 @@ class TrainingFacts:
             plan asks for ranks.
         failure: What kept a step from being taken, or None.
         spoiled: Inputs that hold NaN or infinity, with their batch; masks and biases aside.
+        objective: What a trainer trains for, by its own arguments; empty where none says so.
+        optimizer_is_fresh: Whether the optimizer given had taken no step before.
+        switched_off: Whether a forward pass ran with the adapters switched off, as a reference of the loss.
+        alone: A text on its own against the same text in its batch, where one has company there.
+        media: Images, videos and audio of each batch, where the model knows any.
     """
 
     model: ModelFacts
@@ -229,6 +245,38 @@ class TrainingFacts:
     updates: tuple[UpdateFacts, ...] = ()
     failure: Failure | None = None
     spoiled: tuple[str, ...] = ()
+    objective: Objective = ""
+    optimizer_is_fresh: bool = False
+    switched_off: bool = False
+    media: tuple[MediumFacts, ...] = ()
+    later_inputs: tuple[str, ...] = ()
+    without_graph: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    alone: AloneFacts | None = None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether every active adapter is still as it was made: ``lora_B`` zero."""
+        layers = self.model.active_layers
+        return bool(layers) and all(layer.b.zero for layer in layers)
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether chosen answers are compared with rejected ones, by the trainer or by the names of the inputs."""
+        named = {word for name in self.inputs for word in ("chosen", "rejected") if word in name}
+        return self.objective in ("DPO", "preferences") or len(named) == 2
+
+    @property
+    def peak_rate(self) -> float:
+        """The largest learning rate that ``lora_B`` is known to get, or ``lora_A`` where only that trains."""
+        groups = self.optimizer.groups
+        own = [g for g in groups if "b" in g.parts] or [g for g in groups if "a" in g.parts]
+        known = [step.rates[group.index] for group in own for step in self.steps]
+        if self.schedule and self.schedule.peak:
+            known.append(self.schedule.peak)
+        else:
+            known += [group.initial_lr or 0.0 for group in own]
+        return max((rate for rate in known if not math.isnan(rate)), default=0.0)
 
     @property
     def adapter_tensors(self) -> tuple[TensorFacts, ...]:
@@ -326,8 +374,20 @@ class TrainingFacts:
             return "the adapter is merged into the base weights"
         if not layer.trainable:
             return "its tensors are frozen (requires_grad=False)"
+        embeds = "inputs_embeds" in self.inputs
         if layer.module in self.untouched:
-            return "the module is outside the forward pass"
+            outside = "the module is outside the forward pass"
+            past = embeds and layer.module == self.model.base.input_embeddings
+            return f"{outside}: inputs_embeds come from outside, past the embeddings" if past else outside
+        if layer.module in self.cut:
+            why = "reentrant gradient checkpointing runs it without a graph: no input of its block requires gradients"
+            return (
+                f"{why}, as inputs_embeds come from outside, past the hook on the embeddings"
+                if embeds
+                else why
+            )
+        if layer.module in self.without_graph and self.has_graph:
+            return "it runs under torch.no_grad()"
         if self.model.reentrant_without_inputs:
             return "reentrant gradient checkpointing without input gradients cuts the graph"
         if layer.scaling == 0:
@@ -391,6 +451,9 @@ def unusual_inits(model: ModelFacts) -> dict[str, str]:
 
 LOGGED_AS_ZERO = 5e-5
 """The Trainer logs losses below this as 0.0."""
+
+TRIED_OUT = 20
+"""Training steps below which a run is a trial of its recipe."""
 
 HISTORY_NEEDED = 5
 """Losses that a verdict on a flat history needs."""

@@ -15,6 +15,7 @@ from pytest_lora.inspection.config import ADAPTER, dry_run
 from pytest_lora.inspection.parameters import count
 from pytest_lora.inspection.peft_internals import LoraConfig, saved_state
 from pytest_lora.inspection.skeleton import skeleton
+from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey
 
 
@@ -42,6 +43,7 @@ class AdapterSize:
         )
 
 
+@leaves_no_trace
 def adapter_sizes(config: LoraConfig, model: nn.Module, ranks: Collection[int]) -> dict[int, AdapterSize]:
     """Sizes by rank. PEFT is asked at the smallest and the largest rank; in between, sizes are linear.
 

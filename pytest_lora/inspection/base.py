@@ -129,7 +129,7 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
     output_embeddings = _embedding(root, "get_output_embeddings", names)
     return BaseFacts(
         architecture=type(root).__name__,
-        task_type=_task_type(root),
+        task_type=task_of(type(root).__name__, _config(root)),
         modules=tuple(_base_modules(modules)),
         module_names=tuple(name for name in modules if name),
         parameters=sum(p.numbers for p in parameters),
@@ -144,7 +144,20 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
         device_types=tuple(dict.fromkeys(p.tensor.device.type for p in parameters)),
         quantization=_quantization(root, modules),
         carries_adapter=survey.carries_adapter,
-        fused=tuple(FusedParameter(p.full_name, p.numbers) for p in parameters if p.tensor.ndim == 3),
+        fused=tuple(
+            FusedParameter(p.full_name, p.numbers) for p in parameters if _stacks_experts(p, modules)
+        ),
+    )
+
+
+def _stacks_experts(parameter: BaseParameter, modules: dict[str, nn.Module]) -> bool:
+    """Whether a parameter stacks the matrices of several experts; kernels and positions have three dimensions too."""
+    shape = parameter.tensor.shape
+    names = (parameter.full_name, type(modules[parameter.module]).__name__)
+    return (
+        len(shape) == 3
+        and shape[0] > 1
+        and any(word in n.lower() for word in ("expert", "moe") for n in names)
     )
 
 
@@ -155,11 +168,11 @@ def _base_modules(modules: dict[str, nn.Module]) -> Iterator[BaseModule]:
             yield BaseModule(name, type(module).__name__, *shape, quantization_of(module))
 
 
-def _task_type(root: nn.Module) -> str | None:
-    name = type(root).__name__
-    if name.endswith("ForConditionalGeneration") and getattr(_config(root), "is_encoder_decoder", False):
+def task_of(architecture: str, config: Any) -> str | None:
+    """The PEFT task type that fits a transformers class, by its name and its configuration; None where none does."""
+    if architecture.endswith("ForConditionalGeneration") and getattr(config, "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
-    return next((task for ending, task in TASKS.items() if name.endswith(ending)), None)
+    return next((task for ending, task in TASKS.items() if architecture.endswith(ending)), None)
 
 
 def _config(root: nn.Module) -> Any:

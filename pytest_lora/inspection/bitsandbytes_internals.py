@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -96,6 +97,13 @@ def quantized_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of bitsandbytes in a model."""
     kinds = (_layers().Linear4bit, _layers().Linear8bitLt)
     return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def holds_8_bit_weights(model: nn.Module) -> bool:
+    """Whether a model has 8-bit layers of bitsandbytes, whose scales are no buffers that move with it."""
+    return "bitsandbytes" in sys.modules and any(
+        isinstance(module, _layers().Linear8bitLt) for module in model.modules()
+    )
 
 
 def _layers() -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from pytest_lora.facts.base import BaseFacts
@@ -24,17 +25,25 @@ from pytest_lora.facts.config import (
     is_named,
 )
 from pytest_lora.inspection.base import base_facts, base_parameters
+from pytest_lora.inspection.exclusion import explained
 from pytest_lora.inspection.layers import layer_facts
-from pytest_lora.inspection.peft_internals import LoraConfig, heads_by_task_type, token_rows
+from pytest_lora.inspection.peft_internals import (
+    LoraConfig,
+    LoraLayer,
+    adapter_names,
+    heads_by_task_type,
+    lora_configs,
+    token_rows,
+)
+from pytest_lora.inspection.rehearsal import refused_initialisation, refused_merge, without_values
 from pytest_lora.inspection.skeleton import resolve_base, skeleton
+from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey
-
-DATA_INITS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga", "mica")
-"""Initialisations that compute with base weights; they change values only, so the dry run goes without."""
 
 ADAPTER = "default"
 
 
+@leaves_no_trace
 def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     """Ask PEFT on a skeleton what a configuration does to a base.
 
@@ -51,28 +60,63 @@ def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     if any(_leaves(facts, head) for head in heads_by_task_type(settings.task_type)):
         settings = _without_absent_heads(settings, facts)
     if facts.carries_adapter:
-        wrapped = Refusal("", "the base already carries an adapter")
+        wrapped = refused(_refused_beside(config, found)) or Refusal(
+            "", "the base already carries an adapter"
+        )
         return assembled(ADAPTER, settings, settings, facts, Survey(model, 0), (), wrapped)
     tried = copy.deepcopy(config)
     injected, error = dry_run(tried, skeleton(model))
-    refusal = None if error is None else Refusal(type(error).__name__, str(error))
     after = found if injected is None else survey(injected)
     layers = tuple(layer_facts(after.lora, ADAPTER))
-    return assembled(ADAPTER, settings, Settings.of(tried), facts, after, layers, refusal)
+    ranked = with_ranks(after, ADAPTER)
+    refusal = refused(error or refused_initialisation(config, ranked))
+    if refusal is not None and injected is None:
+        refusal = explained(refusal, config, found.modules, lambda other: dry_run(other, skeleton(model))[1])
+    made = assembled(ADAPTER, settings, Settings.of(tried), facts, after, layers, refusal)
+    return replace(made, merge_refusal=refused(refused_merge(config, ranked)))
 
 
-def dry_run(config: LoraConfig, model: nn.Module) -> tuple[nn.Module | None, Exception | None]:
-    """Let PEFT put an adapter on a skeleton; ``config`` is changed as PEFT changes it."""
-    from peft import get_peft_model
+def _refused_beside(config: LoraConfig, found: Survey) -> Exception | None:
+    """What PEFT raises when a configuration becomes one more adapter of a model; None where it takes it."""
+    known = lora_configs(found.root)
+    name = "_".join((ADAPTER, *known))
+    model: Any = None
+    for adapter, own in known.items():
+        model, error = dry_run(copy.deepcopy(own), skeleton(found.root) if model is None else model, adapter)
+        if error is not None:
+            return None
+    return None if model is None else dry_run(copy.deepcopy(config), model, name)[1]
 
-    init = str(config.init_lora_weights).lower()
-    if init.startswith(DATA_INITS) and not _lacks_preparation(init, model):
-        config.init_lora_weights = True
+
+def refused(error: Exception | None) -> Refusal | None:
+    """An error of PEFT as a fact."""
+    return None if error is None else Refusal(type(error).__name__, str(error))
+
+
+def with_ranks(found: Survey, adapter: str) -> list[tuple[LoraLayer, int]]:
+    """The layers of an adapter, each with its rank there."""
+    return [
+        (layer, int(layer.r[adapter])) for layer in found.lora.values() if adapter in adapter_names(layer)
+    ]
+
+
+def dry_run(
+    config: LoraConfig, model: nn.Module, adapter: str = ADAPTER
+) -> tuple[nn.Module | None, Exception | None]:
+    """Let PEFT put an adapter on a skeleton, or beside those on it; ``config`` is changed as PEFT changes it."""
+    from peft import PeftModel, get_peft_model
+
+    if not _lacks_preparation(str(config.init_lora_weights).lower(), model):
+        without_values(config)
     config.inference_mode, inference = False, config.inference_mode
     try:
-        with warnings.catch_warnings():
+        # The factors of an embedding are drawn before they go to the meta device.
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            return get_peft_model(model, config, low_cpu_mem_usage=True), None
+            if isinstance(model, PeftModel):
+                model.add_adapter(adapter, config, low_cpu_mem_usage=True)
+                return model, None
+            return get_peft_model(model, config, adapter, low_cpu_mem_usage=True), None
     except Exception as error:
         return None, error
     finally:
@@ -89,7 +133,8 @@ def live_config_facts(
 ) -> ConfigFacts:
     """Read the configuration of an adapter that a live model already carries."""
     settings = _without_absent_heads(Settings.of(config), base)
-    return assembled(adapter, settings, settings, base, found, layers, None, live=True)
+    made = assembled(adapter, settings, settings, base, found, layers, None, live=True)
+    return replace(made, merge_refusal=refused(refused_merge(config, with_ranks(found, adapter))))
 
 
 def _without_absent_heads(settings: Settings, base: BaseFacts) -> Settings:

@@ -12,13 +12,17 @@ from torch import nn
 from pytest_lora.facts.config import LayerFacts
 from pytest_lora.facts.model import Factor, LayerState
 from pytest_lora.inspection.base import dtype_name, logical_shape
+from pytest_lora.inspection.factor_fill import FULL, fills
 from pytest_lora.inspection.peft_internals import (
     Factors,
     LoraLayer,
     active_adapters,
     adapter_names,
     factors,
+    further_tensors,
     fused_parameter,
+    is_adalora,
+    own_code,
     own_geometry,
 )
 
@@ -35,8 +39,6 @@ class Values(NamedTuple):
 
 
 UNREAD = Values(None, None, None)
-
-MAGNITUDE = "lora_magnitude_vector"
 
 
 def read_values(tensors: Iterable[torch.Tensor | None]) -> dict[int, Values]:
@@ -62,23 +64,37 @@ def read_values(tensors: Iterable[torch.Tensor | None]) -> dict[int, Values]:
 
 def _readable(data: torch.Tensor) -> bool:
     wide_float = data.is_floating_point() and data.element_size() > 1
-    return wide_float and data.device.type != "meta" and data.numel() > 0
+    sharded = hasattr(data, "to_local")  # the other ranks would have to take part
+    return wide_float and not sharded and data.device.type != "meta" and data.numel() > 0
 
 
 def layer_facts(lora: dict[str, LoraLayer], adapter: str) -> Iterator[LayerFacts]:
     """The geometry of one adapter on every module that has it."""
     for module, layer in lora.items():
         if adapter in adapter_names(layer):
-            yield LayerFacts(**_geometry(module, layer, adapter, factors(layer, adapter)))
+            pair, others = factors(layer, adapter), tuple(further_tensors(layer, adapter))
+            yield LayerFacts(**_geometry(module, layer, adapter, pair, others))
 
 
-def layer_states(lora: dict[str, LoraLayer], rslora: frozenset[str] = frozenset()) -> Iterator[LayerState]:
-    """Every adapter on every module as it stands; ``rslora`` names those whose configuration sets it."""
+def layer_states(
+    lora: dict[str, LoraLayer],
+    rslora: frozenset[str] = frozenset(),
+    registered: frozenset[type] = frozenset(),
+) -> Iterator[LayerState]:
+    """Every adapter on every module as it stands.
+
+    Args:
+        lora: LoRA layers by module name.
+        rslora: Adapters whose configuration sets ``use_rslora``.
+        registered: Classes of layers that a configuration registers for modules of its own.
+    """
     found = [(m, layer, a, factors(layer, a)) for m, layer in lora.items() for a in adapter_names(layer)]
-    magnitudes = [_magnitude(layer, adapter) for _, layer, adapter, _ in found]
-    values = read_values(t for (_, _, _, f), m in zip(found, magnitudes, strict=True) for t in (f.a, f.b, m))
-    for (module, layer, adapter, pair), magnitude in zip(found, magnitudes, strict=True):
-        geometry = _geometry(module, layer, adapter, pair)
+    further = [tuple(further_tensors(layer, adapter)) for _, layer, adapter, _ in found]
+    both = zip(found, further, strict=True)
+    values = read_values(t for (_, _, _, f), others in both for t in (f.a, f.b, *(o for _, o in others)))
+    filled = fills((f.a, f.b) for _, _, _, f in found if values.get(id(f.b), UNREAD).zero is False)
+    for (module, layer, adapter, pair), others in zip(found, further, strict=True):
+        geometry = _geometry(module, layer, adapter, pair, others)
         geometry["use_rslora"] |= adapter in rslora
         dropout = layer.lora_dropout[adapter]
         a_name, a, b_name, b, by_design = pair
@@ -94,14 +110,11 @@ def layer_states(lora: dict[str, LoraLayer], rslora: frozenset[str] = frozenset(
             disabled=bool(layer.disable_adapters),
             merged=adapter in layer.merged_adapters,
             dropout_live=bool(dropout.training and geometry["dropout"]),
-            magnitude=None if magnitude is None else _factor(MAGNITUDE, magnitude, values, by_design),
+            further=tuple(_factor(name, tensor, values, by_design) for name, tensor in others),
+            own_code="" if type(layer) in registered else own_code(layer),
+            swappable=isinstance(layer.scaling[adapter], torch.Tensor),
+            **filled.get(id(b), FULL)._asdict(),
         )
-
-
-def _magnitude(layer: LoraLayer, adapter: str) -> torch.Tensor | None:
-    if adapter not in layer.lora_magnitude_vector:
-        return None
-    return next(layer.lora_magnitude_vector[adapter].parameters(recurse=False), None)
 
 
 def _expected_shapes(
@@ -145,15 +158,16 @@ def _factor(name: str, tensor: torch.Tensor, values: dict[int, Values], by_desig
     )
 
 
-def _geometry(module: str, layer: LoraLayer, adapter: str, pair: Factors) -> dict[str, Any]:
+def _geometry(
+    module: str, layer: LoraLayer, adapter: str, pair: Factors, others: tuple[tuple[str, torch.Tensor], ...]
+) -> dict[str, Any]:
     fused = fused_parameter(layer)
     base = layer.get_base_layer()
     shape = None if fused else logical_shape(base)
     inputs, outputs = shape or (int(layer.in_features or 0), int(layer.out_features or 0))
     use_dora = adapter in layer.lora_magnitude_vector
-    numbers = pair.a.numel() + pair.b.numel()
-    if use_dora:
-        numbers += sum(p.numel() for p in layer.lora_magnitude_vector[adapter].parameters(recurse=False))
+    tensors = (pair.a, pair.b, *(tensor for _, tensor in others))
+    rank, scaling = int(layer.r[adapter]), float(layer.scaling[adapter])
     return {
         "module": module,
         "kind": "Parameter" if fused else type(base).__name__,
@@ -162,13 +176,13 @@ def _geometry(module: str, layer: LoraLayer, adapter: str, pair: Factors) -> dic
         "out_features": outputs,
         "kernel": math.prod(getattr(base, "kernel_size", ())) if shape else 1,
         "experts": fused[1] if fused else 1,
-        "rank": int(layer.r[adapter]),
+        "rank": rank,
         "alpha": float(layer.lora_alpha[adapter]),
-        "scaling": float(layer.scaling[adapter]),
+        "scaling": scaling / rank if rank and is_adalora(layer) else scaling,
         "use_rslora": _uses_rslora(layer, adapter),
         "use_dora": use_dora,
         "dropout": float(getattr(layer.lora_dropout[adapter], "p", 0.0)),
-        "parameters": numbers,
+        "parameters": sum(tensor.numel() for tensor in tensors),
     }
 
 

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import peft
 from packaging.version import Version
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.xlora import XLoraModel
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     import torch
     from torch import Tensor, nn
@@ -35,22 +37,29 @@ __all__ = [
     "active_adapters",
     "adapted_weight",
     "adapter_names",
+    "custom_classes",
     "delta_weight",
     "dense_weight",
     "factors",
     "forget_adapters",
     "freeze",
     "frozen_factors",
+    "further_tensors",
     "fused_parameter",
     "heads_by_task_type",
+    "held_layer",
+    "is_adalora",
     "load_state",
     "lora_configs",
+    "own_code",
     "own_geometry",
     "save_adapters",
     "saved_state",
     "store_adapter",
     "token_rows",
+    "trains_xlora",
     "wrapped_base",
+    "xlora_models",
 ]
 
 
@@ -89,9 +98,16 @@ def forget_adapters(base: nn.Module) -> None:
         vars(base).pop(attribute, None)
 
 
+def held_layer(layer: BaseTunerLayer) -> nn.Module:
+    """What an adapter layer wraps, which in a mixed model may be an adapter layer itself."""
+    wrapping: Any = layer
+    held: nn.Module = wrapping.base_layer
+    return held
+
+
 def adapter_names(layer: LoraLayer) -> tuple[str, ...]:
-    """Adapters on one LoRA layer, in the order they were added."""
-    return tuple(layer.r)
+    """Adapters on one LoRA layer, in the order they were added; AdaLoRA may have taken every rank of one away."""
+    return tuple(name for name, rank in layer.r.items() if rank)
 
 
 def active_adapters(
@@ -105,6 +121,12 @@ def active_adapters(
 def factors(layer: LoraLayer, adapter: str) -> Factors:
     """The tensors of one adapter on one layer."""
     by_design = tuple(getattr(layer, "frozen_peft_weight_names", {}).get(adapter, ()))
+    singular_values: Any = getattr(layer, "lora_E", {})
+    if adapter in singular_values:
+        # AdaLoRA's product is B diag(E) A, and E is what starts at zero.
+        return Factors(
+            "lora_A", _weight(layer.lora_A[adapter]), "lora_E", singular_values[adapter], by_design
+        )
     if adapter in layer.lora_A:
         a, b = _weight(layer.lora_A[adapter]), _weight(layer.lora_B[adapter])
         return Factors("lora_A", a, "lora_B", b, by_design)
@@ -113,8 +135,31 @@ def factors(layer: LoraLayer, adapter: str) -> Factors:
 
 
 def _weight(factor: Any) -> Tensor:
-    weight: Tensor = factor.weight
+    """A factor's tensor: PEFT keeps it in a module, AdaLoRA as it is."""
+    weight: Tensor = getattr(factor, "weight", factor)
     return weight
+
+
+def further_tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """What a variant of LoRA trains on a layer beside the two factors, by its name in PEFT.
+
+    The magnitude of DoRA, the diagonal of KaSA, the left singular vectors of AdaLoRA, a bias of ``lora_B``.
+    """
+    beside = layer.lora_bias.get(adapter) or is_adalora(layer)
+    for name in layer.adapter_layer_names:
+        if name in _FACTORS and not (beside and name == "lora_B"):
+            continue
+        held: Any = getattr(layer, name, None)
+        if not held or adapter not in held:
+            continue
+        part = held[adapter]
+        named = part.named_parameters() if hasattr(part, "named_parameters") else [("weight", part)]
+        for own, tensor in named:
+            if own != "weight" or name != "lora_B" or is_adalora(layer):
+                yield name if own == "weight" else f"{name}.{own}", tensor
+
+
+_FACTORS = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
 
 
 def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
@@ -158,15 +203,53 @@ def delta_weight(layer: LoraLayer, adapter: str) -> Tensor:
 def own_geometry(layer: LoraLayer, adapter: str) -> bool:
     """Whether a LoRA variant other than DoRA gives the factors shapes of its own (QALoRA, BD-LoRA, ...)."""
     variant = getattr(layer, "lora_variant", {}).get(adapter)
-    return variant is not None and "Dora" not in type(variant).__name__
+    return is_adalora(layer) or (variant is not None and "Dora" not in type(variant).__name__)
 
 
-def store_adapter(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the factors of all adapters of a model in a dtype; whole copies of layers stay as they are."""
+def trains_xlora(model: nn.Module) -> bool:
+    """Whether X-LoRA's classifier, which weighs its frozen adapters token by token, requires gradients."""
+    classifiers: list[Any] = [mixture.internal_xlora_classifier for mixture in xlora_models(model)]
+    return any(p.requires_grad for classifier in classifiers for p in classifier.parameters())
+
+
+def xlora_models(model: nn.Module) -> list[Any]:
+    """The tuner of X-LoRA in a model, if it has one."""
+    outer: Any = next((module for module in model.modules() if isinstance(module, WRAPPERS)), None)
+    tuner = getattr(outer, "base_model", None)
+    return [tuner] if isinstance(tuner, XLoraModel) else []
+
+
+def is_adalora(layer: LoraLayer) -> bool:
+    """Whether a layer is AdaLoRA's, which divides its scaling, lora_alpha itself, by the rank."""
+    return isinstance(layer, AdaLoraLayer)
+
+
+def own_code(layer: LoraLayer) -> str:
+    """What is not PEFT's about a layer: its class, or the ``forward`` of this instance; empty if nothing is.
+
+    The hooks of accelerate, which move weights to where they are needed, replace ``forward`` too and call the old one.
+    """
+    made: type = type(layer)
+    if made.__module__.partition(".")[0] != "peft":
+        return f"class {made.__module__}.{made.__qualname__}"
+    return "forward" if "forward" in vars(layer) and "_hf_hook" not in vars(layer) else ""
+
+
+def custom_classes(config: LoraConfig) -> frozenset[type]:
+    """Classes of layers that a configuration registers for modules of its own (``_register_custom_module``)."""
+    return frozenset((getattr(config, "_custom_modules", None) or {}).values())
+
+
+def store_adapter(model: nn.Module, dtype: torch.dtype, *, magnitudes: bool) -> None:
+    """Keep the factors of all adapters of a model in a dtype, and the magnitudes of DoRA too, or as they are.
+
+    Whole copies of layers stay as they are.
+    """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         for name, parameter in layer.named_parameters():
-            if parameter.is_floating_point() and name.startswith("lora_"):
+            kept = name.startswith("lora_magnitude_vector") and not magnitudes
+            if parameter.is_floating_point() and name.startswith("lora_") and not kept:
                 parameter.data = parameter.data.to(dtype)
 
 
@@ -243,3 +326,12 @@ def save_adapters(model: Any, folder: str, **how: Any) -> None:
         model.save_pretrained(folder, **how)
     finally:
         del vars(model)["create_or_update_model_card"]
+
+
+def loading_device(model: nn.Module) -> str:
+    """The ``torch_device`` for PEFT to load an adapter onto a model.
+
+    Left to itself PEFT takes a GPU if there is one, which a check on the CPU would start.
+    """
+    first = next(model.parameters(), None)
+    return "cpu" if first is None else str(first.device)

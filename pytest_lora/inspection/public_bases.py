@@ -180,18 +180,14 @@ def _unknown(name: str) -> str:
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """Read a ``config.json`` (or the one in a folder) from disk; nothing is fetched or executed.
-
-    Raises:
-        ValueError: It is not there, or transformers cannot read it.
-    """
+    """Read a ``config.json`` (or the one in a folder) from disk; nothing is fetched or executed."""
     from transformers import AutoConfig
 
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
-            f"base: {file} does not exist; give a model folder, a config.json, a live model, or the name of a "
-            "public model"
+            f"base: {file} does not exist; give a model folder, a config.json, a live model, or the name of a public "
+            "model"
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -200,7 +196,21 @@ def read_config(path: Path) -> PretrainedConfig:
             trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:
+        if _brings_code(file):
+            raise ValueError(
+                f"base: {file} is of a model with code of its own (auto_map), which is never run here; build the model "
+                "yourself, with trust_remote_code where you trust it, and give it as a live model (the meta device is "
+                "enough: with torch.device('meta'))"
+            ) from error
         raise ValueError(
             f"base: {file} is not a configuration that transformers can read: {error}"
         ) from error
     return config
+
+
+def _brings_code(file: Path) -> bool:
+    """Whether a ``config.json`` says that its classes lie beside it."""
+    try:
+        return "auto_map" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False

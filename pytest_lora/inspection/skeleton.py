@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,13 @@ import torch
 from torch import nn
 from torch.nn import init
 
-from pytest_lora.inspection.base import logical_shape, quantization_of
+from pytest_lora.inspection.base import logical_shape, quantization_of, task_of
+from pytest_lora.inspection.peft_internals import (
+    BaseTunerLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    held_layer,
+)
 from pytest_lora.inspection.public_bases import config_by_name, is_name, read_config
 from pytest_lora.inspection.survey import survey
 
@@ -22,12 +29,11 @@ if TYPE_CHECKING:
 
 META = torch.device("meta")
 _BLANK = nn.Module().__dict__
-_HEADED = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
-"""Task types that put a new head on a pretrained body, and the class that does it."""
+
+PRETRAINED = re.compile(
+    r"(ForCausalLM|LMHead(Model)?|ForMaskedLM|ForPreTraining|ForConditionalGeneration|Model)$"
+)
+"""Classes that a base is pretrained as, and that its ``config.json`` names whatever is built on it."""
 
 
 def resolve_base(base: Any, task_type: str | None = None) -> nn.Module:
@@ -36,21 +42,28 @@ def resolve_base(base: Any, task_type: str | None = None) -> nn.Module:
     Args:
         base: A live model, a ``PretrainedConfig``, the path of a model folder or ``config.json``, or the name of a
             public model.
-        task_type: PEFT task type that chooses the model class where the configuration names none.
+        task_type: PEFT task type. It chooses the model class where the configuration names none, or one that a base
+            is pretrained as: for ``"SEQ_CLS"`` a classifier is built on the ``config.json`` of a causal LM.
 
     Raises:
         TypeError: ``base`` is none of these.
         ValueError: The path or the configuration cannot be used; the message names what is wrong.
     """
+    described = model_or_config(base)
+    if isinstance(described, nn.Module):
+        found = survey(described)
+        return described if found.carries_adapter else found.root
+    return build_on_meta(described, task_type)
+
+
+def model_or_config(base: Any) -> nn.Module | PretrainedConfig:
+    """A base as it is given, a path as the configuration that lies there; see ``resolve_base``."""
     from transformers import PretrainedConfig
 
-    if isinstance(base, nn.Module):
-        found = survey(base)
-        return base if found.carries_adapter else found.root
     if isinstance(base, (str, os.PathLike)):
-        base = named_or_read(base, task_type)
-    if isinstance(base, PretrainedConfig):
-        return build_on_meta(base, task_type)
+        return named_or_read(base)
+    if isinstance(base, (nn.Module, PretrainedConfig)):
+        return base
     raise TypeError(
         "base must be a torch.nn.Module, a transformers PretrainedConfig, the path of a model folder or "
         f"config.json, or the name of a public model, not {type(base).__name__}"
@@ -69,27 +82,29 @@ def require_no_adapter(model: nn.Module) -> None:
         )
 
 
-def named_or_read(base: str | os.PathLike[str], task_type: str | None = None) -> PretrainedConfig:
+def named_or_read(base: str | os.PathLike[str]) -> PretrainedConfig:
     """The configuration of a base that is given by a path or by its public name.
-
-    A public name says which pretrained body is meant; where the task type puts a new head on it, the class follows
-    the task type.
 
     Raises:
         ValueError: It cannot be found or read.
     """
-    if not is_name(base):
-        return read_config(Path(base))
-    config = config_by_name(str(base))
-    if task_type in _HEADED:
-        config.architectures = None
-    return config
+    return config_by_name(str(base)) if is_name(base) else read_config(Path(base))
 
 
-def build_on_meta(config: PretrainedConfig, task_type: str | None = None) -> nn.Module:
-    """Build the model that a configuration describes without weights."""
+def build_on_meta(
+    config: PretrainedConfig, task_type: str | None = None, labels: int | None = None
+) -> nn.Module:
+    """Build the model that a configuration describes without weights.
+
+    Args:
+        config: The configuration; it is not changed.
+        task_type: As for ``resolve_base``.
+        labels: Classes of a head that the configuration says nothing of, as it names a pretrained class.
+    """
     config = copy.deepcopy(config)
     build = _builder(config, task_type)
+    if labels and builds_another_class(config, task_type):
+        config.num_labels = labels
     try:
         with META, without_initial_values():
             model: nn.Module = build(config)
@@ -122,11 +137,9 @@ def _sparing_meta(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _builder(config: PretrainedConfig, task_type: str | None) -> Any:
-    import transformers
-
-    for name in config.architectures or ():
-        if isinstance(known := getattr(transformers, name, None), type):
-            return known
+    named = _named_class(config)
+    if named is not None and not builds_another_class(config, task_type):
+        return named
     for auto in _auto_classes(config, task_type):
         if type(config) in auto._model_mapping:
             return auto.from_config
@@ -136,19 +149,55 @@ def _builder(config: PretrainedConfig, task_type: str | None) -> Any:
     )
 
 
+def _named_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that a configuration names, or None."""
+    import transformers
+
+    named = (getattr(transformers, name, None) for name in config.architectures or ())
+    return next((known for known in named if isinstance(known, type)), None)
+
+
+def depends_on_task(config: PretrainedConfig, task_type: str | None) -> bool:
+    """Whether another class is built for a task type than for none."""
+    return task_type is not None and (_named_class(config) is None or builds_another_class(config, task_type))
+
+
+def builds_another_class(config: PretrainedConfig, task_type: str | None) -> bool:
+    """Whether a task type means another class than the pretrained one that a configuration names."""
+    import transformers
+
+    auto = getattr(transformers, BY_TASK.get(task_type or "", ""), None)
+    named = _named_class(config)
+    if named is None or auto is None or type(config) not in auto._model_mapping:
+        return False
+    architecture = named.__name__
+    if not PRETRAINED.search(architecture):
+        return False
+    # Models of several kinds of input are tuned under these task types as they are.
+    if task_type in ("CAUSAL_LM", "FEATURE_EXTRACTION") and architecture.endswith("ForConditionalGeneration"):
+        return False
+    return task_of(architecture, config) != task_type
+
+
+BY_TASK = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""The class of transformers that loads a base for each task type of PEFT."""
+
+
 def _auto_classes(config: PretrainedConfig, task_type: str | None) -> list[Any]:
     import transformers
 
-    by_task = {
-        **_HEADED,
-        "CAUSAL_LM": "AutoModelForCausalLM",
-        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    }
     seq2seq = getattr(config, "is_encoder_decoder", False)
     usual = ["AutoModelForMaskedLM", "AutoModelForCausalLM"]
     if seq2seq:
         usual = ["AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"]
-    names = [by_task.get(task_type or ""), *usual, "AutoModelForImageTextToText", "AutoModel"]
+    names = [BY_TASK.get(task_type or ""), *usual, "AutoModelForImageTextToText", "AutoModel"]
     return [getattr(transformers, name) for name in names if name and hasattr(transformers, name)]
 
 
@@ -156,18 +205,33 @@ def skeleton(model: nn.Module) -> nn.Module:
     """A copy of a model's structure on the meta device; nothing of the original is shared that PEFT changes.
 
     Weights become meta tensors of their logical shape, shared where they were shared; layers quantized by
-    bitsandbytes become ``nn.Linear`` of their logical shape; hooks stay behind.
+    bitsandbytes become ``nn.Linear`` of their logical shape; hooks stay behind, and so do the adapters of PEFT.
     """
     return _Copier().copy(model)
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class without what ``fully_shard`` puts before it (``torch.distributed.fsdp.FSDPModule``)."""
+    kinds: Any = type(module).__mro__
+    own: type[nn.Module] = kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]
+    return own
 
 
 class _Copier:
     def __init__(self) -> None:
         self.modules: dict[int, nn.Module] = {}
         self.tensors: dict[int, torch.Tensor] = {}
+        self.configs: dict[int, Any] = {}
 
     def copy(self, module: nn.Module) -> nn.Module:
         known = self.modules.get(id(module))
+        inner: Any = None
+        if isinstance(module, BaseTunerLayer):
+            inner = held_layer(module)
+        elif isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
+            inner = module.original_module
+        if inner is not None:
+            return self.copy(inner)
         if known is None:
             known = self.modules[id(module)] = self._plain_linear(module) or self._shallow(module)
         return known
@@ -180,13 +244,14 @@ class _Copier:
         return linear.requires_grad_(False).train(module.training)
 
     def _shallow(self, module: nn.Module) -> nn.Module:
-        clone = type(module).__new__(type(module))
+        clone = nn.Module.__new__(_own_class(module))
         state = {**module.__dict__, **copy.deepcopy(_BLANK), "training": module.training}
         state["_parameters"] = {n: self._tensor(p) for n, p in module._parameters.items()}
         state["_buffers"] = {n: self._tensor(b) for n, b in module._buffers.items()}
         state["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-        if "config" in state:
-            state["config"] = copy.copy(state["config"])
+        if "config" in state:  # modules that share theirs go on to
+            own = state["config"]
+            state["config"] = self.configs.setdefault(id(own), copy.copy(own))
         state.pop("peft_config", None)
         clone.__dict__ = state
         state["_modules"] = {n: c if c is None else self.copy(c) for n, c in module._modules.items()}

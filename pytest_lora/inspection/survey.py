@@ -14,8 +14,18 @@ from pytest_lora.inspection.peft_internals import (
     ModulesToSaveWrapper,
     TrainableTokensWrapper,
     fused_parameter,
+    held_layer,
     wrapped_base,
 )
+
+WRAPPER_CLASSES = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "DeepSpeedEngine": "module",
+    "PreTrainedModelWrapper": "pretrained_model",
+}
+"""Classes that hold one model each (of torch, DeepSpeed and TRL's value heads), and what they call it."""
 
 
 @dataclass(slots=True)
@@ -58,7 +68,7 @@ class Survey:
             self.visit(module.original_module, name)
         elif isinstance(module, BaseTunerLayer):
             self.other_tuners.append(name)
-            self.visit(module.get_base_layer(), name)
+            self.visit(held_layer(module), name)
         elif (inner := wrapped_base(module)) is not None:
             self.visit(inner, name)
         else:
@@ -104,13 +114,19 @@ def _outermost_peft(model: nn.Module) -> nn.Module | None:
 
 
 def _outermost_adapted(model: nn.Module) -> nn.Module:
-    """Step through wrappers that hold one model each until the one that has the adapters itself."""
+    """The model that carries adapters itself, as transformers' ``add_adapter`` has it; else what wrappers hold.
+
+    A child that is called ``module`` or ``pretrained_model`` makes no wrapper: models of users have such, too.
+    """
+    adapted = next((m for m in model.modules() if "peft_config" in vars(m)), None)
+    if adapted is not None:
+        return adapted
     while True:
         model = _uncompiled(model)
-        if hasattr(model, "peft_config"):
-            return model
-        children = dict(model.named_children())
-        inner = children.get("module", children.get("pretrained_model"))
+        held = next(
+            (WRAPPER_CLASSES[c.__name__] for c in type(model).__mro__ if c.__name__ in WRAPPER_CLASSES), ""
+        )
+        inner = model._modules.get(held)
         if inner is None:
             return model
         model = inner

@@ -8,7 +8,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 from pytest_lora.arguments import adapter_and_base, refusing
-from pytest_lora.facts.memory import Checkpointing
+from pytest_lora.facts.memory import Attention, Checkpointing
 from pytest_lora.memory.setting import checked_setting
 
 if TYPE_CHECKING:
@@ -25,18 +25,24 @@ class StepArguments(TypedDict, total=False):
 
     quantization: str | BitsAndBytesConfig | Quantization | None
     dtype: str | torch.dtype
-    gradient_checkpointing: Checkpointing
+    gradient_checkpointing: Checkpointing | None
     optimizer: str
     padding_mask: bool
     accumulation: int
-    outputs_held: bool
+    outputs_held: bool | None
     prepare_for_kbit: bool | None
-    autocast: bool | None
-    adapter_dtype: str | torch.dtype
+    autocast: bool | str | None
+    adapter_dtype: str | torch.dtype | None
     use_cache: bool
     empty_cache: bool
-    workspace: int | str
+    workspace: int | str | None
+    attention: Attention | None
     frozen: Sequence[str]
+    images: int
+    image_size: int | tuple[int, int] | None
+    trainer: str | None
+    args: Any
+    padding_free: bool
 
 
 def names_settings(function: _Function) -> _Function:

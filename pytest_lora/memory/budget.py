@@ -15,12 +15,17 @@ def require_budget(budget: Any) -> int:
     Raises:
         TypeError, ValueError: It is no size, has no unit, or there is no such device.
     """
-    if getattr(budget, "type", str(budget).partition(":")[0]) == "cuda":
+    if is_device(budget):
         return _device_memory(budget)
     limit = parse_bytes(budget, "budget")
     if limit < _SMALLEST:
         raise ValueError(f'budget is {limit} bytes; write "{limit}GiB" for gibibytes')
     return limit
+
+
+def is_device(budget: Any) -> bool:
+    """Whether a budget is a CUDA device, as ``"cuda"``, ``"cuda:0"`` or a ``torch.device``."""
+    return bool(getattr(budget, "type", str(budget).partition(":")[0]) == "cuda")
 
 
 def _device_memory(device: Any) -> int:

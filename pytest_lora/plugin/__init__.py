@@ -25,7 +25,7 @@ from pytest_lora.plugin.options import (
     MARKERS,
     add_options,
     any_set,
-    is_gpu_test,
+    may_use_gpu,
 )
 
 if TYPE_CHECKING:
@@ -57,8 +57,18 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
             pins.pin_early(early_config)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers, read the options once, and make saved adapters test items where they are named."""
+    if str(config.getoption("--hypothesis-profile", None)).startswith("lora-"):
+        # Hypothesis loads the profile in its own pytest_configure, before any test could have registered it.
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from pytest_lora.strategies.profiles import register_profiles
+
+        register_profiles()
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     is_worker = hasattr(config, "workerinput")
@@ -157,7 +167,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             skip = pytest.mark.skip(reason="lora_slow: run it with --lora-slow or RUN_SLOW=1")
             for item in slow_tests:
                 item.add_marker(skip)
-    if gpu_tests := [item for item in items if is_gpu_test(item)]:
+    if gpu_tests := [item for item in items if may_use_gpu(item)]:
         from pytest_lora.plugin.gpu import hooks
 
         hooks.begin(config, gpu_tests)

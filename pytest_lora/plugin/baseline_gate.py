@@ -24,6 +24,7 @@ from pytest_lora.report.baseline import (
     table,
     to_json,
 )
+from pytest_lora.writing import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -63,6 +64,7 @@ class BaselineGate:
         self._reports: list[pytest.TestReport] = []
         self._rows: list[Row] = []
         self._changes: list[str] = []
+        self._trouble = ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep what was measured."""
@@ -78,7 +80,11 @@ class BaselineGate:
             after = merged(self._before, now)
             self._changes = list(diff(self._before, after))
             if self._changes or not self._path.exists():
-                self._path.write_text(to_json(after), encoding="utf-8")
+                try:
+                    write_whole(self._path, to_json(after))
+                except OSError as error:
+                    self._trouble = f"not written, and as it was before: {error}"
+                    session.exitstatus = pytest.ExitCode.TESTS_FAILED
             return
         self._rows = compare(self._before, now)
         if any(row.verdict == "regression" for row in self._rows):
@@ -99,6 +105,9 @@ class BaselineGate:
 
     def _update_lines(self) -> Iterator[str]:
         yield from self._changes or ["nothing changed"]
+        if self._trouble:
+            yield f"ERROR: {self._path} is {self._trouble}"
+            return
         yield f"written to {self._path}" if self._changes else f"{self._path} stays as it is"
 
     def _comparison(self, whole: bool) -> Iterator[str]:

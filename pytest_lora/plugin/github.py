@@ -52,8 +52,12 @@ def tell(terminal: pytest.TerminalReporter, status: int) -> None:
     session = _session(terminal, status)
     options = options_of(config)
     if options.step_summary:
-        with open(options.step_summary, "a", encoding="utf-8", errors="backslashreplace") as summary:
-            summary.write(_summary(session, gpu_asked=options.gpu_report))
+        try:
+            with open(options.step_summary, "a", encoding="utf-8", errors="backslashreplace") as summary:
+                summary.write(_summary(session, gpu_asked=options.gpu_report))
+        except OSError as error:
+            terminal.ensure_newline()
+            terminal.write_line(f"LoRA: the job summary is not written: {error}")
     if os.environ.get("GITHUB_ACTIONS") == "true":
         silent = [s for s, names in _OTHERS.items() if any(map(config.pluginmanager.has_plugin, names))]
         terminal.ensure_newline()

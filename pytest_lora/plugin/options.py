@@ -27,6 +27,17 @@ def is_gpu_test(item: pytest.Item) -> bool:
     return any(mark.name in GPU_NAMES for mark in item.iter_markers())
 
 
+def has_own(item: pytest.Item, fixture: str) -> bool:
+    """Whether a test uses a fixture as this plugin defines it, not as somebody overrides it."""
+    known = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+    return fixture in known and known[fixture][-1].func.__module__ == "pytest_lora.plugin.fixtures"
+
+
+def may_use_gpu(item: pytest.Item) -> bool:
+    """Whether a test runs on a GPU where there is one: it asks for that, or its fixtures are there."""
+    return is_gpu_test(item) or has_own(item, "lora_device")
+
+
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files by which a saved adapter is known, and by which it can be named on the command line."""
 

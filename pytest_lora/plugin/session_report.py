@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from pytest_lora.plugin import summary
 from pytest_lora.plugin.gpu import report as gpu_report
 from pytest_lora.plugin.options import GPU_PROPERTY
 from pytest_lora.report.session import GpuUse, RanTest, Session, State
+from pytest_lora.writing import write_whole
 
 PACKAGES = (
     "pytest-lora",
@@ -194,24 +194,6 @@ class SessionReport:
             self._trouble = f"not written: {error}"
         took = time.monotonic() - began
         self._write_at = time.monotonic() + max(WAIT, REST * took)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that whoever reads it meanwhile sees the old one or the new one, whole.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-    try:
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as new:
-            new.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _outcome(report: pytest.TestReport) -> str | None:

@@ -145,7 +145,7 @@ class Base:
         key = repr(vars(config))
         if key in self._kept:
             model, state = self._kept[key]
-            if state.restore():
+            if not state.restore():
                 return model, state
         with _own_randomness(self.model):
             made = peft.get_peft_model(self.model, copy.deepcopy(config))  # PEFT writes to it
@@ -182,7 +182,7 @@ class Guarded:
         """
         pristine = self.base.pristine
         damage = pristine.damage(self.adapted, trained=self.trained)
-        restored = pristine.restore(damage.differing)
+        restored = not pristine.restore(damage.differing)
         if not self.is_shared:
             return ""
         if restored and (self.has_tenant or not damage):

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import pkgutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -66,6 +64,7 @@ class Rule:
         aliases: Codes that it had before; they still select and ignore it.
         on_saved: Where it also judges the configuration of a saved adapter; None for nowhere.
         passing: Whether what it finds is a state that PEFT's own operations pass through.
+        because_of: Names of the rules whose findings explain its own, which are then left out of a report.
     """
 
     code: str
@@ -78,6 +77,7 @@ class Rule:
     aliases: tuple[str, ...] = ()
     on_saved: OnSaved | None = None
     passing: bool = False
+    because_of: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -107,6 +107,7 @@ def rule(
     aliases: Iterable[str] = (),
     on_saved: OnSaved | None = None,
     passing: bool = False,
+    because_of: Iterable[str] = (),
 ) -> Callable[[Judge[F]], Judge[F]]:
     """Register a function as a rule: it takes facts and an ``Expect``, and yields a ``Violation`` for each fault.
 
@@ -118,6 +119,8 @@ def rule(
         aliases: Codes that it had before; they go on to select and ignore it.
         on_saved: For rules on ``ConfigFacts``: where it also judges the configuration of a saved adapter.
         passing: Whether PEFT's own operations pass through what it finds (merging, disabling).
+        because_of: Names of rules that tell the same mistake at its root: beside an error of one of them, what this
+            one finds is left out.
 
     Raises:
         ValueError: The code or the name is taken, the severity unknown, or the documentation missing.
@@ -137,7 +140,17 @@ def rule(
                 )
         doc = inspect.cleandoc(judge.__doc__)
         _registered[code] = Rule(
-            code, name, severity, needs, _stage(judge, needs), doc, judge, tuple(aliases), on_saved, passing
+            code,
+            name,
+            severity,
+            needs,
+            _stage(judge, needs),
+            doc,
+            judge,
+            tuple(aliases),
+            on_saved,
+            passing,
+            tuple(because_of),
         )
         return judge
 
@@ -154,26 +167,12 @@ def _stage(judge: Judge[Any], needs: type) -> str:
 def catalogue() -> tuple[Rule, ...]:
     """Every rule, ordered by code: those of this package, and those of others."""
     for module in pkgutil.walk_packages(__path__, f"{__name__}."):
-        _load(module)
+        importlib.import_module(module.name)
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         found = entry.load()
         for module in pkgutil.walk_packages(getattr(found, "__path__", ()), f"{found.__name__}."):
             importlib.import_module(module.name)
     return tuple(_registered[code] for code in sorted(_registered))
-
-
-def _load(module: pkgutil.ModuleInfo) -> None:
-    """Import a module of rules past pytest, which rewrites each module of a plugin: these assert nothing."""
-    if module.name in sys.modules:
-        return
-    spec = module.module_finder.find_spec(module.name, None)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[module.name] = loaded
-    spec.loader.exec_module(loaded)
-    parent, _, name = module.name.rpartition(".")
-    setattr(sys.modules[parent], name, loaded)
 
 
 def judge(
@@ -196,6 +195,14 @@ def judge(
         for known in fitting:
             if where is None or where(known):
                 yield from known(fact, expect)
+
+
+def without_consequences(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The findings less those that an error among them explains, so that one mistake is told once."""
+    told = tuple(findings)
+    causes = {finding.rule for finding in told if finding.severity == "error"}
+    explained = {known.code for known in catalogue() if not causes.isdisjoint(known.because_of)}
+    return tuple(finding for finding in told if finding.code not in explained)
 
 
 def find(wanted: str) -> Rule | None:

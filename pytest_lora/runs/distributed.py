@@ -64,10 +64,12 @@ def run_distributed(
 
     Raises:
         TypeError: ``fn`` cannot be imported by its name.
-        ValueError: ``world_size``, ``backend`` or ``timeout`` is none.
+        ValueError: ``world_size``, ``backend`` or ``timeout`` is none, or NCCL has fewer GPUs than ranks.
         RanksFailedError: A rank raised, died or took too long; has its traceback.
     """
     _check(fn, world_size, backend, timeout)
+    if backend == "nccl":
+        _require_gpus(world_size)
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -110,6 +112,20 @@ def _check(fn: Any, world_size: object, backend: object, timeout: object) -> Non
     if not callable(fn) or module is None or getattr(module, name, None) is not fn:
         raise TypeError(
             f"fn must be a function at the top level of a module, which each rank imports, not {fn!r}"
+        )
+
+
+def _require_gpus(world_size: int) -> None:
+    """NCCL takes one rank a GPU; a rank without one would raise "invalid device ordinal"."""
+    import torch
+
+    if not torch.distributed.is_nccl_available():
+        raise ValueError(f"backend='nccl', but torch {torch.__version__} is built without it; use 'gloo'")
+    count = torch.cuda.device_count()
+    if count < world_size:
+        raise ValueError(
+            f"backend='nccl' needs a GPU for each of {world_size} ranks, and this process sees {count}; mark the test "
+            f"@pytest.mark.lora_gpu(count={world_size}), or use 'gloo'"
         )
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from pytest_lora.assertions import stack_level
 from pytest_lora.facts.history import as_count
-from pytest_lora.runs.watch import FIRST_STEPS, OnError, Watch
+from pytest_lora.findings import LoraHealthWarning
+from pytest_lora.inspection.model import carries_lora
+from pytest_lora.runs.watch import BETWEEN, FIRST_STEPS, OnError, Watch
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from pytest_lora.expect import Expect
+    from pytest_lora.facts.training import Objective
 
 
 class LoraHealthCallback(TrainerCallback):
@@ -22,6 +28,8 @@ class LoraHealthCallback(TrainerCallback):
     Gradients, learning rates and moves of the first steps are judged with the first loss that the Trainer logs after
     them (``logging_steps``), in one process and without DeepSpeed: elsewhere no process sees whole gradients. The run
     itself goes as it would without: no forward pass is added and no random number drawn.
+
+    A model without LoRA layers is said to have none, once, and nothing of its run is judged.
 
     Each finding is told once, as a ``LoraHealthWarning``. Errors do what ``on_error`` says: ``"warn"``,
     ``"stop"`` (the run ends after the step) or ``"raise"`` (``LoraHealthError`` out of ``trainer.train()``).
@@ -58,11 +66,22 @@ class LoraHealthCallback(TrainerCallback):
         self.watch = Watch(**self._settings)
         self._begun_at = self._unlogged = 0
         self._latest: tuple[str, int, object] | None = None
+        self._judges = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start a new watch and judge the model and the optimizer."""
+        self._judges = carries_lora(kwargs["model"])
+        if not self._judges:
+            given = type(kwargs["model"]).__name__
+            warnings.warn(
+                f"LoraHealthCallback: this {given} carries no LoRA layers, so that nothing is judged; "
+                "make them with peft.get_peft_model(base, LoraConfig(...))",
+                LoraHealthWarning,
+                stacklevel=stack_level(*BETWEEN),
+            )
+            return
         self.watch = Watch(
             total_steps=state.max_steps if state.max_steps > 0 else None,
             **self._settings,
@@ -81,27 +100,31 @@ class LoraHealthCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the gradients of the first steps, as they are after clipping."""
-        if self._is_repeated("gradients", state):
+        if self._is_idle("gradients", state):
             return
         optimizer = kwargs.get("optimizer")
         # With several processes a gradient may be a shard, and DeepSpeed keeps it to itself.
         if args.world_size == 1 and optimizer is not None and "DeepSpeed" not in type(optimizer).__name__:
             self.watch.before_step(
-                kwargs["model"], optimizer, kwargs.get("lr_scheduler"), scaler=bool(args.fp16)
+                kwargs["model"],
+                optimizer,
+                kwargs.get("lr_scheduler"),
+                scaler=bool(args.fp16),
+                objective=_objective(args),
             )
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note what the first steps moved."""
-        if not self._is_repeated("step", state):
+        if not self._is_idle("step", state):
             self.watch.after_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Judge the model again after the first steps."""
-        if state.global_step == self._begun_at + self._model_steps:
+        if self._judges and state.global_step == self._begun_at + self._model_steps:
             self._look(control, kwargs)
 
     def on_log(
@@ -113,29 +136,38 @@ class LoraHealthCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Take the loss that the Trainer logs, or at its end the mean if it logged none."""
-        if self._is_repeated("losses", state, logs):
+        if self._is_idle("losses", state, logs):
             return
         if logs and not self.watch.count and "train_loss" in logs:
             logs = {"loss": logs["train_loss"]}
+        if logs and logs.get("loss") == 0 and 0 < float(logs.get("grad_norm") or 0) < math.inf:
+            # The loss of a policy gradient is zero on average, and that of a step may be rounded to zero.
+            self.watch.explained.add("LORA341")
         if logs and "loss" in logs:
             # Not args.logging_steps: losses may be logged by epoch, or by a share of the run.
             logged = state.global_step - self._unlogged
             self.watch.steps_per_loss = max(1, round(logged / (self.watch.count + 1)))
-        for name, take in (("loss", self.watch.log), ("eval_loss", self.watch.log_eval)):
-            if logs and name in logs:
-                take(logs[name])
+        if logs and "loss" in logs:
+            self.watch.log(logs["loss"], learning_rate=logs.get("learning_rate"))
+        if logs and "eval_loss" in logs:
+            self.watch.log_eval(logs["eval_loss"])
         self._stop_if_asked(control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Judge the whole history and the model at its end."""
+        if not self._judges:
+            return
         self.watch.judge()
         self.watch.judge_first_steps()
         self._look(control, kwargs)
 
-    def _is_repeated(self, what: str, state: TrainerState, logs: object = None) -> bool:
-        """Whether the same thing is told again, as it is to a callback that was added twice."""
+    def _is_idle(self, what: str, state: TrainerState, logs: object = None) -> bool:
+        """Whether there is nothing to note: no LoRA, or the same thing again, as a callback is told that was added
+        twice."""
+        if not self._judges:
+            return True
         before, self._latest = self._latest, (what, state.global_step, logs)
         return before is not None and before[:2] == self._latest[:2] and before[2] is logs
 
@@ -148,6 +180,25 @@ class LoraHealthCallback(TrainerCallback):
     def _stop_if_asked(self, control: TrainerControl) -> None:
         if self._settings["on_error"] == "stop" and self.watch.should_stop:
             control.should_training_stop = True
+
+
+_PREFERENCES = ("DPOConfig", "KTOConfig", "ORPOConfig", "CPOConfig", "BCOConfig")
+_POLICY = ("GRPOConfig", "RLOOConfig", "PPOConfig", "OnlineDPOConfig", "XPOConfig", "NashMDConfig")
+
+
+def _objective(args: Any) -> Objective:
+    """What a trainer trains for: the arguments of TRL's trainers have classes of their own."""
+    names = {cls.__name__ for cls in type(args).__mro__}
+    if names.intersection(_POLICY):
+        return "policy"
+    if names.isdisjoint(_PREFERENCES):
+        return "texts" if "SFTConfig" in names else ""
+    published = getattr(args, "loss_type", None) in ("sigmoid", ["sigmoid"])
+    mixed = getattr(args, "rpo_alpha", None) is not None or getattr(args, "label_smoothing", None) not in (
+        None,
+        0,
+    )
+    return "DPO" if "DPOConfig" in names and published and not mixed else "preferences"
 
 
 def _logged(state: TrainerState) -> tuple[list[float], dict[int, float]]:

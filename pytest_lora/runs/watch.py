@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from pytest_lora.facts.training import Objective
     from pytest_lora.inspection.training import FirstSteps
 
 OnError = Literal["warn", "stop", "raise"]
@@ -32,7 +33,7 @@ FIRST_STEPS = 2
 """The first step moves ``lora_B``, which gives ``lora_A`` its first gradient at the second."""
 
 
-_BETWEEN = ("pytest_lora", "contextlib", "transformers", "accelerate", "trl")
+BETWEEN = ("pytest_lora", "contextlib", "transformers", "accelerate", "trl")
 """Packages between the user's line and a finding, which is the line that a warning names."""
 
 
@@ -41,6 +42,7 @@ class Watch:
 
     Attributes:
         reports: Every report that had something new, in order.
+        explained: Codes of findings that what is known of the run explains, so that they are not told.
         should_stop: Whether an error was found; for loops that end themselves under ``on_error="stop"``.
     """
 
@@ -61,11 +63,13 @@ class Watch:
         self.steps_per_loss = as_count("steps_per_loss", steps_per_loss)
         self.learning_rate: float | None = None
         self.reports: list[Report] = []
+        self.explained: set[str] = set()
         self.should_stop = False
         self._expect = require_expect(expect)
         self._select, self._ignore = codes("select", select), codes("ignore", ignore)
         self._on_error = on_error
         self._train: list[float] = []
+        self._rates: list[float] = []
         self._earlier = 0
         self._evals: dict[int, float] = {}
         self._known: set[tuple[str, str]] = set()
@@ -84,9 +88,14 @@ class Watch:
         self._earlier = len(losses)
         self._evals.update(eval_losses)
 
-    def log(self, loss: Any, *, eval_loss: Any = None) -> None:
-        """Record the loss of a step, and with it that of an evaluation, and judge the curve if it is time."""
+    def log(self, loss: Any, *, eval_loss: Any = None, learning_rate: float | None = None) -> None:
+        """Record the loss of a step, and with it that of an evaluation, and judge the curve if it is time.
+
+        With the learning rate of every step, warm-up and restarts of the schedule are not taken for faults.
+        """
         self._train.append(as_number("loss", loss))
+        if learning_rate is not None:
+            self._rates.append(as_number("learning_rate", learning_rate))
         if eval_loss is not None:
             self._note_evaluation("eval_loss", eval_loss)
         suspicious = self._train[-1] == 0 or self._train[-1] * 0 != 0
@@ -112,14 +121,20 @@ class Watch:
         self._deliver(report)
 
     def before_step(
-        self, model: nn.Module, optimizer: Any, schedule: Any = None, *, scaler: bool = False
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        schedule: Any = None,
+        *,
+        scaler: bool = False,
+        objective: Objective = "",
     ) -> None:
         """Note the gradients of one of the first steps, right before the optimizer takes it."""
         from pytest_lora.inspection.training import FirstSteps
 
         if self._steps_to_note:
             if self._first_steps is None:
-                self._first_steps = FirstSteps(model, optimizer, schedule, scaler)
+                self._first_steps = FirstSteps(model, optimizer, schedule, scaler, objective)
             self._first_steps.before_step()
 
     def after_step(self) -> None:
@@ -155,14 +170,16 @@ class Watch:
                     self._evals or None,
                     total_steps=self.total_steps,
                     steps_per_loss=self.steps_per_loss,
-                    learning_rate=self.learning_rate,
+                    learning_rate=self._rates if len(self._rates) == len(self._train) else self.learning_rate,
                     expect=self._expect,
                 )
             )
 
     def _deliver(self, report: Report) -> None:
         found = selected(report.findings, self._select, self._ignore)
-        fresh = tuple(f for f in found if (f.code, f.severity) not in self._known)
+        fresh = tuple(
+            f for f in found if (f.code, f.severity) not in self._known and f.code not in self.explained
+        )
         if not fresh:
             return
         self._known.update((f.code, f.severity) for f in fresh)
@@ -172,7 +189,7 @@ class Watch:
         self.should_stop |= bool(new.errors or (in_force().strict and new.warnings))
         for finding in (*new.errors, *new.warnings):
             if finding.severity == "warning" or self._on_error != "raise":
-                warnings.warn(str(finding), LoraHealthWarning, stacklevel=stack_level(*_BETWEEN))
+                warnings.warn(str(finding), LoraHealthWarning, stacklevel=stack_level(*BETWEEN))
         grave = new.errors or (new.warnings if in_force().strict else ())
         if grave and self._on_error == "raise":
             raise LoraHealthError(new)
@@ -192,8 +209,7 @@ def watch_training(
 ) -> Iterator[Watch]:
     """Watch a hand-written training loop: the model at the start and the end, the losses as they come.
 
-    What the optimizer's first two steps show, gradients among it, is judged with the first loss after them. Steps with
-    a closure are not looked into.
+    What the optimizer's first two steps show, gradients among it, is judged with the first loss after them.
 
     Example:
         with watch_training(model, optimizer, total_steps=len(batches)) as watch:
@@ -245,10 +261,15 @@ def _at_each_step(watch: Watch, model: nn.Module, optimizer: Any) -> Iterator[No
         yield
         return
 
-    def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        # With a closure the gradients come only inside the step.
-        if len(arguments) < 2 and named.get("closure") is None:
+    def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        closure = arguments[1] if len(arguments) > 1 else named.get("closure")
+        if closure is None:
             watch.before_step(model, optimizer)
+            return None
+        # With a closure the gradients come only inside the step.
+        noting = _noting(closure, lambda: watch.before_step(model, optimizer))
+        rest = {name: value for name, value in named.items() if name != "closure"}
+        return (arguments[0], noting, *arguments[2:]), rest
 
     def after(*_: Any) -> None:
         watch.after_step()
@@ -259,3 +280,18 @@ def _at_each_step(watch: Watch, model: nn.Module, optimizer: Any) -> Iterator[No
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _noting(closure: Callable[[], Any], note: Callable[[], None]) -> Callable[[], Any]:
+    """A closure that notes the gradients when it has computed them for the first time."""
+    noted = False
+
+    def compute() -> Any:
+        nonlocal noted
+        result = closure()
+        if not noted:
+            noted = True
+            note()
+        return result
+
+    return compute

@@ -24,7 +24,13 @@ from pytest_lora.expect import Expect
 from pytest_lora.inspection.behaviour.combination import COMBINATIONS, combination_error, rank_of
 from pytest_lora.inspection.behaviour.copies import TOLERANCES, distance, identical, output_of
 from pytest_lora.inspection.bitsandbytes_internals import pack_linear_layers, unpack_linear_layers
-from pytest_lora.inspection.peft_internals import SVD_SCALES_TWICE, forget_adapters, save_adapters
+from pytest_lora.inspection.peft_internals import (
+    SVD_SCALES_TWICE,
+    forget_adapters,
+    loading_device,
+    save_adapters,
+)
+from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.rules import catalogue
 
 NAMES = ("first", "second", "third", "fourth")
@@ -78,6 +84,7 @@ class LoraLifecycle(RuleBasedStateMachine):
         return {name: value[:1, :16] for name, value in text_batch().items()}
 
     @initialize(seed=_SEEDS, rank=_RANKS, variant=_VARIANTS)
+    @leaves_no_trace
     def begin(self, seed: int, rank: int, variant: str) -> None:
         """A base with one adapter on it."""
         torch.manual_seed(seed)
@@ -113,6 +120,7 @@ class LoraLifecycle(RuleBasedStateMachine):
 
     @precondition(lambda self: self._at_rest() and self._free())
     @rule(seed=_SEEDS, rank=_RANKS, variant=_VARIANTS)
+    @leaves_no_trace
     def add(self, seed: int, rank: int, variant: str) -> None:
         """Add an adapter, and activate it."""
         torch.manual_seed(seed)
@@ -167,7 +175,12 @@ class LoraLifecycle(RuleBasedStateMachine):
         source, name = self._active(), self._free()[0]
         with tempfile.TemporaryDirectory() as folder:
             save_adapters(self.model, folder, selected_adapters=[source])
-            self.model.load_adapter(str(Path(folder) / source), adapter_name=name, is_trainable=True)
+            self.model.load_adapter(
+                str(Path(folder) / source),
+                adapter_name=name,
+                is_trainable=True,
+                torch_device=loading_device(self.model),
+            )
         self.model.set_adapter(name)
         moved = not self._contiguous(source)
         self._same(self._now(), self.outputs[source], f"adapter {source!r}, loaded", rounded=moved)
@@ -189,6 +202,7 @@ class LoraLifecycle(RuleBasedStateMachine):
 
     @precondition(lambda self: self._at_rest())
     @rule()
+    @leaves_no_trace
     def train(self) -> None:
         """Take one step with the active adapter."""
         self.model.train()
@@ -258,9 +272,10 @@ class LoraLifecycle(RuleBasedStateMachine):
 
     def _loaded(self, base: Any, folder: str) -> Any:
         first, *others = self.outputs
-        model = PeftModel.from_pretrained(base, f"{folder}/{first}", adapter_name=first, is_trainable=True)
+        loading: dict[str, Any] = {"is_trainable": True, "torch_device": loading_device(base)}
+        model = PeftModel.from_pretrained(base, f"{folder}/{first}", adapter_name=first, **loading)
         for name in others:
-            model.load_adapter(f"{folder}/{name}", adapter_name=name, is_trainable=True)
+            model.load_adapter(f"{folder}/{name}", adapter_name=name, **loading)
         return model
 
     @precondition(lambda self: self._at_rest() and not self.judged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -9,6 +10,7 @@ from pytest_lora.facts.sweep import percent
 from pytest_lora.sweep.choice import RankChoice, enough
 from pytest_lora.sweep.rows import RankOutcome
 from pytest_lora.sweep.table import number
+from pytest_lora.writing import write_whole
 
 if TYPE_CHECKING:
     import os
@@ -61,7 +63,9 @@ def draw(
     _compose(figure, result, choice, THEMES[theme])
     # Without a date, the same sweep gives the same file.
     metadata: dict[str, Any] = {"Date": None} if file.suffix.lower() == ".svg" else {}
-    figure.savefig(file, metadata=metadata)
+    drawn = BytesIO()
+    figure.savefig(drawn, format=file.suffix[1:].lower(), metadata=metadata)
+    write_whole(file, drawn.getvalue())
     return file
 
 

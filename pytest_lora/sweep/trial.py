@@ -19,7 +19,8 @@ from torch import nn
 
 from pytest_lora.findings import Finding
 from pytest_lora.inspection.base import base_facts, base_parameters
-from pytest_lora.inspection.behaviour.copies import no_trace
+from pytest_lora.inspection.quiet import quiet_libraries
+from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.survey import survey
 from pytest_lora.sweep.devices import claim_gpu
 from pytest_lora.sweep.measure import Cost, cost_of_training, first_line, peak_memory
@@ -58,11 +59,11 @@ class DivergedError(Exception):
 
 
 def run_trial(job: Job) -> TrialRow:
-    """Run one trial; every random state is afterwards what it was.
+    """Run one trial; every random state and setting of the process is afterwards what it was.
 
     Whatever fails is in the row. Only what is no ``Exception``, such as ``KeyboardInterrupt``, is raised.
     """
-    with _ONE_AT_A_TIME, no_trace():
+    with _ONE_AT_A_TIME, Keeper(), quiet_libraries():
         claim_gpu()
         row = TrialRow(job.plan.rank, job.plan.alpha, job.plan.seed)
         trial = _Trial(job, row)

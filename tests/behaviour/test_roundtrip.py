@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import random
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
@@ -537,3 +540,45 @@ def test_warnings_of_the_libraries_stay_out_of_the_way() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_reload_exact(model, BATCH)
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_an_adapter_is_loaded_where_the_model_is(monkeypatch: pytest.MonkeyPatch, adapters: int) -> None:
+    model: Any = get_peft_model(BASES["base"](), LoraConfig(r=4, target_modules=["q_proj"]))
+    if adapters == 2:
+        model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"]))
+    for module in ("peft.peft_model", "peft.utils.save_and_load"):
+        monkeypatch.setattr(
+            f"{module}.infer_device", lambda: pytest.fail("PEFT chooses a device, which starts CUDA")
+        )
+    assert check_reload(model, BATCH).ok
+
+
+def test_no_more_than_two_copies_of_a_model_are_on_the_gpu_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Any]] = []
+    most = []
+    real = copy.deepcopy
+
+    def copied(value: Any, *memo: Any) -> Any:
+        made = real(value, *memo)
+        if isinstance(value, nn.Module) and not memo:  # a model, not a part of one
+            alive.append(weakref.ref(made))
+            most.append(sum(one() is not None for one in alive))
+        return made
+
+    model: Any = adapted()
+    monkeypatch.setattr(merge.copy, "deepcopy", copied)
+    monkeypatch.setattr(merge, "collect", lambda model: gc.collect())  # as on a GPU
+    assert check_merge(model, BATCH).ok
+    assert most == [1, 2, 2]
+
+
+def test_memory_that_runs_out_in_a_merge_is_no_refusal_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    def merge_layer(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model: Any = adapted()
+    kind = type(next(m for m in model.modules() if hasattr(m, "merged_adapters")))
+    monkeypatch.setattr(kind, "merge", merge_layer)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_merge(model, BATCH)

@@ -51,19 +51,33 @@ def test_the_configuration_of_the_checkpoint_goes_on(
             {"lora_alpha": 32},
             "LORA922",
             "the configuration has lora_alpha=32, the checkpoint 16, as for model.layers.0.self_attn.q_proj: what was "
-            "learned would be scaled by another factor; LoRA shapes are fixed at initialisation",
+            "learned would be scaled by another factor",
         ),
         (
             {"base_model_name_or_path": "org/other"},
             "LORA923",
-            "the configuration is for the base 'org/other', the checkpoint was trained on 'org/tiny-llama'; "
-            "LoRA shapes are fixed at initialisation",
+            "the configuration is for the base 'org/other', the checkpoint was trained on 'org/tiny-llama'",
         ),
         (
             {"use_rslora": True},
             "LORA924",
-            "use_rslora is True in the configuration and False in the checkpoint; "
+            "use_rslora is True in the configuration and False in the checkpoint",
+        ),
+        (
+            {"lora_bias": True},
+            "LORA924",
+            "lora_bias is True in the configuration and False in the checkpoint",
+        ),
+        (
+            {"exclude_modules": ["v_proj"]},
+            "LORA921",
+            "the configuration does not adapt 2 modules: model.layers.*.self_attn.v_proj of the checkpoint; "
             "LoRA shapes are fixed at initialisation",
+        ),
+        (
+            {"exclude_modules": ["o_proj"]},
+            "LORA924",
+            "exclude_modules is ['o_proj'] in the configuration and None in the checkpoint",
         ),
     ],
 )
@@ -74,7 +88,17 @@ def test_another_configuration_is_refused(
         assert_resumable(names.adapter(), config(**changes))
     (finding,) = caught.value.report.findings
     assert (finding.code, finding.observed) == (code, observed)
-    assert finding.fix == "start fresh with this configuration, or go on with that of the checkpoint"
+    assert finding.fix.endswith("start fresh with this configuration, or go on with that of the checkpoint")
+
+
+def test_a_base_says_what_an_exclusion_excludes(names: Namespace, base: nn.Module) -> None:
+    assert assert_resumable(names.adapter(), config(exclude_modules=["o_proj"]), base).ok
+    excluded = names.adapter(exclude_modules=["v_proj"])
+    assert assert_resumable(excluded, config(exclude_modules=["v_proj"]), base).ok
+    with pytest.raises(LoraHealthError, match="LORA921"):
+        assert_resumable(excluded, config(), base)
+    with pytest.raises(LoraHealthError, match="LORA924"):
+        assert_resumable(excluded, config())
 
 
 def test_a_base_says_what_all_linear_is(names: Namespace, base: nn.Module) -> None:

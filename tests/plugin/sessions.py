@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +29,14 @@ def run(pytester: pytest.Pytester, *args: str) -> pytest.RunResult:
     gc.collect()
     gc.freeze()  # what lives here is nothing that a GPU test of the session could leave, and is not looked at again
     return pytester.runpytest_inprocess(*LEFT_OUT, *OWN_FILTERS, *args)
+
+
+WORKFLOW = Path(__file__).parents[2] / "examples" / "ci" / "github-actions.yml"
+
+
+def example_command() -> list[str]:
+    """The arguments of pytest in the GPU job of the example workflow, without those of pytest-timeout."""
+    (line,) = [step for step in WORKFLOW.read_text().split("- run: ") if "--lora-require-gpu --" in step]
+    words = shlex.split(line.partition("pytest ")[2].partition("- uses")[0])
+    at = words.index("--timeout")
+    return words[:at] + words[at + 2 :]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from pytest_lora.plugin.gpu import hardware, locks
+from pytest_lora.plugin.gpu import hardware, ledger
+from tests.simulated_cuda import MACHINES
 
 GB = 10**9
 
@@ -29,15 +31,30 @@ def machine(
         monkeypatch.delenv(name, raising=False)
 
 
+def named_machine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Replace the hardware of sessions by that of a machine of ``tests.simulated_cuda``."""
+    one = MACHINES[name]
+    slices = one.visible.split(",") if one.visible else []
+    machine(monkeypatch, *[one.total / GB] * max(one.count, len(slices)), kind=one.kind)
+    replaced = json.loads(os.environ[hardware.REPLACED])
+    for i, device in enumerate(replaced["devices"]):
+        device |= {"name": one.name, "capability": None if one.hip else one.capability}
+        device |= {"key": slices[i]} if slices else {}
+    monkeypatch.setenv(hardware.REPLACED, json.dumps(replaced))
+    if one.visible:
+        monkeypatch.setenv(hardware.VISIBLE, one.visible)
+
+
 def shared(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
     """Let processes meet in a folder of this test; the log of holds and releases."""
     log = folder / "holds.log"
-    monkeypatch.setenv(locks.FOLDER, str(folder / "locks"))
-    monkeypatch.setenv(locks.LOG, str(log))
+    monkeypatch.setenv(ledger.FOLDER, str(folder / "locks"))
+    monkeypatch.setenv(ledger.LOG, str(log))
     return log
 
 
 CARD = """
+from contextlib import nullcontext
 import pytest
 from pytest_lora.plugin.gpu.memory import MEMORY
 
@@ -56,9 +73,10 @@ class Card:
             raise OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
         return Block(self, size)
 
-    def fail(self):
-        self.broken = "CUDA error: device-side assert triggered"
-        raise RuntimeError(self.broken)
+    def fail(self, raised="", lasting="CUDA error: device-side assert triggered"):
+        "Break by one error, with another one for all that comes after; with none, stay whole."
+        self.broken = lasting
+        raise RuntimeError(raised or lasting)
 
     def _sound(self):
         if self.broken:
@@ -68,6 +86,7 @@ class Card:
     def allocated(self, ordinal): self._sound(); return self.now
     def peak(self, ordinal): self._sound(); return self.top
     def restart(self, ordinal): self._sound(); self.top = self.now
+    def peaks_kept(self): return nullcontext()
     def taken(self, ordinal): return self.now + 10**9
     def release(self): self._sound(); self.cached = 0
 

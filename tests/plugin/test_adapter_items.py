@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pytest_lora.bases.examples import folders
-from pytest_lora.plugin.adapter_items import GROUPS
 from pytest_lora.rules import catalogue
+from pytest_lora.rules.checkpoint import GROUPS, group_of
 from tests.namespace import Namespace
 from tests.plugin.sessions import MODES, run, session
 
@@ -46,8 +46,9 @@ def ids(result: pytest.RunResult) -> list[str]:
 
 def test_every_rule_on_checkpoints_belongs_to_one_item() -> None:
     for rule in catalogue():
-        if rule.stage in ("config", "checkpoint"):
-            assert sum(rule.code.startswith(codes) for codes in GROUPS.values()) == 1, rule.code
+        if rule.stage == "checkpoint" or rule.on_saved:
+            named = [name for name, starts in GROUPS.items() if rule.code.startswith(starts)]
+            assert [group_of(rule.code)] == (named or ["config"]), rule.code
 
 
 def test_each_adapter_is_an_item_for_each_group(adapters: Path, pytester: pytest.Pytester) -> None:
@@ -67,17 +68,16 @@ def test_failures_show_the_report(adapters: Path, pytester: pytest.Pytester, mod
     result.stdout.fnmatch_lines(
         [
             "*_ rank: shapes _*",
-            "adapter rank: 1 error",
+            "LORA431: adapter rank: 1 error",
             "",
             "error[[]LORA431[]]: rank differs from config",
             "  --> 4 modules: model.layers.?.self_attn.q_proj, model.layers.?.self_attn.v_proj",
             "  observed: adapter_config.json says r=16, but the tensors have rank 8 in 4 of 4 modules",
             "  expected: the rank of the tensors in r or rank_pattern",
-            "  fix:      restore r=8 (or rank_pattern) and the lora_alpha of the training; ranks are fixed at "
-            "initialisation",
+            "  fix:      restore r=8 and the lora_alpha of the training; ranks are fixed at initialisation",
         ]
     )
-    result.stdout.fnmatch_lines(["*_ zeros: values _*", "adapter zeros: 1 error"])
+    result.stdout.fnmatch_lines(["*_ zeros: values _*", "LORA442: adapter zeros: 1 error"])
     result.stdout.fnmatch_lines(
         [
             "*= LoRA health =*",

@@ -16,30 +16,29 @@ TESTS = """
 import os
 import pytest
 from pytest_lora.assertions import demand
-from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget
 from pytest_lora.findings import Finding, Report
 
 NOW = eval(os.environ.get("NOW", "{}"))
 
 def adapter(trainable, scaling):
-    return AdapterMap(
-        "Llama", "default", ("layers.0", "layers.1"), ("q_proj",), ("live",) * 2, (8, 8), (2.0, scaling), (), (),
-        trainable, 10_000,
-    )
+    scalings = {"scaling of q_proj in default": 2.0}
+    if scaling != 2.0:
+        scalings = {"scaling of q_proj in default, smallest": scaling, "scaling of q_proj in default, largest": 2.0}
+    return tuple({"trainable parameters with default": trainable, **scalings}.items())
 
 def test_adapter():
     codes = NOW.get("codes", ["LORA107"])
     found = tuple(Finding(code, "a_rule", "warning", "here", "a", "b", "c") for code in codes)
-    demand(Report("model", found, (adapter(NOW.get("trainable", 64), NOW.get("scaling", 2.0)),)))
+    demand(Report("model", found, (), adapter(NOW.get("trainable", 64), NOW.get("scaling", 2.0))))
 
 def test_loss():
     after = NOW.get("after", 1.0)
-    demand(Report("loss", (), (LossCurve("run", (0, 1), (2.0, 1.0), (), (), (0, 20), 2.0, after, None),)))
+    demand(Report("loss", (), (), (("loss drop within 20 steps", (2.0 - after) / 2.0),)))
 
 def test_memory():
     if NOW.get("measures", True):
         peak = NOW.get("peak", 1_000_000)
-        demand(Report("memory", (), (MemoryBudget("step", (), peak, peak, 2_000_000, "backward", ()),)))
+        demand(Report("memory", (), (), (("predicted peak", peak),)))
 
 def test_of_something_else(): ...
 """
@@ -103,7 +102,9 @@ def test_regressions_fail_the_session_side_by_side(
         ["test_it.py::test_loss", "loss drop within 20 steps", "0.5", "0.1", "10 % or 0.01", "regression"],
         ["test_it.py::test_memory", "predicted peak", "1,000,000", "1,100,000", "2 %", "regression"],
         [f"9 quantities of 3 tests beside {path}: 2 new, 5 regression, 2 same"],
-        ["if this is meant, --lora-update-baseline writes it to the file"],
+        [
+            "FAILED: 5 quantities have regressed; if this is meant, --lora-update-baseline writes it to the file"
+        ],
     ]
 
 
@@ -196,3 +197,37 @@ def test_a_bad_file_is_a_usage_error(
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: {message.format(path=path)}"])
     assert (path.read_text() if content is not None else None) == content
+
+
+MANY_CHECKS = """
+from peft import LoraConfig
+from pytest_lora import assert_config_healthy
+from transformers import LlamaConfig
+
+BASE = LlamaConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=4, intermediate_size=64, vocab_size=64)
+
+def test_many():
+    for rank in (RANK, *[4] * 25):
+        assert_config_healthy(LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=["q_proj"]), BASE)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "quantity"),
+    [
+        ("3", "8", "trainable parameters with default"),
+        ("2", "8 + 1e-4", "scaling of self_attn.q_proj in default"),
+    ],
+)
+def test_the_first_of_many_checks_counts_to_the_last_digit(
+    pytester: pytest.Pytester, rank: str, alpha: str, quantity: str
+) -> None:
+    def session(rank: str, alpha: str, *arguments: str) -> pytest.RunResult:
+        pytester.makepyfile(test_it=MANY_CHECKS.replace("RANK", rank).replace("ALPHA", alpha))
+        return pytester.runpytest_inprocess(*WARN, GATE, *arguments)
+
+    session("2", "8", "--lora-update-baseline")
+    assert session("2", "8").ret == 0
+    result = session(rank, alpha)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines([f"*{quantity} * regression"])

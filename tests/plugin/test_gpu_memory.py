@@ -7,11 +7,13 @@ import xml.etree.ElementTree as ET
 from typing import Any
 
 import pytest
+import torch
 
 from pytest_lora.plugin.gpu import memory
 from pytest_lora.plugin.options import GPU_PROPERTY
 from tests.plugin.sessions import MODES, run, session
 from tests.plugin.simulated import CARD, machine
+from tests.simulated_cuda import MACHINES, play
 
 GIB = 2**30
 
@@ -359,6 +361,43 @@ def test_a_required_session_fails_if_a_broken_cuda_stopped_tests(pytester: pytes
     assert "ERROR: --lora-require-gpu: 1 not run, as CUDA was broken" in result.outlines
 
 
+FAILED = "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa, opb, m, n, k)`"
+
+
+@pytest.mark.parametrize(
+    ("raised", "lasting", "told"),
+    [
+        (FAILED, "CUDA error: unspecified launch failure\nCompile with ...", "unspecified launch failure"),
+        (FAILED, "CUDA error: something new\nCompile with ...", "CUDA error: something new"),
+        (FAILED, "", None),
+        ("CUDA error: unknown error", "CUDA error: unknown error", "unknown error"),
+        ("", "CUDA error: the launch timed out and was terminated", "launch timed out"),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", "", None),
+    ],
+)
+def test_whether_an_error_lasts_is_asked_of_the_device(
+    pytester: pytest.Pytester, raised: str, lasting: str, told: str | None
+) -> None:
+    pytester.makepyfile(
+        f"""
+        import pytest
+
+        pytestmark = pytest.mark.lora_gpu
+
+        def test_breaks(card): card.fail({raised!r}, {lasting!r})
+        def test_next(card): card.take(1)
+        """
+    )
+    result = run(pytester, "-rs")
+    if told is None:
+        result.assert_outcomes(failed=1, passed=1)
+        return
+    result.assert_outcomes(failed=1, skipped=1)
+    reason = f"not run: CUDA is broken in this process since *::test_breaks ({told})"
+    result.stdout.fnmatch_lines([f"SKIPPED *: {reason}"])
+    result.stdout.fnmatch_lines([f"CUDA is broken in this process now ({told}). GPU tests that follow *"])
+
+
 def test_an_error_that_only_quotes_the_words_breaks_nothing() -> None:
     for error in (
         AssertionError("CUDA error: device-side assert triggered"),
@@ -436,3 +475,64 @@ def test_where_the_model_is_known_the_estimate_explains_what_ran_out(
     rows = {row[0].rpartition("::")[2]: row for row in map(str.split, section(result.outlines, "GPU tests"))}
     assert rows["test_step"][-2] == "MiB"  # the predicted peak, before the seconds
     assert rows["test_without_a_model"][-2] == "-"
+
+
+RESETS = """
+import pytest, torch
+
+{resets}
+
+@pytest.mark.lora_vram_limit("2GiB")
+@pytest.mark.parametrize("reset", [{names}])
+def test_over(played, reset):
+    played.take(30 * 2**30)
+    played.take(-30 * 2**30)
+    reset()
+    played.take(2**30)
+    played.take(-(2**30))
+
+@pytest.mark.lora_vram_limit("2GiB")
+def test_below(played):
+    played.take(2**30)
+    played.take(-(2**30))
+"""
+
+BY_A_SWEEP = """
+def by_a_sweep():
+    from pytest_lora.sweep.measure import cost_of_training
+    class OnTheGpu(torch.nn.Module):
+        def parameters(self, recurse=True): return iter([type("P", (), {"device": torch.device("cuda", 0)})()])
+    with cost_of_training(OnTheGpu()):
+        pass
+
+def by_an_old_name():
+    with pytest.warns(FutureWarning):
+        torch.cuda.reset_max_memory_allocated()
+"""
+
+
+def test_a_peak_lasts_whoever_resets_it(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    played = play(monkeypatch, MACHINES["L4"])
+    native = torch._C._cuda_resetPeakMemoryStats
+    pytester.makeconftest(
+        """
+        import pytest
+        from pytest_lora.plugin.gpu.memory import MEMORY, CountingMemory
+        from tests.plugin import test_gpu_memory
+
+        def pytest_configure(config): config.stash[MEMORY] = CountingMemory("cuda")
+
+        @pytest.fixture
+        def played(): return test_gpu_memory.PLAYED
+        """
+    )
+    monkeypatch.setattr("tests.plugin.test_gpu_memory.PLAYED", played, raising=False)
+    names = "torch.cuda.reset_peak_memory_stats, torch.cuda.memory.reset_peak_memory_stats, by_a_sweep, by_an_old_name"
+    pytester.makepyfile(RESETS.format(resets=BY_A_SWEEP, names=names))
+    result = run(pytester)
+    result.assert_outcomes(passed=1, failed=4)
+    over = [line for line in result.outlines if line.startswith("peak memory of")]
+    assert all(
+        line.startswith("peak memory of 30.0 GiB on cuda:0 is over the limit of 2.0 GiB") for line in over
+    )
+    assert torch._C._cuda_resetPeakMemoryStats is native

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 
 from pytest_lora.plugin.session_options import LoraOptions
 from tests.plugin.sessions import run
-from tests.plugin.simulated import machine
+from tests.plugin.simulated import CARD, GB, machine, named_machine, shared
 from tests.plugin.test_startup import ALONE
 
 TESTS = """
@@ -339,14 +342,14 @@ def test_the_device_of_the_fixtures_follows_the_option(
     pytester.makepyfile(
         "import os\ndef test_it(lora_device): assert str(lora_device) == os.environ['EXPECTED']"
     )
-    for device, expected in (("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
+    for device, expected in (("cpu", "cpu"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")):
         monkeypatch.setenv("EXPECTED", expected)
         run(pytester, "--lora-device", device).assert_outcomes(passed=1)
     result = run(pytester, "--lora-device", "cuda:2")
     assert "--lora-device cuda:2: there are 2" in result.outlines
     for kind in ("xpu", "mps"):
         machine(monkeypatch, 24, kind=kind, capability=None)
-        monkeypatch.setenv("EXPECTED", kind)
+        monkeypatch.setenv("EXPECTED", f"{kind}:0")
         run(pytester, "--lora-device", kind).assert_outcomes(passed=1)
     result = run(pytester, "--lora-device", "cuda")
     assert (
@@ -356,3 +359,111 @@ def test_the_device_of_the_fixtures_follows_the_option(
     machine(monkeypatch)
     result = run(pytester, "--lora-device", "cuda")
     assert "--lora-device cuda: there is none: the test says so" in result.outlines
+
+
+UNMARKED = """
+import pytest
+
+def test_on_the_fixtures(lora_model, card): card.take(2**20)
+
+class TestElsewhere:
+    @pytest.fixture(scope="session")
+    @classmethod
+    def lora_device(cls):
+        import torch
+        return torch.device("cpu")
+
+    def test_on_a_device_of_its_own(self, lora_model): ...
+
+def test_plain(card): card.take(1)
+"""
+
+
+@pytest.mark.parametrize("machine_is", ["cuda", "mps", "none"])
+def test_a_test_whose_fixtures_are_on_a_gpu_is_a_gpu_test_without_asking(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, machine_is: str
+) -> None:
+    machine(
+        monkeypatch, *([] if machine_is == "none" else [24]), kind="mps" if machine_is == "mps" else "cuda"
+    )
+    pytester.makeconftest(CARD)
+    pytester.makepyfile(test_it=UNMARKED)
+    result = run(pytester, "--lora-gpu-report")
+    result.assert_outcomes(passed=3)
+    rows = [line.split()[:2] for line in result.outlines if " cuda:0 " in line or " mps:0 " in line]
+    assert rows == ([["test_it.py::test_on_the_fixtures", "cuda:0"]] if machine_is == "cuda" else [])
+
+
+@pytest.mark.lora_slow
+def test_unmarked_tests_share_a_card_under_xdist(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 24, 24)
+    log = shared(monkeypatch, pytester.path)
+    pytester.makepyfile(
+        test_own="import pytest, torch\n@pytest.fixture(scope='session')\n"
+        "def lora_base_model(lora_device): return torch.nn.Sequential(torch.nn.Linear(2, 2))\n"
+        "@pytest.mark.lora(target_modules=['0'])\ndef test_own(lora_model): ...",
+        test_built_in="def test_built_in(lora_model): ...",
+    )
+    result = pytester.runpytest_subprocess("-n", "1", "test_own.py", "test_built_in.py")
+    result.assert_outcomes(passed=2)
+    held = {e["who"]: e["shares"] for e in map(json.loads, log.read_text().splitlines())}
+    assert held == {
+        "test_own.py::test_own": {"cuda:0": 24 * GB},
+        "test_built_in.py::test_built_in": {"cuda:0": 2 * GB},
+    }
+
+
+SKIPPED_ON = {
+    "H200": {"test_two", "test_all"},
+    "L4": {"test_40_gb", "test_two", "test_all", "test_capability"},
+    "two L4": {"test_40_gb", "test_all", "test_capability"},
+    "MIG": {"test_40_gb", "test_two", "test_all"},
+    "ROCm": {"test_two", "test_all", "test_capability"},
+    "MPS": {"test_40_gb", "test_two", "test_all", "test_capability", "test_limited"},
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED_ON)
+def test_every_machine_runs_what_it_can(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    named_machine(monkeypatch, name)
+    pytester.makepyfile(test_it=TESTS)
+    result = run(pytester, "-v")
+    skipped = {
+        line.split("::")[1].split()[0] for line in result.outlines if " SKIPPED" in line and "::" in line
+    }
+    assert skipped == SKIPPED_ON[name]
+    result.assert_outcomes(passed=8 - len(skipped), skipped=len(skipped))
+
+
+@pytest.mark.lora_slow
+@pytest.mark.parametrize(
+    ("name", "devices"), [("two L4", {"cuda:0", "cuda:1"}), ("MIG", {"cuda:0", "cuda:1"})]
+)
+def test_workers_of_every_machine_get_a_device_each(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, name: str, devices: set[str]
+) -> None:
+    named_machine(monkeypatch, name)
+    shared(monkeypatch, pytester.path)
+    pytester.makepyfile(
+        test_it="import pytest, time\n@pytest.mark.lora_gpu\n@pytest.mark.parametrize('n', range(4))\n"
+        "def test_it(n): time.sleep(0.5)"
+    )
+    result = pytester.runpytest_subprocess("-n", "2", "--lora-require-gpu", "--lora-gpu-report")
+    result.assert_outcomes(passed=4)
+    assert {line.split()[1] for line in result.outlines if line.startswith("test_it.py::")} == devices
+
+
+def test_a_torch_that_does_not_load_fails_the_test_and_not_the_session(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTEST_LORA_HARDWARE", raising=False)
+    (pytester.path / "torch.py").write_text("raise SystemError('bad call flags')")
+    pytester.makepyfile("def test_it(lora_model): ...\ndef test_plain(): ...")
+    monkeypatch.setenv("PYTHONPATH", f"{pytester.path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    result = pytester.runpytest_subprocess(*ALONE)
+    result.assert_outcomes(errors=1, passed=1)
+    result.stdout.fnmatch_lines(["*SystemError: bad call flags*"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -13,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pytest_lora.plugin.gpu import hardware, locks, pins
-from tests.plugin.sessions import run
-from tests.plugin.simulated import GB, machine, shared
+from pytest_lora.plugin.gpu import hardware, ledger, locks, pins
+from tests.plugin.sessions import example_command, run
+from tests.plugin.simulated import CARD, GB, machine, shared
 
 pytestmark = pytest.mark.lora_slow
 
@@ -284,6 +283,68 @@ def test_a_failing_test_lets_its_devices_go(
     assert max(replay(events(log), 24 * GB).values()) == 1
 
 
+def test_workers_that_keep_a_base_take_turns_on_a_card_that_holds_one(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 24)
+    shared(monkeypatch, pytester.path)
+    pytester.makeconftest(CARD)
+    pytester.makepyfile(
+        SEES
+        + """
+@pytest.fixture(scope="session")
+def base(card): return card.take(14 * 10**9)
+
+@pytest.mark.lora_gpu(min_vram_gb=16)
+@pytest.mark.parametrize("n", range(12))
+def test_it(request, base, n): note(request)
+"""
+    )
+    result = pytester.runpytest_subprocess("-n", "4", "--lora-require-gpu")
+    result.assert_outcomes(passed=12)
+    told = [json.loads(line)["worker"] for line in (pytester.path / "seen.log").read_text().splitlines()]
+    assert len(set(told)) > 1, "one worker did all, so nothing was shown"
+    turns = [worker for worker, _ in itertools.groupby(told)]
+    assert len(turns) == len(set(turns)), turns
+
+
+def test_the_example_workflow_runs_on_one_card_of_24_gb_with_a_7b(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every worker has a base of 14 GB in session scope; the tests say what they need, or nothing."""
+    shared(monkeypatch, pytester.path)
+    machine(monkeypatch, 24)
+    pytester.makeini("[pytest]\nmarkers =")
+    pytester.makeconftest(CARD)
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def base(card): return card.take(14 * 10**9)
+
+        @pytest.mark.lora_gpu(min_vram_gb=16)
+        @pytest.mark.parametrize("n", range(8))
+        def test_with_the_base(base, card, n): card.take(2 * 10**9)
+
+        @pytest.mark.lora_vram_limit("20GiB")
+        @pytest.mark.lora_slow
+        def test_limited(base, card): card.take(10**9)
+
+        @pytest.mark.lora_gpu
+        def test_undeclared(card): ...
+
+        def test_of_the_cpu_job(): raise AssertionError
+        """
+    )
+    result = pytester.runpytest_subprocess(*example_command())
+    result.assert_outcomes(passed=10)
+    kept: defaultdict[str, int] = defaultdict(int)
+    for event in events(pytester.path / "holds.log"):
+        kept[event["event"]] += 1
+    assert kept == {"hold": 10, "release": 10}
+
+
 HOLD = """
 import sys, time
 from pytest_lora.plugin.gpu import locks
@@ -299,7 +360,7 @@ def test_what_a_dead_process_held_is_free(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert process.stdout
     assert process.stdout.readline() == "held\n"
     with (
-        pytest.raises(locks.NotSharedError, match=r"^waited 0 s for cuda:0, held by the other process$"),
+        pytest.raises(ledger.NotSharedError, match=r"^waited 0 s for cuda:0, held by the other process$"),
         locks.held({"cuda:0": 1}, {"cuda:0": 10}, "this", patience=0.2),
     ):
         pass
@@ -314,7 +375,7 @@ def test_what_a_dead_process_held_is_free(monkeypatch: pytest.MonkeyPatch, tmp_p
         ("hold", "this"),
         ("release", "this"),
     ]
-    assert {path.name for path in locks.folder().iterdir()} <= {"ledger.json", "ledger.lock"}
+    assert {path.name for path in ledger.folder().iterdir()} <= {"ledger.json", "ledger.lock"}
 
 
 def test_more_than_there_is_counts_as_all_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -322,30 +383,6 @@ def test_more_than_there_is_counts_as_all_of_it(monkeypatch: pytest.MonkeyPatch,
     with locks.held({"cuda:0": 16}, {"cuda:0": 15}, "a T4", patience=1):
         pass
     assert events(log)[0]["shares"] == {"cuda:0": 15}
-
-
-entries = st.lists(
-    st.builds(
-        lambda shares, holds: {"shares": shares, "holds": holds},
-        st.dictionaries(st.sampled_from("abc"), st.integers(1, 10), min_size=1),
-        st.booleans(),
-    ),
-    min_size=1,
-    max_size=6,
-)
-
-
-@given(entries, st.data())
-def test_who_came_later_never_goes_before_who_waits(
-    waiting: list[dict[str, Any]], data: st.DataObject
-) -> None:
-    for number, entry in enumerate(waiting):
-        entry["ticket"] = str(number)
-    own = data.draw(st.integers(0, len(waiting) - 1))
-    ahead = locks.before(waiting, str(own))
-    assert all(entry in ahead for entry in waiting[:own])
-    assert all(entry["holds"] for entry in ahead if entry not in waiting[:own])
-    assert waiting[own] not in ahead
 
 
 def test_no_worker_is_pinned_in_the_session_that_a_test_of_a_worker_starts(

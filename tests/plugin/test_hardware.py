@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 from pytest_lora.plugin.gpu import hardware, memory
+from pytest_lora.plugin.gpu.devices import Devices
 from pytest_lora.plugin.gpu.hardware import Device, Hardware
+from pytest_lora.plugin.gpu.marks import Need
+from tests.simulated_cuda import MACHINES, play
 
 GB = 10**9
 
@@ -158,3 +162,56 @@ def test_memory_is_read_by_the_functions_that_torch_has(monkeypatch: pytest.Monk
     assert [name for name, _ in calls] == expected + [name for name in expected if name != "workspaces"]
     for name in ("synchronize", "current_allocated_memory", "driver_allocated_memory", "empty_cache"):
         assert hasattr(torch.mps, name)
+
+
+@pytest.mark.parametrize("name", [name for name, one in MACHINES.items() if one.kind == "cuda"])
+def test_torch_says_what_there_is_on_every_machine(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    machine = MACHINES[name]
+    if machine.visible:
+        monkeypatch.setenv(hardware.VISIBLE, machine.visible)
+    played = play(monkeypatch, machine)
+    found = hardware.found()
+    first = machine.visible.partition(",")[0] if machine.visible else "0"
+    capability = None if machine.hip else machine.capability
+    assert found.devices[0] == Device("cuda:0", first, machine.name, machine.total, capability)
+    assert len(found.devices) == machine.count
+    assert played.started
+
+
+def test_workers_choose_among_mig_slices_and_start_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = MACHINES["MIG"]
+    played = play(monkeypatch, machine)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("torch starts CUDA to count slices"))
+    monkeypatch.setenv(hardware.VISIBLE, str(machine.visible))
+    assert hardware.count_without_starting() == 2
+    assert not played.started
+
+
+@pytest.mark.parametrize(
+    ("worker", "seen"), [("gw0", 0), ("gw1", 1), ("gw2", 0)], ids=["first", "second", "shares the first"]
+)
+def test_each_worker_gets_a_mig_slice(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, worker: str, seen: int
+) -> None:
+    machine = MACHINES["MIG"]
+    play(monkeypatch, machine)
+    slices = str(machine.visible).split(",")
+    monkeypatch.setenv(hardware.VISIBLE, str(machine.visible))
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", worker)
+    config = pytester.parseconfig("--lora-gpu-report")
+    assert os.environ[hardware.VISIBLE] == slices[seen]
+    devices = Devices(config)
+    assert devices.obstacle(Need(vram=20 * GB)) == ""
+    (device,) = devices.of(Need()).values()
+    assert (device.key, device.label) == (slices[seen], f"cuda:{seen}")
+    assert "needs 2 devices; there is 1" in devices.obstacle(Need(count=2))
+
+
+def test_a_list_of_uuids_is_kept_as_it_is_written(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(monkeypatch, MACHINES["two L4"])
+    monkeypatch.setenv(hardware.VISIBLE, "GPU-1234, GPU-5678")
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw1")
+    pytester.parseconfig("--lora-gpu-report")
+    assert os.environ[hardware.VISIBLE] == "GPU-5678"

@@ -7,13 +7,11 @@ import json
 import os
 import stat
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pytest_lora.findings import Report
-from pytest_lora.plugin import session_report
 from tests.plugin.sessions import MODES, session
 
 ALLOWED = ("-W", "always::pytest_lora.LoraHealthWarning")
@@ -242,17 +240,6 @@ def test_seeds_are_told(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPat
     pytester.makepyfile(test_it="def test_plain(): ...")
     pytester.runpytest_subprocess("--lora-report=out.json", "--hypothesis-seed=7")
     assert told(pytester)["seeds"] == {"Hypothesis": "7", "PYTHONHASHSEED": "3"}
-
-
-def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "out.md"
-    session_report.write_whole(file, "old\ud800")
-    assert file.read_text() == "old\\ud800"
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
-    with pytest.raises(OSError, match="no"):
-        session_report.write_whole(file, "new")
-    assert [one.name for one in tmp_path.iterdir()] == ["out.md"]
-    assert file.read_text() == "old\\ud800"
 
 
 def test_findings_are_in_the_page_of_pytest_html(

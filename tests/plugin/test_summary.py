@@ -180,7 +180,7 @@ def test_strict_mode(pytester: pytest.Pytester, how: list[str]) -> None:
     result.assert_outcomes(failed=2, passed=1, deselected=5)
     result.stdout.fnmatch_lines(
         [
-            "E * pytest_lora.assertions.LoraHealthError: model: 1 error, 1 warning",
+            "E * pytest_lora.LoraHealthError: LORA203: model: 1 error, 1 warning",
             "E * pytest_lora.findings.LoraHealthWarning: warning[[]LORA107[]]: alpha damps the adapter",
             "E * --> first",
             "E * --> second",

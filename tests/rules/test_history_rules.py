@@ -20,13 +20,16 @@ from pytest_lora.facts.curve import (
     clearest_fall,
     cycles,
     deviations,
+    jump,
     level,
     levels,
     noise,
     repetition,
     swings,
+    trend,
 )
-from pytest_lora.facts.history import FITS, history_facts
+from pytest_lora.facts.curve_shape import FITS
+from pytest_lora.facts.history import history_facts
 
 RUNS = Path(__file__).parents[2] / "benchmarks" / "results" / "history_runs.json"
 
@@ -134,7 +137,7 @@ def test_oscillates() -> None:
     rng = random.Random(0)
     fast = [2.0 * (1 + (-1) ** i * rng.uniform(0.2, 0.6)) for i in range(60)]
     assert codes(diagnose_history(fast, total_steps=10_000)) == {"LORA345": "warning"}
-    blown = [*noisy(FALL[:30], 0.05), 9.0, 12.0, 11.0, 8.0, 7.0, 6.0, *noisy(FALL[30:], 0.05)]
+    blown = [*noisy(FALL[:20], 0.05), 9.0, 12.0, 11.0, 8.0, 7.0, 6.0, *noisy(FALL[20:], 0.05)]
     assert codes(diagnose_history(blown)) == {"LORA345": "warning"}
     spike = [*noisy(FALL[:30], 0.05), 12.0, *noisy(FALL[30:], 0.05)]
     assert not diagnose_history(spike).findings, "one bad batch"
@@ -158,6 +161,172 @@ def test_losses_below_zero_are_judged_only_where_it_is_certain() -> None:
     policy = [math.sin(i) * 0.1 for i in range(60)]
     assert not diagnose_history(policy, total_steps=100).findings
     assert codes(diagnose_history([*policy, math.nan])) == {"LORA340": "error"}
+
+
+def test_a_rise_in_noise_is_seen_by_rank() -> None:
+    rise = noisy([3.6 + 0.011 * i for i in range(150)], 0.12)
+    assert codes(diagnose_history(rise)) == {"LORA342": "error"}
+    rising = [3.6 + 0.2 * i for i in range(10)]
+    assert codes(diagnose_history(rise, rising)) == {"LORA342": "error"}, "and no plateau"
+    slight = noisy([3.6 + 0.0025 * i for i in range(150)], 0.05)
+    both = [3.6, 3.66, 3.7, 3.75, 3.8, 3.85, 3.9, 4.0]
+    assert codes(diagnose_history(slight, both))["LORA342"] == "warning"
+    assert "LORA342" not in codes(diagnose_history(slight)), "evaluations on top of it decide"
+    assert "LORA342" not in codes(diagnose_history(slight, both[::-1]))
+
+
+def test_a_blow_up_in_the_first_steps() -> None:
+    shot_up = [5.5, 4.2, *noisy([13.0] * 100, 0.25)]
+    assert codes(diagnose_history(shot_up))["LORA342"] == "error"
+    climbs = [2.2, 5.2, 8.0, 7.4, 6.9, 5.1, *noisy([3.2 + 1.5 * 0.8**i for i in range(80)], 0.03)]
+    report = diagnose_history(climbs)
+    assert "LORA342" in codes(report)
+    assert "shot up to" in str(report)
+    easy_first = [1.2, *noisy([1.5 + 2.4 * 0.97**i for i in range(90)], 0.03)]
+    assert not diagnose_history(easy_first).findings, "an easy first batch"
+
+
+def test_other_data_are_no_divergence() -> None:
+    first = noisy([1.6 + 0.6 * 0.96**i for i in range(120)], 0.08)
+    then = noisy([2.1 + 2.4 * 0.97**i for i in range(140)], 0.08)
+    assert set(codes(diagnose_history(first + then)).values()) <= {"info"}
+    lower = noisy([1.1 + 2.8 * 0.97**i for i in range(140)], 0.08)
+    old_records = [1.9, 1.7, 1.6, 2.6, 2.7, 2.8]
+    assert "LORA346" not in codes(diagnose_history(first + lower, old_records))
+    assert "LORA346" in codes(diagnose_history(noisy([4.0 * 0.99**i for i in range(260)], 0.05), old_records))
+    climbing = [1.7 * 1.05**i for i in range(20)]
+    assert "LORA342" in codes(diagnose_history(first + climbing + then)), "it climbed before the jump"
+    back = noisy([1.6 + 2.8 * 0.8**i for i in range(140)], 0.08)
+    assert codes(diagnose_history(first + back)) == {"LORA345": "warning"}, (
+        "as low as before: the steps, not the data"
+    )
+
+
+def test_evaluations_that_swing() -> None:
+    loud = noisy([0.5] * 200, 0.6, seed=2)
+    loud = [abs(loss) + 0.05 for loss in loud]
+    swinging = [0.3, 1.4, 0.8, 0.25, 0.7, 0.1, 0.7, 0.2]
+    assert codes(diagnose_history(loud, swinging))["LORA345"] == "warning"
+    assert "LORA345" not in codes(diagnose_history(loud, [0.5, 0.4, 0.42, 0.33, 0.4, 0.31, 0.35, 0.3]))
+    assert "LORA345" not in codes(diagnose_history(noisy(FALL, 0.05), swinging)), "a few drawn records"
+
+
+def scattered(level: float, spread: float, count: int = 150, seed: int = 3) -> list[float]:
+    """Losses around a level, or a trend from it, whose logarithms are normal."""
+    rng = random.Random(seed)
+    return [level * math.exp(rng.gauss(0, spread)) for _ in range(count)]
+
+
+def test_noise_that_no_batch_makes() -> None:
+    high = [12.0, 11.5, *scattered(8.0, 0.5)]
+    assert codes(diagnose_history(high, total_steps=5000)) == {"LORA345": "warning"}
+    assert not diagnose_history(scattered(8.0, 0.1), total_steps=5000).findings
+    falling = [loss * 0.99**i for i, loss in enumerate(high)]
+    assert not diagnose_history(falling, total_steps=5000).findings, "it learns in all its noise"
+    slowly = [14.0, 14.0, 14.0, *(loss * 0.996**i for i, loss in enumerate(scattered(9.0, 0.45)))]
+    assert not diagnose_history(slowly, total_steps=5000).findings
+    summed = [100 * loss for loss in high]
+    assert not diagnose_history(summed, total_steps=5000).findings, "no mean over tokens"
+    between = [12.0, 11.5, *scattered(7.0, 0.25)]
+    assert not diagnose_history(between, total_steps=5000).findings
+    known = diagnose_history(between, total_steps=5000, vocabulary_size=256)
+    assert codes(known) == {"LORA345": "warning"}, "above the 5.5 of a guess"
+    no_gain = [3.7, 3.7, 3.7, *scattered(4.4, 0.45)]
+    assert codes(diagnose_history(no_gain, total_steps=5000)) == {"LORA345": "warning"}
+    labels = [1.3, 1.3, 1.3, *scattered(1.4, 0.7)]
+    assert not diagnose_history(labels, total_steps=5000).findings, "labels of a classifier, one a batch"
+
+
+def test_an_excursion_in_noise_that_an_evaluation_confirms() -> None:
+    rng = random.Random(2)
+    trend = [3.7] * 5 + [3.7 + 4 * 0.9**i for i in range(100)]
+    history = [loss + rng.uniform(-1.2, 1.2) for loss in trend]
+    assert not diagnose_history(history).findings
+    assert codes(diagnose_history(history, [6.5, 4.2, 3.9, 3.8])) == {"LORA345": "warning"}
+
+
+def test_plateau_by_evaluation_losses() -> None:
+    loud = noisy([2.2] * 100, 0.15)
+    assert not diagnose_history(loud).findings, "too noisy to tell"
+    report = diagnose_history(loud, [2.2, 2.2, 2.19, 2.19, 2.19])
+    assert codes(report) == {"LORA344": "warning"}
+    assert "moved by less than 2%" in report.warnings[0].observed
+    assert not diagnose_history(loud, [2.3, 2.27, 2.24, 2.21, 2.19]).findings, "slow, and on its way"
+    assert not diagnose_history(noisy(FALL, 0.15), [2.2, 2.2, 2.19, 2.19]).findings, (
+        "learned before the first"
+    )
+
+
+def test_no_better_than_an_early_evaluation() -> None:
+    collapsed = noisy([2.0 + 3.0 * 0.85**i for i in range(200)], 0.02)
+    evals = [2.14, 1.93, 2.28, 2.11, 2.22, 2.11, 2.1, 2.14, 2.11, 2.07]
+    report = diagnose_history(collapsed, evals)
+    assert codes(report) == {"LORA344": "warning"}
+    assert "never again as low" in report.warnings[0].observed
+    assert not diagnose_history(collapsed, [2.14, 2.0, 2.01, 2.0, 1.99, 2.0, 2.01, 2.0, 1.99, 2.0]).findings
+
+
+def test_what_the_schedule_did() -> None:
+    flat = noisy([2.0] * 110, 0.03)
+    rising = [1e-5 * (i + 1) for i in range(110)]
+    assert codes(diagnose_history(flat, total_steps=600, learning_rate=[1e-3] * 110)) == {
+        "LORA344": "warning"
+    }
+    assert codes(diagnose_history(flat, total_steps=600, learning_rate=rising)) == {"LORA344": "info"}
+    assert codes(diagnose_history(flat, total_steps=150, learning_rate=rising)) == {"LORA344": "warning"}
+    warming = [1e-6] * 60 + [1e-3] * 50
+    assert codes(diagnose_history(flat)) == {"LORA344": "warning"}
+    assert codes(diagnose_history(flat, learning_rate=warming)) == {"LORA344": "info"}
+    assert not diagnose_history(flat, learning_rate=[1e-6] * 80 + [1e-3] * 30).findings
+    bump = [*noisy(FALL[:20], 0.04), *noisy([4.6, 8.0, 7.2, 6.0, 4.4, 3.0], 0.02), *noisy(FALL[20:], 0.04)]
+    rates = [1e-3 * (1 - i / 20) for i in range(20)] + [1e-3 * (1 - i / 66) for i in range(66)]
+    assert codes(diagnose_history(bump, learning_rate=1e-3)) == {"LORA345": "warning"}
+    assert not diagnose_history(bump, learning_rate=rates).findings, "the schedule starts anew there"
+    cycles = [[1e-3 * (1 - i / 25) for i in range(25)] for _ in range(5)]
+    bumps = [2.5, *noisy([1.0 + 1.2 * math.exp(-i / 5) for _ in cycles for i in range(25)], 0.02)]
+    assert codes(diagnose_history(bumps))["LORA345"] == "warning"
+    assert not diagnose_history(
+        bumps, learning_rate=[1e-3, *(rate for one in cycles for rate in one)]
+    ).findings
+    facts = history_facts(bump, learning_rate=rates)
+    assert facts.learning_rate == 1e-3
+    assert facts.restarts == (20,)
+    assert history_facts(flat, learning_rate=warming).restarts == (), "a warm-up is none"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_classifier_on_shuffled_labels_settles_at_chance_and_on_its_own_does_not(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(4000, 16, generator=generator)
+    labels = (inputs @ torch.randn(16, 4, generator=generator)).argmax(1)
+    shuffled = labels[torch.randperm(4000, generator=generator)]
+    assert codes(diagnose_history(classified(inputs, shuffled, seed), vocabulary_size=4)) == {
+        "LORA347": "warning"
+    }
+    assert not diagnose_history(classified(inputs, labels, seed), vocabulary_size=4).findings
+
+
+def test_a_classifier_on_its_way_through_chance_is_left_alone() -> None:
+    losses = noisy([1.9 - 0.0043 * i for i in range(120)], 0.03)
+    assert not diagnose_history(losses, vocabulary_size=4).findings
+
+
+def classified(inputs: torch.Tensor, labels: torch.Tensor, seed: int) -> list[float]:
+    """Losses of a linear classifier that begins with wrong opinions, as a pretrained one does."""
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(16, 4)
+    model.weight.data *= 8
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    history = []
+    for first in range(0, 4000, 16):
+        loss = torch.nn.functional.cross_entropy(
+            model(inputs[first : first + 16]), labels[first : first + 16]
+        )
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        history.append(loss.item())
+    return history
 
 
 # ------------------------------------------------------------------ real runs
@@ -243,10 +412,30 @@ def test_noise_and_levels_measure_what_they_say() -> None:
     fall = clearest_fall([2.0] * 30 + [1.0] * 70)
     assert fall.size > 0.9
     assert swings([1, 3, 1, 3, 1, 3], height=1.5) == 2
+    found = jump([*history[:60], *[9 - 0.02 * i + (i % 3) / 10 for i in range(60)]])
+    assert found is not None
+    assert found.at == 60
+    assert found.trend < -5
+    assert jump(history[:200]) is None
+    assert jump([*history[:60], 40.0, *history[60:120]]) is None, "one loss alone"
+    climb = [5 + 0.4 * i for i in range(20)]
+    assert jump([*history[:60], *climb, *[16.0] * 40]) is None, "it climbed before"
     assert repetition([1.0, 2.0] * 5) == 2
     assert repetition([1.0, 2.0, 1.0, 2.0]) is None
     assert cycles(deviations([3.0, 2.0, 2.5] * 10))
     assert not cycles(deviations(history[:60]))
+
+
+def test_the_rank_test_is_calibrated_and_blind_to_the_shape_of_noise() -> None:
+    rng = random.Random(5)
+    draws = [trend([rng.expovariate(1) ** 3 for _ in range(60)]) for _ in range(400)]
+    assert abs(sum(draws) / len(draws)) < 0.2
+    assert 0.85 < math.sqrt(sum(z * z for z in draws) / len(draws)) < 1.15
+    rising = [rng.gauss(0, 1) + 0.02 * i for i in range(1000)]
+    assert trend(rising) > 5
+    assert trend([math.exp(value) for value in rising[:200]]) == trend(rising[:200])
+    assert trend([-value for value in rising[:200]]) == -trend(rising[:200])
+    assert trend([1.0] * 50) == trend([1.0, 2.0, 3.0]) == 0
 
 
 # ------------------------------------------------------------------ arguments
@@ -274,6 +463,18 @@ def test_noise_and_levels_measure_what_they_say() -> None:
         ({"train_losses": [1.0], "steps_per_loss": True}, TypeError, "steps_per_loss must be a whole number"),
         ({"train_losses": [1.0], "learning_rate": -1}, ValueError, "learning_rate must be a finite number"),
         ({"train_losses": [1.0], "learning_rate": "1e-4"}, TypeError, "learning_rate must be a number"),
+        (
+            {"train_losses": [1.0], "learning_rate": [1e-4, 1e-4]},
+            ValueError,
+            "one rate for each of 1 training",
+        ),
+        (
+            {"train_losses": [1.0], "learning_rate": ["1e-4"]},
+            TypeError,
+            r"learning_rate\[0\] must be a number",
+        ),
+        ({"train_losses": [1.0], "learning_rate": {1: 1e-4}}, TypeError, "learning_rate must be a list"),
+        ({"train_losses": [1.0], "vocabulary_size": 1}, ValueError, "vocabulary_size must be at least 2"),
         ({"train_losses": [1.0], "expect": {}}, TypeError, "expect must be an Expect"),
     ],
 )
@@ -290,3 +491,5 @@ def test_numbers_of_other_libraries_are_numbers() -> None:
     ):
         assert history_facts(history).train == (2.0, 1.5)
     assert history_facts(loss for loss in (2.0, 1.5)).train == (2.0, 1.5)
+    assert history_facts([2.0, 1.5], learning_rate=torch.tensor(0.5)).rates == ()
+    assert history_facts([2.0, 1.5], learning_rate=numpy.array([0.5, 0.25])).rates == (0.5, 0.25)

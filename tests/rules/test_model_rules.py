@@ -24,6 +24,7 @@ from pytest_lora.bases.examples.models import BASES, LAYERS, VOCABULARY, WIDTH
 from pytest_lora.facts.base import BaseModule, Quantization
 from pytest_lora.facts.model import LayerState, ModelFacts, TrainableBase
 from pytest_lora.inspection.model import model_facts
+from pytest_lora.inspection.transformers_internals import TIES_WHAT_DIFFERS
 from pytest_lora.rules import catalogue
 
 RULES = {rule.name: rule for rule in catalogue()}
@@ -451,7 +452,11 @@ FAULTS: list[tuple[Callable[..., Case], str, str]] = [
     (one_projection_frozen, "some_adapters_are_frozen", "warning"),
     (token_rows_frozen, "saved_copy_is_frozen", "error"),
     (tied_head_saved_alone, "tied_weight_is_trained_on_one_side", "error"),
-    (merge_of_two_untied_copies, "tied_weight_is_trained_on_one_side", "warning"),
+    *(
+        [(merge_of_two_untied_copies, "tied_weight_is_trained_on_one_side", "warning")]
+        if TIES_WHAT_DIFFERS
+        else []
+    ),
     (second_transformers_adapter_not_chosen, "trainable_adapter_is_not_active", "error"),
     (trainable_adapter_loaded_but_not_chosen, "trainable_adapter_is_not_active", "error"),
     (nothing_active, "no_adapter_is_active", "error"),
@@ -1002,7 +1007,7 @@ def test_compute_dtypes(compute: str, rest: str, flagged: bool) -> None:
 
 def test_base_fix_depends_on_how_much_trains() -> None:
     facts = plain_facts()
-    for share, said in ((0.9, "freeze the base before"), (0.01, "modules_to_save=['norm']")):
+    for share, said in ((0.9, "model.requires_grad_(False)"), (0.01, "list ['norm'] in modules_to_save")):
         part = TrainableBase("model.norm.weight", int(share * facts.base.parameters))
         (finding,) = RULES["base_is_trainable"](replace(facts, trainable_base=(part,)), Expect())
         assert said in finding.fix

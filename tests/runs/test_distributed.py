@@ -6,9 +6,12 @@ import re
 import time
 
 import pytest
+import torch
 
 from pytest_lora import RanksFailedError, assert_adapters_in_sync, run_distributed
+from pytest_lora.runs import distributed
 from tests import ranks
+from tests.simulated_cuda import MACHINES, play
 
 pytestmark = pytest.mark.lora_slow
 
@@ -129,3 +132,23 @@ def test_a_model_without_adapter_and_a_process_without_group_are_refused(told: l
 @pytest.mark.lora_gpu(count=2)
 def test_adapters_sharded_by_the_first_fsdp_are_put_together() -> None:
     assert run_distributed(ranks.sharded, 2, "nccl", args=[False]) == [True, True]
+
+
+@pytest.mark.parametrize(("name", "runs"), [("H200", False), ("L4", False), ("two L4", True), ("MIG", False)])
+def test_nccl_needs_a_gpu_for_each_rank(monkeypatch: pytest.MonkeyPatch, name: str, runs: bool) -> None:
+    played = play(monkeypatch, MACHINES[name])
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    if runs:
+        distributed._require_gpus(2)
+    else:
+        with pytest.raises(
+            ValueError, match=r"needs a GPU for each of 2 ranks, and this process sees 1; .*count=2"
+        ):
+            run_distributed(ranks.no_adapter, 2, "nccl")
+    assert not played.started
+
+
+def test_nccl_is_asked_for_where_torch_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(ValueError, match=r"torch .* is built without it; use 'gloo'"):
+        run_distributed(ranks.no_adapter, 2, "nccl")

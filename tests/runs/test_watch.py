@@ -596,3 +596,52 @@ def test_a_healthy_run_of_sft_trainer_passes_in_silence(tmp_path: Path) -> None:
     sft_trainer(tmp_path, small(), callback, peft_config=config).train()
     assert callback.watch.count == 4
     assert not [f for report in callback.watch.reports for f in (*report.errors, *report.warnings)]
+
+
+def test_the_schedule_of_a_run_reaches_its_history(tmp_path: Path) -> None:
+    callback = LoraHealthCallback()
+    trainer(tmp_path, callback, max_steps=12, warmup_steps=4).train()
+    rates = callback.watch._rates
+    assert len(rates) == 12
+    assert rates.index(max(rates)) in (3, 4)
+    flat = Watch(total_steps=600)
+    for i in range(110):
+        flat.log(2.0 + (37 * i * i % 101) / 1000, learning_rate=1e-5 * (i + 1))
+    assert not [f for report in flat.reports for f in report.warnings], "it still warms up"
+
+
+class Halt(TrainerCallback):
+    """Ends a run that was planned for longer after its third step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= 3
+
+
+@pytest.mark.parametrize(("rate", "told"), [(2e-4, True), (5e-6, False)])
+def test_the_rate_of_a_run_of_dpo_trainer(tmp_path: Path, rate: float, told: bool) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    callback = LoraHealthCallback()
+    config = trl.DPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=100,
+        learning_rate=rate,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+    )
+    texts = [{"prompt": "<s>", "chosen": "<s> </s>", "rejected": "</s> <s>"}] * 8
+    trainer = trl.DPOTrainer(
+        model=small(),
+        args=config,
+        train_dataset=datasets.Dataset.from_list(texts),
+        processing_class=byte_tokenizer(),
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[callback, Halt()],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    found = {f.code for report in callback.watch.reports for f in (*report.errors, *report.warnings)}
+    assert found == ({"LORA371"} if told else set())

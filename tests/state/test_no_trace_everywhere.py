@@ -35,11 +35,20 @@ from pytest_lora import (
     assert_param_ratio,
     assert_reload_exact,
     assert_resumable,
+    assert_training_healthy,
+    check_adapter_shapes,
+    check_adapters_in_sync,
+    check_alpha_ratio,
     check_checkpoint,
     check_config,
+    check_lora_laws,
     check_loss_decreases,
     check_memory,
+    check_merge,
     check_model,
+    check_param_ratio,
+    check_reload,
+    check_resume,
     check_training,
     count_parameters,
     estimate_memory,
@@ -70,6 +79,7 @@ class Setup(NamedTuple):
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler
+    config: LoraConfig
 
     @property
     def trained(self) -> dict[str, Any]:
@@ -81,16 +91,16 @@ def _watched(setup: Setup) -> None:
         watch.log(2.0)
 
 
-def _in_sync(setup: Setup) -> None:
+def _in_sync(setup: Setup, check: Callable[[Any], object]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
         try:
-            assert_adapters_in_sync(setup.model)
+            check(setup.model)
         finally:
             torch.distributed.destroy_process_group()
 
 
-CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+TARGETS = ("q_proj", "v_proj")
 
 
 def _on_saved(setup: Setup, check: Callable[[str], object]) -> None:
@@ -100,8 +110,8 @@ def _on_saved(setup: Setup, check: Callable[[str], object]) -> None:
         save_file(tensors, f"{folder}/adapter_model.safetensors")
         named = getattr(setup.base, "name_or_path", "") or "org/base"
         config = {
-            **CONFIG.to_dict(),
-            "target_modules": ["q_proj", "v_proj"],
+            **setup.config.to_dict(),
+            "target_modules": sorted(setup.config.target_modules),
             "base_model_name_or_path": named,
         }
         Path(folder, "adapter_config.json").write_text(json.dumps(config))
@@ -111,6 +121,7 @@ def _on_saved(setup: Setup, check: Callable[[str], object]) -> None:
 RUNNING: dict[str, Callable[[Setup], object]] = {
     "check_training": lambda s: check_training(s.model, s.batch, max_grad_norm=1.0, **s.trained),
     "check_training, own optimizer": lambda s: check_training(s.model, s.batch),
+    "assert_training_healthy": lambda s: assert_training_healthy(s.model, s.batch, **s.trained),
     "assert_lora_healthy, batch": lambda s: assert_lora_healthy(
         s.model, batches=s.batch, optimizer=s.optimizer
     ),
@@ -118,7 +129,11 @@ RUNNING: dict[str, Callable[[Setup], object]] = {
         s.model, s.batch, steps=2, optimizer=s.optimizer, device="cpu"
     ),
     "check_loss_decreases": lambda s: check_loss_decreases(s.model, s.batch, steps=2, device="cpu"),
+    "check_adapter_shapes, batch": lambda s: check_adapter_shapes(s.model, batches=s.batch),
     "assert_adapter_shapes, batch": lambda s: assert_adapter_shapes(s.model, batches=s.batch),
+    "check_reload": lambda s: check_reload(s.model, s.batch),
+    "check_merge": lambda s: check_merge(s.model, s.batch),
+    "check_lora_laws": lambda s: check_lora_laws(s.model, s.batch),
     "assert_reload_exact": lambda s: assert_reload_exact(s.model, s.batch),
     "assert_merge_exact": lambda s: assert_merge_exact(s.model, s.batch),
     "assert_lora_laws": lambda s: assert_lora_laws(s.model, s.batch),
@@ -126,39 +141,46 @@ RUNNING: dict[str, Callable[[Setup], object]] = {
 """Those that run a forward pass."""
 
 LOOKING: dict[str, Callable[[Setup], object]] = {
-    "check_config": lambda s: check_config(CONFIG, s.base),
-    "assert_config_healthy": lambda s: assert_config_healthy(CONFIG, s.base),
+    "check_config": lambda s: check_config(s.config, s.base),
+    "assert_config_healthy": lambda s: assert_config_healthy(s.config, s.base),
     "check_checkpoint": lambda s: _on_saved(s, lambda path: check_checkpoint(path, s.base)),
     "assert_checkpoint_healthy": lambda s: _on_saved(
         s, lambda path: assert_checkpoint_healthy(path, s.base, select=["LORA43"])
     ),
-    "assert_resumable": lambda s: _on_saved(s, lambda path: assert_resumable(path, CONFIG, s.base)),
+    "assert_resumable": lambda s: _on_saved(s, lambda path: assert_resumable(path, s.config, s.base)),
     "check_model": lambda s: check_model(s.model, optimizer=s.optimizer),
     "assert_lora_healthy": lambda s: assert_lora_healthy(s.model, optimizer=s.optimizer),
     "assert_adapter_shapes": lambda s: assert_adapter_shapes(s.model),
+    "check_adapter_shapes": lambda s: check_adapter_shapes(s.model),
+    "check_param_ratio": lambda s: check_param_ratio(s.model, 0.0, 1.0),
+    "check_alpha_ratio": lambda s: check_alpha_ratio(s.model, 2.0),
+    "check_resume": lambda s: _on_saved(s, lambda path: check_resume(path, s.config, s.base)),
     "assert_param_ratio": lambda s: assert_param_ratio(s.model, 0.0, 1.0),
     "assert_alpha_ratio": lambda s: assert_alpha_ratio(s.model, 2.0),
     "count_parameters": lambda s: count_parameters(s.model),
-    "rank_table": lambda s: rank_table(s.base, [2, 4], target_modules=["q_proj"]),
+    "rank_table": lambda s: rank_table(s.base, [2, 4], target_modules=[*s.config.target_modules]),
     "suggest_rank": lambda s: suggest_rank(s.base, 5000),
-    "estimate_memory": lambda s: estimate_memory(CONFIG, s.base, batch_size=2, seq_len=16),
-    "step_memory": lambda s: step_memory(CONFIG, s.base).peak_allocated(2, 16),
-    "largest_that_fits": lambda s: largest_that_fits(CONFIG, s.base, "64MiB", vary="batch_size", seq_len=16),
+    "estimate_memory": lambda s: estimate_memory(s.config, s.base, batch_size=2, seq_len=16),
+    "step_memory": lambda s: step_memory(s.config, s.base).peak_allocated(2, 16),
+    "largest_that_fits": lambda s: largest_that_fits(
+        s.config, s.base, "64MiB", vary="batch_size", seq_len=16
+    ),
     # What else would fit is asked of the smaller base only, as it takes many estimates.
     "check_memory": lambda s: check_memory(
         s.base,
-        CONFIG,
+        s.config,
         batch_size=2,
         seq_len=16,
         budget="2MiB",
         advise=not getattr(s.base, "is_loaded_in_4bit", False),
     ),
     "assert_fits_memory": lambda s: assert_fits_memory(
-        s.base, CONFIG, batch_size=2, seq_len=16, budget="80GiB"
+        s.base, s.config, batch_size=2, seq_len=16, budget="80GiB"
     ),
     "watch_training": _watched,
-    "assert_adapters_in_sync": _in_sync,
-    "oom_frontier": lambda s: oom_frontier(CONFIG, s.base, "1GiB", seq_lens=[16], dtype="float32"),
+    "check_adapters_in_sync": lambda s: _in_sync(s, check_adapters_in_sync),
+    "assert_adapters_in_sync": lambda s: _in_sync(s, assert_adapters_in_sync),
+    "oom_frontier": lambda s: oom_frontier(s.config, s.base, "1GiB", seq_lens=[16], dtype="float32"),
 }
 """Those that look only."""
 
@@ -235,10 +257,13 @@ def _state(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _setup(base: Callable[[], Any], batch: dict[str, torch.Tensor]) -> Setup:
+def _setup(
+    base: Callable[[], Any], batch: dict[str, torch.Tensor], targets: tuple[str, ...] = TARGETS
+) -> Setup:
     """Two steps taken, gradients left lying about, one layer in another mode, a hook."""
     torch.manual_seed(0)
-    model: Any = get_peft_model(base(), CONFIG).train()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), lora_dropout=0.1)
+    model: Any = get_peft_model(base(), copy.deepcopy(config)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, total_iters=9)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
@@ -251,7 +276,7 @@ def _setup(base: Callable[[], Any], batch: dict[str, torch.Tensor]) -> Setup:
     model(**batch).loss.backward()
     next(m for m in model.modules() if isinstance(m, nn.Dropout)).eval()
     model.register_forward_hook(_do_nothing)
-    return Setup(model, base(), batch, optimizer, scheduler, scaler)
+    return Setup(model, base(), batch, optimizer, scheduler, scaler, config)
 
 
 def _do_nothing(*_: Any) -> None:
@@ -260,6 +285,8 @@ def _do_nothing(*_: Any) -> None:
 
 MODELS: dict[str, Callable[[], Setup]] = {
     "float": lambda: _setup(BASES["base"], language_batch()),
+    # PEFT draws the factors of an embedding itself, on whatever device it is.
+    "embedding": lambda: _setup(BASES["base"], language_batch(), ("q_proj", "embed_tokens")),
     "built-in 4-bit base": lambda: _setup(load_tiny, text_batch(batch_size=2, seq_len=8)),
 }
 

@@ -37,7 +37,7 @@ def test_a_rank_that_no_longer_suffices() -> None:
     with pytest.raises(LoraHealthError) as failure:
         assert_rank_suffices(result({4: [0.70, 0.72], 8: [0.88, 0.90], 16: [0.90, 0.92]}), 4)
     assert str(failure.value) == (
-        "rank 4 for accuracy: 1 error\n"
+        "LORA940: rank 4 for accuracy: 1 error\n"
         "\n"
         "error[LORA940]: rank no longer suffices\n"
         "  --> r=4 of a sweep over r=4, r=8, r=16\n"
@@ -76,7 +76,9 @@ def test_bad_arguments() -> None:
         assert_rank_suffices(sweep, "8")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^result must be a SweepResult, not dict$"):
         assert_rank_suffices({}, 8)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^metric_share must be above 0"):
+    with pytest.raises(
+        ValueError, match=r"^metric_share must be a finite number above 0 and at most 1, not 95"
+    ):
         assert_rank_suffices(sweep, 8, metric_share=95)
 
 

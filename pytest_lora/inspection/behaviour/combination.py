@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pytest_lora.inspection.behaviour.copies import TOLERANCES
 from pytest_lora.inspection.peft_internals import LoraLayer
+from pytest_lora.inspection.state.precision import in_float64
 
 Combination = Literal["cat", "svd", "linear"]
 COMBINATIONS: tuple[Combination, ...] = get_args(Combination)
@@ -38,8 +39,8 @@ def combination_error(
         kind: How they were combined.
     """
     for name, layer in _layers(model, combined).items():
-        seen = layer.get_delta_weight(combined).detach().double()
-        updates = [w * layer.get_delta_weight(a).detach().double() for a, w in weights.items()]
+        seen = in_float64(layer.get_delta_weight(combined).detach())
+        updates = [w * in_float64(layer.get_delta_weight(a).detach()) for a, w in weights.items()]
         expected = torch.stack(updates).sum(0) if kind != "linear" else _of_summed_factors(layer, weights)
         scale = max(float(update.norm()) for update in updates)
         lost = _beyond(expected, layer.r[combined]) if kind == "svd" else 0.0
@@ -59,8 +60,8 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
 def _of_summed_factors(layer: Any, weights: Mapping[str, float]) -> Tensor:
     shares = {name: (weight * layer.scaling[name]) ** 0.5 for name, weight in weights.items()}
     factors = [(share, *_factors(layer, name)) for name, share in shares.items()]
-    down = torch.stack([share * a.detach().double() for share, a, _ in factors]).sum(0)
-    up = torch.stack([share * b.detach().double() for share, _, b in factors]).sum(0)
+    down = torch.stack([share * in_float64(a.detach()) for share, a, _ in factors]).sum(0)
+    up = torch.stack([share * in_float64(b.detach()) for share, _, b in factors]).sum(0)
     return (up @ down).T if layer.lora_embedding_A else up @ down
 
 

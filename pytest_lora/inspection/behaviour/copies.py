@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import random
-import sys
+import gc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,30 +19,18 @@ from pytest_lora.inspection.peft_internals import (
     ModulesToSaveWrapper,
     TrainableTokensWrapper,
     forget_adapters,
+    xlora_models,
 )
-from pytest_lora.inspection.quiet import quiet_libraries
+from pytest_lora.inspection.state.precision import in_float64
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Deviation of the merged output, relative to its largest value: about 1,000 rounding steps of float32, and 4 of
 the half precisions, whose weights are rounded once more by the merge."""
 
+PIECE = 2**24
+"""Numbers that are compared at a time: in float64 the logits of a batch would take as much memory as a model."""
+
 _SWITCHES = (BaseTunerLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
-
-
-@contextmanager
-def no_trace() -> Iterator[None]:
-    """Restore every random state, and keep what the libraries print out of the way."""
-    numpy: Any = sys.modules.get("numpy")
-    cuda: Any = torch.cuda
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    devices = list(range(cuda.device_count())) if cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices), quiet_libraries():
-            yield
-    finally:
-        random.setstate(states[0])
-        if numpy:
-            numpy.random.set_state(states[1])
 
 
 # ---------------------------------------------------------------------------------------- copies
@@ -55,9 +41,14 @@ def adapted_copy(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` carries no LoRA layers.
-        ValueError: It cannot be copied, or has no values.
+        ValueError: It cannot be copied, has no values, or is one of X-LoRA.
     """
     found = adapted_survey(model)
+    if xlora_models(model):
+        raise ValueError(
+            "model: X-LoRA weighs its adapters anew for every token: they cannot be merged, and are saved apart "
+            "from it; give a model with one of the adapters"
+        )
     wrapped: nn.Module | None = next((m for m in model.modules() if isinstance(m, WRAPPERS)), None)
     copied = copy_of("model", found.root if wrapped is None else wrapped)
     for module in copied.modules():
@@ -80,6 +71,12 @@ def copy_of(argument: str, model: nn.Module) -> nn.Module:
     except Exception as error:  # whatever the attributes of a model raise
         raise ValueError(f"{argument} cannot be copied, which this check needs: {error}") from error
     return quiet_eval(argument, made)
+
+
+def collect(model: nn.Module) -> None:
+    """Free copies of a model on a GPU that nothing refers to any more: models of PEFT are cycles."""
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        gc.collect()
 
 
 def quiet_eval(argument: str, model: nn.Module) -> nn.Module:
@@ -190,7 +187,8 @@ def stable_output(model: nn.Module, batch: Any) -> Tensor:
         raise ValueError("batch: the model gives no finite number for it; nothing can be compared")
     if not identical(first, output_of(model, batch)):
         raise ValueError(
-            "model gives different outputs for the same batch in evaluation mode; nothing can be compared"
+            "model gives different outputs for the same batch in evaluation mode; nothing can be compared. Where a "
+            "sum in no fixed order on the GPU is the reason, torch.use_deterministic_algorithms(True) helps"
         )
     return first
 
@@ -229,8 +227,17 @@ def distance(first: Tensor, second: Tensor) -> float:
         return float("inf")
     if not first.numel():
         return 0.0
-    apart = (first.double() - second.double()).abs()
-    return float(apart.masked_fill(_same(first, second), 0.0).max())
+    pairs = zip(_pieces(first), _pieces(second), strict=True)
+    return float(torch.stack([_farthest(in_float64(one), in_float64(other)) for one, other in pairs]).max())
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    flat = tensor.reshape(-1)
+    return (flat[low : low + PIECE] for low in range(0, flat.numel(), PIECE))
+
+
+def _farthest(first: Tensor, second: Tensor) -> Tensor:
+    return (first - second).abs().masked_fill_(_same(first, second), 0.0).max()
 
 
 def _same(first: Tensor, second: Tensor) -> Tensor:

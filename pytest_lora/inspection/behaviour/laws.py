@@ -19,7 +19,6 @@ from pytest_lora.inspection.behaviour.copies import (
     distance,
     identical,
     largest,
-    no_trace,
     output_of,
     stable_output,
     without_adapter,
@@ -32,7 +31,11 @@ from pytest_lora.inspection.peft_internals import (
     active_adapters,
     fused_parameter,
     lora_configs,
+    own_geometry,
 )
+from pytest_lora.inspection.quiet import quiet_libraries
+from pytest_lora.inspection.state import Keeper
+from pytest_lora.inspection.state.precision import in_float64, without_tf32
 
 _SECOND = "pytest_lora_second"
 
@@ -44,7 +47,8 @@ def law_facts(model: nn.Module, batch: Any) -> LawFacts:
         TypeError: ``model`` carries no LoRA layers.
         ValueError: It cannot be copied or run, or gives no output that can be compared.
     """
-    with no_trace():
+    adapted_survey(model)
+    with Keeper(model, batch), quiet_libraries(), without_tf32():
         adapted = adapted_copy(model)
         layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
         stable_output(adapted, batch)
@@ -124,8 +128,8 @@ class _Call:
 
     @property
     def takes_more_rows(self) -> bool:
-        """Whether rows of zeros in the factors are more rank."""
-        return True
+        """Whether rows of zeros in the two factors are more rank; a variant may keep something beside them."""
+        return not any(own_geometry(self.layer, name) for name in active_adapters(self.layer))
 
 
 @dataclass(frozen=True)
@@ -190,8 +194,8 @@ def _deviation_from_linear(call: _Call) -> float | None:
     call.layer.scaling.update({name: 2 * value for name, value in kept.items()})
     twice = call.output()
     call.layer.scaling.update(kept)
-    expected = off.double() + 2 * (once.double() - off.double())
-    return None if _near(twice, expected.to(twice.dtype), steps=2.0) else distance(twice, expected)
+    expected = in_float64(off) + 2 * (in_float64(once) - in_float64(off))
+    return None if _near(twice, expected.to(twice), steps=2.0) else distance(twice, expected)
 
 
 def _deviation_when_padded(call: _Call) -> float | None:
@@ -226,6 +230,7 @@ def _leak(adapted: nn.Module, batch: Any) -> Leak | None:
     config = copy.deepcopy(pair.peft_config[first[0]])
     config.init_lora_weights, config.bias = False, "none"
     config.modules_to_save = config.trainable_token_indices = None
+    config.inference_mode = True  # AdaLoRA has one trainable adapter at most
     try:
         pair.add_adapter(_SECOND, config)
     except ValueError:

@@ -15,16 +15,19 @@ from pytest_lora.inspection.behaviour.copies import (
     TOLERANCES,
     adapted_copy,
     base_without_adapter,
+    collect,
     distance,
     identical,
     largest,
-    no_trace,
     output_of,
     watched_output,
     without_adapter,
 )
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import WRAPPERS, LoraLayer
+from pytest_lora.inspection.quiet import quiet_libraries
+from pytest_lora.inspection.state import Keeper
+from pytest_lora.inspection.state.precision import without_tf32
 
 _UNMERGE_STEPS = 4
 
@@ -44,13 +47,19 @@ def merge_facts(
         TypeError: ``model`` carries no LoRA layers.
         ValueError: It cannot be copied or run, or gives no output that can be compared.
     """
-    with no_trace():
+    adapted_survey(model)
+    with Keeper(model, batch), quiet_libraries(), without_tf32():
         adapted = adapted_copy(model)
         layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
         expected, moving = watched_output(adapted, batch)
-        before = {name: tensor.clone() for name, tensor in adapted.state_dict().items() if name not in moving}
         unloaded = MergeFacts(left_over=tuple(_left_over(adapted)), restored_steps=_UNMERGE_STEPS)
+        before = {name: t for name, t in _in_main_memory(adapted).items() if name not in moving}
         return _merged(unloaded, adapted, layers, batch, expected, (rtol, atol), before)
+
+
+def _in_main_memory(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's state; a GPU that holds two models often has no room for a third."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
 
 
 def _merged(
@@ -66,6 +75,8 @@ def _merged(
     try:
         for layer in layers.values():
             layer.merge()
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, NotImplementedError, RuntimeError) as error:
         unmerged = tuple(n for n, layer in layers.items() if not layer.merged_adapters)
         return replace(facts, refusal=str(error), unmerged=unmerged)
@@ -75,9 +86,8 @@ def _merged(
         layer.unmerge()
     quantized = tuple(n for n, layer in layers.items() if _is_quantized(layer))
     after = adapted.state_dict()
-    damaged = (
-        () if quantized else tuple(n for n, size in sizes.items() if not _restored(before[n], after[n], size))
-    )
+    compared = {} if quantized else sizes
+    damaged = tuple(n for n, size in compared.items() if not _restored(before[n], after[n], size))
     return replace(
         facts,
         quantized=quantized,
@@ -106,6 +116,7 @@ def _is_quantized(layer: Any) -> bool:
 
 def _restored(before: Tensor, after: Tensor, merged_size: float) -> bool:
     """Whether adding and taking away again changed no more than rounding at the largest merged value does."""
+    before = before.to(after.device)
     if identical(before, after):
         return True
     step = torch.finfo(before.dtype).eps * max(merged_size, largest(before))
@@ -118,10 +129,12 @@ def _left_over(adapted: nn.Module) -> Iterator[str]:
         return
     given: Any = copy.deepcopy(adapted)
     kept = _kept_modules(given)
-    unloaded = given.unload().state_dict()
+    unloaded = _in_main_memory(given.unload())
+    del given
+    collect(adapted)
     for name, tensor in base_without_adapter(adapted).state_dict().items():
         other = unloaded.get(name)
-        same = other is not None and other.shape == tensor.shape and torch.equal(other, tensor)
+        same = other is not None and other.shape == tensor.shape and torch.equal(other, tensor.cpu())
         if not name.startswith(kept) and not same:
             yield name
 

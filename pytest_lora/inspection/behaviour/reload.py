@@ -22,7 +22,6 @@ from pytest_lora.inspection.behaviour.copies import (
     copy_of,
     distance,
     identical,
-    no_trace,
     output_of,
     quiet_eval,
     watched_output,
@@ -34,9 +33,12 @@ from pytest_lora.inspection.peft_internals import (
     LoraLayer,
     active_adapters,
     adapter_names,
+    loading_device,
     lora_configs,
     save_adapters,
 )
+from pytest_lora.inspection.quiet import quiet_libraries
+from pytest_lora.inspection.state import Keeper
 
 Base = nn.Module | Callable[[], nn.Module]
 
@@ -57,7 +59,8 @@ def reload_facts(model: nn.Module, batch: Any, *, base: Base | None = None) -> R
         OSError: The adapter cannot be written into a temporary folder.
     """
     _require_base(model, base)
-    with no_trace():
+    given = base if isinstance(base, nn.Module) else None
+    with Keeper(model, batch), Keeper(given), quiet_libraries():
         adapted = adapted_copy(model)
         trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
         expected, moving = watched_output(adapted, batch)
@@ -148,10 +151,14 @@ def _reloaded_peft(adapted: Any, fresh: nn.Module, active: list[str], folder: Pa
         save_adapters(adapted, str(folder))
     homes = {name: folder if name == "default" else folder / name for name in adapted.peft_config}
     (first, home), *others = homes.items()
+    device = loading_device(fresh)
     with _loading():
-        reloaded: Any = type(adapted).from_pretrained(fresh, str(home), adapter_name=first)
+        # AdaLoRA's forward pass raises where none of its adapters is trainable.
+        reloaded: Any = type(adapted).from_pretrained(
+            fresh, str(home), adapter_name=first, is_trainable=True, torch_device=device
+        )
         for name, home in others:
-            reloaded.load_adapter(str(home), adapter_name=name)
+            reloaded.load_adapter(str(home), adapter_name=name, torch_device=device)
         reloaded.base_model.set_adapter(active)
     return as_module(reloaded)
 

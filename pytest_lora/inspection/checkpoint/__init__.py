@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_lora.facts.checkpoint import (
     CONFIG,
     PICKLED,
+    PREFIX,
     WEIGHTS,
     AdaptedModule,
     CheckpointFacts,
@@ -27,6 +28,7 @@ from pytest_lora.inspection.checkpoint.header import read_header
 from pytest_lora.inspection.checkpoint.json_file import read_object
 from pytest_lora.inspection.checkpoint.patterns import refusal
 from pytest_lora.inspection.checkpoint.values import read_values
+from pytest_lora.inspection.state import leaves_no_trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,6 +61,7 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
     raise ValueError(f"path: {str(place)!r} does not exist; adapters are never downloaded")
 
 
+@leaves_no_trace
 def checkpoint_facts(path: Path, base: Base | None = None, *, read_pickle: bool = False) -> CheckpointFacts:
     """Look at an adapter folder; what cannot be read becomes a fault in the facts.
 
@@ -77,7 +80,10 @@ def checkpoint_facts(path: Path, base: Base | None = None, *, read_pickle: bool 
         reading.unpickle()
     elif weights is not None:
         reading.safetensors(weights)
-    keys = {tensor.name: Key.of(tensor.name) for tensor in reading.tensors}
+    own_module = _has_own_module(reading.tensors, raw, base)
+    keys = {tensor.name: Key.of(tensor.name, own_module) for tensor in reading.tensors}
+    if base is not None and raw is not None:
+        base = base.meant_by(raw, reading.tensors, keys)
     config = reading.judge_patterns(raw, keys, base)
     facts = CheckpointFacts(
         name=path.name or str(path),
@@ -202,6 +208,16 @@ def _id(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else None
 
 
+def _has_own_module(tensors: tuple[TensorFacts, ...], raw: dict[str, Any] | None, base: Base | None) -> bool:
+    """Whether the base has a part called ``module``, which is no wrapper's: it says so, or a part of the keys does."""
+    if base is not None:
+        return "module" in base.facts.module_names
+    inside = [t.name.startswith(f"{PREFIX}module.") for t in tensors if t.name.startswith(PREFIX)]
+    targets = (raw or {}).get("target_modules")
+    named = [name for name in targets if isinstance(name, str)] if isinstance(targets, list) else []
+    return (any(inside) and not all(inside)) or any(name.startswith("module.") for name in named)
+
+
 def _adapters_within(folder: Folder, entries: tuple[Entry, ...], limit: int = 3) -> Iterable[str]:
     """The first folders in a folder that hold an adapter: PEFT saves one with a name of its own in its own folder."""
     inside = (entry.name for entry in entries if entry.kind == "folder")
@@ -230,10 +246,6 @@ def _adapted(
             )
     settings = config.settings if config else None
     for module, held in parts.items():
-        yield AdaptedModule(
-            name=module,
-            a=held.get("A"),
-            b=held.get("B"),
-            magnitude=held.get("magnitude_vector"),
-            configured_rank=settings.rank_of(module) if settings else None,
-        )
+        adapted = AdaptedModule(module, held.get("A"), held.get("B"), held.get("magnitude_vector"), None)
+        rank = settings.rank_of(adapted.target) if settings else None
+        yield replace(adapted, configured_rank=rank)

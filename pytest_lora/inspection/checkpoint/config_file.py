@@ -18,6 +18,9 @@ MAX_CONFIG = 2 * 2**20
 DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "init_lora_weights": True}
 """What PEFT takes where the file is silent (``peft.LoraConfig``) and silence is not zero."""
 
+OTHER_TOOLS = {"fine_tune_type": "mlx-lm", "lora_parameters": "mlx-lm"}
+"""Fields of other tools that call their configuration ``adapter_config.json`` as well."""
+
 UNJUDGED = (
     "arrow_config",
     "kasa_config",
@@ -46,7 +49,7 @@ def _text(value: Any) -> bool:
 
 
 def _truth(value: Any) -> bool:
-    return isinstance(value, bool)
+    return isinstance(value, bool) or value in (0, 1)
 
 
 def _all(value: Any, kind: Any) -> bool:
@@ -55,6 +58,10 @@ def _all(value: Any, kind: Any) -> bool:
 
 def _texts(value: Any) -> bool:
     return _all(value, _text)
+
+
+def _object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _text_or_texts(value: Any) -> bool:
@@ -103,22 +110,34 @@ KINDS: dict[str, tuple[Any, str]] = {
 }
 """The fields that are judged: what each may hold, besides null, and how to say so."""
 
+NEVER_NULL = ("r", "lora_alpha", "lora_dropout", "bias", "rank_pattern", "alpha_pattern")
+"""Fields that PEFT computes with: it raises where the file says null, and takes a default where they are missing."""
+
+OBJECTS = ("eva_config", "corda_config", "lora_ga_config")
+"""Fields of initialisations, which PEFT makes its own classes of."""
+
 
 def config_file(raw: dict[str, Any], pattern_problem: str | None) -> ConfigFile:
     """Read the fields; ``pattern_problem`` says why its patterns must not be tried, if so."""
     method = str(raw.get("peft_type") or "")[:40].upper()
-    is_lora = method in ("", "LORA")
+    tool = next((tool for name, tool in OTHER_TOOLS.items() if name in raw and not method), None)
+    is_lora = method in ("", "LORA") and tool is None
     problem = (_problem(raw) or pattern_problem) if is_lora else None
     mapping = raw.get("auto_mapping")
     mapping = mapping if isinstance(mapping, dict) else {}
     return ConfigFile(
-        fields=tuple(name for name, value in raw.items() if value is not None and len(name) < 200),
+        fields=tuple(
+            name
+            for name, value in raw.items()
+            if (value is not None or name in NEVER_NULL) and len(name) < 200
+        ),
         peft_type=method,
         base=_name(raw.get("base_model_name_or_path")),
         base_class=_name(mapping.get("base_model_class")),
         library=_name(mapping.get("parent_library")),
         settings=_settings(raw) if is_lora and problem is None else None,
         problem=problem,
+        tool=tool,
         unjudged=tuple(name for name in UNJUDGED if raw.get(name)) if is_lora else (),
         code=tuple(
             name for name in ("auto_map", "megatron_core") if raw.get(name) and _names_code(raw, name)
@@ -129,14 +148,18 @@ def config_file(raw: dict[str, Any], pattern_problem: str | None) -> ConfigFile:
 def lora_config(raw: dict[str, Any]) -> LoraConfig:
     """A LoraConfig with the fields that decide which tensors there are, for a dry run.
 
-    The initialisation is left out: it only sets values, and some of its kinds ask for libraries.
+    An initialisation that computes with weights is left out: it only sets values, and some kinds ask for libraries.
 
     Raises:
         Exception: Whatever PEFT raises at fields that contradict each other.
     """
     from peft import LoraConfig
 
-    fields = {name: raw[name] for name in KINDS if raw.get(name) is not None and name != "init_lora_weights"}
+    from pytest_lora.inspection.rehearsal import READ_WEIGHTS
+
+    fields = {name: raw[name] for name in KINDS if raw.get(name) is not None}
+    if str(raw.get("init_lora_weights")).lower().startswith(READ_WEIGHTS):
+        del fields["init_lora_weights"]
     known = set(LoraConfig.__dataclass_fields__)
     return LoraConfig(**{name: value for name, value in fields.items() if name in known})
 
@@ -146,8 +169,13 @@ def _names_code(raw: dict[str, Any], field: str) -> bool:
 
 
 def _problem(raw: dict[str, Any]) -> str | None:
-    for field, (fits, wanted) in KINDS.items():
+    method = raw.get("peft_type")
+    if method not in (None, "LORA"):
+        return f"peft_type is {_short(method)}, not 'LORA', as PEFT spells it"
+    for field, (fits, wanted) in {**KINDS, **dict.fromkeys(OBJECTS, (_object, "an object"))}.items():
         value = raw.get(field)
+        if value is None and field in raw and field in NEVER_NULL:
+            return f"{field} is null, on which PEFT raises, not {wanted}"
         if value is not None and not fits(value):
             return (
                 f"{field} is {shown(str(value)) if isinstance(value, str) else _short(value)}, not {wanted}"

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 
-from pytest_lora.facts.checkpoint import PREFIX, Fit, Key, Misfit, TensorFacts
+from pytest_lora.facts.checkpoint import PREFIX, WRAPPERS, Fit, Key, Misfit, TensorFacts
 from pytest_lora.facts.config import ConfigFacts, Refusal, Settings, is_named
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.checkpoint.config_file import lora_config
-from pytest_lora.inspection.config import ADAPTER, assembled, dry_run
+from pytest_lora.inspection.config import ADAPTER, assembled, dry_run, refused, with_ranks
 from pytest_lora.inspection.layers import layer_facts
 from pytest_lora.inspection.peft_internals import heads_by_task_type, load_state, saved_state
-from pytest_lora.inspection.skeleton import resolve_base, skeleton
+from pytest_lora.inspection.rehearsal import refused_merge
+from pytest_lora.inspection.skeleton import (
+    build_on_meta,
+    depends_on_task,
+    model_or_config,
+    resolve_base,
+    skeleton,
+)
+from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import survey
+from pytest_lora.inspection.transformers_internals import READS_OTHER_PREFIXES
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from pytest_lora.facts.base import BaseFacts
     from pytest_lora.inspection.survey import Survey
 
@@ -27,40 +40,81 @@ if TYPE_CHECKING:
 class Base:
     """A base to compare adapters with, built once."""
 
-    def __init__(self, base: Any, task_type: str | None = None) -> None:
+    @leaves_no_trace
+    def __init__(self, base: Any) -> None:
         """Take a live model, a ``PretrainedConfig``, or the path of a model folder or ``config.json``.
 
         Raises:
             TypeError: ``base`` is none of these.
             ValueError: It cannot be read or built, or carries adapters itself.
         """
-        self.model = resolve_base(base, task_type)
+        given = model_or_config(base)
+        self.config = None if isinstance(given, nn.Module) else given
+        self._meant: dict[tuple[str, ...], Base] = {}
+        self._look_at(resolve_base(given), base)
+
+    def _look_at(self, model: nn.Module, base: Any) -> None:
+        self.model = model
         self.found: Survey = survey(self.model)
         if self.found.carries_adapter:
             raise ValueError("base: it carries adapters itself; give the base model without them")
         self.facts: BaseFacts = base_facts(self.found, base_parameters(self.found))
         self.name = _name(self.model, base)
+        self.wrapper = next((name for name in WRAPPERS if name in getattr(base, "_modules", ())), "")
+
+    def meant_by(self, raw: dict[str, Any], tensors: tuple[TensorFacts, ...], keys: dict[str, Key]) -> Base:
+        """The base of the class that an adapter's own configuration means, where a ``config.json`` names another.
+
+        A live model is what it is. Of a head that the ``config.json`` says nothing of, the file tells the classes.
+        """
+        if self.config is None:
+            return self
+        config, task_type = _class_of_the_adapter(self.config, raw)
+        if config is self.config and not depends_on_task(config, task_type):
+            return self
+        labels = _labels(tensors, keys)
+        if config is not self.config and labels:
+            config.num_labels = labels
+        key = str(config.architectures), str(task_type), str(labels)
+        if key not in self._meant:
+            self._meant[key] = meant = copy.copy(self)
+            meant._look_at(build_on_meta(config, task_type, labels), self.name)
+        return self._meant[key]
 
     def fit(self, raw: dict[str, Any], tensors: tuple[TensorFacts, ...], keys: dict[str, Key]) -> Fit:
         """Compare an adapter; ``raw`` is its configuration, whose fields have been checked."""
-        plain = Fit(self.facts, self.name, None)
+        plain = Fit(self.facts, self.name, None, read_by_load_adapter=self._reads_other_prefix(keys))
         try:
             config = lora_config(raw)
             settings = Settings.of(config)
         except Exception as error:
             return replace(plain, config=self._refused(raw, error))
-        injected, refused = dry_run(config, skeleton(self.model))
+        injected, raised = dry_run(config, skeleton(self.model))
         if injected is None:
-            refusal = Refusal(type(refused).__name__, str(refused))
-            return replace(plain, config=self._facts(settings, settings, self.found, refusal))
-        facts = self._facts(settings, Settings.of(config), survey(injected), None)
-        return _compared(replace(plain, config=facts), injected, tensors, keys)
+            return replace(plain, config=self._facts(settings, settings, self.found, refused(raised)))
+        after = survey(injected)
+        facts = self._facts(settings, Settings.of(config), after, None)
+        merged = refused(refused_merge(config, with_ranks(after, ADAPTER)))
+        fit = _compared(replace(plain, config=replace(facts, merge_refusal=merged)), injected, tensors, keys)
+        # What wraps the base is taken off here, but not where PEFT is given it.
+        return replace(fit, wrapper=fit.wrapper or self.wrapper)
+
+    def _reads_other_prefix(self, keys: dict[str, Key]) -> bool:
+        """Whether every adapted module exists here under another ``base_model_prefix``, which load_adapter mends."""
+        prefix = getattr(self.model, "base_model_prefix", "")
+        known = set(self.facts.module_names)
+        adapted = {key.module for key in keys.values() if key.part}
+        if not READS_OTHER_PREFIXES or not prefix or not adapted:
+            return False
+        return all(f"{prefix}.{name}" in known for name in adapted) or all(
+            name.startswith(f"{prefix}.") and name.removeprefix(f"{prefix}.") in known for name in adapted
+        )
 
     def _refused(self, raw: dict[str, Any], error: Exception) -> ConfigFacts:
         from types import SimpleNamespace
 
         settings = Settings.of(SimpleNamespace(**{"r": 8, "lora_alpha": 8, **raw}))
-        return self._facts(settings, settings, self.found, Refusal(type(error).__name__, str(error)))
+        return self._facts(settings, settings, self.found, refused(error))
 
     def _facts(
         self, written: Settings, applied: Settings, after: Survey, refusal: Refusal | None
@@ -101,8 +155,23 @@ def _compared(plain: Fit, injected: nn.Module, tensors: tuple[TensorFacts, ...],
     )
     unused = tuple(name for name in unused if name not in own)
     return replace(
-        plain, misfits=misfits + resized, missing=missing, unused=unused, wanted=wanted_names, compared=True
+        plain,
+        misfits=misfits + resized,
+        missing=missing,
+        unused=unused,
+        wanted=wanted_names,
+        compared=True,
+        wrapper=_wrapper(wanted_names, unused),
     )
+
+
+def _wrapper(wanted: frozenset[str], unused: tuple[str, ...]) -> str:
+    """The name of a wrapper without which the keys that PEFT looks for would be those that the file has."""
+    for wrapper in WRAPPERS:
+        wrapped = [key for key in wanted if f".{wrapper}." in key]
+        if wrapped and {key.replace(f".{wrapper}.", ".") for key in wrapped} >= set(unused) and unused:
+            return wrapper
+    return ""
 
 
 def _loads(injected: nn.Module, tensors: tuple[TensorFacts, ...]) -> bool:
@@ -126,6 +195,37 @@ def _weights(injected: nn.Module) -> dict[str, tuple[int, ...]]:
         for own, p in module._parameters.items()
         if p is not None
     }
+
+
+def _class_of_the_adapter(
+    config: PretrainedConfig, raw: dict[str, Any]
+) -> tuple[PretrainedConfig, str | None]:
+    """What to build for an adapter: by its task type, or else by the class of transformers in ``auto_mapping``."""
+    task_type, mapping = raw.get("task_type"), raw.get("auto_mapping")
+    if isinstance(task_type, str):
+        return config, task_type
+    name = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
+    made = getattr(transformers, name, None)
+    if getattr(made, "config_class", None) is not type(config) or name in (config.architectures or ()):
+        return config, None
+    config = copy.deepcopy(config)
+    config.architectures = [name]
+    return config, None
+
+
+def _labels(tensors: tuple[TensorFacts, ...], keys: dict[str, Key]) -> int | None:
+    """Rows of the last matrix of a task head in the file, which are its classes; None where it has none."""
+    parts = [
+        (keys[t.name].module.split("."), t.shape)
+        for t in tensors
+        if len(t.shape) == 2 and not keys[t.name].part
+    ]
+    return min((shape[0] for path, shape in parts if HEADS.intersection(path)), default=None)
+
+
+HEADS = frozenset(
+    head for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") for head in heads_by_task_type(task)
+)
 
 
 def _name(model: nn.Module, base: Any) -> str | None:

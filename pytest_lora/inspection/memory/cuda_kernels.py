@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from pytest_lora.facts.memory import Attention
+
 _torch_attention = functional.scaled_dot_product_attention
 _torch_dropout = functional.dropout
 _torch_autocast = torch.autocast
+_torch_is_enabled = torch.is_autocast_enabled
+_torch_dtype_of = torch.get_autocast_dtype
 
 LOWERED: tuple[tuple[Any, str], ...] = (
     (functional, "linear"),
@@ -35,11 +40,12 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
-def cuda_kernels(autocast: torch.dtype | None) -> Iterator[None]:
+def cuda_kernels(autocast: torch.dtype | None, attention: Attention = "flash") -> Iterator[None]:
     """Let attention and dropout on the meta device leave the storages that their CUDA kernels leave.
 
-    - Scaled dot product attention takes the flash kernel, or with a mask the memory-efficient one; either
-      holds its inputs, its output and the log-sum-exp. What neither can run takes the math path, as on CUDA
+    - Scaled dot product attention takes the kernel that is named, or with a mask the memory-efficient one. Flash,
+      cuDNN's and the memory-efficient one hold their inputs, their output and the log-sum-exp for the backward. What
+      they cannot run takes the math path, as on CUDA
       (``torch.nn.attention.SDPBackend``, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
     - Dropout keeps a mask of one byte a number (``aten::native_dropout``).
     - Autocast, which torch does not know for the meta device, casts the arguments of ``LOWERED`` to the given
@@ -48,13 +54,16 @@ def cuda_kernels(autocast: torch.dtype | None) -> Iterator[None]:
     The functions are replaced where modules look them up: a ``TorchFunctionMode`` would be off in the
     backward, where checkpointing runs the forward again.
     """
+    attend = partial(_attention, attention)
     replaced: list[tuple[Any, str, Any]] = [
-        (functional, "scaled_dot_product_attention", _attention),
+        (functional, "scaled_dot_product_attention", attend),
         (functional, "dropout", _dropout),
     ]
+    casts = _Autocast(autocast)
+    replaced.append((torch, "is_autocast_enabled", casts.is_enabled))
+    replaced.append((torch, "get_autocast_dtype", casts.dtype_of))
     if autocast is not None:
-        casts = _Autocast()
-        replaced[0] = (functional, "scaled_dot_product_attention", casts.casting(_attention, autocast))
+        replaced[0] = (functional, "scaled_dot_product_attention", casts.casting(attend, autocast))
         replaced += [(m, n, casts.casting(getattr(m, n), autocast)) for m, n in LOWERED]
         replaced += [(m, n, casts.casting(getattr(m, n), torch.float32)) for m, n in RAISED]
         replaced.append((torch, "autocast", casts.autocast))
@@ -80,10 +89,21 @@ def _dropout(tensor: torch.Tensor, p: float = 0.5, training: bool = True, inplac
 
 
 class _Autocast:
-    """Whether arguments are cast now: code may turn that off for a while."""
+    """Whether arguments are cast now: code may turn that off for a while, and ask."""
 
-    def __init__(self) -> None:
-        self._enabled = True
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
+        self._enabled = dtype is not None
+
+    def is_enabled(self, device_type: str = "cuda") -> bool:
+        """In the place of ``torch.is_autocast_enabled``."""
+        return self._enabled if device_type == "meta" else _torch_is_enabled(device_type)
+
+    def dtype_of(self, device_type: str) -> torch.dtype:
+        """In the place of ``torch.get_autocast_dtype``."""
+        if device_type == "meta" and self._dtype is not None:
+            return self._dtype
+        return _torch_dtype_of("cuda" if device_type == "meta" else device_type)
 
     def casting(self, function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
         """The function with its floating-point arguments in a dtype."""
@@ -121,6 +141,7 @@ def _no_autocast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContext
 
 
 def _attention(
+    kernel: Attention,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -130,15 +151,16 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    flash = attn_mask is None and query.dtype in _HALF and query.shape[-1] <= 256
-    same_heads = query.shape[1] == key.shape[1]
-    differentiable_mask = attn_mask is not None and attn_mask.requires_grad
-    if query.dim() == 4 and query.is_meta and (flash or same_heads) and not differentiable_mask:
+    fast = kernel in ("flash", "cudnn") and attn_mask is None
+    fast = fast and query.dtype in _HALF and query.shape[-1] <= 256
+    efficient = query.shape[1] == key.shape[1] and not (attn_mask is not None and attn_mask.requires_grad)
+    fused = kernel != "math" and (fast or efficient)
+    if query.dim() == 4 and query.is_meta and fused:
         bias = None
         if attn_mask is not None:
             bias = attn_mask if attn_mask.dtype == query.dtype else attn_mask.to(query.dtype)
-        fused: Any = _FusedAttention
-        out: torch.Tensor = fused.apply(query, key, value, bias)
+        attention: Any = _FusedAttention
+        out: torch.Tensor = attention.apply(query, key, value, bias, kernel != "cudnn")
         return out
     return _torch_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -146,12 +168,18 @@ def _attention(
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Storages of the flash and the memory-efficient kernel, forward and backward."""
+    """Storages of the fused kernels, forward and backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        widens: bool,
     ) -> torch.Tensor:
+        ctx.widens = widens
         batch, heads, length, _ = query.shape
         out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         log_sum_exp = query.new_empty(batch, heads, length, dtype=torch.float32)
@@ -164,11 +192,13 @@ class _FusedAttention(torch.autograd.Function):
         delta = torch.empty_like(log_sum_exp)
         query_accumulated = query.new_empty(query.shape, dtype=torch.float32)
         wide = []
-        if key.shape[1] != query.shape[1]:  # one gradient a query head, summed over each group afterwards
+        if (
+            ctx.widens and key.shape[1] != query.shape[1]
+        ):  # a gradient a query head, summed over each group then
             wide = [query.new_empty(query.shape[0], query.shape[1], *t.shape[2:]) for t in (key, value)]
         gradients = tuple(_like(t) for t in (query, key, value))
         del delta, query_accumulated, wide
-        return *gradients, None
+        return *gradients, None, None
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

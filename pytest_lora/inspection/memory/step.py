@@ -15,6 +15,10 @@ from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 
 LOAD, OPTIMIZER = "load", "optimizer"
 PHASES = (LOAD, "forward", "backward", OPTIMIZER)
+THREADS = ("forward", "backward")
+"""Phases whose products of matrices have a cuBLAS handle of their own, and with it a workspace that stays: the backward
+runs in a thread of autograd, and torch keeps a handle for each thread and a workspace for each handle and stream
+(aten/src/ATen/cuda/CublasHandlePool.cpp)."""
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Step:
         loaded, first: Number of events after loading, and after the first step.
         paged: Bytes of optimizer state outside of the allocator.
         copies: Inner units of the whole model by stack.
+        workspaces: Bytes of those that cuBLAS has not allocated yet, by phase.
     """
 
     events: list[int] = field(default_factory=list)
@@ -41,6 +46,12 @@ class Step:
     first: int = 0
     paged: int = 0
     copies: dict[int, int] = field(default_factory=dict)
+    workspaces: dict[str, int] = field(default_factory=dict)
+
+    def whole_length(self) -> int:
+        """Events of the whole model, where those of an inner unit count for every copy."""
+        times = {KEPT * stack + FIRST_INNER: copies - 1 for stack, copies in self.copies.items()}
+        return sum(times.get(unit, 1) for unit in self.units)
 
     def make(self, size: int, category: str, operation: str, phase: str, unit: int) -> int:
         index = len(self.sizes)
@@ -66,6 +77,8 @@ class Step:
         self.operations += traced.operations
         left: dict[int, int] = {}
         for event, unit, phase in zip(traced.events, traced.units, traced.phases, strict=True):
+            if phase in self.workspaces:
+                self.make(self.workspaces.pop(phase), "workspace", f"cuBLAS in the {phase}", phase, OUTSIDE)
             self._event(event + offset if event >= 0 else event - offset, phase, unit)
             if event >= 0 and traced.categories[event] == "gradients":
                 left[event] = event + offset
@@ -79,7 +92,7 @@ def assemble(built: MetaModel, setting: StepSetting) -> Step:
     step = Step(copies={stack.number: stack.copies for stack in built.stacks})
     for weight in built.weights:
         step.make(weight.size, weight.category, "load", LOAD, weight.unit)
-    step.make(setting.workspace, "workspace", "cuBLAS workspace", LOAD, OUTSIDE)
+    step.workspaces = dict.fromkeys(THREADS, setting.workspace)
     step.loaded = len(step.events)
     micro = [trace(built, setting)]
     if setting.accumulation > 1:

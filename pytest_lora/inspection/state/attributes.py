@@ -3,42 +3,64 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict, deque
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
 from torch import nn
 
-_REGISTRIES = ("_modules", "_parameters", "_buffers")
+REGISTRIES = ("_modules", "_parameters", "_buffers")
 _TENSOR_REGISTRIES = ("_parameters", "_buffers")
+_BUILT_IN = (dict, list, set, deque)
+_CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
+_PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
 _ABSENT = object()
+
+
+def is_container(value: object) -> bool:
+    """Whether a value holds elements that can be put back into it."""
+    if type(value) in _PLAIN:
+        return False
+    if isinstance(value, _BUILT_IN):
+        return True
+    return isinstance(value, _CONTAINERS) and not isinstance(value, (nn.Module, bytearray))
+
+
+def _copied(container: Any) -> Any:
+    """A container of the same kind with the same elements."""
+    if type(container) in (dict, list, OrderedDict, set):
+        return container.copy()
+    try:
+        return copy.copy(container)
+    except Exception:  # whatever a class of its own raises: its elements are what counts
+        return dict(container.items()) if isinstance(container, MutableMapping) else list(container)
 
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
     """The attributes of an object, and what its containers (children, hooks, ...) held."""
 
+    name: str
     owner: Any
     values: dict[str, Any]
     containers: dict[str, Any]
 
     @classmethod
-    def of(cls, owner: object) -> Attributes:
+    def of(cls, name: str, owner: object) -> Attributes:
         values = dict(vars(owner))
-        containers = {
-            key: copy.copy(value)
-            for key, value in values.items()
-            if isinstance(value, (MutableMapping, MutableSequence, MutableSet))
-            and not isinstance(value, nn.Module)
-        }
-        return cls(owner, values, containers)
+        containers = {key: _copied(value) for key, value in values.items() if is_container(value)}
+        return cls(name, owner, values, containers)
 
-    def plain_values(self) -> Iterator[Any]:
-        yield from self.values.values()
-        for key, container in self.containers.items():
-            if isinstance(container, MutableMapping) and key not in _REGISTRIES:
-                yield from container.values()
+    def held(self) -> Iterator[tuple[str, Any]]:
+        """Yield the values of attributes and what is in their containers, but no children, parameters and buffers."""
+        for key, value in self.values.items():
+            if key not in self.containers:
+                yield key, value
+            elif value and key not in REGISTRIES:
+                yield from elements(key, value)
 
     def same_as(self, other: Attributes) -> bool:
         """Whether all attributes are the same objects, with the same elements."""
@@ -54,7 +76,7 @@ class Attributes:
     def replaced_entries(self, module: nn.Module) -> Iterator[tuple[str, str, Any]]:
         """Yield registry, name and new value of each child, parameter or buffer that is another object now."""
         attributes = vars(module)
-        for registry in _REGISTRIES:
+        for registry in REGISTRIES:
             before, now = self.containers[registry], attributes[registry]
             if not before and not now:
                 continue
@@ -71,7 +93,9 @@ class Attributes:
                 if before.get(key, _ABSENT) is not value and not (derived and value is not _ABSENT):
                     yield registry, key, value
 
-    def restore(self) -> None:
+    def restore(self) -> list[str]:
+        """Put everything back; gives the names of what refuses."""
+        lost: list[str] = []
         now = vars(self.owner)
         if not _same_elements(now, self.values):
             now.clear()
@@ -79,14 +103,18 @@ class Attributes:
         for key, before in self.containers.items():
             container = self.values[key]
             if container or before:  # most are hooks, and empty
-                refill(container, before)
+                try:
+                    refill(container, before)
+                except Exception:  # whatever such a container raises, the others are put back all the same
+                    lost.append(f"{self.name}.{key}".lstrip("."))
+        return lost
 
 
 class AttributeBatch:
     """Attributes of many objects, compared at once: several times faster than one by one."""
 
     def __init__(self, attributes: list[Attributes]) -> None:
-        self._all = attributes
+        self.all = attributes
         held = [(a, key, a.values[key], before) for a in attributes for key, before in a.containers.items()]
         # Most containers are for hooks, and empty: to ask for that needs no look at what they held before.
         self._empty = [now for _, _, now, before in held if not before]
@@ -115,7 +143,7 @@ class AttributeBatch:
             if registered != self._registered:
                 changed += _differing(self._owners_of_tensors, registered, self._registered)
         except (RuntimeError, ValueError):  # a tensor or an array in the place of something else
-            return self._all
+            return self.all
         return changed
 
 
@@ -127,6 +155,13 @@ def _identities(registry: dict[str, Any]) -> list[tuple[str, int]]:
     return [(key, id(value)) for key, value in registry.items()]
 
 
+def elements(name: str, container: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the elements of a container, under a name that tells where they are."""
+    pairs = container.items() if isinstance(container, MutableMapping) else enumerate(container)
+    for key, value in pairs:
+        yield f"{name}.{key}" if isinstance(key, (str, int)) else name, value
+
+
 def _same_elements(one: Any, two: Any) -> bool:
     """Whether two containers hold the same objects under the same keys, in the same order."""
     if two is None or len(one) != len(two) or not all(map(is_, one, two)):
@@ -135,32 +170,27 @@ def _same_elements(one: Any, two: Any) -> bool:
 
 
 def refill(container: Any, before: Any) -> None:
-    """Put a container's elements back in place, as handles of hooks refer to the container itself."""
+    """Put a container's elements back in place, as handles of hooks refer to the container itself.
+
+    Some refuse changes, as the outputs of transformers and the immutable lists of torch do; their class underneath
+    does not.
+    """
     if _same_elements(container, before):
         return
-    container.clear()
-    if isinstance(container, MutableMapping):
-        container.update(before)
-    elif isinstance(container, MutableSequence):
-        container.extend(before)
+    own = type(container)
+    under = next((kind for kind in _BUILT_IN if isinstance(container, kind)), own)
+    for kind in dict.fromkeys((own, under)):
+        with suppress(Exception):
+            _refill_as(kind, container, before)
+        if _same_elements(container, before):
+            return
+    raise TypeError(f"a {own.__name__} cannot be changed")
+
+
+def _refill_as(kind: Any, container: Any, before: Any) -> None:
+    kind.clear(container)
+    if isinstance(container, (MutableMapping, MutableSet)):
+        # A set has no method that both kinds know.
+        (kind.update if hasattr(kind, "update") else kind.__ior__)(container, before)
     else:
-        for element in before:
-            container.add(element)
-
-
-@dataclass(frozen=True, slots=True)
-class ConfigState:
-    config: Any
-    values: dict[str, Any]
-
-    def restore(self) -> None:
-        if _differ(vars(self.config), self.values):
-            vars(self.config).clear()
-            vars(self.config).update(copy.deepcopy(self.values))
-
-
-def _differ(now: object, before: object) -> bool:
-    try:
-        return now != before
-    except (RuntimeError, ValueError):  # arrays in them have no truth value
-        return True
+        kind.extend(container, before)

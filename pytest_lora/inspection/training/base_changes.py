@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.training import BaseChange
+from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.survey import Survey
-from pytest_lora.inspection.training.trace import Trace
 
 
 class _Held(NamedTuple):
@@ -38,10 +38,10 @@ def _base_tensors(found: Survey) -> Iterator[_Held]:
                 yield _Held(full, module_name, kind, tensor, norm)
 
 
-def since_probe(found: Survey, trace: Trace) -> Iterator[BaseChange]:
+def since_probe(found: Survey, keeper: Keeper) -> Iterator[BaseChange]:
     """What differs from the copies that were made before the steps."""
     for held in _base_tensors(found):
-        before = trace.before(held.tensor)
+        before = keeper.before(held.tensor)
         if before is not None:
             yield from _changed(held, before, "probe", found)
 

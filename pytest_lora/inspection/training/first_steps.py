@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from pytest_lora.facts.training import StepFacts, TrainingFacts
+from pytest_lora.facts.training import Objective, StepFacts, TrainingFacts
 from pytest_lora.inspection.model import adapted_survey, model_facts
+from pytest_lora.inspection.training.circumstances import repacked_layers
 from pytest_lora.inspection.training.optimizer import (
     as_float,
     optimizer_facts,
@@ -17,7 +18,6 @@ from pytest_lora.inspection.training.optimizer import (
     parameter_parts,
     schedule_facts,
 )
-from pytest_lora.inspection.training.probe import repacked
 from pytest_lora.inspection.training.watch import Watch
 
 
@@ -32,19 +32,24 @@ class FirstSteps:
         optimizer: What trains it.
         schedule: Its learning-rate schedule, or None.
         scaler: Whether a GradScaler scales the loss.
+        objective: What the trainer trains for.
 
     Raises:
         TypeError: The model carries no LoRA layers, or the optimizer has no ``param_groups``.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, schedule: Any, scaler: bool) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Any, schedule: Any, scaler: bool, objective: Objective = ""
+    ) -> None:
         found = adapted_survey(model)
+        self._objective: Objective = objective
+        self._is_fresh = not any(getattr(optimizer, "state", {}).values())
         self._optimizer = optimizer
         self._schedule = schedule
         self._scaler = scaler
         self._model = model_facts(model)
         self._described = optimizer_facts(model, optimizer)
-        self._repacked = tuple(repacked(found))
+        self._repacked = tuple(repacked_layers(found))
         held = {id(p) for group in param_groups(optimizer) for p in group["params"]}
         self._watch = Watch(model, parameter_parts(found), held)
         self._seen: list[tuple[tuple[float, ...], float | None]] = []
@@ -93,4 +98,6 @@ class FirstSteps:
             dropouts=(),
             lora_dropout=max((layer.dropout for layer in self._model.active_layers), default=0.0),
             repacked=self._repacked,
+            objective=self._objective,
+            optimizer_is_fresh=self._is_fresh,
         )

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.labels import LabelFacts, LabelKind
+from pytest_lora.facts.labels import IGNORED, LabelFacts, LabelKind
 from pytest_lora.inspection.transformers_internals import reads_both_ways
-
-IGNORED = -100
-"""The label that ``torch.nn.functional.cross_entropy`` leaves out by default."""
 
 ALIKE = 0.95
 """Share of labels equal to inputs from which on a model of unknown class is taken for a language model."""
@@ -97,6 +94,11 @@ def _kind(labels: Tensor, ids: Tensor | None, words: Vocabulary) -> LabelKind | 
     return "causal" if alike else None
 
 
+def _targets_of(values: Tensor, causal: bool) -> Tensor:
+    """What stands at the positions of targets: all but the first of a causal model."""
+    return values[:, 1:] if causal else values
+
+
 def _facts(
     index: int,
     kind: LabelKind,
@@ -106,7 +108,7 @@ def _facts(
     words: Vocabulary,
 ) -> LabelFacts:
     causal = kind == "causal"
-    targets = labels[:, 1:] if causal else labels
+    targets = _targets_of(labels, causal)
     counted = targets != IGNORED
     rows = counted if counted.ndim > 1 else counted[:, None]
     mask = batch.get("attention_mask")
@@ -121,6 +123,7 @@ def _facts(
         kind=kind,
         labels=int(counted.sum()),
         total=targets.numel(),
+        unlabelled=int((~counted & (_targets_of(mask, causal) if mask is not None else True)).sum()),
         rows=labels.shape[0],
         rows_ignored=int((~rows.any(dim=1)).sum()),
         padding=int((padding[:, 1:] if causal else padding).sum()),

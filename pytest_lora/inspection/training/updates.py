@@ -21,8 +21,8 @@ from pytest_lora.inspection.peft_internals import (
     factors,
     fused_parameter,
 )
+from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.survey import Survey
-from pytest_lora.inspection.training.trace import Trace
 
 WHOLE = 512
 """Matrices whose shorter side is longer than this are judged by a sketch instead of all their singular values."""
@@ -51,12 +51,12 @@ class Updates:
 
     Args:
         found: The model.
-        trace: The copies of base weights that were made before the steps.
+        keeper: The copies of base weights that were made before the steps.
     """
 
-    def __init__(self, found: Survey, trace: Trace) -> None:
+    def __init__(self, found: Survey, keeper: Keeper) -> None:
         self._found = found
-        self._trace = trace
+        self._keeper = keeper
         self._kept = tuple(self._keep())
 
     def _keep(self) -> Iterator[_Kept]:
@@ -121,7 +121,7 @@ class Updates:
         """Whether the weight underneath moved, and by what, where it is stored as numbers."""
         if kept.weight is None or kept.weight.device.type == "meta":
             return False, None
-        before = self._trace.before(kept.weight)
+        before = self._keeper.before(kept.weight)
         now = kept.weight.detach()
         if before is None:
             return kept.weight._version != kept.version, None

@@ -46,6 +46,15 @@ class Devices:
         self._known = self._named(hardware.confirmed(self._kind))
         return self._lack(need)
 
+    @property
+    def hold_fixtures(self) -> bool:
+        """Whether the fixtures are on a GPU, also in a test that does not ask for one; see :func:`device_of`."""
+        try:
+            seen = self.hardware
+        except Exception:  # of a torch that does not load, say: the fixtures raise it where it belongs
+            return False
+        return bool(seen.devices) and (self._kind != "auto" or seen.kind == "cuda")
+
     def of(self, need: Need) -> dict[int, Device]:
         """The devices of a test that can run, by torch's number of them."""
         first = self._first
@@ -96,23 +105,23 @@ class Devices:
 def device_of(config: pytest.Config) -> torch.device:
     """The device of the LoRA fixtures, by ``--lora-device``: with auto CUDA if there is any, else the CPU.
 
+    It has an index, so that it equals the device of the tensors on it.
+
     Raises:
         ValueError: It is not there.
     """
     import torch
 
     wanted = options_of(config).device
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = wanted.partition(":")
+    if wanted == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         return torch.device("cpu")
     seen = hardware.confirmed(kind)
     if not seen.devices:
         raise ValueError(f"--lora-device {wanted}: there is none: {seen.why_none}")
-    if not index:
-        return torch.device(kind)
-    number = 0 if PIN in config.stash else int(index)
+    number = int(index) if index and PIN not in config.stash else 0
     if number >= len(seen.devices):
         raise ValueError(f"--lora-device {wanted}: there are {len(seen.devices)}")
     return torch.device(kind, number)

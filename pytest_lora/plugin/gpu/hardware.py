@@ -1,7 +1,8 @@
 """Which GPUs there are: one frozen value, from NVML where that can tell, else from torch.
 
 ``PYTEST_LORA_HARDWARE`` replaces it, as JSON: ``{"kind": "cuda", "devices": [{"name": "A", "total": 24000000000,
-"capability": [8, 9]}]}`` describes a machine, of which CUDA_VISIBLE_DEVICES shows a part like of any other.
+"capability": [8, 9]}]}`` describes a machine, of which CUDA_VISIBLE_DEVICES shows a part like of any other. A MIG slice
+has a ``key`` too, by which it is shown.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 import json
 import os
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 REPLACED = "PYTEST_LORA_HARDWARE"
@@ -88,7 +90,14 @@ def is_replaced() -> bool:
 
 
 def count_without_starting() -> int:
-    """Number of CUDA devices that this process would see; CUDA is not started, so that it may still see fewer."""
+    """Number of CUDA devices to choose from; CUDA is not started, so that this process may still see fewer of them.
+
+    Of several MIG slices a process sees the first only, so that a worker may choose one; torch would start CUDA to
+    count them.
+    """
+    entries = visible()
+    if entries and all(entry.startswith("MIG-") for entry in entries):
+        return len(entries)
     hardware = _replaced() or _from_nvml("cuda")
     if hardware is not None:
         return len(hardware.devices) if hardware.kind == "cuda" else 0
@@ -111,13 +120,17 @@ def visible() -> list[str] | None:
 
 
 def _shown(machine: list[Device]) -> tuple[Device, ...] | None:
-    """The part of a machine's devices that is visible; ``None`` where the entries are no indexes."""
+    """The part of a machine's devices that is visible; ``None`` where the entries are neither indexes nor keys."""
     entries = visible()
     if entries is None:
         return tuple(machine)
-    if not all(entry.isdecimal() for entry in entries):
+    by_entry = {str(index): device for index, device in enumerate(machine)}
+    by_entry |= {device.key: device for device in machine}
+    if not all(entry.isdecimal() or entry in by_entry for entry in entries):
         return None
-    known = [machine[int(entry)] for entry in entries if int(entry) < len(machine)]
+    if entries and entries[0].startswith("MIG-"):
+        entries = entries[:1]
+    known = [by_entry[entry] for entry in takewhile(by_entry.__contains__, entries)]
     return tuple(replace(device, label=f"cuda:{i}") for i, device in enumerate(known))
 
 
@@ -133,7 +146,13 @@ def _replaced() -> Hardware | None:
     answer = json.loads(text)
     kind = answer["kind"]
     machine = [
-        Device(f"{kind}:{i}", str(i), one["name"], int(one["total"]), _pair(one.get("capability")))
+        Device(
+            f"{kind}:{i}",
+            one.get("key", str(i)),
+            one["name"],
+            int(one["total"]),
+            _pair(one.get("capability")),
+        )
         for i, one in enumerate(answer["devices"])
     ]
     devices = (_shown(machine) or ()) if kind == "cuda" else tuple(machine)

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lora.plugin.gpu import estimate, hardware, locks, memory, pins
+from pytest_lora.plugin.gpu import estimate, hardware, ledger, locks, memory, pins
 from pytest_lora.plugin.gpu.devices import Devices
 from pytest_lora.plugin.gpu.diagnosis import out_of_memory, over_limit
-from pytest_lora.plugin.gpu.marks import need_of
+from pytest_lora.plugin.gpu.last_words import LastWords
+from pytest_lora.plugin.gpu.marks import Need, need_of
 from pytest_lora.plugin.gpu.run import PREDICTION, Run
-from pytest_lora.plugin.options import is_gpu_test
+from pytest_lora.plugin.gpu.soundness import Soundness
+from pytest_lora.plugin.options import has_own, is_gpu_test
 from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from pytest_lora.plugin.gpu.memory import Memory
+
+BUILT_IN = 2 * 10**9
+"""Bytes that a test on the built-in base is given: the base has a million parameters; CUDA's context takes most."""
 
 _RUN = pytest.StashKey[Run]()
 
@@ -54,23 +59,28 @@ class GpuTests:
         self._lasting: dict[object, int] = {}
         self._is_nested = False
         self._left: dict[str, int] = {}
-        self._broken, self._broken_by = "", ""
+        self._cuda = Soundness()
+        self._last_words = LastWords(config)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """Wait for the devices around the whole test and all its tries, outside of its time limit."""
-        if not is_gpu_test(item):
+        is_asked = is_gpu_test(item)
+        if not is_asked and not (has_own(item, "lora_device") and self._devices.hold_fixtures):
             return (yield)
-        run = item.stash[_RUN] = Run()
+        run = item.stash[_RUN] = Run(is_asked=is_asked)
         with ExitStack() as stack:
             try:
                 self._prepare(item, run, stack)
             except Exception as error:  # raised in the test's set-up: here it would end the session
                 run.problem = error
             self._current = run
+            if run.devices:
+                self._last_words.begin(item.nodeid)
             try:
                 return (yield)
             finally:
+                self._last_words.end()
                 self._current = None
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -78,13 +88,15 @@ class GpuTests:
         run = item.stash.get(_RUN, None)
         if run is None:
             return
-        if isinstance(run.problem, ValueError | locks.NotSharedError):
+        if isinstance(run.problem, ValueError | ledger.NotSharedError):
             pytest.fail(str(run.problem), pytrace=False)
         if run.problem is not None:
             raise run.problem
-        if self._broken:  # perhaps by an earlier try of this test
-            run.broken_by = self._broken_by
-            run.reason = f"not run: CUDA is broken in this process since {self._broken_by} ({self._broken})"
+        if self._cuda.words:  # perhaps by an earlier try of this test
+            run.broken_by = self._cuda.broken_by
+            run.reason = (
+                f"not run: CUDA is broken in this process since {self._cuda.broken_by} ({self._cuda.words})"
+            )
             pytest.skip(run.reason)
         if run.reason and self._is_required:
             pytest.fail(f"--lora-require-gpu: {run.reason}", pytrace=False)
@@ -120,12 +132,12 @@ class GpuTests:
         run = item.stash.get(_RUN, None)
         if run is None:
             return (yield)
-        was_broken = self._broken
+        was_broken = self._cuda.words
         try:
             result = yield
         finally:
             self._look(item, run)
-        self._require_sound(was_broken)
+        self._cuda.require(was_broken)
         limit = run.need.limit
         if limit and run.peak is not None and run.peak > limit.size:
             estimate.predict(item)
@@ -141,12 +153,12 @@ class GpuTests:
         run = item.stash.get(_RUN, None)
         if run is None:
             return (yield)
-        was_broken = self._broken
+        was_broken = self._cuda.words
         try:
             result = yield
         finally:
             self._clean_up(item, run)
-        self._require_sound(was_broken)
+        self._cuda.require(was_broken)
         return result
 
     @pytest.hookimpl(wrapper=True)
@@ -175,17 +187,39 @@ class GpuTests:
             ValueError: A mark is wrong.
             NotSharedError: The devices did not become free.
         """
-        run.need = need_of(item)
-        if self._broken or item.get_closest_marker("skip"):
+        run.need = need_of(item) if run.is_asked else self._need_of_fixtures(item)
+        if self._cuda.words or item.get_closest_marker("skip"):
             return
-        run.reason = self._devices.obstacle(run.need)
-        if run.reason:
+        if lack := self._devices.obstacle(run.need):
+            run.reason = lack if run.is_asked else ""
             return
         run.devices = self._devices.of(run.need)
         if hasattr(self._config, "workerinput"):
             totals = {self._devices.key(device): device.total for device in run.devices.values()}
-            shares = {key: total if run.need.vram is None else run.need.vram for key, total in totals.items()}
-            stack.enter_context(locks.held(shares, totals, item.nodeid))
+            stack.enter_context(locks.held(dict.fromkeys(totals, run.need.share), totals, item.nodeid))
+            stack.callback(self._keep, run)
+        stack.enter_context(self._memory.peaks_kept())
+
+    def _need_of_fixtures(self, item: pytest.Item) -> Need:
+        """What a test takes that asks for no GPU but has its fixtures on one: little, on the built-in base."""
+        is_built_in = has_own(item, "lora_base_model") and options_of(self._config).model is None
+        return Need(vram=BUILT_IN) if is_built_in else Need()
+
+    def _keep(self, run: Run) -> None:
+        """Tell the other workers what this one holds until its next test: a base of session scope, say."""
+        held = {number: self._allocated_on(number) for number in run.devices}
+        shares = {
+            self._devices.key(run.devices[n]): memory.CONTEXT + size for n, size in held.items() if size
+        }
+        locks.keep(shares, os.environ["PYTEST_XDIST_WORKER"])
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """What ends with the session: a worker keeps nothing any more."""
+        self._last_words.close()
+        if hasattr(self._config, "workerinput"):
+            with suppress(ledger.NotSharedError):
+                locks.keep({}, "")
 
     @property
     def _memory(self) -> Memory:
@@ -197,9 +231,10 @@ class GpuTests:
 
     def _allocated(self, run: Run) -> int:
         """Bytes allocated on the devices of a test; 0 once CUDA is broken."""
-        if self._broken or not run.devices:
-            return 0
-        return sum(self._memory.allocated(number) for number in run.devices)
+        return sum(map(self._allocated_on, run.devices))
+
+    def _allocated_on(self, number: int) -> int:
+        return 0 if self._cuda.words else self._memory.allocated(number)
 
     def _kept_adapters(self) -> set[int]:
         if "pytest_lora.plugin.shared_base" not in sys.modules:
@@ -221,13 +256,13 @@ class GpuTests:
 
     def _look(self, item: pytest.Item, run: Run) -> None:
         """Note the peak so far."""
-        if self._broken or not run.devices:
+        if self._cuda.words or not run.devices:
             return
         try:
             self._memory.synchronize()
             peaks = [self._memory.peak(number) for number in run.devices]
         except RuntimeError as error:
-            self._note_break(item, error)
+            self._cuda.end(item.nodeid, error)
             return
         run.peak = max((peak for peak in peaks if peak is not None), default=None)
 
@@ -235,39 +270,28 @@ class GpuTests:
         # pytest forgets the values of its fixtures right after this hook.
         getattr(item, "funcargs", {}).clear()
         memory.let_go(run.errors)
-        if self._broken or not run.devices:
+        if self._cuda.words or not run.devices:
             return
         try:
             self._memory.synchronize()
             self._memory.release()
             left = self._allocated(run) - self._lasting_bytes() - run.before + run.lasting
         except RuntimeError as error:
-            self._note_break(item, error)
+            self._cuda.end(item.nodeid, error)
             return
         run.left = max(left, 0)
         if run.left:
             self._left[item.nodeid] = run.left
 
-    def _note_break(self, item: pytest.Item, error: BaseException) -> bool:
-        """Note that CUDA is broken, if that is what an error says."""
-        words = memory.poison(error)
-        if words and not self._broken:
-            self._broken, self._broken_by = words, item.nodeid
-        return bool(words)
-
-    def _require_sound(self, was_broken: str) -> None:
-        if self._broken and not was_broken:
-            pytest.fail(f"this test left CUDA broken: {self._broken}", pytrace=False)
-
     def _diagnosis(self, item: pytest.Item, run: Run, error: BaseException) -> str:
         """What to say under an error, which is kept until its frames may be cleared."""
         run.errors.append(error)
-        if self._note_break(item, error):
+        if self._cuda.note(item.nodeid, error):
             return (
-                f"CUDA is broken in this process now ({self._broken}). GPU tests that follow in it are not run: each "
-                "would fail with the same error. CUDA_LAUNCH_BLOCKING=1 shows the line that broke it."
+                f"CUDA is broken in this process now ({self._cuda.words}). GPU tests that follow in it are not run: "
+                "each would fail with the same error. CUDA_LAUNCH_BLOCKING=1 shows the line that broke it."
             )
-        if self._broken or not run.devices or not memory.is_out_of_memory(error):
+        if self._cuda.words or not run.devices or not memory.is_out_of_memory(error):
             return ""
         self._look(item, run)
         taken = {number: self._memory.taken(number) for number in run.devices}

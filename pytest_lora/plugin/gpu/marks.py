@@ -57,6 +57,11 @@ class Need:
     capability: tuple[int, int] | None = None
     limit: Limit | None = None
 
+    @property
+    def share(self) -> int | None:
+        """Bytes that it takes of each device: what it declares, else at most its limit; None if neither is said."""
+        return self.limit.size if self.vram is None and self.limit else self.vram
+
     def suits(self, device: Device) -> bool:
         """Whether one device has what each of them must have."""
         enough = self.vram is None or device.total >= self.vram * (1 - KEPT_BY_THE_DRIVER)

@@ -32,6 +32,7 @@ class Run:
     """One GPU test: what it needs, what it got, and what was measured.
 
     Attributes:
+        is_asked: Whether the test asks for a GPU by its marks; else its fixtures are on one all the same.
         need: From its marks.
         devices: Its devices, by torch's number of them; none if it does not run.
         reason: Why it does not run; empty if it does.
@@ -45,6 +46,7 @@ class Run:
         errors: Exceptions of this test, until their frames are cleared.
     """
 
+    is_asked: bool = True
     need: Need = field(default_factory=Need)
     devices: dict[int, Device] = field(default_factory=dict)
     reason: str = ""

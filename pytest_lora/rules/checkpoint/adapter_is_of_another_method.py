@@ -13,7 +13,8 @@ def adapter_is_of_another_method(facts: CheckpointFacts, expect: Expect) -> Iter
 
     ## What it does
     Recognises other methods of PEFT by peft_type, and LoRA files of diffusers and kohya-ss by their keys. Where
-    peft_type names another method, but all tensors are lora_A and lora_B, that is a warning.
+    peft_type names another method, but all tensors are lora_A and lora_B, that is a warning, and so is the
+    adapter_config.json of mlx-lm, which PEFT cannot read.
 
     ## Why is this bad?
     By itself it is not: their keys and shapes follow rules of their own, so that nothing is said about them.
@@ -42,7 +43,16 @@ def adapter_is_of_another_method(facts: CheckpointFacts, expect: Expect) -> Iter
             observed=f"peft_type is {facts.config.peft_type}, but all {len(facts.tensors)} tensors are lora_A and "
             "lora_B: they match nothing of that method and would not be loaded",
             expected="the method that made the tensors: LORA",
-            fix="restore the adapter_config.json that the adapter was trained with",
+            fix="restore the adapter_config.json that the adapter was trained with, with peft_type='LORA'",
+            severity="warning",
+        )
+    elif facts.config is not None and facts.config.tool:
+        yield Violation(
+            where=facts.name,
+            observed=f"this is an adapter of {facts.config.tool}, which PEFT cannot load: nothing else was judged",
+            expected="an adapter of PEFT",
+            fix="convert it: lora_a and lora_b, each transposed, become lora_A.weight and lora_B.weight under "
+            "base_model.model., and its scale times its rank becomes lora_alpha",
             severity="warning",
         )
     elif facts.other_method:

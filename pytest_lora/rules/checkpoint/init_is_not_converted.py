@@ -13,17 +13,18 @@ def init_is_not_converted(facts: CheckpointFacts, expect: Expect) -> Iterator[Vi
     """The adapter was saved under an initialisation that changed the base, without conversion.
 
     ## What it does
-    Looks at init_lora_weights for PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ, which move a part of the base
-    weights into the adapter or quantize them anew.
+    Looks at init_lora_weights for the fast PiSSA (`pissa_niter_4`), CorDA, LoRA-GA and LoftQ, which move a part of the
+    base weights into the adapter or quantize them anew. PiSSA and OLoRA themselves are fine: PEFT repeats them to the
+    same numbers while it loads.
 
     ## Why is this bad?
     The adapter belongs to the base weights that the initialisation left (the residual), not to those that
-    everybody has. PEFT repeats the initialisation while loading, slowly and not always to the same numbers;
-    merged, or loaded by anything else, the result is wrong.
+    everybody has. What was drawn at random or computed with data comes out otherwise when PEFT repeats it while
+    loading, so that the result is wrong.
 
     ## Example
     ```python
-    report = check_checkpoint(adapter(init_lora_weights="olora"))
+    report = check_checkpoint(adapter(init_lora_weights="pissa_niter_4"))
     ```
 
     ## Use instead
@@ -39,7 +40,7 @@ def init_is_not_converted(facts: CheckpointFacts, expect: Expect) -> Iterator[Vi
     if not facts.is_judged or settings is None or not facts.lora:
         return
     init = str(settings.init_lora_weights).lower()
-    if rewrites_base(init):
+    if rewrites_base(init) and init not in REPEATABLE:
         yield Violation(
             where=f"init_lora_weights in {facts.name}",
             observed=f"init_lora_weights={settings.init_lora_weights!r}: the adapter was not converted, and fits "
@@ -50,6 +51,9 @@ def init_is_not_converted(facts: CheckpointFacts, expect: Expect) -> Iterator[Vi
             else "publish the base that LoftQ quantized together with the adapter",
         )
 
+
+REPEATABLE = ("pissa", "olora")
+"""Initialisations that are a function of the base weights alone (an SVD, a QR decomposition)."""
 
 _FIX = (
     "save the fresh adapter before training, and the trained one with "

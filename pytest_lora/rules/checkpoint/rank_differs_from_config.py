@@ -3,9 +3,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.facts.checkpoint import AdaptedModule, CheckpointFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA431", severity="error", needs=CheckpointFacts)
@@ -14,7 +15,7 @@ def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator
 
     ## What it does
     Compares the rows of lora_A (and the columns of lora_B) with r and rank_pattern. Factors that have the rank on
-    their other side are called transposed.
+    their other side are called transposed. A matrix smaller than the rank gives PiSSA and OLoRA fewer.
 
     ## Why is this bad?
     Loading fails with a size mismatch. Where only r is read, as in other engines, the scaling alpha/r is
@@ -55,7 +56,7 @@ def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator
             fix="transpose these factors, or give them each other's name; MLX stores them transposed",
         )
     broken = {m.name for m in turned}
-    uneven = [m for m in facts.adapted if m.rank and m.b_rank and m.rank != m.b_rank and m.name not in broken]
+    uneven = [m for m in facts.adapted if m.rank and m.b_rank and not m.ranks_agree and m.name not in broken]
     if uneven:
         yield Violation(
             where=grouped(m.name for m in uneven),
@@ -69,7 +70,7 @@ def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator
         rank, configured = module.rank, module.configured_rank
         if rank and configured and rank != configured and module.name not in broken:
             fused = bool(facts.settings and facts.settings.target_parameters) and rank % configured == 0
-            if not fused:
+            if not fused and not _is_decomposed(module, facts):
                 wrong.setdefault((configured, rank), []).append(module.name)
     for (configured, rank), names in wrong.items():
         yield Violation(
@@ -77,6 +78,27 @@ def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator
             observed=f"adapter_config.json says r={configured}, but the tensors have rank {rank} "
             f"in {len(names)} of {len(facts.adapted)} modules",
             expected="the rank of the tensors in r or rank_pattern",
-            fix=f"restore r={rank} (or rank_pattern) and the lora_alpha of the training; ranks are fixed "
-            "at initialisation",
+            fix=f"restore {_fields(facts, names, rank)} and the lora_alpha of the training; ranks are fixed at "
+            "initialisation",
         )
+
+
+def _fields(facts: CheckpointFacts, names: list[str], rank: int) -> str:
+    """The rank of the file: for all modules, for the key that decides, or for modules of these names."""
+    settings = facts.settings
+    if settings is None or len(names) == len(facts.adapted):
+        return (
+            assigned(r=rank)
+            if settings is None or not settings.rank_pattern
+            else assigned(r=rank, rank_pattern={})
+        )
+    keys = dict.fromkeys(settings.rank_key(name) or name.rpartition(".")[2] for name in names)
+    return assigned(rank_pattern={**dict(settings.rank_pattern), **dict.fromkeys(keys, rank)})
+
+
+def _is_decomposed(module: AdaptedModule, facts: CheckpointFacts) -> bool:
+    """Whether an initialisation that decomposes the weight found no more ranks in it than the file has."""
+    init = str(facts.settings.init_lora_weights).lower() if facts.settings else ""
+    if module.a is None or module.b is None or not init.startswith(("pissa", "olora")):
+        return False
+    return module.rank == min(module.a.shape[1], module.b.shape[0])

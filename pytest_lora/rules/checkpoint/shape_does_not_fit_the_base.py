@@ -38,7 +38,7 @@ def shape_does_not_fit_the_base(facts: CheckpointFacts, expect: Expect) -> Itera
     if fit is None:
         return
     settings = facts.settings
-    ranks_differ = {m.name for m in facts.adapted if m.rank != m.configured_rank or m.rank != m.b_rank}
+    ranks_differ = {m.name for m in facts.adapted if m.rank != m.configured_rank or not m.ranks_agree}
     embeddings = {fit.base.input_embeddings, fit.base.output_embeddings}
     wrong: dict[bool, list[tuple[str, Misfit]]] = {}
     for misfit in fit.misfits:

@@ -37,6 +37,7 @@ def weights_are_missing(facts: CheckpointFacts, expect: Expect) -> Iterator[Viol
     if (
         facts.weights is not None
         or facts.config is None
+        or facts.config.tool
         or facts.has(PICKLED)
         or facts.shards
         or facts.merged

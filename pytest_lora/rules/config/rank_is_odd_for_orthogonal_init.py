@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, ranked
 
 
 @rule("LORA131", severity="error", needs=ConfigFacts)
@@ -13,7 +14,8 @@ def rank_is_odd_for_orthogonal_init(facts: ConfigFacts, expect: Expect) -> Itera
     """The orthogonal initialisation splits the rank in two halves, and the rank is odd.
 
     ## What it does
-    Looks for `init_lora_weights="orthogonal"` on modules whose rank, patterns applied, is odd.
+    Looks for `init_lora_weights="orthogonal"` on modules whose rank, patterns applied, is odd; on embeddings PEFT
+    does without it.
 
     ## Why is this bad?
     PEFT stops: one half of an orthogonal matrix goes to `lora_A`, the other to `lora_B`.
@@ -35,11 +37,11 @@ def rank_is_odd_for_orthogonal_init(facts: ConfigFacts, expect: Expect) -> Itera
     """
     if str(facts.settings.init_lora_weights).lower() != "orthogonal" or facts.live:
         return
-    odd = [layer for layer in facts.layers if layer.rank % 2]
+    odd = [layer for layer in facts.layers if layer.rank % 2 and layer.kind != "Embedding"]
     if odd:
         yield Violation(
             where=grouped(layer.module for layer in odd),
             observed=f"init_lora_weights='orthogonal' with r={odd[0].rank}",
             expected="an even rank",
-            fix=f"set r={odd[0].rank + 1}",
+            fix=f"set {assigned(**ranked(facts.settings, odd[0].module, odd[0].rank + 1))}",
         )

@@ -10,6 +10,7 @@ NEEDED_INIT = {
     "eva_config": "eva",
     "corda_config": "corda",
     "lora_ga_config": "lora_ga",
+    "loftq_config": "loftq",
 }
 """The ``init_lora_weights`` under which PEFT reads each of these."""
 
@@ -19,8 +20,9 @@ def setting_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Violat
     """A field of the configuration belongs to a method that is not switched on.
 
     ## What it does
-    Looks for `eva_config`, `corda_config` and `lora_ga_config` without the `init_lora_weights` of
-    that name, and for `use_qalora` on a base without GPTQ layers.
+    Looks for `eva_config`, `corda_config`, `lora_ga_config` and `loftq_config` without the `init_lora_weights` of
+    that name, and for `use_qalora` on a base without GPTQ layers. A `loftq_config` that PEFT is given without
+    `init_lora_weights="loftq"` is thrown away by `LoraConfig` itself, which warns; nothing is left of it to see.
 
     ## Why is this bad?
     PEFT goes on without the method that was asked for, at best with a warning among many.
@@ -50,12 +52,12 @@ def setting_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Violat
                 where=field,
                 observed=f"{field} is set, but ignored: init_lora_weights is {init}",
                 expected=f"init_lora_weights={needed!r} beside {field}",
-                fix=f"set init_lora_weights={needed!r}, or leave {field} out",
+                fix=f"set init_lora_weights={needed!r}, or {field}=None",
             )
     if facts.settings.use_qalora and not any(m.quantization == "gptq or awq" for m in facts.base.modules):
         yield Violation(
             where="use_qalora",
             observed="use_qalora=True, but ignored: PEFT has QALoRA for GPTQ layers alone, and this base has none",
             expected="a GPTQ base under QALoRA",
-            fix="load the base quantized with GPTQ, or leave use_qalora out",
+            fix="load the base quantized with GPTQ, or set use_qalora=False",
         )

@@ -4,12 +4,16 @@ import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.history import FEWEST_LOSSES, HistoryFacts
+from pytest_lora.facts.curve_shape import FEWEST_LOSSES
+from pytest_lora.facts.history import HistoryFacts
 from pytest_lora.rules import Violation, rule
 
 _ROUNDED_AWAY = 0.01
 """Losses below this may be equal by rounding: the Trainer logs four decimals."""
 
+
+_AS_LOGGED = 1e-4
+"""The last of the four decimals that the Trainer logs."""
 
 _UNDECIDED = (math.log(2), 0.5)
 """Where the losses of preference tuning begin (DPO, KTO); its small rates leave them there for the first logs."""
@@ -61,4 +65,8 @@ def loss_never_moves(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]
 
 def _undecided(facts: HistoryFacts) -> bool:
     few = len(facts.train) < FEWEST_LOSSES
-    return few and any(abs(facts.train[0] - start) < 1e-4 for start in _UNDECIDED) and facts.repetition == 1
+    return (
+        few
+        and any(abs(facts.train[0] - start) < _AS_LOGGED for start in _UNDECIDED)
+        and facts.repetition == 1
+    )

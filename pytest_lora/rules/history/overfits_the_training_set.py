@@ -8,11 +8,21 @@ from pytest_lora.facts.history import EvalLoss, HistoryFacts
 from pytest_lora.rules import Violation, rule
 
 _FEWEST, _ENOUGH = 3, 4
+"""A best evaluation and two after it; with one more there is a trend to speak of."""
+
 _RISE, _RISE_WEAK, _RISE_OF_FEW = 0.05, 0.02, 0.2
+"""In ``benchmarks/results/history_runs.json`` runs on many records end at their best evaluation, those that
+overfit 28 % and more above; with three evaluations one of them is most of the evidence."""
+
 _TRAIN_FELL = 0.05
 _LEARNED_BY_HEART = 0.5
+"""A training loss of half the evaluation loss is a probability per token of its square root: the examples are known."""
+
 _CLEAR = 3.0
+"""Standard deviations of the noise; the usual three."""
+
 _ENOUGH_FOR_NOISE = 4
+"""Losses from which two second differences can be taken."""
 
 
 @rule("LORA346", severity="warning", needs=HistoryFacts)
@@ -22,7 +32,8 @@ def overfits_the_training_set(facts: HistoryFacts, expect: Expect) -> Iterator[V
     ## What it does
     Looks for a best evaluation with two or more after it, the last two of them worse by 5 % (2 %: info; with
     only three evaluations 20 %, and info), while the training loss fell by another 5 % since the best, or has
-    not risen and is below half of the evaluation loss. `benchmarks/history_diagnosis.py` measures how often this errs.
+    not risen and is below half of the evaluation loss, and made no jump that
+    other data explain. `benchmarks/history_diagnosis.py` measures how often this errs.
 
     ## Why is this bad?
     The adapter has begun to learn its training examples by heart. Every further step makes it worse on all
@@ -53,6 +64,7 @@ def overfits_the_training_set(facts: HistoryFacts, expect: Expect) -> Iterator[V
         rise < (_RISE_OF_FEW if few else _RISE_WEAK)
         or not _clear([best, *later], best.loss * rise)
         or not _trains_on(facts, best)
+        or _on_other_data(facts, best)
     ):
         return
     last = facts.evals[-1]
@@ -82,3 +94,12 @@ def _trains_on(facts: HistoryFacts, best: EvalLoss) -> bool:
         return now < (1 - _TRAIN_FELL) * then
     falls = before.above(after) > _CLEAR and now < (1 - _TRAIN_FELL) * then
     return falls or (now < _LEARNED_BY_HEART * last.loss and after.above(before) < _CLEAR)
+
+
+def _on_other_data(facts: HistoryFacts, best: EvalLoss) -> bool:
+    """Whether the training loss jumped since the evaluation before the best, as it does where the data change."""
+    curve = facts.curve
+    if curve is None or curve.jump is None or not curve.may_have_met_other_data:
+        return False
+    before = max((one.step for one in facts.evals if one.step < best.step), default=0)
+    return facts.step(curve.jump.at) > before

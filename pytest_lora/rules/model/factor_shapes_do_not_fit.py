@@ -14,7 +14,8 @@ def factor_shapes_do_not_fit(facts: ModelFacts, expect: Expect) -> Iterator[Viol
 
     ## What it does
     Compares both factors with the rank and with the sizes of the base weight. Factors padded to one larger
-    rank (`prepare_model_for_compiled_hotswap`) are fine.
+    rank (`prepare_model_for_compiled_hotswap`) are fine, and so are those that PiSSA or OLoRA made of a matrix
+    smaller than the rank.
 
     ## Why is this bad?
     The forward pass fails, or the saved adapter cannot be loaded again ("size mismatch"). The base layer
@@ -59,5 +60,8 @@ def _fits(layer: LayerState) -> bool:
         for is_, asked in zip((*a, *b), (*layer.expected_a, *layer.expected_b), strict=False)
         if is_ != asked
     ]
+    smaller = min(layer.in_features, layer.out_features)
+    if changes == [(smaller, layer.rank)] * 2 and smaller < layer.rank:
+        return True  # PiSSA and OLoRA decompose the weight, which has no more than that
     padded = len(changes) == 2 and len(set(changes)) == 1 and changes[0][1] == layer.rank < changes[0][0]
     return not changes or padded

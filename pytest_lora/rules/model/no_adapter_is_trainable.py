@@ -14,7 +14,7 @@ def no_adapter_is_trainable(facts: ModelFacts, expect: Expect) -> Iterator[Viola
 
     ## What it does
     Looks for a trainable LoRA factor; there is none, while the adapters are active and the purpose is
-    training.
+    training. X-LoRA, which trains a classifier over frozen adapters, is fine.
 
     ## Why is this bad?
     The loss falls by nothing: the optimizer is empty or holds what never gets a gradient.
@@ -41,7 +41,7 @@ def no_adapter_is_trainable(facts: ModelFacts, expect: Expect) -> Iterator[Viola
     - https://github.com/tloen/alpaca-lora/issues/352
     """
     idle = expect.purpose != "train" or facts.disabled or not facts.active
-    if idle or facts.training_adapters:
+    if idle or facts.training_adapters or facts.trains_xlora:
         return
     rest = [part.module for part in facts.kept if part.trainable]
     packed = sorted({f.dtype for layer in facts.active_layers for f in layer.parts if f.is_quantized})
@@ -58,6 +58,8 @@ def no_adapter_is_trainable(facts: ModelFacts, expect: Expect) -> Iterator[Viola
     )
 
 
+_TRANSFORMERS = "model.load_adapter(..., is_trainable=True)"
+
 _QUANTIZED = "quantize the base before get_peft_model, not the model with its adapter after it"
 
 
@@ -73,7 +75,8 @@ def _fix(facts: ModelFacts) -> str:
             f"adapter {fresh[0]!r} was made to train, but is not active: call model.set_adapter({fresh[0]!r})"
         )
     if loaded:
-        return "load it with PeftModel.from_pretrained(..., is_trainable=True), or create it with inference_mode=False"
+        load = "PeftModel.from_pretrained(..., is_trainable=True)" if facts.nested else _TRANSFORMERS
+        return f"load it with {load}, or create it with inference_mode=False"
     return (
         "freeze or prepare_model_for_kbit_training the base before get_peft_model, not after; here "
         f"model.set_adapter({active!r}) makes the adapter trainable again"

@@ -3,8 +3,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.model import ModelFacts
+from pytest_lora.facts.config import is_named
+from pytest_lora.facts.model import ModelFacts, SavedModule
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, without
 
 
 @rule("LORA213", severity="error", needs=ModelFacts)
@@ -13,7 +15,8 @@ def tied_weight_is_trained_on_one_side(facts: ModelFacts, expect: Expect) -> Ite
 
     ## What it does
     Looks for `modules_to_save` copies of a module that shares its weight with another one which does not
-    use the copy.
+    use the copy. Both sides saved in full are fine, but for a merge under transformers before 5, which ties them again
+    when the merged model is loaded.
 
     ## Why is this bad?
     With tied embeddings, `embed_tokens` and `lm_head` are one tensor. If only one of them trains a copy,
@@ -41,15 +44,29 @@ def tied_weight_is_trained_on_one_side(facts: ModelFacts, expect: Expect) -> Ite
     owned = {(copy.module, copy.adapter) for copy in facts.saved}
     for copy in facts.saved:
         alone = [name for name in copy.tied if (name, copy.adapter) not in owned]
-        lost_in_merge = expect.will_merge and copy.tied
+        lost_in_merge = expect.will_merge and copy.tied and copy.tied_by_loading
         if copy.active and copy.trainable and (alone or lost_in_merge):
             others = ", ".join(alone or copy.tied)
             yield Violation(
                 where=f"{copy.module}, tied to {others}",
                 observed=f"{copy.module} trains its own copy (modules_to_save), {others} "
-                + ("keeps the old shared weight" if alone else "another one; a merge ties them again"),
+                + (
+                    "keeps the old shared weight"
+                    if alone
+                    else "another one; the merged model ties them as it is loaded"
+                ),
                 expected="tied modules to train one shared weight",
-                fix="set ensure_weight_tying=True (newer PEFT), or train new rows with "
-                "trainable_token_indices",
+                fix=_fix(copy, facts),
                 severity=None if alone else "warning",
             )
+
+
+def _fix(copy: SavedModule, facts: ModelFacts) -> str:
+    config = facts.config_of(copy.adapter)
+    saved = config.settings.modules_to_save if config else ()
+    tied = (copy.module, *copy.tied)
+    rest = without(saved, *(name for name in saved for module in tied if is_named(module, name)))
+    return (
+        f"set ensure_weight_tying=True (newer PEFT), or leave them out: {assigned(modules_to_save=rest)}, with "
+        "trainable_token_indices for new rows"
+    )

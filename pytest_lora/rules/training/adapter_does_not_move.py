@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.facts.training import TensorFacts, TrainingFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import CAST_TRAINED, optimizer_anew
 
 
 @rule("LORA315", severity="error", needs=TrainingFacts)
@@ -28,7 +30,8 @@ def adapter_does_not_move(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
         def step(self, closure=None):
             return None
 
-    report = check_training(model, batch, optimizer=Skipping(model.parameters(), lr=0.1))
+    optimizer = Skipping(model.parameters(), lr=0.1)
+    report = check_training(model, batch, optimizer=optimizer)
     ```
 
     ## Use instead
@@ -53,25 +56,52 @@ def adapter_does_not_move(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
             observed=f"{len(facts.steps)} steps at a learning rate of "
             f"{max(facts.steps[-1].rates):g} changed nothing",
             expected="tensors that move with every step",
-            fix="raise the learning rate, keep trainable weights in float32, and look at what optimizer.step does",
+            fix="raise the learning rate, keep trainable weights in float32, and look at what the step of this "
+            f"optimizer does, or take {optimizer_anew(2e-4)}",
         )
         return
-    short = [t for t in held if t.part == "b" and t.dtype in ("bfloat16", "float16")]
-    finished = facts.schedule is not None and (facts.history_fell or not facts.history)
-    if short and facts.optimizer.adaptive and not finished and min(t.stayed for t in short) >= LOST:
+    if facts.optimizer.adaptive and (lost := _lost_in_rounding(facts, held)):
+        part = f"lora_{lost[0].part.upper()}"
         yield Violation(
-            where=grouped(t.name for t in short),
+            where=grouped(t.name for t in lost),
             observed=f"a step at a learning rate of {max(facts.steps[-1].rates):g} left "
-            f"{100 * min(t.stayed for t in short):.0f} % of the numbers of lora_B what they were: it is lost in the "
-            f"rounding of {short[0].dtype}",
+            f"{100 * min(t.stayed for t in lost):.0f} % of the numbers of {part} what they were: it is lost in the "
+            f"rounding of {lost[0].dtype}",
             expected="trainable weights in float32, which hold such a step",
-            fix="leave autocast_adapter_dtype=True, or cast trainable parameters with p.data = p.data.float()",
+            fix=f"keep autocast_adapter_dtype, or cast what trains: {CAST_TRAINED}",
             severity="warning",
         )
 
 
 LOST = 0.9
 """Share of numbers that did not move. bfloat16 keeps a step of 1/256 of a number, Adam's first steps move all."""
+
+MOST_LOST = 0.5
+"""The same share of ``lora_A``, which is no number near zero: the rest moves by more than the step to make up
+for it only where its numbers happen to be small."""
+
+HELD_UP_TO = 384.0
+"""Times a step that a number in bfloat16 may be and still take it: what is below half the distance to the next
+number is rounded away, and that distance is 2**-8 to 2**-7 of a number with 8 bits."""
+
+
+def _lost_in_rounding(facts: TrainingFacts, held: list[TensorFacts]) -> list[TensorFacts]:
+    """Tensors of short dtypes that lose most of a usual step: all of ``lora_B``, or else all of ``lora_A``."""
+    short = [t for t in held if t.dtype in ("bfloat16", "float16")]
+    b, a = ([t for t in short if t.part == part] for part in ("b", "a"))
+    finished = facts.schedule is not None and (facts.history_fell or not facts.history)
+    if b and not finished and min(t.stayed for t in b) >= LOST:
+        return b
+    rate = facts.peak_rate
+    lost = [t for t in a if t.gradients[-1] and t.stayed >= MOST_LOST and _share_lost(t, rate) >= MOST_LOST]
+    return lost if a and len(lost) == len(a) else []
+
+
+def _share_lost(tensor: TensorFacts, rate: float) -> float:
+    """Share of numbers in bfloat16, spread evenly around zero as ``lora_A`` begins, that a step of ``rate`` is too
+    small for."""
+    largest = math.sqrt(3) * tensor.scale
+    return max(0.0, 1 - HELD_UP_TO * rate / largest) if largest and tensor.dtype == "bfloat16" else 0.0
 
 
 def _run_down(facts: TrainingFacts) -> bool:

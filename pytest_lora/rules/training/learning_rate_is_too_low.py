@@ -43,12 +43,7 @@ def learning_rate_is_too_low(facts: TrainingFacts, expect: Expect) -> Iterator[V
     - LoRA Without Regret, on rates of LoRA and full fine-tuning: https://thinkingmachines.ai/blog/lora/
     """
     groups = _deciding_groups(facts)
-    known = [step.rates[group.index] for group in groups for step in facts.steps]
-    if facts.schedule and facts.schedule.peak:
-        known.append(facts.schedule.peak)
-    else:
-        known += [group.initial_lr or 0.0 for group in groups]
-    rate = max(known, default=0.0)
+    rate = facts.peak_rate
     if not facts.steps or not rate > 0:
         return
     eps, left = _left_by_eps(facts, groups)
@@ -67,7 +62,8 @@ def learning_rate_is_too_low(facts: TrainingFacts, expect: Expect) -> Iterator[V
             where=f"optimizer ({facts.optimizer.optimizer})",
             observed=f"a learning rate of {rate:g}{_of(groups)}: the adapter hardly moves",
             expected=needed,
-            fix="raise lr; LoRA takes about ten times the rate of full fine-tuning",
+            fix=f"raise lr, such as lr={'1e-4' if facts.optimizer.adaptive else '0.1'}; LoRA takes about ten times the "
+            "rate of full fine-tuning",
         )
 
 

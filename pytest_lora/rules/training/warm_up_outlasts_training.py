@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.facts.training import TRIED_OUT, TrainingFacts
 from pytest_lora.rules import Violation, rule
 
 
@@ -26,7 +26,7 @@ def warm_up_outlasts_training(facts: TrainingFacts, expect: Expect) -> Iterator[
     from transformers import get_cosine_schedule_with_warmup
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, 1000, 100)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=1000, num_training_steps=100)
     report = check_training(model, batch, optimizer=optimizer, scheduler=scheduler)
     ```
 
@@ -35,7 +35,7 @@ def warm_up_outlasts_training(facts: TrainingFacts, expect: Expect) -> Iterator[
     from transformers import get_cosine_schedule_with_warmup
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, 5, 100)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=5, num_training_steps=100)
     report = check_training(model, batch, optimizer=optimizer, scheduler=scheduler)
     ```
 
@@ -54,7 +54,3 @@ def warm_up_outlasts_training(facts: TrainingFacts, expect: Expect) -> Iterator[
             fix=f"set num_warmup_steps={max(1, schedule.planned // 20)}, and count both in optimizer steps",
             severity=None if schedule.planned >= TRIED_OUT or facts.history_is_flat else "info",
         )
-
-
-TRIED_OUT = 20
-"""Training steps below which a run is a trial of its recipe."""

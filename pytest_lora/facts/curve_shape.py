@@ -1,0 +1,127 @@
+"""What a curve of losses looks like, put together from its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from pytest_lora.facts.curve import (
+    NOISE_WINDOW,
+    Fall,
+    Jump,
+    Level,
+    alternation,
+    clearest_fall,
+    cycles,
+    deviations,
+    jump,
+    level,
+    levels,
+    noise,
+    smoothed,
+    swings,
+    trend,
+    typical,
+)
+
+FEWEST_LOSSES = 10
+"""From so many losses on a curve has statistics; below, only what one loss shows by itself counts."""
+
+FITS = 0.1
+"""At a loss below this, in nats per token, the model fits: each token has a probability of 0.9. Nothing that a
+curve does down there is a fault."""
+
+SWING = 0.3
+"""A swing is a rise by this share of the starting loss, and beyond the noise, that is taken back again."""
+
+SWING_NOISE = 5.0
+"""A swing is higher than this many standard deviations of the noise; 1,000 losses of white noise span 7, and
+4.5 after the running median of three under which swings are counted."""
+
+OTHER_DATA, FALLS_AGAIN = 1 / 3, -4.0
+"""After this share of the losses the highest rates of usual schedules are past; and z of the trend from a jump
+on, one in 30,000 by chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class CurveFacts:
+    """What a curve of at least ``FEWEST_LOSSES`` losses looks like.
+
+    Attributes:
+        start: Level of the first losses.
+        lowest: The lowest level.
+        highest: The highest level.
+        end: Level of the last losses.
+        peak: The highest loss, outliers of one or two steps aside.
+        peak_at: Its index.
+        fall: The clearest fall anywhere.
+        noise: Standard deviation of the noise between neighbouring losses.
+        deviation: Typical deviation from the trend, as a share of the loss.
+        swings: How often the curve rose widely and came down again.
+        alternation: How strongly it goes up and down within few losses, 0 to 1.
+        cycles: Whether the same batches come again and again, which alone makes a curve go up and down.
+        trend: z of a rank test for a trend over all losses, negative for a fall.
+        later_trend: The same without the first quarter, in which most runs learn most.
+        jump: The highest step up from one loss to the next that lasts, if one stands out of the noise.
+        levels: Levels from start to end.
+    """
+
+    start: Level
+    lowest: Level
+    highest: Level
+    end: Level
+    peak: float
+    peak_at: int
+    fall: Fall
+    noise: float
+    deviation: float
+    swings: int
+    alternation: float
+    cycles: bool
+    trend: float
+    later_trend: float
+    jump: Jump | None
+    levels: tuple[Level, ...]
+
+    @property
+    def may_have_met_other_data(self) -> bool:
+        """Whether one jump explains that the loss went up: it did not climb before, and falls from there on."""
+        last = self.levels[-1].first + self.levels[-1].count
+        return self.jump is not None and self.jump.at > OTHER_DATA * last and self.jump.trend < FALLS_AGAIN
+
+    @property
+    def middle(self) -> float:
+        """The loss at which the curve spent most of its time."""
+        return median(one.value for one in self.levels)
+
+
+def curve_facts(losses: Sequence[float]) -> CurveFacts:
+    """The statistics of at least ``FEWEST_LOSSES`` losses, none of them negative."""
+    known = levels(losses)
+    start = level(losses, 0, 3)
+    deviation = noise(losses)
+    smooth = smoothed(losses, 5)
+    rest = deviations(losses)
+    third = max(NOISE_WINDOW, len(losses) // 3)
+    # Noise grows with the loss, so that the third in which a curve is high is louder than the whole.
+    loudest = max(noise(part) for part in (losses, losses[:third], losses[-third:]))
+    peak_at = max(range(len(smooth)), key=smooth.__getitem__)
+    return CurveFacts(
+        start=start,
+        lowest=min(known, key=lambda one: one.value),
+        highest=max(known, key=lambda one: one.value),
+        end=known[-1],
+        peak=smooth[peak_at],
+        peak_at=peak_at,
+        fall=clearest_fall(losses),
+        noise=deviation,
+        deviation=typical(rest),
+        swings=swings(smoothed(losses, 3), max(SWING * start.value, SWING_NOISE * loudest)),
+        alternation=alternation(rest),
+        cycles=cycles(rest),
+        trend=trend(losses),
+        later_trend=trend(losses[len(losses) // 4 :]),
+        jump=jump(losses),
+        levels=known,
+    )

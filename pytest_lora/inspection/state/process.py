@@ -1,0 +1,164 @@
+"""Settings of the process: random states and global switches, taken and put back."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_lora.inspection.state.precision import Float32Precision
+from pytest_lora.inspection.state.randomness import RandomStates
+
+_DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One thing that a process has once: how it is read, and how what was read is put back.
+
+    Attributes:
+        compared: Whether it is written only where it differs; else ``write`` looks for itself, or costs no more.
+    """
+
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+    compared: bool = True
+
+
+def _read_device() -> torch.device | None:
+    """The default device where one was set; unset, torch takes the CPU at no cost."""
+    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    return None if context is None else context.device
+
+
+def _write_device(device: torch.device | None) -> None:
+    make: Any = torch.set_default_device
+    make(device)
+
+
+def _nesting() -> int:
+    """How many contexts of autocast are entered; with the last one torch forgets the weights that it has cast."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _read_autocast() -> tuple[Any, ...]:
+    switches = ((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES)
+    return _nesting(), torch.is_autocast_cache_enabled(), *switches
+
+
+def _write_autocast(before: tuple[Any, ...]) -> None:
+    depth, cached, *switches = before
+    now = _nesting()
+    while now > depth:
+        now = torch.autocast_decrement_nesting()
+    while now < depth:
+        now = torch.autocast_increment_nesting()
+    if not depth:
+        torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(cached)
+    for device, (enabled, dtype) in zip(_DEVICES, switches, strict=True):
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+
+
+def _read_deterministic() -> tuple[bool, ...]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+    )
+
+
+def _write_deterministic(before: tuple[bool, ...]) -> None:
+    enabled, warn_only, cudnn, benchmark = before
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.backends.cudnn.deterministic = cudnn
+    torch.backends.cudnn.benchmark = benchmark
+
+
+def _read_filters() -> tuple[Any, ...]:
+    module: Any = warnings
+    return module.filters, list(module.filters), module.showwarning
+
+
+def _write_filters(before: tuple[Any, ...]) -> None:
+    module: Any = warnings
+    module.filters, filters, module.showwarning = before
+    module.resetwarnings()  # which also tells the module that its filters are others
+    module.filters[:] = filters
+
+
+def _read_levels() -> list[tuple[logging.Logger, int, bool]]:
+    known = (found for found in logging.root.manager.loggerDict.values() if isinstance(found, logging.Logger))
+    return [(logger, logger.level, logger.disabled) for logger in (logging.root, *known)]
+
+
+def _write_levels(before: list[tuple[logging.Logger, int, bool]]) -> None:
+    for logger, level, disabled in before:
+        if logger.level != level:
+            logger.setLevel(level)
+        if logger.disabled != disabled:
+            logger.disabled = disabled
+
+
+SETTINGS = (
+    Setting("random states", RandomStates, RandomStates.restore, compared=False),
+    Setting("float32 precision", Float32Precision, Float32Precision.restore, compared=False),
+    Setting("default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    Setting("default device", _read_device, _write_device),
+    Setting("autocast", _read_autocast, _write_autocast),
+    Setting("deterministic algorithms", _read_deterministic, _write_deterministic),
+    Setting(
+        "anomaly detection",
+        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda before: torch.autograd.set_detect_anomaly(*before),
+    ),
+    Setting("grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
+    Setting("number of threads", torch.get_num_threads, torch.set_num_threads),
+    Setting("warning filters", _read_filters, _write_filters),
+    Setting("logging levels", _read_levels, _write_levels, compared=False),
+    Setting("disabled logging", lambda: logging.root.manager.disable, logging.disable),
+)
+"""What is kept of the process; tests attack each."""
+
+
+class Process:
+    """The random states and settings of this process as they are now.
+
+    Args:
+        generators: Random generators beside the global ones.
+    """
+
+    def __init__(self, generators: Iterable[torch.Generator] = ()) -> None:
+        own = (Setting(f"the generator {g}", g.get_state, _writer(g)) for g in generators)
+        self._before = [(setting, setting.read()) for setting in (*SETTINGS, *own)]
+
+    def restore(self) -> list[str]:
+        """Put everything back; gives the names of what could not be."""
+        lost = []
+        for setting, before in self._before:
+            try:
+                if not setting.compared or not _same(setting.read(), before):
+                    setting.write(before)
+            except Exception:  # whatever a library raises, the others are put back all the same
+                lost.append(setting.name)
+        return lost
+
+
+def _writer(generator: torch.Generator) -> Callable[[Tensor], None]:
+    def write(state: Tensor) -> None:
+        generator.set_state(state)
+
+    return write
+
+
+def _same(now: Any, before: Any) -> bool:
+    return torch.equal(now, before) if isinstance(before, Tensor) else bool(now == before)

@@ -1,0 +1,54 @@
+"""The random states of a process, taken and put back: Python's, NumPy's, torch's on the CPU and on CUDA."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+_cuda: Any = torch.cuda
+
+
+def cuda_in_use() -> bool:
+    """Whether this process has used CUDA; asking never starts it."""
+    return bool(_cuda.is_initialized())
+
+
+class RandomStates:
+    """Every random state of the process, as it is now; taking it starts nothing."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        numpy: Any = sys.modules.get("numpy")
+        self._numpy = numpy.random.get_state() if numpy else None
+        self._cpu = torch.get_rng_state()
+        self._of_cuda = _cuda.get_rng_state_all() if cuda_in_use() else None
+        # Until CUDA is started, torch keeps the seeds for it here: in two attributes, and their order in a third.
+        seeds = vars(_cuda._lazy_seed_tracker)
+        self._seeds = {
+            name: list(value) if isinstance(value, list) else value for name, value in seeds.items()
+        }
+
+    def restore(self) -> None:
+        """Put them back."""
+        random.setstate(self._python)
+        numpy: Any = sys.modules.get("numpy")
+        if numpy and self._numpy:
+            numpy.random.set_state(self._numpy)
+        torch.set_rng_state(self._cpu)
+        if self._of_cuda is not None:
+            _cuda.set_rng_state_all(self._of_cuda)
+            return
+        vars(_cuda._lazy_seed_tracker).update(self._seeds)
+        if cuda_in_use():
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Leave CUDA, started since, as it would begin: with the seeds that waited, else with one drawn by chance."""
+        for generator in _cuda.default_generators:
+            generator.seed()
+        for call in _cuda._lazy_seed_tracker.get_calls():
+            if call is not None:
+                call[0]()

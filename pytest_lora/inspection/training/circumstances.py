@@ -1,0 +1,44 @@
+"""What surrounds the steps of a training: dropouts that act, weights that were repacked, inputs that are not finite."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from pytest_lora.inspection.peft_internals import LoraLayer
+from pytest_lora.inspection.survey import Survey
+
+
+def spoiled_inputs(batches: tuple[Any, ...]) -> Iterator[str]:
+    """Inputs that are not finite. An additive mask is infinite on purpose."""
+    for index, batch in enumerate(batches):
+        for name, value in batch.items() if isinstance(batch, Mapping) else ():
+            known = isinstance(value, Tensor) and value.is_floating_point() and value.device.type != "meta"
+            if known and not re.search(r"mask|bias|label", str(name)) and not bool(value.isfinite().all()):
+                yield f"batch {index}: {name}"
+
+
+def live_dropouts(found: Survey) -> Iterator[str]:
+    for name, module in found.modules.items():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            yield name
+    for name, layer in found.lora.items():
+        if _drops(layer):
+            yield f"{name}.lora_dropout"
+
+
+def _drops(layer: LoraLayer) -> bool:
+    active = layer.active_adapters
+    dropouts = (layer.lora_dropout[a] for a in active if a in layer.lora_dropout)
+    return any(d.training and getattr(d, "p", 0) > 0 for d in dropouts)
+
+
+def repacked_layers(found: Survey) -> Iterator[str]:
+    """4-bit layers whose weight is in the packing for inference on a CPU."""
+    for name, module in found.modules.items():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            yield name

@@ -1,0 +1,124 @@
+"""What is built from a ``config.json`` that names the class a base was pretrained as: the task type decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from pytest_lora import check_checkpoint, check_config, estimate_memory
+from pytest_lora.inspection.skeleton import resolve_base
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def described(kind: str, architecture: str | None, **changes: Any) -> Any:
+    config = getattr(transformers, kind)(**SMALL, **changes)
+    config.architectures = None if architecture is None else [architecture]
+    return config
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "task_type", "built"),
+    [
+        ("BertConfig", "BertForMaskedLM", "SEQ_CLS", "BertForSequenceClassification"),
+        ("BertConfig", "BertModel", "TOKEN_CLS", "BertForTokenClassification"),
+        ("BertConfig", "BertForPreTraining", "QUESTION_ANS", "BertForQuestionAnswering"),
+        ("BertConfig", "BertForMaskedLM", "FEATURE_EXTRACTION", "BertModel"),
+        ("BertConfig", "BertForMaskedLM", None, "BertForMaskedLM"),
+        ("BertConfig", "BertForTokenClassification", "SEQ_CLS", "BertForTokenClassification"),
+        ("BertConfig", None, "SEQ_CLS", "BertForSequenceClassification"),
+        ("LlamaConfig", "LlamaForCausalLM", "SEQ_CLS", "LlamaForSequenceClassification"),
+        ("LlamaConfig", "LlamaForCausalLM", "CAUSAL_LM", "LlamaForCausalLM"),
+        ("LlamaConfig", "LlamaForCausalLM", "SEQ_2_SEQ_LM", "LlamaForCausalLM"),
+    ],
+)
+def test_the_task_type_chooses_the_class(
+    kind: str, architecture: str | None, task_type: str | None, built: str
+) -> None:
+    assert type(resolve_base(described(kind, architecture), task_type)).__name__ == built
+
+
+def test_models_of_several_kinds_of_input_stay_what_they_are() -> None:
+    text = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 96}
+    vision = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text, num_attention_heads=4),
+        vision_config=transformers.CLIPVisionConfig(**vision),
+    )
+    config.architectures = ["LlavaForConditionalGeneration"]
+    for task_type in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
+        assert type(resolve_base(config, task_type)).__name__ == "LlavaForConditionalGeneration"
+
+
+def test_a_classifier_on_a_pretrained_encoder_is_healthy() -> None:
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=["query"], task_type="SEQ_CLS", modules_to_save=["classifier"]
+    )
+    assert not loud(check_config(config, described("BertConfig", "BertForMaskedLM")))
+    decoder = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], task_type="SEQ_CLS")
+    assert not loud(check_config(decoder, described("LlamaConfig", "LlamaForCausalLM")))
+
+
+def loud(report: Any) -> list[str]:
+    return [finding.code for finding in (*report.errors, *report.warnings)]
+
+
+def saved(model: Any, folder: Path, **fields: Any) -> Path:
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=["query"], init_lora_weights=False, **fields)
+    )
+    adapted.peft_config["default"].base_model_name_or_path = "org/base"
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("labels", [2, 5])
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
+def test_a_saved_classifier_fits_the_config_of_its_pretrained_base(
+    tmp_path: Path, labels: int, task_type: str | None
+) -> None:
+    """The class comes from the task type, or from auto_mapping; the number of classes from the head in the file."""
+    model = transformers.BertForSequenceClassification(described("BertConfig", None, num_labels=labels))
+    path = saved(model, tmp_path, task_type=task_type, modules_to_save=["classifier"])
+    assert not loud(check_checkpoint(path, described("BertConfig", "BertForMaskedLM")))
+
+
+def test_a_head_that_the_config_speaks_of_is_compared_with_it(tmp_path: Path) -> None:
+    model = transformers.BertForSequenceClassification(described("BertConfig", None, num_labels=5))
+    path = saved(model, tmp_path, task_type="SEQ_CLS")
+    base = described("BertConfig", "BertForSequenceClassification", num_labels=3)
+    assert loud(check_checkpoint(path, base)) == ["LORA433"]
+
+
+def test_memory_of_a_classifier_has_no_logits_over_the_vocabulary() -> None:
+    wide = described("LlamaConfig", "LlamaForCausalLM", pad_token_id=0)
+    wide.vocab_size = 32_000
+    peaks = {}
+    for task_type in ("SEQ_CLS", "CAUSAL_LM"):
+        config = LoraConfig(r=4, target_modules=["q_proj"], task_type=task_type)
+        estimate = estimate_memory(config, wide, batch_size=2, seq_len=256)
+        peaks[task_type] = estimate.peak_allocated
+        assert ("Classification" in estimate.architecture) == (task_type == "SEQ_CLS")
+    logits = 2 * 256 * 32_000 * torch.finfo(torch.bfloat16).bits // 8
+    assert peaks["CAUSAL_LM"] - peaks["SEQ_CLS"] > logits
+
+
+@pytest.mark.parametrize("model_type", ["chatglm", "some_model"])
+def test_a_base_with_code_of_its_own_is_to_be_built_by_the_user(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "config.json").write_text(
+        f'{{"model_type": "{model_type}", "architectures": ["ChatGLMModel"], '
+        '"auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}}'
+    )
+    with pytest.raises(ValueError, match="never run here; build the model yourself"):
+        check_config(LoraConfig(target_modules=["q_proj"]), tmp_path)

@@ -1,0 +1,84 @@
+"""Files are written whole: on a full or read-only disk, under an interrupt and a kill, the old one stays."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_lora.writing import write_whole
+
+CALLS = ("tempfile.mkstemp", "os.fsync", "os.chmod", "os.replace")
+ERRORS: tuple[BaseException, ...] = (
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EROFS, "Read-only file system"),
+    KeyboardInterrupt(),
+)
+text = st.text(st.characters(codec="utf-8") | st.just("\ud800"), max_size=200)
+
+
+@settings(max_examples=200, deadline=None)
+@given(old=st.none() | st.binary(max_size=200), new=text | st.binary(max_size=200), link=st.booleans())
+def test_a_file_is_replaced_and_nothing_is_left_beside_it(
+    tmp_path_factory: pytest.TempPathFactory, old: bytes | None, new: str | bytes, link: bool
+) -> None:
+    home = tmp_path_factory.mktemp("writing")
+    file = home / "deeper" / "out.json"
+    if old is not None:
+        file.parent.mkdir()
+        file.write_bytes(old)
+        file.chmod(0o640)
+    if old is not None and link:
+        file = home / "link.json"
+        file.symlink_to(home / "deeper" / "out.json")
+    write_whole(file, new)
+    assert file.read_bytes() == (new.encode("utf-8", "backslashreplace") if isinstance(new, str) else new)
+    assert [path.name for path in (home / "deeper").iterdir()] == ["out.json"]
+    assert file.is_symlink() == (old is not None and link)
+    assert file.stat().st_mode & 0o777 == (0o644 if old is None else 0o640)
+
+
+@settings(max_examples=100, deadline=None)
+@given(old=st.none() | st.binary(max_size=200), call=st.sampled_from(CALLS), error=st.sampled_from(ERRORS))
+def test_what_cannot_be_written_is_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, old: bytes | None, call: str, error: BaseException
+) -> None:
+    file = tmp_path_factory.mktemp("writing") / "out.json"
+    if old is not None:
+        file.write_bytes(old)
+    with patch(call, side_effect=error), pytest.raises(type(error)):
+        write_whole(file, "new")
+    assert [path.read_bytes() for path in file.parent.iterdir()] == ([] if old is None else [old])
+
+
+WRITES = """
+import itertools, sys
+from pathlib import Path
+from pytest_lora.writing import write_whole
+print("begins", flush=True)
+for n in itertools.count():
+    write_whole(Path(sys.argv[1]), f"{n % 10}" * 200_000)
+"""
+
+
+def test_a_kill_leaves_a_whole_file(tmp_path: Path) -> None:
+    file = tmp_path / "out.txt"
+    for attempt in range(10):
+        process = subprocess.Popen([sys.executable, "-c", WRITES, str(file)], stdout=subprocess.PIPE)
+        assert process.stdout
+        process.stdout.readline()
+        time.sleep(0.01 * attempt)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        if file.exists():
+            found = file.read_text()
+            assert len(found) == 200_000
+            assert len(set(found)) == 1
