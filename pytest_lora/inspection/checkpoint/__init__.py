@@ -116,7 +116,7 @@ def public_base(path: Path) -> Base | None:
     if not isinstance(name, str) or not is_name(name) or find_shape(name) is None:
         return None
     try:
-        return Base(name, raw["task_type"] if isinstance(raw.get("task_type"), str) else None)
+        return Base(name)
     except ValueError:
         return None
 
