@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -35,16 +35,23 @@ ATTENTION_KERNELS: tuple[Attention, ...] = get_args(Attention)
 """Kernels of scaled dot product attention, in the order of ``torch.nn.attention.SDPBackend``."""
 
 
+BITSANDBYTES = ("nf4", "fp4", "int8")
+"""Methods of bitsandbytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How bitsandbytes stores the linear layers of the base.
+    """How the linear layers of the base are stored: by bitsandbytes, or packed already in the checkpoint.
 
     Attributes:
-        method: ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        method: ``"nf4"``, ``"fp4"`` or ``"int8"`` of bitsandbytes; ``"gptq"``, ``"awq"``, ``"fp8"`` or ``"mxfp4"``.
         double_quant: Whether the scales of 4-bit blocks are quantized too.
         storage: Dtype that packs 4-bit numbers.
         compute_dtype: Dtype that 4-bit layers compute in.
         skip_modules: Layers that stay whole, besides those that transformers keeps whole.
+        bits: Bits of a number, of GPTQ and AWQ.
+        group_size: Numbers of a row that share a scale, of GPTQ and AWQ; None for the whole row.
+        block_size: Rows and columns that share a scale, of FP8; None for the whole matrix.
     """
 
     method: str
@@ -52,6 +59,14 @@ class Quantization:
     storage: str = "uint8"
     compute_dtype: str = "bfloat16"
     skip_modules: tuple[str, ...] = ()
+    bits: int = 4
+    group_size: int | None = None
+    block_size: tuple[int, int] | None = None
+
+    @property
+    def by_bitsandbytes(self) -> bool:
+        """Whether bitsandbytes packs the weights, when the model is loaded."""
+        return self.method in BITSANDBYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +79,12 @@ class StepSetting:
         quantization: How the base is quantized; None if it is not.
         dtype: Dtype of the base's unquantized weights.
         adapter_dtype: Dtype of the adapter's weights.
+        images: Images in each sequence, of models that read text and images.
+        image_size: Height and width of an image in pixels; None for the model's own.
+        trainer: What runs the step: ``"transformers"``, ``"trl-sft"`` and the like, ``"loop"``; empty for a step
+            that is described by the other fields alone.
+        args: Fields of the trainer's arguments, for its loss.
+        padding_free: Whether the sequences of a batch are put into one row.
         frozen: Parameters of the adapter that are not trained: of every layer (``"lora_A"``), or by whole names.
         gradient_checkpointing: ``False``, ``True`` (non-reentrant) or ``"reentrant"``.
         optimizer: Name as in ``TrainingArguments(optim=...)``.
@@ -71,7 +92,7 @@ class StepSetting:
         accumulation: Micro-batches to one optimizer step.
         outputs_held: Whether the training loop keeps the model's outputs until the step has ended.
         prepare_for_kbit: Whether ``prepare_model_for_kbit_training`` casts what is not quantized to float32.
-        autocast: Whether the forward runs under ``torch.autocast`` in ``dtype``.
+        autocast: Dtype of the ``torch.autocast`` that the forward runs under; empty where it runs under none.
         use_cache: Whether the model keeps keys and values for generation.
         empty_cache: Whether the training loop empties the allocator's cache between steps.
         workspace: Bytes of a workspace of cuBLAS, of which the forward has one and the backward another.
@@ -89,12 +110,29 @@ class StepSetting:
     accumulation: int = 1
     outputs_held: bool = False
     prepare_for_kbit: bool = False
-    autocast: bool = False
+    autocast: str = ""
     use_cache: bool = False
     empty_cache: bool = False
     workspace: int = AMPERE_WORKSPACE
     attention: Attention = "flash"
     frozen: tuple[str, ...] = ()
+    images: int = 1
+    image_size: int | tuple[int, int] | None = None
+    trainer: str = ""
+    args: tuple[tuple[str, Hashable], ...] = ()
+    padding_free: bool = False
+
+    @property
+    def by_trl(self) -> bool:
+        """Whether a trainer of TRL computes the loss."""
+        return self.trainer.startswith("trl-")
+
+
+class Unmodelled(NamedTuple):
+    """Something that a prediction leaves out, and so what it is: ``"at least"`` or ``"at most"`` what is needed."""
+
+    what: str
+    bound: Literal["at least", "at most"]
 
 
 class TimelinePoint(NamedTuple):
@@ -124,6 +162,7 @@ class MemoryEstimate:
         paged: Optimizer state in unified memory, which the allocator does not count.
         cuda_context: What the CUDA context takes beside it, a rough figure; ``nvidia-smi`` counts it.
         has_tokens: Whether the step has tokens at all; with images alone, their length means nothing.
+        unmodelled: What is left out, which makes the figures a bound.
     """
 
     setting: StepSetting
@@ -140,6 +179,25 @@ class MemoryEstimate:
     paged: int
     cuda_context: int
     has_tokens: bool = True
+    unmodelled: tuple[Unmodelled, ...] = ()
+
+    @property
+    def bound(self) -> Literal["at least", "at most", "about"] | None:
+        """What the figures are where something is not modelled; None where they are meant as they stand."""
+        bounds = {part.bound for part in self.unmodelled}
+        if not bounds:
+            return None
+        return bounds.pop() if len(bounds) == 1 else "about"
+
+    def fits(self, budget: int) -> bool:
+        """Whether the peak that is allocated stays within so many bytes; a bound says no more than it can."""
+        return self.peak_allocated <= budget
+
+    @property
+    def is_mostly_whole(self) -> bool:
+        """Whether quantization leaves more bytes of the base whole, embeddings and head aside, than it packs."""
+        packed = self.breakdown.get("quantized base weights", 0)
+        return self.setting.quantization is not None and self.breakdown.get("base weights", 0) > packed
 
     @property
     def batch(self) -> str:
@@ -156,12 +214,18 @@ class MemoryEstimate:
             *((("optimizer state in paged memory", self.paged),) if self.paged else ()),
             ("CUDA context beside it, roughly", self.cuda_context),
         ]
+        left_out = [
+            "quantization packs linear layers; the larger part of this base, fused experts for one, stays whole"
+        ] * self.is_mostly_whole
+        left_out += [f"{part.bound} this: {part.what} not modelled" for part in self.unmodelled]
         width = max(len(name) for name, _ in rows)
         head = (
             f"a training step of {self.architecture}, {self.batch}, "
             f"r={self.rank}; peak in the {self.peak_phase}, {self.peak_operation}"
         )
-        return "\n".join((head, *(f"{name.ljust(width)}  {format_bytes(size):>10s}" for name, size in rows)))
+        return "\n".join(
+            (head, *(f"{name.ljust(width)}  {format_bytes(size):>10s}" for name, size in rows), *left_out)
+        )
 
 
 @dataclass(frozen=True, slots=True)

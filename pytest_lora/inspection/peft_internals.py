@@ -37,6 +37,7 @@ __all__ = [
     "active_adapters",
     "adapted_weight",
     "adapter_names",
+    "custom_classes",
     "delta_weight",
     "dense_weight",
     "factors",
@@ -50,6 +51,7 @@ __all__ = [
     "is_adalora",
     "load_state",
     "lora_configs",
+    "own_code",
     "own_geometry",
     "save_adapters",
     "saved_state",
@@ -138,26 +140,23 @@ def _weight(factor: Any) -> Tensor:
     return weight
 
 
-def further_tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[str, Tensor]]:
+def further_tensors(
+    layer: LoraLayer, adapter: str, pair: Factors | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """What a variant of LoRA trains on a layer beside the two factors, by its name in PEFT.
 
-    The magnitude of DoRA, the diagonal of KaSA, the left singular vectors of AdaLoRA, a bias of ``lora_B``.
+    The magnitude of DoRA, the diagonal of KaSA, the left singular vectors of AdaLoRA. ``pair`` spares looking the
+    factors up once more.
     """
-    beside = layer.lora_bias.get(adapter) or is_adalora(layer)
+    two = factors(layer, adapter) if pair is None else pair
     for name in layer.adapter_layer_names:
-        if name in _FACTORS and not (beside and name == "lora_B"):
-            continue
-        held: Any = getattr(layer, name, None)
-        if not held or adapter not in held:
-            continue
-        part = held[adapter]
-        named = part.named_parameters() if hasattr(part, "named_parameters") else [("weight", part)]
-        for own, tensor in named:
-            if own != "weight" or name != "lora_B" or is_adalora(layer):
-                yield name if own == "weight" else f"{name}.{own}", tensor
-
-
-_FACTORS = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
+        held: Any = getattr(layer, name, None) or {}
+        if adapter in held:
+            part = held[adapter]
+            named = part.named_parameters() if hasattr(part, "named_parameters") else [("weight", part)]
+            for own, tensor in named:
+                if tensor is not two.a and tensor is not two.b:
+                    yield name if own == "weight" else f"{name}.{own}", tensor
 
 
 def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
@@ -211,10 +210,18 @@ def trains_xlora(model: nn.Module) -> bool:
 
 
 def xlora_models(model: nn.Module) -> list[Any]:
-    """The tuner of X-LoRA in a model, if it has one."""
-    outer: Any = next((module for module in model.modules() if isinstance(module, WRAPPERS)), None)
-    tuner = getattr(outer, "base_model", None)
-    return [tuner] if isinstance(tuner, XLoraModel) else []
+    """The tuners of X-LoRA in a model; they lie around its base."""
+    return [module for module in _outside_of_layers(model) if isinstance(module, XLoraModel)]
+
+
+def _outside_of_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that lie around a tuner's base, and the tuner: none of the base's own."""
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        yield module
+        if not isinstance(module, BaseTuner) or isinstance(module, XLoraModel):
+            waiting += [child for child in module._modules.values() if child is not None]
 
 
 def is_adalora(layer: LoraLayer) -> bool:
@@ -222,12 +229,32 @@ def is_adalora(layer: LoraLayer) -> bool:
     return isinstance(layer, AdaLoraLayer)
 
 
-def store_adapter(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the factors of all adapters of a model in a dtype; whole copies of layers stay as they are."""
+def own_code(layer: LoraLayer) -> str:
+    """What is not PEFT's about a layer: its class, or the ``forward`` of this instance; empty if nothing is.
+
+    The hooks of accelerate, which move weights to where they are needed, replace ``forward`` too and call the old one.
+    """
+    made: type = type(layer)
+    if made.__module__.partition(".")[0] != "peft":
+        return f"class {made.__module__}.{made.__qualname__}"
+    return "forward" if "forward" in vars(layer) and "_hf_hook" not in vars(layer) else ""
+
+
+def custom_classes(config: LoraConfig) -> frozenset[type]:
+    """Classes of layers that a configuration registers for modules of its own (``_register_custom_module``)."""
+    return frozenset((getattr(config, "_custom_modules", None) or {}).values())
+
+
+def store_adapter(model: nn.Module, dtype: torch.dtype, *, magnitudes: bool) -> None:
+    """Keep the factors of all adapters of a model in a dtype, and the magnitudes of DoRA too, or as they are.
+
+    Whole copies of layers stay as they are.
+    """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         for name, parameter in layer.named_parameters():
-            if parameter.is_floating_point() and name.startswith("lora_"):
+            kept = name.startswith("lora_magnitude_vector") and not magnitudes
+            if parameter.is_floating_point() and name.startswith("lora_") and not kept:
                 parameter.data = parameter.data.to(dtype)
 
 

@@ -234,10 +234,18 @@ def skeleton(model: nn.Module) -> nn.Module:
     return _Copier().copy(model)
 
 
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class without what ``fully_shard`` puts before it (``torch.distributed.fsdp.FSDPModule``)."""
+    kinds: Any = type(module).__mro__
+    own: type[nn.Module] = kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]
+    return own
+
+
 class _Copier:
     def __init__(self) -> None:
         self.modules: dict[int, nn.Module] = {}
         self.tensors: dict[int, torch.Tensor] = {}
+        self.configs: dict[int, Any] = {}
 
     def copy(self, module: nn.Module) -> nn.Module:
         known = self.modules.get(id(module))
@@ -260,13 +268,14 @@ class _Copier:
         return linear.requires_grad_(False).train(module.training)
 
     def _shallow(self, module: nn.Module) -> nn.Module:
-        clone = type(module).__new__(type(module))
+        clone = nn.Module.__new__(_own_class(module))
         state = {**module.__dict__, **copy.deepcopy(_BLANK), "training": module.training}
         state["_parameters"] = {n: self._tensor(p) for n, p in module._parameters.items()}
         state["_buffers"] = {n: self._tensor(b) for n, b in module._buffers.items()}
         state["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-        if "config" in state:
-            state["config"] = copy.copy(state["config"])
+        if "config" in state:  # modules that share theirs go on to
+            own = state["config"]
+            state["config"] = self.configs.setdefault(id(own), copy.copy(own))
         state.pop("peft_config", None)
         clone.__dict__ = state
         state["_modules"] = {n: c if c is None else self.copy(c) for n, c in module._modules.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -81,12 +82,12 @@ def quantized_linears(model: nn.Module, quantization: Any) -> list[nn.Module]:
     """
     from transformers.integrations import bitsandbytes as integration
 
-    kept = _kept_whole(model, quantization.llm_int8_skip_modules)
+    kept = kept_whole(model, quantization.llm_int8_skip_modules)
     integration.replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=quantization)
     return quantized_layers(model)
 
 
-def _kept_whole(model: Any, skipped: list[str] | None) -> list[str]:
+def kept_whole(model: Any, skipped: list[str] | None) -> list[str]:
     """Layers that transformers leaves whole: those skipped, or else the output embeddings; and those in float32."""
     from transformers.quantizers.base import HfQuantizer
 
@@ -105,15 +106,25 @@ def reads_both_ways(config: Any) -> bool:
 
 @contextmanager
 def masks_without_values() -> Iterator[None]:
-    """Let transformers ask a mask without values whether it masks anything (see ``StorageTracker``)."""
+    """Let transformers ask a mask without values whether it masks anything (see ``StorageTracker``).
+
+    It also compares the number of placeholders in a text with the number of image features, which no text
+    without values can pass; its own switch turns that off.
+    """
     from transformers import masking_utils
 
     replaced: Any = masking_utils
-    if not hasattr(replaced, "fast_all"):  # before transformers 5
-        yield
-        return
-    before, replaced.fast_all = replaced.fast_all, torch.all
+    switch, before = "TRANSFORMERS_DISABLE_TORCH_CHECK", os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK")
+    fast = getattr(replaced, "fast_all", None)  # since transformers 5
     try:
+        os.environ[switch] = "1"
+        if fast is not None:
+            replaced.fast_all = torch.all
         yield
     finally:
-        replaced.fast_all = before
+        if fast is not None:
+            replaced.fast_all = fast
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before

@@ -25,19 +25,24 @@ class StepArguments(TypedDict, total=False):
 
     quantization: str | BitsAndBytesConfig | Quantization | None
     dtype: str | torch.dtype
-    gradient_checkpointing: Checkpointing
+    gradient_checkpointing: Checkpointing | None
     optimizer: str
     padding_mask: bool
     accumulation: int
-    outputs_held: bool
+    outputs_held: bool | None
     prepare_for_kbit: bool | None
-    autocast: bool | None
-    adapter_dtype: str | torch.dtype
+    autocast: bool | str | None
+    adapter_dtype: str | torch.dtype | None
     use_cache: bool
     empty_cache: bool
     workspace: int | str | None
     attention: Attention | None
     frozen: Sequence[str]
+    images: int
+    image_size: int | tuple[int, int] | None
+    trainer: str | None
+    args: Any
+    padding_free: bool
 
 
 def names_settings(function: _Function) -> _Function:

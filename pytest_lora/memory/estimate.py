@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
-from pytest_lora.facts.memory import MemoryEstimate, StepSetting
+from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
 from pytest_lora.memory.arguments import StepArguments, names_settings
-from pytest_lora.memory.setting import checked_setting, require_count
+from pytest_lora.memory.setting import checked_setting, declared_quantization, require_count
+from pytest_lora.memory.trainer import read_arguments
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -29,8 +30,8 @@ def estimate_memory(
     config: LoraConfig,
     base: Base,
     *,
-    batch_size: int,
-    seq_len: int,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
     **setting: Unpack[StepArguments],
 ) -> MemoryEstimate:
     """Predict the GPU memory of one training step.
@@ -42,22 +43,24 @@ def estimate_memory(
     Args:
         config: The adapter. It and the base are understood in either order.
         base: A live model without adapter, a ``PretrainedConfig``, or the path of a model folder or
-            ``config.json``.
-        batch_size: Sequences (or images) in a micro-batch, at least 1.
-        seq_len: Tokens in each, padding included, at least 1.
+            ``config.json``. What DDP, FSDP and ``torch.compile`` add or save is not counted, and said.
+        batch_size: Sequences (or images, or pairs of preference tuning) in a micro-batch, at least 1.
+        seq_len: Tokens in each, padding included, at least 1; of audio, frames of the encoder.
         quantization: ``"nf4"``, ``"fp4"`` (4 bits, no double quantization), ``"int8"``, a
-            ``BitsAndBytesConfig``, or None for a base in ``dtype``.
+            ``BitsAndBytesConfig``, or None for a base in ``dtype``, or as its own ``quantization_config`` says
+            (GPTQ, AWQ, FP8, MXFP4, bitsandbytes).
         dtype: Dtype of the unquantized weights: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
-        gradient_checkpointing: ``False``, ``True`` (non-reentrant) or ``"reentrant"``.
+        gradient_checkpointing: ``False``, ``True`` (non-reentrant) or ``"reentrant"``; None as the trainer does by
+            default, which is off but for TRL.
         optimizer: As in ``TrainingArguments(optim=...)``.
         padding_mask: Whether batches hold padding: attention then needs a mask, and another kernel.
         accumulation: Micro-batches to one optimizer step.
         outputs_held: Whether the loop keeps the model's outputs (logits) while it goes backward. The Trainer
-            does not.
+            does not; a loop does.
         prepare_for_kbit: Whether PEFT's ``prepare_model_for_kbit_training`` is called, which casts what is not
             quantized to float32. Default: yes if the base is quantized.
         autocast: Whether the forward runs under ``torch.autocast``, as in the Trainer with ``bf16=True`` or
-            ``fp16=True``. Default: yes where ``dtype`` is one of these.
+            ``fp16=True``, or the dtype of it. Default: yes where ``dtype`` is one of these.
         adapter_dtype: Dtype of the adapter: PEFT keeps it in ``"float32"`` unless
             ``autocast_adapter_dtype=False``; it holds for gradients and optimizer states too.
         use_cache: Whether the model keeps keys and values for generation while it trains.
@@ -67,6 +70,17 @@ def estimate_memory(
         attention: Kernel that PyTorch's attention takes without a mask: ``"flash"``, ``"cudnn"``, ``"efficient"`` or
             ``"math"``, which holds the scores. Default: what PyTorch chooses on that GPU, else ``"flash"``. With a
             mask it is the memory-efficient one.
+        images: Images in each sequence, where the model reads text and images; 0 for text alone.
+        image_size: Pixels of an image's edge, or its height and width, where the model takes more than its own
+            ``vision_config.image_size``; models of any resolution are asked with 448.
+        trainer: What runs the step. ``"trl-sft"``, ``"trl-dpo"``, ``"trl-reward"``, ``"trl-grpo"``: the loss of
+            the installed TRL runs, and what it sets up by default counts (checkpointing, adapters of QLoRA in
+            bfloat16, no ``prepare_model_for_kbit_training``). ``"transformers"``: the Trainer, which is what the
+            defaults describe. ``"loop"``: a loop of one's own, which holds the outputs and has no autocast.
+        args: A ``TrainingArguments``, ``SFTConfig``, ``DPOConfig``, ``RewardConfig`` or ``GRPOConfig``: trainer,
+            batch, length, accumulation, optimizer, precision, checkpointing, packing and the loss are read from
+            it; what is given here as well counts instead.
+        padding_free: Whether the sequences of a batch are put into one row, as packing does.
         frozen: Parameters of the adapter that are not trained: ``["lora_A"]`` as in LoRA-FA, or whole names in
             the base. ``optimizer="lorafa"``, PEFT's own, freezes them by itself.
 
@@ -75,7 +89,13 @@ def estimate_memory(
         ValueError: An argument is out of its range, the base cannot be built, PEFT refuses the
             configuration, or the model does something that needs values; the message names it.
     """
-    return step_memory(config, base, **setting).estimate(batch_size, seq_len)
+    read = read_arguments(setting["args"]) if setting.get("args") is not None else {}
+    point = {"batch_size": batch_size, "seq_len": seq_len}
+    point = {name: read.get(name) if value is None else value for name, value in point.items()}
+    for name, value in point.items():
+        if value is None:
+            raise TypeError(f"estimate_memory needs {name}=, or args= of a trainer that have it")
+    return step_memory(config, base, **setting).estimate(*(require_count(n, v) for n, v in point.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +111,7 @@ class StepMemory:
 
     _predictor: Predictor
     rank: int
+    _left_out: tuple[Unmodelled, ...] = ()
 
     def peak_allocated(self, batch_size: int, seq_len: int, r: int | None = None) -> int:
         """What ``torch.cuda.max_memory_allocated`` would say."""
@@ -102,7 +123,7 @@ class StepMemory:
 
     def estimate(self, batch_size: int, seq_len: int, r: int | None = None) -> MemoryEstimate:
         """Everything about one step."""
-        return self._predictor.estimate(*self._point(batch_size, seq_len, r))
+        return _with(self._left_out, self._predictor.estimate(*self._point(batch_size, seq_len, r)))
 
     def _point(self, batch_size: int, seq_len: int, r: int | None) -> tuple[int, int, int]:
         return (
@@ -126,12 +147,58 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
     Raises:
         TypeError, ValueError: As ``estimate_memory``.
     """
-    checked = checked_setting(**{**setting, **_answers(base, setting)})
     if isinstance(base, (str, os.PathLike)):
         from pytest_lora.inspection.skeleton import read_config
 
         base = read_config(Path(base))
-    return StepMemory(_predictor(base, config, checked), config.r)
+    given: dict[str, Any] = {
+        **setting,
+        **_answers(base, setting),
+        "quantization": _as_stored(base, setting.get("quantization")),
+    }
+    if given.get("args") is not None:
+        read = read_arguments(given["args"])
+        given = {
+            **{name: value for name, value in read.items() if name not in ("batch_size", "seq_len")},
+            **given,
+        }
+    checked = checked_setting(**given)
+    return StepMemory(_predictor(base, config, checked), config.r, _left_out(base))
+
+
+def _left_out(base: Any) -> tuple[Unmodelled, ...]:
+    if not hasattr(base, "modules"):
+        return ()
+    from pytest_lora.inspection.memory.live_model import left_out
+
+    return left_out(base)
+
+
+def _with(left_out: tuple[Unmodelled, ...], estimate: MemoryEstimate) -> MemoryEstimate:
+    return replace(estimate, unmodelled=(*estimate.unmodelled, *left_out)) if left_out else estimate
+
+
+def _as_stored(base: Any, asked: Any) -> Any:
+    """The quantization that is asked for, or that a base has already.
+
+    Raises:
+        ValueError: Both, and not the same.
+    """
+    stored = declared_quantization(getattr(base, "config", base))
+    if stored is None and hasattr(base, "modules"):
+        from pytest_lora.inspection.memory.live_model import quantization_of_model
+
+        stored = quantization_of_model(base)
+    if getattr(asked, "dequantize", False):
+        return None
+    if stored is None:
+        return asked
+    if asked is None or (stored.by_bitsandbytes and checked_setting(quantization=asked).quantization):
+        return stored
+    raise ValueError(
+        f"quantization: the base is stored in {stored.method} already; leave quantization out, or give a configuration "
+        "with dequantize=True to have it unpacked"
+    )
 
 
 def _answers(base: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +208,8 @@ def _answers(base: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
     return {name: answer for name, answer in of_model(base)._asdict().items() if setting.get(name) is None}
 
 
-_KEPT = 64
+_KEPT = 256
+"""Predictors, some MB each: a search over targets comes back to those it has tried."""
 _predictors: dict[Any, Predictor] = {}
 
 
@@ -156,13 +224,28 @@ def _predictor(base: Any, config: LoraConfig, setting: StepSetting) -> Predictor
 
     if not isinstance(base, PretrainedConfig):
         return Predictor(base, config, setting)
-    adapter = {name: value for name, value in vars(config).items() if name not in ("r", "lora_alpha")}
-    key = (_identity(base), type(config), _identity(adapter), setting)
+    key = (_identity(base), type(config), _identity(_what_takes_memory(config)), setting)
     if key not in _predictors:
         if len(_predictors) >= _KEPT:
             del _predictors[next(iter(_predictors))]
         _predictors[key] = Predictor(copy.deepcopy(base), copy.deepcopy(config), setting)
     return _predictors[key]
+
+
+_SCALES = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
+"""The rank is asked for at each point; the others are numbers that a layer multiplies by."""
+
+
+def _what_takes_memory(config: LoraConfig) -> dict[str, Any]:
+    """The fields of an adapter that two steps must share to make the same storages."""
+    from pytest_lora.inspection.rehearsal import READ_WEIGHTS
+
+    fields = {name: value for name, value in vars(config).items() if name not in _SCALES}
+    fields["lora_dropout"] = bool(config.lora_dropout)
+    init = fields["init_lora_weights"]
+    if init in (True, False, "gaussian") or str(init).lower().startswith(READ_WEIGHTS):
+        fields["init_lora_weights"] = True
+    return fields
 
 
 def _identity(value: Any) -> Hashable:
@@ -196,4 +279,5 @@ def estimate_of_model(model: nn.Module, batch: Any) -> MemoryEstimate | None:
     if found is None:
         return None
     predictor = _predictor(found.base, found.config, found.setting)
-    return predictor.estimate(found.setting.batch_size, found.setting.seq_len, found.config.r)
+    estimate = predictor.estimate(found.setting.batch_size, found.setting.seq_len, found.config.r)
+    return _with(_left_out(model), estimate)

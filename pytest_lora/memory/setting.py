@@ -10,17 +10,18 @@ from pytest_lora.facts.byte_sizes import parse_bytes
 from pytest_lora.facts.memory import (
     AMPERE_WORKSPACE,
     ATTENTION_KERNELS,
+    BITSANDBYTES,
     Attention,
     Checkpointing,
     Quantization,
     StepSetting,
 )
+from pytest_lora.memory.trainer import TRAINERS, loss_fields, trainer_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig
 
-_METHODS = ("nf4", "fp4", "int8")
 _DTYPES = ("bfloat16", "float16", "float32")
 _SHORT_DTYPES = {
     "bf16": "bfloat16",
@@ -37,19 +38,24 @@ def checked_setting(
     *,
     quantization: str | BitsAndBytesConfig | Quantization | None = None,
     dtype: str | torch.dtype = "bfloat16",
-    gradient_checkpointing: Checkpointing = False,
+    gradient_checkpointing: Checkpointing | None = None,
     optimizer: str = "adamw_torch",
     padding_mask: bool = False,
     accumulation: int = 1,
-    outputs_held: bool = False,
+    outputs_held: bool | None = None,
     prepare_for_kbit: bool | None = None,
-    autocast: bool | None = None,
-    adapter_dtype: str | torch.dtype = "float32",
+    autocast: bool | str | None = None,
+    adapter_dtype: str | torch.dtype | None = None,
     use_cache: bool = False,
     empty_cache: bool = False,
     workspace: int | str | None = None,
     attention: Attention | None = None,
     frozen: Sequence[str] = (),
+    images: int = 1,
+    image_size: int | tuple[int, int] | None = None,
+    trainer: str | None = None,
+    args: Any = None,
+    padding_free: bool = False,
 ) -> StepSetting:
     """The arguments of ``estimate_memory`` as facts; batch size and sequence length are left at 1.
 
@@ -60,41 +66,52 @@ def checked_setting(
     """
     from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 
+    trainer = _trainer(trainer, args)
+    by_trl = trainer.startswith("trl-")
     dtype = _dtype("dtype", dtype)
-    adapter_dtype = _dtype("adapter_dtype", adapter_dtype)
     attention = "flash" if attention is None else attention
     _require_one_of("attention", attention, ATTENTION_KERNELS)
     _require_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
+    packed = _quantization(quantization, dtype)
+    kbit = packed is not None and (packed.by_bitsandbytes or packed.method == "gptq") and not by_trl
+    if adapter_dtype is None:  # TRL keeps adapters of QLoRA in bfloat16, PEFT in float32
+        adapter_dtype = "bfloat16" if by_trl and packed is not None else "float32"
+    if gradient_checkpointing is None:
+        gradient_checkpointing = by_trl
     if gradient_checkpointing not in (True, False, "reentrant"):
         raise ValueError(
             f"gradient_checkpointing must be True, False or 'reentrant', not {gradient_checkpointing!r}"
         )
-    packed = _quantization(quantization, dtype)
+    if outputs_held is None:
+        outputs_held = trainer == "loop"
     flags = {
         "padding_mask": padding_mask,
         "outputs_held": outputs_held,
-        "autocast": dtype != "float32" if autocast is None else autocast,
         "use_cache": use_cache,
         "empty_cache": empty_cache,
-        "prepare_for_kbit": packed is not None if prepare_for_kbit is None else prepare_for_kbit,
+        "padding_free": padding_free,
+        "prepare_for_kbit": kbit if prepare_for_kbit is None else prepare_for_kbit,
     }
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, not {value!r}")
-    if flags["autocast"] and dtype == "float32":
-        raise ValueError("autocast needs a dtype to cast to; give dtype='bfloat16', or autocast=False")
     return StepSetting(
         batch_size=1,
         seq_len=1,
         quantization=packed,
         dtype=dtype,
-        adapter_dtype=adapter_dtype,
+        adapter_dtype=_dtype("adapter_dtype", adapter_dtype),
+        autocast=_autocast(autocast, dtype, trainer),
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         accumulation=require_count("accumulation", accumulation),
         workspace=AMPERE_WORKSPACE if workspace is None else parse_bytes(workspace, "workspace"),
         attention=attention,
         frozen=_names("frozen", frozen),
+        images=require_count("images", images, least=0),
+        image_size=_image_size(image_size),
+        trainer=trainer,
+        args=() if args is None or not by_trl else loss_fields(args),
         **flags,
     )
 
@@ -104,11 +121,11 @@ def _quantization(given: Any, dtype: str) -> Quantization | None:
         return given
     if isinstance(given, str):
         given = _BITS.get(given, given)
-        _require_one_of("quantization", given, _METHODS)
+        _require_one_of("quantization", given, BITSANDBYTES)
         return Quantization(given, compute_dtype=dtype)
     if not hasattr(given, "load_in_4bit") or not hasattr(given, "load_in_8bit"):
         raise TypeError(
-            f"quantization must be one of {', '.join(_METHODS)}, a BitsAndBytesConfig or None, "
+            f"quantization must be one of {', '.join(BITSANDBYTES)}, a BitsAndBytesConfig or None, "
             f"not {type(given).__name__}"
         )
     skipped = tuple(given.llm_int8_skip_modules or ())
@@ -123,6 +140,46 @@ def _quantization(given: Any, dtype: str) -> Quantization | None:
         compute_dtype=str(given.bnb_4bit_compute_dtype).removeprefix("torch."),
         skip_modules=skipped,
     )
+
+
+def declared_quantization(config: Any) -> Quantization | None:
+    """How a checkpoint is stored by its own configuration.
+
+    Raises:
+        ValueError: It is stored in a way that is not known here.
+    """
+    parts = (config, getattr(config, "text_config", None))
+    found = next((d for p in parts if (d := getattr(p, "quantization_config", None))), None)
+    if found is None:
+        return None
+    values: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
+    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method", "bitsandbytes")))
+    if values.get("dequantize"):
+        return None
+    if method.startswith("bitsandbytes"):
+        return _quantization(_bitsandbytes(values), "bfloat16")
+    if method not in ("gptq", "awq", "fp8", "mxfp4"):
+        raise ValueError(
+            f"base: its weights are stored by {method!r}, which is not known here; known are bitsandbytes, gptq, awq, "
+            "fp8 and mxfp4. Without quantization_config in its configuration it is estimated in dtype"
+        )
+    skipped = values.get("modules_to_not_convert") or ()
+    block = values.get("weight_block_size")
+    group = values.get("group_size", 128)
+    return Quantization(
+        method,
+        skip_modules=tuple(skipped),
+        bits=int(values.get("bits", values.get("w_bit", 4)) or 4),
+        group_size=group if group and group > 0 else None,
+        block_size=(int(block[0]), int(block[1])) if block else None,
+    )
+
+
+def _bitsandbytes(values: dict[str, Any]) -> Any:
+    import transformers
+
+    make: Any = transformers.BitsAndBytesConfig
+    return make.from_dict(values)
 
 
 def _names(name: str, given: Any) -> tuple[str, ...]:
@@ -154,14 +211,48 @@ def _require_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}{meant}")
 
 
-def require_count(name: str, value: Any) -> int:
-    """A whole number above 0.
+def _trainer(given: Any, args: Any) -> str:
+    """The name of the trainer; empty where a step is described by the other arguments alone."""
+    if given:
+        _require_one_of("trainer", given, TRAINERS)
+    if args is None or isinstance(args, tuple):
+        return given or ""
+    found = trainer_of(args)
+    if given and given != found:
+        raise ValueError(
+            f"trainer: a {type(args).__name__} is for {found!r}, not {given!r}; leave one of them out"
+        )
+    return found
+
+
+def _autocast(given: Any, dtype: str, trainer: str) -> str:
+    """The dtype of autocast; a trainer's is bfloat16 over weights in float32."""
+    if given is None:
+        given = dtype != "float32" and trainer != "loop"
+    if given is False or given == "":
+        return ""
+    if given is True:
+        return "bfloat16" if dtype == "float32" else dtype
+    return _dtype("autocast", given)
+
+
+def _image_size(given: Any) -> int | tuple[int, int] | None:
+    if given is None:
+        return None
+    if isinstance(given, (tuple, list)):
+        height, width = (require_count("image_size", edge) for edge in given)
+        return height, width
+    return require_count("image_size", given)
+
+
+def require_count(name: str, value: Any, *, least: int = 1) -> int:
+    """A whole number of at least 1, or what is said.
 
     Raises:
         TypeError, ValueError: It is none; the message names the argument.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
     return value

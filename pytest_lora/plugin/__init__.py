@@ -57,8 +57,18 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
             pins.pin_early(early_config)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers, read the options once, and make saved adapters test items where they are named."""
+    if str(config.getoption("--hypothesis-profile", None)).startswith("lora-"):
+        # Hypothesis loads the profile in its own pytest_configure, before any test could have registered it.
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from pytest_lora.strategies.profiles import register_profiles
+
+        register_profiles()
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     is_worker = hasattr(config, "workerinput")

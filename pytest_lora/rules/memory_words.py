@@ -24,6 +24,16 @@ def step_in_words(estimate: MemoryEstimate) -> str:
     )
 
 
+def may_need_more(estimate: MemoryEstimate) -> bool:
+    """Whether parts are left out that need memory."""
+    return estimate.bound in ("at least", "about")
+
+
+def may_need_less(estimate: MemoryEstimate) -> bool:
+    """Whether parts are left out that save memory."""
+    return estimate.bound in ("at most", "about")
+
+
 def largest_parts(estimate: MemoryEstimate, categories: Iterable[str] | None = None) -> str:
     """``"activations 12.1 GiB, logits and loss 3.2 GiB"``, the largest first."""
     chosen = estimate.breakdown if categories is None else categories

@@ -12,8 +12,8 @@ def register_profiles() -> None:
     """Register ``lora-ci`` and ``lora-dev``; which profile is used stays with the user.
 
     Neither has a deadline. ``lora-ci`` draws 200 examples, the same in every run; ``lora-dev`` draws 25.
-    Chosen by ``settings.load_profile("lora-ci")`` or ``pytest --hypothesis-profile=lora-ci``, after
-    ``pytest_lora.strategies`` was imported (in ``conftest.py``).
+    Chosen by ``pytest --hypothesis-profile=lora-ci``, or by ``settings.load_profile("lora-ci")`` after
+    ``pytest_lora.strategies`` was imported.
     """
     settings.register_profile(
         "lora-ci",

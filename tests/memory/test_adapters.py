@@ -52,8 +52,8 @@ def test_a_live_model_is_estimated_with_what_it_trains() -> None:
         if "lora_A" in name:
             parameter.requires_grad_(False)
     all_frozen = estimate_of_model(model, batch)
-    assert trained
-    assert one_frozen
-    assert all_frozen
+    assert trained is not None
+    assert one_frozen is not None
+    assert all_frozen is not None
     assert trained.after_step - one_frozen.after_step == 2 * 4 * 16 * 256
     assert trained.after_step - all_frozen.after_step == 2 * 4 * 7 * 16 * (6 * 128 + 256)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +19,10 @@ from pytest_lora import (
     check_memory,
     estimate_memory,
 )
+from pytest_lora.expect import Expect
 from pytest_lora.facts.byte_sizes import format_bytes
+from pytest_lora.facts.memory import MemoryFacts, Unmodelled
+from pytest_lora.rules import judge
 
 BASE = LlamaConfig(
     hidden_size=512, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=8, vocab_size=4000
@@ -170,3 +175,21 @@ def test_all_together_leaves_out_what_needs_more() -> None:
 def test_an_unknown_setting_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="has no argument 'quantisation'; write quantization="):
         check_memory(BASE, adapter(), budget="24GiB", quantisation="nf4", **STEP)
+
+
+def test_a_bound_fails_no_assertion_in_the_wrong_direction() -> None:
+    """An upper bound above the budget is no fault, nor is a lower bound below it a proof."""
+    upper = copy.deepcopy(BASE)
+    upper.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    peak = estimate_memory(adapter(), upper, **STEP).peak_allocated
+    for budget, codes in ((peak - 2**20, ["LORA506"]), (peak // 2, ["LORA506"]), (80 * 2**30, [])):
+        report = check_memory(upper, adapter(), budget=budget, advise=False, **STEP)
+        assert [f.code for f in report.findings] == codes
+        assert not report.errors
+
+    lower = MemoryFacts(
+        replace(estimate_memory(adapter(), BASE, **STEP), unmodelled=(Unmodelled("more is", "at least"),)),
+        budget=80 * 2**30,
+    )
+    assert [f.code for f in judge([lower], Expect())] == ["LORA506"]
+    assert "LORA502" in {f.code for f in judge([replace(lower, budget=peak // 2)], Expect())}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
+from pytest_lora.inspection.memory.images import image_edges, images_for, reads_images
 from pytest_lora.inspection.skeleton import META
 
 
@@ -16,15 +18,23 @@ def batch_for(model: nn.Module, setting: StepSetting) -> dict[str, Any]:
 
     Args:
         model: A transformers model.
-        setting: Batch size and sequence length; images and audio have the size of the model's configuration.
+        setting: Batch size, sequence length and images; audio has the length of the model's configuration, or for
+            waveforms that of ``seq_len`` frames.
 
     Raises:
-        ValueError: The model takes an input that is neither text, images nor audio features.
+        ValueError: The model takes an input that is neither text, images nor audio.
     """
     transformer: Any = model
     name = _main_input(transformer)
-    batch: dict[str, Any] = {name: _inputs(name, transformer.config, setting)}
-    if setting.padding_mask and name == "input_ids":
+    takes = inspect.signature(type(model).forward).parameters
+    batch: dict[str, Any] = {}
+    if name == "input_ids" or ("input_ids" in takes and "pixel_values" in takes):
+        batch["input_ids"] = _integers(setting.batch_size, setting.seq_len)
+    if name != "input_ids":
+        batch[name] = _inputs(name, transformer.config, setting)
+    elif "pixel_values" in takes and reads_images(model) and setting.images:
+        batch.update(images_for(transformer, setting, takes))
+    if setting.padding_mask and "input_ids" in batch:
         batch["attention_mask"] = _integers(setting.batch_size, setting.seq_len)
     batch.update(_labels(type(model).__name__, setting))
     return batch
@@ -33,7 +43,8 @@ def batch_for(model: nn.Module, setting: StepSetting) -> dict[str, Any]:
 def has_tokens(model: nn.Module) -> bool:
     """Whether sequence length means anything: a transformers model reads tokens, or learns to write them."""
     labels = _labels(type(model).__name__, StepSetting(1, 1)).values()
-    return _main_input(model) == "input_ids" or any(tensor.dim() == 2 for tensor in labels)
+    name = _main_input(model)
+    return name in ("input_ids", "input_values") or any(tensor.dim() == 2 for tensor in labels)
 
 
 def _main_input(transformer: Any) -> str:
@@ -43,22 +54,29 @@ def _main_input(transformer: Any) -> str:
 
 def _inputs(name: str, config: Any, setting: StepSetting) -> torch.Tensor:
     size = setting.batch_size
-    if name == "input_ids":
-        return _integers(size, setting.seq_len)
     if name == "pixel_values":
         vision = getattr(config, "vision_config", config)
-        edge = vision.image_size
-        height, width = edge if isinstance(edge, (tuple, list)) else (edge, edge)
-        dtype = getattr(torch, setting.dtype)
-        return torch.empty(size, getattr(vision, "num_channels", 3), height, width, dtype=dtype, device=META)
+        height, width = image_edges(vision, setting)
+        return _numbers(setting, size, getattr(vision, "num_channels", 3), height, width)
     if name == "input_features":
-        frames = 2 * config.max_source_positions
-        return torch.empty(
-            size, config.num_mel_bins, frames, dtype=getattr(torch, setting.dtype), device=META
-        )
+        return _numbers(setting, size, config.num_mel_bins, 2 * config.max_source_positions)
+    if name == "input_values" and hasattr(config, "conv_kernel"):
+        return _numbers(setting, size, _samples(config, setting.seq_len))
     raise ValueError(
-        f"base: its main input is {name!r}; a step can be made of text, images or audio features"
+        f"base: its main input is {name!r}; a step can be made of text, images, waveforms or audio features"
     )
+
+
+def _samples(config: Any, frames: int) -> int:
+    """The samples of a waveform that the convolutions of an encoder make so many frames of."""
+    length = frames
+    for kernel, stride in reversed(list(zip(config.conv_kernel, config.conv_stride, strict=True))):
+        length = (length - 1) * stride + kernel
+    return length
+
+
+def _numbers(setting: StepSetting, *shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=getattr(torch, setting.dtype), device=META)
 
 
 def _labels(architecture: str, setting: StepSetting) -> dict[str, torch.Tensor]:

@@ -15,6 +15,8 @@ from pytest_lora.facts.memory import Attention
 _torch_attention = functional.scaled_dot_product_attention
 _torch_dropout = functional.dropout
 _torch_autocast = torch.autocast
+_torch_is_enabled = torch.is_autocast_enabled
+_torch_dtype_of = torch.get_autocast_dtype
 
 LOWERED: tuple[tuple[Any, str], ...] = (
     (functional, "linear"),
@@ -57,8 +59,10 @@ def cuda_kernels(autocast: torch.dtype | None, attention: Attention = "flash") -
         (functional, "scaled_dot_product_attention", attend),
         (functional, "dropout", _dropout),
     ]
+    casts = _Autocast(autocast)
+    replaced.append((torch, "is_autocast_enabled", casts.is_enabled))
+    replaced.append((torch, "get_autocast_dtype", casts.dtype_of))
     if autocast is not None:
-        casts = _Autocast()
         replaced[0] = (functional, "scaled_dot_product_attention", casts.casting(attend, autocast))
         replaced += [(m, n, casts.casting(getattr(m, n), autocast)) for m, n in LOWERED]
         replaced += [(m, n, casts.casting(getattr(m, n), torch.float32)) for m, n in RAISED]
@@ -85,10 +89,21 @@ def _dropout(tensor: torch.Tensor, p: float = 0.5, training: bool = True, inplac
 
 
 class _Autocast:
-    """Whether arguments are cast now: code may turn that off for a while."""
+    """Whether arguments are cast now: code may turn that off for a while, and ask."""
 
-    def __init__(self) -> None:
-        self._enabled = True
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
+        self._enabled = dtype is not None
+
+    def is_enabled(self, device_type: str = "cuda") -> bool:
+        """In the place of ``torch.is_autocast_enabled``."""
+        return self._enabled if device_type == "meta" else _torch_is_enabled(device_type)
+
+    def dtype_of(self, device_type: str) -> torch.dtype:
+        """In the place of ``torch.get_autocast_dtype``."""
+        if device_type == "meta" and self._dtype is not None:
+            return self._dtype
+        return _torch_dtype_of("cuda" if device_type == "meta" else device_type)
 
     def casting(self, function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
         """The function with its floating-point arguments in a dtype."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from pytest_lora.inspection.memory.batches import batch_for
 from pytest_lora.inspection.memory.cuda_kernels import cuda_kernels
 from pytest_lora.inspection.memory.layer_stacks import KEPT, Stack
 from pytest_lora.inspection.memory.meta_model import MetaModel
+from pytest_lora.inspection.memory.patience import TooLongError
+from pytest_lora.inspection.memory.remedies import remedy
 from pytest_lora.inspection.memory.stand_ins import StandIns
 from pytest_lora.inspection.memory.storage_tracker import (
     OUTSIDE,
@@ -23,7 +25,12 @@ from pytest_lora.inspection.memory.storage_tracker import (
     collected_late,
     quiet,
 )
+from pytest_lora.inspection.memory.trainers import fused_kernels, trl_loss
 from pytest_lora.inspection.transformers_internals import masks_without_values
+
+
+class NotTracedError(ValueError):
+    """A step does something that cannot be done without values, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,10 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
     model = built.model
     trainable = [p for p in model.parameters() if p.requires_grad]
     config = _text_config(built.transformer)
-    autocast = getattr(torch, setting.dtype) if setting.autocast else None
-    stand_ins = StandIns(padded=setting.padding_mask, experts=_first_of(config, _EXPERTS))
+    autocast = getattr(torch, setting.autocast) if setting.autocast else None
+    stand_ins = StandIns(
+        padded=setting.padding_mask, experts=_first_of(config, _EXPERTS), images=setting.images
+    )
     tracker = StorageTracker(_first_of(config, ("vocab_size",)), stand_ins)
     for tensor in (*model.parameters(), *model.buffers()):
         tracker.ignore(tensor)
@@ -68,19 +77,23 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
             tracker.ignore(parameter.grad)
     try:
         with (
-            _following(built.stacks, tracker),
+            _following(built.transformer, built.stacks, tracker),
             _gradients_noticed(trainable, tracker),
             quiet(),
             collected_late(),
             masks_without_values(),
             cuda_kernels(autocast, setting.attention),
+            fused_kernels() if setting.by_trl else nullcontext(),
             tracker.recorded(),
         ):
             _step(built, setting, tracker)
+    except TooLongError:
+        raise
     except Exception as error:
         kind = "" if isinstance(error, NeedsValuesError) else f"{type(error).__name__}: "
-        raise ValueError(
+        raise NotTracedError(
             f"base: a step of {type(built.transformer).__name__} cannot be traced: {kind}{error}"
+            f"{remedy(error, built.transformer)}"
         ) from error
     finally:
         tracker.recording = False
@@ -97,12 +110,17 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
 
 
 def _step(built: MetaModel, setting: StepSetting, tracker: StorageTracker) -> None:
-    batch = batch_for(built.transformer, setting)
-    outputs: Any = built.model(**batch)
-    tracker.unit = OUTSIDE
-    loss = outputs["loss"] if "loss" in outputs else outputs[0].float().mean()
-    if not setting.outputs_held:
+    held: list[Any] = []
+    loss: Any
+    if setting.by_trl:
+        loss = trl_loss(built.model, setting)
+    else:
+        outputs: Any = built.model(**batch_for(built.transformer, setting))
+        loss = outputs["loss"] if "loss" in outputs else outputs[0].float().mean()
+        if setting.outputs_held:
+            held.append(outputs)
         del outputs
+    tracker.unit = OUTSIDE
     tracker.phase = "backward"
     loss.backward()
     tracker.unit = OUTSIDE
@@ -137,7 +155,7 @@ def _gradients_noticed(trainable: list[nn.Parameter], tracker: StorageTracker) -
 
 
 @contextmanager
-def _following(stacks: list[Stack], tracker: StorageTracker) -> Iterator[None]:
+def _following(transformer: nn.Module, stacks: list[Stack], tracker: StorageTracker) -> Iterator[None]:
     """Tell the tracker which unit runs: by the layers' calls, and by the gradients of their outputs."""
     handles = []
     for stack in stacks:
@@ -146,6 +164,8 @@ def _following(stacks: list[Stack], tracker: StorageTracker) -> Iterator[None]:
                 enter = _entering(tracker, KEPT * stack.number + i)
                 handles.append(layer.register_forward_pre_hook(enter))
                 handles.append(layer.register_forward_hook(enter))
+    # A step may run the model several times; what is between its layers belongs to none.
+    handles.append(transformer.register_forward_pre_hook(_entering(tracker, OUTSIDE)))
     try:
         yield
     finally:

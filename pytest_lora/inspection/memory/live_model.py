@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pytest_lora.facts.memory import Quantization, StepSetting
+from pytest_lora.facts.memory import Quantization, StepSetting, Unmodelled
 from pytest_lora.inspection.base import dtype_name
 from pytest_lora.inspection.bitsandbytes_internals import quantized_layers
 from pytest_lora.inspection.memory.devices import of_model
@@ -32,7 +32,7 @@ def described(model: nn.Module, batch_size: int, seq_len: int) -> Described | No
     if base is None or not configs:
         return None
     config = next(iter(configs.values()))
-    packed = _quantization(root)
+    packed = quantization_of_model(root)
     dtype = dtype_name(_commonest([p for p in root.parameters() if not p.requires_grad]))
     setting = StepSetting(
         batch_size=batch_size,
@@ -48,6 +48,22 @@ def described(model: nn.Module, batch_size: int, seq_len: int) -> Described | No
     return Described(base, config, setting)
 
 
+_WRAPPERS = {
+    "DistributedDataParallel": Unmodelled("gradient buckets of DistributedDataParallel are", "at least"),
+    "FullyShardedDataParallel": Unmodelled("weights cut over several GPUs (FSDP) are", "at most"),
+    "FSDPModule": Unmodelled("weights cut over several GPUs (FSDP) are", "at most"),
+    "OptimizedModule": Unmodelled("operations that torch.compile fuses are", "at most"),
+}
+
+
+def left_out(model: nn.Module) -> tuple[Unmodelled, ...]:
+    """What of a live model no estimate counts: what wraps it."""
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    if any(getattr(module, "_compiled_call_impl", None) for module in model.modules()):
+        kinds.add("OptimizedModule")
+    return tuple(dict.fromkeys(found for name, found in _WRAPPERS.items() if name in kinds))
+
+
 def _commonest(parameters: list[nn.Parameter]) -> torch.dtype:
     counts: Counter[torch.dtype] = Counter()
     for parameter in parameters:
@@ -56,7 +72,8 @@ def _commonest(parameters: list[nn.Parameter]) -> torch.dtype:
     return counts.most_common(1)[0][0] if counts else torch.float32
 
 
-def _quantization(root: nn.Module) -> Quantization | None:
+def quantization_of_model(root: nn.Module) -> Quantization | None:
+    """How bitsandbytes stores the layers of a live model; None where it stores none."""
     layers: list[Any] = list(quantized_layers(root))
     if not layers:
         return None

@@ -17,6 +17,9 @@ from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
 from pytest_lora.inspection.memory.layer_stacks import Stack, cut_stacks
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
+from pytest_lora.inspection.memory.packed_weights import pack_weights
+from pytest_lora.inspection.memory.remedies import excluded_by_peft
+from pytest_lora.inspection.memory.trainers import fuse_head
 from pytest_lora.inspection.memory.weights import Weight, loaded_weights, units_of
 from pytest_lora.inspection.peft_internals import freeze, store_adapter
 from pytest_lora.inspection.rehearsal import without_values
@@ -27,12 +30,12 @@ from pytest_lora.inspection.skeleton import (
     skeleton,
     without_initial_values,
 )
-from pytest_lora.inspection.transformers_internals import quantized_linears
+from pytest_lora.inspection.transformers_internals import kept_whole, quantized_linears
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-_LAYER_FIELDS = ("layers_to_transform", "layer_replication", "rank_pattern", "exclude_modules")
+_LAYER_FIELDS = ("layers_to_transform", "layer_replication", "rank_pattern")
 _NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
 
 
@@ -55,9 +58,14 @@ class MetaModel:
     @property
     def transformer(self) -> nn.Module:
         """The base under the adapter."""
-        wrapper: Any = self.model
-        inner: nn.Module = wrapper.get_base_model()
-        return inner
+        return adapted_base(self.model)
+
+
+def adapted_base(model: nn.Module) -> nn.Module:
+    """The base under PEFT's wrapper."""
+    wrapper: Any = model
+    inner: nn.Module = wrapper.get_base_model()
+    return inner
 
 
 def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> MetaModel:
@@ -73,11 +81,14 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> 
         TypeError: ``base`` is nothing that a base can be made of.
         ValueError: The base cannot be built, carries an adapter, or PEFT refuses the configuration.
     """
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     dtype: torch.dtype = getattr(torch, setting.dtype)
+    task = getattr(config.task_type, "value", config.task_type)
+    if setting.trainer == "trl-reward" and isinstance(base, PretrainedConfig):
+        base, task = _scoring(base), "SEQ_CLS"
     with _default_dtype(dtype):
-        model = resolve_base(base, getattr(config.task_type, "value", config.task_type))
+        model = resolve_base(base, task)
     if isinstance(base, nn.Module):
         require_no_adapter(model)
         if not isinstance(model, PreTrainedModel):
@@ -86,20 +97,42 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> 
             )
         model = _in_dtype(skeleton(model), dtype)
     alike = same_in_every_layer(config) and not any(_NUMBERED.search(name) for name in setting.frozen)
+    _complete(model)
     stacks = cut_stacks(model) if cut and alike else []
     if setting.quantization is not None:
-        _quantize(model, setting.quantization, dtype)
+        _quantize(model, setting.quantization, setting)
     _prepare(model, setting)
     adapted = _with_adapter(model, config, setting).train()
-    store_adapter(adapted, getattr(torch, setting.adapter_dtype))
+    store_adapter(adapted, getattr(torch, setting.adapter_dtype), magnitudes=not setting.by_trl)
     freeze(adapted, (*setting.frozen, *OPTIMIZERS[setting.optimizer].frozen))
+    if setting.by_trl:
+        fuse_head(adapted_base(adapted), setting)
     unit_of = units_of(stacks)
     return MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of))
 
 
+def _scoring(base: Any) -> Any:
+    """The configuration of a model with one number as its output, which TRL builds to learn rewards."""
+    scoring = copy.deepcopy(base)
+    scoring.architectures = None
+    scoring.id2label = {0: "LABEL_0"}
+    scoring.label2id = {"LABEL_0": 0}
+    return scoring
+
+
+def _complete(model: nn.Module) -> None:
+    """Give a configuration the token numbers that every training sets; which number it is does not matter."""
+    transformer: Any = model
+    for name in ("pad_token_id", "image_token_id", "image_token_index"):
+        if getattr(transformer.config, name, 0) is None:
+            setattr(transformer.config, name, 0)
+
+
 def same_in_every_layer(config: LoraConfig) -> bool:
     """Whether a configuration cannot tell one layer from another by its number."""
-    names = [config.target_modules, config.modules_to_save, config.target_parameters]
+    if isinstance(config.exclude_modules, str):
+        return False
+    names = [config.exclude_modules, config.target_modules, config.modules_to_save, config.target_parameters]
     if any(getattr(config, field, None) for field in _LAYER_FIELDS):
         return False
     if isinstance(config.target_modules, str):
@@ -124,11 +157,14 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _quantize(model: nn.Module, quantization: Quantization, dtype: torch.dtype) -> None:
+def _quantize(model: nn.Module, quantization: Quantization, setting: StepSetting) -> None:
     """Replace linear layers as transformers does, and give them quantized weights without values."""
+    if not quantization.by_bitsandbytes:
+        pack_weights(model, [*kept_whole(model, None), *quantization.skip_modules], setting)
+        return
     in_4_bits = quantization.method != "int8"
     for module in quantized_linears(model, _bitsandbytes_config(quantization)):
-        pack_on_meta(module, dtype)
+        pack_on_meta(module, getattr(torch, setting.dtype))
     marked: Any = model
     marked.is_quantized = True
     marked.is_loaded_in_4bit, marked.is_loaded_in_8bit = in_4_bits, not in_4_bits
@@ -165,7 +201,7 @@ def _prepare(model: nn.Module, setting: StepSetting) -> None:
         )
     elif checkpointing:
         transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
-        if reentrant:
+        if reentrant or setting.by_trl:
             transformer.enable_input_require_grads()
     if checkpointing or not setting.use_cache:
         transformer.config.use_cache = False
@@ -189,7 +225,9 @@ def _with_adapter(model: nn.Module, config: LoraConfig, setting: StepSetting) ->
                 autocast_adapter_dtype=setting.adapter_dtype == "float32",
             )
     except Exception as error:
-        raise ValueError(f"config: PEFT refuses it on this base: {error}{_hint(error, setting)}") from error
+        raise ValueError(
+            f"config: PEFT refuses it on this base: {error}{_hint(error, setting)}{excluded_by_peft(error)}"
+        ) from error
     return adapted
 
 

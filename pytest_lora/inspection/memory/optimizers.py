@@ -114,9 +114,11 @@ def state_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[
             _fill_state(optimizer, parameter)
     except Exception as error:
         raise ValueError(f"optimizer: {name!r} cannot be asked for its state: {error}") from error
+    # LoRA-FA keeps its state by the name of a layer, the others by the parameter.
+    state: dict[str, Any] = optimizer.state.get(parameter) or next(iter(optimizer.state.values()), {})
     return tuple(
         value.untyped_storage().nbytes()
-        for key, value in (optimizer.state.get(parameter) or next(iter(optimizer.state.values()))).items()
+        for key, value in state.items()
         if isinstance(value, torch.Tensor) and value.is_meta and not key.startswith(_SHARED)
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from pytest_lora.facts.memory import MemoryEstimate, StepSetting
+from pytest_lora.facts.byte_sizes import format_bytes
+from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
 from pytest_lora.inspection.memory.batches import has_tokens
 from pytest_lora.inspection.memory.compiled_replay import fastest_replay
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
+from pytest_lora.inspection.memory.dry_run import NotTracedError
 from pytest_lora.inspection.memory.estimate import StepShape
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
+from pytest_lora.inspection.memory.patience import limited, require_few
 from pytest_lora.inspection.memory.sizes import Family, Point, Surface, fitted
 from pytest_lora.inspection.memory.step import Step, assemble
 from pytest_lora.inspection.memory.storage_tracker import quiet
@@ -34,6 +39,12 @@ TOLERANCE = 0.0005
 
 FIT_AFTER = 6
 """Points that are traced one by one before a surface is fitted, which takes a dozen traces."""
+
+WORTH_FITTING = 3.0
+"""Seconds of a trace up to which a dozen of them is worth the wait."""
+
+LONG = 200_000
+"""Events from which the compiled replay of the allocator is worth loading at once."""
 
 COMPILE_AFTER = 8
 """Replays of the allocator in Python before a compiled one is used, which takes as long to load as about eight
@@ -64,6 +75,7 @@ class Predictor:
         self._surfaces: dict[Any, tuple[StepShape, Surface] | None] = {}
         self._asked: Counter[Any] = Counter()
         self._replays = 0
+        self._slowest = 0.0
         self._whole = False
 
     def peak_allocated(self, batch_size: int, seq_len: int, rank: int) -> int:
@@ -97,11 +109,15 @@ class Predictor:
             paged=paged,
             cuda_context=CUDA_CONTEXT,
             has_tokens=has_tokens(model),
+            unmodelled=tuple(
+                _unmodelled(replace(self.setting, batch_size=batch_size, seq_len=seq_len), model)
+            ),
         )
 
     def _reserved(self, shape: StepShape, sizes: NDArray[np.int64]) -> int:
         self._replays += 1
-        replay = plainly_replayed if self._replays <= COMPILE_AFTER else fastest_replay()
+        soon = self._replays > COMPILE_AFTER or len(shape.line.index) > LONG
+        replay = fastest_replay() if soon else plainly_replayed
         return shape.peak_reserved(sizes, replay, emptied=self.setting.empty_cache)
 
     def _at(self, point: Point) -> tuple[StepShape, NDArray[np.int64], int]:
@@ -109,7 +125,7 @@ class Predictor:
         surface = self._surfaces.get(family.key)
         if surface is None and point not in self._traced:
             self._asked[family.key] += 1
-            if self._asked[family.key] > FIT_AFTER:
+            if self._asked[family.key] > FIT_AFTER and self._slowest < WORTH_FITTING:
                 surface = self._fit(family)
         if surface is not None:
             shape, fit = surface
@@ -133,24 +149,32 @@ class Predictor:
 
     def _trace(self, point: Point) -> tuple[StepShape, Step]:
         if point not in self._traced:
-            step = self._step(point)
             try:
-                shape = StepShape(step)
-            except NotRepeatingError:
-                self._whole = True
-                self._models.clear()
                 step = self._step(point)
                 shape = StepShape(step)
+            except (NotRepeatingError, NotTracedError):  # some models count their layers, or address them
+                if self._whole or not any(built.stacks for built in self._models.values()):
+                    raise
+                self._whole = True
+                self._models.clear()
+                return self._trace(point)
             self._traced[point] = shape, step
         return self._traced[point]
 
     def _step(self, point: Point) -> Step:
         batch_size, seq_len, rank = point
         setting = replace(self.setting, batch_size=batch_size, seq_len=seq_len)
+        since = time.monotonic()
         model = self._base if isinstance(self._base, nn.Module) else None
         # The step runs on the meta device, so the values of a live model are out of its reach.
         with Keeper(model, values=False):
-            return assemble(self._model(rank), setting)
+            built = self._model(rank)
+            what = f"a step of {type(built.transformer).__name__}, batch {batch_size} x {seq_len}, r={rank}"
+            with limited(what):
+                step = assemble(built, setting)
+        require_few(what, step.whole_length())
+        self._slowest = max(self._slowest, time.monotonic() - since)
+        return step
 
     def _model(self, rank: int) -> MetaModel:
         if rank not in self._models:
@@ -159,6 +183,39 @@ class Predictor:
             with quiet():
                 self._models = {rank: build(self._base, config, self.setting, cut=not self._whole)}
         return self._models[rank]
+
+
+def _unmodelled(setting: StepSetting, model: nn.Module) -> Iterator[Unmodelled]:
+    asked: dict[str, Any] = dict(setting.args)
+    if asked.get("activation_offloading"):
+        yield Unmodelled("activations that are moved to the host are", "at most")
+    if asked.get("use_liger_kernel"):
+        yield Unmodelled("kernels of Liger that keep less for the backward are", "at most")
+    if setting.trainer == "trl-grpo":
+        cache = _cache_of_generation(getattr(model, "config", None), setting)
+        words = (
+            f", whose keys and values take {format_bytes(cache)} or more beside the weights," if cache else ""
+        )
+        yield Unmodelled(f"generation{words} is", "at least")
+    packed = setting.quantization
+    if packed is not None and not packed.by_bitsandbytes:
+        yield Unmodelled(f"kernels of {packed.method} that unpack a weight in parts are", "at most")
+    if packed is not None and packed.method == "mxfp4":
+        yield Unmodelled(
+            "that transformers trains mxfp4 only with Mxfp4Config(dequantize=True) is", "at least"
+        )
+
+
+def _cache_of_generation(config: Any, setting: StepSetting) -> int:
+    """Bytes of keys and values of a whole batch of sequences, two bytes a number; 0 where they are not known."""
+    text = getattr(config, "text_config", config)
+    layers, heads = (getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    width = getattr(text, "hidden_size", None)
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(width, int)):
+        return 0
+    groups: int = getattr(text, "num_key_value_heads", None) or heads
+    each: int = getattr(text, "head_dim", None) or width // heads
+    return 2 * 2 * layers * groups * each * setting.batch_size * setting.seq_len
 
 
 def _thresholds(base: Any) -> list[int]:

@@ -16,29 +16,39 @@ class StandIns:
     """Answers for tensors on the meta device.
 
     - ``all()`` of a mask is true unless the batch is padded, ``any()`` is false: nothing is infinite or packed.
+    - A mask selects everything, where it is asked for what it selects.
     - Experts get equal shares of the tokens; in float32 they multiply as in bfloat16, which the meta kernel asks for.
 
     Args:
         padded: Whether batches hold padding.
         experts: Experts of a mixture, if the model is one.
+        images: Images in each sequence, which is what a model counts when it asks the host for whole numbers.
     """
 
-    def __init__(self, *, padded: bool, experts: int | None) -> None:
+    def __init__(self, *, padded: bool, experts: int | None, images: int = 1) -> None:
         self._padded = padded
+        self._images = images
         self._experts = experts
         self._asked = 0
         packet = getattr(torch.ops.bitsandbytes, "gemm_4bit", None)
         self._gemm_4bit = packet and packet.default
-        self._answers: dict[Any, Callable[..., torch.Tensor | int | None]] = {
+        self._answers: dict[Any, Callable[..., Any]] = {
             _aten.all.default: lambda mask: torch.tensor(not self._padded),
             _aten.any.default: lambda mask: torch.tensor(False),
             _aten.histc.default: lambda values, bins=100, *limits, **named: values.new_empty(bins),
             _aten.nonzero.default: self._nonzero,
-            _aten._local_scalar_dense.default: self._expert,
+            _aten._is_all_true.default: lambda mask: torch.tensor(True),
+            _aten.index.Tensor: _masked,
+            _aten._to_copy.default: self._counted,
+            _aten._local_scalar_dense.default: self._scalar,
+            _aten.split_with_sizes.default: _split,
+            _aten.masked_select.default: lambda values, mask: values.new_empty(values.numel()),
+            _aten._ctc_loss.Tensor: _ctc_loss,
+            _aten._ctc_loss_backward.Tensor: lambda grad, log_probs, *rest: torch.empty_like(log_probs),
             _aten._grouped_mm.default: _grouped_mm,
         }
 
-    def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | int | None:
+    def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The stand-in for an operation's result; None where it can run."""
         known = self._answers.get(func)
         return known(*args, **kwargs) if known is not None and args[0].is_meta else None
@@ -57,19 +67,55 @@ class StandIns:
             held += [torch.empty_like(args[_PACKED_SCALES], dtype=torch.float32) for _ in range(2)]
         return [("bitsandbytes.dequantize_4bit in gemm_4bit", tensor) for tensor in held]
 
-    def _expert(self, index: torch.Tensor) -> int | None:
-        """A loop over experts asks for the number of one: each in turn."""
+    def _scalar(self, index: torch.Tensor) -> int | None:
+        """What raises if it is true is false; a loop over experts asks for the number of one: each in turn."""
+        if index.dtype == torch.bool:
+            return False
         if self._experts is None or index.is_floating_point():
             return None
         self._asked += 1
         return (self._asked - 1) % self._experts
 
-    def _nonzero(self, mask: torch.Tensor) -> torch.Tensor | None:
-        """Every expert is hit, and each by its share of the (choice, token) pairs."""
-        if self._experts is None:
+    def _counted(self, values: torch.Tensor, **how: Any) -> torch.Tensor | None:
+        if values.is_floating_point() or how.get("device") != torch.device("cpu"):
             return None
+        return torch.full(values.shape, self._images)
+
+    def _nonzero(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """Every expert is hit, and each by its share of the (choice, token) pairs; any other mask is all true."""
+        if self._experts is None:
+            return mask.new_empty(mask.numel(), mask.dim(), dtype=torch.long)
         hits = mask.numel() if mask.dim() == 1 else -(-mask.numel() // self._experts)
         return mask.new_empty(hits, mask.dim(), dtype=torch.long)
+
+
+def _split(values: torch.Tensor, sizes: list[int], dim: int = 0) -> Any:
+    """Images whose sizes are not known get equal shares of the features."""
+    length = values.shape[dim]
+    if sum(sizes) == length or length % len(sizes):
+        return None
+    return list(_aten.split.Tensor(values, length // len(sizes), dim))
+
+
+def _ctc_loss(
+    log_probs: torch.Tensor,
+    targets: torch.Tensor,
+    lengths: torch.Tensor,
+    targets_of: torch.Tensor,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each row and its forward variables (aten/src/ATen/native/cuda/LossCTC.cu)."""
+    frames, rows = log_probs.shape[:2]
+    longest = targets.shape[-1] if targets.dim() == 2 else -(-targets.numel() // rows)
+    return log_probs.new_empty(rows), log_probs.new_empty(rows, frames, 2 * longest + 1)
+
+
+def _masked(values: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """What a mask selects: all, as nothing says less."""
+    mask = indices[0] if len(indices) == 1 else None
+    if mask is None or mask.dtype != torch.bool:
+        return None
+    return values.new_empty(mask.numel(), *values.shape[mask.dim() :])
 
 
 def _grouped_mm(

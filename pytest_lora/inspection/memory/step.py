@@ -48,6 +48,11 @@ class Step:
     copies: dict[int, int] = field(default_factory=dict)
     workspaces: dict[str, int] = field(default_factory=dict)
 
+    def whole_length(self) -> int:
+        """Events of the whole model, where those of an inner unit count for every copy."""
+        times = {KEPT * stack + FIRST_INNER: copies - 1 for stack, copies in self.copies.items()}
+        return sum(times.get(unit, 1) for unit in self.units)
+
     def make(self, size: int, category: str, operation: str, phase: str, unit: int) -> int:
         index = len(self.sizes)
         self.sizes.append(size)

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pytest_lora.inspection.memory.known_results import KnownResults
+from pytest_lora.inspection.memory.patience import tick
 from pytest_lora.inspection.memory.stand_ins import StandIns
 
 OUTSIDE = -1
@@ -83,12 +84,13 @@ class StorageTracker:
         return context
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tick(self.phase)
         meanwhile = self._stand_ins.held_by_the_kernel(func, args)
         for name, tensor in meanwhile:
             self._made(tensor, name)
         out = self._stand_ins.answer(func, args, kwargs)
         try:
-            out = _RESULTS.run(func, args, kwargs) if out is None else out
+            out = self._computed(func, args, kwargs) if out is None else out
         except (NotImplementedError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise NeedsValuesError(f"{func} in the {self.phase} needs values: {reason}") from error
@@ -99,6 +101,19 @@ class StorageTracker:
                 if isinstance(leaf, torch.Tensor):
                     self._made(leaf, func)
         return out
+
+    def _computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result; where values from the host meet tensors without, they lose theirs, as if moved to the GPU."""
+        try:
+            return _RESULTS.run(func, args, kwargs)
+        except (NotImplementedError, RuntimeError):
+            devices = {
+                leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+            }
+            if devices != {"cpu", "meta"}:
+                raise
+            args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(_META), (args, kwargs))
+            return _RESULTS.run(func, args, kwargs)
 
     def _made(self, tensor: torch.Tensor, func: Any) -> None:
         if tensor.device != _META:

@@ -8,6 +8,7 @@ from torch import nn
 
 from pytest_lora.inspection.bitsandbytes_internals import quantization_statistics
 from pytest_lora.inspection.memory.layer_stacks import KEPT, Stack
+from pytest_lora.inspection.memory.packed_weights import STATISTICS
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 
 
@@ -38,7 +39,7 @@ def loaded_weights(model: nn.Module, unit_of: dict[int, int]) -> list[Weight]:
     found: list[Weight] = []
     for tensor in (*model.parameters(), *model.buffers()):
         unit = unit_of.get(id(tensor), OUTSIDE)
-        statistics = quantization_statistics(tensor)
+        statistics = getattr(tensor, STATISTICS, None) or quantization_statistics(tensor)
         category = _category(tensor, id(tensor) in embeddings, bool(statistics))
         for part, kind in ((tensor, category), *((s, "quantization statistics") for s in statistics)):
             storage = part.untyped_storage()

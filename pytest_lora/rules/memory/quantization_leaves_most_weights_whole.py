@@ -42,12 +42,12 @@ def quantization_leaves_most_weights_whole(facts: MemoryFacts, expect: Expect) -
     estimate = facts.estimate
     whole = estimate.breakdown.get("base weights", 0)
     packed = estimate.breakdown.get("quantized base weights", 0)
-    if estimate.setting.quantization is None or whole <= packed:
+    if not estimate.is_mostly_whole:
         return
     yield Violation(
         where=step_in_words(estimate),
         observed=f"{format_bytes(packed)} of weights are quantized, {format_bytes(whole)} stay whole",
         expected="most of the base's weights quantized",
-        fix="quantize with a method that packs fused experts, or leave the base in bfloat16 and call neither "
-        "BitsAndBytesConfig nor prepare_model_for_kbit_training",
+        fix="quantize with a method that packs fused experts, or leave the base in bfloat16, quantization=None, and "
+        "call neither BitsAndBytesConfig nor prepare_model_for_kbit_training",
     )

@@ -6,7 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.memory_words import advice, largest_parts, step_in_words
+from pytest_lora.rules.memory_words import advice, largest_parts, may_need_less, step_in_words
 
 
 @rule("LORA502", severity="error", needs=MemoryFacts)
@@ -46,7 +46,7 @@ def step_does_not_fit(facts: MemoryFacts, expect: Expect) -> Iterator[Violation]
     - Anatomy of a model's memory: https://huggingface.co/docs/transformers/model_memory_anatomy
     """
     estimate = facts.estimate
-    if estimate.peak_allocated <= facts.budget or estimate.loaded > facts.budget:
+    if estimate.peak_allocated <= facts.budget or estimate.loaded > facts.budget or may_need_less(estimate):
         return
     yield Violation(
         where=step_in_words(estimate),

@@ -49,8 +49,8 @@ def config_changed_after_creation(facts: ModelFacts, expect: Expect) -> Iterator
                     observed=f"the configuration of adapter {config.adapter!r} says {field}={value:g}, its "
                     f"layers have {own:g}",
                     expected="a configuration that is not changed once its adapter exists",
-                    fix=f"set {field} before get_peft_model; here put {field}={own:g} back, or make the "
-                    "adapter anew",
+                    fix=f"set {field} before get_peft_model, not after; here put it back: "
+                    f"model.peft_config[{config.adapter!r}].{field} = {own!r}",
                     severity="error" if field == "r" else None,
                 )
 

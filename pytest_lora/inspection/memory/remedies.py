@@ -1,0 +1,67 @@
+"""What to write where a step fails here as it would on a GPU: the module that it failed in, and how to spare it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from pytest_lora.inspection.bitsandbytes_internals import quantized_layers
+from pytest_lora.inspection.peft_internals import LoraLayer
+
+
+def remedy(error: Exception, model: nn.Module) -> str:
+    """``"; ..."`` with what to write; empty where the cause is not known."""
+    path = _modules_at(error, model)
+    if isinstance(error, AttributeError) and path and isinstance(path[-1][1], LoraLayer):
+        name = path[-1][0].rpartition(".")[2]
+        return (
+            f"; {path[-1][0]} returns several tensors, and PEFT can adapt layers that return one: write "
+            f"exclude_modules=[{name!r}] in the LoraConfig"
+        )
+    packed = {id(layer) for layer in quantized_layers(model)}
+    for name, module in reversed(path):
+        own = sorted({n for n, layer in _own_layers(module) if id(layer) in packed})
+        if own and "scalar type" in str(error):
+            return (
+                f"; {name} multiplies by a packed weight itself, which fails on a GPU too: leave its layers whole with "
+                f"BitsAndBytesConfig(..., llm_int8_skip_modules={own})"
+            )
+    return ""
+
+
+def _modules_at(error: BaseException, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a model whose code was running, from the outside to the inside, by clean base names."""
+    names = {id(module): _clean(name) for name, module in model.named_modules()}
+    found: dict[int, tuple[str, nn.Module]] = {}
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    for raised in (error, root):
+        trace = raised.__traceback__
+        while trace is not None:
+            running = trace.tb_frame.f_locals.get("self")
+            if isinstance(running, nn.Module) and id(running) in names:
+                found.setdefault(id(running), (names[id(running)], running))
+            trace = trace.tb_next
+    return list(found.values())
+
+
+def _own_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children of a module and what adapters wrap, by the children's names."""
+    for name, child in module.named_children():
+        yield name, child
+        inner = getattr(child, "base_layer", None)
+        if isinstance(inner, nn.Module):
+            yield name, inner
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"(^|\.)base_layer(?=\.|$)", "", name)
+
+
+def excluded_by_peft(error: Exception) -> str:
+    """What to write where PEFT refuses modules of a kind of model by name (``out_proj`` of Mamba's family)."""
+    match = re.search(r"Module '([^']+)' is incompatible", str(error))
+    return f" Write exclude_modules=[{match[1]!r}] in the LoraConfig." if match else ""

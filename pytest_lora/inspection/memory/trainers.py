@@ -1,0 +1,245 @@
+"""The losses of trainers: their installed code runs on a batch without values."""
+
+from __future__ import annotations
+
+import importlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import MISSING, dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pytest_lora.facts.memory import StepSetting
+from pytest_lora.inspection.skeleton import META
+
+
+@dataclass(frozen=True)
+class TrainerKind:
+    """A trainer of TRL.
+
+    Attributes:
+        name: Its class in ``trl``.
+        arguments: The class of its arguments there.
+        batch: Makes its batch.
+        sequences: Sequences that the model reads at once for each one of the batch.
+        scored: What its fused head computes for each token; None where it has none.
+    """
+
+    name: str
+    arguments: str
+    batch: Callable[[StepSetting], dict[str, Any]]
+    sequences: int = 1
+    scored: tuple[str, ...] | None = None
+
+
+def _integers(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.long, device=META)
+
+
+def _sft(setting: StepSetting) -> dict[str, Any]:
+    """As ``DataCollatorForLanguageModeling`` gives them: padded, or without padding in one row."""
+    if setting.padding_free:
+        shape = 1, setting.batch_size * setting.seq_len
+        return {
+            "input_ids": _integers(*shape),
+            "labels": _integers(*shape),
+            "position_ids": _integers(*shape),
+        }
+    shape = setting.batch_size, setting.seq_len
+    return {"input_ids": _integers(*shape), "labels": _integers(*shape), "attention_mask": _integers(*shape)}
+
+
+def _pairs(setting: StepSetting) -> dict[str, Any]:
+    shape = 2 * setting.batch_size, setting.seq_len
+    return {"input_ids": _integers(*shape), "attention_mask": _integers(*shape)}
+
+
+def _dpo(setting: StepSetting) -> dict[str, Any]:
+    """Chosen and rejected, one above the other (``DataCollatorForPreference``)."""
+    return {**_pairs(setting), "completion_mask": _integers(2 * setting.batch_size, setting.seq_len)}
+
+
+def _grpo(setting: StepSetting) -> dict[str, Any]:
+    """Completions with their prompts, after generation and scoring."""
+    arguments = trainer_arguments(setting)
+    completion = min(arguments.max_completion_length or setting.seq_len, setting.seq_len - 1)
+    rows, prompt = setting.batch_size, setting.seq_len - completion
+    batch: dict[str, Any] = {
+        "prompt_ids": _integers(rows, prompt),
+        "prompt_mask": _integers(rows, prompt),
+        "completion_ids": _integers(rows, completion),
+        "completion_mask": _integers(rows, completion),
+        "advantages": torch.empty(rows, device=META),
+        "num_items_in_batch": torch.empty((), device=META),
+    }
+    if arguments.beta:
+        batch["ref_per_token_logps"] = torch.empty(rows, completion, device=META)
+    if arguments.num_iterations > 1:
+        batch["old_per_token_logps"] = torch.empty(rows, completion, device=META)
+    return batch
+
+
+TRL: dict[str, TrainerKind] = {
+    "trl-sft": TrainerKind("SFTTrainer", "SFTConfig", _sft, scored=("log_probs", "entropy", "is_top1")),
+    "trl-dpo": TrainerKind(
+        "DPOTrainer",
+        "DPOConfig",
+        _dpo,
+        sequences=2,
+        scored=("log_probs", "entropy", "mean_logits", "is_top1"),
+    ),
+    "trl-reward": TrainerKind("RewardTrainer", "RewardConfig", _pairs, sequences=2),
+    "trl-grpo": TrainerKind("GRPOTrainer", "GRPOConfig", _grpo, scored=("log_probs", "entropy")),
+}
+
+
+def _trl(name: str) -> Any:
+    """A class of TRL.
+
+    Raises:
+        ValueError: TRL is not installed, or this version has no such class.
+    """
+    try:
+        return getattr(importlib.import_module("trl"), name)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"trainer: its step is run by TRL itself, which has no {name} here ({error}); pip install trl"
+        ) from error
+
+
+def trainer_arguments(setting: StepSetting) -> Any:
+    """The arguments of a TRL trainer: its own defaults, and what was given."""
+    declared: Any = fields(_trl(TRL[setting.trainer].arguments))
+    values = {
+        f.name: f.default if f.default is not MISSING else f.default_factory()
+        for f in declared
+        if f.default is not MISSING or f.default_factory is not MISSING
+    }
+    values.update(setting.args)
+    if values.get("steps_per_generation", 0) is None:
+        values["steps_per_generation"] = setting.accumulation
+    return SimpleNamespace(**values)
+
+
+def fuse_head(transformer: Any, setting: StepSetting) -> None:
+    """Give the base the fused head that the installed TRL gives it; older versions have none."""
+    kind = TRL[setting.trainer]
+    fuse = getattr(_utilities(), "add_fused_lm_head", None)
+    if fuse is None or kind.scored is None:
+        return
+    arguments = trainer_arguments(setting)
+    more = {}
+    if setting.trainer == "trl-grpo":
+        more = {
+            "temperature": arguments.temperature,
+            "cast_lm_head_to_fp32": arguments.cast_lm_head_to_fp32,
+        }
+    weighted = ("log_sum_sq_probs",) if getattr(arguments, "use_weighting", False) else ()
+    fuse(transformer, outputs=(*kind.scored, *weighted), **more)
+
+
+def _utilities() -> Any:
+    return importlib.import_module("trl.trainer.utils")
+
+
+def trl_loss(model: nn.Module, setting: StepSetting) -> torch.Tensor:
+    """The loss that the installed trainer computes for a batch, its reference model and metrics included."""
+    kind = TRL[setting.trainer]
+    trainer = _trainer(_trl(kind.name), model, trainer_arguments(setting), setting)
+    batch = kind.batch(setting)
+    count = torch.empty((), dtype=torch.long, device=META)
+    loss: torch.Tensor = trainer.compute_loss(model, batch, num_items_in_batch=count)
+    return loss
+
+
+def _trainer(kind: Any, model: nn.Module, arguments: Any, setting: StepSetting) -> Any:
+    """A trainer that was never set up: no data, no processes; what its loss asks for is there."""
+    losses = getattr(arguments, "loss_type", None)
+    losses = [losses] if isinstance(losses, str) and setting.trainer == "trl-dpo" else losses
+    weights = getattr(arguments, "loss_weights", None)
+    known = {
+        **vars(arguments),
+        "args": arguments,
+        "model": model,
+        "accelerator": _Accelerator(),
+        "ref_model": None,
+        "_metrics": {"train": defaultdict(list), "eval": defaultdict(list)},
+        "_total_train_tokens": 0,
+        "_tp_size": 1,
+        "current_gradient_accumulation_steps": setting.accumulation,
+        "aux_loss_enabled": False,
+        "router_aux_loss_coef": 0.0,
+        "compute_loss_func": None,
+        "label_smoother": None,
+        "precompute_ref_logps": getattr(arguments, "precompute_ref_log_probs", False),
+        "loss_types": list(losses) if isinstance(losses, (list, tuple)) else losses,
+        "loss_weights": weights or [1.0] * len(losses or ()),
+        "epsilon_low": getattr(arguments, "epsilon", None),
+        "epsilon_high": getattr(arguments, "epsilon_high", None) or getattr(arguments, "epsilon", None),
+        "_entropy_bonus_enabled": bool(getattr(arguments, "entropy_coef", 0.0)),
+        "_last_world_entropy": float("inf"),
+        "_entropy_window_stats": None,
+        "is_deepspeed_enabled": False,
+        "is_fsdp_enabled": False,
+    }
+    made = object.__new__(kind)
+    vars(made).update(known)
+    return made
+
+
+class _Accelerator:
+    """One process. What is gathered is logged, from the host."""
+
+    num_processes = 1
+    is_main_process = True
+    sync_gradients = True
+    parallelism_config = None
+    device = META
+
+    def gather(self, value: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        return torch.zeros(value.shape, dtype=value.dtype)
+
+    gather_for_metrics = gather
+    reduce = gather
+
+    def unwrap_model(self, model: nn.Module, *rest: Any, **named: Any) -> nn.Module:
+        return model
+
+    def autocast(self) -> Any:
+        return nullcontext()
+
+
+@contextmanager
+def fused_kernels() -> Iterator[None]:
+    """Let TRL's fused head leave the storages that its CUDA kernels leave: they fold each tile in place.
+
+    Tokens that are not scored are left out before the head; without values all are scored.
+    """
+    try:
+        kernels: Any = importlib.import_module("trl.kernels.chunked_logprob")
+    except ImportError:  # older than the fused head
+        yield
+        return
+    utilities = _utilities()
+
+    def fold(*_: Any, **__: Any) -> None:
+        """In place."""
+
+    replaced = [
+        (kernels, "_forward_tile", fold),
+        (kernels, "_backward_tile", fold),
+        (kernels, "_addmm_fp32", fold),
+        (utilities, "_use_triton", lambda device: True),
+    ]
+    before = [(home, name, getattr(home, name)) for home, name, _ in replaced]
+    try:
+        for home, name, function in replaced:
+            setattr(home, name, function)
+        yield
+    finally:
+        for home, name, function in before:
+            setattr(home, name, function)

@@ -1,0 +1,101 @@
+"""What a trainer decides about a step: read from its name, or from its arguments."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+_BY_ARGUMENTS = {
+    "SFTConfig": "trl-sft",
+    "DPOConfig": "trl-dpo",
+    "RewardConfig": "trl-reward",
+    "GRPOConfig": "trl-grpo",
+}
+TRAINERS = ("transformers", *_BY_ARGUMENTS.values(), "loop")
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+_OTHERS = frozenset({"output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id"})
+"""Fields that only say where things go."""
+
+
+def trainer_of(args: Any) -> str:
+    """The trainer that arguments are for.
+
+    Raises:
+        TypeError, ValueError: They are of no trainer, or of one that is not known here.
+    """
+    names = [kind.__name__ for kind in type(args).__mro__]
+    if "TrainingArguments" not in names:
+        raise TypeError(
+            f"args must be a transformers.TrainingArguments or one of {', '.join(_BY_ARGUMENTS)} of TRL, "
+            f"not {type(args).__name__}"
+        )
+    found = next((_BY_ARGUMENTS[name] for name in names if name in _BY_ARGUMENTS), None)
+    if found is None and any(kind.__module__.startswith("trl.") for kind in type(args).__mro__):
+        raise ValueError(
+            f"args: the trainer of a {names[0]} is not known here; known are {', '.join(TRAINERS)}. Describe its step "
+            "with the other arguments"
+        )
+    return found or "transformers"
+
+
+def read_arguments(args: Any) -> dict[str, Any]:
+    """The settings of a step, and its batch and length, as a trainer's arguments have them.
+
+    Raises:
+        TypeError, ValueError: See ``trainer_of``; or they ask for something that is not installed.
+    """
+    trainer = trainer_of(args)
+    values: dict[str, Any] = vars(args)
+    if values.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError("args: use_liger_kernel=True, but Liger is not installed; pip install liger-kernel")
+    autocast = next((dtype for field, dtype in _DTYPES.items() if values.get(field)), "")
+    found: dict[str, Any] = {
+        "trainer": trainer,
+        "args": args,
+        "batch_size": values["per_device_train_batch_size"],
+        "accumulation": values["gradient_accumulation_steps"],
+        "optimizer": str(getattr(values["optim"], "value", values["optim"])),
+        "gradient_checkpointing": _checkpointing(trainer, values),
+        "autocast": autocast or False,
+        "empty_cache": values.get("torch_empty_cache_steps") is not None,
+    }
+    length = values.get("max_length")
+    if length is not None:
+        found["seq_len"] = length
+    packed = bool(values.get("packing")) and values.get("packing_strategy", "bfd").startswith("bfd")
+    if packed or values.get("padding_free"):
+        found["padding_free"] = True
+    return found
+
+
+def _checkpointing(trainer: str, values: Mapping[str, Any]) -> bool | str:
+    """transformers 5 and TRL checkpoint without reentrance where nothing is said; transformers 4 with it."""
+    if not values.get("gradient_checkpointing"):
+        return False
+    import transformers
+    from packaging.version import Version
+
+    older = Version(transformers.__version__) < Version("5.0.0") and trainer == "transformers"
+    asked = (values.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant")
+    return "reentrant" if (older if asked is None else asked) else True
+
+
+def loss_fields(args: Any) -> tuple[tuple[str, Hashable], ...]:
+    """The fields of a trainer's arguments that its loss may read, as facts."""
+    if isinstance(args, tuple):
+        return args
+    return tuple(
+        (name, fact) for name, value in vars(args).items() if (fact := _fact(name, value)) is not None
+    )
+
+
+def _fact(name: str, value: Any) -> Hashable | None:
+    if name in _OTHERS or name.startswith("_"):
+        return None
+    if isinstance(value, list):
+        value = tuple(value)
+    plain = (bool, int, float, str)
+    whole = isinstance(value, tuple) and all(isinstance(part, plain) for part in value)
+    return value if isinstance(value, plain) or whole else None
