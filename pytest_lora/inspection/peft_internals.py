@@ -147,19 +147,13 @@ def further_tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[str, Tenso
     """
     beside = layer.lora_bias.get(adapter) or is_adalora(layer)
     for name in layer.adapter_layer_names:
-        if name in _FACTORS and not (beside and name == "lora_B"):
-            continue
-        held: Any = getattr(layer, name, None)
-        if not held or adapter not in held:
-            continue
-        part = held[adapter]
-        named = part.named_parameters() if hasattr(part, "named_parameters") else [("weight", part)]
-        for own, tensor in named:
-            if own != "weight" or name != "lora_B" or is_adalora(layer):
-                yield name if own == "weight" else f"{name}.{own}", tensor
-
-
-_FACTORS = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
+        held: Any = getattr(layer, name, None) or {}
+        if adapter in held:
+            part = held[adapter]
+            named = part.named_parameters() if hasattr(part, "named_parameters") else [("weight", part)]
+            for own, tensor in named:
+                if tensor is not two.a and tensor is not two.b:
+                    yield name if own == "weight" else f"{name}.{own}", tensor
 
 
 def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
