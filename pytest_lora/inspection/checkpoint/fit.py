@@ -60,7 +60,9 @@ class Base:
             raise ValueError("base: it carries adapters itself; give the base model without them")
         self.facts: BaseFacts = base_facts(self.found, base_parameters(self.found))
         self.name = _name(self.model, base)
-        self.wrapper = next((name for name in WRAPPERS if name in getattr(base, "_modules", ())), "")
+        # A base may call a part of itself "module"; what was taken off is a wrapper.
+        taken_off = isinstance(base, nn.Module) and base is not self.model
+        self.wrapper = next((name for name in WRAPPERS if taken_off and name in base._modules), "")
 
     def meant_by(self, raw: dict[str, Any], tensors: tuple[TensorFacts, ...], keys: dict[str, Key]) -> Base:
         """The base of the class that an adapter's own configuration means, where a ``config.json`` names another.
