@@ -89,6 +89,11 @@ class LayerState(LayerFacts):
         return (self.a, self.b, *self.further)
 
     @property
+    def prunes_ranks(self) -> bool:
+        """Whether AdaLoRA takes ranks away from this module while it trains."""
+        return self.b.name == "lora_E"
+
+    @property
     def trainable(self) -> bool:
         """Whether any factor requires gradients."""
         return self.a.trainable or self.b.trainable

@@ -72,8 +72,8 @@ def layer_facts(lora: dict[str, LoraLayer], adapter: str) -> Iterator[LayerFacts
     """The geometry of one adapter on every module that has it."""
     for module, layer in lora.items():
         if adapter in adapter_names(layer):
-            others = further_tensors(layer, adapter)
-            yield LayerFacts(**_geometry(module, layer, adapter, factors(layer, adapter), others))
+            pair, others = factors(layer, adapter), tuple(further_tensors(layer, adapter))
+            yield LayerFacts(**_geometry(module, layer, adapter, pair, others))
 
 
 def layer_states(
@@ -89,7 +89,7 @@ def layer_states(
         registered: Classes of layers that a configuration registers for modules of its own.
     """
     found = [(m, layer, a, factors(layer, a)) for m, layer in lora.items() for a in adapter_names(layer)]
-    further = [tuple(further_tensors(layer, adapter, pair)) for _, layer, adapter, pair in found]
+    further = [tuple(further_tensors(layer, adapter)) for _, layer, adapter, _ in found]
     both = zip(found, further, strict=True)
     values = read_values(t for (_, _, _, f), others in both for t in (f.a, f.b, *(o for _, o in others)))
     filled = fills((f.a, f.b) for _, _, _, f in found if values.get(id(f.b), UNREAD).zero is False)
@@ -159,7 +159,7 @@ def _factor(name: str, tensor: torch.Tensor, values: dict[int, Values], by_desig
 
 
 def _geometry(
-    module: str, layer: LoraLayer, adapter: str, pair: Factors, others: Iterable[tuple[str, torch.Tensor]]
+    module: str, layer: LoraLayer, adapter: str, pair: Factors, others: tuple[tuple[str, torch.Tensor], ...]
 ) -> dict[str, Any]:
     fused = fused_parameter(layer)
     base = layer.get_base_layer()

@@ -107,8 +107,8 @@ def held_layer(layer: BaseTunerLayer) -> nn.Module:
 
 
 def adapter_names(layer: LoraLayer) -> tuple[str, ...]:
-    """Adapters on one LoRA layer, in the order they were added."""
-    return tuple(layer.r)
+    """Adapters on one LoRA layer, in the order they were added; AdaLoRA may have taken every rank of one away."""
+    return tuple(name for name, rank in layer.r.items() if rank)
 
 
 def active_adapters(
@@ -141,23 +141,26 @@ def _weight(factor: Any) -> Tensor:
     return weight
 
 
-def further_tensors(
-    layer: LoraLayer, adapter: str, pair: Factors | None = None
-) -> Iterator[tuple[str, Tensor]]:
+def further_tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[str, Tensor]]:
     """What a variant of LoRA trains on a layer beside the two factors, by its name in PEFT.
 
-    The magnitude of DoRA, the diagonal of KaSA, the left singular vectors of AdaLoRA. ``pair`` spares looking the
-    factors up once more.
+    The magnitude of DoRA, the diagonal of KaSA, the left singular vectors of AdaLoRA, a bias of ``lora_B``.
     """
-    two = factors(layer, adapter) if pair is None else pair
+    beside = layer.lora_bias.get(adapter) or is_adalora(layer)
     for name in layer.adapter_layer_names:
-        held: Any = getattr(layer, name, None) or {}
-        if adapter in held:
-            part = held[adapter]
-            named = part.named_parameters() if hasattr(part, "named_parameters") else [("weight", part)]
-            for own, tensor in named:
-                if tensor is not two.a and tensor is not two.b:
-                    yield name if own == "weight" else f"{name}.{own}", tensor
+        if name in _FACTORS and not (beside and name == "lora_B"):
+            continue
+        held: Any = getattr(layer, name, None)
+        if not held or adapter not in held:
+            continue
+        part = held[adapter]
+        named = part.named_parameters() if hasattr(part, "named_parameters") else [("weight", part)]
+        for own, tensor in named:
+            if own != "weight" or name != "lora_B" or is_adalora(layer):
+                yield name if own == "weight" else f"{name}.{own}", tensor
+
+
+_FACTORS = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
 
 
 def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
@@ -211,18 +214,10 @@ def trains_xlora(model: nn.Module) -> bool:
 
 
 def xlora_models(model: nn.Module) -> list[Any]:
-    """The tuners of X-LoRA in a model; they lie around its base."""
-    return [module for module in _outside_of_layers(model) if isinstance(module, XLoraModel)]
-
-
-def _outside_of_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that lie around a tuner's base, and the tuner: none of the base's own."""
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        yield module
-        if not isinstance(module, BaseTuner) or isinstance(module, XLoraModel):
-            waiting += [child for child in module._modules.values() if child is not None]
+    """The tuner of X-LoRA in a model, if it has one."""
+    outer: Any = next((module for module in model.modules() if isinstance(module, WRAPPERS)), None)
+    tuner = getattr(outer, "base_model", None)
+    return [tuner] if isinstance(tuner, XLoraModel) else []
 
 
 def is_adalora(layer: LoraLayer) -> bool:

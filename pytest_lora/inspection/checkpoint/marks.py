@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class Marking:
     def __init__(self, shape: tuple[int, ...], width: int) -> None:
         self._columns = shape[1]
         self._width = width
-        self._rows: list[np.ndarray[tuple[int], np.dtype[np.bool_]]] = []
+        self._rows: list[np.ndarray[tuple[Any, ...], np.dtype[np.bool_]]] = []
         self._filled = np.zeros(min(shape[1], MOST_RANKS), bool)
 
     @property
@@ -36,7 +37,7 @@ class Marking:
     def add(self, raw: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
         """Look at the next rows."""
         numbers = raw.view(f"u{self._width}").reshape(-1, self._columns)
-        self._rows.append(numbers.any(axis=1))
+        self._rows.append(np.asarray(numbers.any(axis=1)))
         if self._columns <= MOST_RANKS:
             self._filled |= numbers.any(axis=0)
 

@@ -82,6 +82,7 @@ BY_HAND: dict[str, str] = {
     "LORA443": _FILE,
     "LORA445": _FILE,
     "LORA444": _VALUES_ARE_LOST,
+    "LORA445": _FILE,
     "LORA451": _OTHER_BASE,
     "LORA452": _TRAINING_KNOWS,
     "LORA506": "the step has to be measured",
