@@ -80,7 +80,6 @@ BY_HAND: dict[str, str] = {
     "LORA441": _VALUES_ARE_LOST,
     "LORA442": _VALUES_ARE_LOST,
     "LORA443": _FILE,
-    "LORA445": _FILE,
     "LORA444": _VALUES_ARE_LOST,
     "LORA445": _FILE,
     "LORA451": _OTHER_BASE,
