@@ -78,7 +78,7 @@ def rate_is_of_another_method(facts: RecipeFacts, expect: Expect) -> Iterator[Vi
     ):
         said = f"{shown} is a learning rate of full fine-tuning, too low for LoRA, which takes about ten times it"
         wanted = "2.0e-4"
-    elif stage in (*SUPERVISED, *PREFERENCE) and steps and 0 < steps * rate.value < NOTHING:
+    elif stage in (*SUPERVISED, *PREFERENCE, "") and steps and 0 < steps * rate.value < NOTHING:
         said = f"{shown} times {steps} steps (`{setting.max_steps.key}`) moves nothing: the learning rate is too low"
         wanted = "2.0e-4"
     else:
@@ -92,7 +92,7 @@ def rate_is_of_another_method(facts: RecipeFacts, expect: Expect) -> Iterator[Vi
     )
 
 
-SUPERVISED = ("sft", "pt", "")
+SUPERVISED = ("sft", "pt")
 PREFERENCE = ("dpo", "ipo", "kto")
 HIGH = 5e-3
 """Five times the largest rate that is usual for adapters on bases of public models, 1e-3."""
