@@ -101,7 +101,10 @@ def test_options_are_read_from_ini(pytester: pytest.Pytester, monkeypatch: pytes
     expected = LoraOptions(
         model=folder,
         adapters=(),
+        recipes=(),
+        card=(1, None),
         base=None,
+        bases={},
         fields={"r": 4, "target_modules": ["a", "b"]},
         slow=True,
         device="auto",
