@@ -16,14 +16,14 @@ def test_half_of_the_targets_match_nothing() -> None:
     with pytest.raises(LoraHealthError) as failure:
         mistakes.test_half_of_the_targets_match_nothing()
     assert str(failure.value) == (
-        "LoraConfig on LlamaForCausalLM: 1 error\n"
+        "LORA104: LoraConfig on LlamaForCausalLM: 1 error\n"
         "\n"
         "error[LORA104]: target matches nothing\n"
         "  --> target_modules on LlamaForCausalLM\n"
         "  observed: no module of the base matches ['dense', 'query_key_value']; 2 of 4 names match\n"
         "  expected: every name to match at least one module\n"
-        "  fix:      drop the name, or use those of this model: down_proj, gate_proj, k_proj, lm_head, o_proj, "
-        "q_proj, up_proj, v_proj"
+        "  fix:      drop the name: target_modules=['q_proj', 'v_proj']; or use names of this model: down_proj, "
+        "gate_proj, k_proj, lm_head, o_proj, up_proj"
     )
 
 
@@ -31,7 +31,7 @@ def test_alpha_was_left_over_from_another_rank() -> None:
     with pytest.raises(LoraHealthError) as failure:
         mistakes.test_alpha_was_left_over_from_another_rank()
     assert str(failure.value) == (
-        "LoraConfig on LlamaForCausalLM: 1 error\n"
+        "LORA127: LoraConfig on LlamaForCausalLM: 1 error\n"
         "\n"
         "error[LORA127]: scaling differs from expected\n"
         "  --> 64 modules: model.layers.*.self_attn.q_proj, model.layers.*.self_attn.v_proj\n"
@@ -62,8 +62,7 @@ def test_the_percentage_counts_packed_weights(lora_model: PeftModel) -> None:
         "  observed: 14.4734 % trainable is reported; it counts packed 4-bit storage (672,128 stored numbers, two "
         "weights in a byte)\n"
         "  expected: 8.35992 %: 97,280 trainable of 1,163,648 parameters\n"
-        "  fix:      count with pytest_lora.count_parameters(model) or model.get_nb_trainable_parameters(), not with "
-        "numel()"
+        "  fix:      count with pytest_lora, percent = count_parameters(model).percent, not with numel"
     )
 
 

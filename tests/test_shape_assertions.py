@@ -45,8 +45,8 @@ def failure(caught: pytest.ExceptionInfo[LoraHealthError]) -> str:
 @pytest.mark.parametrize(
     ("low", "high", "fix"),
     [
-        (0.0005, 0.01, "lower r, adapt fewer modules, or raise high if so many are meant"),
-        (0.05, 0.5, "raise r, adapt more modules, or lower low if so few are meant"),
+        (0.0005, 0.01, "lower r, adapt fewer modules, or, if so many are meant, high=0.0416"),
+        (0.05, 0.5, "raise r, adapt more modules, or, if so few are meant, low=0.0408"),
     ],
 )
 def test_ratio_outside_the_band(low: float, high: float, fix: str) -> None:

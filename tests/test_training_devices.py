@@ -12,7 +12,7 @@ from transformers import BatchEncoding
 from pytest_lora import assert_loss_decreases
 from pytest_lora.bases.examples.models import BASES, language_batch
 from pytest_lora.bases.tiny import load_tiny
-from pytest_lora.inspection.training.batches import moved
+from pytest_lora.inspection.placement import moved
 from tests.simulated_cuda import MACHINES, play
 
 pytestmark = pytest.mark.filterwarnings("ignore")

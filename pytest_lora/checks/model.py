@@ -12,6 +12,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.adapter_maps import model_maps
 from pytest_lora.facts.measures import of_model
 from pytest_lora.findings import Report
+from pytest_lora.rules import without_consequences
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,7 +73,8 @@ def check_model(
     trained = check_training(
         model, batches, optimizer=optimizer, steps=taken, expect=expect, select=select, ignore=ignore
     )
-    return Report(subject, (*report.findings, *trained.findings), trained.figures, report.measured)
+    told = without_consequences((*report.findings, *trained.findings))
+    return Report(subject, told, trained.figures, report.measured)
 
 
 @refusing

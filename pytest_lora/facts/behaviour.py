@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pytest_lora.facts.model import LateAdapter
+
 
 @dataclass(frozen=True, slots=True)
 class ReloadFacts:
@@ -121,8 +123,10 @@ class SyncFacts:
         ranks: Number of ranks.
         weights: Number of weights that were compared.
         differences: Those that differ.
+        late: Adapters that were put in after a wrapper was made.
     """
 
     ranks: int
     weights: int
     differences: tuple[WeightDifference, ...]
+    late: tuple[LateAdapter, ...] = ()

@@ -77,6 +77,21 @@ class FileFault:
 
 
 @dataclass(frozen=True, slots=True)
+class Marks:
+    """Which parts of a factor hold anything but zeros.
+
+    Attributes:
+        rows: Whether each row does; empty where there are too many to be ranks.
+        columns: Whether each column does; empty likewise.
+        zero_rows: Rows that are zero, where they are one block at an end; else 0.
+    """
+
+    rows: tuple[bool, ...]
+    columns: tuple[bool, ...]
+    zero_rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Values:
     """What the numbers of a tensor are like.
 
@@ -85,12 +100,14 @@ class Values:
         infinities: How many are infinite.
         zero: Whether all are zero.
         rms: Their root mean square; None where it was not measured, which it is of ``lora_B`` alone.
+        marks: Which parts of ``lora_A`` or ``lora_B`` hold anything; None of other tensors.
     """
 
     nans: int
     infinities: int
     zero: bool
     rms: float | None = None
+    marks: Marks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +318,7 @@ class Fit:
         wanted: The keys that PEFT would write for this base and configuration.
         compared: Whether PEFT could be asked at all.
         loads: Whether PEFT finds a place for every tensor and a tensor for every place.
+        wrapper: Part of the base's live names (``"_orig_mod"``) by which alone the keys of the file differ; else empty.
         read_by_load_adapter: Whether the adapter is for the same model with or without its head, whose
             ``load_adapter`` (transformers) then finds the places that PEFT does not.
     """
@@ -314,6 +332,7 @@ class Fit:
     wanted: frozenset[str] = frozenset()
     compared: bool = False
     loads: bool = False
+    wrapper: str = ""
     read_by_load_adapter: bool = False
 
 

@@ -88,6 +88,7 @@ class Settings:
     lora_ga_config: bool
     loftq_config: bool
     use_qalora: bool
+    lora_bias: bool
     kasa_config: bool
 
     @classmethod
@@ -247,6 +248,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "lora_ga_config": bool,
     "loftq_config": bool,
     "use_qalora": bool,
+    "lora_bias": bool,
     "kasa_config": bool,
 }
 

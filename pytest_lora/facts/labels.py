@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+IGNORED = -100
+"""The label that ``torch.nn.functional.cross_entropy`` leaves out by default."""
+
 LabelKind = Literal["causal", "sequence", "tokens", "classes"]
 """Next-token labels that the model shifts itself, labels of a decoder, one class a token, one class a row."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pytest_lora.facts.base import BaseFacts
@@ -59,6 +60,11 @@ class LayerState(LayerFacts):
         dropout_live: Whether a LoRA dropout above zero is in training mode.
         further: What a variant trains beside the two factors: the magnitude of DoRA, the diagonal of KaSA, the left
             singular vectors of AdaLoRA, whose ``b`` are the singular values (``lora_E``).
+        own_code: What is not PEFT's about the layer: ``"class my.Linear"``, ``"forward"``; empty for a layer of PEFT.
+        swappable: Whether it was prepared for hot-swapping, so that its scaling is a tensor.
+        empty_ranks: Ranks at which both factors are zero though others hold something.
+        idle_ranks: Ranks at which ``b`` alone still is zero.
+        zero_outputs: Rows of ``b`` that still are zero, where they are one block at an end.
     """
 
     a: Factor
@@ -71,6 +77,11 @@ class LayerState(LayerFacts):
     merged: bool
     dropout_live: bool
     further: tuple[Factor, ...]
+    own_code: str = ""
+    swappable: bool = False
+    empty_ranks: int = 0
+    idle_ranks: int = 0
+    zero_outputs: int = 0
 
     @property
     def parts(self) -> tuple[Factor, ...]:
@@ -78,9 +89,24 @@ class LayerState(LayerFacts):
         return (self.a, self.b, *self.further)
 
     @property
+    def prunes_ranks(self) -> bool:
+        """Whether AdaLoRA takes ranks away from this module while it trains."""
+        return self.b.name == "lora_E"
+
+    @property
     def trainable(self) -> bool:
         """Whether any factor requires gradients."""
         return self.a.trainable or self.b.trainable
+
+    @property
+    def is_scaled_as_configured(self) -> bool:
+        """Whether the scaling in effect is what rank and alpha give."""
+        return math.isclose(self.scaling, self.configured_scaling, rel_tol=1e-5)
+
+    @property
+    def is_swapped(self) -> bool:
+        """Whether factors of another configuration were swapped in, as scaling or padded ranks show."""
+        return not self.is_scaled_as_configured and (self.swappable or self.empty_ranks > 0)
 
     @property
     def can_learn(self) -> bool:
@@ -175,6 +201,36 @@ class TrainableBase:
 
 
 @dataclass(frozen=True, slots=True)
+class LateAdapter:
+    """An adapter that was put in after a wrapper was made, which does not know its parameters.
+
+    Attributes:
+        wrapper: ``"DistributedDataParallel"``, ``"FSDP"`` or ``"torch.compile"``.
+        parameters: Names of what it does not know.
+    """
+
+    wrapper: str
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CollidingName:
+    """An adapter whose name is also a part of the names of modules.
+
+    Attributes:
+        adapter: Its name.
+        part: The module, or the factor, that has the same name.
+        lost: Keys of any adapter that PEFT leaves out or spoils when it saves this model; empty where all are right.
+        adapters: Adapters that these belong to.
+    """
+
+    adapter: str
+    part: str
+    lost: tuple[str, ...]
+    adapters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """A model with LoRA adapters.
 
@@ -198,6 +254,8 @@ class ModelFacts:
         duplicates: Pairs of adapters that are active together and hold the same numbers wherever they are.
         reentrant_without_inputs: Reentrant gradient checkpointing is on and nothing makes its input require
             gradients, so that no gradient reaches an adapter inside.
+        late: Adapters that were put in after a wrapper was made.
+        colliding: Adapters whose names are also names of modules.
         trains_xlora: Whether a classifier of X-LoRA trains, which weighs adapters that are frozen by design.
     """
 
@@ -219,6 +277,8 @@ class ModelFacts:
     stored_parameters: int
     duplicates: tuple[tuple[str, str], ...]
     reentrant_without_inputs: bool
+    late: tuple[LateAdapter, ...] = ()
+    colliding: tuple[CollidingName, ...] = ()
     trains_xlora: bool = False
 
     @property
@@ -240,6 +300,17 @@ class ModelFacts:
     def disabled(self) -> bool:
         """Whether the adapters are switched off in every layer."""
         return bool(self.layers) and all(layer.disabled for layer in self.layers)
+
+    @property
+    def wiped(self) -> tuple[tuple[str, str], ...]:
+        """Adapters of which everything is zero, each with one that is not and whose name is a part of theirs."""
+        empty = [name for name in self.adapters if all(p.a.zero and p.b.zero for p in self.of(name))]
+        return tuple(
+            (name, other)
+            for name in empty
+            for other in self.adapters
+            if other != name and other in name and other not in empty
+        )
 
     def of(self, adapter: str) -> tuple[LayerState, ...]:
         """One adapter on all its modules."""

@@ -51,6 +51,21 @@ class Missing:
 
 
 @dataclass(frozen=True, slots=True)
+class Misshapen:
+    """A parameter whose running average in the optimizer has another shape.
+
+    Attributes:
+        name: Name in the model.
+        shape: Its shape.
+        average: That of its average.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    average: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class OptimizerFacts:
     """What an optimizer holds, compared by identity with what the model trains.
 
@@ -62,6 +77,10 @@ class OptimizerFacts:
         foreign: Number of parameters that it holds and the model does not have.
         groups: Its parameter groups.
         doubled: Trainable parameters of the model that it holds more than once.
+        steps: Most steps that it has counted for any trainable parameter of the model; 0 where it has counted none.
+        misshapen: Trainable parameters whose running average has another shape.
+        unmoved: Trainable low-rank factors that are all zero though it has counted steps for them, more than one, and
+            their running average is not: a step would have moved them.
     """
 
     optimizer: str
@@ -71,6 +90,9 @@ class OptimizerFacts:
     foreign: int
     groups: tuple[GroupFacts, ...]
     doubled: tuple[str, ...] = ()
+    steps: int = 0
+    misshapen: tuple[Misshapen, ...] = ()
+    unmoved: tuple[str, ...] = ()
 
     @property
     def adaptive(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pytest_lora.facts.config import Settings
+
 
 @dataclass(frozen=True, slots=True)
 class RankChange:
@@ -43,6 +45,7 @@ class ResumptionFacts:
         alpha: The first module of another alpha: its name, the alpha now and before.
         base: The base of the configuration and that of the checkpoint, where they differ.
         fields: Fields that decide which tensors there are or how they are scaled, where they differ.
+        saved: The configuration of the checkpoint; None where it is not usable.
     """
 
     name: str
@@ -54,6 +57,7 @@ class ResumptionFacts:
     alpha: tuple[str, float, float] | None = None
     base: tuple[str, str] | None = None
     fields: tuple[FieldChange, ...] = ()
+    saved: Settings | None = None
 
     @property
     def where(self) -> str:

@@ -38,7 +38,18 @@ def config_of_the_file(facts: CheckpointFacts) -> ConfigFacts | None:
         carries_adapter=False,
         fused=(),
     )
-    return ConfigFacts("default", settings, base, layers, (), (), (), (), None, live=True)
+    return ConfigFacts(
+        adapter="default",
+        settings=settings,
+        base=base,
+        layers=layers,
+        names=(),
+        patterns=(),
+        saved_modules=(),
+        token_modules=(),
+        refusal=None,
+        live=True,
+    )
 
 
 def _layers(facts: CheckpointFacts, settings: Settings) -> Iterator[LayerFacts]:

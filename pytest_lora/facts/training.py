@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import LabelFacts
+from pytest_lora.facts.media import MediumFacts
 from pytest_lora.facts.model import LayerState, ModelFacts
 from pytest_lora.facts.optimizer import OptimizerFacts, Part, ScheduleFacts
 
@@ -92,6 +94,8 @@ FailureKind = Literal[
     "unknown input",
     "graph used twice",
     "changed in place",
+    "placeholders",
+    "token types",
 ]
 
 
@@ -198,9 +202,12 @@ class TrainingFacts:
         steps: The steps; none where the model is only to be evaluated or the labels make a step impossible.
         tensors: Every parameter that may train.
         untouched: Adapted modules that took no part in any forward pass.
+        without_graph: Adapted modules that every forward pass ran with gradients off.
+        cut: Those of them that reentrant gradient checkpointing ran so, as no input of its segment requires gradients.
         labels: Labels of each batch, where they are of a known form.
         batches: How many batches were given, as far as that is known.
-        inputs: Names of what the batches hold.
+        inputs: Names of what the batches hold that steps were taken on.
+        later_inputs: Names of what only the other batches hold.
         history: Losses of the run so far, as the user gave them.
         changes: Weights and buffers of the base that changed.
         dropouts: Modules with a dropout above zero in training mode.
@@ -213,6 +220,8 @@ class TrainingFacts:
         objective: What a trainer trains for, by its own arguments; empty where none says so.
         optimizer_is_fresh: Whether the optimizer given had taken no step before.
         switched_off: Whether a forward pass ran with the adapters switched off, as a reference of the loss.
+        alone: A text on its own against the same text in its batch, where one has company there.
+        media: Images, videos and audio of each batch, where the model knows any.
     """
 
     model: ModelFacts
@@ -239,6 +248,11 @@ class TrainingFacts:
     objective: Objective = ""
     optimizer_is_fresh: bool = False
     switched_off: bool = False
+    media: tuple[MediumFacts, ...] = ()
+    later_inputs: tuple[str, ...] = ()
+    without_graph: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    alone: AloneFacts | None = None
 
     @property
     def is_fresh(self) -> bool:
@@ -360,8 +374,20 @@ class TrainingFacts:
             return "the adapter is merged into the base weights"
         if not layer.trainable:
             return "its tensors are frozen (requires_grad=False)"
+        embeds = "inputs_embeds" in self.inputs
         if layer.module in self.untouched:
-            return "the module is outside the forward pass"
+            outside = "the module is outside the forward pass"
+            past = embeds and layer.module == self.model.base.input_embeddings
+            return f"{outside}: inputs_embeds come from outside, past the embeddings" if past else outside
+        if layer.module in self.cut:
+            why = "reentrant gradient checkpointing runs it without a graph: no input of its block requires gradients"
+            return (
+                f"{why}, as inputs_embeds come from outside, past the hook on the embeddings"
+                if embeds
+                else why
+            )
+        if layer.module in self.without_graph and self.has_graph:
+            return "it runs under torch.no_grad()"
         if self.model.reentrant_without_inputs:
             return "reentrant gradient checkpointing without input gradients cuts the graph"
         if layer.scaling == 0:

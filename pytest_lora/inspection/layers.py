@@ -12,6 +12,7 @@ from torch import nn
 from pytest_lora.facts.config import LayerFacts
 from pytest_lora.facts.model import Factor, LayerState
 from pytest_lora.inspection.base import dtype_name, logical_shape
+from pytest_lora.inspection.factor_fill import FULL, fills
 from pytest_lora.inspection.peft_internals import (
     Factors,
     LoraLayer,
@@ -21,6 +22,7 @@ from pytest_lora.inspection.peft_internals import (
     further_tensors,
     fused_parameter,
     is_adalora,
+    own_code,
     own_geometry,
 )
 
@@ -62,24 +64,37 @@ def read_values(tensors: Iterable[torch.Tensor | None]) -> dict[int, Values]:
 
 def _readable(data: torch.Tensor) -> bool:
     wide_float = data.is_floating_point() and data.element_size() > 1
-    return wide_float and data.device.type != "meta" and data.numel() > 0
+    sharded = hasattr(data, "to_local")  # the other ranks would have to take part
+    return wide_float and not sharded and data.device.type != "meta" and data.numel() > 0
 
 
 def layer_facts(lora: dict[str, LoraLayer], adapter: str) -> Iterator[LayerFacts]:
     """The geometry of one adapter on every module that has it."""
     for module, layer in lora.items():
         if adapter in adapter_names(layer):
-            yield LayerFacts(**_geometry(module, layer, adapter, factors(layer, adapter)))
+            pair, others = factors(layer, adapter), tuple(further_tensors(layer, adapter))
+            yield LayerFacts(**_geometry(module, layer, adapter, pair, others))
 
 
-def layer_states(lora: dict[str, LoraLayer], rslora: frozenset[str] = frozenset()) -> Iterator[LayerState]:
-    """Every adapter on every module as it stands; ``rslora`` names those whose configuration sets it."""
+def layer_states(
+    lora: dict[str, LoraLayer],
+    rslora: frozenset[str] = frozenset(),
+    registered: frozenset[type] = frozenset(),
+) -> Iterator[LayerState]:
+    """Every adapter on every module as it stands.
+
+    Args:
+        lora: LoRA layers by module name.
+        rslora: Adapters whose configuration sets ``use_rslora``.
+        registered: Classes of layers that a configuration registers for modules of its own.
+    """
     found = [(m, layer, a, factors(layer, a)) for m, layer in lora.items() for a in adapter_names(layer)]
     further = [tuple(further_tensors(layer, adapter)) for _, layer, adapter, _ in found]
     both = zip(found, further, strict=True)
     values = read_values(t for (_, _, _, f), others in both for t in (f.a, f.b, *(o for _, o in others)))
+    filled = fills((f.a, f.b) for _, _, _, f in found if values.get(id(f.b), UNREAD).zero is False)
     for (module, layer, adapter, pair), others in zip(found, further, strict=True):
-        geometry = _geometry(module, layer, adapter, pair)
+        geometry = _geometry(module, layer, adapter, pair, others)
         geometry["use_rslora"] |= adapter in rslora
         dropout = layer.lora_dropout[adapter]
         a_name, a, b_name, b, by_design = pair
@@ -96,6 +111,9 @@ def layer_states(lora: dict[str, LoraLayer], rslora: frozenset[str] = frozenset(
             merged=adapter in layer.merged_adapters,
             dropout_live=bool(dropout.training and geometry["dropout"]),
             further=tuple(_factor(name, tensor, values, by_design) for name, tensor in others),
+            own_code="" if type(layer) in registered else own_code(layer),
+            swappable=isinstance(layer.scaling[adapter], torch.Tensor),
+            **filled.get(id(b), FULL)._asdict(),
         )
 
 
@@ -140,13 +158,15 @@ def _factor(name: str, tensor: torch.Tensor, values: dict[int, Values], by_desig
     )
 
 
-def _geometry(module: str, layer: LoraLayer, adapter: str, pair: Factors) -> dict[str, Any]:
+def _geometry(
+    module: str, layer: LoraLayer, adapter: str, pair: Factors, others: tuple[tuple[str, torch.Tensor], ...]
+) -> dict[str, Any]:
     fused = fused_parameter(layer)
     base = layer.get_base_layer()
     shape = None if fused else logical_shape(base)
     inputs, outputs = shape or (int(layer.in_features or 0), int(layer.out_features or 0))
     use_dora = adapter in layer.lora_magnitude_vector
-    tensors = (pair.a, pair.b, *(tensor for _, tensor in further_tensors(layer, adapter)))
+    tensors = (pair.a, pair.b, *(tensor for _, tensor in others))
     rank, scaling = int(layer.r[adapter]), float(layer.scaling[adapter])
     return {
         "module": module,

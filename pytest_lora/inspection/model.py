@@ -10,6 +10,7 @@ from torch import nn
 
 from pytest_lora.facts.model import LayerState, ModelFacts, SavedModule, TrainableBase, TrainedRows
 from pytest_lora.inspection import transformers_internals
+from pytest_lora.inspection.adapter_names import colliding_names
 from pytest_lora.inspection.base import BaseParameter, base_facts, base_parameters, dtype_name
 from pytest_lora.inspection.bitsandbytes_internals import quantization_statistics
 from pytest_lora.inspection.config import live_config_facts
@@ -21,6 +22,7 @@ from pytest_lora.inspection.peft_internals import (
     ModulesToSaveWrapper,
     active_adapters,
     adapter_names,
+    custom_classes,
     factors,
     lora_configs,
     token_rows,
@@ -28,6 +30,7 @@ from pytest_lora.inspection.peft_internals import (
 )
 from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey
+from pytest_lora.inspection.wrappers import late_adapters
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
@@ -62,12 +65,15 @@ def model_facts(model: nn.Module) -> ModelFacts:
     Raises:
         TypeError: ``model`` carries no LoRA layers, and PEFT has no LoRA configuration for it either.
     """
-    found = survey(model) if carries_lora(model) else adapted_survey(model)
+    found = survey(model)
+    if not found.lora and not _is_unloaded(model, found):
+        found = adapted_survey(model)
     parameters = base_parameters(found)
     base = base_facts(found, parameters)
     configs = lora_configs(found.root)
     rslora = frozenset(name for name, config in configs.items() if config.use_rslora)
-    layers = tuple(layer_states(found.lora, rslora))
+    registered = frozenset[type]().union(*map(custom_classes, configs.values()))
+    layers = tuple(layer_states(found.lora, rslora, registered))
     by_adapter: dict[str, list[LayerState]] = {}
     for layer in layers:
         by_adapter.setdefault(layer.adapter, []).append(layer)
@@ -95,7 +101,9 @@ def model_facts(model: nn.Module) -> ModelFacts:
         stored_parameters=counted.stored,
         duplicates=_duplicates(found.lora),
         reentrant_without_inputs=transformers_internals.reentrant_without_inputs(found),
-        trains_xlora=trains_xlora(model),
+        late=tuple(late_adapters(model)),
+        colliding=tuple(colliding_names(model, found)),
+        trains_xlora=bool(found.lora) and trains_xlora(model),
     )
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "active_adapters",
     "adapted_weight",
     "adapter_names",
+    "custom_classes",
     "delta_weight",
     "dense_weight",
     "factors",
@@ -50,6 +51,7 @@ __all__ = [
     "is_adalora",
     "load_state",
     "lora_configs",
+    "own_code",
     "own_geometry",
     "save_adapters",
     "saved_state",
@@ -104,8 +106,8 @@ def held_layer(layer: BaseTunerLayer) -> nn.Module:
 
 
 def adapter_names(layer: LoraLayer) -> tuple[str, ...]:
-    """Adapters on one LoRA layer, in the order they were added."""
-    return tuple(layer.r)
+    """Adapters on one LoRA layer, in the order they were added; AdaLoRA may have taken every rank of one away."""
+    return tuple(name for name, rank in layer.r.items() if rank)
 
 
 def active_adapters(
@@ -141,17 +143,23 @@ def _weight(factor: Any) -> Tensor:
 def further_tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[str, Tensor]]:
     """What a variant of LoRA trains on a layer beside the two factors, by its name in PEFT.
 
-    The magnitude of DoRA, the diagonal of KaSA, the left singular vectors of AdaLoRA.
+    The magnitude of DoRA, the diagonal of KaSA, the left singular vectors of AdaLoRA, a bias of ``lora_B``.
     """
-    two = factors(layer, adapter)
+    beside = layer.lora_bias.get(adapter) or is_adalora(layer)
     for name in layer.adapter_layer_names:
-        held: Any = getattr(layer, name, None) or {}
-        if adapter in held:
-            part = held[adapter]
-            named = part.named_parameters() if hasattr(part, "named_parameters") else [("weight", part)]
-            for own, tensor in named:
-                if tensor is not two.a and tensor is not two.b:
-                    yield name if own == "weight" else f"{name}.{own}", tensor
+        if name in _FACTORS and not (beside and name == "lora_B"):
+            continue
+        held: Any = getattr(layer, name, None)
+        if not held or adapter not in held:
+            continue
+        part = held[adapter]
+        named = part.named_parameters() if hasattr(part, "named_parameters") else [("weight", part)]
+        for own, tensor in named:
+            if own != "weight" or name != "lora_B" or is_adalora(layer):
+                yield name if own == "weight" else f"{name}.{own}", tensor
+
+
+_FACTORS = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
 
 
 def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
@@ -205,13 +213,31 @@ def trains_xlora(model: nn.Module) -> bool:
 
 
 def xlora_models(model: nn.Module) -> list[Any]:
-    """The tuners of X-LoRA in a model."""
-    return [module for module in model.modules() if isinstance(module, XLoraModel)]
+    """The tuner of X-LoRA in a model, if it has one."""
+    outer: Any = next((module for module in model.modules() if isinstance(module, WRAPPERS)), None)
+    tuner = getattr(outer, "base_model", None)
+    return [tuner] if isinstance(tuner, XLoraModel) else []
 
 
 def is_adalora(layer: LoraLayer) -> bool:
     """Whether a layer is AdaLoRA's, which divides its scaling, lora_alpha itself, by the rank."""
     return isinstance(layer, AdaLoraLayer)
+
+
+def own_code(layer: LoraLayer) -> str:
+    """What is not PEFT's about a layer: its class, or the ``forward`` of this instance; empty if nothing is.
+
+    The hooks of accelerate, which move weights to where they are needed, replace ``forward`` too and call the old one.
+    """
+    made: type = type(layer)
+    if made.__module__.partition(".")[0] != "peft":
+        return f"class {made.__module__}.{made.__qualname__}"
+    return "forward" if "forward" in vars(layer) and "_hf_hook" not in vars(layer) else ""
+
+
+def custom_classes(config: LoraConfig) -> frozenset[type]:
+    """Classes of layers that a configuration registers for modules of its own (``_register_custom_module``)."""
+    return frozenset((getattr(config, "_custom_modules", None) or {}).values())
 
 
 def store_adapter(model: nn.Module, dtype: torch.dtype, *, magnitudes: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pytest_lora.facts.behaviour import SyncFacts, WeightDifference
+from pytest_lora.inspection.wrappers import late_adapters
 
 
 def sync_facts(model: Any) -> SyncFacts:
@@ -33,7 +34,9 @@ def sync_facts(model: Any) -> SyncFacts:
             )
         digests: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(digests, {name: _digest(tensor) for name, tensor in own.items()})
-        return SyncFacts(len(digests), len(own), tuple(_differences(digests, own)))
+        return SyncFacts(
+            len(digests), len(own), tuple(_differences(digests, own)), tuple(late_adapters(model))
+        )
 
 
 def _gather_shards(model: Any, stack: ExitStack) -> None:

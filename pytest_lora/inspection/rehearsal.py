@@ -77,10 +77,11 @@ def refused_initialisation(config: LoraConfig, layers: Iterable[tuple[LoraLayer,
 def refused_merge(config: LoraConfig, layers: Iterable[tuple[LoraLayer, int]]) -> Exception | None:
     """What PEFT raises when it merges these layers; None where it does not."""
     layers = list(layers)
-    for layer, _ in layers:
-        if type(layer).merge is BaseTunerLayer.merge:
-            return NotImplementedError(f"{type(layer).__name__} has no merge")
-    grouped = any(getattr(layer.get_base_layer(), "groups", 1) > 1 for layer, _ in layers)
+    for kind in {type(layer) for layer, _ in layers}:
+        if kind.merge is BaseTunerLayer.merge:
+            return NotImplementedError(f"{kind.__name__} has no merge")
+    convolutions = (layer for layer, _ in layers if "Conv" in type(layer).__name__)
+    grouped = any(getattr(layer.get_base_layer(), "groups", 1) > 1 for layer in convolutions)
     fields = ("lora_bias", "alora_invocation_tokens", *_VARIANTS)
     if not (grouped or any(_sets(config, name) for name in fields)):
         return None

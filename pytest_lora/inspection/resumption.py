@@ -20,6 +20,7 @@ ALIKE = (
     "use_rslora",
     "use_dora",
     "bias",
+    "lora_bias",
     "modules_to_save",
     "trainable_token_indices",
     "layers_to_transform",
@@ -46,6 +47,8 @@ def resumption_facts(
         reason = why or facts.other_method or "the folder holds no readable LoRA adapter"
         return ResumptionFacts(facts.name, facts.weights, unusable=reason)
     gone, new = _targets(facts, saved, wanted, layers)
+    # With a base its modules tell what is excluded; without one the names have to.
+    compared = ALIKE if layers is not None or gone else (*ALIKE, "exclude_modules")
     base, named = getattr(config, "base_model_name_or_path", None), facts.config and facts.config.base
     return ResumptionFacts(
         facts.name,
@@ -57,9 +60,10 @@ def resumption_facts(
         base=(base, named) if base and named and base != named else None,
         fields=tuple(
             FieldChange(field, _said(getattr(wanted, field)), _said(getattr(saved, field)))
-            for field in ALIKE
+            for field in compared
             if _differ(field, getattr(saved, field), getattr(wanted, field))
         ),
+        saved=saved,
     )
 
 
@@ -87,7 +91,7 @@ def _targets(
         return [m for m in held if m not in adapted], sorted(adapted - set(held))
     if wanted.target_modules is None or str(wanted.target_modules).lower() == "all-linear":
         return [], []  # which modules these are, only a base can say
-    gone = [m for m in held if not wanted.targets(m)]
+    gone = [m for m in held if not wanted.targets(m) or wanted.excludes(m)]
     names = wanted.target_modules if isinstance(wanted.target_modules, tuple) else ()
     return gone, [n for n in names if not any(is_named(m, n) for m in held)]
 
@@ -107,6 +111,8 @@ def _differ(field: str, before: Any, now: Any) -> bool:
         return set(before) - automatic != set(now) - automatic
     if field == "layers_to_transform":
         return set(before) != set(now)
+    if field == "exclude_modules":
+        return bool((before or None) != (now or None))
     return bool(before != now)
 
 

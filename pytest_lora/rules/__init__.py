@@ -62,6 +62,7 @@ class Rule:
         aliases: Codes that it had before; they still select and ignore it.
         on_saved: Where it also judges the configuration of a saved adapter; None for nowhere.
         passing: Whether what it finds is a state that PEFT's own operations pass through.
+        because_of: Names of the rules whose findings explain its own, which are then left out of a report.
     """
 
     code: str
@@ -74,6 +75,7 @@ class Rule:
     aliases: tuple[str, ...] = ()
     on_saved: OnSaved | None = None
     passing: bool = False
+    because_of: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -102,6 +104,7 @@ def rule(
     aliases: Iterable[str] = (),
     on_saved: OnSaved | None = None,
     passing: bool = False,
+    because_of: Iterable[str] = (),
 ) -> Callable[[Judge[F]], Judge[F]]:
     """Register a function as a rule: it takes facts and an ``Expect``, and yields a ``Violation`` for each fault.
 
@@ -113,6 +116,8 @@ def rule(
         aliases: Codes that it had before; they go on to select and ignore it.
         on_saved: For rules on ``ConfigFacts``: where it also judges the configuration of a saved adapter.
         passing: Whether PEFT's own operations pass through what it finds (merging, disabling).
+        because_of: Names of rules that tell the same mistake at its root: beside an error of one of them, what this
+            one finds is left out.
 
     Raises:
         ValueError: The code or the name is taken, the severity unknown, or the documentation missing.
@@ -132,7 +137,17 @@ def rule(
                 )
         doc = inspect.cleandoc(judge.__doc__)
         _registered[code] = Rule(
-            code, name, severity, needs, _stage(judge, needs), doc, judge, tuple(aliases), on_saved, passing
+            code,
+            name,
+            severity,
+            needs,
+            _stage(judge, needs),
+            doc,
+            judge,
+            tuple(aliases),
+            on_saved,
+            passing,
+            tuple(because_of),
         )
         return judge
 
@@ -177,6 +192,14 @@ def judge(
         for known in fitting:
             if where is None or where(known):
                 yield from known(fact, expect)
+
+
+def without_consequences(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The findings less those that an error among them explains, so that one mistake is told once."""
+    told = tuple(findings)
+    causes = {finding.rule for finding in told if finding.severity == "error"}
+    explained = {known.code for known in catalogue() if not causes.isdisjoint(known.because_of)}
+    return tuple(finding for finding in told if finding.code not in explained)
 
 
 def find(wanted: str) -> Rule | None:

@@ -1,13 +1,103 @@
-"""What several rules advise, in the same words."""
+"""What several rules advise, in the same words: the assignment or the call that a reader copies."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+from pytest_lora.facts.checkpoint import Key
 
 if TYPE_CHECKING:
     from pytest_lora.expect import Expect
+    from pytest_lora.facts.checkpoint import CheckpointFacts
+    from pytest_lora.facts.config import Settings
+    from pytest_lora.facts.resumption import ResumptionFacts
+
+
+CAST_TRAINED = "for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data"
+
+START_ANEW = (
+    "start the adapter anew: for layer in model.modules(): hasattr(layer, 'reset_lora_parameters') and "
+    "layer.reset_lora_parameters({active!r}, True)"
+)
+
+
+def optimizer_anew(rate: float) -> str:
+    """An optimizer that holds what trains, with a learning rate."""
+    return f"optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr={rate:g})"
+
+
+def assigned(**fields: object) -> str:
+    """``"r=8, target_modules=['q_proj']"``: fields as they are written in a call of ``LoraConfig``."""
+    return ", ".join(f"{name}={_written(value)}" for name, value in fields.items())
+
+
+def _written(value: object) -> str:
+    if isinstance(value, tuple):
+        value = list(value) or None
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_written(found)}" for key, found in value.items()) + "}"
+    return f"{value:.10g}" if isinstance(value, float) else repr(value)
+
+
+def without(names: Iterable[str], *dropped: str) -> tuple[str, ...]:
+    """A list of names less some of them, in order."""
+    return tuple(name for name in names if name not in dropped)
+
+
+def scaled(settings: Settings, module: str, scaling: float, rank: int | None = None) -> dict[str, object]:
+    """The field that gives a module this scaling: a key of ``alpha_pattern``, or ``lora_alpha``.
+
+    The key is the one that decides for the alpha already, or for the rank. ``rank`` is the rank that it is to
+    have, if that changes, too.
+    """
+    rank = settings.rank_of(module) if rank is None else rank
+    alpha = float(scaling * (rank**0.5 if settings.use_rslora else rank))
+    key = settings.alpha_key(module) or settings.rank_key(module)
+    if key is None:
+        return {"lora_alpha": alpha}
+    return {"alpha_pattern": {**dict(settings.alpha_pattern), key: alpha}}
+
+
+def ranked(settings: Settings, module: str, rank: int) -> dict[str, object]:
+    """The fields that give a module this rank and leave its scaling as it is."""
+    key = settings.rank_key(module)
+    fields: dict[str, object] = (
+        {"r": rank} if key is None else {"rank_pattern": {**dict(settings.rank_pattern), key: rank}}
+    )
+    return {**fields, **scaled(settings, module, settings.scaling_of(module) or 2.0, rank)}
+
 
 START_FRESH = "start fresh with this configuration, or go on with that of the checkpoint"
+
+
+def as_in_checkpoint(facts: ResumptionFacts, *fields: str) -> str:
+    """The fields as the checkpoint has them, or another start."""
+    if facts.saved is None:
+        return START_FRESH
+    values = {field: getattr(facts.saved, field) for field in fields}
+    written = {f: dict(value) if f.endswith("pattern") else value for f, value in values.items()}
+    return f"{assigned(**written)}, as in the checkpoint; or {START_FRESH}"
+
+
+def name_in_keys(facts: CheckpointFacts) -> str | None:
+    """What to do where the adapter is called as a part of its modules is.
+
+    Older PEFT takes ``.name`` out of every key while it saves, and so out of the names of the modules, too. It saves
+    an adapter into a folder of its name.
+    """
+    part = f".{facts.name}"
+    if facts.fit is None or not facts.adapted:
+        return None
+    wanted = {Key.of(name).module for name in facts.fit.wanted if ".lora_" in name}
+    held = {module.name for module in facts.adapted}
+    lost = held - wanted
+    if not lost or not lost <= {module.replace(part, "") for module in wanted}:
+        return None
+    return (
+        f"the adapter is called {facts.name!r}, as its modules are, and older PEFT takes that out of the keys: save it "
+        "from the trained model under another name"
+    )
 
 
 def lower_rate(learning_rate: float | None, divisor: int) -> str:

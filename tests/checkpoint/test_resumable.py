@@ -63,6 +63,22 @@ def test_the_configuration_of_the_checkpoint_goes_on(
             "LORA924",
             "use_rslora is True in the configuration and False in the checkpoint",
         ),
+        (
+            {"lora_bias": True},
+            "LORA924",
+            "lora_bias is True in the configuration and False in the checkpoint",
+        ),
+        (
+            {"exclude_modules": ["v_proj"]},
+            "LORA921",
+            "the configuration does not adapt 2 modules: model.layers.*.self_attn.v_proj of the checkpoint; "
+            "LoRA shapes are fixed at initialisation",
+        ),
+        (
+            {"exclude_modules": ["o_proj"]},
+            "LORA924",
+            "exclude_modules is ['o_proj'] in the configuration and None in the checkpoint",
+        ),
     ],
 )
 def test_another_configuration_is_refused(
@@ -72,13 +88,17 @@ def test_another_configuration_is_refused(
         assert_resumable(names.adapter(), config(**changes))
     (finding,) = caught.value.report.findings
     assert (finding.code, finding.observed) == (code, observed)
-    fresh = "start fresh with this configuration, or go on with that of the checkpoint"
-    kept = {
-        "LORA922": "lora_alpha=16, as in the checkpoint; or ",
-        "LORA923": "load 'org/tiny-llama'; or ",
-        "LORA924": "use_rslora=False, as in the checkpoint; or ",
-    }
-    assert finding.fix == kept.get(code, "") + fresh
+    assert finding.fix.endswith("start fresh with this configuration, or go on with that of the checkpoint")
+
+
+def test_a_base_says_what_an_exclusion_excludes(names: Namespace, base: nn.Module) -> None:
+    assert assert_resumable(names.adapter(), config(exclude_modules=["o_proj"]), base).ok
+    excluded = names.adapter(exclude_modules=["v_proj"])
+    assert assert_resumable(excluded, config(exclude_modules=["v_proj"]), base).ok
+    with pytest.raises(LoraHealthError, match="LORA921"):
+        assert_resumable(excluded, config(), base)
+    with pytest.raises(LoraHealthError, match="LORA924"):
+        assert_resumable(excluded, config())
 
 
 def test_a_base_says_what_all_linear_is(names: Namespace, base: nn.Module) -> None:

@@ -258,3 +258,15 @@ def test_a_session_says_what_is_wrong_with_the_folder(
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines([f"*taken cannot be used to share GPUs: *; set {ledger.FOLDER} to a folder"])
     result.stdout.no_fnmatch_line("*Traceback*")
+
+
+def test_a_log_that_cannot_be_written_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ledger.LOG, str(home))
+    with (
+        pytest.raises(ledger.NotSharedError, match=rf"^{ledger.LOG}: .* cannot be written: "),
+        locks.held({"a": 1}, TOTALS, "this", patience=1),
+    ):
+        pass
+    monkeypatch.delenv(ledger.LOG)
+    with locks.held({"a": 24}, TOTALS, "next", patience=1):
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -85,3 +86,17 @@ def test_a_session_without_gpu_tests_starts_no_process(
     monkeypatch.setattr("subprocess.Popen", None)
     pytester.makepyfile("import pytest\n@pytest.mark.lora_gpu\ndef test_it(): ...\ndef test_plain(): ...")
     run(pytester).assert_outcomes(passed=1, skipped=1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_a_child_that_outlives_its_test_does_not_hold_the_session(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 24)
+    pytester.makepyfile(
+        "import os, pytest, time\n@pytest.mark.lora_gpu\ndef test_forks():\n"
+        "    if not os.fork():\n        time.sleep(60)\n        os._exit(0)"
+    )
+    before = time.monotonic()
+    assert pytester.runpytest_subprocess("-s", timeout=40).ret == 0
+    assert time.monotonic() - before < 40

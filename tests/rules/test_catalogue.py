@@ -11,6 +11,7 @@ import pytest
 from peft import LoraConfig
 
 import pytest_lora.rules
+from pytest_lora.bases.examples.models import TAKES_TOKEN_TYPES
 from pytest_lora.rules import Rule, catalogue
 from tests.namespace import run
 
@@ -41,6 +42,8 @@ def code(known: Rule, title: str) -> str:
     for field in FIELDS_OF_NEWER_PEFT - LoraConfig.__dataclass_fields__.keys():
         if f"{field}=" in block[1]:
             pytest.skip(f"this version of PEFT has no {field}")
+    if "mm_token_type_ids" in block[1] and not TAKES_TOKEN_TYPES:
+        pytest.skip("this version of transformers has no mm_token_type_ids")
     return block[1]
 
 

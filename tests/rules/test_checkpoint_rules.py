@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pytest_lora import Expect, Report, check_checkpoint
+from pytest_lora.bases import examples
 from pytest_lora.bases.examples import folders
 from pytest_lora.bases.examples.folders import configure, edit
 from pytest_lora.bases.examples.models import BASES, quantized
@@ -655,3 +656,92 @@ def test_a_file_stands_for_its_folder(names: Namespace) -> None:
     path = configure(names.adapter(), r=16)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert loud(check_checkpoint(path / file)) == ["LORA431"]
+
+
+@pytest.mark.parametrize("part", ["q_proj", "self_attn", "0"])
+def test_an_adapter_that_is_called_as_its_modules_are_is_the_cause(tmp_path: Path, part: str) -> None:
+    """Older PEFT takes ``.name`` out of all keys while it saves; the files are written as it writes them."""
+    (tmp_path / "any").mkdir()
+    saved = folders.edit(
+        folders.save_adapter(tmp_path / "any", examples.base),
+        lambda tensors: {name.replace(f".{part}", ""): values for name, values in tensors.items()},
+    )
+    path = saved.rename(saved.with_name(part))
+    found = check_checkpoint(path, examples.base).errors
+    assert found
+    assert all(f"the adapter is called '{part}'" in finding.fix for finding in found)
+
+
+def compiled_blocks() -> Any:
+    base: Any = BASES["base"]()
+    for index, layer in enumerate(base.model.layers):
+        base.model.layers[index] = torch.compile(layer, backend="eager")
+    return base
+
+
+def compiled() -> Any:
+    return torch.compile(BASES["base"](), backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [compiled_blocks, compiled])
+def test_names_that_only_a_wrapper_keeps_apart_are_told(names: Namespace, wrap: Callable[[], Any]) -> None:
+    """An adapter on a base whose live names are others, and its remedy."""
+    path = names.adapter()
+    report = check_checkpoint(path, wrap())
+    assert loud(report) == ["LORA425"]
+    assert "'_orig_mod.' of torch.compile in their names, and the keys have not" in str(report)
+    assert "load the adapter first" in str(report)
+    assert not loud(check_checkpoint(path, BASES["base"]()))
+
+
+def zeroed(part: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], Any]:
+    """An edit that sets a part of every ``lora_B`` to zero."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for name, tensor in tensors.items():
+            if "lora_B" in name:
+                part(tensor).zero_()
+        return tensors
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (lambda b: b[:, 4:], "4 of 8 ranks"),
+        (lambda b: b[:, :6], "6 of 8 ranks"),
+        (lambda b: b[len(b) // 2 :], "50 % of the rows"),
+        (lambda b: b[: -len(b) // 4], "75 % of the rows"),
+    ],
+    ids=["last ranks", "first ranks", "second half", "all but a quarter"],
+)
+def test_the_same_part_of_every_saved_factor_is_told(names: Namespace, part: Any, words: str) -> None:
+    path = edit(names.adapter(), zeroed(part))
+    assert both(path, BASES["base"]()) == [["LORA445"], ["LORA445"]]
+    assert words in str(check_checkpoint(path))
+    assert not loud(check_checkpoint(path, expect=Expect(fresh=True)))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda b: b[::2],
+        lambda b: b[: len(b) // 3],
+        lambda b: b[:, :4] if len(b) > 40 else b[:0],
+        lambda b: b[:1],
+    ],
+    ids=["every other row", "a third", "ranks of one kind of modules", "a row"],
+)
+def test_saved_factors_that_are_zero_elsewhere_are_left_alone(names: Namespace, part: Any) -> None:
+    path = edit(names.adapter(), zeroed(part))
+    assert both(path, BASES["base"]()) == [[], []]
+
+
+def test_ranks_that_are_padded_in_both_saved_factors_are_left_alone(names: Namespace) -> None:
+    def pad(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for name, tensor in tensors.items():
+            (tensor[:, 4:] if "lora_B" in name else tensor[4:]).zero_()
+        return tensors
+
+    assert both(edit(names.adapter(), pad), BASES["base"]()) == [[], []]

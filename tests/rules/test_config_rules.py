@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
 
 from pytest_lora import Expect, Finding, check_config
 from pytest_lora.bases.examples.models import BASES, VOCABULARY
@@ -42,7 +43,7 @@ def test_an_expected_config_with_a_broken_pattern_is_compared_all_the_same(field
         ("all_linear", "write target_modules='all-linear'"),
         ("q_proj|v_proj", "for plain names write target_modules=['q_proj', 'v_proj']"),
         ("q_proj,v_proj", "for plain names write target_modules=['q_proj', 'v_proj']"),
-        ([".*q_proj"], "give the pattern as one string, target_modules='...'"),
+        ([".*q_proj"], "give the pattern as one string, target_modules='.*q_proj'"),
     ],
 )
 def test_targets_written_in_another_form_get_the_form_to_use(targets: Any, fix: str) -> None:
@@ -51,35 +52,36 @@ def test_targets_written_in_another_form_get_the_form_to_use(targets: Any, fix: 
     assert fix in found["LORA104"].fix
 
 
-@pytest.mark.parametrize(
-    ("code", "base", "fields"),
-    [
-        ("LORA101", "base", {"lora_alpha": -16}),
-        ("LORA103", "base", {"r": 1, "lora_alpha": 64}),
-        ("LORA105", "base", {"layers_to_transform": [0, 9]}),
-        ("LORA106", "base", {"exclude_modules": ["q_prj"]}),
-        ("LORA107", "base", {"rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 16}}),
-        ("LORA108", "base", {"alpha_pattern": {"q_proj": 256}}),
-        ("LORA110", "base", {"modules_to_save": "lm_head"}),
-        ("LORA111", "classifier_base", {"target_modules": ["q_proj", "score"], "task_type": "SEQ_CLS"}),
-        ("LORA113", "tied_base", {"modules_to_save": ["embed_tokens"]}),
-        ("LORA115", "base_4bit", {"init_lora_weights": "pissa", "r": 8}),
-        ("LORA120", "base", {"trainable_token_indices": [500]}),
-        ("LORA121", "base", {"lora_dropout": 1.0}),
-        ("LORA124", "base", {"r": 0}),
-        ("LORA124", "base", {"target_modules": ["self_attn"]}),
-        ("LORA124", "base", {"init_lora_weights": "corda"}),
-        ("LORA104", "base", {"target_modules": ["q_proj", "v_proj.weight"]}),
-        ("LORA104", "base", {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [1]}),
-        ("LORA107", "base", {"rank_pattern": {"model.layers.1": 16}}),
-        ("LORA107", "base", {"rank_pattern": {"base_model.model.model.layers.0.self_attn.q_proj": 16}}),
-        ("LORA111", "base", {"trainable_token_indices": [5], "modules_to_save": ["embed_tokens"]}),
-        ("LORA121", "base", {"lora_dropout": -0.1}),
-        ("LORA124", "base", {"trainable_token_indices": {"wte": [5]}}),
-        ("LORA132", "torch_attention_base", {"target_modules": ["out_proj"]}),
-        ("LORA132", "torch_attention_base", {"target_modules": "all-linear"}),
-    ],
-)
+FAULTY: list[tuple[str, str, dict[str, Any]]] = [
+    ("LORA101", "base", {"lora_alpha": -16}),
+    ("LORA103", "base", {"r": 1, "lora_alpha": 64}),
+    ("LORA105", "base", {"layers_to_transform": [0, 9]}),
+    ("LORA106", "base", {"exclude_modules": ["q_prj"]}),
+    ("LORA107", "base", {"rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 16}}),
+    ("LORA108", "base", {"alpha_pattern": {"q_proj": 256}}),
+    ("LORA110", "base", {"modules_to_save": "lm_head"}),
+    ("LORA111", "classifier_base", {"target_modules": ["q_proj", "score"], "task_type": "SEQ_CLS"}),
+    ("LORA113", "tied_base", {"modules_to_save": ["embed_tokens"]}),
+    ("LORA115", "base_4bit", {"init_lora_weights": "pissa", "r": 8}),
+    ("LORA120", "base", {"trainable_token_indices": [500]}),
+    ("LORA121", "base", {"lora_dropout": 1.0}),
+    ("LORA124", "base", {"r": 0}),
+    ("LORA124", "base", {"target_modules": ["self_attn"]}),
+    ("LORA124", "base", {"init_lora_weights": "corda"}),
+    ("LORA104", "base", {"target_modules": ["q_proj", "v_proj.weight"]}),
+    ("LORA104", "base", {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [1]}),
+    ("LORA107", "base", {"rank_pattern": {"model.layers.1": 16}}),
+    ("LORA107", "base", {"rank_pattern": {"base_model.model.model.layers.0.self_attn.q_proj": 16}}),
+    ("LORA111", "base", {"trainable_token_indices": [5], "modules_to_save": ["embed_tokens"]}),
+    ("LORA121", "base", {"lora_dropout": -0.1}),
+    ("LORA124", "base", {"trainable_token_indices": {"wte": [5]}}),
+    ("LORA132", "torch_attention_base", {"target_modules": ["out_proj"]}),
+    ("LORA132", "torch_attention_base", {"target_modules": "all-linear"}),
+]
+"""The rule, the base and the fields of configurations that have one fault."""
+
+
+@pytest.mark.parametrize(("code", "base", "fields"), FAULTY)
 def test_fault_is_named_alone(code: str, base: str, fields: dict[str, Any]) -> None:
     assert findings(base, **fields).keys() == {code}
 
@@ -112,19 +114,27 @@ def test_unusual_but_healthy_configuration_is_left_alone(base: str, fields: dict
 @pytest.mark.parametrize(
     ("base", "fields", "fix"),
     [
-        ("base", {"rank_pattern": {"model.layers.1": 16}}, "write 'model.layers.1.*'"),
+        ("base", {"rank_pattern": {"model.layers.1": 16}}, "write rank_pattern={'model.layers.1.*': 16}"),
         ("base", {"modules_to_save": ["embed_token"]}, "did you mean 'embed_tokens'?"),
         (
             "base",
             {"alpha_pattern": {"base_model.model.model.layers.0.self_attn.q_proj": 16}},
-            "write 'model.layers.0.self_attn.q_proj'",
+            "write alpha_pattern={'model.layers.0.self_attn.q_proj': 16}",
         ),
-        ("base", {"rank_pattern": {"*q_proj": 16}}, "rank_pattern: '*q_proj' is no regular expression"),
-        ("base", {"trainable_token_indices": {"wte": [5]}}, "'model.embed_tokens', not 'wte'"),
+        ("base", {"rank_pattern": {"*q_proj": 16}}, "rank_pattern={'.*q_proj': 16}"),
+        (
+            "base",
+            {"trainable_token_indices": {"wte": [5]}},
+            "trainable_token_indices={'model.embed_tokens': [5]}",
+        ),
         ("base", {"target_modules": []}, "set target_modules"),
-        ("base", {"target_modules": "all-linear", "exclude_modules": ".*"}, "take the targets out of them"),
-        ("base", {"rank_pattern": {"q_proj": "16"}}, "as numbers, not as text"),
-        ("base", {"bias": "true"}, "set bias to"),
+        (
+            "base",
+            {"target_modules": "all-linear", "exclude_modules": ".*"},
+            "no target to adapt: exclude_modules=None",
+        ),
+        ("base", {"rank_pattern": {"q_proj": "16"}}, "write numbers, not text"),
+        ("base", {"bias": "true"}, "set bias='none'"),
     ],
 )
 def test_the_fix_says_what_to_write(base: str, fields: dict[str, Any], fix: str) -> None:
@@ -148,3 +158,59 @@ ALORA = "alora_invocation_tokens"
 def test_invocations_that_never_come(tokens: list[int], task_type: str | None, flagged: bool) -> None:
     found = findings(task_type=task_type, **{ALORA: tokens})
     assert found.keys() == ({"LORA133"} if flagged else set())
+
+
+def outputs_after_merging(**fields: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a trained adapter on a base with tied embeddings, and those after merging it."""
+    model: Any = get_peft_model(BASES["tied_base"](), LoraConfig(**{"target_modules": QV, **fields}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        ids = torch.arange(120, VOCABULARY)[None]
+        before = model.eval()(input_ids=ids).logits
+        return before, model.merge_and_unload()(input_ids=ids).logits
+
+
+takes_rows_of_a_head = pytest.mark.skipif(
+    "ensure_weight_tying" not in LoraConfig.__dataclass_fields__,
+    reason="this version of PEFT trains rows of embeddings",
+)
+
+
+@takes_rows_of_a_head
+def test_rows_of_a_tied_head_alone_are_told() -> None:
+    rows = {"lm_head": [126, 127]}
+    before, after = outputs_after_merging(trainable_token_indices=rows)
+    assert not torch.allclose(before, after, atol=1e-3)
+    (found,) = findings("tied_base", trainable_token_indices=rows).values()
+    assert found.code == "LORA113"
+    assert "name the embedding in trainable_token_indices: {'embed_tokens'" in found.fix
+
+
+@pytest.mark.parametrize("rows", [[126, 127], {"embed_tokens": [126, 127]}])
+def test_remedy_of_rows_of_a_tied_head(rows: Any) -> None:
+    before, after = outputs_after_merging(trainable_token_indices=rows)
+    assert torch.allclose(before, after, atol=1e-4)
+    assert not findings("tied_base", trainable_token_indices=rows)
+
+
+@takes_rows_of_a_head
+def test_rows_of_an_untied_head_are_meant() -> None:
+    rows = {"embed_tokens": [126, 127], "lm_head": [126, 127]}
+    assert not findings("base", trainable_token_indices=rows)
+
+
+@pytest.mark.skipif(
+    "ensure_weight_tying" not in LoraConfig.__dataclass_fields__,
+    reason="this version of PEFT ties no adapters",
+)
+def test_adapters_that_are_tied_are_told_where_they_will_be_merged() -> None:
+    fields: dict[str, Any] = {"target_modules": [*QV, "embed_tokens"], "ensure_weight_tying": True}
+    assert not findings("tied_base", **fields)
+    before, after = outputs_after_merging(**fields)
+    merged = Expect(will_merge=True)
+    assert ("LORA113" in findings("tied_base", merged, **fields)) == (
+        not torch.allclose(before, after, atol=1e-3)
+    )
+    assert not findings("tied_base", merged, trainable_token_indices=[126, 127])

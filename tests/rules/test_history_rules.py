@@ -190,6 +190,10 @@ def test_other_data_are_no_divergence() -> None:
     first = noisy([1.6 + 0.6 * 0.96**i for i in range(120)], 0.08)
     then = noisy([2.1 + 2.4 * 0.97**i for i in range(140)], 0.08)
     assert set(codes(diagnose_history(first + then)).values()) <= {"info"}
+    lower = noisy([1.1 + 2.8 * 0.97**i for i in range(140)], 0.08)
+    old_records = [1.9, 1.7, 1.6, 2.6, 2.7, 2.8]
+    assert "LORA346" not in codes(diagnose_history(first + lower, old_records))
+    assert "LORA346" in codes(diagnose_history(noisy([4.0 * 0.99**i for i in range(260)], 0.05), old_records))
     climbing = [1.7 * 1.05**i for i in range(20)]
     assert "LORA342" in codes(diagnose_history(first + climbing + then)), "it climbed before the jump"
     back = noisy([1.6 + 2.8 * 0.8**i for i in range(140)], 0.08)
@@ -219,6 +223,8 @@ def test_noise_that_no_batch_makes() -> None:
     assert not diagnose_history(scattered(8.0, 0.1), total_steps=5000).findings
     falling = [loss * 0.99**i for i, loss in enumerate(high)]
     assert not diagnose_history(falling, total_steps=5000).findings, "it learns in all its noise"
+    slowly = [14.0, 14.0, 14.0, *(loss * 0.996**i for i, loss in enumerate(scattered(9.0, 0.45)))]
+    assert not diagnose_history(slowly, total_steps=5000).findings
     summed = [100 * loss for loss in high]
     assert not diagnose_history(summed, total_steps=5000).findings, "no mean over tokens"
     between = [12.0, 11.5, *scattered(7.0, 0.25)]
@@ -276,6 +282,12 @@ def test_what_the_schedule_did() -> None:
     rates = [1e-3 * (1 - i / 20) for i in range(20)] + [1e-3 * (1 - i / 66) for i in range(66)]
     assert codes(diagnose_history(bump, learning_rate=1e-3)) == {"LORA345": "warning"}
     assert not diagnose_history(bump, learning_rate=rates).findings, "the schedule starts anew there"
+    cycles = [[1e-3 * (1 - i / 25) for i in range(25)] for _ in range(5)]
+    bumps = [2.5, *noisy([1.0 + 1.2 * math.exp(-i / 5) for _ in cycles for i in range(25)], 0.02)]
+    assert codes(diagnose_history(bumps))["LORA345"] == "warning"
+    assert not diagnose_history(
+        bumps, learning_rate=[1e-3, *(rate for one in cycles for rate in one)]
+    ).findings
     facts = history_facts(bump, learning_rate=rates)
     assert facts.learning_rate == 1e-3
     assert facts.restarts == (20,)
@@ -292,6 +304,11 @@ def test_a_classifier_on_shuffled_labels_settles_at_chance_and_on_its_own_does_n
         "LORA347": "warning"
     }
     assert not diagnose_history(classified(inputs, labels, seed), vocabulary_size=4).findings
+
+
+def test_a_classifier_on_its_way_through_chance_is_left_alone() -> None:
+    losses = noisy([1.9 - 0.0043 * i for i in range(120)], 0.03)
+    assert not diagnose_history(losses, vocabulary_size=4).findings
 
 
 def classified(inputs: torch.Tensor, labels: torch.Tensor, seed: int) -> list[float]:
@@ -401,6 +418,8 @@ def test_noise_and_levels_measure_what_they_say() -> None:
     assert found.trend < -5
     assert jump(history[:200]) is None
     assert jump([*history[:60], 40.0, *history[60:120]]) is None, "one loss alone"
+    climb = [5 + 0.4 * i for i in range(20)]
+    assert jump([*history[:60], *climb, *[16.0] * 40]) is None, "it climbed before"
     assert repetition([1.0, 2.0] * 5) == 2
     assert repetition([1.0, 2.0, 1.0, 2.0]) is None
     assert cycles(deviations([3.0, 2.0, 2.5] * 10))

@@ -1007,7 +1007,7 @@ def test_compute_dtypes(compute: str, rest: str, flagged: bool) -> None:
 
 def test_base_fix_depends_on_how_much_trains() -> None:
     facts = plain_facts()
-    for share, said in ((0.9, "freeze the base before"), (0.01, "modules_to_save=['norm']")):
+    for share, said in ((0.9, "model.requires_grad_(False)"), (0.01, "list ['norm'] in modules_to_save")):
         part = TrainableBase("model.norm.weight", int(share * facts.base.parameters))
         (finding,) = RULES["base_is_trainable"](replace(facts, trainable_base=(part,)), Expect())
         assert said in finding.fix

@@ -80,9 +80,9 @@ def against(reference: str, model: Any, batch: dict[str, torch.Tensor]) -> torch
     """The loss of DPO against a frozen adapter."""
     gained = score(model, batch["chosen_input_ids"]) - score(model, batch["rejected_input_ids"])
     with torch.no_grad():
-        model.base_model.set_adapter(reference, inference_mode=True)
+        model.set_adapter(reference)
         before = score(model, batch["chosen_input_ids"]) - score(model, batch["rejected_input_ids"])
-        model.base_model.set_adapter("default")
+        model.set_adapter("default")
     return -torch.nn.functional.logsigmoid(0.1 * (gained - before)).mean()
 
 
@@ -115,6 +115,18 @@ def test_both_remedies_begin_at_ln_2() -> None:
 
 def test_a_run_that_goes_on_and_a_fresh_adapter_are_left_alone() -> None:
     fresh = adapted()
+    assert not check_training(fresh, pairs(), optimizer=adam(fresh, 5e-6), loss_fn=preference_loss).findings
+    shifted = check_training(
+        fresh,
+        pairs(),
+        optimizer=adam(fresh, 5e-6),
+        loss_fn=lambda model, batch: preference_loss(model, batch) + 0.5,
+    )
+    assert not shifted.findings, "a loss of another kind, or of two"
+    with torch.no_grad():
+        for name, parameter in fresh.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=1e-7)
     assert not check_training(fresh, pairs(), optimizer=adam(fresh, 5e-6), loss_fn=preference_loss).findings
     resumed = trained()
     optimizer = adam(resumed, 5e-6)
@@ -160,6 +172,16 @@ def test_steps_that_bfloat16_holds_and_the_remedy() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         report = check_training(model, texts(), optimizer=adam(model, 1e-5), select=["LORA315"])
     assert not report.findings
+
+
+def test_numbers_that_move_are_not_lost_whatever_their_scale() -> None:
+    model = adapted().bfloat16()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.mul_(1e-3)
+                parameter[:, :2] = 2.0
+    assert not check_training(model, texts(), optimizer=adam(model, 1e-5), select=["LORA315"]).findings
 
 
 def test_a_warm_up_is_no_loss_in_rounding() -> None:

@@ -27,6 +27,7 @@ from pytest_lora import (
     check_model,
     check_training,
 )
+from pytest_lora.inspection.model import model_facts
 from pytest_lora.inspection.transformers_internals import READS_OTHER_PREFIXES, TIES_WHAT_DIFFERS
 
 IDS = torch.arange(16).reshape(2, 8) + 3
@@ -105,6 +106,24 @@ def test_an_optimizer_without_the_other_factor_of_adalora_is_told() -> None:
     held = [p for n, p in model.named_parameters() if "lora_A" in n or "lora_E" in n]
     found = check_model(model, optimizer=torch.optim.AdamW(held, lr=1e-3)).findings
     assert [(f.code, f.severity) for f in found] == [("LORA301", "warning")]
+
+
+def test_ranks_that_adalora_took_away_are_no_fault(tmp_path: Path) -> None:
+    config = adalora(init_r=6, target_r=1, total_step=12, tinit=1, tfinal=2, task_type="CAUSAL_LM")
+    model: Any = get_peft_model(llama(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(1, 12):
+        model(**BATCH).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    assert not loud(check_model(model, expect=Expect(fresh=False)))
+    path = saved(model, tmp_path)
+    again = PeftModel.from_pretrained(llama(), str(path), is_trainable=True)
+    ranks = [layer.rank for layer in model_facts(again).layers]
+    assert ranks
+    assert max(ranks) < 6
+    assert not loud(check_model(again, expect=Expect(fresh=False)))
 
 
 def test_adalora_merges_reloads_and_keeps_the_laws() -> None:

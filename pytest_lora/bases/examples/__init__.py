@@ -23,10 +23,15 @@ _MODELS = (
     "vision_language_base",
     "torch_attention_base",
     "batchnorm_base",
+    "image_text_base",
+    "grid_base",
     "batch",
     "classifier_batch",
     "image_batch",
+    "image_text_batch",
+    "grid_batch",
     "llama_7b",
+    "gptq_7b",
     "fused_moe",
 )
 _FUNCTIONS = {

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
     PretrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
 
 from pytest_lora.bases.examples.folders import save_adapter, scratch
@@ -114,6 +120,89 @@ def image_batch(rows: int = 4) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(rows, 3, 16, 16), "labels": torch.randint(0, 4, (rows,))}
 
 
+PLACEHOLDER = 5
+"""The image token of the bases that read images and text."""
+
+
+def image_text_base() -> nn.Module:
+    """A tiny LLaVA: four placeholders an image."""
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=_llama_config(), image_seq_length=4, vision_feature_layer=-1
+    )
+    config.image_token_id = PLACEHOLDER
+    return LlavaForConditionalGeneration(config)
+
+
+def image_text_batch(rows: int = 2) -> dict[str, torch.Tensor]:
+    """Each row an image, whose placeholders are no targets, and a text."""
+    return {**_with_placeholders(rows), "pixel_values": torch.randn(rows, 3, 16, 16)}
+
+
+TAKES_TOKEN_TYPES = "mm_token_type_ids" in signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
+"""Whether this version of transformers asks for them."""
+
+
+def grid_base() -> nn.Module:
+    """A tiny Qwen2.5-VL: images of any size, told by their grid of patches."""
+    vision = {
+        "depth": LAYERS,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "fullatt_block_indexes": [1],
+        "window_size": 16,
+    }
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    }
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=PLACEHOLDER,
+            video_token_id=6,
+            vision_start_token_id=7,
+            vision_end_token_id=8,
+        )
+    )
+
+
+def grid_batch(rows: int = 2) -> dict[str, torch.Tensor]:
+    """Each row an image of four by four patches, which are four tokens, and a text."""
+    batch = _with_placeholders(rows)
+    types = {"mm_token_type_ids": (batch["input_ids"] == PLACEHOLDER).long()}
+    return {
+        **batch,
+        **(types if TAKES_TOKEN_TYPES else {}),
+        "pixel_values": torch.randn(16 * rows, 3 * 2 * 4 * 4),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * rows),
+    }
+
+
+def _with_placeholders(rows: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(10, VOCABULARY, (rows, 16))
+    ids[:, 1:5] = PLACEHOLDER
+    labels = ids.masked_fill(ids == PLACEHOLDER, -100)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
 def _classifier() -> nn.Module:
     build: Any = LlamaForSequenceClassification
     model: nn.Module = build(_llama_config(num_labels=3))
@@ -144,12 +233,16 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "vision_language_base": VisionLanguageModel,
     "torch_attention_base": lambda: nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, batch_first=True),
     "batchnorm_base": BatchNormBase,
+    "image_text_base": image_text_base,
+    "grid_base": grid_base,
 }
 
 BATCHES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
     "batch": language_batch,
     "classifier_batch": classifier_batch,
     "image_batch": image_batch,
+    "image_text_batch": image_text_batch,
+    "grid_batch": grid_batch,
 }
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from pytest_lora.facts.checkpoint import PREFIX, Fit, Key, Misfit, TensorFacts
+from pytest_lora.facts.checkpoint import PREFIX, WRAPPERS, Fit, Key, Misfit, TensorFacts
 from pytest_lora.facts.config import ConfigFacts, Refusal, Settings, is_named
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.checkpoint.config_file import lora_config
@@ -60,6 +60,7 @@ class Base:
             raise ValueError("base: it carries adapters itself; give the base model without them")
         self.facts: BaseFacts = base_facts(self.found, base_parameters(self.found))
         self.name = _name(self.model, base)
+        self.wrapper = next((name for name in WRAPPERS if name in getattr(base, "_modules", ())), "")
 
     def meant_by(self, raw: dict[str, Any], tensors: tuple[TensorFacts, ...], keys: dict[str, Key]) -> Base:
         """The base of the class that an adapter's own configuration means, where a ``config.json`` names another.
@@ -94,7 +95,9 @@ class Base:
         after = survey(injected)
         facts = self._facts(settings, Settings.of(config), after, None)
         merged = refused(refused_merge(config, with_ranks(after, ADAPTER)))
-        return _compared(replace(plain, config=replace(facts, merge_refusal=merged)), injected, tensors, keys)
+        fit = _compared(replace(plain, config=replace(facts, merge_refusal=merged)), injected, tensors, keys)
+        # What wraps the base is taken off here, but not where PEFT is given it.
+        return replace(fit, wrapper=fit.wrapper or self.wrapper)
 
     def _reads_other_prefix(self, keys: dict[str, Key]) -> bool:
         """Whether every adapted module exists here under another ``base_model_prefix``, which load_adapter mends."""
@@ -152,8 +155,23 @@ def _compared(plain: Fit, injected: nn.Module, tensors: tuple[TensorFacts, ...],
     )
     unused = tuple(name for name in unused if name not in own)
     return replace(
-        plain, misfits=misfits + resized, missing=missing, unused=unused, wanted=wanted_names, compared=True
+        plain,
+        misfits=misfits + resized,
+        missing=missing,
+        unused=unused,
+        wanted=wanted_names,
+        compared=True,
+        wrapper=_wrapper(wanted_names, unused),
     )
+
+
+def _wrapper(wanted: frozenset[str], unused: tuple[str, ...]) -> str:
+    """The name of a wrapper without which the keys that PEFT looks for would be those that the file has."""
+    for wrapper in WRAPPERS:
+        wrapped = [key for key in wanted if f".{wrapper}." in key]
+        if wrapped and {key.replace(f".{wrapper}.", ".") for key in wrapped} >= set(unused) and unused:
+            return wrapper
+    return ""
 
 
 def _loads(injected: nn.Module, tensors: tuple[TensorFacts, ...]) -> bool:

@@ -10,6 +10,7 @@ from pytest_lora.inspection.checkpoint.values import (
     LAYOUTS,
     bits_like,
     is_measured,
+    marks_of,
     root_mean,
     sum_of_squares,
 )
@@ -59,4 +60,7 @@ def _facts(name: str, tensor: object) -> TensorFacts:
         values = bits_like(raw, dtype)
         if is_measured(name, dtype):
             values = replace(values, rms=root_mean(sum_of_squares(raw, dtype), raw.nbytes, dtype))
+        if marked := marks_of(name, dtype, tuple(tensor.shape)):
+            marked.add(raw)
+            values = replace(values, marks=marked.marks())
     return TensorFacts(name, dtype, tuple(tensor.shape), values)

@@ -14,6 +14,7 @@ import numpy as np
 from pytest_lora.facts.checkpoint import FileFault, Values
 from pytest_lora.inspection.checkpoint.folder import UnreadableError
 from pytest_lora.inspection.checkpoint.header import Stored
+from pytest_lora.inspection.checkpoint.marks import Marking, marking
 
 CHUNK = 4 * 2**20
 
@@ -75,10 +76,12 @@ def _values(file: FileIO, tensor: Stored, buffer: bytearray, name: str) -> Value
     nans = infinities = 0
     zero = True
     squares = 0.0 if is_measured(tensor.name, tensor.dtype) else None
+    marked = marks_of(tensor.name, tensor.dtype, tensor.shape)
+    most = CHUNK - CHUNK % marked.row_bytes if marked else CHUNK
     file.seek(tensor.begin)
     left = tensor.end - tensor.begin
     while left:
-        part = memoryview(buffer)[: min(left, CHUNK)]
+        part = memoryview(buffer)[: min(left, most)]
         filled = 0
         # A read may give less than was asked for; numbers must not be torn apart.
         while filled < len(part) and (count := file.readinto(part[filled:])):
@@ -88,10 +91,20 @@ def _values(file: FileIO, tensor: Stored, buffer: bytearray, name: str) -> Value
         left -= filled
         raw = np.frombuffer(buffer, np.uint8, filled)
         seen = bits_like(raw, tensor.dtype)
+        if marked:
+            marked.add(raw)
         nans, infinities, zero = nans + seen.nans, infinities + seen.infinities, zero and seen.zero
         if squares is not None and not seen.zero:
             squares += sum_of_squares(raw, tensor.dtype)
-    return Values(nans, infinities, zero, root_mean(squares, tensor.end - tensor.begin, tensor.dtype))
+    mean = root_mean(squares, tensor.end - tensor.begin, tensor.dtype)
+    return Values(nans, infinities, zero, mean, marked.marks() if marked else None)
+
+
+def marks_of(name: str, dtype: str, shape: tuple[int, ...]) -> Marking | None:
+    """A marking for a tensor of this name, format and shape; None for what is no factor."""
+    return (
+        marking(name, shape, np.dtype(LAYOUTS[dtype].unsigned).itemsize, CHUNK) if dtype in LAYOUTS else None
+    )
 
 
 def is_measured(name: str, dtype: str) -> bool:

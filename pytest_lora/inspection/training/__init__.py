@@ -1,6 +1,7 @@
 """What trains an adapter, and what some real steps of it show, as facts."""
 
-from pytest_lora.inspection.training.batches import LossFn, place
+from pytest_lora.inspection.placement import place
+from pytest_lora.inspection.training.batches import LossFn
 from pytest_lora.inspection.training.first_steps import FirstSteps
 from pytest_lora.inspection.training.loss_drop import loss_drop
 from pytest_lora.inspection.training.optimizer import optimizer_facts

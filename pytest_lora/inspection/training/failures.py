@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.training import Failure, FailureKind, Phase
+from pytest_lora.inspection.training.media import grids_disagree
 
 _RAISED_BY_TORCH = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 _WORDS: dict[str, FailureKind] = {
+    r"features.* tokens? do not match|placeholder|pixel_values|(image|video|audio) tokens": "placeholders",
+    r"token_type_ids`? is required": "token types",
     r"target dtype|[Tt]arget size|dtype Long|dtype Float but|be cast to|probabilities": "label dtype",
     r"'indices'": "ids are not whole",
     r"input batch_size": "label shape",
@@ -49,6 +52,8 @@ def failure_of(
     kind: FailureKind | None
     if phase == "forward pass" and length and positions and length > positions:
         kind = "text too long"
+    elif phase == "forward pass" and grids_disagree(batch, model):
+        kind = "placeholders"
     elif phase == "optimizer step" and "size" in message:
         kind = "state of another shape"
     else:

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.labels import LabelFacts, LabelKind
+from pytest_lora.facts.labels import IGNORED, LabelFacts, LabelKind
 from pytest_lora.inspection.transformers_internals import reads_both_ways
-
-IGNORED = -100
-"""The label that ``torch.nn.functional.cross_entropy`` leaves out by default."""
 
 ALIKE = 0.95
 """Share of labels equal to inputs from which on a model of unknown class is taken for a language model."""

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.training import LossDrop, TrainingFacts
+from pytest_lora.inspection.placement import moved
 from pytest_lora.inspection.state import cuda_in_use
-from pytest_lora.inspection.training.batches import LossFn, loss_of, moved, take_batches
+from pytest_lora.inspection.training.batches import LossFn, loss_of, take_batches
 from pytest_lora.inspection.training.plan import Plan
 from pytest_lora.inspection.training.probe import prepared
 

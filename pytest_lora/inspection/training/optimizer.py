@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pytest_lora.facts.optimizer import GroupFacts, Missing, OptimizerFacts, Part, ScheduleFacts
+from pytest_lora.facts.optimizer import GroupFacts, Misshapen, Missing, OptimizerFacts, Part, ScheduleFacts
 from pytest_lora.inspection.base import dtype_name
+from pytest_lora.inspection.layers import UNREAD, read_values
 from pytest_lora.inspection.peft_internals import (
     active_adapters,
     adapter_names,
@@ -91,7 +92,41 @@ def optimizer_facts(model: nn.Module, optimizer: Optimizer) -> OptimizerFacts:
         foreign=len(holds - own.keys()),
         groups=tuple(_group(i, g, own, owned) for i, g in enumerate(groups)),
         doubled=tuple(n for n, p in trainable.items() if times[id(p)] > 1),
+        **_state(optimizer, {n: p for n, p in trainable.items() if id(p) in holds}, owned),
     )
+
+
+def _state(optimizer: Any, held: dict[str, nn.Parameter], owned: dict[int, Owned]) -> dict[str, Any]:
+    """What the state of an optimizer says of the parameters that it is kept for."""
+    known = getattr(optimizer, "state", None)
+    states = {name: known.get(p, {}) for name, p in held.items()} if isinstance(known, Mapping) else {}
+    averages = {name: average for name, state in states.items() if (average := _average(state)) is not None}
+    steps = {name: int(as_float(state["step"])) for name, state in states.items() if "step" in state}
+    suspects = {
+        name: (held[name], average)
+        for name, average in averages.items()
+        if steps.get(name, 0) > 1 and id(held[name]) in owned and owned[id(held[name])].part in ("a", "b")
+    }
+    values = read_values(tensor for pair in suspects.values() for tensor in pair)
+    return {
+        "steps": max(steps.values(), default=0),
+        "misshapen": tuple(
+            Misshapen(name, tuple(held[name].shape), tuple(average.shape))
+            for name, average in averages.items()
+            if average.shape != held[name].shape
+        ),
+        "unmoved": tuple(
+            name
+            for name, (p, average) in suspects.items()
+            if values.get(id(p), UNREAD).zero and values.get(id(average), UNREAD).zero is False
+        ),
+    }
+
+
+def _average(state: Mapping[str, Any]) -> Tensor | None:
+    """The running average of gradients, where it is kept as numbers of the parameter's shape."""
+    average = state.get("exp_avg")
+    return average if isinstance(average, Tensor) and average.is_floating_point() else None
 
 
 def param_groups(optimizer: Any) -> list[dict[str, Any]]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import LabelFacts
 from pytest_lora.facts.optimizer import OptimizerFacts
 from pytest_lora.facts.training import Failure, Phase, StepFacts, TrainingFacts, unusual_inits
+from pytest_lora.inspection.behaviour.batch_law import batch_law
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.state import Keeper
@@ -26,7 +29,9 @@ from pytest_lora.inspection.training.batches import (
 )
 from pytest_lora.inspection.training.circumstances import live_dropouts, repacked_layers, spoiled_inputs
 from pytest_lora.inspection.training.failures import failure_of
+from pytest_lora.inspection.training.graph import Ran, how_it_runs
 from pytest_lora.inspection.training.labels import label_facts, vocabulary
+from pytest_lora.inspection.training.media import medium_facts
 from pytest_lora.inspection.training.optimizer import (
     as_float,
     optimizer_facts,
@@ -56,7 +61,9 @@ def training_facts(model: nn.Module, batches: Any, plan: Plan) -> TrainingFacts:
         )
         probe.take(taken)
         probe.run()
-        return probe.facts(given)
+        facts = probe.facts(given)
+        # Last of all, as the model may keep something of it: positions, counters, caches.
+        return replace(facts, alone=probe.batch_law()) if facts.steps else facts
 
 
 @contextmanager
@@ -106,7 +113,7 @@ class Probe:
         self._schedule = schedule_facts(plan.scheduler, self._optimizer) if plan.scheduler else None
         self._batches: tuple[Any, ...] = ()
         self._labels: tuple[LabelFacts, ...] = ()
-        self._touched: set[str] = set()
+        self._touched: dict[str, Ran] = {}
         self._switched_off = False
         self._is_fresh = plan.optimizer is not None and not any(plan.optimizer.state.values())
         held = {id(p) for group in self._groups for p in group["params"]}
@@ -150,12 +157,18 @@ class Probe:
                 self._failure = failed.failure
                 break
 
+    def batch_law(self) -> AloneFacts | None:
+        """A text alone against the same text in its batch, where the model itself makes the loss."""
+        if self._plan.loss_fn is not None or self._failure is not None:
+            return None
+        return batch_law(self._model, self._found.root, self._batches[: len(self._steps)])
+
     def _toucher(self, name: str) -> Callable[[nn.Module, Any], None]:
         def note(module: Any, arguments: Any) -> None:
             self._switched_off |= bool(module.disable_adapters)
             first = arguments[0] if arguments else None
             if not isinstance(first, Tensor) or first.numel():
-                self._touched.add(name)
+                self._touched[name] = max(self._touched.get(name, Ran.CUT), how_it_runs())
 
         return note
 
@@ -238,7 +251,8 @@ class Probe:
     def facts(self, given: int) -> TrainingFacts:
         """Everything that was seen; ``given`` is the number of batches there are."""
         facts, found, plan = self._facts, self._found, self._plan
-        first = self._batches[0]
+        used = max(1, len({step.batch for step in self._steps}))
+        inputs = _names(self._batches[:used])
         return TrainingFacts(
             model=facts,
             optimizer=self._described,
@@ -252,7 +266,11 @@ class Probe:
             untouched=tuple(n for n in found.lora if n not in self._touched) if self._steps else (),
             labels=self._labels,
             batches=given,
-            inputs=tuple(map(str, first)) if isinstance(first, Mapping) else (),
+            inputs=inputs,
+            later_inputs=tuple(n for n in _names(self._batches[used:]) if n not in inputs),
+            without_graph=tuple(n for n, ran in self._touched.items() if ran < Ran.WITH_GRAPH),
+            cut=tuple(n for n, ran in self._touched.items() if ran == Ran.CUT),
+            media=tuple(medium_facts(self._batches, found.root)),
             history=tuple(float(loss) for loss in plan.history),
             changes=(*self._snapshot, *since_probe(found, self._keeper)),
             dropouts=tuple(live_dropouts(found)),
@@ -264,6 +282,11 @@ class Probe:
             optimizer_is_fresh=self._is_fresh,
             switched_off=self._switched_off and not any(layer.disabled for layer in facts.layers),
         )
+
+
+def _names(batches: tuple[Any, ...]) -> tuple[str, ...]:
+    """Names of what some batches hold, each once."""
+    return tuple(dict.fromkeys(str(n) for batch in batches if isinstance(batch, Mapping) for n in batch))
 
 
 def _default_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer | None:

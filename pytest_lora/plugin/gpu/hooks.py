@@ -98,8 +98,6 @@ class GpuTests:
                 f"not run: CUDA is broken in this process since {self._cuda.broken_by} ({self._cuda.words})"
             )
             pytest.skip(run.reason)
-        if run.reason and not run.is_asked:
-            return
         if run.reason and self._is_required:
             pytest.fail(f"--lora-require-gpu: {run.reason}", pytrace=False)
         if run.reason:
@@ -192,8 +190,8 @@ class GpuTests:
         run.need = need_of(item) if run.is_asked else self._need_of_fixtures(item)
         if self._cuda.words or item.get_closest_marker("skip"):
             return
-        run.reason = self._devices.obstacle(run.need)
-        if run.reason:
+        if lack := self._devices.obstacle(run.need):
+            run.reason = lack if run.is_asked else ""
             return
         run.devices = self._devices.of(run.need)
         if hasattr(self._config, "workerinput"):

@@ -49,11 +49,13 @@ class LastWords:
         self._write("")
 
     def close(self) -> None:
-        """End the process, which has nothing to say."""
-        if self._process is not None and self._process.stdin:
-            with suppress(OSError):
-                self._process.stdin.close()
+        """End the process, which has nothing to say; a child of a test may still hold the pipe open."""
+        if self._process is not None:
+            self._process.terminate()
             self._process.wait()
+            if self._process.stdin:
+                with suppress(OSError):
+                    self._process.stdin.close()
             self._process = None
 
     def _write(self, line: str) -> None:

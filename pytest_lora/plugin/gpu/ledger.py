@@ -131,5 +131,8 @@ def log(event: str, entry: Entry) -> None:
     """Write a line of the log; the ledger's lock is held, so the order of the lines is that of the events."""
     if path := os.environ.get(LOG):
         line = {"event": event, "who": entry.who, "shares": entry.shares, "time": time.time()}
-        with open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise NotSharedError(f"{LOG}: {path} cannot be written: {error}") from error

@@ -69,7 +69,7 @@ class Run:
             "predicted_bytes": prediction.peak if prediction else None,
             "left_bytes": self.left,
             "seconds": self.seconds,
-            "skipped": (self.is_asked and self.reason) or None,
+            "skipped": self.reason or None,
             "broken_by": self.broken_by or None,
         }
         item.user_properties[:] = [entry for entry in item.user_properties if entry[0] != GPU_PROPERTY]

@@ -39,11 +39,19 @@ def adapters_differ_between_ranks(facts: SyncFacts, expect: Expect) -> Iterator[
         more = len(facts.differences) - SHOWN
         yield Violation(
             where=f"{len(facts.differences)} of {facts.weights} weights on {facts.ranks} ranks",
-            observed=f"{shown}; and {more} more" if more > 0 else shown,
+            observed=_cause(facts) + (f"{shown}; and {more} more" if more > 0 else shown),
             expected="the same adapter on every rank, bit for bit",
             fix="wrap the model in DDP or FSDP after the adapter was made, and take every optimizer step outside "
             "no_sync()",
         )
+
+
+def _cause(facts: SyncFacts) -> str:
+    return "".join(
+        f"{late.wrapper} wrapped the model before the adapter was put in, and does not reduce the gradients of "
+        f"{len(late.parameters)} of its parameters: "
+        for late in facts.late
+    )
 
 
 def _in_words(one: WeightDifference) -> str:

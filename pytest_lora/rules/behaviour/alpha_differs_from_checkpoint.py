@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pytest_lora.expect import Expect
 from pytest_lora.facts.resumption import ResumptionFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import START_FRESH
+from pytest_lora.rules.remedies import as_in_checkpoint
 
 
 @rule("LORA922", severity="error", needs=ResumptionFacts)
@@ -42,5 +42,5 @@ def alpha_differs_from_checkpoint(facts: ResumptionFacts, expect: Expect) -> Ite
             observed=f"the configuration has lora_alpha={now:g}, the checkpoint {before:g}, as for {module}: "
             "what was learned would be scaled by another factor",
             expected="the alpha of the checkpoint",
-            fix=f"lora_alpha={before:g}, as in the checkpoint; or {START_FRESH}",
+            fix=as_in_checkpoint(facts, "lora_alpha", "alpha_pattern"),
         )

@@ -42,5 +42,5 @@ def base_differs_from_checkpoint(facts: ResumptionFacts, expect: Expect) -> Iter
             where=facts.where,
             observed=f"the configuration is for the base {now!r}, the checkpoint was trained on {before!r}",
             expected="the base of the checkpoint",
-            fix=f"load {before!r}; or {START_FRESH}",
+            fix=f"load {before!r} and set config.base_model_name_or_path = {before!r}; or {START_FRESH}",
         )

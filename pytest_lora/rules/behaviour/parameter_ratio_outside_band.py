@@ -54,7 +54,7 @@ def _fix(facts: ParameterShareFacts) -> str:
     if not facts.trainable:
         return "make the adapter trainable: PeftModel.from_pretrained(..., is_trainable=True)"
     if facts.percent < 100 * facts.low:
-        return "raise r, adapt more modules, or lower low if so few are meant"
+        return f"raise r, adapt more modules, or, if so few are meant, low={0.99 * facts.percent / 100:.3g}"
     if facts.trainable > facts.adapter:
         return "freeze the base: more trains than the adapters hold"
-    return "lower r, adapt fewer modules, or raise high if so many are meant"
+    return f"lower r, adapt fewer modules, or, if so many are meant, high={1.01 * facts.percent / 100:.3g}"

@@ -6,7 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.resumption import ResumptionFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import START_FRESH
+from pytest_lora.rules.remedies import as_in_checkpoint
 
 
 @rule("LORA920", severity="error", needs=ResumptionFacts)
@@ -44,5 +44,5 @@ def rank_differs_from_checkpoint(facts: ResumptionFacts, expect: Expect) -> Iter
             observed=f"the configuration has r={first.now}, the checkpoint rank {first.before} in "
             f"{grouped(first.modules)}; LoRA shapes are fixed at initialisation",
             expected="the rank of the checkpoint",
-            fix=START_FRESH,
+            fix=as_in_checkpoint(facts, "r", "rank_pattern"),
         )

@@ -6,7 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.resumption import ResumptionFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import START_FRESH
+from pytest_lora.rules.remedies import as_in_checkpoint
 
 
 @rule("LORA921", severity="error", needs=ResumptionFacts)
@@ -47,5 +47,5 @@ def targets_differ_from_checkpoint(facts: ResumptionFacts, expect: Expect) -> It
             where=facts.where,
             observed=f"{' and '.join(parts)}; LoRA shapes are fixed at initialisation",
             expected="the modules of the checkpoint",
-            fix=START_FRESH,
+            fix=as_in_checkpoint(facts, "target_modules", "exclude_modules"),
         )

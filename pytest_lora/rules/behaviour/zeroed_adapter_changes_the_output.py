@@ -51,5 +51,5 @@ def zeroed_adapter_changes_the_output(facts: LawFacts, expect: Expect) -> Iterat
             where="the output with lora_B = 0",
             observed=f"it differs by up to {facts.zeroed:.3g} from that with the adapter disabled",
             expected="no difference: B @ A is zero",
-            fix="look for biases of the adapter (lora_bias=True) or a forward of its own that add to the output",
+            fix="look for biases of the adapter (lora_bias) or a forward of its own that add to the output",
         )

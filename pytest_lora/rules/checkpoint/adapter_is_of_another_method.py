@@ -43,7 +43,7 @@ def adapter_is_of_another_method(facts: CheckpointFacts, expect: Expect) -> Iter
             observed=f"peft_type is {facts.config.peft_type}, but all {len(facts.tensors)} tensors are lora_A and "
             "lora_B: they match nothing of that method and would not be loaded",
             expected="the method that made the tensors: LORA",
-            fix="restore the adapter_config.json that the adapter was trained with",
+            fix="restore the adapter_config.json that the adapter was trained with, with peft_type='LORA'",
             severity="warning",
         )
     elif facts.config is not None and facts.config.tool:

@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import name_in_keys
 
 
 @rule("LORA451", severity="error", needs=CheckpointFacts)
@@ -48,18 +49,17 @@ def base_is_foreign(facts: CheckpointFacts, expect: Expect) -> Iterator[Violatio
             observed="the adapter was made on this model with its head, or without it: model.load_adapter of "
             f"transformers finds every module ({held}), and PeftModel.from_pretrained finds none",
             expected="the base that the adapter was trained on, or load_adapter",
-            fix="load it with model.load_adapter(path), or on the class that it was trained on",
+            fix="load it with model.load_adapter, or on the class that it was trained on",
             severity="info",
         )
         return
-    renamed = _renamed(facts.adapted[0].name, facts.fit.base.module_names)
+    if renamed := _renamed(facts.adapted[0].name, facts.fit.base.module_names):
+        meant = f"the base calls it {renamed!r}: if this is the same model, rename the keys; else {meant}"
     yield Violation(
         where=facts.fit.base.architecture,
         observed=f"no adapter key matches this base: not one of the adapted modules exists in it ({held})",
         expected="the base that the adapter was trained on",
-        fix=f"the base calls it {renamed!r}: if this is the same model, rename the keys; else {meant}"
-        if renamed
-        else meant,
+        fix=name_in_keys(facts) or meant,
     )
 
 

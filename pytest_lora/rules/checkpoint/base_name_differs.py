@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA453", severity="warning", needs=CheckpointFacts)
@@ -22,8 +23,9 @@ def base_name_differs(facts: CheckpointFacts, expect: Expect) -> Iterator[Violat
 
     ## Example
     ```python
+    path = adapter()
     base.name_or_path = "org/tiny-llama-instruct"
-    report = check_checkpoint(adapter(), base)
+    report = check_checkpoint(path, base)
     ```
 
     ## Use instead
@@ -47,7 +49,8 @@ def base_name_differs(facts: CheckpointFacts, expect: Expect) -> Iterator[Violat
         where=f"base_model_name_or_path in {facts.name}",
         observed=f"the adapter is for the base model {named!r}, and the given base is {given!r}",
         expected="the base that the adapter was trained on",
-        fix=f"load it on {named!r}; if the two are the same weights, write the name of the base into the configuration",
+        fix=f"load it on {named!r}; or, if the two are the same weights, write "
+        f"{assigned(base_model_name_or_path=given)} into the configuration",
         severity="info" if _is_local(named) or _is_local(given) else None,
     )
 

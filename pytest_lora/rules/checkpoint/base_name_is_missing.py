@@ -3,8 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.facts.checkpoint import CONFIG, CheckpointFacts
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA452", severity="warning", needs=CheckpointFacts)
@@ -41,7 +42,7 @@ def base_name_is_missing(facts: CheckpointFacts, expect: Expect) -> Iterator[Vio
             where=f"base_model_name_or_path in {facts.name}",
             observed="base_model_name_or_path is the path of this adapter itself, which is no base model",
             expected="the name or path of the base model",
-            fix="write the name of the base that the adapter was trained on into the configuration",
+            fix=_fix(facts),
         )
     if config.base:
         return
@@ -51,5 +52,16 @@ def base_name_is_missing(facts: CheckpointFacts, expect: Expect) -> Iterator[Vio
         where=f"base_model_name_or_path in {facts.name}",
         observed="base_model_name_or_path is missing or null: the base model is not set",
         expected="the name or path of the base model",
-        fix="fill in base_model_name_or_path; it is taken from base.config._name_or_path when the adapter is saved",
+        fix=_fix(facts),
+    )
+
+
+def _fix(facts: CheckpointFacts) -> str:
+    given = facts.fit.base_name if facts.fit is not None and not facts.is_foreign else None
+    if given:
+        return (
+            f"if it was trained on this base, write {assigned(base_model_name_or_path=given)} into {CONFIG}"
+        )
+    return (
+        f"write base_model_name_or_path into {CONFIG}: the name of the base that the adapter was trained on"
     )

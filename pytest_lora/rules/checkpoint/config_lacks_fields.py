@@ -42,6 +42,6 @@ def config_lacks_fields(facts: CheckpointFacts, expect: Expect) -> Iterator[Viol
             where=f"{CONFIG} in {facts.name}",
             observed=f"{name} is missing" + ("" if method else "; PEFT takes its default, 8"),
             expected=f"{name} as it was in training",
-            fix='add "peft_type": "LORA"' if method else f"add {name} with the value of the training",
+            fix="add peft_type='LORA'" if method else f"add {name} with the value of the training",
             severity="error" if method else None,
         )

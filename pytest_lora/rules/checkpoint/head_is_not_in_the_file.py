@@ -4,8 +4,10 @@ import re
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA427", severity="warning", needs=CheckpointFacts)
@@ -50,8 +52,8 @@ def head_is_not_in_the_file(facts: CheckpointFacts, expect: Expect) -> Iterator[
                 observed=f"the file has no weights of the head {head.name!r}, and it is not in modules_to_save: "
                 "the head is new at every load",
                 expected="the head that was trained with the adapter",
-                fix=f"train with modules_to_save=[{head.name!r}] or the task_type of this model; if the head comes "
-                "with the base, say Expect(pretrained_head=True)",
+                fix=f"train again with {_way(head.name, facts.fit.base)}; or, if the head comes with the base, say "
+                "Expect(pretrained_head=True)",
                 severity=None if head.fresh else "info",
             )
         return
@@ -67,3 +69,8 @@ def head_is_not_in_the_file(facts: CheckpointFacts, expect: Expect) -> Iterator[
 
 
 _HEADED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Regression|RewardModel)")
+
+
+def _way(head: str, base: BaseFacts) -> str:
+    by_type = assigned(task_type=base.task_type) if base.task_type else assigned(modules_to_save=[head])
+    return f"{by_type}, so that {head!r} is trained and saved"

@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts, Key
 from pytest_lora.findings import grouped, starred
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import name_in_keys
 
 
 @rule("LORA424", severity="error", needs=CheckpointFacts)
@@ -50,7 +51,8 @@ def layers_are_missing(facts: CheckpointFacts, expect: Expect) -> Iterator[Viola
                 observed=f"the file has no adapter keys for {len(lost)} of {total} adapted modules of "
                 f"{fit.base.architecture}; they are missing and would stay untrained",
                 expected="tensors for every module that the configuration adapts on this base",
-                fix="load it on the base that it was trained on, or save the whole adapter again",
+                fix=name_in_keys(facts)
+                or "load it on the base that it was trained on, or save the whole adapter again",
             )
     elif facts.fit is None and facts.settings is not None and not facts.settings.layers_to_transform:
         yield from _gaps(held, facts)

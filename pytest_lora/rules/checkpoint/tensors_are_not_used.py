@@ -3,9 +3,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.checkpoint import CheckpointFacts, Key
+from pytest_lora.facts.checkpoint import WRAPPERS, CheckpointFacts, Key
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, name_in_keys
 
 
 @rule("LORA425", severity="error", needs=CheckpointFacts)
@@ -39,6 +40,16 @@ def tensors_are_not_used(facts: CheckpointFacts, expect: Expect) -> Iterator[Vio
     if facts.fit is None:
         yield from _untargeted(facts)
         return
+    if facts.fit.wrapper:
+        modules = [m.name for m in facts.adapted]
+        yield Violation(
+            where=grouped(modules),
+            observed=f"adapter keys of {_counted(modules)} match nothing: the modules of the live base have "
+            f"'{facts.fit.wrapper}.' of {WRAPPERS[facts.fit.wrapper]} in their names, and the keys have not",
+            expected="a base whose names are those of the keys",
+            fix="load the adapter first and wrap or compile the model then, or load it into the unwrapped modules",
+        )
+        return
     fit = facts.fits
     unused = fit.unused if fit is not None else ()
     if fit is None or not unused:
@@ -53,14 +64,14 @@ def tensors_are_not_used(facts: CheckpointFacts, expect: Expect) -> Iterator[Vio
             f"{fit.base.architecture}: their adapter keys "
             f"match nothing, are unexpected and would be dropped{_layers(foreign)}",
             expected="every tensor to have its place in the base",
-            fix="load it on the base that it was trained on",
+            fix=name_in_keys(facts) or "load it on the base that it was trained on",
         )
     if rest := [m for m in modules if m in known]:
         yield Violation(
             where=grouped(rest),
             observed=f"adapter keys of {_counted(rest)} are not used: {_reason(facts, unused)}",
             expected="a configuration under which every tensor of the file is used",
-            fix="restore the adapter_config.json that the adapter was trained with",
+            fix=name_in_keys(facts) or _fix(facts, unused),
         )
 
 
@@ -79,6 +90,29 @@ def _reason(facts: CheckpointFacts, unused: tuple[str, ...]) -> str:
     return "the configuration does not adapt these modules"
 
 
+def _fix(facts: CheckpointFacts, unused: tuple[str, ...]) -> str:
+    if all("lora_magnitude_vector" in name for name in unused):
+        return f"restore the configuration of the training: {assigned(use_dora=True)}"
+    return _restore(facts)
+
+
+def _restore(facts: CheckpointFacts) -> str:
+    """The targets of the configuration with those of the file, by the last part of their names."""
+    settings = facts.settings
+    restore = "restore the adapter_config.json that the adapter was trained with"
+    if settings is None or not isinstance(settings.target_modules, tuple):
+        return restore
+    missed = (module.name for module in facts.adapted if not settings.targets(module.name))
+    fields: dict[str, object] = {
+        "target_modules": tuple(
+            dict.fromkeys((*settings.target_modules, *(n.rpartition(".")[2] for n in missed)))
+        )
+    }
+    if any(settings.skips_layer_of(module.name) for module in facts.adapted):
+        fields["layers_to_transform"] = None
+    return f"{restore}, with {assigned(**fields)}"
+
+
 def _untargeted(facts: CheckpointFacts) -> Iterator[Violation]:
     settings = facts.settings
     if settings is None:
@@ -88,7 +122,7 @@ def _untargeted(facts: CheckpointFacts) -> Iterator[Violation]:
             where=grouped(scaled),
             observed="adapter keys hold DoRA magnitudes, but use_dora is not set: they match nothing and are dropped",
             expected="use_dora=true, as in training",
-            fix="restore the adapter_config.json that the adapter was trained with",
+            fix=f"restore the configuration of the training: {assigned(use_dora=True)}",
         )
     targets = settings.target_modules
     if not targets or str(targets).lower() == "all-linear" or settings.target_parameters:
@@ -104,5 +138,5 @@ def _untargeted(facts: CheckpointFacts) -> Iterator[Violation]:
             observed=f"adapter keys of {len(missed)} of {len(facts.adapted)} modules match no name in "
             "target_modules (or its layers): they would be dropped",
             expected="target_modules that name every module in the file",
-            fix="restore the adapter_config.json that the adapter was trained with",
+            fix=_restore(facts),
         )

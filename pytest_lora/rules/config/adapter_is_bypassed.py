@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, without
 
 ATTENTION_OUTPUT = "NonDynamicallyQuantizableLinear"
 """The class of ``out_proj`` in ``torch.nn.MultiheadAttention``, and of nothing else in torch."""
@@ -44,11 +45,15 @@ def adapter_is_bypassed(facts: ConfigFacts, expect: Expect) -> Iterator[Violatio
     bypassed = [module for module in outputs if module.rpartition(".")[0] not in facts.adapted]
     if bypassed:
         attention = sorted({module.split(".")[-2] for module in bypassed if "." in module})
+        leaves = sorted({layer.leaf for layer in facts.layers if layer.module not in bypassed})
+        targets = facts.settings.target_modules
+        kept = without(targets, "out_proj") if isinstance(targets, tuple) else leaves
         yield Violation(
             where=grouped(bypassed),
             observed=f"{len(bypassed)} of {len(facts.layers)} adapters are on out_proj of torch.nn.MultiheadAttention, "
             "which uses its weight without calling it: they have no effect and get no gradient",
             expected="adapters on modules that the forward pass calls",
-            fix=f"target the attention itself, which takes out_proj along: {attention} instead of 'out_proj'",
+            fix="target the attention itself, which takes out_proj along: "
+            + assigned(target_modules=tuple(dict.fromkeys((*kept, *attention)))),
             severity="error" if len(bypassed) == len(facts.layers) else None,
         )

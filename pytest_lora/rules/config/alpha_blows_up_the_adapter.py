@@ -4,9 +4,10 @@ import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import ConfigFacts, LayerFacts
+from pytest_lora.facts.config import ConfigFacts, LayerFacts, Settings
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, scaled
 
 
 @rule("LORA103", severity="warning", needs=ConfigFacts, on_saved="alone")
@@ -47,10 +48,15 @@ def alpha_blows_up_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[V
             where=grouped(layer.module for layer in layers),
             observed=f"r={rank} with alpha={alpha:g}: the scaling is {alpha:g}/{divisor} = {scaling:.3g}",
             expected=f"a scaling of at most {_limit(layers[0], expect):g}",
-            fix="keep lora_alpha near 16 under rsLoRA, whatever the rank"
-            if rslora
-            else f"set lora_alpha={2 * rank}, which gives a scaling of 2",
+            fix=_fix(facts.settings, layers[0]),
         )
+
+
+def _fix(settings: Settings, layer: LayerFacts) -> str:
+    if layer.use_rslora and layer.rank > 1:  # 16 keeps the scaling at 11.3 or less from rank 2 on
+        fields = scaled(settings, layer.module, 16 / layer.rank**0.5)
+        return f"keep alpha near 16 under rsLoRA, whatever the rank: {assigned(**fields)}"
+    return f"set {assigned(**scaled(settings, layer.module, 2.0))}, which gives a scaling of 2"
 
 
 def _limit(layer: LayerFacts, expect: Expect) -> float:

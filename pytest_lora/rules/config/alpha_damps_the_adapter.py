@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, scaled
 
 
 @rule("LORA102", severity="warning", needs=ConfigFacts, on_saved="alone")
@@ -46,8 +47,7 @@ def alpha_damps_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
             where=grouped(layer.module for layer in layers),
             observed=f"r={rank} with alpha={alpha:g}: the scaling is {scaling:.2g}",
             expected=f"a scaling of at least {expect.min_scaling if grave else expect.low_scaling:g}, or a choice",
-            fix=f"scale lora_alpha with r: lora_alpha={2 * rank} gives a scaling of 2"
-            if not layers[0].use_rslora
-            else f"raise lora_alpha: rsLoRA divides it by sqrt({rank})",
+            fix=f"scale alpha with {'the root of r under rsLoRA' if layers[0].use_rslora else 'r'}: "
+            f"{assigned(**scaled(facts.settings, layers[0].module, 2.0))} gives a scaling of 2",
             severity="warning" if grave else "info",
         )

@@ -20,16 +20,17 @@ def base_already_carries_an_adapter(facts: ConfigFacts, expect: Expect) -> Itera
 
     ## Example
     ```python
-    adapted = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    base = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
-    report = check_config(config, adapted)
+    report = check_config(config, base)
     ```
 
     ## Use instead
     ```python
-    adapted = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    base = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    base = base.unload()
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
-    report = check_config(config, adapted.unload())
+    report = check_config(config, base)
     ```
 
     ## References
@@ -43,6 +44,8 @@ def base_already_carries_an_adapter(facts: ConfigFacts, expect: Expect) -> Itera
             observed="the base already carries PEFT layers: a second adapter would be wrapped around the first"
             + (f"; beside it PEFT refuses this one: {words}" if words else ""),
             expected="a base without adapters",
-            fix="use model.unload() first"
-            + ("" if words else ", or model.add_adapter(name, config) for a second adapter"),
+            fix="take the first adapter off: base = base.unload()"
+            + (
+                "" if words else "; for a second adapter beside it call add_adapter instead of get_peft_model"
+            ),
         )

@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, LayerFacts, Settings
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA126", severity="error", needs=ConfigFacts, on_saved="alone")
@@ -45,8 +46,26 @@ def differs_from_expected_config(facts: ConfigFacts, expect: Expect) -> Iterator
             where=grouped(modules) if modules else f"LoraConfig on {facts.base.architecture}",
             observed=f"{name} is {seen}",
             expected=f"{name} {wanted}, as in the expected config",
-            fix=f"make the adapter with {name} {wanted}; LoRA shapes and scalings are fixed when it is made",
+            fix=f"make the adapter with {_assignment(name, meant)}; LoRA shapes and scalings are fixed when it is made",
         )
+
+
+_DECIDED_BY = {
+    "r": ("r", "rank_pattern"),
+    "lora_alpha": ("lora_alpha", "alpha_pattern"),
+    "target_modules": ("target_modules", "exclude_modules", "layers_to_transform"),
+}
+"""The fields that decide one difference together."""
+
+
+def _assignment(name: str, meant: Settings) -> str:
+    """The fields of the expected config, less what is empty there."""
+    first, *more = _DECIDED_BY.get(name, (name,))
+    fields = {first: getattr(meant, first)}
+    for field in more:
+        value = getattr(meant, field)
+        fields[field] = dict(value) if field.endswith("pattern") else value
+    return assigned(**fields)
 
 
 Difference = tuple[str, object, object, list[str]]

@@ -3,8 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.facts.config import ConfigFacts, NameMatch, is_named
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, without
 
 
 @rule("LORA106", severity="warning", needs=ConfigFacts)
@@ -33,19 +34,37 @@ def exclusion_excludes_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[V
     ## References
     - https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig.exclude_modules
     """
+    everything = str(facts.settings.target_modules).lower() == "all-linear"
+    linear = {module.name for module in facts.base.modules if module.is_linear}
     for match in facts.names:
         if match.field != "exclude_modules":
             continue
         inside = [m for m in facts.adapted for name in match.modules if m.startswith(f"{name}.")]
-        if match.modules and not inside:
+        if match.modules and (
+            not inside or any(m in linear if everything else facts.settings.targets(m) for m in match.modules)
+        ):
             continue
         seen = (
             f"{len(inside)} adapted modules are inside it" if inside else "no module of the base matches it"
         )
-        similar = f"; did you mean {' or '.join(match.similar)}?" if match.similar else ""
         yield Violation(
             where=f"exclude_modules on {facts.base.architecture}",
             observed=f"{match.name!r} excludes nothing: {seen}",
             expected="every entry to match modules that would be adapted",
-            fix=f"name the adapted modules themselves, or use a pattern such as '.*{match.name}.*'{similar}",
+            fix=_fix(match, inside, facts),
         )
+
+
+def _fix(match: NameMatch, inside: list[str], facts: ConfigFacts) -> str:
+    written = facts.settings.exclude_modules
+    names = (written,) if isinstance(written, str) else written or ()
+    rest = without(names, match.name)
+    drop = f"drop it, which changes nothing: {assigned(exclude_modules=rest)}"
+    meant = [name for name in match.similar if any(is_named(module, name) for module in facts.adapted)]
+    if meant:
+        return f"did you mean {meant[0]!r}? {assigned(exclude_modules=(*rest, meant[0]))}; else {drop}"
+    leaves = sorted({module.rpartition(".")[2] for module in inside})
+    caught = {layer.module for layer in facts.layers if layer.leaf in leaves}
+    if inside and caught == set(inside) and caught != facts.adapted:
+        return f"name the adapted modules themselves: {assigned(exclude_modules=(*rest, *leaves))}; or {drop}"
+    return f"name adapted modules, or {drop}"

@@ -38,6 +38,6 @@ def frozen_by_inference_mode(facts: ConfigFacts, expect: Expect) -> Iterator[Vio
             where="inference_mode",
             observed="inference_mode=True: the adapter is made frozen, with 0 trainable parameters",
             expected="inference_mode=False where the adapter is to be trained",
-            fix="set config.inference_mode = False before get_peft_model, or PeftModel.from_pretrained(..., "
-            "is_trainable=True) to go on training a saved adapter",
+            fix="set inference_mode=False, or load with PeftModel.from_pretrained(..., is_trainable=True) to go on "
+            "training a saved adapter",
         )

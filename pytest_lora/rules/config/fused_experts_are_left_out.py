@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA129", severity="info", needs=ConfigFacts)
@@ -47,5 +48,12 @@ def fused_experts_are_left_out(facts: ConfigFacts, expect: Expect) -> Iterator[V
             observed=f"'all-linear' adapts {len(facts.layers)} modules; {numbers / facts.base.parameters:.0%} of the "
             "base are fused expert weights without an adapter",
             expected="nothing, if attention alone was meant",
-            fix=f"to adapt the experts too, set target_parameters={names}",
+            fix=f"to adapt the experts too, set {assigned(**_experts_too(facts, names))}",
         )
+
+
+def _experts_too(facts: ConfigFacts, names: list[str]) -> dict[str, object]:
+    fields: dict[str, object] = {"target_parameters": (*facts.settings.target_parameters, *names)}
+    if facts.settings.lora_dropout:  # PEFT refuses a dropout on parameters
+        fields["lora_dropout"] = 0.0
+    return fields

@@ -50,7 +50,8 @@ def init_does_not_fit_the_weights(facts: ConfigFacts, expect: Expect) -> Iterato
                 where=grouped(hit),
                 observed=f"init_lora_weights={init!r} on weights that are already quantized to {quantized[hit[0]]}",
                 expected=f"float weights for {init}",
-                fix="initialise on the 16-bit base and quantize what is left of it, or use the default initialisation",
+                fix="initialise on the 16-bit base and quantize what is left of it, or set "
+                "init_lora_weights=True, the default",
             )
     if init.startswith(READ_WEIGHTS):
         fused = [layer.module for layer in facts.layers if layer.kind == "Parameter"]
@@ -59,5 +60,5 @@ def init_does_not_fit_the_weights(facts: ConfigFacts, expect: Expect) -> Iterato
                 where=grouped(fused),
                 observed=f"init_lora_weights={init!r} on fused parameters, which have no weight of a layer to read",
                 expected="the default initialisation on target_parameters",
-                fix="leave init_lora_weights at its default, True",
+                fix="set init_lora_weights=True, the default",
             )

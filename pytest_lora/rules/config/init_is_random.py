@@ -38,5 +38,5 @@ def init_is_random(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
             where="init_lora_weights",
             observed="init_lora_weights=False: lora_A and lora_B both start at random",
             expected="an initialisation under which a fresh adapter leaves the base as it is",
-            fix="leave init_lora_weights at its default, True",
+            fix="set init_lora_weights=True, the default",
         )

@@ -45,10 +45,11 @@ def invocation_never_comes(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
     lost = [token for token in tokens if size is not None and not 0 <= token < size]
     if facts.settings.task_type != "CAUSAL_LM":
         seen = f"task_type={facts.settings.task_type!r}: PEFT looks for them in causal language models alone"
-        fix = "set task_type='CAUSAL_LM', or leave alora_invocation_tokens out"
+        fix = "set task_type='CAUSAL_LM', or alora_invocation_tokens=None for plain LoRA"
     elif lost or not tokens:
         seen = f"the vocabulary of {size} tokens does not have {lost[:5]}" if lost else "there are none"
-        fix = "take the ids from the tokenizer: tokenizer.encode(invocation, add_special_tokens=False)"
+        fix = "take the ids from tokenizer.encode(invocation, add_special_tokens=False), or set "
+        fix += "alora_invocation_tokens=None for plain LoRA"
     else:
         return
     yield Violation(

@@ -3,8 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.facts.config import ConfigFacts, is_named
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, without
 
 
 @rule("LORA112", severity="warning", needs=ConfigFacts)
@@ -39,9 +40,6 @@ def new_head_is_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
     """
     if expect.pretrained_head or expect.purpose == "inference" or facts.refusal is not None:
         return
-    # Where it is set already, this head is one that PEFT does not know of, such as the pooler of DeBERTa.
-    known = facts.settings.task_type == facts.base.task_type
-    by_task_type = "" if known else ", or the task_type of this model, which adds it"
     for head in facts.base.heads:
         if head.fresh is False or facts.keeps(head.name):
             continue
@@ -53,6 +51,21 @@ def new_head_is_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
             where=f"{head.name} on {facts.base.architecture}",
             observed=f"the head {head.name!r} is new and not in modules_to_save: it {state}",
             expected="a new head to be trained in full and saved with the adapter",
-            fix=f"set modules_to_save=[{head.name!r}]{by_task_type}",
+            fix=_fix(head.name, facts),
             severity="warning" if head.fresh else "info",
         )
+
+
+def _fix(head: str, facts: ConfigFacts) -> str:
+    settings = facts.settings
+    fields: dict[str, object] = {"modules_to_save": (*settings.modules_to_save, head)}
+    if isinstance(settings.target_modules, tuple):
+        rest = without(settings.target_modules, *(n for n in settings.target_modules if is_named(head, n)))
+        if rest and rest != settings.target_modules:
+            fields["target_modules"] = rest
+    # Where it is set already, this head is one that PEFT does not know of, such as the pooler of DeBERTa.
+    known = settings.task_type == facts.base.task_type
+    by_task_type = (
+        "" if known or len(fields) > 1 else f", or {assigned(task_type=facts.base.task_type)}, which adds it"
+    )
+    return f"set {assigned(**fields)}{by_task_type}"

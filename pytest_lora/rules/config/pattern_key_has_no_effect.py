@@ -3,9 +3,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import ConfigFacts, compiled
+from pytest_lora.facts.config import ConfigFacts, PatternKey, compiled, deciding_key
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base in a model that it has wrapped."""
@@ -45,29 +46,64 @@ def pattern_key_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Vi
     - https://github.com/huggingface/peft/issues/2419
     """
     for pattern in facts.patterns:
-        if pattern.decides:
+        if pattern.decides or any(match.name == pattern.key for match in facts.unmatched("target_modules")):
             continue
         if pattern.shadowed_by:
             seen = f"the earlier key {pattern.shadowed_by!r} already decides for every module that it matches"
-            fix = f"put {pattern.key!r} before {pattern.shadowed_by!r}, or drop it"
+            fix = _moved(pattern, facts)
         elif compiled(pattern.key) is None:
             seen = "it is no regular expression"
-            fix = "write the end of a module's name, or a regular expression for it"
+            fix = f"write the end of a module's name, or drop it: {_rewritten(pattern, facts)}"
         elif pattern.elsewhere:
             seen = f"it matches {grouped(pattern.elsewhere)}, which are no LoRA targets"
-            fix = f"add it to target_modules, or drop it from {pattern.field}"
+            fix = f"{_targeted(pattern, facts)}drop it: {_rewritten(pattern, facts)}"
         elif any(module.startswith(f"{pattern.key}.") for module in facts.base.module_names):
             seen = "it is the start of names, and a key has to match their end"
-            fix = f"write {pattern.key + '.*'!r} for every module inside it"
+            fix = f"for every module inside it write {_rewritten(pattern, facts, pattern.key + '.*')}"
         elif pattern.key.startswith(PREFIX):
             seen = "it matches no module of the base, whose names do not start with what PEFT puts around it"
-            fix = f"write {pattern.key.removeprefix(PREFIX)!r}"
+            fix = f"write {_rewritten(pattern, facts, pattern.key.removeprefix(PREFIX))}"
         else:
             seen = "it matches no module"
-            fix = f"write {pattern.key.lstrip('^')!r}, or after ^ the full name from the top of the base"
+            fix = _known(pattern, facts)
         yield Violation(
             where=f"{pattern.field} on {facts.base.architecture}",
             observed=f"key {pattern.key!r} (value {pattern.value:g}) is ignored: {seen}",
             expected="every key to match at least one adapted module",
             fix=fix,
         )
+
+
+def _rewritten(pattern: PatternKey, facts: ConfigFacts, key: str | None = None) -> str:
+    """The field with the key written anew in its place, or without it."""
+    pairs = [
+        (key if old == pattern.key else old, value) for old, value in getattr(facts.settings, pattern.field)
+    ]
+    return assigned(**{pattern.field: {name: value for name, value in pairs if name is not None}})
+
+
+def _moved(pattern: PatternKey, facts: ConfigFacts) -> str:
+    earlier = next(p for p in facts.patterns if (p.field, p.key) == (pattern.field, pattern.shadowed_by))
+    drop = f"drop it: {_rewritten(pattern, facts)}"
+    if all(deciding_key([pattern.key], module) for module in earlier.decides):
+        return f"{earlier.key!r} means the same modules; {drop}"
+    pairs = dict(getattr(facts.settings, pattern.field))
+    first = {pattern.key: pairs.pop(pattern.key), **pairs}
+    return f"put it before {earlier.key!r}: {assigned(**{pattern.field: first})}; or {drop}"
+
+
+def _targeted(pattern: PatternKey, facts: ConfigFacts) -> str:
+    targets = facts.settings.target_modules
+    linear = {module.name: module.leaf for module in facts.base.modules if module.is_linear}
+    leaves = sorted({linear[module] for module in pattern.elsewhere if module in linear})
+    if not isinstance(targets, tuple) or not leaves or any(facts.modules_of(leaf) for leaf in leaves):
+        return ""
+    return f"adapt it, too: {assigned(target_modules=(*targets, *leaves))}; or "
+
+
+def _known(pattern: PatternKey, facts: ConfigFacts) -> str:
+    key = pattern.key.lstrip("^")
+    drop = f"drop it: {_rewritten(pattern, facts)}"
+    if any(deciding_key([key], layer.module) for layer in facts.layers):
+        return f"write the end of the name: {_rewritten(pattern, facts, key)}; or {drop}"
+    return f"write the end of an adapted module's name, or {drop}"

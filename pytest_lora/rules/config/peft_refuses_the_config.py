@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -7,12 +9,17 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, Settings, compiled, is_named
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, without
 
 _FIXES = (
-    ("ParamWrapper", "target_parameters take plain LoRA alone: leave out what the message names"),
+    ("ParamWrapper does not support lora_dropout", "target_parameters take no dropout: set lora_dropout=0.0"),
+    ("ParamWrapper does not support fan_in_fan_out", "on target_parameters set fan_in_fan_out=False"),
+    ("ParamWrapper does not support lora_bias", "on target_parameters set lora_bias=False"),
+    ("ParamWrapper does not support use_dora", "on target_parameters set use_dora=False"),
+    ("ParamWrapper does not work with DoRA", "on target_parameters set use_dora=False"),
     (
         "pissa_niter_",
-        "write init_lora_weights='pissa', or 'pissa_niter_16' with a whole number of iterations",
+        "write init_lora_weights='pissa', or pissa_niter_16 with a whole number of iterations",
     ),
     (
         "invalid literal for int()",
@@ -23,7 +30,7 @@ _FIXES = (
         "MiCA requires",
         "set r (or a rank_pattern for these modules) to the smaller side of the weight at most",
     ),
-    ("lora_ga_config must", "set lora_ga_config=LoraGAConfig()"),
+    ("lora_ga_config must", "set lora_ga_config to a LoraGAConfig, or init_lora_weights=True"),
     (
         "variant combination",
         "take this kind of layer out of target_modules, or leave the variant of LoRA out",
@@ -31,23 +38,31 @@ _FIXES = (
     ("num_groups", "set num_groups to a divisor of the inputs of every target"),
     (
         "mat1 and mat2",
-        "leave init_lora_weights at its default: this one fits no layers that are stored transposed (Conv1D)",
+        "set init_lora_weights=True: this one fits no layers that are stored transposed (Conv1D)",
+    ),
+    (
+        "ParamWrapper",
+        "target_parameters take plain LoRA alone: set target_parameters=None, or leave the rest out",
+    ),
+    (
+        "already marked to be trained fully",
+        "train the embedding in one way: set trainable_token_indices=None",
     ),
     ("Unknown initialization", "set init_lora_weights=True, or to a method that this version of PEFT knows"),
+    ("Requested bias", "set bias='none', or bias='all', or bias='lora_only'"),
+    ("DoRA", "set use_dora=False"),
+    ("lora_bias", "set lora_bias=False"),
     (
-        "trainable_token_indices cannot",
-        "take the embedding out of target_modules, or leave its rows to the adapter",
+        "preprocess_corda",
+        "call preprocess_corda of PEFT first, which needs data; or set init_lora_weights=True",
     ),
-    ("divisible by groups", "set r, or a rank_pattern for these modules, to a multiple of their groups"),
-    ("Requested bias", "set bias to 'none', 'all' or 'lora_only'"),
-    ("DoRA", "set use_dora=False, or take these modules out of target_modules"),
-    ("preprocess_corda", "call preprocess_corda(base, config, run_model=...) before get_peft_model"),
-    ("megatron", "leave megatron_config out, unless the base is built with Megatron"),
-    ("instances of 'str'", "write r, lora_alpha and the values of both patterns as numbers, not as text"),
-    ("tuple of ints", "set r to a whole number"),
-    ("is out of range", "set layer_replication to ranges [start, end) of blocks that the base has"),
+    ("megatron", "without a base that is built with Megatron set megatron_config=None"),
+    (
+        "is out of range",
+        "set layer_replication to ranges [start, end) of blocks of the base, or layer_replication=None",
+    ),
 )
-"""Words of PEFT's messages that do not say what to write instead, and what to write."""
+"""Words of PEFT's messages, and what to write."""
 
 
 @rule("LORA124", severity="error", needs=ConfigFacts, on_saved="with_base")
@@ -110,24 +125,107 @@ def _fix(facts: ConfigFacts, message: str) -> str:
         names = refusal.exclusion if isinstance(refusal.exclusion, str) else list(refusal.exclusion)
         return f"set exclude_modules={names!r}, with which PEFT takes the rest"
     if broken := _broken_pattern(settings):
-        return (
-            f"{broken[0]}: {broken[1]!r} is no regular expression; write the end of a module's name, or '.*'"
-        )
+        return f"{broken[1]!r} is no regular expression: {_mended_pattern(settings, *broken)}"
     if settings.r <= 0 or any(rank <= 0 for _, rank in settings.rank_pattern):
-        return "set r, and every rank in rank_pattern, to a whole number above 0"
+        return f"a rank is a whole number above 0: {_positive_ranks(settings)}"
+    if "instances of 'str'" in message or "tuple of ints" in message:
+        return f"write numbers, not text, and a whole number for r: {_numbers(settings)}"
     if "layers_pattern" in message:
-        return "drop layers_pattern, or write the name of the list that holds the blocks, such as 'layers'"
+        return "set layers_pattern=None, or to the name of the list that holds the blocks, such as 'layers'"
+    if "`layers_to_transform` cannot be used" in message:
+        return "say the layers in the pattern and set layers_to_transform=None"
     if "No modules were targeted" in message or "All modules were excluded" in message:
-        return "exclude_modules and modules_to_save leave no target to adapt: take the targets out of them"
+        return f"exclude_modules and modules_to_save leave no target to adapt: {_emptied(facts)}"
     if "is not supported" in message:
-        return "name linear, embedding or convolution layers themselves, not norms or the blocks around them"
+        return f"name linear, embedding or convolution layers themselves: {_supported(facts)}"
     if not settings.target_modules and "target_modules" in message:
-        return "set target_modules, for instance to 'all-linear'"
-    unknown = [name for name, _ in settings.trainable_token_indices if name and not _is_there(name, facts)]
-    if unknown:
-        embedding = facts.base.input_embeddings or "embed_tokens"
-        return f"trainable_token_indices: name the embedding as this base does: {embedding!r}, not {unknown[0]!r}"
-    return next((fix for words, fix in _FIXES if words in message), "change what the message names")
+        return "set target_modules='all-linear'"
+    if groups := re.search(r"groups=(\d+) and rank (\d+)", message):
+        multiple = math.ceil(int(groups[2]) / int(groups[1])) * int(groups[1])
+        return f"set r, or a rank_pattern for these modules, to a multiple of their groups: r={multiple}"
+    if "trainable_token_indices cannot" in message:
+        return f"adapt the embedding in one way: set trainable_token_indices=None{_without_embedding(facts)}"
+    if unknown := [
+        name for name, _ in settings.trainable_token_indices if name and not _is_there(name, facts)
+    ]:
+        return f"name the embedding as this base does: {_renamed(unknown[0], facts)}"
+    return next((fix for words, fix in _FIXES if words in message), _named_in(message))
+
+
+def _named_in(message: str) -> str:
+    fields = [
+        field.name for field in dataclasses.fields(Settings) if len(field.name) > 1 and field.name in message
+    ]
+    return (
+        f"leave {' or '.join(fields)} at its default" if fields else "change what the message of PEFT names"
+    )
+
+
+def _mended_pattern(settings: Settings, field: str, text: str) -> str:
+    """The field with ``*``, as in names of files, written as ``.*``; without the pattern where that is not enough."""
+    mended = re.sub(r"(?<!\.)\*", ".*", text)
+    known = compiled(mended) is not None
+    if field.endswith("_pattern"):
+        pairs = [(mended if key == text else key, value) for key, value in getattr(settings, field)]
+        return assigned(**{field: {key: value for key, value in pairs if known or key != mended}})
+    return assigned(**{field: mended if known else "all-linear" if field == "target_modules" else None})
+
+
+def _positive_ranks(settings: Settings) -> str:
+    fields: dict[str, object] = {} if settings.r > 0 else {"r": 8}  # PEFT's default
+    if settings.rank_pattern:
+        fields["rank_pattern"] = {key: rank for key, rank in settings.rank_pattern if rank > 0}
+    return assigned(**fields)
+
+
+def _numbers(settings: Settings) -> str:
+    patterns = {"rank_pattern": dict(settings.rank_pattern), "alpha_pattern": dict(settings.alpha_pattern)}
+    written = {field: pattern for field, pattern in patterns.items() if pattern}
+    return assigned(r=settings.r, lora_alpha=settings.lora_alpha, **written)
+
+
+def _emptied(facts: ConfigFacts) -> str:
+    """The lists that take targets away, without what takes them."""
+    settings, fields = facts.settings, dict[str, object]()
+    if settings.exclude_modules:
+        fields["exclude_modules"] = None
+    targets = [module.name for module in facts.base.modules if settings.targets(module.name)]
+    saved = [n for n in settings.modules_to_save if any(n in module.split(".") for module in targets)]
+    if saved or not fields:
+        fields["modules_to_save"] = without(settings.modules_to_save, *saved)
+    return assigned(**fields)
+
+
+def _supported(facts: ConfigFacts) -> str:
+    """The targets with the linear layers inside them instead of blocks, and without norms."""
+    targets = facts.settings.target_modules
+    linear = [module for module in facts.base.modules if module.is_linear]
+    if not isinstance(targets, tuple):
+        return f"with a pattern that fits them alone, or {assigned(target_modules='all-linear')}"
+    names: list[str] = []
+    for target in targets:
+        blocks = [m for m in facts.base.module_names if is_named(m, target)]
+        inside = {m.leaf for m in linear if any(m.name.startswith(f"{block}.") for block in blocks)}
+        own = any(module.name in blocks for module in linear) or "embed" in target
+        names += [target] if own else sorted(inside)
+    kept = tuple(dict.fromkeys(names))
+    return assigned(target_modules=kept or "all-linear")
+
+
+def _without_embedding(facts: ConfigFacts) -> str:
+    targets = facts.settings.target_modules
+    embedding = facts.base.input_embeddings or ""
+    if not isinstance(targets, tuple):
+        return ""
+    rest = without(targets, *(name for name in targets if is_named(embedding, name)))
+    return f", or {assigned(target_modules=rest)}" if rest and rest != targets else ""
+
+
+def _renamed(name: str, facts: ConfigFacts) -> str:
+    embedding = facts.base.input_embeddings or "embed_tokens"
+    rows = {known: list(found) for known, found in facts.settings.trainable_token_indices}
+    written = {embedding if known == name else known: found for known, found in rows.items()}
+    return f"trainable_token_indices={written}, not {name!r}"
 
 
 def _broken_pattern(settings: Settings) -> tuple[str, str] | None:

@@ -7,6 +7,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, LayerFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, ranked
 
 
 @rule("LORA109", severity="warning", needs=ConfigFacts)
@@ -49,7 +50,7 @@ def rank_exceeds_the_matrix(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
         observed=f"r={worst.rank} on a {inputs} x {outputs} matrix: the adapter holds {_low_rank_numbers(worst):,} "
         f"numbers, more than the matrix itself with {inputs * outputs:,}",
         expected=f"a rank well below the smaller dimension, {size}",
-        fix=f"set r to {max(1, size // 8)} or less there (rank_pattern), with alpha to match",
+        fix=_fix(larger, facts),
         severity="warning" if worst.rank > size and share >= 0.1 else "info",
     )
 
@@ -60,3 +61,25 @@ def _matrix(layer: LayerFacts) -> tuple[int, int]:
 
 def _low_rank_numbers(layer: LayerFacts) -> int:
     return layer.rank * sum(_matrix(layer))
+
+
+def _fix(larger: list[LayerFacts], facts: ConfigFacts) -> str:
+    """An eighth of the smaller dimension, for the whole adapter where all of it is too large."""
+    settings = facts.settings
+    ranks: dict[str, tuple[int, LayerFacts]] = {}
+    for layer in larger:
+        rank = max(1, min(_matrix(layer)) // 8)
+        ranks[layer.leaf] = min(
+            (rank, layer), ranks.get(layer.leaf, (rank, layer)), key=lambda found: found[0]
+        )
+    smallest = min(rank for rank, _ in ranks.values())
+    if any(rank * sum(_matrix(layer)) > math.prod(_matrix(layer)) for rank, layer in ranks.values()):
+        return "adapt larger modules: rank 1 is too large for these; train them in full by modules_to_save"
+    if len(larger) == len(facts.layers) and not settings.rank_pattern and not settings.alpha_pattern:
+        return f"set {assigned(**ranked(settings, larger[0].module, smallest))}"
+    rank_pattern, alpha_pattern = dict(settings.rank_pattern), dict(settings.alpha_pattern)
+    for leaf, (rank, layer) in ranks.items():
+        rank_pattern[settings.rank_key(layer.module) or leaf] = rank
+        alpha = layer.configured_scaling * (rank**0.5 if layer.use_rslora else rank)
+        alpha_pattern[settings.alpha_key(layer.module) or leaf] = alpha
+    return f"set {assigned(rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)}"

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, without
 
 
 @rule("LORA110", severity="error", needs=ConfigFacts, on_saved="with_base")
@@ -42,12 +43,22 @@ def saved_module_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator
     letters = len(lost) > 2 and all(len(name) == 1 for name in lost)
     close = get_close_matches(lost[0], {name.rpartition(".")[2] for name in facts.base.module_names}, n=1)
     heads = close or [head.name for head in facts.base.heads] or [facts.base.output_embeddings or ""]
-    meant = f"did you mean {heads[0]!r}? Else drop it" if heads[0] else "use a name from base.named_modules()"
+    kept = without(facts.settings.modules_to_save, *lost)
+    drop = f"drop it: {assigned(modules_to_save=kept)}"
+    meant = f"did you mean {heads[0]!r}? {assigned(modules_to_save=_with(kept, heads[0]))}; else {drop}"
     yield Violation(
         where=f"modules_to_save on {facts.base.architecture}",
         observed="it is a string, which PEFT reads letter by letter"
         if letters
         else f"no module of the base matches {lost}; nothing is trained or saved for it",
         expected="a list of names, each the end of a module's full name",
-        fix="put the name into a list: modules_to_save=[...]" if letters else meant,
+        fix=f"put the name into a list: {assigned(modules_to_save=(''.join(facts.settings.modules_to_save),))}"
+        if letters
+        else meant
+        if heads[0]
+        else drop,
     )
+
+
+def _with(names: tuple[str, ...], name: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*names, name)))

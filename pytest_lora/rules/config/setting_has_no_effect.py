@@ -52,12 +52,12 @@ def setting_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Violat
                 where=field,
                 observed=f"{field} is set, but ignored: init_lora_weights is {init}",
                 expected=f"init_lora_weights={needed!r} beside {field}",
-                fix=f"set init_lora_weights={needed!r}, or leave {field} out",
+                fix=f"set init_lora_weights={needed!r}, or {field}=None",
             )
     if facts.settings.use_qalora and not any(m.quantization == "gptq or awq" for m in facts.base.modules):
         yield Violation(
             where="use_qalora",
             observed="use_qalora=True, but ignored: PEFT has QALoRA for GPTQ layers alone, and this base has none",
             expected="a GPTQ base under QALoRA",
-            fix="load the base quantized with GPTQ, or leave use_qalora out",
+            fix="load the base quantized with GPTQ, or set use_qalora=False",
         )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, without
 
 
 @rule("LORA111", severity="warning", needs=ConfigFacts)
@@ -45,7 +46,8 @@ def target_is_also_saved(facts: ConfigFacts, expect: Expect) -> Iterator[Violati
             observed=f"{rows} are trained in full by modules_to_save and row by row by trainable_token_indices: the "
             "forward pass fails",
             expected="an embedding trained in one way",
-            fix="keep trainable_token_indices for a few new rows, modules_to_save for the whole embedding",
+            fix=f"train a few new rows with {_saved_less(facts, rows)}, or the whole embedding with "
+            "trainable_token_indices=None",
             severity="error",
         )
     if not isinstance(facts.settings.target_modules, tuple):
@@ -56,7 +58,7 @@ def target_is_also_saved(facts: ConfigFacts, expect: Expect) -> Iterator[Violati
             where=f"target_modules and modules_to_save on {facts.base.architecture}",
             observed=f"{both} are both LoRA targets and in modules_to_save: they are trained and saved in full",
             expected="each module in one of the two lists",
-            fix="keep it in target_modules for a LoRA, in modules_to_save for a full copy",
+            fix=_fix(facts, both),
         )
 
 
@@ -68,3 +70,23 @@ def _is_saved_everywhere(name: str, facts: ConfigFacts) -> bool:
 
 def _is_in_a_head(module: str, facts: ConfigFacts) -> bool:
     return any(module == head.name or module.startswith(f"{head.name}.") for head in facts.base.heads)
+
+
+def _fix(facts: ConfigFacts, both: list[str]) -> str:
+    """One of the two lists without these modules; a head that its task type saves can not leave the second."""
+    settings = facts.settings
+    targets = without(settings.target_modules or (), *both)
+    saved = _saved_less(facts, [module for name in both for module in facts.modules_of(name)])
+    ways = [f"for a full copy set {assigned(target_modules=targets)}"] if targets else []
+    if not facts.live and saved != assigned(modules_to_save=settings.modules_to_save):
+        ways.append(f"for a LoRA set {saved}")
+    return ", or ".join(ways) or "make a configuration that names it once"
+
+
+def _saved_less(facts: ConfigFacts, modules: list[str]) -> str:
+    saved = facts.settings.modules_to_save
+    return assigned(
+        modules_to_save=without(
+            saved, *(name for name in saved if any(name in m.split(".") for m in modules))
+        )
+    )

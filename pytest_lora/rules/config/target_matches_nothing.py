@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import ConfigFacts, NameMatch
+from pytest_lora.facts.config import ConfigFacts, NameMatch, compiled, is_named
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, without
 
 
 @rule("LORA104", severity="error", needs=ConfigFacts, on_saved="refused")
@@ -58,12 +60,14 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
     layers = list(facts.settings.layers_to_transform)
     outside = [] if facts.refusal or not layers else [m.name for m in facts.names if _is_outside(m, facts)]
     if outside:
+        inside = without(facts.names_of("target_modules"), *outside)
         yield Violation(
             where=f"target_modules and layers_to_transform on {facts.base.architecture}",
             observed=f"{outside} get no adapter: layers_to_transform={layers} keeps adapters to modules in numbered "
             "blocks, and these are in none",
             expected="every name to match at least one module",
-            fix=f"drop {outside}, or say all in one regular expression for target_modules, without layers_to_transform",
+            fix=f"drop {outside}: {assigned(target_modules=inside)}; or say all in one "
+            " regular expression for target_modules, without layers_to_transform",
             severity="warning",
         )
 
@@ -81,28 +85,130 @@ def _is_outside(match: NameMatch, facts: ConfigFacts) -> bool:
 
 
 def _fix(field: str, settings: object, lost: list[NameMatch], facts: ConfigFacts) -> str:
-    if isinstance(settings, str):
-        names = re.findall(r"\w+", settings)
-        if settings.lower() == "all-linear":
-            kinds = ", ".join(f"{m.leaf!r} ({m.kind})" for m in facts.base.modules[:4])
-            return f"this base has no linear layers: name what it has{f', such as {kinds}' if kinds else ''}"
-        if [name.lower() for name in names] in (["all", "linear"], ["all_linear"]):
-            return f"write {field}='all-linear'"
-        return f"a string is a regular expression for the whole name; for plain names write {field}={names}"
-    if any(re.search(r"[*|()\[\]^$,]", match.name) for match in lost):
-        return f"names in a list are no patterns; give the pattern as one string, {field}='...'"
-    fused = sorted({".".join(p.name.split(".")[-2:]) for p in facts.base.fused})
     if field == "target_parameters":
-        return f"use {fused}" if fused else "this base stacks no weights; name its modules in target_modules"
-    if fused and any(_is_of_experts(match.name) for match in lost):
+        return _parameters_fix(lost, facts)
+    if isinstance(settings, str):
+        return _text_fix(settings, facts)
+    kept = without(facts.names_of(field), *(match.name for match in lost))
+    if any(_is_all_linear(match.name) for match in lost):
+        return "write target_modules='all-linear', as text and not in a list"
+    if experts := _experts(lost, facts):
+        return f"the experts are fused parameters, not modules: {assigned(**_fused(kept, experts, facts))}"
+    if any(_PATTERN.search(match.name) for match in lost):
+        pattern = _joined([match.name for match in lost], kept, facts)
+        return f"names in a list are no patterns; give the pattern as one string, {pattern}"
+    meant = tuple(dict.fromkeys(name for match in lost for name in _meant(match, facts)))
+    drop = f"drop the name: {assigned(target_modules=kept)}" if kept else ""
+    if meant:
+        named = assigned(target_modules=tuple(dict.fromkeys((*kept, *meant))))
+        return f"did you mean {' and '.join(map(repr, meant))}? {named}" + (f"; else {drop}" if drop else "")
+    others = without(_linear(facts), *kept)
+    more = f"; or use names of this model: {', '.join(others[:12])}" if others else ""
+    return f"{drop}{more}" if drop else _any(facts)
+
+
+_PATTERN = re.compile(r"[*|()\[\]^$,+?\\]")
+"""What stands in a regular expression, or in a list written as text, and in no name of a module."""
+
+
+def _is_all_linear(text: str) -> bool:
+    return re.sub(r"[\W_]", "", text.lower()) == "alllinear"
+
+
+def _linear(facts: ConfigFacts) -> list[str]:
+    return sorted({module.leaf for module in facts.base.modules if module.is_linear})
+
+
+def _any(facts: ConfigFacts) -> str:
+    """What to write where nothing tells what was meant: names of this base."""
+    if linear := _linear(facts):
         return (
-            f"the experts of this base are fused parameters, which no module name means: drop "
-            f"{[m.name for m in lost]}, and to adapt the experts set target_parameters={fused}"
+            f"use names of this model: {', '.join(linear[:12])}; or all of them, target_modules='all-linear'"
         )
-    found = {match.name for match in facts.names if match.field == field and match.modules}
-    available = sorted({module.leaf for module in facts.base.modules if module.is_linear} - found)
-    if not available:
-        return "drop the name: the others name every linear layer of this model"
-    known = f"drop the name, or use those of this model: {', '.join(available[:12])}"
-    similar = sorted({name for match in lost for name in match.similar})
-    return f"did you mean {' or '.join(similar)}? Else {known}" if similar else known
+    if facts.base.fused:
+        experts = sorted({_end(parameter.name) for parameter in facts.base.fused})
+        return f"this base has fused parameters instead: {assigned(**_fused((), experts, facts))}"
+    leaves = sorted({module.leaf for module in facts.base.modules})
+    return f"this base has no linear layers; name others: {assigned(target_modules=tuple(leaves[:12]))}"
+
+
+def _end(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
+def _experts(lost: list[NameMatch], facts: ConfigFacts) -> list[str]:
+    """The fused parameters that the lost names are about: those of these names, else all of them."""
+    fused = sorted({_end(parameter.name) for parameter in facts.base.fused})
+    leaves = {match.name.rpartition(".")[2] for match in lost}
+    same = [name for name in fused if name.rpartition(".")[2] in leaves]
+    about_experts = any(_is_of_experts(match.name) for match in lost)
+    return same or (fused if about_experts else [])
+
+
+def _fused(kept: tuple[str, ...], experts: list[str], facts: ConfigFacts) -> dict[str, object]:
+    known = without(facts.names_of("target_parameters"), *experts)
+    fields: dict[str, object] = {"target_modules": kept or [], "target_parameters": (*known, *experts)}
+    if facts.settings.lora_dropout:  # PEFT refuses a dropout on parameters
+        fields["lora_dropout"] = 0.0
+    return fields
+
+
+def _parameters_fix(lost: list[NameMatch], facts: ConfigFacts) -> str:
+    fused = sorted({_end(parameter.name) for parameter in facts.base.fused})
+    kept = without(facts.names_of("target_parameters"), *(match.name for match in lost))
+    if fused:
+        return f"use {assigned(target_parameters=tuple(dict.fromkeys((*kept, *fused))))}"
+    fields: dict[str, object] = {"target_parameters": kept}
+    if not kept and not facts.settings.target_modules:
+        fields["target_modules"] = "all-linear"
+    return f"this base stacks no weights; name its modules in target_modules: {assigned(**fields)}"
+
+
+def _meant(match: NameMatch, facts: ConfigFacts) -> list[str]:
+    """Names of modules instead of one that matches nothing: less what PEFT or a file adds to it, or alike."""
+    bare = re.sub(r"\.(weight|bias|lora_[AB])$", "", match.name.removeprefix("base_model.model."))
+    if bare != match.name and any(is_named(module, bare) for module in facts.base.module_names):
+        return [bare]
+    known = facts.names_of("target_modules")
+    return [name for name in match.similar if name not in known][:1]
+
+
+def _text_fix(text: str, facts: ConfigFacts) -> str:
+    """What to write instead of a string, which PEFT reads as a regular expression for the whole name."""
+    if _is_all_linear(text):
+        return _any(facts) if text == "all-linear" else "write target_modules='all-linear'"
+    leaves = _linear(facts)
+    names = [name for name in re.split(r"[\s|,;()\[\]'\"]+", text) if name]
+    if all(re.fullmatch(r"[\w.]+", name) for name in names):
+        known = [n for n in names if any(is_named(m, n) for m in facts.base.module_names)]
+        known = known or [close for n in names for close in get_close_matches(n, leaves, n=1)]
+        if known:
+            written = assigned(target_modules=tuple(dict.fromkeys(known)))
+            return f"a string is a regular expression for the whole name; for plain names write {written}"
+    if pattern := _repaired(text, facts):
+        return f"a string is a regular expression for the whole name: {assigned(target_modules=pattern)}"
+    words = [word for word in re.findall(r"[A-Za-z]\w+", re.sub(r"\\\w", " ", text)) if word in leaves]
+    if words:
+        return (
+            f"the pattern fits no whole name; name modules instead: {assigned(target_modules=tuple(words))}"
+        )
+    return f"the pattern fits no whole name; {_any(facts)}"
+
+
+def _repaired(text: str, facts: ConfigFacts) -> str | None:
+    """The pattern made to fit whole names of linear modules, and of nothing else."""
+    core = text.strip("^$").removeprefix("base_model.model.").removeprefix(r"base_model\.model\.")
+    linear = {module.name for module in facts.base.modules if module.is_linear}
+    for pattern in (core, rf"(.*\.)?({core})", rf"({core})\w*", rf".*({core})", rf".*({core})\w*"):
+        expression = compiled(pattern)
+        found = [] if expression is None else filter(expression.fullmatch, facts.base.module_names)
+        if (hit := set(found)) and hit <= linear:
+            return pattern
+    return None
+
+
+def _joined(patterns: list[str], names: tuple[str, ...], facts: ConfigFacts) -> str:
+    """Patterns of a list and the names beside them as one regular expression, as far as they match."""
+    repaired = [pattern for text in patterns if (pattern := _repaired(text, facts))]
+    plain = [rf"(.*\.)?({'|'.join(map(re.escape, names))})"] if names else []
+    return assigned(target_modules="|".join((*plain, *repaired))) if repaired or plain else _any(facts)

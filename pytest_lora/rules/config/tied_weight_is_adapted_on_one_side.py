@@ -3,8 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.facts.config import ConfigFacts, is_named
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, without
 
 
 @rule("LORA113", severity="error", needs=ConfigFacts, on_saved="merged")
@@ -14,7 +15,9 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
     ## What it does
     Looks for LoRA targets and `modules_to_save` among modules that share their weight (input embedding
     and output head), unless `ensure_weight_tying` is set or both sides are saved in full. Modules of one kind
-    that all carry an adapter of their own (`layer_replication`) are fine.
+    that all carry an adapter of their own (`layer_replication`) are fine. Rows (`trainable_token_indices`) of the
+    head alone are a finding, those of the embedding are not, as PEFT trains them on both sides. Under
+    `Expect(will_merge=True)`, LoRA targets are one with `ensure_weight_tying`, too.
 
     ## Why is this bad?
     The two sides come apart: one uses the adapter, the other does not. Merging writes the update into
@@ -36,7 +39,10 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
     - https://github.com/huggingface/peft/issues/2018
     - https://github.com/huggingface/peft/issues/2864
     """
+    yield from _rows_of_one_side(facts)
     if facts.settings.ensure_weight_tying:
+        if expect.will_merge:
+            yield from _merged_twice(facts)
         return
     kinds = {module.name: module.kind for module in facts.base.modules}
     for group in facts.base.tied:
@@ -59,6 +65,47 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
             expected="tied modules to be adapted together or not at all"
             if others
             else "one adapter for one weight",
-            fix="set ensure_weight_tying=True (newer PEFT), or take "
-            f"{touched[0].rpartition('.')[2]} out of {'target_modules' if adapted else 'modules_to_save'}",
+            fix=f"set ensure_weight_tying=True (newer PEFT), or {_without(touched, bool(adapted), facts)}",
         )
+
+
+def _without(modules: list[str], target: bool, facts: ConfigFacts) -> str:
+    field = "target_modules" if target else "modules_to_save"
+    names = getattr(facts.settings, field)
+    if not isinstance(names, tuple):
+        excluded = facts.settings.exclude_modules or ()
+        leaves = [module.rpartition(".")[2] for module in modules]
+        more = (excluded, *leaves) if isinstance(excluded, str) else (*excluded, *leaves)
+        return f"leave it out: {assigned(exclude_modules=more)}"
+    rest = without(names, *(name for name in names for module in modules if is_named(module, name)))
+    return f"take it out: {assigned(**{field: rest})}" if rest or not target else "adapt other modules"
+
+
+def _rows_of_one_side(facts: ConfigFacts) -> Iterator[Violation]:
+    """PEFT trains rows of the embedding on what is tied to it, too, but rows of the head on the head alone."""
+    embedding = facts.base.input_embeddings
+    names = [name or (embedding or "") for name, _ in facts.settings.trainable_token_indices]
+    for group in facts.base.tied:
+        sides = [module for module in group if any(is_named(module, name) for name in names)]
+        if sides and embedding in group and embedding not in sides:
+            yield Violation(
+                where=f"trainable_token_indices: {', '.join(sides)}",
+                observed=f"rows of {sides[0]} are trained, which shares its weight with {embedding} (tied embeddings): "
+                "that keeps the old rows, until merging writes the new ones into both",
+                expected="rows of the embedding, which PEFT trains on both sides",
+                fix=f"name the embedding in trainable_token_indices: {{{embedding.rpartition('.')[2]!r}: [...]}}",
+            )
+
+
+def _merged_twice(facts: ConfigFacts) -> Iterator[Violation]:
+    for group in facts.base.tied:
+        adapted = [module for module in group if module in facts.adapted]
+        if adapted:
+            yield Violation(
+                where=", ".join(group),
+                observed=f"{' and '.join(group)} share their weight and their update (ensure_weight_tying): merging "
+                "adds it to that weight once for each of them",
+                expected="modules to be merged whose weight no other one shares",
+                fix="keep the adapter apart from the base, untie the base before training (tie_word_embeddings=False), "
+                "or train the embedding with modules_to_save or trainable_token_indices",
+            )

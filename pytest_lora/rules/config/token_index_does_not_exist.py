@@ -41,5 +41,18 @@ def token_index_does_not_exist(facts: ConfigFacts, expect: Expect) -> Iterator[V
                 where=f"trainable_token_indices{f'[{module!r}]' if module else ''} on {facts.base.architecture}",
                 observed=f"{lost[:5]} are no rows of an embedding with {size} rows",
                 expected=f"indices from 0 to {(size or 0) - 1}",
-                fix="call base.resize_token_embeddings(len(tokenizer)) first, then take the ids from the tokenizer",
+                fix=_fix(module, rows, lost, facts),
             )
+
+
+def _fix(module: str, rows: tuple[int, ...], lost: list[int], facts: ConfigFacts) -> str:
+    if min(lost) >= 0:
+        return (
+            f"for new tokens call base.resize_token_embeddings({max(lost) + 1}), the length of the tokenizer, before "
+            "get_peft_model; else take the ids from the tokenizer"
+        )
+    kept = [row for row in rows if row not in lost]
+    others = {name: list(found) for name, found in facts.settings.trainable_token_indices if name != module}
+    return (
+        f"drop {lost[:5]}: trainable_token_indices={ {**others, module: kept} if module else kept or None }"
+    )

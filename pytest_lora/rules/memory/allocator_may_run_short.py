@@ -46,5 +46,6 @@ def allocator_may_run_short(facts: MemoryFacts, expect: Expect) -> Iterator[Viol
         f"{format_bytes(estimate.peak_allocated)}, with a CUDA context of about "
         f"{format_bytes(estimate.cuda_context)} beside it, on a budget of {format_bytes(facts.budget)}",
         expected="room for what the allocator keeps",
-        fix="set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or shorten the sequence a little",
+        fix="set PYTORCH_CUDA_ALLOC_CONF to expandable_segments:True, or shorten the sequence, such as "
+        f"seq_len={max(1, estimate.setting.seq_len // 2)}",
     )

@@ -45,6 +45,6 @@ def no_room_for_the_cuda_context(facts: MemoryFacts, expect: Expect) -> Iterator
         observed=f"the peak of {format_bytes(estimate.peak_allocated)} and a CUDA context of about "
         f"{format_bytes(estimate.cuda_context)} exceed the budget of {format_bytes(facts.budget)}",
         expected=f"a peak of at most {format_bytes(facts.budget - estimate.cuda_context)}",
-        fix="shorten the sequence or the batch a little; if the budget is what torch may allocate, the context "
-        "aside, ignore this rule",
+        fix=f"shorten the sequence or the batch, such as seq_len={max(1, estimate.setting.seq_len // 2)}; if the "
+        "budget is what torch may allocate, the context aside, ignore this rule",
     )

@@ -48,6 +48,6 @@ def quantization_leaves_most_weights_whole(facts: MemoryFacts, expect: Expect) -
         where=step_in_words(estimate),
         observed=f"{format_bytes(packed)} of weights are quantized, {format_bytes(whole)} stay whole",
         expected="most of the base's weights quantized",
-        fix="quantize with a method that packs fused experts, or leave the base in bfloat16 and call neither "
-        "BitsAndBytesConfig nor prepare_model_for_kbit_training",
+        fix="quantize with a method that packs fused experts, or leave the base in bfloat16, quantization=None, and "
+        "call neither BitsAndBytesConfig nor prepare_model_for_kbit_training",
     )

@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.model import ModelFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import START_ANEW
 
 
 @rule("LORA224", severity="error", needs=ModelFacts)
@@ -53,7 +54,7 @@ def adapter_can_not_learn(facts: ModelFacts, expect: Expect) -> Iterator[Violati
             observed=f"{state} in {len(stuck)} of {len(facts.active_layers)} modules, so that every "
             "gradient is zero",
             expected="one factor at random, and the one at zero trainable",
-            fix="make the adapter anew with init_lora_weights=True"
+            fix=START_ANEW.format(active=first.adapter)
             if both
-            else f"make {frozen.name} trainable again (call model.set_adapter({first.adapter!r}))",
+            else f"make {frozen.name} trainable again: model.set_adapter({first.adapter!r})",
         )

@@ -39,8 +39,11 @@ def adapter_holds_no_update(facts: ModelFacts, expect: Expect) -> Iterator[Viola
     """
     if expect.fresh is not False:
         return
-    layers = facts.active_layers
+    wiped = {adapter for adapter, _ in facts.wiped}
+    layers = [layer for layer in facts.active_layers if layer.adapter not in wiped]
     empty = [layer for layer in layers if layer.changes_output is False]
+    if len(empty) < len(layers):
+        empty = [layer for layer in empty if not layer.prunes_ranks]
     if empty:
         first = empty[0]
         zero = first.b.name if first.b.zero else first.a.name

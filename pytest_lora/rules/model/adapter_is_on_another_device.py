@@ -48,8 +48,8 @@ def adapter_is_on_another_device(facts: ModelFacts, expect: Expect) -> Iterator[
             observed=f"adapter {first.adapter!r} is on {device}, its base weights are on {first.base_device}"
             + ("; its values were never loaded" if empty else ""),
             expected="each adapter on the device of the weight it adapts",
-            fix="use low_cpu_mem_usage=True only to load a file whose keys fit; leave it out for a new "
-            "adapter"
+            fix="low_cpu_mem_usage is only for loading a file whose keys fit; a new adapter is made with "
+            "get_peft_model(..., low_cpu_mem_usage=False)"
             if empty
             else f'move the model after the adapter was added: model.to("{first.base_device}")',
         )

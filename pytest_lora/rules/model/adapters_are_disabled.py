@@ -46,7 +46,8 @@ def adapters_are_disabled(facts: ModelFacts, expect: Expect) -> Iterator[Violati
             observed=f"adapters are disabled in {len(off)} of {len(facts.layers)} LoRA layers; no gradient "
             "can reach them",
             expected="adapters enabled, and switched off only inside `with model.disable_adapter():`",
-            fix="call model.base_model.enable_adapter_layers() (transformers' own integration: "
-            "model.enable_adapters())",
+            fix="call model.base_model.enable_adapter_layers()"
+            if facts.nested
+            else "call model.enable_adapters()",
             severity="warning" if expect.purpose == "inference" else None,
         )

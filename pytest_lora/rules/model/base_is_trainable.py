@@ -52,9 +52,17 @@ def base_is_trainable(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
         "require gradients; "
         "save_pretrained will not save them",
         expected="base weights frozen; only adapters, modules_to_save and chosen token rows trainable",
-        fix="call requires_grad_(True) on nothing but adapters: freeze the base before get_peft_model and "
-        "leave it"
-        if whole
-        else f"list them in the configuration: modules_to_save={names}, or freeze them with "
-        "requires_grad_(False)",
+        fix=_fix(facts, names, whole),
     )
+
+
+def _fix(facts: ModelFacts, names: list[str], whole: bool) -> str:
+    again = (
+        f" and make the adapter trainable again with model.set_adapter({facts.active[0]!r})"
+        if facts.active
+        else ""
+    )
+    freeze = f"freeze the base with model.requires_grad_(False){again}"
+    if whole:
+        return freeze
+    return f"list {names} in modules_to_save instead of making them trainable by hand, or {freeze}"

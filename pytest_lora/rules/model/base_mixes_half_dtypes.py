@@ -47,5 +47,6 @@ def base_mixes_half_dtypes(facts: ModelFacts, expect: Expect) -> Iterator[Violat
             where=facts.base.architecture,
             observed=f"base weights are {most}, and some are {other}",
             expected="one 16-bit dtype in the base",
-            fix=f"load the base in one dtype (dtype=torch.{most}), and cast no part of it to {other}",
+            fix=f"load the base in one dtype and cast no part of it to {other}, or cast all of it, "
+            f"base.to(torch.{most}), before get_peft_model",
         )

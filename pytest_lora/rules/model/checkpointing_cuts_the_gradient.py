@@ -46,6 +46,6 @@ def checkpointing_cuts_the_gradient(facts: ModelFacts, expect: Expect) -> Iterat
             observed="use_reentrant=True and the embeddings' output requires no gradients, so that none "
             "reaches an adapter",
             expected="checkpointing that keeps the graph of frozen inputs",
-            fix='set gradient_checkpointing_kwargs={"use_reentrant": False}, '
-            "or call model.enable_input_require_grads()",
+            fix="set gradient_checkpointing_kwargs={'use_reentrant': False}, or call "
+            "model.enable_input_require_grads()",
         )

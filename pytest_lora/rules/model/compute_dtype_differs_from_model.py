@@ -53,5 +53,5 @@ def compute_dtype_differs_from_model(facts: ModelFacts, expect: Expect) -> Itera
                 observed=f"4-bit layers compute in {compute}, the rest of the model is {rest}: "
                 + ("every product is slower than in 16 bit" if slow else "values above 65504 overflow"),
                 expected=f"one 16-bit dtype: bnb_4bit_compute_dtype=torch.{rest}",
-                fix=f"set BitsAndBytesConfig(..., bnb_4bit_compute_dtype=torch.{rest})",
+                fix=f"load the base with BitsAndBytesConfig(..., bnb_4bit_compute_dtype=torch.{rest})",
             )

@@ -15,7 +15,7 @@ def config_changed_after_creation(facts: ModelFacts, expect: Expect) -> Iterator
 
     ## What it does
     Compares rank, alpha and rsLoRA of the adapter's configuration with those of its layers, where no
-    pattern decides.
+    pattern decides and AdaLoRA takes no ranks away.
 
     ## Why is this bad?
     The layers keep what they were made with, so that the change does nothing now; but the changed
@@ -49,15 +49,15 @@ def config_changed_after_creation(facts: ModelFacts, expect: Expect) -> Iterator
                     observed=f"the configuration of adapter {config.adapter!r} says {field}={value:g}, its "
                     f"layers have {own:g}",
                     expected="a configuration that is not changed once its adapter exists",
-                    fix=f"set {field} before get_peft_model; here put {field}={own:g} back, or make the "
-                    "adapter anew",
+                    fix=f"set {field} before get_peft_model, not after; here put it back: "
+                    f"model.peft_config[{config.adapter!r}].{field} = {own!r}",
                     severity="error" if field == "r" else None,
                 )
 
 
 def _compared(settings: Settings, layers: tuple[LayerState, ...]) -> Iterator[tuple[str, float, list[float]]]:
     """Field, its value in the configuration, and its value in each layer."""
-    if not settings.rank_pattern:
+    if not settings.rank_pattern and not any(layer.prunes_ranks for layer in layers):
         yield "r", settings.r, [layer.rank for layer in layers]
     if not settings.alpha_pattern:
         yield "lora_alpha", settings.lora_alpha, [layer.alpha for layer in layers]

@@ -24,8 +24,9 @@ def fresh_adapter_changes_the_base(facts: ModelFacts, expect: Expect) -> Iterato
     ## Example
     ```python
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-    with torch.no_grad():
-        model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.fill_(0.01)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.01)
     report = check_model(model, expect=Expect(fresh=True))
     ```
 
@@ -48,7 +49,7 @@ def fresh_adapter_changes_the_base(facts: ModelFacts, expect: Expect) -> Iterato
             observed=f"adapter {changed[0].adapter!r} is not at zero in {len(changed)} of "
             f"{len(facts.active_layers)} modules",
             expected="a fresh adapter that leaves the base as it is",
-            fix="make a new adapter on a newly loaded base, or drop fresh=True if this one has been trained",
+            fix="make a new adapter on a newly loaded base; or, if this one has been trained, say Expect(fresh=None)",
         )
 
 

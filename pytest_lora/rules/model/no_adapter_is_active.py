@@ -22,7 +22,8 @@ def no_adapter_is_active(facts: ModelFacts, expect: Expect) -> Iterator[Violatio
 
     ## Example
     ```python
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(base, config)
     model.delete_adapter("default")
     report = check_model(model)
     ```
@@ -59,5 +60,6 @@ def no_adapter_is_active(facts: ModelFacts, expect: Expect) -> Iterator[Violatio
             expected="one active adapter",
             fix=f"call model.set_adapter({facts.adapters[0]!r})"
             if known
-            else "add or load an adapter, or model.unload()",
+            else "load an adapter, or add one with model.add_adapter('default', config) and "
+            "model.set_adapter('default')",
         )

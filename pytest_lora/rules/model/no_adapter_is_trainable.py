@@ -58,6 +58,8 @@ def no_adapter_is_trainable(facts: ModelFacts, expect: Expect) -> Iterator[Viola
     )
 
 
+_TRANSFORMERS = "model.load_adapter(..., is_trainable=True)"
+
 _QUANTIZED = "quantize the base before get_peft_model, not the model with its adapter after it"
 
 
@@ -73,7 +75,8 @@ def _fix(facts: ModelFacts) -> str:
             f"adapter {fresh[0]!r} was made to train, but is not active: call model.set_adapter({fresh[0]!r})"
         )
     if loaded:
-        return "load it with PeftModel.from_pretrained(..., is_trainable=True), or create it with inference_mode=False"
+        load = "PeftModel.from_pretrained(..., is_trainable=True)" if facts.nested else _TRANSFORMERS
+        return f"load it with {load}, or create it with inference_mode=False"
     return (
         "freeze or prepare_model_for_kbit_training the base before get_peft_model, not after; here "
         f"model.set_adapter({active!r}) makes the adapter trainable again"

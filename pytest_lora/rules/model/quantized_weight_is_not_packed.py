@@ -23,7 +23,7 @@ def quantized_weight_is_not_packed(facts: ModelFacts, expect: Expect) -> Iterato
     ```python
     import bitsandbytes as bnb
     model = get_peft_model(base_4bit, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-    layer = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32)
+    layer = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
     model.base_model.model.model.layers[1].mlp.down_proj = layer.requires_grad_(False)
     report = check_model(model)
     ```
@@ -43,5 +43,6 @@ def quantized_weight_is_not_packed(facts: ModelFacts, expect: Expect) -> Iterato
             where=grouped(found.unpacked),
             observed=f"{len(found.unpacked)} quantized layers hold weights that were never packed",
             expected="packed weights with their quantization state",
-            fix='move the layers to their device once: layer.to("cuda") or layer.to("cpu") packs them',
+            fix="move the layers to their device once, which packs them: "
+            f"model.to({next(iter(facts.base.device_types), 'cuda')!r})",
         )

@@ -56,8 +56,7 @@ def reported_percent_is_wrong(facts: ModelFacts, expect: Expect) -> Iterator[Vio
         where=f"reported_percent of {facts.base.architecture}",
         observed=f"{reported:.6g} % trainable is reported; {reason}",
         expected=f"{100 * trainable / max(total, 1):.6g} %: {trainable:,} trainable of {total:,} parameters",
-        fix="count with pytest_lora.count_parameters(model) or model.get_nb_trainable_parameters(), not "
-        "with numel()",
+        fix="count with pytest_lora, percent = count_parameters(model).percent, not with numel",
     )
 
 

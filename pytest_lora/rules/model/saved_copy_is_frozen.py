@@ -50,6 +50,5 @@ def saved_copy_is_frozen(facts: ModelFacts, expect: Expect) -> Iterator[Violatio
             observed=f"{first.module} is in {kind} of adapter {first.adapter!r} but frozen "
             "(requires_grad=False)",
             expected="every listed module trainable, like the adapter beside it",
-            fix=f"call model.set_adapter({first.adapter!r}), or requires_grad_(True) on {kind} of that "
-            "adapter",
+            fix=f"call model.set_adapter({first.adapter!r}), which makes {kind} of that adapter trainable, too",
         )

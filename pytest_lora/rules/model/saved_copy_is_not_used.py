@@ -50,5 +50,7 @@ def saved_copy_is_not_used(facts: ModelFacts, expect: Expect) -> Iterator[Violat
             observed=f"the modules_to_save copy of adapter {unused[0].adapter!r} is {state}, while the "
             "adapter itself is active",
             expected="adapter and modules_to_save of one name active together",
-            fix=f"call model.set_adapter({unused[0].adapter!r}) on the PEFT model, which switches both",
+            fix="call model.base_model.enable_adapter_layers(), which enables both"
+            if unused[0].disabled
+            else f"call model.set_adapter({unused[0].adapter!r}) on the PEFT model, which switches both",
         )

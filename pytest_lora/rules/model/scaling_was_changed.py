@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.model import LayerState, ModelFacts
+from pytest_lora.facts.model import ModelFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
@@ -40,7 +39,9 @@ def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation
     ## References
     - https://huggingface.co/docs/peft/package_reference/helpers#peft.helpers.rescale_adapter_scale
     """
-    changed = [layer for layer in facts.active_layers if not _is_configured(layer)]
+    changed = [
+        layer for layer in facts.active_layers if not layer.is_scaled_as_configured and not layer.is_swapped
+    ]
     for value in sorted({layer.scaling for layer in changed}):
         layers = [layer for layer in changed if layer.scaling == value]
         first = layers[0]
@@ -50,11 +51,7 @@ def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation
             observed=f"scaling is {value:g} in {len(layers)} of {len(facts.active_layers)} modules"
             + (", so that the adapter does nothing and gets no gradient" if value == 0 else ""),
             expected=f"alpha / {root} = {first.configured_scaling:g} (alpha={first.alpha:g}, r={first.rank})",
-            fix="call unscale_layer() on the LoRA layers, and choose the scaling by lora_alpha in the "
-            "configuration",
+            fix="leave it if an adapter of another alpha was hot-swapped in; else put it back: "
+            f"for layer in model.modules(): hasattr(layer, 'set_scale') and layer.set_scale({first.adapter!r}, 1)",
             severity="info" if expect.purpose == "inference" else "error" if value == 0 else None,
         )
-
-
-def _is_configured(layer: LayerState) -> bool:
-    return math.isclose(layer.scaling, layer.configured_scaling, rel_tol=1e-5)

@@ -53,8 +53,8 @@ def some_adapters_are_frozen(facts: ModelFacts, expect: Expect) -> Iterator[Viol
                 observed=f"{len(frozen)} of {len(layers)} LoRA modules of adapter {adapter!r} are frozen, "
                 "the others train",
                 expected="all modules of an active adapter trainable",
-                fix="freeze the base before get_peft_model; to adapt only some layers say so with "
-                "layers_to_transform",
+                fix=f"freeze the base before get_peft_model, not after; here call model.set_adapter({adapter!r}); to "
+                "adapt only some layers say so with layers_to_transform",
             )
         else:
             yield from _frozen_factors(adapter, layers)

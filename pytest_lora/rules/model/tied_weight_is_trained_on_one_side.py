@@ -3,8 +3,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.model import ModelFacts
+from pytest_lora.facts.config import is_named
+from pytest_lora.facts.model import ModelFacts, SavedModule
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned, without
 
 
 @rule("LORA213", severity="error", needs=ModelFacts)
@@ -54,7 +56,17 @@ def tied_weight_is_trained_on_one_side(facts: ModelFacts, expect: Expect) -> Ite
                     else "another one; the merged model ties them as it is loaded"
                 ),
                 expected="tied modules to train one shared weight",
-                fix="set ensure_weight_tying=True (newer PEFT), or train new rows with "
-                "trainable_token_indices",
+                fix=_fix(copy, facts),
                 severity=None if alone else "warning",
             )
+
+
+def _fix(copy: SavedModule, facts: ModelFacts) -> str:
+    config = facts.config_of(copy.adapter)
+    saved = config.settings.modules_to_save if config else ()
+    tied = (copy.module, *copy.tied)
+    rest = without(saved, *(name for name in saved for module in tied if is_named(module, name)))
+    return (
+        f"set ensure_weight_tying=True (newer PEFT), or leave them out: {assigned(modules_to_save=rest)}, with "
+        "trainable_token_indices for new rows"
+    )

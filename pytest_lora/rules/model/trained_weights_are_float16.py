@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.model import ModelFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import CAST_TRAINED
 
 
 @rule("LORA206", severity="error", needs=ModelFacts)
@@ -53,9 +54,13 @@ def trained_weights_are_float16(facts: ModelFacts, expect: Expect) -> Iterator[V
             where=grouped([*(layer.module for layer in factors), *(part.module for part in others)]),
             observed=f"trainable weights are {narrow}: {len(factors)} LoRA layers, {len(others)} saved copies",
             expected="trained weights in float32 (or bfloat16), whatever the dtype of the frozen base",
-            fix="cast what trains: for p in model.parameters(): if p.requires_grad: p.data = p.data.float()"
-            if others
-            else "convert the base before get_peft_model, not after, and keep autocast_adapter_dtype=True",
+            fix=(
+                ""
+                if others
+                else "convert the base before get_peft_model, not after, and keep "
+                "autocast_adapter_dtype; here "
+            )
+            + f"cast what trains: {CAST_TRAINED}",
         )
 
 

@@ -48,5 +48,5 @@ def weights_are_for_inference(facts: ModelFacts, expect: Expect) -> Iterator[Vio
             where=grouped(names),
             observed=f"{what} are inference tensors, made under torch.inference_mode(): no gradient is ever computed",
             expected="ordinary tensors in a model that trains",
-            fix="build the model and its adapter outside torch.inference_mode()",
+            fix="build the model and its adapter outside of inference mode, which torch.inference_mode sets",
         )

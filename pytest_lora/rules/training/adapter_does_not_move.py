@@ -7,6 +7,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.training import TensorFacts, TrainingFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import CAST_TRAINED, optimizer_anew
 
 
 @rule("LORA315", severity="error", needs=TrainingFacts)
@@ -29,7 +30,8 @@ def adapter_does_not_move(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
         def step(self, closure=None):
             return None
 
-    report = check_training(model, batch, optimizer=Skipping(model.parameters(), lr=0.1))
+    optimizer = Skipping(model.parameters(), lr=0.1)
+    report = check_training(model, batch, optimizer=optimizer)
     ```
 
     ## Use instead
@@ -54,7 +56,8 @@ def adapter_does_not_move(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
             observed=f"{len(facts.steps)} steps at a learning rate of "
             f"{max(facts.steps[-1].rates):g} changed nothing",
             expected="tensors that move with every step",
-            fix="raise the learning rate, keep trainable weights in float32, and look at what optimizer.step does",
+            fix="raise the learning rate, keep trainable weights in float32, and look at what the step of this "
+            f"optimizer does, or take {optimizer_anew(2e-4)}",
         )
         return
     if facts.optimizer.adaptive and (lost := _lost_in_rounding(facts, held)):
@@ -65,7 +68,7 @@ def adapter_does_not_move(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
             f"{100 * min(t.stayed for t in lost):.0f} % of the numbers of {part} what they were: it is lost in the "
             f"rounding of {lost[0].dtype}",
             expected="trainable weights in float32, which hold such a step",
-            fix="leave autocast_adapter_dtype=True, or cast trainable parameters with p.data = p.data.float()",
+            fix=f"keep autocast_adapter_dtype, or cast what trains: {CAST_TRAINED}",
             severity="warning",
         )
 

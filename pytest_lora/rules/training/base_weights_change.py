@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import rewrites_base
+from pytest_lora.facts.model import ModelFacts
 from pytest_lora.facts.training import BaseChange, TrainingFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA330", severity="error", needs=TrainingFacts)
+@rule("LORA330", severity="error", needs=TrainingFacts, because_of=["base_is_trainable"])
 def base_weights_change(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
     """Weights of the base change while only the adapter should.
 
@@ -65,9 +66,7 @@ def base_weights_change(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
                 observed=f"weights of the base changed {since}, by up to {100 * worst.relative:.2g} %"
                 + (f"; {trainable} of them have requires_grad=True" if trainable else ""),
                 expected="frozen base weights; what is to train beside the adapter, in modules_to_save",
-                fix="freeze the base (get_peft_model does it) and leave requires_grad_ of its parameters alone"
-                if trainable
-                else "unmerge adapters, and load the base anew",
+                fix=_freeze(facts.model) if trainable else "unmerge adapters, and load the base anew",
                 severity="info" if meant else "error",
             )
 
@@ -83,3 +82,12 @@ def _trains_biases(facts: TrainingFacts) -> bool:
 def _rewritten_by_initialisation(facts: TrainingFacts) -> bool:
     """Whether an initialisation takes the adapter out of the base weights, as PiSSA, OLoRA, CorDA and LoftQ do."""
     return any(rewrites_base(config.settings.init_lora_weights) for config in facts.model.configs)
+
+
+def _freeze(model: ModelFacts) -> str:
+    again = (
+        f" and make the adapter trainable again with model.set_adapter({model.active[0]!r})"
+        if model.active
+        else ""
+    )
+    return f"freeze the base, as get_peft_model does: model.requires_grad_(False){again}"

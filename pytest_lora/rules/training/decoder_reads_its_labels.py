@@ -55,7 +55,7 @@ def decoder_reads_its_labels(facts: TrainingFacts, expect: Expect) -> Iterator[V
             observed=f"{100 * read[0].visible:.0f} % of decoder_input_ids equal the label at their own position: "
             "the decoder reads what it is to predict",
             expected="decoder_input_ids shifted right: the start token first, then the labels but the last",
-            fix="leave decoder_input_ids out; the model makes them from the labels",
+            fix="leave them out, batch.pop('decoder_input_ids'): the model makes them from the labels",
         )
 
 

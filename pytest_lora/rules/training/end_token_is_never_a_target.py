@@ -50,6 +50,9 @@ def end_token_is_never_a_target(facts: TrainingFacts, expect: Expect) -> Iterato
         observed=f"{ends or padding} sequences end with the end token (eos), and none of their labels is the end token"
         + ("" if ends else "; by attention_mask it is padding there"),
         expected="the end token among the labels, so that the model learns to stop",
-        fix="use a pad token of its own, or set labels to -100 by attention_mask and not by token",
+        fix="use a pad token of its own, or ignore by attention_mask and not by token: batch['labels'] = "
+        "batch['input_ids'].masked_fill(batch['attention_mask'] == 0, -100)"
+        if ends
+        else "use a pad token of its own",
         severity=None if ends else "info",
     )

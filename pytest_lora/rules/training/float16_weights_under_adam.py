@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import CAST_TRAINED
 
 
 @rule("LORA309", severity="error", needs=TrainingFacts)
@@ -52,7 +53,7 @@ def float16_weights_under_adam(facts: TrainingFacts, expect: Expect) -> Iterator
             where=grouped(half),
             observed=f"{observed}: the loss or the gradients {'became' if broken else 'will become'} NaN",
             expected="trainable weights in float32 or bfloat16",
-            fix="cast trainable parameters with p.data = p.data.float(), or leave autocast_adapter_dtype=True",
+            fix=f"keep autocast_adapter_dtype, or cast what trains: {CAST_TRAINED}",
             severity=None if broken else "warning",
         )
 

@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import CAST_TRAINED
 
 
 @rule("LORA308", severity="error", needs=TrainingFacts)
@@ -46,5 +47,5 @@ def float16_weights_under_grad_scaler(facts: TrainingFacts, expect: Expect) -> I
             where=grouped(half),
             observed="trainable weights are float16 and a GradScaler is used: torch cannot unscale FP16 gradients",
             expected="trainable weights in float32 (autocast then computes in float16), or bfloat16 and no scaler",
-            fix="cast trainable parameters with p.data = p.data.float(), or leave autocast_adapter_dtype=True",
+            fix=f"keep autocast_adapter_dtype, or cast what trains: {CAST_TRAINED}",
         )

@@ -44,7 +44,7 @@ def gradients_are_clipped_away(facts: TrainingFacts, expect: Expect) -> Iterator
             where="max_grad_norm",
             observed="max_grad_norm=0: every gradient is clipped to zero",
             expected="a positive norm such as 1.0, or no clipping",
-            fix="set max_grad_norm=1.0, or leave clip_grad_norm_ out",
+            fix="set max_grad_norm=1.0, or do not clip: max_grad_norm=None",
         )
     elif norms and limit < min(norms) and _drowns(facts, limit, max(norms)):
         yield Violation(

@@ -56,8 +56,8 @@ def label_is_outside_the_vocabulary(facts: TrainingFacts, expect: Expect) -> Ite
                     else "numbers of at least 0"
                     if name == "input_ids"
                     else "classes, and -100 for what is to be ignored",
-                    fix="call model.resize_token_embeddings(len(tokenizer)) after adding tokens, and use the model's "
-                    "own tokenizer"
+                    fix=f"after adding tokens call model.resize_token_embeddings({wrong[-1] + 1}), the length of the "
+                    "tokenizer; else use the model's own tokenizer"
                     if wrong[-1] >= 0 and what == "vocabulary"
                     else "ignore with -100, count classes from 0, and set num_labels to their number",
                 )

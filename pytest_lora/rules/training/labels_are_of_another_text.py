@@ -58,7 +58,8 @@ def labels_are_of_another_text(facts: TrainingFacts, expect: Expect) -> Iterator
             observed=f"{100 * first.same:.0f} % of the labels equal the input token at their position: they are "
             "tokens of another text than input_ids",
             expected="labels[t] == input_ids[t]: prompt and answer in both, the prompt's labels -100",
-            fix="put prompt and answer into input_ids, and set labels = input_ids.clone() with -100 over the prompt; "
+            fix="put prompt and answer into input_ids, and set batch['labels'] = batch['input_ids'].clone() with -100 "
+            "over the prompt; "
             "if they are meant to be that, look for shuffled rows and for another tokenizer",
         )
 

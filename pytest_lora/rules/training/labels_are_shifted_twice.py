@@ -59,7 +59,7 @@ def labels_are_shifted_twice(facts: TrainingFacts, expect: Expect) -> Iterator[V
                 observed=f"{100 * share:.0f} % of the labels equal the {which} input token, "
                 f"{100 * first.same:.0f} % the one at their own position: {outcome}",
                 expected="labels[t] == input_ids[t]; the model shifts them",
-                fix="set labels = input_ids.clone(), with -100 where nothing is to be learned",
+                fix="set batch['labels'] = batch['input_ids'].clone(), with -100 where nothing is to be learned",
             )
 
 

@@ -72,7 +72,7 @@ def learning_rate_is_of_full_fine_tuning(facts: TrainingFacts, expect: Expect) -
             where=f"optimizer ({facts.optimizer.optimizer})",
             observed=f"a learning rate of {rate:g}, the default of {known_as}, which was chosen for full fine-tuning",
             expected="about ten times that for LoRA, 1e-4 to 5e-4",
-            fix="set learning_rate=2e-4, unless this one was found by trying",
+            fix="set lr=2e-4 (learning_rate of a Trainer), unless this one was found by trying",
             severity="info",
         )
     if planned is None or planned < SETS_A_COURSE:
@@ -86,7 +86,7 @@ def learning_rate_is_of_full_fine_tuning(facts: TrainingFacts, expect: Expect) -
             observed=f"{planned} steps at a learning rate of {rate:g}{default} change the output of a module by "
             f"{reach:.2%} of its input at most: the adapter gets nowhere",
             expected=f"{MOVES_NOTHING:.0%} or more, as LoRA takes about ten times the rate of full fine-tuning",
-            fix=f"set the learning rate to {max(2e-4, _needed(rate, reach)):.1g}",
+            fix=f"set the learning rate higher: lr={max(2e-4, _needed(rate, reach)):.1g}",
         )
 
 

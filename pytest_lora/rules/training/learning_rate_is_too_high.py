@@ -40,25 +40,32 @@ def learning_rate_is_too_high(facts: TrainingFacts, expect: Expect) -> Iterator[
     ## References
     - LoRA Without Regret, on rates of LoRA and full fine-tuning: https://thinkingmachines.ai/blog/lora/
     """
-    rates = [
-        r for step in facts.steps for g in facts.optimizer.groups if g.parts for r in (step.rates[g.index],)
-    ]
+    holding = [group.index for group in facts.optimizer.groups if group.parts]
+    rates = [step.rates[index] for step in facts.steps for index in holding]
     if facts.schedule and facts.schedule.peak:
         rates.append(facts.schedule.peak)
     rate = max((r for r in rates if not math.isnan(r)), default=0.0)
     exploded, unlearned = _exploded(facts), _unlearned(facts)
     limit = 0.0 if exploded else ADAPTIVE_FORGETS if unlearned else ADAPTIVE_LIMIT
     suspect = rate >= limit if facts.optimizer.adaptive else facts.optimizer.plain
-    soared = exploded or unlearned or _soared(facts) or _buried(facts)
+    thrown = _thrown(facts)
+    buried = f"a step moved lora_A by {thrown:.3g} times its own size" if thrown > THROWN else None
+    soared = exploded or unlearned or _soared(facts) or buried
     if not suspect or not (soared or facts.optimizer.adaptive):
         return
     yield Violation(
         where=f"optimizer ({facts.optimizer.optimizer})",
         observed=f"a learning rate of {rate:g}" + (f": {soared}" if soared else ""),
         expected="1e-4 to 1e-2 with Adam; with SGD a rate at which the loss falls",
-        fix=f"set lr={'2e-4' if facts.optimizer.adaptive else f'{rate / 10:g}'}",
+        fix=f"set lr={'2e-4' if facts.optimizer.adaptive else _lower(rate, thrown)}",
         severity="error" if soared else None,
     )
+
+
+def _lower(rate: float, thrown: float) -> str:
+    """A tenth of a rate, or the power of ten of it under which a step is no larger than ``lora_A``."""
+    powers = math.ceil(math.log10(thrown)) if 1 < thrown < math.inf else 1
+    return f"{rate / 10**powers:g}"
 
 
 ADAPTIVE_LIMIT = 0.1
@@ -109,10 +116,7 @@ THROWN = 10.0
 """Times its own size that a step may move ``lora_A``; at 1e-2 with Adam it is 2 where the input has 16384 features."""
 
 
-def _buried(facts: TrainingFacts) -> str | None:
-    """How far one step threw ``lora_A``, where that is beyond ``THROWN``."""
-    thrown = max(
-        (m / t.scale for t in facts.adapter_tensors if t.part == "a" and t.scale > 0 for m in t.moves),
-        default=0.0,
-    )
-    return f"a step moved lora_A by {thrown:.3g} times its own size" if thrown > THROWN else None
+def _thrown(facts: TrainingFacts) -> float:
+    """Times its own size that one step moved ``lora_A`` at most."""
+    factors = [t for t in facts.adapter_tensors if t.part == "a" and t.scale > 0]
+    return max((move / tensor.scale for tensor in factors for move in tensor.moves), default=0.0)

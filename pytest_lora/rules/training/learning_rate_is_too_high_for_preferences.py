@@ -78,7 +78,7 @@ def learning_rate_is_too_high_for_preferences(facts: TrainingFacts, expect: Expe
         observed=f"a learning rate of {rate:g}{steps} for chosen against rejected answers: that is one of supervised "
         "fine-tuning",
         expected="about 5e-6 with LoRA, ten times that of full fine-tuning",
-        fix="set the learning rate to 5e-6, and raise it only while the log-probabilities of chosen answers do "
+        fix="set the learning rate lower, lr=5e-6, and raise it only while the log-probabilities of chosen answers do "
         "not fall",
         severity=None if planned and planned >= TRIED_OUT else "info",
     )

@@ -62,7 +62,8 @@ def learning_rate_is_too_low(facts: TrainingFacts, expect: Expect) -> Iterator[V
             where=f"optimizer ({facts.optimizer.optimizer})",
             observed=f"a learning rate of {rate:g}{_of(groups)}: the adapter hardly moves",
             expected=needed,
-            fix="raise lr; LoRA takes about ten times the rate of full fine-tuning",
+            fix=f"raise lr, such as lr={'1e-4' if facts.optimizer.adaptive else '0.1'}; LoRA takes about ten times the "
+            "rate of full fine-tuning",
         )
 
 

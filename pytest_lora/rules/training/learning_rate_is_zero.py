@@ -24,9 +24,8 @@ def learning_rate_is_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     ## Example
     ```python
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
-    report = check_training(model, batch, optimizer=optimizer, scheduler=scheduler)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    report = check_training(model, batch, optimizer=optimizer)
     ```
 
     ## Use instead
@@ -60,12 +59,13 @@ def learning_rate_is_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
 
 def _everywhere(facts: TrainingFacts) -> Iterator[Violation]:
     schedule = facts.schedule
-    if schedule is None:
+    set_to_zero = all(group.initial_lr == 0 for group in facts.optimizer.groups)
+    if schedule is None or set_to_zero:
         yield Violation(
             where=f"optimizer ({facts.optimizer.optimizer})",
             observed=f"the learning rate is 0 at all {len(facts.steps)} steps",
             expected="a learning rate above 0, such as 1e-4 to 1e-3 with Adam",
-            fix="set lr",
+            fix=f"set lr={_rate(facts)}, or where a Trainer makes the optimizer learning_rate={_rate(facts)}",
         )
         return
     taken = schedule.steps_taken
@@ -103,6 +103,10 @@ def _in_some_groups(facts: TrainingFacts) -> Iterator[Violation]:
                 where=f"optimizer ({facts.optimizer.optimizer}), param_groups[{group.index}]",
                 observed=f"the learning rate of {what} is 0",
                 expected="a learning rate above 0 for everything that is to learn",
-                fix="set lr of this group, or freeze its parameters if they are not to learn",
+                fix=f"set lr={_rate(facts)} for this group, or freeze its parameters if they are not to learn",
                 severity="error" if "b" in group.parts else "warning",
             )
+
+
+def _rate(facts: TrainingFacts) -> str:
+    return "2e-4" if facts.optimizer.adaptive else "0.1"

@@ -25,7 +25,7 @@ def loss_does_not_fall(facts: LossDrop, expect: Expect) -> Iterator[Violation]:
     ## Example
     ```python
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-    report = check_loss_decreases(model, batch, steps=2, by=0.9)
+    report = check_loss_decreases(model, batch, steps=1, by=0.05)
     ```
 
     ## Use instead
@@ -52,7 +52,8 @@ def loss_does_not_fall(facts: LossDrop, expect: Expect) -> Iterator[Violation]:
         expected=f"a drop of {100 * facts.by:.3g} % at least, by the adapter",
         fix="mend what the other findings name"
         if not facts.adapter_learned
-        else "more steps or another lr; if neither helps, look at labels and scaling",
+        else f"take more steps, steps={max(20, 4 * len(facts.curve))}, and another learning rate; if neither helps, "
+        "look at labels and scaling",
     )
 
 

@@ -42,7 +42,7 @@ def loss_has_no_graph(facts: TrainingFacts, expect: Expect) -> Iterator[Violatio
             observed="the loss has no graph (it does not require a gradient): it is detached from the adapter"
             + (", which was made under torch.inference_mode()" if made_for_inference else ""),
             expected="a loss that backward() can follow to the adapter",
-            fix="build the model outside torch.inference_mode()"
+            fix="build the model outside of inference mode (torch.inference_mode)"
             if made_for_inference
-            else "compute the loss outside torch.no_grad() and without .detach(), .item() or torch.tensor(...)",
+            else "compute the loss outside of torch.no_grad, and without detach, item or torch.tensor",
         )

@@ -7,9 +7,25 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import START_ANEW, assigned, scaled
 
 
-@rule("LORA313", severity="error", needs=TrainingFacts)
+@rule(
+    "LORA313",
+    severity="error",
+    needs=TrainingFacts,
+    because_of=(
+        "alpha_is_not_positive",
+        "no_adapter_is_trainable",
+        "adapters_are_disabled",
+        "adapter_left_merged",
+        "no_adapter_is_active",
+        "trainable_adapter_is_not_active",
+        "adapter_can_not_learn",
+        "scaling_was_changed",
+        "checkpointing_cuts_the_gradient",
+    ),
+)
 def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
     """No gradient reaches any tensor of the adapter.
 
@@ -61,22 +77,37 @@ def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Ite
         where=grouped(layer.module for layer in layers) if layers else "the whole model",
         observed="no gradient reaches the adapter at any step" + (f": {reason}" if reason else ""),
         expected="a gradient other than zero for the trainable tensors of every adapter",
-        fix=next((fix for start, fix in _FIXES.items() if start in (reason or "")), _FIXES[""]),
+        fix=_fix(facts, reason or "", idle),
     )
 
 
 _FIXES = {
-    "is not active": "call model.set_adapter(...) with the adapter that is to train, before the optimizer is made",
-    "disabled": "call model.enable_adapter_layers(), and train outside model.disable_adapter()",
+    "past the hook": "call inputs_embeds.requires_grad_(True), or set use_reentrant=False",
+    "past the embeddings": "give input_ids, or adapt modules behind the embeddings",
+    "is not active": "call model.set_adapter({idle!r}), the adapter that is to train, before the optimizer is made",
+    "disabled": "call model.base_model.enable_adapter_layers(), and train outside of model.disable_adapter",
     "merged": "call model.unmerge_adapter() before training",
-    "B is zero and frozen": "let lora_B train: requires_grad_(True)",
-    "frozen": "load with is_trainable=True, or call requires_grad_(True) on the adapter's parameters",
+    "B is zero and frozen": "let lora_B train: model.set_adapter({active!r})",
+    "frozen": "load with is_trainable=True, or call model.set_adapter({active!r})",
     "outside the forward": "adapt modules that the forward pass runs through",
-    "checkpointing": "call model.enable_input_require_grads(), or set use_reentrant=False",
-    "scaling": "set lora_alpha above 0",
-    "lora_dropout": "set lora_dropout to 0.05 or 0.1",
-    "both zero": "initialise the adapter anew, so that one factor is not zero",
-    "no adapter": "call model.set_adapter(...) with the adapter that is to train",
-    "": "look for .detach(), torch.no_grad() or a saturated output between the adapter and the loss",
+    "checkpointing": "call model.enable_input_require_grads(), or set "
+    "gradient_checkpointing_kwargs={{'use_reentrant': False}}",
+    "scaling": "set {alpha}, which gives a scaling of 2",
+    "lora_dropout": "set lora_dropout=0.05",
+    "both zero": START_ANEW,
+    "no adapter": "call model.set_adapter({active!r}), the adapter that is to train",
+    "": "look for detach, torch.no_grad or a saturated output between the adapter and the loss",
 }
 """What mends each reason, found by words of it; the first that fits."""
+
+
+def _fix(facts: TrainingFacts, reason: str, idle: list[str]) -> str:
+    """The remedy for a reason, with the names that the model has."""
+    model = facts.model
+    active = next(iter((*model.active, *model.adapters)), "default")
+    config = model.config_of(active)
+    alpha = (
+        assigned(**scaled(config.settings, model.layers[0].module, 2.0)) if config and model.layers else ""
+    )
+    words = next(words for start, words in _FIXES.items() if start in reason)
+    return words.format(idle=idle[0] if idle else active, active=active, alpha=alpha)

@@ -23,7 +23,8 @@ def normalisation_statistics_move(facts: TrainingFacts, expect: Expect) -> Itera
 
     ## Example
     ```python
-    report = check_training(get_peft_model(batchnorm_base, LoraConfig(target_modules=["conv"])), image_batch)
+    model = get_peft_model(batchnorm_base, LoraConfig(target_modules=["conv"]))
+    report = check_training(model, image_batch)
     ```
 
     ## Use instead
@@ -47,6 +48,9 @@ def normalisation_statistics_move(facts: TrainingFacts, expect: Expect) -> Itera
                 where=grouped(names),
                 observed=f"{what} of the base changed in training, and the adapter file does not hold them",
                 expected="buffers of the base as they were",
-                fix="keep these modules in eval mode while training, or name them in modules_to_save",
+                fix="keep them in eval mode while training: for module in model.modules(): "
+                "'BatchNorm' in type(module).__name__ and module.eval()"
+                if batch_norm
+                else "keep these modules in eval mode while training, or name them in modules_to_save",
                 severity=None if batch_norm else "warning",
             )

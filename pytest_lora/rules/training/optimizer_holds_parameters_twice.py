@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.optimizer import OptimizerFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import optimizer_anew
 
 
 @rule("LORA318", severity="warning", needs=OptimizerFacts)
@@ -24,7 +25,8 @@ def optimizer_holds_parameters_twice(facts: OptimizerFacts, expect: Expect) -> I
     ```python
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     trainable = [p for p in model.parameters() if p.requires_grad]
-    report = check_training(model, batch, optimizer=torch.optim.AdamW(trainable + trainable, lr=1e-3))
+    optimizer = torch.optim.AdamW(trainable + trainable, lr=1e-3)
+    report = check_training(model, batch, optimizer=optimizer)
     ```
 
     ## Use instead
@@ -43,5 +45,5 @@ def optimizer_holds_parameters_twice(facts: OptimizerFacts, expect: Expect) -> I
             observed=f"{len(facts.doubled)} parameters are in the optimizer more than once (duplicates): every step "
             "changes them twice",
             expected="every trainable parameter once",
-            fix="make the optimizer from [p for p in model.parameters() if p.requires_grad], without a second list",
+            fix=f"make the optimizer without a second list: {optimizer_anew(facts.groups[0].lr)}",
         )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pytest_lora.expect import Expect
 from pytest_lora.facts.optimizer import OptimizerFacts
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import optimizer_anew
 
 
 @rule("LORA302", severity="error", needs=OptimizerFacts)
@@ -45,5 +46,6 @@ def optimizer_is_of_another_model(facts: OptimizerFacts, expect: Expect) -> Iter
             observed=f"{facts.foreign} of its parameters do not belong to this model, and none of this model's "
             "trainable adapter tensors is in it: the optimizer is stale",
             expected="an optimizer made from the parameters of this model",
-            fix="make the optimizer anew whenever the model or its adapter is made anew",
+            fix="make the optimizer anew whenever the model or its adapter is made anew: "
+            + optimizer_anew(facts.groups[0].lr),
         )

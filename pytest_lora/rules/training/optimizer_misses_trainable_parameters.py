@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.optimizer import OptimizerFacts, Part
 from pytest_lora.findings import Severity, grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import optimizer_anew
 
 
 @rule("LORA301", severity="error", needs=OptimizerFacts)
@@ -50,7 +51,8 @@ def optimizer_misses_trainable_parameters(facts: OptimizerFacts, expect: Expect)
             f"{len(facts.lacks('a', 'b'))} lora_A and lora_B are missing"
             + (f", and {facts.frozen} frozen base weights are in it" if made_before else ""),
             expected="every parameter with requires_grad in the optimizer",
-            fix="make the optimizer after get_peft_model, from the parameters with requires_grad",
+            fix="make the optimizer after get_peft_model, from the parameters with requires_grad: "
+            + optimizer_anew(facts.groups[0].lr),
         )
         return
     for part, (what, severity) in _PARTS.items():
@@ -60,7 +62,7 @@ def optimizer_misses_trainable_parameters(facts: OptimizerFacts, expect: Expect)
                 where=f"optimizer ({facts.optimizer}), {grouped(names)}",
                 observed=f"the optimizer misses {what}, which {'is' if len(names) == 1 else 'are'} trainable",
                 expected="every parameter with requires_grad in the optimizer",
-                fix="make the optimizer from [p for p in model.parameters() if p.requires_grad]",
+                fix=f"make the optimizer from all that trains: {optimizer_anew(facts.groups[0].lr)}",
                 severity=severity,
             )
 

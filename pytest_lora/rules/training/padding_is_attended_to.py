@@ -52,5 +52,6 @@ def padding_is_attended_to(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
             + ("attention_mask is 1 there" if given else "there is no attention_mask")
             + ": the text attends to it",
             expected="an attention_mask that is 0 wherever there is padding",
-            fix="hand on the attention_mask of the tokenizer or collator with the input_ids",
+            fix="hand on the attention_mask of the tokenizer or collator with the input_ids, or set "
+            "batch['attention_mask'] = (batch['input_ids'] != model.config.pad_token_id).long()",
         )

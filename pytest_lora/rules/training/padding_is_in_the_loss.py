@@ -49,9 +49,10 @@ def padding_is_in_the_loss(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
             observed=f"padding has labels: {padding} of {labels} positions in the loss "
             f"({100 * padding / labels:.0f} %) are padding",
             expected="labels of -100 wherever there is padding",
-            fix="labels[attention_mask == 0] = -100"
+            fix="ignore it: batch['labels'][batch['attention_mask'] == 0] = -100"
             if by == "attention_mask"
-            else "set labels to -100 at padding (and attention_mask to 0)",
+            else "ignore it: batch['labels'][batch['input_ids'] == model.config.pad_token_id] = -100, and set "
+            "attention_mask to 0 there",
             severity="error" if padding >= SHARE * labels else "warning",
         )
 

@@ -43,5 +43,6 @@ def positions_do_not_count(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
             where="position_ids",
             observed=f"position_ids are one and the same number throughout {still} of {rows} rows",
             expected="positions that count the tokens",
-            fix="leave position_ids out, or set them to attention_mask.cumsum(1) - 1",
+            fix="leave them out, batch.pop('position_ids'), or count the tokens: "
+            "batch['position_ids'] = (batch['attention_mask'].cumsum(1) - 1)",
         )

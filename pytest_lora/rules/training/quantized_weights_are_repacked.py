@@ -42,6 +42,6 @@ def quantized_weights_are_repacked(facts: TrainingFacts, expect: Expect) -> Iter
             where=grouped(facts.repacked),
             observed="4-bit weights are in the packing of bitsandbytes for CPU inference: gradients are wrong",
             expected="weights as they were quantized",
-            fix="load the base anew and evaluate in training mode, or set support_avx512bf16_for_cpu = False on "
+            fix="load the base anew and evaluate in training mode, or set support_avx512bf16_for_cpu to False on "
             "every Linear4bit before the first evaluation",
         )

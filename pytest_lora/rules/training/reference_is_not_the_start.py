@@ -93,5 +93,5 @@ def reference_is_not_the_start(facts: TrainingFacts, expect: Expect) -> Iterator
         observed=f"the first loss is {loss:.4g}, and {START:.4f} where reference and model are the same{how}",
         expected="a reference that is the model as it starts, with what it learned before",
         fix="merge the adapter into the base before preference tuning and add a new one, or load it a second time as a "
-        "frozen adapter for the reference (TRL: ref_adapter_name)",
+        "frozen adapter for the reference",
     )

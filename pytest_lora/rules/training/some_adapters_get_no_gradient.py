@@ -15,12 +15,14 @@ def some_adapters_get_no_gradient(facts: TrainingFacts, expect: Expect) -> Itera
     """Some adapters never get a gradient while others do.
 
     ## What it does
-    Looks for modules whose trainable adapter got no gradient, or zero only, at any step. An expert that
-    the router chose for no token, and a tower whose inputs are not in the batch, are infos.
+    Looks for modules whose trainable adapter got no gradient, or zero only, at any step, and says why where that
+    can be told. An expert that the router chose for no token, and a tower whose inputs are in other batches
+    than those that steps were taken on, are infos.
 
     ## Why is this bad?
     These adapters cost memory and do nothing: the module is outside the forward pass, behind a
-    `.detach()`, or in a part of the model that the loss does not depend on.
+    `.detach()`, in a part of the model that the loss does not depend on, or in a tower whose reentrant
+    checkpointing runs it without a graph, as only the text embeddings were made to require gradients.
 
     ## Example
     ```python
@@ -49,7 +51,7 @@ def some_adapters_get_no_gradient(facts: TrainingFacts, expect: Expect) -> Itera
             reason = facts.why_silent(layer)
             # An expert may also run for the last token alone, which predicts nothing.
             optional = _is_expert(layer.module) or (
-                layer.module in facts.untouched and _lacks_input(facts, layer)
+                layer.module in facts.untouched and _input_comes_later(facts, layer)
             )
             silent.setdefault((reason, "info" if optional else "warning"), []).append(layer.module)
     for (reason, severity), modules in silent.items():
@@ -60,16 +62,33 @@ def some_adapters_get_no_gradient(facts: TrainingFacts, expect: Expect) -> Itera
             expected="a gradient for every adapter"
             if severity == "warning"
             else "a gradient once a batch makes use of them",
-            fix=(
-                "leave these modules out of target_modules, or let the forward pass call them and not their weights"
-                if reason
-                else "look for .detach() or torch.no_grad() in or behind these modules, or leave them out of "
-                "target_modules"
-            )
+            fix=_fix(facts, reason)
             if severity == "warning"
             else "nothing, if batches of the real run do; else leave these modules out of target_modules",
             severity=severity,
         )
+
+
+def _fix(facts: TrainingFacts, reason: str | None) -> str:
+    if reason is None:
+        return (
+            "look for detach or torch.no_grad in or behind these modules, or leave them out of target_modules"
+        )
+    if "checkpointing" in reason:
+        return (
+            'set gradient_checkpointing_kwargs={"use_reentrant": False}, or make what enters the first of these blocks '
+            f"require gradients too: requires_grad_(True) on {_entrance(facts)}"
+        )
+    if "no_grad" in reason:
+        return "run these modules outside of torch.no_grad, or leave them out of target_modules"
+    return (
+        "leave these modules out of target_modules, give a batch that needs them, or let the forward pass call "
+        "them and not their weights"
+    )
+
+
+def _entrance(facts: TrainingFacts) -> str:
+    return "inputs_embeds" if "inputs_embeds" in facts.inputs else "the output of their tower's embeddings"
 
 
 def _is_expert(module: str) -> bool:
@@ -83,9 +102,9 @@ _TOWERS = {
 """Names of towers, and of the inputs that they need."""
 
 
-def _lacks_input(facts: TrainingFacts, layer: LayerState) -> bool:
-    """Whether a module belongs to a tower whose input is not in the batch."""
+def _input_comes_later(facts: TrainingFacts, layer: LayerState) -> bool:
+    """Whether a module belongs to a tower whose input is in batches that no step was taken on."""
     return any(
-        re.search(tower, layer.module) and not any(word in name for name in facts.inputs for word in words)
+        re.search(tower, layer.module) and any(word in name for name in facts.later_inputs for word in words)
         for tower, words in _TOWERS.items()
     )

@@ -59,18 +59,22 @@ def _remedy(failure: Failure) -> str:
 _FIXES: dict[FailureKind, str] = {
     "state of another shape": "make the optimizer anew without its saved state, which is of other shapes: that of an "
     "adapter of another rank or other target modules",
-    "label dtype": "give labels in the dtype and shape of the loss: class indices (torch.long) for classes and tokens, "
-    "floats for regression and several labels a row; see problem_type and num_labels of the model's config",
+    "label dtype": "give labels in the dtype and shape of the loss: for classes and tokens (torch.long) "
+    "batch['labels'] = batch['labels'].long(); floats for regression and several labels a row; see problem_type and "
+    "num_labels of the model's config",
     "label shape": "give labels the shape of what is predicted: for tokens the length of input_ids, padded with -100; "
     "for classes one index a row (torch.long), or floats for several labels a row",
     "ids are not whole": "give ids and labels as whole numbers (torch.long)",
-    "no padding token": "set model.config.pad_token_id to the tokenizer's",
+    "no padding token": "set model.config.pad_token_id = tokenizer.pad_token_id",
     "weight dtypes": "give all weights that compute together one dtype, or train under torch.autocast: cast what was "
     "left in another dtype (norms, the head) or load the base in one",
     "index": "look for ids without a row and for texts longer than the model has positions",
     "devices": "bring the model, the adapter and the batch to one device",
-    "inference tensors": "build the model outside torch.inference_mode()",
+    "inference tensors": "build the model outside of inference mode (torch.inference_mode)",
     "unknown input": "leave out of the batch what the model does not take",
     "graph used twice": "make the graph anew at every step: call the model again and keep no tensor of the step before",
+    "placeholders": "make text and media in one call of the model's own processor, and cut neither afterwards: each "
+    "image, video or audio needs as many placeholder tokens in input_ids as the model makes features of it",
+    "token types": "hand on the token_type_ids (mm_token_type_ids) that the processor gives",
     "changed in place": "change no tensor in place that the backward pass needs",
 }

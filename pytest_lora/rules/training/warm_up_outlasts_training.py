@@ -26,7 +26,7 @@ def warm_up_outlasts_training(facts: TrainingFacts, expect: Expect) -> Iterator[
     from transformers import get_cosine_schedule_with_warmup
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, 1000, 100)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=1000, num_training_steps=100)
     report = check_training(model, batch, optimizer=optimizer, scheduler=scheduler)
     ```
 
@@ -35,7 +35,7 @@ def warm_up_outlasts_training(facts: TrainingFacts, expect: Expect) -> Iterator[
     from transformers import get_cosine_schedule_with_warmup
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, 5, 100)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=5, num_training_steps=100)
     report = check_training(model, batch, optimizer=optimizer, scheduler=scheduler)
     ```
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.optimizer import OptimizerFacts
+from pytest_lora.facts.optimizer import GroupFacts, OptimizerFacts
 from pytest_lora.rules import Violation, rule
 
 
@@ -46,7 +46,7 @@ def weight_decay_erases_the_adapter(facts: OptimizerFacts, expect: Expect) -> It
                 observed=f"weight_decay={group.weight_decay:g} takes {100 * share:.3g} % off the adapter at "
                 "every step",
                 expected="a weight decay of 0 to 0.1; the effect of LoRA is small enough without",
-                fix="set weight_decay=0.01 or 0",
+                fix=_fix(group, max(group.lr, group.initial_lr or 0.0)),
                 severity="error" if share >= MOST_A_STEP else None,
             )
 
@@ -56,3 +56,16 @@ MOST = 5.0
 
 MOST_A_STEP = 0.05
 """At 5 % a step half of what was learned is gone after 14 steps."""
+
+
+def _fix(group: GroupFacts, rate: float) -> str:
+    """A usual decay where it is not usual, and a usual rate where that would still not be enough."""
+    decay = DECAY if group.weight_decay >= MOST or group.weight_decay > DECAY else group.weight_decay
+    steps = [f"weight_decay={decay:g}"] if decay != group.weight_decay else []
+    if rate * decay >= MOST_A_STEP:
+        steps.append("lr=2e-4, the learning rate that the decay is multiplied with")
+    return f"set {' and '.join(steps)}"
+
+
+DECAY = 0.01
+"""The default of ``torch.optim.AdamW``."""

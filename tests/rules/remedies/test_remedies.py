@@ -1,0 +1,113 @@
+"""The words of every fix are applied: the finding goes, no fault appears, nothing of the user's is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+import pytest
+
+from pytest_lora import Finding
+from pytest_lora.rules import Rule, catalogue
+from tests.rules.remedies.by_hand import BY_HAND, STAGES_BY_HAND
+from tests.rules.remedies.cases import CASES
+from tests.rules.remedies.kept import lost, possessions
+from tests.rules.remedies.script import executed, mended
+from tests.rules.remedies.words import alternatives
+from tests.rules.test_catalogue import code
+
+every_rule = pytest.mark.parametrize("known", catalogue(), ids=lambda known: f"{known.code}-{known.name}")
+
+
+def prove(judged: str, source: str) -> int:
+    """Take each way that the fixes of one rule offer for a script, and return how many there are."""
+    findings, _ = outcome(source)
+    mine = of(judged, findings)
+    assert mine, f"{judged} has nothing to say about\n{source}"
+    return sum(mends(judged, source, way) for way in range(max(len(alternatives(f.fix)) for f in mine)))
+
+
+def mends(judged: str, source: str, way: int) -> bool:
+    """Take one way, finding after finding, until the rule is silent; False where it is about nothing in the script."""
+    findings, owned = outcome(source)
+    while mine := of(judged, findings):
+        offered = alternatives(mine[0].fix)
+        script = mended(source, offered[min(way, len(offered) - 1)]) if offered else None
+        if script is None:
+            return False
+        after, still_owned = outcome(script)
+        said = f"{mine[0].fix}\n\n{script}\n\n" + "\n\n".join(map(str, after))
+        assert len(of(judged, after)) < len(mine), said
+        assert grave(after) <= grave(findings), said
+        assert not lost(owned, still_owned, mine), said
+        source, findings, owned = script, after, still_owned
+    return True
+
+
+def grave(findings: Iterable[Finding]) -> set[str]:
+    """Codes of errors and warnings; an info, such as that memory is short, asks for no change."""
+    return {finding.code for finding in findings if finding.severity != "info"}
+
+
+@cache
+def outcome(source: str) -> tuple[tuple[Finding, ...], set[str]]:
+    """The findings of a script, and what the user has in it."""
+    names = executed(source)
+    return names["report"].findings, possessions(names)
+
+
+def of(judged: str, findings: Iterable[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.code == judged]
+
+
+def by_hand(known: Rule) -> str | None:
+    """Why the fix of a rule can not be applied by a program; None where it can."""
+    return BY_HAND.get(known.code) or STAGES_BY_HAND.get(known.stage)
+
+
+@every_rule
+def test_the_fix_of_the_example_mends_it(known: Rule) -> None:
+    if reason := by_hand(known):
+        pytest.skip(reason)
+    assert prove(known.code, code(known, "Example")), f"{known.code}: no step of the fix could be applied"
+
+
+@every_rule
+def test_a_fix_that_is_done_by_hand_has_nothing_to_apply(known: Rule) -> None:
+    if not (reason := by_hand(known)):
+        pytest.skip("its fix is applied")
+    source = code(known, "Example")
+    for finding in of(known.code, outcome(source)[0]):
+        assert all(mended(source, way) is None for way in alternatives(finding.fix)), (
+            f"{reason}: {finding.fix}"
+        )
+
+
+def test_fixes_that_are_done_by_hand_are_of_rules_that_exist() -> None:
+    assert BY_HAND.keys() <= {known.code for known in catalogue()}
+    assert STAGES_BY_HAND.keys() <= {known.stage for known in catalogue()}
+
+
+@pytest.mark.parametrize(("judged", "source"), CASES)
+def test_the_fix_mends_other_cases(judged: str, source: str) -> None:
+    assert prove(judged, source), f"{judged}: no step of the fix could be applied"
+
+
+@pytest.mark.parametrize(
+    ("fix", "steps"),
+    [
+        ("set lora_alpha=16, which gives a scaling of 2", [["lora_alpha=16"]]),
+        ("set r=8 with lora_alpha=1.5e-3, or bias='none'.", [["r=8", "lora_alpha=1.5e-3"], ["bias='none'"]]),
+        ("target_modules=r'.*\\.(q|v)_proj' (older PEFT)", [["target_modules=r'.*\\.(q|v)_proj'"]]),
+        (
+            "rows={'a': list(range(1, 3))}; else model.eval()",
+            [["rows={'a': list(range(1, 3))}"], ["model.eval()"]],
+        ),
+        ("model.peft_config['a'].r = 8", [["model.peft_config['a'].r = 8"]]),
+        ("base = base.unload() before it", [["base = base.unload()"]]),
+        ("load it (or not) with llm.int8(), 4-bit", [["llm.int8()"]]),
+        ("check that training reached these modules", []),
+    ],
+)
+def test_code_is_read_from_words(fix: str, steps: list[list[str]]) -> None:
+    assert [[step.code for step in way] for way in alternatives(fix)] == steps

@@ -1,0 +1,364 @@
+"""Adapters beside each other, in wrappers, under other code: faults, remedies, and healthy models of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from pytest_lora import Expect, Finding, check_model
+from pytest_lora.bases.examples.models import BASES
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SERVING = Expect(purpose="inference", fresh=False)
+
+
+def config(**changes: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], **changes})
+
+
+def adapted(*names: str, trained: bool = True, **changes: Any) -> Any:
+    first, *others = names or ("default",)
+    model = get_peft_model(BASES["base"](), config(**changes), adapter_name=first)
+    for name in others:
+        model.add_adapter(name, config(**changes))
+    if trained:
+        train_b(model)
+    return model
+
+
+def train_b(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+
+
+def found(code: str, model: nn.Module, expect: Expect | None = None) -> list[Finding]:
+    return [finding for finding in check_model(model, expect=expect).findings if finding.code == code]
+
+
+def serving(model: Any, *names: str) -> Any:
+    """The model with these adapters active, all frozen."""
+    model.base_model.set_adapter(list(names))
+    return model.requires_grad_(False).eval()
+
+
+# ---------------------------------------------------------------------------------------- merged in part
+
+
+def merged_in_part() -> Any:
+    model = serving(adapted("default", "second"), "default", "second")
+    model.merge_adapter(["default"])
+    return model
+
+
+def test_an_active_adapter_beside_a_merged_one_has_no_effect() -> None:
+    (finding,) = found("LORA240", merged_in_part(), SERVING)
+    assert "'default' is merged" in finding.observed
+    assert "without 'second'" in finding.observed
+
+
+@pytest.mark.parametrize("mend", [lambda m: m.unmerge_adapter(), lambda m: m.merge_adapter(["second"])])
+def test_remedies_of_a_merge_in_part(mend: Any) -> None:
+    model = merged_in_part()
+    mend(model)
+    assert not check_model(model, expect=SERVING).findings
+
+
+def test_a_merged_adapter_beside_one_that_is_not_active_is_meant() -> None:
+    model = serving(adapted("default", "second"), "default")
+    model.merge_adapter(["default"])
+    assert not check_model(model, expect=SERVING).findings
+
+
+# ---------------------------------------------------------------------------------------- hot-swaps
+
+
+def file_of(tmp: Path, **changes: Any) -> str:
+    adapted(**changes).save_pretrained(str(tmp / "new"))
+    return str(tmp / "new")
+
+
+def test_a_namesake_that_a_swap_wiped_is_named(tmp_path: Path) -> None:
+    model = adapted("legal", "legal_v2")
+    hotswap_adapter(model, file_of(tmp_path), adapter_name="legal")
+    if any(p.any() for n, p in model.named_parameters() if ".legal_v2." in n):
+        pytest.skip("this version of PEFT wipes no namesake")
+    (finding,) = found("LORA241", model, SERVING)
+    assert "'legal_v2' are all zero" in finding.observed
+    assert not found("LORA225", model, SERVING)
+
+
+def test_adapters_of_other_names_are_left_alone_by_a_swap(tmp_path: Path) -> None:
+    model = serving(adapted("legal", "contracts"), "contracts")
+    hotswap_adapter(model, file_of(tmp_path), adapter_name="legal")
+    assert not check_model(model, expect=SERVING).findings
+
+
+def test_a_fresh_namesake_is_not_wiped() -> None:
+    model = adapted("legal", "legal_v2")
+    for name, parameter in model.named_parameters():
+        if "lora_B.legal_v2" in name:
+            nn.init.zeros_(parameter)
+    assert not found("LORA241", model)
+
+
+def swapped(tmp_path: Path, *, prepare: bool, rank: int = 8, **new: Any) -> Any:
+    model = adapted(r=8, lora_alpha=8)
+    if prepare:
+        prepare_model_for_compiled_hotswap(model, target_rank=rank)
+    hotswap_adapter(model, file_of(tmp_path, **new), adapter_name="default")
+    return serving(model, "default")
+
+
+def test_a_swap_under_another_config_is_told_at_inference_too(tmp_path: Path) -> None:
+    model = swapped(tmp_path, prepare=True, r=4, lora_alpha=32)
+    (finding,) = found("LORA242", model, SERVING)
+    assert finding.severity == "warning"
+    assert not found("LORA228", model, SERVING)
+    assert "as of r=4, lora_alpha=32; peft_config says r=8, lora_alpha=8" in finding.observed
+
+
+def test_remedy_of_a_swap_is_one_rank_and_alpha(tmp_path: Path) -> None:
+    assert not check_model(swapped(tmp_path, prepare=True, r=8, lora_alpha=8), expect=SERVING).findings
+
+
+def test_a_model_that_is_only_prepared_for_swaps_is_left_alone() -> None:
+    model = adapted(r=8, lora_alpha=16)
+    prepare_model_for_compiled_hotswap(model, target_rank=16, config=model.peft_config)
+    assert not found("LORA242", serving(model, "default"), SERVING)
+
+
+def test_a_scaling_chosen_at_inference_is_an_info() -> None:
+    model = serving(adapted(), "default")
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.set_scale("default", 0.5)
+    assert [(f.code, f.severity) for f in check_model(model, expect=SERVING).findings] == [
+        ("LORA228", "info")
+    ]
+
+
+# ---------------------------------------------------------------------------------------- filled in part
+
+
+def fill(model: Any, part: Any) -> Any:
+    """Train a part of every ``lora_B``."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(part(parameter))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (lambda b: b[:, :4], "4 of 8 ranks"),
+        (lambda b: b[:, 2:4], "6 of 8 ranks"),
+        (lambda b: b[: len(b) // 2], "50 % of the rows"),
+        (lambda b: b[-len(b) // 4 :], "75 % of the rows"),
+    ],
+    ids=["first ranks", "one rank's slice", "first half", "last quarter"],
+)
+def test_the_same_part_of_every_factor_is_told(part: Any, words: str) -> None:
+    (finding,) = found("LORA243", fill(adapted(trained=False), part), SERVING)
+    assert words in finding.observed
+
+
+def of_one_module(b: torch.Tensor) -> torch.Tensor:
+    return b if len(b) == 64 else b[: len(b) // 2]
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        (lambda b: b, {}),
+        (of_one_module, {}),  # q_proj whole, v_proj by half: one kind of modules alone
+        (lambda b: b[: len(b) // 3], {}),
+        (lambda b: b[:, ::2], {"target_modules": ["layers.0.self_attn.q_proj"]}),
+    ],
+    ids=["whole", "half of one kind", "a third", "a single module"],
+)
+def test_factors_that_are_whole_or_unlike_are_left_alone(part: Any, changes: dict[str, Any]) -> None:
+    assert not found("LORA243", fill(adapted(trained=False, **changes), part), SERVING)
+
+
+def test_ranks_that_are_padded_in_both_factors_are_left_alone() -> None:
+    model = adapted(r=4, lora_alpha=8)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert not found("LORA243", model)
+
+
+# ---------------------------------------------------------------------------------------- other code
+
+
+class Gated(LoraLinear):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result: torch.Tensor = super().forward(x, *args, **kwargs)
+        return torch.tanh(result)
+
+
+def with_a_class_of_ones_own() -> Any:
+    model = adapted()
+    for module in model.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = Gated
+    return model
+
+
+def test_a_class_that_is_not_pefts_is_named() -> None:
+    (finding,) = found("LORA244", with_a_class_of_ones_own())
+    assert f"class {__name__}.Gated" in finding.observed
+    assert finding.severity == "warning"
+
+
+def test_a_class_that_is_registered_is_meant() -> None:
+    model = with_a_class_of_ones_own()
+    model.peft_config["default"]._register_custom_module({nn.Linear: Gated})
+    assert not found("LORA244", model)
+
+
+def test_the_hooks_of_accelerate_are_no_code_of_ones_own() -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = adapted()
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    assert not found("LORA244", model)
+
+
+# ---------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "names", [("self_attn", "second"), ("0", "1"), ("second", "q_proj"), ("layers", "x")]
+)
+def test_names_of_modules_lose_keys(names: tuple[str, ...]) -> None:
+    findings = found("LORA245", adapted(*names))
+    assert findings
+    assert all(finding.severity == "error" for finding in findings)
+    assert "saving leaves out or spoils" in findings[0].observed
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_A", "self_attn", "model"])
+def test_a_single_adapter_of_such_a_name_is_told_at_least(name: str) -> None:
+    (finding,) = found("LORA245", adapted(name))
+    assert finding.where == f"adapter {name!r}"
+
+
+@pytest.mark.parametrize(
+    "names", [("default",), ("legal", "legal_v2"), ("a", "b"), ("q", "attn", "lora_")[:2]]
+)
+def test_other_names_are_left_alone(names: tuple[str, ...]) -> None:
+    assert not found("LORA245", adapted(*names))
+
+
+def test_an_adapter_with_a_name_of_its_own_is_saved_as_a_whole(tmp_path: Path) -> None:
+    """The remedy."""
+    model = adapted("adapter_1", "adapter_2")
+    assert not found("LORA245", model)
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(BASES["base"](), str(tmp_path / "adapter_2"))
+    own = {n.replace("adapter_2", "default"): p for n, p in model.named_parameters() if "adapter_2" in n}
+    assert all(torch.equal(p, own[n]) for n, p in again.named_parameters() if "lora_" in n)
+
+
+# ---------------------------------------------------------------------------------------- wrappers
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def late_in_ddp() -> nn.Module:
+    base = BASES["base"]()
+    wrapped = DistributedDataParallel(base)
+    base.requires_grad_(False)
+    inject_adapter_in_model(config(), base)
+    return wrapped
+
+
+def late_in_fsdp() -> nn.Module:
+    base = BASES["base"]()
+    for layer in base.model.layers:
+        fully_shard(layer)
+    fully_shard(base)
+    base.requires_grad_(False)
+    inject_adapter_in_model(config(), base)
+    return base
+
+
+@pytest.mark.parametrize("build", [late_in_ddp, late_in_fsdp])
+def test_adapters_that_come_after_their_wrapper_are_told(alone: None, build: Any) -> None:
+    model = build()
+    (finding,) = found("LORA247", model)
+    assert finding.severity == "error"
+    assert "does not know 8 parameters" in finding.observed
+    assert not found("LORA247", model, SERVING)
+
+
+def test_adapters_around_a_wrapped_base_are_told(alone: None) -> None:
+    (finding,) = found("LORA247", get_peft_model(DistributedDataParallel(BASES["base"]()), config()))
+    assert "DistributedDataParallel wrapped the model before" in finding.observed
+
+
+def in_ddp() -> nn.Module:
+    return DistributedDataParallel(adapted(trained=False))
+
+
+def in_fsdp() -> nn.Module:
+    model = adapted(trained=False)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+@pytest.mark.parametrize("build", [in_ddp, in_fsdp])
+def test_adapters_that_are_wrapped_are_left_alone(alone: None, build: Any) -> None:
+    assert not check_model(build()).findings
+
+
+def sharded(model: nn.Module, originals: bool) -> nn.Module:
+    return FullyShardedDataParallel(model, use_orig_params=originals, device_id=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("originals", [True, False])
+def test_the_first_fsdp_knows_its_adapters(alone: None, originals: bool) -> None:
+    model = adapted(trained=False).requires_grad_(True)
+    assert not found("LORA247", sharded(model, originals))
+    base = BASES["base"]()
+    wrapped = sharded(base, originals)
+    inject_adapter_in_model(config(), base)
+    assert found("LORA247", wrapped)
+
+
+def test_an_adapter_on_a_compiled_model_is_a_warning_and_the_other_order_mends_it() -> None:
+    (finding,) = found("LORA247", get_peft_model(torch.compile(BASES["base"](), backend="eager"), config()))
+    assert finding.severity == "warning"
+    assert "_orig_mod." in finding.observed
+    assert not check_model(torch.compile(adapted(trained=False), backend="eager")).findings
+
+
+def test_compiled_blocks_are_left_alone() -> None:
+    model = adapted(trained=False)
+    layers = model.base_model.model.model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = torch.compile(layer, backend="eager")
+    assert not check_model(model).findings
