@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from pytest_lora.facts.model import CollidingName
-from pytest_lora.inspection.peft_internals import WRAPPERS, adapter_names, factors, saved_state
+from pytest_lora.inspection.peft_internals import WRAPPERS, adapter_names, factors, saved_state, xlora_models
 from pytest_lora.inspection.survey import Survey
 
 _OF_PEFT = ("base_model", "model", "base_layer", "weight", "lora")
@@ -23,8 +23,8 @@ def colliding_names(model: nn.Module, found: Survey) -> Iterator[CollidingName]:
     parts = {*_OF_PEFT, *(part for module in found.lora for part in module.split("."))}
     names = tuple(dict.fromkeys(name for layer in found.lora.values() for name in adapter_names(layer)))
     called = [name for name in names if name in parts or name.startswith("lora_")]
-    if not called:
-        return
+    if not called or xlora_models(model):
+        return  # X-LoRA itself calls its adapters by numbers, and loads each from its own folder
     holder = next((module for module in model.modules() if isinstance(module, WRAPPERS)), found.root)
     spoiled = {name: lost for name in names if (lost := tuple(_lost(holder, found, name)))}
     for name in called:

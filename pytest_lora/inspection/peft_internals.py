@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import ismethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peft
@@ -227,12 +228,15 @@ def is_adalora(layer: LoraLayer) -> bool:
 def own_code(layer: LoraLayer) -> str:
     """What is not PEFT's about a layer: its class, or the ``forward`` of this instance; empty if nothing is.
 
-    The hooks of accelerate, which move weights to where they are needed, replace ``forward`` too and call the old one.
+    X-LoRA replaces ``forward`` by a method of PEFT's own, and the hooks of accelerate, which move weights to where they
+    are needed, by one that calls the old one.
     """
     made: type = type(layer)
     if made.__module__.partition(".")[0] != "peft":
         return f"class {made.__module__}.{made.__qualname__}"
-    return "forward" if "forward" in vars(layer) and "_hf_hook" not in vars(layer) else ""
+    forward = vars(layer).get("forward")
+    is_pefts = ismethod(forward) and type(forward.__self__).__module__.partition(".")[0] == "peft"
+    return "" if forward is None or is_pefts or "_hf_hook" in vars(layer) else "forward"
 
 
 def custom_classes(config: LoraConfig) -> frozenset[type]:

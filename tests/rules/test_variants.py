@@ -391,17 +391,15 @@ def test_a_base_in_the_folder_of_its_adapter_is_a_base(tmp_path: Path) -> None:
 
 def test_all_linear_on_a_base_without_linear_layers_is_not_advised_again() -> None:
     report = check_config(LoraConfig(target_modules="all-linear"), nn.Sequential(nn.Conv2d(3, 8, 3)))
-    assert [f.fix for f in report.errors] == [
-        "this base has no linear layers: name what it has, such as '0' (Conv2d)"
-    ]
+    (found,) = report.errors
+    assert "no linear layers" in found.fix
+    assert "all-linear" not in found.fix
 
 
 def test_names_of_experts_that_are_fused_lead_to_their_parameters() -> None:
-    base = linears(experts=Experts())
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"])
-    (found,) = check_config(config, base).errors
+    (found,) = check_config(config, linears(experts=Experts())).errors
     assert "target_parameters=['experts.up']" in found.fix
-    assert "q_proj" not in found.fix
 
 
 VELORA = "velora_config" in {field.name for field in dataclasses.fields(LoraConfig)}

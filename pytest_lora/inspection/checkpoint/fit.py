@@ -60,7 +60,8 @@ class Base:
             raise ValueError("base: it carries adapters itself; give the base model without them")
         self.facts: BaseFacts = base_facts(self.found, base_parameters(self.found))
         self.name = _name(self.model, base)
-        self.wrapper = next((name for name in WRAPPERS if name in getattr(base, "_modules", ())), "")
+        held = () if self.model is base else getattr(base, "_modules", ())
+        self.wrapper = next((name for name in WRAPPERS if name in held), "")
 
     def meant_by(self, raw: dict[str, Any], tensors: tuple[TensorFacts, ...], keys: dict[str, Key]) -> Base:
         """The base of the class that an adapter's own configuration means, where a ``config.json`` names another.

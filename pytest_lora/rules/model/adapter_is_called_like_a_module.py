@@ -14,6 +14,7 @@ def adapter_is_called_like_a_module(facts: ModelFacts, expect: Expect) -> Iterat
     ## What it does
     Looks for adapters that are called like a part of a module's path (`q_proj`, `layers`, `0`) or like the prefix of
     PEFT's factors (`lora`, `lora_A`), and asks PEFT what it would save. It is a warning where no key is lost.
+    X-LoRA saves its classifier alone, so that the names of its adapters are free.
 
     ## Why is this bad?
     PEFT finds the tensors of an adapter by its name among the parts of their keys. A name that stands there
@@ -37,6 +38,8 @@ def adapter_is_called_like_a_module(facts: ModelFacts, expect: Expect) -> Iterat
     ## References
     - https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
+    if facts.trains_xlora:
+        return
     for name in facts.colliding:
         observed = f"the name of adapter {name.adapter!r} is also a part of keys ({name.part})"
         if name.lost:

@@ -14,7 +14,7 @@ def layer_runs_other_code(facts: ModelFacts, expect: Expect) -> Iterator[Violati
 
     ## What it does
     Looks for LoRA layers whose class is defined outside PEFT, and for those with a `forward` of their own. Classes that
-    the configuration registers for custom modules, and the hooks of accelerate, are no finding.
+    the configuration registers for custom modules, the hooks of accelerate and X-LoRA's forward are no finding.
 
     ## Why is this bad?
     PEFT merges by its own formula, and a saved adapter is loaded into PEFT's own layers: what the other code
@@ -38,6 +38,8 @@ def layer_runs_other_code(facts: ModelFacts, expect: Expect) -> Iterator[Violati
     ## References
     - https://huggingface.co/docs/peft/developer_guides/custom_models
     """
+    if facts.trains_xlora:
+        return
     found: dict[str, list[str]] = {}
     for layer in facts.layers:
         if layer.own_code:

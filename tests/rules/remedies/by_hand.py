@@ -81,6 +81,7 @@ BY_HAND: dict[str, str] = {
     "LORA442": _VALUES_ARE_LOST,
     "LORA443": _FILE,
     "LORA444": _VALUES_ARE_LOST,
+    "LORA445": _FILE,
     "LORA451": _OTHER_BASE,
     "LORA452": _TRAINING_KNOWS,
     "LORA506": "the step has to be measured",

@@ -11,7 +11,7 @@ from torch import nn
 
 from pytest_lora import Report, check_training
 from pytest_lora.bases.examples.models import BASES, WIDTH, image_text_batch, language_batch
-from tests.rules.test_training_rules import TwoTowers, adapted
+from tests.rules.training.setups import TwoTowers, adapted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
