@@ -104,6 +104,13 @@ def reads_both_ways(config: Any) -> bool:
     return getattr(config, "model_type", None) in encoders and not getattr(config, "is_decoder", False)
 
 
+def runs_images_without_values() -> bool:
+    """Whether the switch of ``masks_without_values`` is there; transformers 4 compares images and text by value."""
+    from transformers.utils import import_utils
+
+    return hasattr(import_utils, "torch_compilable_check")
+
+
 @contextmanager
 def masks_without_values() -> Iterator[None]:
     """Let transformers ask a mask without values whether it masks anything (see ``StorageTracker``).

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 from pytest_lora.facts.memory import Alternative, MemoryEstimate
 from pytest_lora.memory.estimate import step_memory
 
+_MOST_JOINED = 4
+"""Changes at once; more are another set-up."""
+
 _FEWER_TARGETS = ["q_proj", "v_proj"]
 """Targets of the LoRA paper (arXiv:2106.09685, section 4.2), where PEFT has no default for the model."""
 
@@ -42,8 +45,8 @@ def alternatives(
 ) -> tuple[Alternative, ...]:
     """Each single change estimated: those that fit first, the one that changes least before the others.
 
-    Where none fits that keeps the sequence, all of them are tried together; where that does not either,
-    with shorter sequences.
+    Where none fits that keeps the sequence, two are tried together, then three, then four; where that does not
+    either, with shorter sequences.
     """
     now = _Change("", config, {}, estimate.setting.batch_size, estimate.setting.seq_len, config.r)
 
@@ -57,14 +60,18 @@ def alternatives(
     def any_fits() -> bool:
         return any(tried.peak <= budget for tried in found)
 
+    accumulation = estimate.setting.accumulation
     storage = [*_same_result(estimate), *_other_weights(estimate)]
     found = estimated(_single(base, storage, now))
     together: list[_Tried] = []
     if estimate.loaded <= budget:
-        found += _until_one_fits(estimated, _smaller_batches(setting, now), budget)
+        found += _until_one_fits(estimated, _smaller_batches(accumulation, now), budget)
     if not any_fits():
-        everything = estimated(_together(setting, storage, found, estimate.peak_allocated, now))
-        together = sorted(everything, key=lambda tried: tried.peak)[:1]
+        joined = _together(accumulation, storage, found, estimate.peak_allocated, now)
+        for change in joined:
+            together = estimated([change]) or together
+            if together and together[-1].peak <= budget:
+                break
         found += together
     if estimate.has_tokens and estimate.loaded <= budget:
         found += _until_one_fits(estimated, _shorter_sequences(now), budget)
@@ -101,11 +108,11 @@ def _until_one_fits(
     return found
 
 
-def _smaller_batches(setting: dict[str, Any], now: _Change) -> Iterator[_Change]:
+def _smaller_batches(now_accumulated: int, now: _Change) -> Iterator[_Change]:
     batch = now.batch
     while batch > 1:
         batch //= 2
-        accumulation = setting.get("accumulation", 1) * -(-now.batch // batch)
+        accumulation = now_accumulated * -(-now.batch // batch)
         text = f"batch_size={batch} with accumulation={accumulation}"
         yield now._replace(text=text, batch=batch, fields={**now.fields, "accumulation": accumulation})
 
@@ -119,23 +126,26 @@ def _shorter_sequences(now: _Change) -> Iterator[_Change]:
 
 
 def _together(
-    setting: dict[str, Any], storage: list[_Storage], singly: list[_Tried], peak: int, now: _Change
+    accumulation: int, storage: list[_Storage], singly: list[_Tried], peak: int, now: _Change
 ) -> Iterator[_Change]:
-    """Everything that keeps the sequence at once: checkpointing, packed weights and states, a batch of one.
-
-    Without what could not be built by itself; and again without what needs more than now by itself.
-    """
+    """Two, three and four changes at once that keep the sequence: those that save most by themselves."""
     alone = {tried.change.text: tried.peak for tried in singly}
-    possible = [one for one in storage if one[0] in alone]
-    saving = [one for one in possible if alone[one[0]] <= peak]
-    for chosen in (possible, saving) if saving != possible else (possible,):
-        fields = {name: value for _, changed in chosen for name, value in changed.items()}
-        words = [text for text, _ in chosen]
-        if now.batch > 1:
-            fields["accumulation"] = setting.get("accumulation", 1) * now.batch
-            words.append(f"batch_size=1 with accumulation={fields['accumulation']}")
-        if len(words) > 1:
-            yield now._replace(text=" with ".join(words), fields=fields, batch=1)
+    saving = {text: alone[text] for text, _ in storage if alone.get(text, peak) <= peak}
+    batches = [tried.peak for tried in singly if tried.change.batch < now.batch]
+    whole = f"batch_size=1 with accumulation={accumulation * now.batch}"
+    if now.batch > 1:
+        saving[whole] = min(batches, default=peak)
+    best = sorted(saving, key=lambda text: saving[text])
+    for count in range(2, min(len(best), _MOST_JOINED) + 1):
+        chosen = [text for text in saving if text in best[:count]]
+        fields = {
+            name: value for text, changed in storage if text in chosen for name, value in changed.items()
+        }
+        change = now._replace(text=" with ".join(chosen), fields=fields)
+        if whole in chosen:
+            fields["accumulation"] = accumulation * now.batch
+            change = change._replace(batch=1)
+        yield change
 
 
 def _same_result(estimate: MemoryEstimate) -> Iterator[_Storage]:

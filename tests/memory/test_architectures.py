@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import transformers
+from packaging.version import Version
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
@@ -69,6 +70,13 @@ IMAGES: dict[str, Any] = {
 }
 
 
+since_5 = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.0.0"),
+    reason="transformers 4 compares by values, and fuses no experts",
+)
+
+
+@since_5
 @pytest.mark.parametrize("kind", IMAGES)
 def test_the_images_of_a_step_are_counted(kind: str) -> None:
     text, one, two = (estimate(IMAGES[kind](), images=images) for images in (0, 1, 2))
@@ -127,6 +135,7 @@ def test_a_layer_that_returns_several_tensors_is_named() -> None:
     assert estimate(base, adapter(exclude_modules=["router"])).peak_allocated > 0
 
 
+@since_5
 def test_a_layer_that_multiplies_by_a_packed_weight_itself_is_named() -> None:
     base = transformers.JambaConfig(
         **TEXT, num_experts=2, mamba_d_state=4, mamba_d_conv=4, use_mamba_kernels=False, mamba_dt_rank=4
@@ -139,6 +148,7 @@ def test_a_layer_that_multiplies_by_a_packed_weight_itself_is_named() -> None:
     assert estimate(base, adapter(target_modules=["x_proj"]), seq_len=8, quantization=spared).peak_allocated
 
 
+@since_5
 def test_a_base_that_quantization_leaves_whole_is_said() -> None:
     base = transformers.MixtralConfig(**TEXT, num_local_experts=4)
     assert "stays whole" in str(estimate(base, quantization="nf4"))

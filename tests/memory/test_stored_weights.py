@@ -75,6 +75,9 @@ def test_what_is_given_in_bitsandbytes_is_what_is_declared() -> None:
     assert declared.peak_allocated == loaded(llama(), quantization="nf4").peak_allocated
 
 
+@pytest.mark.skipif(
+    not hasattr(FineGrainedFP8Config(), "dequantize"), reason="this version of transformers unpacks no FP8"
+)
 def test_what_is_unpacked_at_loading_is_whole() -> None:
     whole = loaded(llama())
     unpacked = loaded(llama(**FP8), quantization=FineGrainedFP8Config(dequantize=True))

@@ -82,7 +82,7 @@ def test_every_row_is_an_estimate_of_its_own() -> None:
     assert re.search(rf"seq_len=256 +{format_bytes(half.peak_allocated)} ", found.fix)
 
 
-def test_where_one_change_is_not_enough_all_are_tried_together() -> None:
+def test_where_one_change_is_not_enough_two_are_tried_together() -> None:
     base = LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=8)
     found = check_memory(base, adapter(), batch_size=1, seq_len=4096, budget="460MiB").findings[0]
     together = next(row for row in rows(found) if " with " in row)
@@ -158,7 +158,7 @@ def test_what_cannot_be_built_is_no_advice() -> None:
     assert {"seq_len=48", "gradient_checkpointing=True"} <= rows(found).keys()
 
 
-def test_all_together_leaves_out_what_needs_more() -> None:
+def test_two_changes_come_before_three_and_none_that_needs_more() -> None:
     """Packing a small base costs more than it saves: what is not packed is cast to float32."""
     base, asked = GPT2Config(n_embd=64, n_head=4, n_layer=6), {"batch_size": 2, "seq_len": 96}
     config = adapter(target_modules=["c_attn"])
@@ -167,7 +167,7 @@ def test_all_together_leaves_out_what_needs_more() -> None:
     found = check_memory(base, config, budget=fitting, **asked).findings[0]
     assert rows(found)['quantization="nf4"'] == "too much"
     assert next(iter(rows(found).items())) == (
-        'gradient_checkpointing=True with optimizer="adamw_8bit" with batch_size=1 with accumulation=2',
+        "gradient_checkpointing=True with batch_size=1 with accumulation=2",
         "fits",
     )
 

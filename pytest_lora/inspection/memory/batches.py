@@ -11,6 +11,7 @@ from torch import nn
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.inspection.memory.images import image_edges, images_for, reads_images
 from pytest_lora.inspection.skeleton import META
+from pytest_lora.inspection.transformers_internals import runs_images_without_values
 
 
 def batch_for(model: nn.Module, setting: StepSetting) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def batch_for(model: nn.Module, setting: StepSetting) -> dict[str, Any]:
         batch["input_ids"] = _integers(setting.batch_size, setting.seq_len)
     if name != "input_ids":
         batch[name] = _inputs(name, transformer.config, setting)
-    elif "pixel_values" in takes and reads_images(model) and setting.images:
+    elif "pixel_values" in takes and reads_images(model) and setting.images and runs_images_without_values():
         batch.update(images_for(transformer, setting, takes))
     if setting.padding_mask and "input_ids" in batch:
         batch["attention_mask"] = _integers(setting.batch_size, setting.seq_len)

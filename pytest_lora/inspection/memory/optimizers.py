@@ -55,7 +55,11 @@ def _lora_fa(parameters: list[torch.nn.Parameter]) -> Any:
     for factor in parameters:
         frozen = torch.nn.Parameter(factor.new_empty(factor.shape[-1], 1), requires_grad=False)
         names = ["factor.lora_A", "factor.lora_B"]
-        groups.append({"params": [frozen, factor], "names": names, "scaling_factors": [1.0, 1.0]})
+        scaling = {
+            "scaling_factors": [1.0, 1.0],
+            "scaling_factor": 1.0,
+        }  # new PEFT reads the first, old the second
+        groups.append({"params": [frozen, factor], "names": names, **scaling})
     return LoraFAOptimizer(groups)
 
 

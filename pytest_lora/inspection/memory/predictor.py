@@ -20,6 +20,7 @@ from pytest_lora.inspection.memory.compiled_replay import fastest_replay
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
 from pytest_lora.inspection.memory.dry_run import NotTracedError
 from pytest_lora.inspection.memory.estimate import StepShape
+from pytest_lora.inspection.memory.images import reads_images
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
 from pytest_lora.inspection.memory.patience import limited, require_few
 from pytest_lora.inspection.memory.sizes import Family, Point, Surface, fitted
@@ -27,6 +28,7 @@ from pytest_lora.inspection.memory.step import Step, assemble
 from pytest_lora.inspection.memory.storage_tracker import quiet
 from pytest_lora.inspection.memory.timeline import NotRepeatingError
 from pytest_lora.inspection.state import Keeper
+from pytest_lora.inspection.transformers_internals import runs_images_without_values
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -187,6 +189,10 @@ class Predictor:
 
 def _unmodelled(setting: StepSetting, model: nn.Module) -> Iterator[Unmodelled]:
     asked: dict[str, Any] = dict(setting.args)
+    if setting.images and reads_images(model) and not runs_images_without_values():
+        yield Unmodelled(
+            "images, which transformers 4 compares with the text by their values, are", "at least"
+        )
     if asked.get("activation_offloading"):
         yield Unmodelled("activations that are moved to the host are", "at most")
     if asked.get("use_liger_kernel"):
