@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from pytest_lora.bases.examples import runnable
 from pytest_lora.plugin.session_options import LoraOptions
 from pytest_lora.rules import catalogue
 from tests.plugin.sessions import run
@@ -23,7 +24,7 @@ def test_explain_prints_the_documentation(pytester: pytest.Pytester, asked: str)
     result = run(pytester, "--lora-explain", asked)
     assert result.ret == 0
     rule = next(rule for rule in catalogue() if rule.code == "LORA203")
-    assert "\n".join(result.outlines) == f"LORA203 adapter_left_merged (error)\n\n{rule.doc}"
+    assert "\n".join(result.outlines) == f"LORA203 adapter_left_merged (error)\n\n{runnable(rule.doc)}"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,8 @@ def test_options_are_read_from_ini(pytester: pytest.Pytester, monkeypatch: pytes
     folder = pytester.mkdir("llama")
     (folder / "config.json").write_text("{}")
     pytester.makeini(
-        "[pytest]\nlora_slow = true\nlora_model = llama\nlora_config =\n    r = 4\n    target_modules = ['a', 'b']\n"
+        "[pytest]\nlora_select = LORA1 LORA203\nlora_ignore = LORA109\nlora_strict = true\n"
+        "lora_slow = true\nlora_model = llama\nlora_config =\n    r = 4\n    target_modules = ['a', 'b']\n"
     )
     expected = LoraOptions(
         model=folder,
@@ -106,6 +108,9 @@ def test_options_are_read_from_ini(pytester: pytest.Pytester, monkeypatch: pytes
         base=None,
         bases={},
         fields={"r": 4, "target_modules": ["a", "b"]},
+        select=("LORA1", "LORA203"),
+        ignore=("LORA109",),
+        strict=True,
         slow=True,
         device="auto",
         require_gpu=False,

@@ -75,22 +75,28 @@ def runnable(doc: str) -> str:
 
 def with_imports(code: str) -> str:
     """An example with the imports of what it uses and does not define."""
-    lines = sorted(set(_imports(code)))
+    homes: dict[str, list[str]] = {}
+    for home, name in sorted(set(_imports(code))):
+        homes.setdefault(home, []).append(name)
+    lines = [
+        f"from {home} import {', '.join(names)}" if home else f"import {names[0]}"
+        for home, names in homes.items()
+    ]
     return "\n".join([*lines, "", code]) if lines else code
 
 
-def _imports(code: str) -> Iterator[str]:
+def _imports(code: str) -> Iterator[tuple[str, str]]:
+    """Module and name of each import that is needed; no module for what is imported as a whole."""
     import pytest_lora
 
     public = {name for name in dir(pytest_lora) if not name.startswith("_")}
     for name in _used(ast.parse(code)):
         if name in _FROM:
-            home = _FROM[name]
-            yield f"from {home} import {name}" if home else f"import {name}"
+            yield _FROM[name], name
         elif name in public:
-            yield f"from pytest_lora import {name}"
+            yield "pytest_lora", name
         elif name in __all__:
-            yield f"from {__name__} import {name}"
+            yield __name__, name
 
 
 def _used(tree: ast.Module) -> Iterator[str]:

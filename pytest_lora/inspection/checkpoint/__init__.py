@@ -28,7 +28,6 @@ from pytest_lora.inspection.checkpoint.header import read_header
 from pytest_lora.inspection.checkpoint.json_file import read_object
 from pytest_lora.inspection.checkpoint.patterns import refusal
 from pytest_lora.inspection.checkpoint.values import read_values
-from pytest_lora.inspection.state import leaves_no_trace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,7 +60,6 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
     raise ValueError(f"path: {str(place)!r} does not exist; adapters are never downloaded")
 
 
-@leaves_no_trace
 def checkpoint_facts(path: Path, base: Base | None = None, *, read_pickle: bool = False) -> CheckpointFacts:
     """Look at an adapter folder; what cannot be read becomes a fault in the facts.
 
@@ -70,6 +68,14 @@ def checkpoint_facts(path: Path, base: Base | None = None, *, read_pickle: bool 
         base: The base to compare it with.
         read_pickle: Whether ``adapter_model.bin`` is read, with ``weights_only=True``.
     """
+    if base is None:  # nothing is built, and torch is not imported
+        return _facts(path, None, read_pickle)
+    from pytest_lora.inspection.state import leaves_no_trace
+
+    return leaves_no_trace(_facts)(path, base, read_pickle)
+
+
+def _facts(path: Path, base: Base | None, read_pickle: bool) -> CheckpointFacts:
     reading = _Reading(Folder(path))
     entries = reading.listing()
     raw = reading.config()
