@@ -78,7 +78,7 @@ def test_a_mark_adds_to_what_the_session_ignores(pytester: pytest.Pytester) -> N
     result = pytester.runpytest("-k", "ignored or strict or selected or closest")
     result.assert_outcomes(passed=2, failed=2, deselected=3)
     result.stdout.fnmatch_lines_random(
-        ["FAILED *::test_strict - LORA121*", "FAILED *::test_closest - LORA104*"]
+        ["FAILED *::test_strict - LORA121*", "E *LoraHealthError: LORA104: LoraConfig on *"]
     )
 
 

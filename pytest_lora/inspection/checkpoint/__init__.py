@@ -113,7 +113,6 @@ def _facts(path: Path, base: Base | None, read_pickle: bool) -> CheckpointFacts:
 
 def public_base(path: Path) -> Base | None:
     """The base that a folder names itself, where that is a public model whose shape is known and can be built."""
-    from pytest_lora.inspection.checkpoint.fit import Base
     from pytest_lora.inspection.public_bases import find_shape, is_name
 
     reading = _Reading(Folder(path))
@@ -121,6 +120,8 @@ def public_base(path: Path) -> Base | None:
     name = raw.get("base_model_name_or_path")
     if not isinstance(name, str) or not is_name(name) or find_shape(name) is None:
         return None
+    from pytest_lora.inspection.checkpoint.fit import Base
+
     try:
         return Base(name)
     except ValueError:
