@@ -325,7 +325,9 @@ def test_a_model_made_for_inference_is_told_and_stays_what_it_was() -> None:
         model = adapted()
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     report = check_training(model, language_batch())
-    assert [f.fix for f in report.errors] == ["build the model outside torch.inference_mode()"]
+    assert [f.fix for f in report.errors] == [
+        "build the model outside of inference mode (torch.inference_mode)"
+    ]
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 

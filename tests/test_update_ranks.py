@@ -197,7 +197,7 @@ def test_an_update_that_can_not_be_measured_is_said() -> None:
     [
         ({"steps": 0}, ValueError, "steps must be at least 1"),
         ({"steps": 1.5}, TypeError, "steps must be a whole number"),
-        ({"loss_fn": 3, "batch": {}}, TypeError, "loss_fn must be called"),
+        ({"loss_fn": 3, "batches": {}}, TypeError, "loss_fn must be called"),
         ({"loss_fn": squares}, ValueError, "loss_fn needs batches"),
     ],
 )

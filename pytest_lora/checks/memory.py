@@ -92,7 +92,8 @@ def judge_memory(model: nn.Module, estimate: MemoryEstimate, budget: int) -> Rep
     found = described(model, asked.batch_size, asked.seq_len)
     if found is None:
         return Report(f"memory of a training step of {estimate.architecture}")
-    setting = {name: value for name, value in asdict(asked).items() if name not in ("batch_size", "seq_len")}
+    own = ("batch_size", "seq_len", "trainer", "args")  # a live model says nothing of its trainer
+    setting = {name: value for name, value in asdict(asked).items() if name not in own}
     setting["quantization"] = asked.quantization
     return _judge_memory(found.base, found.config, setting, estimate, budget, Expect())
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import os
+import signal
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -91,13 +93,30 @@ def run_distributed(
         task = _Task(fn.__module__, fn.__qualname__, tuple(args), backend, timeout, folder)
         failure = ""
         try:
-            results = elastic_launch(config, _rank)(task)
+            with _own_signal_handlers():
+                results = elastic_launch(config, _rank)(task)
         except ChildFailedError as error:
             exits = {rank: one.exitcode for rank, one in error.failures.items()}
             failure = _failure_text(Path(folder), fn.__qualname__, world_size, exits)
     if failure:
         raise RanksFailedError(failure)
     return [results[rank] for rank in range(world_size)]
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Put back, in the main thread, the handlers of signals that torch's launcher replaces and leaves replaced."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def _check(fn: Any, world_size: object, backend: object, timeout: object) -> None:

@@ -122,7 +122,10 @@ def test_a_kill_loses_no_row_that_was_there(tmp_path: Path, how: signal.Signals)
     process.send_signal(how)
     process.wait(30)
     process.stdout.close()
-    assert json.loads(out.read_text())["rows"] == [ROW]
+    first, *after = json.loads(out.read_text())["rows"]
+    assert first == ROW
+    # The signal may have come when the next child was over.
+    assert [row["setting"] for row in after] in ([], ["hangs"])
 
 
 @pytest.mark.parametrize("name", ["H200", "L4"])

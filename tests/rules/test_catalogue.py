@@ -37,6 +37,15 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 every_rule = pytest.mark.parametrize("known", catalogue(), ids=lambda r: f"{r.code}-{r.name}")
 
+SLOW = {"adapters_differ_between_ranks"}
+"""Rules whose examples start several processes."""
+
+every_example = pytest.mark.parametrize(
+    "known",
+    [pytest.param(r, marks=[pytest.mark.lora_slow] if r.name in SLOW else []) for r in catalogue()],
+    ids=[f"{r.code}-{r.name}" for r in catalogue()],
+)
+
 
 def section(known: Rule, title: str) -> str:
     parts = re.split(r"^## (.+)$", known.doc, flags=re.MULTILINE)
@@ -67,7 +76,7 @@ def test_code_says_the_stage(known: Rule) -> None:
     assert known.stage in STAGES[known.code[4]]
 
 
-@every_rule
+@every_example
 def test_example_fires_this_rule_alone(known: Rule) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,7 +85,7 @@ def test_example_fires_this_rule_alone(known: Rule) -> None:
     assert known.severity in {f.severity for f in report.findings}
 
 
-@every_rule
+@every_example
 def test_use_instead_is_clean_under_every_rule(known: Rule) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

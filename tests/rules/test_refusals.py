@@ -93,7 +93,10 @@ def test_lora_ga_without_its_config_is_refused_where_the_gradients_are_there() -
     if "lora_ga_config" not in FIELDS:
         pytest.skip("this PEFT has no LoRA-GA")
     (found,) = check_config(config, base).errors
-    assert (found.code, found.fix) == ("LORA124", "set lora_ga_config=LoraGAConfig()")
+    assert (found.code, found.fix) == (
+        "LORA124",
+        "set lora_ga_config to a LoraGAConfig, or init_lora_weights=True",
+    )
 
 
 def test_what_peft_is_asked_leaves_random_numbers_alone() -> None:

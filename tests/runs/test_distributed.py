@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 
 import pytest
@@ -30,6 +31,13 @@ def test_the_traceback_of_the_failing_rank_is_told() -> None:
     assert 'ranks.py", line' in told
     assert "\nZeroDivisionError: only the second" in told
     assert told.count("Traceback") == 1
+
+
+def test_handlers_of_signals_are_what_they_were() -> None:
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(number) for number in names]
+    failure(ranks.second_raises)
+    assert [signal.getsignal(number) for number in names] == before
 
 
 def test_a_rank_that_dies_is_told_before_those_that_miss_it() -> None:

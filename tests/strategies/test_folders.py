@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from pytest_lora import check_checkpoint
+from pytest_lora.bases.examples.folders import CONFIG
+from pytest_lora.rules import code_of
 from pytest_lora.strategies import AdapterFolder, adapter_folders, build_adapter_folder, lora_configs
-from pytest_lora.strategies.damage import CONFIG, DAMAGES
+from pytest_lora.strategies.damage import DAMAGES
 from pytest_lora.strategies.models import tiny_base
 from tests.strategies.test_models import FEW as DOZEN
 
@@ -60,7 +62,8 @@ def whole() -> AdapterFolder:
 def test_every_damage_is_named(whole: AdapterFolder, tmp_path: Path, damage: str, at: int) -> None:
     path = shutil.copytree(whole.path, tmp_path / "adapter")
     DAMAGES[damage].do(path, at)
-    assert damage in codes(AdapterFolder(path, damage))
+    code = code_of(damage)
+    assert code in codes(AdapterFolder(path, code))
 
 
 def test_a_folder_goes_with_its_object() -> None:
@@ -76,7 +79,7 @@ def test_damage_shrinks_to_the_smallest_adapter_and_the_simplest_damage() -> Non
     chosen = settings(FEW, max_examples=60, phases=[Phase.generate, Phase.shrink])
     cases = st.tuples(PLAIN, adapter_folders(configs=PLAIN))
     found = find(cases, lambda case: case[1].code is not None, settings=chosen)[1]
-    assert found.code == next(iter(DAMAGES))
+    assert found.code == code_of(next(iter(DAMAGES)))
     written = json.loads((found.path / CONFIG).read_text())
     assert (written["r"], written["target_modules"]) == (1, ["q_proj"])
 
@@ -109,5 +112,8 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 
 
 def test_damage_that_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="damage: 'LORA426' is none that this adapter can have: LORA402"):
-        build_adapter_folder(LoraConfig(target_modules=["q_proj"]), damage="LORA426")
+    damage = "saved_module_is_not_in_the_file"
+    with pytest.raises(
+        ValueError, match=f"damage: '{damage}' is none that this adapter can have: weights_are_"
+    ):
+        build_adapter_folder(LoraConfig(target_modules=["q_proj"]), damage=damage)

@@ -139,10 +139,14 @@ def test_failed_trials_are_told_and_not_chosen() -> None:
 @pytest.mark.parametrize(
     ("setting", "error", "message"),
     [
-        ({"metric_share": 95}, ValueError, "metric_share must be above 0 and at most 1, not 95"),
-        ({"time_share": 0}, ValueError, "time_share must be above 0 and at most 1, not 0"),
-        ({"min_gain": -1}, ValueError, "min_gain must be at least 0, not -1"),
-        ({"min_gain": math.nan}, ValueError, "min_gain must be at least 0, not nan"),
+        (
+            {"metric_share": 95},
+            ValueError,
+            "metric_share must be a finite number above 0 and at most 1, not 95",
+        ),
+        ({"time_share": 0}, ValueError, "time_share must be a finite number above 0 and at most 1, not 0"),
+        ({"min_gain": -1}, ValueError, "min_gain must be a finite number at least 0, not -1"),
+        ({"min_gain": math.nan}, ValueError, "min_gain must be a finite number at least 0, not nan"),
         ({"metric_share": "95 %"}, TypeError, "metric_share must be a number, not '95 %'"),
     ],
 )

@@ -14,9 +14,13 @@ from tests.rules.remedies.cases import CASES
 from tests.rules.remedies.kept import lost, possessions
 from tests.rules.remedies.script import executed, mended
 from tests.rules.remedies.words import alternatives
-from tests.rules.test_catalogue import code
+from tests.rules.test_catalogue import SLOW, code
 
-every_rule = pytest.mark.parametrize("known", catalogue(), ids=lambda known: f"{known.code}-{known.name}")
+every_rule = pytest.mark.parametrize(
+    "known",
+    [pytest.param(r, marks=[pytest.mark.lora_slow] if r.name in SLOW else []) for r in catalogue()],
+    ids=[f"{r.code}-{r.name}" for r in catalogue()],
+)
 
 
 def prove(judged: str, source: str) -> int:
