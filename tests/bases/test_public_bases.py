@@ -152,9 +152,9 @@ def test_a_model_in_the_local_cache_is_found(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_shape_is_added_only_with_its_published_count(tmp_path: Path) -> None:
-    script = tmp_path / "tools/add_shape.py"
+    script = tmp_path / "benchmarks/add_shape.py"
     script.parent.mkdir()
-    script.write_text((ROOT / "tools/add_shape.py").read_text())
+    script.write_text((ROOT / "benchmarks/add_shape.py").read_text())
     data = tmp_path / "pytest_lora/bases/shapes.json"
     data.parent.mkdir(parents=True)
     data.write_text("{}")

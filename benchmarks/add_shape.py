@@ -1,6 +1,6 @@
 """Adds the shape of a public model to the package, from its config.json.
 
-    python tools/add_shape.py NAME CONFIG.JSON PARAMETERS [OTHER NAME ...]
+    python benchmarks/add_shape.py NAME CONFIG.JSON PARAMETERS [OTHER NAME ...]
 
 NAME is the model's public name and PARAMETERS the count that it was published with (the safetensors metadata of its
 page say it). The model is built without weights and counted; where the count differs, nothing is written.

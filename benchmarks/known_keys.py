@@ -1,6 +1,6 @@
 """Writes the keys that recipes of each tool may hold, read from the tools' own sources; nothing is imported.
 
-    python tools/known_keys.py AXOLOTL LLAMAFACTORY TRL MS_SWIFT TRANSFORMERS OLD_TRANSFORMERS ACCELERATE
+    python benchmarks/known_keys.py AXOLOTL LLAMAFACTORY TRL MS_SWIFT TRANSFORMERS OLD_TRANSFORMERS ACCELERATE
 
 Each argument is a folder with the sources of that package, followed by ``=`` and the version that is written beside the
 keys (``/src/axolotl=0.17``). Fields of dataclasses and pydantic models are keys, those of their bases too. What
