@@ -10,6 +10,7 @@ from pytest_lora.checks.judging import report_on, reported
 from pytest_lora.expect import Expect
 from pytest_lora.findings import Report
 from pytest_lora.rules import judge
+from pytest_lora.rules.selection import codes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,6 +58,7 @@ def check_reload(
     from pytest_lora.inspection.behaviour.reload import reload_facts
 
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     require_batch("batch", batch)
     facts = reload_facts(model, batch, base=base)
     return report_on(f"reload of {type(model).__name__}", [facts], expect, select, ignore)
@@ -100,6 +102,7 @@ def check_merge(
     from pytest_lora.inspection.behaviour.merge import merge_facts
 
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     require_batch("batch", batch)
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None:
@@ -146,6 +149,7 @@ def check_lora_laws(
     from pytest_lora.inspection.behaviour.reload import reload_facts
 
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     require_batch("batch", batch)
     facts = law_facts(model, batch)
     trips: list[object] = [merge_facts(model, batch)]

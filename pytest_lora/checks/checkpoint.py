@@ -13,6 +13,7 @@ from pytest_lora.facts.figures.adapter_maps import checkpoint_maps
 from pytest_lora.facts.measures import of_checkpoint
 from pytest_lora.findings import Report
 from pytest_lora.rules import Rule, judge
+from pytest_lora.rules.selection import codes
 
 if TYPE_CHECKING:
     import os
@@ -66,6 +67,7 @@ def check_checkpoint(
     from pytest_lora.inspection.checkpoint import folder_of
 
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     folder = folder_of(path)
     return judge_checkpoint(
         folder, None if base is None else checkpoint_base(base), expect, select=select, ignore=ignore
@@ -163,6 +165,7 @@ def check_resume(
     from pytest_lora.inspection.resumption import resumption_facts
 
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config must be a peft.LoraConfig, not {type(config).__name__}")
     folder = folder_of(path)

@@ -11,6 +11,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.adapter_maps import config_maps
 from pytest_lora.facts.measures import of_config
 from pytest_lora.findings import Report
+from pytest_lora.rules.selection import codes
 
 if TYPE_CHECKING:
     import os
@@ -52,6 +53,7 @@ def check_config(
 
     config, base = adapter_and_base(config, base)
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     facts = config_facts(config, base)
     subject = f"LoraConfig on {facts.base.title}"
     return report_on(subject, [facts], expect, select, ignore, config_maps(facts), of_config(facts))

@@ -9,6 +9,7 @@ from pytest_lora.checks.judging import report_on
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.curves import history_curve
 from pytest_lora.findings import Report
+from pytest_lora.rules.selection import codes
 
 
 @refusing
@@ -55,6 +56,7 @@ def diagnose_history(
     from pytest_lora.facts.history import history_facts
 
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     facts = history_facts(
         train_losses,
         eval_losses,

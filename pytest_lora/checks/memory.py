@@ -13,6 +13,7 @@ from pytest_lora.facts.figures.curves import memory_budget
 from pytest_lora.facts.measures import of_memory
 from pytest_lora.findings import Report
 from pytest_lora.memory.arguments import StepArguments, names_settings
+from pytest_lora.rules.selection import codes
 
 if TYPE_CHECKING:
     import os
@@ -70,6 +71,7 @@ def check_memory(
     from pytest_lora.memory.estimate import estimate_memory
 
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     require_flag("advise", advise)
     limit = require_budget(budget)
     if is_device(budget):

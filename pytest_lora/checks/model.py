@@ -13,6 +13,7 @@ from pytest_lora.facts.figures.adapter_maps import model_maps
 from pytest_lora.facts.measures import of_model
 from pytest_lora.findings import Report
 from pytest_lora.rules import without_consequences
+from pytest_lora.rules.selection import codes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,6 +58,7 @@ def check_model(
     from pytest_lora.inspection.training import optimizer_facts
 
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     require_trainers(optimizer, None, None)
     if steps is not None and batches is None:
         raise ValueError("steps needs batches to take them with; give batches too")
@@ -107,5 +109,6 @@ def check_adapters_in_sync(
     from pytest_lora.inspection.ranks import sync_facts
 
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     facts = sync_facts(model)
     return report_on(f"adapter on {facts.ranks} ranks", [facts], expect, select, ignore)

@@ -19,6 +19,7 @@ from pytest_lora.checks.training import PROBE_RATE
 from pytest_lora.expect import Expect
 from pytest_lora.facts.properties import ParameterShareFacts, UpdateRankFacts
 from pytest_lora.findings import Report
+from pytest_lora.rules.selection import codes
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -58,6 +59,7 @@ def check_param_ratio(
         ValueError: A bound is no fraction from 0 to 1, ``low`` is above ``high``, or a code does not exist.
     """
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     for name, bound in (("low", low), ("high", high)):
         if not 0 <= require_real(name, bound) <= 1:
             raise ValueError(f"{name} must be a fraction from 0 to 1 (0.01 is 1 %), not {bound!r}")
@@ -111,6 +113,7 @@ def check_alpha_ratio(
         ValueError: ``expected`` is not a finite number above 0, a configured rank is below 1, or a code does not exist.
     """
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     require_number("expected", expected, above=0.0)
 
     from torch import nn
@@ -166,6 +169,7 @@ def check_adapter_shapes(
             batches, the model gives no loss, or a code does not exist.
     """
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     require_steps(steps)
     require_loss_fn(loss_fn)
     if loss_fn is not None and batches is None:

@@ -13,6 +13,7 @@ from pytest_lora.checks.judging import reported
 from pytest_lora.checks.run_setting import judged
 from pytest_lora.expect import Expect
 from pytest_lora.findings import Report
+from pytest_lora.rules.selection import codes
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +60,7 @@ def check_recipe(
 
     file = _file(path)
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     cards = _cards(gpus)
     limit = None if budget is None else _budget(budget)
     facts = recipe_facts(file, base if isinstance(base, str) else None)
@@ -126,6 +128,7 @@ def check_run(
     from pytest_lora.inspection.recipe.script import script_facts
 
     expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     cards = _cards(gpus)
     limit = None if budget is None else _budget(budget)
     facts = script_facts(args, config, base, quantization)

@@ -10,6 +10,7 @@ from pytest_lora.checks.judging import report_on
 from pytest_lora.expect import Expect
 from pytest_lora.facts.sweep import LockedRankFacts, MeasuredRank
 from pytest_lora.findings import Report
+from pytest_lora.rules.selection import codes
 from pytest_lora.sweep.choice import METRIC_SHARE
 from pytest_lora.sweep.figure import figure_of
 from pytest_lora.sweep.result import SweepResult
@@ -47,6 +48,8 @@ def check_rank_suffices(
         TypeError: An argument has the wrong type.
         ValueError: The sweep did not measure this rank, ``metric_share`` is out of its range, or a code does not exist.
     """
+    expect = require_expect(expect)
+    select, ignore = codes("select", select), codes("ignore", ignore)
     if not isinstance(result, SweepResult):
         raise TypeError(f"result must be a SweepResult, not {type(result).__name__}")
     require_whole("rank", rank)
@@ -63,7 +66,7 @@ def check_rank_suffices(
         ranks=tuple(_measured(row, shares.get(row.rank)) for row in rows.values()),
     )
     subject = f"rank {rank} for {result.metric}"
-    return report_on(subject, [facts], require_expect(expect), select, ignore, (figure_of(result),))
+    return report_on(subject, [facts], expect, select, ignore, (figure_of(result),))
 
 
 assert_rank_suffices = asserting(check_rank_suffices, "assert_rank_suffices")
