@@ -54,7 +54,7 @@ ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
 NEAREST = (
     ("facts/figures", ("tests/report",)),
     ("facts/checkpoint", ("tests/rules/test_checkpoint_rules.py", "tests/checkpoint")),
-    ("facts/saved_config", ("tests/rules/test_checkpoint_rules.py", "tests/checkpoint")),
+    ("facts/saved_", ("tests/rules/test_checkpoint_rules.py", "tests/checkpoint")),
     ("facts/resumption", ("tests/checkpoint/test_resumable.py",)),
     ("facts/behaviour", ("tests/behaviour",)),
     ("facts/properties", ("tests/test_shape_assertions.py", "tests/test_update_ranks.py")),

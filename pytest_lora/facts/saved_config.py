@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.facts.base import BaseFacts, BaseModule
-from pytest_lora.facts.checkpoint import AdaptedModule, CheckpointFacts
+from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.facts.config import ConfigFacts, LayerFacts, Settings
+from pytest_lora.facts.saved_tensors import AdaptedModule
 
 
 def config_of_the_file(facts: CheckpointFacts) -> ConfigFacts | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.facts.checkpoint import Key
+from pytest_lora.facts.saved_tensors import Key
 
 if TYPE_CHECKING:
     from pytest_lora.expect import Expect

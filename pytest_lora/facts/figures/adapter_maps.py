@@ -11,10 +11,11 @@ from itertools import chain
 from typing import Literal
 
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.checkpoint import AdaptedModule, CheckpointFacts
+from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.facts.config import ConfigFacts, Settings
 from pytest_lora.facts.figures import AdapterMap, CellState
 from pytest_lora.facts.model import LayerState, ModelFacts
+from pytest_lora.facts.saved_tensors import AdaptedModule
 from pytest_lora.facts.training import TensorFacts, TrainingFacts
 
 SHOWN_ADAPTERS = 8

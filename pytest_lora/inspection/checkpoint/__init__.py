@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Any
 from pytest_lora.facts.checkpoint import (
     CONFIG,
     PICKLED,
-    PREFIX,
     WEIGHTS,
-    AdaptedModule,
     CheckpointFacts,
     ConfigFile,
     Entry,
     FileFault,
-    Key,
-    TensorFacts,
 )
+from pytest_lora.facts.saved_tensors import PREFIX, AdaptedModule, Key, TensorFacts
 from pytest_lora.inspection.checkpoint.config_file import MAX_CONFIG, config_file
 from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
 from pytest_lora.inspection.checkpoint.header import read_header

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pytest_lora.facts.checkpoint import Marks
+from pytest_lora.facts.saved_tensors import Marks
 
 _FACTOR = re.compile(r"\.lora_[AB](\.|$)")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pytest_lora.facts.checkpoint import FileFault, TensorFacts
+from pytest_lora.facts.checkpoint import FileFault
+from pytest_lora.facts.saved_tensors import TensorFacts
 from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
 from pytest_lora.inspection.checkpoint.values import (
     LAYOUTS,

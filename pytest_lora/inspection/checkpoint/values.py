@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pytest_lora.facts.checkpoint import FileFault, Values
+from pytest_lora.facts.checkpoint import FileFault
+from pytest_lora.facts.saved_tensors import Values
 from pytest_lora.inspection.checkpoint.folder import UnreadableError
 from pytest_lora.inspection.checkpoint.header import Stored
 from pytest_lora.inspection.checkpoint.marks import Marking, marking

@@ -3,7 +3,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.checkpoint import CheckpointFacts, Key
+from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.facts.saved_tensors import Key
 from pytest_lora.findings import grouped, starred
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import name_in_keys

@@ -4,7 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.checkpoint import AdaptedModule, CheckpointFacts
+from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.facts.saved_tensors import AdaptedModule
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 

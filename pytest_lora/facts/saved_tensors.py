@@ -1,0 +1,213 @@
+"""Facts about the tensors of a saved adapter: their names, their values, and the modules that they belong to."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+PREFIX = "base_model.model."
+
+WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_forward_module": "Lightning",
+    "module": "DDP or DeepSpeed",
+}
+"""What wrappers call the model that they hold, and so put into the keys of its state dict."""
+
+_LORA = re.compile(
+    r"^(?:(?P<module>.*)\.)?(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<kind>weight|bias))?$"
+)
+_FACTOR_OF_OTHER_TOOLS = re.compile(r"\.lora_(?:down|up|a|b)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Which parts of a factor hold anything but zeros.
+
+    Attributes:
+        rows: Whether each row does; empty where there are too many to be ranks.
+        columns: Whether each column does; empty likewise.
+        zero_rows: Rows that are zero, where they are one block at an end; else 0.
+    """
+
+    rows: tuple[bool, ...]
+    columns: tuple[bool, ...]
+    zero_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What the numbers of a tensor are like.
+
+    Attributes:
+        nans: How many are NaN.
+        infinities: How many are infinite.
+        zero: Whether all are zero.
+        rms: Their root mean square; None where it was not measured, which it is of ``lora_B`` alone.
+        marks: Which parts of ``lora_A`` or ``lora_B`` hold anything; None of other tensors.
+    """
+
+    nans: int
+    infinities: int
+    zero: bool
+    rms: float | None = None
+    marks: Marks | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """One tensor of the file.
+
+    Attributes:
+        name: Its key.
+        dtype: As safetensors writes it (``"F32"``, ``"BF16"``, ``"I8"``, ...).
+        shape: Its sizes.
+        values: What its numbers are like; None where they were not read.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    values: Values | None = None
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds."""
+        product = 1
+        for size in self.shape:
+            product *= size
+        return product
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of the file taken apart.
+
+    Attributes:
+        module: The base module that it is about, without prefixes and wrappers.
+        part: ``"lora_A"``, ``"lora_B"``, ``"lora_embedding_A"``, ``"lora_embedding_B"`` or
+            ``"lora_magnitude_vector"``; ``""`` for anything else.
+        prefixes: How often ``base_model.model.`` stands before the module.
+        wrappers: Names of wrappers that stand in it, in their order.
+        adapter: The name of the adapter, where that stands in it, else ``""``.
+        peft_name: The key as PEFT would write it.
+        is_cut: Whether ``.weight`` is missing at its end, without which PEFT takes it for something else.
+        before: What stands before the first ``base_model.model.``, wrappers aside.
+        tool_name: What another tool calls the factor (``"lora_down"``), else ``""``.
+    """
+
+    module: str
+    part: str
+    prefixes: int
+    wrappers: tuple[str, ...]
+    adapter: str
+    peft_name: str
+    is_cut: bool = False
+    before: str = ""
+    tool_name: str = ""
+
+    @classmethod
+    def of(cls, name: str, own_module: bool = False) -> Key:
+        """Take a key apart; ``own_module`` says that the base calls a part of itself ``module``."""
+        steps = name.split(".")
+        # "module" may be what a base calls a part of itself, so only at the top is it a wrapper's.
+        inside = tuple(step for step in steps if step.startswith("_") and step in WRAPPERS)
+        rest = ".".join(step for step in steps if step not in inside)
+        prefixes, outside = 0, 0
+        while True:
+            if rest.startswith(PREFIX):
+                rest, prefixes = rest.removeprefix(PREFIX), prefixes + 1
+            elif rest.startswith("module.") and not (own_module and prefixes):
+                rest, outside = rest.removeprefix("module."), outside + 1
+            else:
+                break
+        before = ""
+        if not prefixes and f".{PREFIX}" in rest:
+            before, _, rest = rest.partition(f".{PREFIX}")
+        found = _LORA.match(rest)
+        wrappers = inside + ("module",) * outside
+        if found is None:
+            module = rest.rpartition(".")[0] or rest
+            other = _FACTOR_OF_OTHER_TOOLS.search(rest)
+            tool_name = other[0][1:] if other else ""
+            return cls(module, "", prefixes, wrappers, "", PREFIX + rest, before=before, tool_name=tool_name)
+        module, part = found["module"] or "", found["part"]
+        bare = part in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+        ending = f".{found['kind'] or 'weight'}" if not bare else ""
+        adapter = found["adapter"] or ""
+        is_cut = not bare and found["kind"] is None
+        return cls(
+            module, part, prefixes, wrappers, adapter, f"{PREFIX}{module}.{part}{ending}", is_cut, before
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModule:
+    """A base module for which the file holds LoRA tensors.
+
+    Attributes:
+        name: Name of the module in the base.
+        a: ``lora_A`` (or ``lora_embedding_A``), or None.
+        b: ``lora_B`` (or ``lora_embedding_B``), or None.
+        magnitude: DoRA's vector, or None.
+        configured_rank: The rank that the configuration gives it, or None where there is none to read.
+    """
+
+    name: str
+    a: TensorFacts | None
+    b: TensorFacts | None
+    magnitude: TensorFacts | None
+    configured_rank: int | None
+
+    @property
+    def rank(self) -> int | None:
+        """Rows of ``lora_A``, which are the rank; None where they cannot be read."""
+        shape = self.a.shape if self.a is not None else ()
+        return shape[0] if len(shape) > 1 and 0 not in shape else None
+
+    @property
+    def b_rank(self) -> int | None:
+        """Columns of ``lora_B``, which are the rank as well; None where they cannot be read."""
+        shape = self.b.shape if self.b is not None else ()
+        return shape[1] if len(shape) > 1 and 0 not in shape else None
+
+    @property
+    def target(self) -> str:
+        """The module that a configuration names: attention takes its out_proj along, under ``base_layer``."""
+        return self.name.partition(".base_layer.")[0].removesuffix(".base_layer")
+
+    @property
+    def ranks_agree(self) -> bool:
+        """Whether both factors are of one rank; of a convolution in groups lora_B has the rank of one group."""
+        rank, columns = self.rank, self.b_rank
+        if rank == columns or not rank or not columns:
+            return rank == columns
+        return self.a is not None and len(self.a.shape) > 2 and rank % columns == 0
+
+    @property
+    def turned(self) -> tuple[str, ...]:
+        """Factors whose other side has the configured rank: they are transposed, or in each other's place."""
+        wanted = self.configured_rank
+        sides = (("lora_A", self.a, 0), ("lora_B", self.b, 1))
+        return tuple(
+            part
+            for part, tensor, side in sides
+            if tensor is not None
+            and not tensor.name.endswith(("lora_embedding_A", "lora_embedding_B"))
+            and len(tensor.shape) == 2
+            and tensor.shape[side] != wanted == tensor.shape[1 - side]
+        )
+
+    @property
+    def zero_parts(self) -> tuple[str, ...]:
+        """Which of its factors, and DoRA's magnitude, are all zero, as far as values were read."""
+        parts = (("lora_B", self.b), ("lora_A", self.a), ("lora_magnitude_vector", self.magnitude))
+        return tuple(part for part, t in parts if t is not None and t.values is not None and t.values.zero)
+
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether one of them is all zero."""
+        return bool(self.zero_parts)
