@@ -70,6 +70,24 @@ def __getattr__(name: str) -> Any:
     return NAMES[name]()
 
 
+RECIPE = """
+base_model: Qwen/Qwen2.5-0.5B
+adapter: lora
+lora_r: 16
+lora_alpha: 32
+lora_target_linear: true
+datasets:
+  - path: data.jsonl
+    type: alpaca
+sequence_len: 1024
+micro_batch_size: 1
+num_epochs: 1
+learning_rate: 0.0002
+bf16: true
+"""
+"""A recipe of Axolotl."""
+
+
 def lay_out(folder: Path) -> None:
     """Save what blocks and commands name: bases, adapters, the configuration of Llama-2-7B, a folder of tests."""
     for place in ("path/of/my/model", "path/of/the/base"):
@@ -79,6 +97,8 @@ def lay_out(folder: Path) -> None:
     save_adapter(folder / "DIR/law", a_config())
     of_a_run = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     save_adapter(folder / "runs/checkpoint-500", of_a_run)
+    (folder / "configs").mkdir()
+    (folder / "configs/lora.yaml").write_text(RECIPE)
     (folder / "examples").mkdir()
     (folder / "lora-baseline.json").write_text(to_json({}))
 

@@ -191,7 +191,7 @@ def test_output_is_what_comes_out(block: Block, source: Block, outcomes: Outcome
 
 def plain(text: str) -> str:
     """Lines without their margins, in which pytest marks errors, and without the class of an assertion's error."""
-    margin = r"^(E(?= ))?\s*(pytest_lora\.assertions\.LoraHealthError: )?"
+    margin = r"^(E(?= ))?\s*(pytest_lora\.LoraHealthError: )?"
     return "\n".join(re.sub(margin, "", line).rstrip() for line in text.splitlines())
 
 

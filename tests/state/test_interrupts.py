@@ -35,6 +35,7 @@ def setup() -> Setup:
 INTERRUPTED = """
 import sys, warnings
 import torch
+from benchmarks import interrupts
 from tests.state.observed import amid_training
 
 warnings.simplefilter("ignore")

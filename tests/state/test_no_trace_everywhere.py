@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
+from transformers import TrainingArguments
 
 import pytest_lora
 from pytest_lora import (
@@ -33,8 +34,10 @@ from pytest_lora import (
     assert_loss_decreases,
     assert_merge_exact,
     assert_param_ratio,
+    assert_recipe_healthy,
     assert_reload_exact,
     assert_resumable,
+    assert_run_healthy,
     assert_training_healthy,
     check_adapter_shapes,
     check_adapters_in_sync,
@@ -47,8 +50,10 @@ from pytest_lora import (
     check_merge,
     check_model,
     check_param_ratio,
+    check_recipe,
     check_reload,
     check_resume,
+    check_run,
     check_training,
     count_parameters,
     estimate_memory,
@@ -118,6 +123,26 @@ def _on_saved(setup: Setup, check: Callable[[str], object]) -> None:
         check(folder)
 
 
+RECIPE = (
+    "r: 8\nlora_alpha: 16\ntarget_modules: [q_proj, v_proj]\nlearning_rate: 0.0002\nnum_train_epochs: 1\n"
+)
+
+
+def _on_recipe(setup: Setup, check: Callable[..., object]) -> None:
+    """Run a check on a recipe of one's own for the base."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "recipe.yaml")
+        path.write_text(RECIPE)
+        check(path, base=setup.base, select=["LORA1"])
+
+
+def _on_arguments(setup: Setup, check: Callable[..., object]) -> None:
+    """Run a check on the arguments of a script for the base."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(output_dir=folder, learning_rate=2e-4, use_cpu=True, report_to=[])
+        check(args, setup.config, setup.base, select=["LORA1"])
+
+
 RUNNING: dict[str, Callable[[Setup], object]] = {
     "check_training": lambda s: check_training(s.model, s.batch, max_grad_norm=1.0, **s.trained),
     "check_training, own optimizer": lambda s: check_training(s.model, s.batch),
@@ -177,6 +202,10 @@ LOOKING: dict[str, Callable[[Setup], object]] = {
     "assert_fits_memory": lambda s: assert_fits_memory(
         s.base, s.config, batch_size=2, seq_len=16, budget="80GiB"
     ),
+    "check_recipe": lambda s: _on_recipe(s, check_recipe),
+    "assert_recipe_healthy": lambda s: _on_recipe(s, assert_recipe_healthy),
+    "check_run": lambda s: _on_arguments(s, check_run),
+    "assert_run_healthy": lambda s: _on_arguments(s, assert_run_healthy),
     "watch_training": _watched,
     "check_adapters_in_sync": lambda s: _in_sync(s, check_adapters_in_sync),
     "assert_adapters_in_sync": lambda s: _in_sync(s, assert_adapters_in_sync),

@@ -16,6 +16,7 @@ my_base = LlamaConfig(
 )
 """
 SLOW = """
+import functools
 import time
 
 import pytest_lora.checks.memory as memory
@@ -23,6 +24,7 @@ import pytest_lora.checks.memory as memory
 _check, _calls = memory.check_memory, []
 
 
+@functools.wraps(_check)
 def check_memory(*args, **kwargs):
     _calls.append(None)
     if len(_calls) in (1, 3):

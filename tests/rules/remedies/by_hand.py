@@ -107,6 +107,7 @@ BY_HAND: dict[str, str] = {
 }
 
 STAGES_BY_HAND = {
+    "recipe": "the fix is a line of a file; the example mended by it is the second one of the documentation",
     "history": "the run is over; only the next one shows what a change does",
     "sweep": "the sweep is over; only the next one shows what a change does",
 }
