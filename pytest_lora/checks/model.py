@@ -75,8 +75,8 @@ def check_model(
     trained = check_training(
         model, batches, optimizer=optimizer, steps=taken, expect=expect, select=select, ignore=ignore
     )
-    told = without_consequences((*report.findings, *trained.findings))
-    return Report(subject, told, trained.figures, report.measured)
+    findings = without_consequences((*report.findings, *trained.findings))
+    return Report(subject, findings, trained.figures, report.measured)
 
 
 @refusing

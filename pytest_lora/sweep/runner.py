@@ -137,7 +137,7 @@ def _measure(
             else:
                 rows.append(row)
                 _keep(kept.add if kept else None, row)
-            bar.set_postfix_str(_told(job, row, settings.metric))
+            bar.set_postfix_str(_progress_text(job, row, settings.metric))
             bar.update()
     assert before is not None
     return before, rows
@@ -148,7 +148,7 @@ def _keep(add: Callable[[TrialRow], None] | None, row: TrialRow) -> None:
         add(row)
 
 
-def _told(job: Job, row: TrialRow, metric: str) -> str:
+def _progress_text(job: Job, row: TrialRow, metric: str) -> str:
     who = f"r={row.rank} seed {row.seed}" if job.plan.epochs else "before training"
     if row.failure is not None:
         return f"{who}: {row.failure.kind}"

@@ -175,18 +175,18 @@ class Probe:
     def _step(self, number: int, batch: int) -> bool:
         """Take one step; False if no further one can be taken."""
         plan = self._plan
-        told = partial(self._told, number=number, batch=batch)
+        noting = partial(self._noting, number=number, batch=batch)
         scaler = plan.scaler if plan.scaler is not None and plan.scaler.is_enabled() else None
         for p in self._model.parameters():
             p.grad = None
         for group in self._groups:
             for p in group["params"]:
                 p.grad = None
-        with told("forward pass"):
+        with noting("forward pass"):
             loss = loss_of(self._model, self._batches[batch], plan.loss_fn)
         has_graph = loss.requires_grad
         if has_graph:
-            with told("backward pass"):
+            with noting("backward pass"):
                 (scaler.scale(loss) if scaler else loss).backward()
         unscaled = not scaler or not has_graph or self._unscale(scaler)
         self._steps.append(
@@ -199,13 +199,13 @@ class Probe:
             )
         )
         if has_graph and unscaled and self._optimizer:
-            with told("optimizer step"):
+            with noting("optimizer step"):
                 self._update(scaler)
         self._watch.note_moves()
         return unscaled
 
     @contextmanager
-    def _told(self, phase: Phase, *, number: int, batch: int) -> Iterator[None]:
+    def _noting(self, phase: Phase, *, number: int, batch: int) -> Iterator[None]:
         """Note an error that tells what is wrong with the set-up; others, and those of the user's loss, go on."""
         try:
             yield

@@ -43,7 +43,7 @@ def begin(config: pytest.Config, tests: list[pytest.Item]) -> None:
 def _count(item: pytest.Item) -> int:
     try:
         return need_of(item).count
-    except ValueError:  # told in the set-up of the test
+    except ValueError:  # reported in the set-up of the test
         return 1
 
 

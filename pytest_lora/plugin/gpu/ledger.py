@@ -89,17 +89,17 @@ def _read(file: Path) -> list[Entry]:
     return [entry for entry in map(_entry, found) if entry is not None] if isinstance(found, list) else []
 
 
-def _entry(told: Any) -> Entry | None:
-    if not isinstance(told, dict) or told.keys() != Entry.__dataclass_fields__.keys():
+def _entry(data: Any) -> Entry | None:
+    if not isinstance(data, dict) or data.keys() != Entry.__dataclass_fields__.keys():
         return None
-    texts = all(isinstance(told[name], str) for name in ("ticket", "owner", "who"))
-    if not texts or not _TICKET.fullmatch(told["ticket"]) or told["state"] not in get_args(State):
+    texts = all(isinstance(data[name], str) for name in ("ticket", "owner", "who"))
+    if not texts or not _TICKET.fullmatch(data["ticket"]) or data["state"] not in get_args(State):
         return None
-    return Entry(**told) if _are_sizes(told["shares"]) and _are_sizes(told["needs"]) else None
+    return Entry(**data) if _are_sizes(data["shares"]) and _are_sizes(data["needs"]) else None
 
 
-def _are_sizes(told: Any) -> bool:
-    return isinstance(told, dict) and all(type(size) is int and 0 <= size < 2**63 for size in told.values())
+def _are_sizes(data: Any) -> bool:
+    return isinstance(data, dict) and all(type(size) is int and 0 <= size < 2**63 for size in data.values())
 
 
 def _is_alive(home: Path, entry: Entry) -> bool:
