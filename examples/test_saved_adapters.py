@@ -72,8 +72,11 @@ def test_two_of_five_adapters_are_broken(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert "2 failed, 28 passed" in lines[-1]
     assert (
-        "FAILED adapters/cooking/adapter_config.json::shapes - adapter cooking on LlamaForCausalLM: 1 error"
+        "FAILED adapters/cooking/adapter_config.json::shapes - LORA431: adapter cooking on LlamaForCausalLM: 1 error"
         in lines
     )
-    assert "FAILED adapters/law/adapter_config.json::keys - adapter law on LlamaForCausalLM: 1 error" in lines
+    assert (
+        "FAILED adapters/law/adapter_config.json::keys - LORA422: adapter law on LlamaForCausalLM: 1 error"
+        in lines
+    )
     assert "  fix:      take '_orig_mod.' out of the keys; save the unwrapped model next time" in lines
