@@ -37,8 +37,8 @@ STAGES = {
 }
 ALSO_PUBLIC = {
     "findings": ("Severity",),
+    "strategies.lifecycle": ("LoraLifecycle",),
     "strategies": (
-        "LoraLifecycle",
         "adapter_folders",
         "lora_configs",
         "lora_models",
@@ -59,7 +59,7 @@ def on_config(config: Any) -> Any:
     for section in config.nav:
         for entry in next(iter(section.values())) if isinstance(next(iter(section.values())), list) else ():
             for title, target in entry.items():
-                entry[title] = lists.get(target, target)
+                entry[title] = lists.get(target, target) if isinstance(target, str) else target
     return config
 
 
