@@ -322,7 +322,8 @@ def test_what_is_no_lora_or_no_base_is_named() -> None:
         estimate_memory(adapter(), 7, batch_size=1, seq_len=8)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError,
-        match=r"^base: no/such/config\.json does not exist; give a model folder, a config\.json, or a live model$",
+        match=r"^base: no/such/config\.json does not exist; give a model folder, a config\.json, a live model, or the "
+        r"name of a public model$",
     ):
         estimate_memory(adapter(), "no/such/config.json", batch_size=1, seq_len=8)
     with pytest.raises(ValueError, match=r"^config: PEFT refuses it on this base: Target modules"):

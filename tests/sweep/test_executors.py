@@ -133,7 +133,8 @@ def test_dask_starts_the_trial_of_a_killed_worker_again(here: SweepResult, tmp_p
     dask = pytest.importorskip("dask")
     train = partial(toys.train_and_be_killed_once, str(tmp_path), 2)
     settings = {
-        "distributed.worker.multiprocessing-method": "fork",
+        # A fork would take over threads of other tests' libraries in whatever state they are.
+        "distributed.worker.multiprocessing-method": "spawn",
         "distributed.comm.timeouts.connect": "60s",
     }
     start = time.monotonic()
