@@ -82,7 +82,10 @@ def test_a_batch_of_any_form_is_moved_and_left_alone(batch: Any) -> None:
 
 
 def test_a_base_in_8_bits_is_never_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(load_tiny(quantization="int8"))
+    try:
+        model = adapted(load_tiny(quantization="int8"))
+    except ValueError as refused:  # an older bitsandbytes on the CPU
+        pytest.skip(str(refused))
     played = play(monkeypatch, MACHINES["H200"])
     with pytest.raises(ValueError, match=r"quantized to 8 bits on cpu.*load it on cuda, or leave device out"):
         assert_loss_decreases(model, language_batch(), device="cuda")

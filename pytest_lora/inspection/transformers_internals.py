@@ -121,16 +121,16 @@ def masks_without_values() -> Iterator[None]:
     from transformers import masking_utils
 
     replaced: Any = masking_utils
+    if not hasattr(replaced, "fast_all"):  # before transformers 5, which has neither this nor the switch
+        yield
+        return
     switch, before = "TRANSFORMERS_DISABLE_TORCH_CHECK", os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK")
-    fast = getattr(replaced, "fast_all", None)  # since transformers 5
+    fast = replaced.fast_all
     try:
-        os.environ[switch] = "1"
-        if fast is not None:
-            replaced.fast_all = torch.all
+        os.environ[switch], replaced.fast_all = "1", torch.all
         yield
     finally:
-        if fast is not None:
-            replaced.fast_all = fast
+        replaced.fast_all = fast
         if before is None:
             del os.environ[switch]
         else:

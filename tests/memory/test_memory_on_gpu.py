@@ -144,7 +144,7 @@ def test_a_setting_is_predicted_and_measured(
         benchmark, "of_device", lambda device: benchmark.DeviceAnswers(played.machine.workspace, "flash")
     )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: MACHINES[name].name)
-    monkeypatch.setattr(torch, "autocast", lambda kind, **named: nullcontext())
+    monkeypatch.setattr(torch, "autocast", lambda *kind, **named: nullcontext())
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**24)
     played.take(2**23)
     row = benchmark.one(setting)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -287,7 +289,9 @@ def test_arguments_say_everything(tmp_path: Path) -> None:
 def test_the_arguments_of_the_trainer_of_transformers(tmp_path: Path) -> None:
     args = TrainingArguments(**plain(tmp_path, gradient_checkpointing=True, torch_empty_cache_steps=4))
     asked = estimate_memory(CONFIG, SEVEN, args=args, seq_len=64).setting
-    assert (asked.trainer, asked.gradient_checkpointing, asked.empty_cache) == ("transformers", True, True)
+    # Reentrant is what transformers took for granted before its version 5.
+    usual = True if Version(transformers.__version__) >= Version("5") else "reentrant"
+    assert (asked.trainer, asked.gradient_checkpointing, asked.empty_cache) == ("transformers", usual, True)
     with pytest.raises(
         TypeError, match=r"^estimate_memory needs seq_len=, or args= of a trainer that have it$"
     ):

@@ -48,7 +48,12 @@ def test_either_remedy_brings_the_gradient_to_the_tower() -> None:
     batch = image_text_batch()
     assert not check_training(checkpointed("image_text_base", reentrant=False, hook=True), batch).findings
     model = checkpointed("image_text_base", reentrant=True, hook=True)
-    (embeddings,) = (m for n, m in model.named_modules() if n.endswith("vision_tower.embeddings"))
+    tower = next(
+        n
+        for n, _ in model.named_modules()
+        if n.endswith(("vision_tower.embeddings", "vision_model.embeddings"))
+    )
+    embeddings = model.get_submodule(tower)
     embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_(True))
     assert not check_training(model, batch).findings
 

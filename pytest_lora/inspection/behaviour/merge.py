@@ -77,7 +77,7 @@ def _merged(
             layer.merge()
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, NotImplementedError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         unmerged = tuple(n for n, layer in layers.items() if not layer.merged_adapters)
         return replace(facts, refusal=str(error), unmerged=unmerged)
     merged = output_of(adapted, batch)
