@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pytest_lora.facts.recipe import UNKNOWN, RunSetting, Value
-from pytest_lora.inspection.recipe.beside import Tree, strategy_by_name, zero_stage
+from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy
 from pytest_lora.inspection.recipe.keys import Keys
 
 NAME = "Axolotl"
@@ -194,9 +194,7 @@ def _checkpointing(keys: Keys) -> Value:
 def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed")
     if deepspeed.value:
-        stage = zero_stage(tree.mapping(deepspeed.value))
-        named = strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
-        return replace(deepspeed, value=named)
+        return deepspeed_strategy(deepspeed, tree)
     for name in ("fsdp_config", "fsdp", "fsdp_version"):
         if keys.has(name):
             return Value("fsdp", f"line {keys.lines[name]}", name, keys.lines[name])

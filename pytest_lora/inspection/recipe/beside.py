@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pytest_lora.facts.recipe import SavedAdapter
+from pytest_lora.facts.recipe import SavedAdapter, Value
 from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml
 
 _CONFIG = "adapter_config.json"
@@ -97,6 +98,12 @@ def zero_stage(config: dict[str, Any]) -> int | None:
     zero = config.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
     return stage if isinstance(stage, int) and not isinstance(stage, bool) else None
+
+
+def deepspeed_strategy(deepspeed: Value, tree: Tree) -> Value:
+    """The strategy that a recipe's DeepSpeed configuration sets: its ZeRO stage, else what its name says."""
+    stage = zero_stage(tree.mapping(deepspeed.value))
+    return replace(deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}")
 
 
 def strategy_of_accelerate(config: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pytest_lora.facts.recipe import RunSetting, Value
-from pytest_lora.inspection.recipe.beside import Tree, strategy_by_name, zero_stage
+from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy
 from pytest_lora.inspection.recipe.keys import Keys, comma_separated
 from pytest_lora.inspection.recipe.yaml_file import Node
 
@@ -195,10 +195,7 @@ def _precision(keys: Keys) -> Value:
 def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed", "deepspeed_config")
     if deepspeed.value:
-        stage = zero_stage(tree.mapping(deepspeed.value))
-        return replace(
-            deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
-        )
+        return deepspeed_strategy(deepspeed, tree)
     if keys.has("fsdp"):
         return Value("fsdp", f"line {keys.lines['fsdp']}", "fsdp", keys.lines["fsdp"])
     return Value(None, "", "deepspeed")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pytest_lora.facts.recipe import RunSetting, Value
-from pytest_lora.inspection.recipe.beside import Tree, strategy_by_name, zero_stage
+from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy
 from pytest_lora.inspection.recipe.keys import VISION, Keys, comma_separated
 
 NAME = "LLaMA-Factory"
@@ -171,10 +171,7 @@ def _loss_on(keys: Keys) -> Value:
 def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed")
     if deepspeed.value:
-        stage = zero_stage(tree.mapping(deepspeed.value))
-        return replace(
-            deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
-        )
+        return deepspeed_strategy(deepspeed, tree)
     if keys.has("fsdp", "fsdp_config"):
         name = "fsdp" if keys.has("fsdp") else "fsdp_config"
         return Value("fsdp", f"line {keys.lines[name]}", name, keys.lines[name])

@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 
 from pytest_lora.facts.recipe import RunSetting, Value
-from pytest_lora.inspection.recipe.beside import Tree, strategy_by_name, zero_stage
+from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy
 from pytest_lora.inspection.recipe.keys import VISION, Keys, count
 
 NAME = "ms-swift"
@@ -166,10 +166,7 @@ def _loss(keys: Keys) -> Value:
 def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed")
     if deepspeed.value:
-        stage = zero_stage(tree.mapping(deepspeed.value))
-        return replace(
-            deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
-        )
+        return deepspeed_strategy(deepspeed, tree)
     if keys.has("fsdp"):
         return Value("fsdp", f"line {keys.lines['fsdp']}", "fsdp", keys.lines["fsdp"])
     return Value("ddp", f"default of {NAME}", "deepspeed")

@@ -9,7 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from pytest_lora.facts.recipe import RunSetting, Value
-from pytest_lora.inspection.recipe.beside import Tree, strategy_by_name, strategy_of_accelerate, zero_stage
+from pytest_lora.inspection.recipe.beside import (
+    Tree,
+    deepspeed_strategy,
+    strategy_by_name,
+    strategy_of_accelerate,
+)
 from pytest_lora.inspection.recipe.keys import Keys, number
 
 NAME = "TRL"
@@ -170,10 +175,7 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
         return replace(named, value=beside or strategy_by_name(named.value))
     deepspeed = keys.word("deepspeed", "deepspeed_config_file")
     if deepspeed.value:
-        stage = zero_stage(tree.mapping(deepspeed.value))
-        return replace(
-            deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}"
-        )
+        return deepspeed_strategy(deepspeed, tree)
     stage_key = keys.node("zero_stage")
     if stage_key is not None and number(stage_key[1]) in (0, 1, 2, 3):
         return Value(
