@@ -111,6 +111,17 @@ def runs_images_without_values() -> bool:
     return hasattr(import_utils, "torch_compilable_check")
 
 
+def masks_where_nothing_is_masked() -> bool:
+    """Whether attention gets a mask where a batch has none and no cache is kept.
+
+    transformers 4 then looks for packed sequences in the positions, and builds a mask whatever it finds
+    (``masking_utils.find_packed_sequence_indices``); a mask of ones, as tokenizers give, it leaves out.
+    """
+    from transformers import masking_utils
+
+    return not hasattr(masking_utils, "fast_all")
+
+
 @contextmanager
 def masks_without_values() -> Iterator[None]:
     """Let transformers ask a mask without values whether it masks anything (see ``StorageTracker``).

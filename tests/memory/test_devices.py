@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from peft import LoraConfig
 from torch import nn
 from transformers import LlamaConfig
@@ -120,9 +118,6 @@ def test_a_budget_that_is_a_device_is_asked_for_more_than_its_size(asked: Any) -
     assert said != check_memory(adapter(), small(), budget="cuda:0", workspace=512, **step).to_json()
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5"), reason="masks of transformers 4 are counted apart"
-)
 def test_kernels_of_attention_hold_what_they_hold() -> None:
     peaks = {
         k: estimated(small(2), attention=k, batch_size=4, seq_len=512).peak_allocated

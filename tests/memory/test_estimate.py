@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig
@@ -222,8 +221,7 @@ def test_more_of_anything_needs_more_memory() -> None:
     assert peak(r=1) < peak(r=8) < peak(r=64)
     assert peak(gradient_checkpointing=True) < peak()
     assert peak(optimizer="sgd", batch_size=1, seq_len=8) < peak(batch_size=1, seq_len=8)
-    if Version(transformers.__version__) >= Version("5"):  # where a mask is built only if something is padded
-        assert peak() < peak(padding_mask=True)
+    assert peak() < peak(padding_mask=True)
 
 
 def test_paged_optimizers_keep_their_state_outside_of_the_allocator() -> None:

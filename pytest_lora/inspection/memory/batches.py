@@ -11,7 +11,10 @@ from torch import nn
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.inspection.memory.images import image_edges, images_for, reads_images
 from pytest_lora.inspection.skeleton import META
-from pytest_lora.inspection.transformers_internals import runs_images_without_values
+from pytest_lora.inspection.transformers_internals import (
+    masks_where_nothing_is_masked,
+    runs_images_without_values,
+)
 
 
 def batch_for(model: nn.Module, setting: StepSetting) -> dict[str, Any]:
@@ -35,7 +38,8 @@ def batch_for(model: nn.Module, setting: StepSetting) -> dict[str, Any]:
         batch[name] = _inputs(name, transformer.config, setting)
     elif "pixel_values" in takes and reads_images(model) and setting.images and runs_images_without_values():
         batch.update(images_for(transformer, setting, takes))
-    if setting.padding_mask and "input_ids" in batch:
+    of_ones = "attention_mask" in takes and masks_where_nothing_is_masked()
+    if (setting.padding_mask or of_ones) and "input_ids" in batch:
         batch["attention_mask"] = _integers(setting.batch_size, setting.seq_len)
     batch.update(_labels(type(model).__name__, setting))
     return batch
