@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Literal
 
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.config import ConfigFacts, Settings, is_named
+from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, TensorFacts
+from pytest_lora.facts.settings import Settings, is_named
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

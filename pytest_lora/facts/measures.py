@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.figures.adapter_maps import place
+from pytest_lora.facts.loss_drop import LossDrop
 from pytest_lora.facts.memory import MemoryEstimate
 from pytest_lora.facts.model import ModelFacts
-from pytest_lora.facts.training import LossDrop
 
 Measures = tuple[tuple[str, int | float], ...]
 """Pairs of a name and a number."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pytest_lora.facts.training import UpdateFacts
+from pytest_lora.facts.steps import UpdateFacts
 
 SAME_SCALING = 1e-6
 """Relative difference below which two scalings are the same; they are quotients of doubles."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pytest_lora.facts.config import Settings
+from pytest_lora.facts.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)

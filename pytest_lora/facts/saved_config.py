@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from pytest_lora.facts.base import BaseFacts, BaseModule
 from pytest_lora.facts.checkpoint import CheckpointFacts
-from pytest_lora.facts.config import ConfigFacts, LayerFacts, Settings
+from pytest_lora.facts.config import ConfigFacts, LayerFacts
 from pytest_lora.facts.saved_tensors import AdaptedModule
+from pytest_lora.facts.settings import Settings
 
 
 def config_of_the_file(facts: CheckpointFacts) -> ConfigFacts | None:

@@ -9,179 +9,12 @@ from typing import Literal
 
 from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import LabelFacts
+from pytest_lora.facts.layer_state import LayerState
+from pytest_lora.facts.loss_drop import LossDrop as LossDrop
 from pytest_lora.facts.media import MediumFacts
-from pytest_lora.facts.model import LayerState, ModelFacts
-from pytest_lora.facts.optimizer import OptimizerFacts, Part, ScheduleFacts
-
-
-@dataclass(frozen=True, slots=True)
-class TensorFacts:
-    """A parameter that may train, over some real steps.
-
-    Attributes:
-        name: Name in the model.
-        module: Module of the base that it belongs to.
-        adapter: Adapter that owns it; empty for the base.
-        part: What it is.
-        dtype: ``"float32"``, ``"float16"``, ...
-        numbers: Size.
-        trainable: Whether it requires gradients.
-        held: Whether the optimizer holds it.
-        finite: Whether every number was finite before the first step.
-        scale: Root mean square before the first step.
-        gradients: L2 norm of its gradient at each step, before clipping; None where none arrived.
-        moves: Root mean square of its change at each step.
-        stayed: Share of its numbers that the last step left as they were, in bfloat16 and float16; else 0.
-    """
-
-    name: str
-    module: str
-    adapter: str
-    part: Part
-    dtype: str
-    numbers: int
-    trainable: bool
-    held: bool
-    finite: bool
-    scale: float
-    gradients: tuple[float | None, ...]
-    moves: tuple[float, ...]
-    stayed: float
-
-    @property
-    def reached(self) -> bool:
-        """Whether a gradient other than zero arrived at any step."""
-        return any(g is not None and g != 0 for g in self.gradients)
-
-    @property
-    def moved(self) -> bool:
-        """Whether any step changed it."""
-        return any(m != 0 for m in self.moves)
-
-
-@dataclass(frozen=True, slots=True)
-class StepFacts:
-    """One real optimizer step.
-
-    Attributes:
-        batch: Index of the batch.
-        loss: The loss before the step.
-        has_graph: Whether the loss depends on anything that requires gradients.
-        rates: Learning rate of each group.
-        gradient_norm: L2 norm of all gradients together, before clipping; None where there are none.
-    """
-
-    batch: int
-    loss: float
-    has_graph: bool
-    rates: tuple[float, ...]
-    gradient_norm: float | None
-
-
-Phase = Literal["forward pass", "backward pass", "optimizer step"]
-
-FailureKind = Literal[
-    "text too long",
-    "state of another shape",
-    "label dtype",
-    "label shape",
-    "ids are not whole",
-    "no padding token",
-    "weight dtypes",
-    "index",
-    "devices",
-    "inference tensors",
-    "unknown input",
-    "graph used twice",
-    "changed in place",
-    "placeholders",
-    "token types",
-]
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A step that could not be taken, for a reason that is known.
-
-    Attributes:
-        step: Number of the step, from 1 on.
-        batch: Index of the batch.
-        phase: What raised.
-        kind: What is wrong, by the words of the exception.
-        error: Class name of the exception.
-        message: The first line of what it said.
-        length: Tokens in a row of the batch, where it has rows of tokens, else None.
-        positions: Positions that the model was made for, where its configuration says so, else None.
-    """
-
-    step: int
-    batch: int
-    phase: Phase
-    kind: FailureKind
-    error: str
-    message: str
-    length: int | None
-    positions: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class BaseChange:
-    """A weight or buffer of the base that is not what it was.
-
-    Attributes:
-        name: Name in the base.
-        module: The module it is in.
-        kind: ``"weight"`` or ``"buffer"``.
-        since: ``"snapshot"`` or ``"probe"``: against what it was compared.
-        relative: Norm of the change over the norm before.
-        precision: Machine epsilon of its dtype.
-        trainable: Whether it requires gradients.
-        adapted: Whether an adapter is on its module.
-        batch_norm: Whether its module is a batch normalisation.
-    """
-
-    name: str
-    module: str
-    kind: Literal["weight", "buffer"]
-    since: Literal["snapshot", "probe"]
-    relative: float
-    precision: float
-    trainable: bool
-    adapted: bool
-    batch_norm: bool
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateFacts:
-    """What the steps did to one adapted weight through one adapter.
-
-    The update is ``scaling * B @ A`` after the steps less what it was before them, plus what the base weight itself
-    moved by. The magnitude of DoRA is left out: it rescales whole rows and is not low-rank by design
-    (arXiv:2402.09353).
-
-    Attributes:
-        module: Module of the base.
-        adapter: The adapter.
-        rank: Numerical rank of the update, or None where it was not measured.
-        allowed: The rank that it may have: r where ``B @ A`` was zero before, and 2 r else, as
-            ``B A - B' A' = [B B'] [A; -A']``.
-        from_zero: Whether ``B @ A`` was zero before.
-        norm: Its Frobenius norm; NaN where it is unknown.
-        relative: That over the norm of the base weight, or None where the latter is unknown or zero.
-        base_moved: Whether the stored base weight is not what it was.
-        unknown: Why the update could not be measured; empty where it was.
-    """
-
-    module: str
-    adapter: str
-    rank: int | None
-    allowed: int
-    from_zero: bool
-    norm: float
-    relative: float | None
-    base_moved: bool
-    unknown: str
-
+from pytest_lora.facts.model import ModelFacts
+from pytest_lora.facts.optimizer import OptimizerFacts, ScheduleFacts
+from pytest_lora.facts.steps import BaseChange, Failure, StepFacts, TensorFacts, UpdateFacts
 
 Objective = Literal["", "texts", "DPO", "preferences", "policy"]
 """``"DPO"`` is its loss as it was published, ``"preferences"`` any other loss of chosen and rejected answers."""
@@ -401,43 +234,6 @@ class TrainingFacts:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class LossDrop:
-    """How far the loss of fixed batches went down.
-
-    Attributes:
-        before: Mean loss of the batches before training, dropout off, in the unit of the loss (nats per token for
-            a language model).
-        after: The same after it.
-        curve: Loss of each step, dropout as it was.
-        lr: Learning rate of the optimizer that was made; None where the user's own ran.
-        by: Relative drop that was asked for.
-        adapter_learned: Whether a gradient reached any low-rank factor and a step moved it.
-    """
-
-    before: float
-    after: float
-    curve: tuple[float, ...]
-    lr: float | None
-    by: float
-    adapter_learned: bool
-
-    @property
-    def drop(self) -> float:
-        """Relative drop; NaN where a loss is not finite or there was none."""
-        return (self.before - self.after) / self.before if self.before else math.nan
-
-    @property
-    def fits_already(self) -> bool:
-        """Whether there was nothing left to learn, before and after."""
-        return abs(self.before) < FITS and abs(self.after) < FITS
-
-    @property
-    def healthy(self) -> bool:
-        """Whether the adapter learned, and the loss fell far enough or had nothing left to fall."""
-        return self.adapter_learned and (self.drop >= self.by or self.fits_already)
-
-
 USUAL_INITS = ("true", "gaussian")
 """Values of ``init_lora_weights`` under which ``alpha / r`` says how far a step reaches: ``lora_A`` is random noise of
 one scale and ``lora_B`` zero."""
@@ -457,9 +253,6 @@ TRIED_OUT = 20
 
 HISTORY_NEEDED = 5
 """Losses that a verdict on a flat history needs."""
-
-FITS = 0.1
-"""At a loss below this, in nats per token, the model fits: each token has a probability of 0.9."""
 
 
 def fell(losses: Iterable[float], by: float = 0.01) -> bool:

@@ -13,17 +13,8 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.config import (
-    ConfigFacts,
-    LayerFacts,
-    NameMatch,
-    PatternKey,
-    Refusal,
-    Settings,
-    compiled,
-    deciding_key,
-    is_named,
-)
+from pytest_lora.facts.config import ConfigFacts, LayerFacts, NameMatch, PatternKey, Refusal
+from pytest_lora.facts.settings import Settings, compiled, deciding_key, is_named
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.exclusion import explained
 from pytest_lora.inspection.layers import layer_facts

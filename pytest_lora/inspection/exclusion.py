@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from pytest_lora.facts.config import Refusal, Settings, is_named
+from pytest_lora.facts.config import Refusal
+from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.inspection.peft_internals import LoraConfig
 
 _CLASS = re.compile(r"Target module (\w+)\(")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.config import LayerFacts
-from pytest_lora.facts.model import Factor, LayerState
+from pytest_lora.facts.layer_state import Factor, LayerState
 from pytest_lora.inspection.base import dtype_name, logical_shape
 from pytest_lora.inspection.factor_fill import FULL, fills
 from pytest_lora.inspection.peft_internals import (

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from pytest_lora.facts.model import LayerState, ModelFacts, SavedModule, TrainableBase, TrainedRows
+from pytest_lora.facts.layer_state import LayerState
+from pytest_lora.facts.model import ModelFacts, SavedModule, TrainableBase, TrainedRows
 from pytest_lora.inspection import transformers_internals
 from pytest_lora.inspection.adapter_names import colliding_names
 from pytest_lora.inspection.base import BaseParameter, base_facts, base_parameters, dtype_name

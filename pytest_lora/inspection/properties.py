@@ -18,7 +18,7 @@ from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import LoraConfig
 
 if TYPE_CHECKING:
-    from pytest_lora.facts.model import Factor
+    from pytest_lora.facts.layer_state import Factor
     from pytest_lora.inspection.survey import Survey
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.facts.config import Settings, is_named
 from pytest_lora.facts.resumption import FieldChange, RankChange, ResumptionFacts
+from pytest_lora.facts.settings import Settings, is_named
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,8 +10,8 @@ from pytest_lora.facts.saved_tensors import Key
 if TYPE_CHECKING:
     from pytest_lora.expect import Expect
     from pytest_lora.facts.checkpoint import CheckpointFacts
-    from pytest_lora.facts.config import Settings
     from pytest_lora.facts.resumption import ResumptionFacts
+    from pytest_lora.facts.settings import Settings
 
 
 CAST_TRAINED = "for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data"

@@ -12,11 +12,14 @@ from typing import Literal
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.checkpoint import CheckpointFacts
-from pytest_lora.facts.config import ConfigFacts, Settings
+from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.figures import AdapterMap, CellState
-from pytest_lora.facts.model import LayerState, ModelFacts
+from pytest_lora.facts.layer_state import LayerState
+from pytest_lora.facts.model import ModelFacts
 from pytest_lora.facts.saved_tensors import AdaptedModule
-from pytest_lora.facts.training import TensorFacts, TrainingFacts
+from pytest_lora.facts.settings import Settings
+from pytest_lora.facts.steps import TensorFacts
+from pytest_lora.facts.training import TrainingFacts
 
 SHOWN_ADAPTERS = 8
 """Maps of one model; of more adapters the active ones come first."""

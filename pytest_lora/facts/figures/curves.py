@@ -8,8 +8,8 @@ from itertools import groupby
 
 from pytest_lora.facts.figures import LossCurve, MemoryBudget, WhatIf
 from pytest_lora.facts.history import HistoryFacts
+from pytest_lora.facts.loss_drop import LossDrop
 from pytest_lora.facts.memory import MemoryFacts
-from pytest_lora.facts.training import LossDrop
 
 POINTS = 400
 """Losses of a curve that are kept: more than a page has pixels for would only be carried around."""

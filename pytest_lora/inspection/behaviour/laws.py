@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.behaviour import LawFacts, Leak
-from pytest_lora.facts.config import rewrites_base
+from pytest_lora.facts.settings import rewrites_base
 from pytest_lora.inspection.behaviour.copies import (
     TOLERANCES,
     adapted_copy,

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pytest_lora.facts.behaviour import ReloadFacts
-from pytest_lora.facts.config import rewrites_base
+from pytest_lora.facts.settings import rewrites_base
 from pytest_lora.findings import grouped
 from pytest_lora.inspection.behaviour.copies import (
     adapted_copy,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.checkpoint import ConfigFile
-from pytest_lora.facts.config import Settings
+from pytest_lora.facts.settings import Settings
 from pytest_lora.inspection.checkpoint.header import shown
 
 if TYPE_CHECKING:

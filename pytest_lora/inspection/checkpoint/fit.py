@@ -12,8 +12,9 @@ import transformers
 from torch import nn
 
 from pytest_lora.facts.checkpoint import Fit, Misfit
-from pytest_lora.facts.config import ConfigFacts, Refusal, Settings, is_named
+from pytest_lora.facts.config import ConfigFacts, Refusal
 from pytest_lora.facts.saved_tensors import PREFIX, WRAPPERS, Key, TensorFacts
+from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.checkpoint.config_file import lora_config
 from pytest_lora.inspection.config import ADAPTER, assembled, dry_run, refused, with_ranks

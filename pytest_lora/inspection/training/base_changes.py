@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pytest_lora.facts.training import BaseChange
+from pytest_lora.facts.steps import BaseChange
 from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.survey import Survey
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_lora.facts.training import Failure, FailureKind, Phase
+from pytest_lora.facts.steps import Failure, FailureKind, Phase
 from pytest_lora.inspection.training.media import grids_disagree
 
 _RAISED_BY_TORCH = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from pytest_lora.facts.training import Objective, StepFacts, TrainingFacts
+from pytest_lora.facts.steps import StepFacts
+from pytest_lora.facts.training import Objective, TrainingFacts
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.training.circumstances import repacked_layers
 from pytest_lora.inspection.training.optimizer import (

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_lora.facts.training import LossDrop, TrainingFacts
+from pytest_lora.facts.loss_drop import LossDrop
+from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.inspection.placement import moved
 from pytest_lora.inspection.state import cuda_in_use
 from pytest_lora.inspection.training.batches import LossFn, loss_of, take_batches

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import LabelFacts
 from pytest_lora.facts.optimizer import OptimizerFacts
-from pytest_lora.facts.training import Failure, Phase, StepFacts, TrainingFacts, unusual_inits
+from pytest_lora.facts.steps import Failure, Phase, StepFacts
+from pytest_lora.facts.training import TrainingFacts, unusual_inits
 from pytest_lora.inspection.behaviour.batch_law import batch_law
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.inspection.model import adapted_survey, model_facts

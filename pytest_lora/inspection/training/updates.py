@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pytest_lora.facts.training import UpdateFacts
+from pytest_lora.facts.steps import UpdateFacts
 from pytest_lora.inspection.peft_internals import (
     LoraLayer,
     active_adapters,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.optimizer import Part
-from pytest_lora.facts.training import TensorFacts
+from pytest_lora.facts.steps import TensorFacts
 from pytest_lora.inspection.base import dtype_name
 from pytest_lora.inspection.training.optimizer import Owned, part_of
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.properties import UpdateRankFacts
-from pytest_lora.facts.training import UpdateFacts
+from pytest_lora.facts.steps import UpdateFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
-from pytest_lora.facts.config import Settings
+from pytest_lora.facts.settings import Settings
 from pytest_lora.rules import Violation, rule
 
 

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import ConfigFacts, LayerFacts, Settings
+from pytest_lora.facts.config import ConfigFacts, LayerFacts
+from pytest_lora.facts.settings import Settings
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, scaled

@@ -3,7 +3,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import ConfigFacts, NameMatch, is_named
+from pytest_lora.facts.config import ConfigFacts, NameMatch
+from pytest_lora.facts.settings import is_named
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, without
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import ConfigFacts, Settings, compiled, is_named
+from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.facts.settings import Settings, compiled, is_named
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, without

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import ConfigFacts, NameMatch, compiled, is_named
+from pytest_lora.facts.config import ConfigFacts, NameMatch
+from pytest_lora.facts.settings import compiled, is_named
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, without
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import rewrites_base
 from pytest_lora.facts.model import ModelFacts
+from pytest_lora.facts.settings import rewrites_base
 from pytest_lora.rules import Violation, rule
 
 

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.training import TensorFacts, TrainingFacts
+from pytest_lora.facts.steps import TensorFacts
+from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import CAST_TRAINED, optimizer_anew

@@ -3,9 +3,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.config import rewrites_base
 from pytest_lora.facts.model import ModelFacts
-from pytest_lora.facts.training import BaseChange, TrainingFacts
+from pytest_lora.facts.settings import rewrites_base
+from pytest_lora.facts.steps import BaseChange
+from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 

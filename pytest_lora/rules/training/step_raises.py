@@ -3,7 +3,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.training import Failure, FailureKind, TrainingFacts
+from pytest_lora.facts.steps import Failure, FailureKind
+from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
 

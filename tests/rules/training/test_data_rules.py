@@ -19,7 +19,7 @@ from pytest_lora.bases.examples.models import (
     image_batch,
     language_batch,
 )
-from pytest_lora.facts.training import Failure, FailureKind
+from pytest_lora.facts.steps import Failure, FailureKind
 from pytest_lora.rules.training import step_raises
 from tests.rules.training.setups import (
     END,

@@ -1,0 +1,127 @@
+"""Facts about one adapter on one module of a live model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pytest_lora.facts.config import LayerFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One of the two low-rank factors of an adapter on one module.
+
+    Attributes:
+        name: As PEFT calls it: ``"lora_A"``, ``"lora_B"``, ``"lora_embedding_A"``, ``"lora_magnitude_vector"``, ...
+        shape: As stored.
+        dtype: ``"float32"``, ``"bfloat16"``, ...
+        device: ``"cpu"``, ``"cuda:0"``, ``"meta"``.
+        trainable: Whether it requires gradients.
+        zero: Whether every number is zero; None on the meta device.
+        finite: Whether every number is finite; None on the meta device.
+        largest: The largest absolute number, where all are finite; None on the meta device.
+        frozen_by_design: Whether the LoRA variant itself trains without this factor.
+        is_inference: Whether it was made under ``torch.inference_mode()``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    trainable: bool
+    zero: bool | None
+    finite: bool | None
+    largest: float | None = None
+    frozen_by_design: bool = False
+    is_inference: bool = False
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it holds whole numbers, which no gradient can train."""
+        return "int" in self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState(LayerFacts):
+    """An adapter on one module of a live model, as it stands.
+
+    Attributes:
+        a: The factor that starts at random: ``lora_A``; on an embedding ``lora_embedding_B``.
+        b: The factor that starts at zero under the default initialisation: ``lora_B``; on an
+            embedding ``lora_embedding_A``.
+        expected_a: First two sizes that the rank and the base weight ask of ``a``.
+        expected_b: The same for ``b``.
+        base_device: Device of the base weight.
+        active: Whether the adapter takes part in the forward pass here.
+        disabled: Whether all adapters are switched off here.
+        merged: Whether the adapter is merged into the base weight here.
+        dropout_live: Whether a LoRA dropout above zero is in training mode.
+        further: What a variant trains beside the two factors: the magnitude of DoRA, the diagonal of KaSA, the left
+            singular vectors of AdaLoRA, whose ``b`` are the singular values (``lora_E``).
+        own_code: What is not PEFT's about the layer: ``"class my.Linear"``, ``"forward"``; empty for a layer of PEFT.
+        swappable: Whether it was prepared for hot-swapping, so that its scaling is a tensor.
+        empty_ranks: Ranks at which both factors are zero though others hold something.
+        idle_ranks: Ranks at which ``b`` alone still is zero.
+        zero_outputs: Rows of ``b`` that still are zero, where they are one block at an end.
+    """
+
+    a: Factor
+    b: Factor
+    expected_a: tuple[int, int]
+    expected_b: tuple[int, int]
+    base_device: str
+    active: bool
+    disabled: bool
+    merged: bool
+    dropout_live: bool
+    further: tuple[Factor, ...]
+    own_code: str = ""
+    swappable: bool = False
+    empty_ranks: int = 0
+    idle_ranks: int = 0
+    zero_outputs: int = 0
+
+    @property
+    def parts(self) -> tuple[Factor, ...]:
+        """The tensors of the adapter here."""
+        return (self.a, self.b, *self.further)
+
+    @property
+    def prunes_ranks(self) -> bool:
+        """Whether AdaLoRA takes ranks away from this module while it trains."""
+        return self.b.name == "lora_E"
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any factor requires gradients."""
+        return self.a.trainable or self.b.trainable
+
+    @property
+    def is_scaled_as_configured(self) -> bool:
+        """Whether the scaling in effect is what rank and alpha give."""
+        return math.isclose(self.scaling, self.configured_scaling, rel_tol=1e-5)
+
+    @property
+    def is_swapped(self) -> bool:
+        """Whether factors of another configuration were swapped in, as scaling or padded ranks show."""
+        return not self.is_scaled_as_configured and (self.swappable or self.empty_ranks > 0)
+
+    @property
+    def can_learn(self) -> bool:
+        """Whether a gradient can reach a trainable factor: that of one factor is a product with the other."""
+        return (self.b.trainable and self.a.zero is not True) or (
+            self.a.trainable and self.b.zero is not True
+        )
+
+    @property
+    def in_expert(self) -> bool:
+        """Whether the module belongs to an expert of a sparse mixture, which some data never reaches."""
+        return any("expert" in part for part in self.module.split("."))
+
+    @property
+    def changes_output(self) -> bool | None:
+        """Whether the product of the factors can be other than zero; None where there are no values."""
+        if self.a.zero is None or self.b.zero is None:
+            return None
+        return not (self.a.zero or self.b.zero)
