@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
+from pytest_lora.cleaning import LONGEST_OF_A_FINDING, printable
 from pytest_lora.facts.figures import Figure, from_plain, to_plain
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class LoraHealthWarning(UserWarning):
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing that a rule saw.
+
+    Its texts may hold names that strangers chose: what would do anything to a terminal, a log or a page becomes an
+    escape here, so that no rule needs to think of it.
 
     Attributes:
         code: Stable code of the rule, such as ``"LORA203"``.
@@ -50,6 +54,13 @@ class Finding:
     fix: str
     file: str = ""
     line: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("where", "observed", "expected", "fix", "file"):
+            text = getattr(self, name)
+            clean = printable(text, LONGEST_OF_A_FINDING)
+            if clean is not text:
+                object.__setattr__(self, name, clean)
 
     @property
     def title(self) -> str:
@@ -90,6 +101,7 @@ class Report:
     def __post_init__(self) -> None:
         ordered = sorted(self.findings, key=lambda f: (SEVERITIES.index(f.severity), f.code))
         object.__setattr__(self, "findings", tuple(ordered))
+        object.__setattr__(self, "subject", printable(self.subject))
 
     def _of(self, severity: Severity) -> tuple[Finding, ...]:
         return tuple(f for f in self.findings if f.severity == severity)

@@ -7,7 +7,6 @@ no conftest.py, no __init__.py and no test file among the adapters is imported.
 from __future__ import annotations
 
 import os
-import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_lora.assertions import LoraHealthError, delivered
-from pytest_lora.findings import Finding, LoraHealthWarning, Report
+from pytest_lora.cleaning import LONGEST_OF_A_FINDING, file_id, printable
+from pytest_lora.findings import LoraHealthWarning, Report
+from pytest_lora.plugin.file_nodes import is_strict, node_id, shown_path, unread
 from pytest_lora.plugin.options import ADAPTER_FILES
 from pytest_lora.plugin.session_options import options_of
 from pytest_lora.rules.checkpoint import GROUPS, group_of
@@ -77,8 +78,10 @@ def refuse_code_beside(args: Sequence[str]) -> None:
         for name in CODE:
             if os.path.lexists(path.parent / name):
                 raise pytest.UsageError(
-                    f"{path.parent / name} lies beside {path.name}, and pytest would run it; "
-                    f"--lora-adapters={path.parent} checks the adapter and runs nothing"
+                    printable(
+                        f"{path.parent / name} lies beside {path.name}, and pytest would run it; "
+                        f"--lora-adapters={path.parent} checks the adapter and runs nothing"
+                    )
                 )
 
 
@@ -118,7 +121,18 @@ class Adapters:
                 yield self._folder(folder, session, AdapterDirectory)
 
     def _folder(self, path: Path, parent: pytest.Collector, kind: type[AdapterDirectory]) -> pytest.Collector:
-        return kind.from_parent(parent, name=path.name, path=path, nodeid=_nodeid(path, self), adapters=self)
+        return kind.from_parent(
+            parent,
+            name=file_id(path.name),
+            path=path,
+            nodeid=node_id(path, *self.start_of(path)),
+            adapters=self,
+        )
+
+    def start_of(self, path: Path) -> tuple[Path, Path]:
+        """The root of the session, and the folder of adapters that a path is in."""
+        top = next((folder for folder in (path, *path.parents) if folder in self.folders), path.parent)
+        return self.config.rootpath, top
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -126,7 +140,7 @@ class Adapters:
         if file_path.name not in ADAPTER_FILES or not parent.session.isinitpath(file_path):
             return None
         adapter: pytest.Collector = Adapter.from_parent(
-            parent, path=file_path, nodeid=_nodeid(file_path, self), adapters=self
+            parent, path=file_path, nodeid=node_id(file_path, *self.start_of(file_path)), adapters=self
         )
         return adapter
 
@@ -165,12 +179,15 @@ class AdapterDirectory(pytest.Collector):
         """Yield the adapter in this folder, and the folders in it."""
         folders: list[str] = []
         files: set[str] = set()
-        with os.scandir(self.path) as entries:
-            for entry in entries:
-                if entry.name in KNOWN_BY:
-                    files.add(entry.name)
-                elif not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.name)
+        try:
+            with os.scandir(self.path) as entries:
+                for entry in entries:
+                    if entry.name in KNOWN_BY:
+                        files.add(entry.name)
+                    elif not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.name)
+        except OSError:
+            files.add(KNOWN_BY[0])  # the item says that the folder cannot be listed
         known_by = next((name for name in KNOWN_BY if name in files), None)
         if known_by is not None:
             yield self._child(Adapter, known_by)
@@ -180,9 +197,9 @@ class AdapterDirectory(pytest.Collector):
     def _child(self, kind: type[pytest.Collector], name: str, **others: Any) -> pytest.Collector:
         child: pytest.Collector = kind.from_parent(
             self,
-            name=name,
+            name=file_id(name),
             path=self.path / name,
-            nodeid=f"{self.nodeid}/{name}".removeprefix("./"),
+            nodeid=f"{self.nodeid}/{file_id(name)}".removeprefix("./"),
             adapters=self.adapters,
             **others,
         )
@@ -227,34 +244,20 @@ class AdapterItem(pytest.Item):
         whole = self.adapters.report(self)
         report = whole.with_findings(f for f in whole.findings if group_of(f.code) == self.name)
         delivered.append(report)
-        strict = [str(finding) for finding in report.warnings if self._is_strict(finding)]
+        place = unread(self.reportinfo()[0])
+        strict = [str(finding) for finding in report.warnings if is_strict(finding, place)]
         if not report.ok or (in_force().strict and report.warnings):
             raise LoraHealthError(report)
         if strict:
             raise LoraHealthWarning("\n\n".join(strict))
 
-    def _is_strict(self, finding: Finding) -> bool:
-        try:
-            warnings.warn_explicit(str(finding), LoraHealthWarning, str(self.path), 1)
-        except LoraHealthWarning:
-            return True
-        return False
-
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The report alone, where that is what failed."""
         if isinstance(excinfo.value, (LoraHealthError, LoraHealthWarning, ValueError)):
-            return str(excinfo.value)
+            return printable(str(excinfo.value), LONGEST_OF_A_FINDING)
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
         """Where the item is, and its name in headings."""
-        return self.path, None, f"{self.path.parent.name}: {self.name}"
-
-
-def _nodeid(path: Path, adapters: Adapters) -> str:
-    """The path from the root of the session; outside of it, from the folder of adapters on."""
-    root = adapters.config.rootpath
-    if path.is_relative_to(root):
-        return path.relative_to(root).as_posix()
-    top = next((folder for folder in (path, *path.parents) if folder in adapters.folders), path.parent)
-    return path.relative_to(top.parent).as_posix()
+        path = shown_path(self.path, *self.adapters.start_of(self.path))
+        return path, None, f"{path.parent.name}: {self.name}"

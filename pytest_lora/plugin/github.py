@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from pytest_lora.cleaning import printable
 from pytest_lora.findings import Severity
 from pytest_lora.plugin.session_options import options_of
 from pytest_lora.plugin.session_report import Gathered, SessionReport
 from pytest_lora.report.markdown import gpu_section, markdown_report
-from pytest_lora.report.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,14 +6,15 @@ Collecting reads the files as YAML and nothing else. What is no recipe for a LoR
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_lora.assertions import LoraHealthError, delivered
+from pytest_lora.cleaning import LONGEST_OF_A_FINDING, file_id, printable
 from pytest_lora.findings import LoraHealthWarning
+from pytest_lora.plugin.file_nodes import is_strict, node_id, place_of_warning, shown_path
 from pytest_lora.plugin.session_options import options_of
 from pytest_lora.rules.selection import in_force
 
@@ -59,13 +60,13 @@ class Recipes:
 
     def _place(self, session: pytest.Session, place: Path) -> pytest.Collector:
         collector: pytest.Collector = RecipePlace.from_parent(
-            session, name=place.name, path=place, nodeid=self._nodeid(place, place), recipes=self
+            session,
+            name=file_id(place.name),
+            path=place,
+            nodeid=node_id(place, self.config.rootpath, place),
+            recipes=self,
         )
         return collector
-
-    def _nodeid(self, file: Path, place: Path) -> str:
-        root = self.config.rootpath
-        return file.relative_to(root if file.is_relative_to(root) else place.parent).as_posix()
 
     def pytest_report_collectionfinish(self) -> str | None:
         """Say how many of the files are recipes."""
@@ -84,8 +85,12 @@ class Recipes:
             if not _is_recipe(file, named=file == parent.path):
                 continue
             self.recipes += 1
-            nodeid = f"{self._nodeid(file, parent.path)}::recipe"
-            yield RecipeItem.from_parent(parent, name="recipe", path=file, nodeid=nodeid)
+            start = self.config.rootpath, parent.path
+            item = RecipeItem.from_parent(
+                parent, name="recipe", path=file, nodeid=f"{node_id(file, *start)}::recipe"
+            )
+            item.shown = shown_path(file, *start)
+            yield item
 
 
 class RecipePlace(pytest.Collector):
@@ -111,6 +116,9 @@ class Nothing(pytest.Collector):
 class RecipeItem(pytest.Item):
     """One recipe."""
 
+    shown: Path
+    """Its path, as pytest prints it."""
+
     def runtest(self) -> None:
         """Judge the recipe.
 
@@ -119,6 +127,7 @@ class RecipeItem(pytest.Item):
             LoraHealthWarning: There are warnings, and a filter makes them errors.
         """
         from pytest_lora.checks.recipe import check_recipe
+        from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES
         from pytest_lora.plugin import markers
 
         options = options_of(self.config)
@@ -131,12 +140,8 @@ class RecipeItem(pytest.Item):
             expect=markers.expect_for(self),
         )
         delivered.append(report)
-        strict = []
-        for finding in report.warnings:
-            try:
-                warnings.warn_explicit(str(finding), LoraHealthWarning, str(self.path), finding.line or 1)
-            except LoraHealthWarning as warning:
-                strict.append(str(warning))
+        place = place_of_warning(self.path, self.shown, MAX_BYTES) if report.warnings else ""
+        strict = [str(finding) for finding in report.warnings if is_strict(finding, place)]
         if not report.ok or (in_force().strict and report.warnings):
             raise LoraHealthError(report)
         if strict:
@@ -145,12 +150,12 @@ class RecipeItem(pytest.Item):
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The report alone, where that is what failed."""
         if isinstance(excinfo.value, (LoraHealthError, LoraHealthWarning, ValueError)):
-            return str(excinfo.value)
+            return printable(str(excinfo.value), LONGEST_OF_A_FINDING)
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
         """Where the item is, and its name in headings."""
-        return self.path, None, self.path.name
+        return self.shown, None, self.shown.name
 
 
 def _files(place: Path, depth: int = 0) -> Iterator[Path]:
@@ -159,13 +164,17 @@ def _files(place: Path, depth: int = 0) -> Iterator[Path]:
     if place.is_file():
         yield place
         return
-    with os.scandir(place) as entries:
-        for entry in sorted(entries, key=lambda one: one.name):
-            if entry.is_dir(follow_symlinks=False):
-                if depth < MAX_DEPTH and not entry.name.startswith("."):
-                    yield from _files(place / entry.name, depth + 1)
-            elif entry.name.endswith(SUFFIXES) and entry.is_file(follow_symlinks=False):
-                yield place / entry.name
+    try:
+        with os.scandir(place) as found:
+            entries = sorted(found, key=lambda one: one.name)
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            if depth < MAX_DEPTH and not entry.name.startswith("."):
+                yield from _files(place / entry.name, depth + 1)
+        elif entry.name.endswith(SUFFIXES) and entry.is_file(follow_symlinks=False):
+            yield place / entry.name
 
 
 def _is_recipe(file: Path, *, named: bool) -> bool:

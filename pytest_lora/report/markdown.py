@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
+from pytest_lora.cleaning import printable
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, RankSweep
 from pytest_lora.report import gpu_view
@@ -12,7 +13,7 @@ from pytest_lora.report.figures import Shown, figures
 from pytest_lora.report.map_view import map_view, number
 from pytest_lora.report.rule_groups import FoundIn, rule_groups
 from pytest_lora.report.session import Session, counted_tests
-from pytest_lora.report.text import markdown, markdown_block, markdown_code, printable
+from pytest_lora.report.text import markdown, markdown_block, markdown_code
 
 MOST_CHARACTERS = 400_000
 """Characters of findings; GitHub takes 1 MiB for all summaries of a step."""

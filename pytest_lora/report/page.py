@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from pytest_lora.cleaning import printable
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.figures import AdapterMap, to_plain
 from pytest_lora.report import gpu_view
@@ -26,7 +27,7 @@ from pytest_lora.report.memory_view import memory_view
 from pytest_lora.report.rule_docs import rule_doc
 from pytest_lora.report.rule_groups import FoundIn, RuleGroup, rule_groups
 from pytest_lora.report.session import RanTest, Session, counted_tests
-from pytest_lora.report.text import printable, without_margin
+from pytest_lora.report.text import without_margin
 from pytest_lora.rules import catalogue
 
 MOST_CHARACTERS = 900_000

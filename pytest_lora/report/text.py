@@ -1,33 +1,13 @@
-"""Text from outside, made harmless to look at."""
+"""Text from outside as Markdown."""
 
 from __future__ import annotations
 
 import re
 from textwrap import dedent
-from unicodedata import category
 
-LONGEST = 4000
-"""Characters of one text; what is longer is cut in the middle."""
+from pytest_lora.cleaning import printable
 
-_SUSPECT = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
-)
 _FOR_MARKDOWN = re.compile(r"([\\`*\[\]<>#|~&$]|(?<![^\W_])_|_(?![^\W_]))")
-
-
-def printable(text: str, longest: int = LONGEST) -> str:
-    """A text that shows all that is in it: control, invisible and direction characters as escapes, lines kept."""
-    if len(text) > longest:
-        half = longest // 2
-        text = f"{text[:half]} ... {len(text) - 2 * half} more characters ... {text[-half:]}"
-    return _SUSPECT.sub(_escaped, text.replace("\r\n", "\n"))
-
-
-def _escaped(found: re.Match[str]) -> str:
-    char = found[0]
-    if category(char) == "Cc":
-        return f"\\x{ord(char):02x}"
-    return f"\\u{ord(char):04x}"
 
 
 def without_margin(text: str) -> str:

@@ -145,7 +145,7 @@ def test_nothing_breaks_out_of_an_annotation() -> None:
     hostile = "a%b\r\n::error::c\x1b[31m,d:e"
     told = str(Annotation("error", hostile, 3, hostile, hostile))
     assert told == (
-        r"::error file=a%25b %3A%3Aerror%3A%3Ac\x1b[31m%2Cd%3Ae,line=3,"
-        r"title=a%25b %3A%3Aerror%3A%3Ac\x1b[31m%2Cd%3Ae::a%25b ::error::c\x1b[31m,d:e"
+        r"::error file=a%25b \x3a%3Aerror%3A%3Ac\x1b[31m%2Cd%3Ae,line=3,"
+        r"title=a%25b \x3a%3Aerror%3A%3Ac\x1b[31m%2Cd%3Ae::a%25b \x3a:error::c\x1b[31m,d:e"
     )
     assert str(Annotation("warning", "f", None, "t", "m")) == "::warning file=f,title=t::m"
