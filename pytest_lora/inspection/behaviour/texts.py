@@ -108,7 +108,7 @@ def _run(ids: Tensor, token: int) -> Tensor:
 
 
 def mask_of(batch: Mapping[str, Any], text: Text, *, inside: bool = False) -> Any:
-    """Whether the mask ``"hides"`` a position of the row, or of the text itself, ``"shows"`` all, or there is ``"none"``."""
+    """Whether the mask "hides" a position of the row, or of the text itself, "shows" all, or there is "none"."""
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor):
         return "none"
