@@ -47,7 +47,6 @@ BY_HAND: dict[str, str] = {
     "LORA328": _DATA,
     "LORA334": _LOADED_ANEW,
     "LORA338": "it is an info that asks for no change",
-    "LORA360": _DATA,
     "LORA361": _DATA,
     "LORA362": _DATA,
     "LORA363": _DATA,
@@ -67,7 +66,6 @@ BY_HAND: dict[str, str] = {
     "LORA414": _TRAINING_KNOWS,
     "LORA415": "it is an info that asks for no change",
     "LORA421": _FILE,
-    "LORA422": _FILE,
     "LORA423": _FILE,
     "LORA424": _FILE,
     "LORA425": _OTHER_BASE,
@@ -85,8 +83,8 @@ BY_HAND: dict[str, str] = {
     "LORA451": _OTHER_BASE,
     "LORA452": _TRAINING_KNOWS,
     "LORA506": "the step has to be measured",
+    "LORA601": "what a broken line should say, only its writer knows",
     "LORA903": _SET_BY_HAND,
-    "LORA904": _SET_BY_HAND,
     "LORA905": "whether the test or the configuration is right, only the user knows",
     "LORA910": _SET_BY_HAND,
     "LORA912": _SET_BY_HAND,
@@ -107,7 +105,6 @@ BY_HAND: dict[str, str] = {
 }
 
 STAGES_BY_HAND = {
-    "recipe": "the fix is a line of a file; the example mended by it is the second one of the documentation",
     "history": "the run is over; only the next one shows what a change does",
     "sweep": "the sweep is over; only the next one shows what a change does",
 }
