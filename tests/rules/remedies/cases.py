@@ -107,7 +107,19 @@ MEANT = [
 
 ADAPTED = f"model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules={QV}))\n"
 
+LOADED = """
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+base.save_pretrained('base')
+base = AutoModelForCausalLM.from_pretrained('base', dtype=torch.bfloat16%s)
+%s
+model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=['q_proj', 'v_proj']))
+report = check_model(model)
+"""
+FOUR_BITS = ", quantization_config=BitsAndBytesConfig(load_in_4bit=True)"
+
 MODELS = [
+    ("LORA221", LOADED % ("", "base.config.quantization_config = {'load_in_4bit': True}")),
+    ("LORA223", LOADED % (FOUR_BITS, "")),
     ("LORA201", "model = PeftModel.from_pretrained(base, adapter())\nreport = check_model(model)"),
     ("LORA201", "model = base\nmodel.load_adapter(str(adapter()))\nreport = check_model(model)"),
     (
