@@ -7,9 +7,6 @@ import re
 from drawn_mutants import ROOT, Mutant
 from executed_lines import Executed
 
-BUDGET = 60
-"""Recorded seconds of the tests that are run for one mutant, at most; those of the nearest files come first."""
-
 NEAREST = (
     ("facts/figures", ("tests/report",)),
     ("facts/checkpoint", ("tests/rules/test_checkpoint_rules.py", "tests/checkpoint")),
@@ -64,14 +61,14 @@ def executing(mutant: Mutant, executed: Executed) -> set[str]:
     return found
 
 
-def chosen(mutant: Mutant, executed: Executed) -> list[str]:
+def chosen(mutant: Mutant, executed: Executed, budget: float) -> list[str]:
     """Tests in the order to run them: file by file, the nearest and the quickest first, within the budget."""
     near = [arguments[0] for arguments in nearest(mutant)]
 
     def distance(test: str) -> int:
         return next((number for number, path in enumerate(near) if test.startswith(path)), len(near))
 
-    left, kept = float(BUDGET), []
+    left, kept = budget, []
     tests = executing(mutant, executed)
     for test in sorted(tests, key=lambda one: (distance(one), executed.seconds[one], one)):
         left -= executed.seconds[test]

@@ -78,6 +78,7 @@ class Executed:
     def __init__(self, folder: Path) -> None:
         self.seconds: dict[str, float] = {}
         self._data = []
+        self._known: dict[str, dict[int, set[str]]] = {}
         for file in sorted(folder.glob("*.json")):
             self.seconds |= json.loads(file.read_text())
             data = coverage.CoverageData(str(file.with_suffix(".coverage")))
@@ -86,7 +87,9 @@ class Executed:
 
     def by_line(self, path: str) -> dict[int, set[str]]:
         """The tests that execute each line of a module, given by its path from the root."""
-        found: dict[int, set[str]] = defaultdict(set)
+        if path in self._known:
+            return self._known[path]
+        found = self._known[path] = defaultdict(set)
         for data in self._data:
             for line, tests in data.contexts_by_lineno(str(ROOT / path)).items():
                 found[line].update(test for test in tests if test in self.seconds)

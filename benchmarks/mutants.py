@@ -95,7 +95,7 @@ class _Only:
         items[:] = sorted(
             (item for item in items if item.nodeid in self._place), key=lambda item: self._place[item.nodeid]
         )
-        self.ran = len(items)
+        self.ran += len(items)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
@@ -110,17 +110,17 @@ def outcome(mutant: Mutant | None, tests: list[str], every: bool = False) -> dic
         sys.meta_path = _FirstOfAll([_Finder(mutant), *sys.meta_path])
     only = _Only(tests)
     files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
-    sessions = [files] if tests else nearest(mutant) if mutant else []
+    sessions = [[file] for file in files] if tests else nearest(mutant) if mutant else []
     for arguments in sessions:
         given = [*arguments, *QUIET, *([] if every else ["-x"]), "-p", "no:randomly"]
         status = pytest.main(given, plugins=[only] if tests else [])
-        if only.failed:
+        if only.failed and not every:
             return {"outcome": "killed", "by": only.failed}
-        if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        if not every and status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             return {"outcome": "killed", "by": [f"pytest {' '.join(arguments)}: {status!s}"]}
-        if tests and not only.ran:
-            return {"outcome": "nothing ran"}
-    return {"outcome": "survived"}
+    if only.failed:
+        return {"outcome": "killed", "by": only.failed}
+    return {"outcome": "survived" if only.ran or not tests else "nothing ran"}
 
 
 def forked(mutant: Mutant | None, tests: list[str], limit: float, told: Path, every: bool = False) -> int:
@@ -161,13 +161,15 @@ def ended(pid: int, status: int, used: resource.struct_rusage, told: Path) -> di
     return {"outcome": "killed", "by": [f"the process ended with status {status}"], "seconds": seconds}
 
 
-def run_all(waiting: list[Mutant], executed: Executed, jobs: int) -> Iterator[tuple[Mutant, dict[str, Any]]]:
+def run_all(
+    waiting: list[Mutant], executed: Executed, jobs: int, budget: float
+) -> Iterator[tuple[Mutant, dict[str, Any]]]:
     """The mutants' outcomes, as they come."""
     running: dict[int, tuple[Mutant, list[str], Path]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for mutant in [*waiting, *[None] * jobs]:
             if mutant is not None:
-                tests = chosen(mutant, executed)
+                tests = chosen(mutant, executed, budget)
                 told = Path(folder, f"{len(waiting)}-{waiting.index(mutant)}")
                 took = sum(executed.seconds[test] for test in tests) if tests else 240
                 running[forked(mutant, tests, SET_UP + TIMES * took, told)] = mutant, tests, told
@@ -215,6 +217,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument(
+        "--budget", type=float, default=60, help="recorded seconds of the tests of one mutant, at most"
+    )
+    parser.add_argument(
+        "--within", default="", help="only mutants whose path begins so: facts, inspection/state"
+    )
+    parser.add_argument(
         "--survivors", action="store_true", help="run again what survived, with the tests of now"
     )
     options = parser.parse_args()
@@ -230,8 +238,10 @@ def main() -> None:
     if file is not None and file.exists():
         results = json.loads(file.read_text())["results"]
     again = {name for name, result in results.items() if options.survivors and not killed(result)}
-    waiting = [m for m in drawn(options.number, options.seed) if str(m) not in results or str(m) in again]
-    for mutant, result in run_all(waiting, executed, options.jobs):
+    every = drawn(options.number, options.seed)
+    within = [m for m in every if m.path.startswith(f"pytest_lora/{options.within}")]
+    waiting = [m for m in within if str(m) not in results or str(m) in again]
+    for mutant, result in run_all(waiting, executed, options.jobs, options.budget):
         reason = results.get(str(mutant), {}).get("equivalent")
         results[str(mutant)] = result | ({"equivalent": reason} if reason else {})
         print(

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from pytest_lora.facts.model import CollidingName
-from pytest_lora.inspection.peft_internals import WRAPPERS, adapter_names, factors, saved_state, xlora_models
+from pytest_lora.inspection.peft_internals import WRAPPERS, adapter_names, factors, xlora_models
+from pytest_lora.inspection.peft_state import saved_state
 from pytest_lora.inspection.survey import Survey
 
 _OF_PEFT = ("base_model", "model", "base_layer", "weight", "lora")

@@ -13,7 +13,8 @@ from torch import nn
 from pytest_lora.inspection.base import base_parameters
 from pytest_lora.inspection.config import ADAPTER, dry_run
 from pytest_lora.inspection.parameters import count
-from pytest_lora.inspection.peft_internals import LoraConfig, saved_state
+from pytest_lora.inspection.peft_internals import LoraConfig
+from pytest_lora.inspection.peft_state import saved_state
 from pytest_lora.inspection.skeleton import skeleton
 from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey

@@ -1,4 +1,4 @@
-"""The only place that touches what PEFT does not document as public."""
+"""What PEFT does not document as public is touched here, and in ``peft_state`` for files, and nowhere else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peft
 from packaging.version import Version
-from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -50,12 +50,9 @@ __all__ = [
     "heads_by_task_type",
     "held_layer",
     "is_adalora",
-    "load_state",
     "lora_configs",
     "own_code",
     "own_geometry",
-    "save_adapters",
-    "saved_state",
     "store_adapter",
     "token_rows",
     "trains_xlora",
@@ -284,34 +281,6 @@ def token_rows(wrapper: TrainableTokensWrapper) -> dict[str, Tensor]:
     return dict(wrapper.token_adapter.trainable_tokens_delta.items())
 
 
-def saved_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """What ``save_pretrained`` writes for one adapter of a model whose vocabulary was not resized.
-
-    PEFT would ask the hub whether it was; a configuration without the base's name keeps it from doing so.
-    """
-    configs: Any = model.peft_config
-    config = configs[adapter]
-    named, config.base_model_name_or_path = config.base_model_name_or_path, None
-    try:
-        state: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=adapter)
-    finally:
-        config.base_model_name_or_path = named
-    return state
-
-
-def load_state(model: nn.Module, state: dict[str, Tensor], adapter: str) -> tuple[list[str], list[str]]:
-    """Put tensors of an adapter file, on whatever device, in the place of a model's own.
-
-    Returns:
-        The names that the model has and the file has not, and those that the file has and the model has not.
-
-    Raises:
-        Exception: Whatever PEFT and torch raise where a shape or a head does not fit.
-    """
-    result: Any = set_peft_model_state_dict(model, state, adapter_name=adapter, low_cpu_mem_usage=True)
-    return list(result.missing_keys), list(result.unexpected_keys)
-
-
 def heads_by_task_type(task_type: str | None) -> tuple[str, ...]:
     """Names that PEFT adds to ``modules_to_save`` by itself for this task type.
 
@@ -321,21 +290,3 @@ def heads_by_task_type(task_type: str | None) -> tuple[str, ...]:
     if task_type in ("SEQ_CLS", "TOKEN_CLS"):
         return ("classifier", "score")
     return ("qa_outputs",) if task_type == "QUESTION_ANS" else ()
-
-
-def save_adapters(model: Any, folder: str, **how: Any) -> None:
-    """PEFT's ``save_pretrained`` without the model card, whose template takes longer than all the rest."""
-    vars(model)["create_or_update_model_card"] = lambda output_dir: None
-    try:
-        model.save_pretrained(folder, **how)
-    finally:
-        del vars(model)["create_or_update_model_card"]
-
-
-def loading_device(model: nn.Module) -> str:
-    """The ``torch_device`` for PEFT to load an adapter onto a model.
-
-    Left to itself PEFT takes a GPU if there is one, which a check on the CPU would start.
-    """
-    first = next(model.parameters(), None)
-    return "cpu" if first is None else str(first.device)

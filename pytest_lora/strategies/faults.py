@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pytest_lora.expect import Expect
 from pytest_lora.rules import code_of
-from pytest_lora.strategies.configs import Draw, SearchSpace, made, several, space_of
+from pytest_lora.strategies.configs import Draw, made, several
+from pytest_lora.strategies.search_space import SearchSpace, space_of
 
 if TYPE_CHECKING:
     import os

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import nn
 
 from pytest_lora.bases.examples.folders import configure
-from pytest_lora.inspection.peft_internals import save_adapters
+from pytest_lora.inspection.peft_state import save_adapters
 from pytest_lora.rules import code_of
 from pytest_lora.strategies.configs import lora_configs
 from pytest_lora.strategies.damage import DAMAGES

@@ -24,12 +24,8 @@ from pytest_lora.expect import Expect
 from pytest_lora.inspection.behaviour.combination import COMBINATIONS, combination_error, rank_of
 from pytest_lora.inspection.behaviour.copies import TOLERANCES, distance, identical, output_of
 from pytest_lora.inspection.bitsandbytes_internals import pack_linear_layers, unpack_linear_layers
-from pytest_lora.inspection.peft_internals import (
-    SVD_SCALES_TWICE,
-    forget_adapters,
-    loading_device,
-    save_adapters,
-)
+from pytest_lora.inspection.peft_internals import SVD_SCALES_TWICE, forget_adapters
+from pytest_lora.inspection.peft_state import loading_device, save_adapters
 from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.rules import catalogue
 

@@ -66,7 +66,7 @@ from pytest_lora import (
 )
 from pytest_lora.bases.examples.models import BASES, language_batch
 from pytest_lora.bases.tiny import load_tiny, text_batch
-from pytest_lora.inspection.peft_internals import saved_state
+from pytest_lora.inspection.peft_state import saved_state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -6,42 +6,26 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pytest_lora.facts.batch_law import AloneFacts, Company
-from pytest_lora.facts.labels import IGNORED
+from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.inspection.behaviour.copies import TOLERANCES, largest, output_of
+from pytest_lora.inspection.behaviour.texts import (
+    PACKED,
+    Text,
+    is_encoder_decoder,
+    mask_of,
+    pad_token,
+    text_config,
+    texts_of,
+)
 from pytest_lora.inspection.placement import device_of, on_device
 from pytest_lora.inspection.quiet import quiet_libraries
 from pytest_lora.inspection.state.precision import without_tf32
-
-_TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "num_items_in_batch"}
-_DECODER = {"decoder_input_ids", "decoder_attention_mask"}
-_PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-"""What batches of text hold, those of encoder-decoders beside it, and packed ones (``DataCollatorWithFlattening``). Of
-other inputs nobody knows what belongs to one text."""
-
-_LEAST = 2
-"""Tokens of a document below which it is taken for padding: padded positions often are all zero."""
-
-_RUN = 3
-"""Length of the longest run of one token that is taken for padding though nothing says that it is."""
-
-
-class _Text(NamedTuple):
-    """A text in a row of a batch: its tokens are those from ``start`` to ``stop``."""
-
-    batch: int
-    row: int
-    start: int
-    stop: int
-    length: int
-    company: Company
-    filler: int | None
 
 
 def batch_law(model: nn.Module, root: nn.Module, batches: tuple[Any, ...]) -> AloneFacts | None:
@@ -60,7 +44,7 @@ def batch_law(model: nn.Module, root: nn.Module, batches: tuple[Any, ...]) -> Al
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return None  # the other ranks would have to run along, and their rows may have no padding
-    found = next((text for text in _texts(batches, root) if text is not None), None)
+    found = next((text for text in texts_of(batches, root) if text is not None), None)
     if found is None or _is_of_its_length(root, found.length):
         return None
     batch = on_device(_given(batches[found.batch]), device_of(model))
@@ -84,100 +68,18 @@ def batch_law(model: nn.Module, root: nn.Module, batches: tuple[Any, ...]) -> Al
         tokens=found.stop - found.start,
         company=found.company,
         side="both" if found.start and found.stop < found.length else "left" if found.start else "right",
-        pooled=first.shape == second.shape and not _is_encoder_decoder(root),
+        pooled=first.shape == second.shape and not is_encoder_decoder(root),
         apart=apart,
         tolerance=tolerance,
-        mask=_mask(batch, found),
+        mask=mask_of(batch, found),
         positions="position_ids" in batch,
         filler=found.filler,
-        pad=_pad(root),
+        pad=pad_token(root),
         cached=cached,
     )
 
 
 # ---------------------------------------------------------------------------------------- texts
-
-
-def _texts(batches: tuple[Any, ...], root: nn.Module) -> Iterator[_Text | None]:
-    for index, batch in enumerate(batches):
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        known = _TEXT | _PACKED | (_DECODER if _is_encoder_decoder(root) else set())
-        if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_meta and set(batch) <= known:
-            yield _packed(index, ids, batch) if _restarts(ids, batch) else _padded(index, ids, batch, root)
-
-
-def _restarts(ids: Tensor, batch: Mapping[str, Any]) -> bool:
-    positions = batch.get("position_ids")
-    if not isinstance(positions, Tensor) or positions.shape != ids.shape:
-        return False
-    return bool(((positions[:, 1:] == 0) & (positions[:, :-1] != 0)).any())
-
-
-def _packed(index: int, ids: Tensor, batch: Mapping[str, Any]) -> _Text | None:
-    """The first document that stands behind another one."""
-    length = ids.shape[1]
-    for row, positions in enumerate(batch["position_ids"].tolist()):
-        starts = [t for t in range(length) if positions[t] == 0]
-        for start, stop in zip(starts, [*starts[1:], length], strict=True):
-            counts = positions[start:stop] == list(range(stop - start))
-            text = _Text(index, row, start, stop, length, "documents", None)
-            if start and counts and stop - start >= _LEAST and _mask(batch, text, inside=True) != "hides":
-                return text
-    return None
-
-
-def _padded(index: int, ids: Tensor, batch: Mapping[str, Any], root: nn.Module) -> _Text | None:
-    """The shortest text that has padding beside it."""
-    mask = batch.get("attention_mask")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-        return None
-    real = mask != 0 if mask is not None and not bool(mask.all()) else _unfilled(ids, batch, root)
-    spans = []
-    for row, marks in enumerate(real.tolist()):
-        start, count = (marks.index(True), sum(marks)) if any(marks) else (0, 0)
-        if 0 < count < len(marks) and all(marks[start : start + count]):
-            spans.append((count, row, start))
-    if not spans:
-        return None
-    count, row, start = min(spans)
-    fillers = set(ids[row][~real[row]].tolist())
-    filler = fillers.pop() if len(fillers) == 1 else None
-    return _Text(index, row, start, start + count, ids.shape[1], "padding", filler)
-
-
-def _unfilled(ids: Tensor, batch: Mapping[str, Any], root: nn.Module) -> Tensor:
-    """Where no padding stands, although no mask says so.
-
-    Padding is the run of ``pad_token_id`` at an end of a row, or else of one token that ends rows in runs of several
-    lengths, of which nothing is a target.
-    """
-    labels, pad = batch.get("labels"), _pad(root)
-    aimed = labels != IGNORED if isinstance(labels, Tensor) and labels.shape == ids.shape else ids < 0
-    best = torch.ones_like(ids, dtype=torch.bool)
-    for token in {pad} if pad is not None else {*ids[:, 0].tolist(), *ids[:, -1].tolist()}:
-        filled = (_run(ids, token) | _run(ids.flip(1), token).flip(1)) & ~aimed
-        lengths = set(filled.sum(1).tolist())
-        sure = pad is not None or (len(lengths) > 1 and max(lengths) >= _RUN)
-        if sure and max(lengths) >= _LEAST and int(filled.sum()) > int((~best).sum()):
-            best = ~filled
-    return best
-
-
-def _run(ids: Tensor, token: int) -> Tensor:
-    """The run of a token that a row begins with."""
-    return (ids == token).long().cumprod(1).bool()
-
-
-def _mask(batch: Mapping[str, Any], text: _Text, *, inside: bool = False) -> Any:
-    mask = batch.get("attention_mask")
-    if not isinstance(mask, Tensor):
-        return "none"
-    if mask.ndim != 2:
-        return "shows"
-    row, own = mask[text.row] == 0, slice(text.start, text.stop)
-    if inside:
-        return "hides" if bool(row[own].any()) else "shows"
-    return "hides" if bool(row.any()) else "shows"
 
 
 # ---------------------------------------------------------------------------------------- inputs
@@ -187,10 +89,10 @@ def _given(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if value is not None}
 
 
-def _in_company(batch: dict[str, Any], text: _Text, root: nn.Module) -> dict[str, Any]:
+def _in_company(batch: dict[str, Any], text: Text, root: nn.Module) -> dict[str, Any]:
     """The row of the text; of packed documents, up to the end of this one, as none sees what comes after it."""
     given = {**_without_targets(batch, root), **_without_cache(root)}
-    if set(given) & _PACKED:
+    if set(given) & PACKED:
         return given  # these count through the whole batch
     rows = {n: v[text.row : text.row + 1] if isinstance(v, Tensor) else v for n, v in given.items()}
     if text.company == "documents":
@@ -200,9 +102,9 @@ def _in_company(batch: dict[str, Any], text: _Text, root: nn.Module) -> dict[str
     return rows
 
 
-def _alone(batch: dict[str, Any], text: _Text, root: nn.Module) -> dict[str, Any]:
+def _alone(batch: dict[str, Any], text: Text, root: nn.Module) -> dict[str, Any]:
     """The tokens of the text and no others; the model itself counts their positions."""
-    left_out = {"position_ids", *_PACKED}
+    left_out = {"position_ids", *PACKED}
     given = {name: value for name, value in _without_targets(batch, root).items() if name not in left_out}
     rows = {name: value[text.row : text.row + 1] for name, value in given.items()}
     own = slice(text.start, text.stop)
@@ -217,26 +119,26 @@ def _without_cache(root: nn.Module) -> dict[str, bool]:
     """Trainers turn the cache of keys and values off, and so does gradient checkpointing."""
     taken = signature(root.forward).parameters
     passed_on = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-    known = "use_cache" in taken or (passed_on and hasattr(_text_config(root), "use_cache"))
+    known = "use_cache" in taken or (passed_on and hasattr(text_config(root), "use_cache"))
     return {"use_cache": False} if known else {}
 
 
 def _caches(root: nn.Module) -> bool:
     """Whether a training step fills that cache, beside which transformers does not look for packed documents."""
     checkpoints = any(vars(module).get("gradient_checkpointing", False) for module in root.modules())
-    return bool(_without_cache(root) and getattr(_text_config(root), "use_cache", False)) and not checkpoints
+    return bool(_without_cache(root) and getattr(text_config(root), "use_cache", False)) and not checkpoints
 
 
 def _without_targets(batch: dict[str, Any], root: nn.Module) -> dict[str, Any]:
     """The inputs; of an encoder-decoder the labels stay, from which it makes what its decoder reads."""
-    targets = {"num_items_in_batch"} if _is_encoder_decoder(root) else {"num_items_in_batch", "labels"}
+    targets = {"num_items_in_batch"} if is_encoder_decoder(root) else {"num_items_in_batch", "labels"}
     return {name: value for name, value in batch.items() if name not in targets}
 
 
 # ---------------------------------------------------------------------------------------- results
 
 
-def _apart(first: Tensor, second: Tensor, text: _Text) -> float | None:
+def _apart(first: Tensor, second: Tensor, text: Text) -> float | None:
     """How far the results for the text are apart, or None where they cannot be compared."""
     if first.ndim >= 3 and first.shape[1] != second.shape[1]:
         first = (first[text.row : text.row + 1] if first.shape[0] > 1 else first)[:, text.start : text.stop]
@@ -287,7 +189,7 @@ def _is_of_its_length(root: nn.Module, length: int) -> bool:
     Rotary positions that are rescaled beyond a length ("dynamic", "longrope"), experts that take so many tokens and
     no more (Switch Transformers), attention to blocks that are drawn at random (BigBird).
     """
-    config: Any = _text_config(root)
+    config: Any = text_config(root)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     rope = rope if isinstance(rope, Mapping) else {}
     if rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope"):
@@ -295,18 +197,3 @@ def _is_of_its_length(root: nn.Module, length: int) -> bool:
         known = (rope.get(fields[0]), *(getattr(config, field, None) for field in fields))
         return length > next((n for n in known if isinstance(n, int)), 0)
     return hasattr(config, "expert_capacity") or getattr(config, "attention_type", None) == "block_sparse"
-
-
-def _is_encoder_decoder(root: nn.Module) -> bool:
-    return bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
-
-
-def _pad(root: nn.Module) -> int | None:
-    pad = getattr(_text_config(root), "pad_token_id", None)
-    return pad if isinstance(pad, int) else None
-
-
-def _text_config(root: nn.Module) -> Any:
-    config: Any = getattr(root, "config", None)
-    get = getattr(config, "get_text_config", None)
-    return get() if get else config

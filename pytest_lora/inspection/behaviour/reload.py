@@ -33,10 +33,9 @@ from pytest_lora.inspection.peft_internals import (
     LoraLayer,
     active_adapters,
     adapter_names,
-    loading_device,
     lora_configs,
-    save_adapters,
 )
+from pytest_lora.inspection.peft_state import loading_device, save_adapters
 from pytest_lora.inspection.quiet import quiet_libraries
 from pytest_lora.inspection.state import Keeper
 

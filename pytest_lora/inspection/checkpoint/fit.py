@@ -19,7 +19,8 @@ from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.checkpoint.config_file import lora_config
 from pytest_lora.inspection.config import ADAPTER, assembled, dry_run, refused, with_ranks
 from pytest_lora.inspection.layers import layer_facts
-from pytest_lora.inspection.peft_internals import heads_by_task_type, load_state, saved_state
+from pytest_lora.inspection.peft_internals import heads_by_task_type
+from pytest_lora.inspection.peft_state import load_state, saved_state
 from pytest_lora.inspection.rehearsal import refused_merge
 from pytest_lora.inspection.skeleton import (
     build_on_meta,

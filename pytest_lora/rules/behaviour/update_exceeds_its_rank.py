@@ -59,13 +59,16 @@ def _judged(update: UpdateFacts, steps: int) -> Violation | None:
     why = "r" if update.from_zero else "2 r, as B @ A was not zero before"
     expected = f"rank {update.allowed} at most ({why}), on a base weight that stays as it is"
     moved = "the base weight underneath moved" if update.base_moved else ""
-    thaw = "freeze the base weight: only the adapter is to train (get_peft_model sees to that)"
+    freeze = (
+        "freeze the base weight, as get_peft_model does: "
+        "for name, p in model.named_parameters(): '.base_layer.' in name and p.requires_grad_(False)"
+    )
     if update.rank is not None and update.rank > update.allowed:
         observed = f"the update of {steps} steps has rank {update.rank}, allowed is {update.allowed}"
-        fix = thaw if moved else "look for what else writes into this weight or into the factors"
+        fix = freeze if moved else "look for what else writes into this weight or into the factors"
         return Violation("", f"{observed}; {moved}" if moved else observed, expected, fix)
     if moved:
-        return Violation("", moved, expected, thaw)
+        return Violation("", moved, expected, freeze)
     if update.unknown:
         observed = f"the rank of the update was not measured: {update.unknown}"
         return Violation("", observed, expected, "nothing, if this is meant", "info")

@@ -83,29 +83,41 @@ def _diagnosis(key: Key) -> tuple[str, str]:
         origin = WRAPPERS[wrapper]
         return (
             f"carry '{wrapper}.' of {origin}",
-            f"take '{wrapper}.' out of the keys; save the unwrapped model next time",
+            f"take '{wrapper}.' out of the keys: {_without(f'{wrapper}.')}; "
+            "save the unwrapped model next time",
         )
     if before := key.before[:60]:
         return (
             f"carry '{before}.' before the prefix base_model.model.",
-            f"take '{before}.' off the keys; save_pretrained of the PeftModel itself next time",
+            f"take '{before}.' off the keys: {_without(f'{before}.')}; "
+            "save_pretrained of the PeftModel itself next time",
         )
     if key.prefixes == 0:
         return (
             "lack the prefix base_model.model.",
-            "put base_model.model. before every key; save_pretrained of the PeftModel writes it",
+            f"put it before every key: {_saved(f'{PREFIX!r} + k')}; save_pretrained of the PeftModel writes it",
         )
     if key.prefixes > 1:
         return (
             "carry the prefix base_model.model. twice, as from a PeftModel nested inside a PeftModel",
-            "strip all but one base_model.model. from the keys",
+            f"strip all but one: {_without(PREFIX, key.prefixes - 1)}",
         )
     if key.is_cut:
         return (
             "lack .weight at their end",
-            "put .weight behind lora_A and lora_B in every key",
+            "put it there: " + _saved("k if k.endswith('.weight') else k + '.weight'"),
         )
     return (
         f"carry the adapter name {key.adapter!r}",
-        f"take '.{key.adapter}' out of the keys; PEFT puts the name in while it loads",
+        f"take '.{key.adapter}' out of the keys: {_without(f'.{key.adapter}')}; "
+        "PEFT puts the name in while it loads",
     )
+
+
+def _without(text: str, times: int = 1) -> str:
+    return _saved(f"k.replace({text!r}, '', {times})")
+
+
+def _saved(name: str) -> str:
+    """The line that writes a file anew with other keys; the names are those of ``safetensors.torch``."""
+    return f"save_file({{{name}: v for k, v in load(file.read_bytes()).items()}}, file)"

@@ -43,8 +43,8 @@ def weights_are_pickled(facts: CheckpointFacts, expect: Expect) -> Iterator[Viol
             where=f"{PICKLED} in {facts.name}",
             observed="the adapter is a pickle; it was not opened, so nothing in it was judged",
             expected=WEIGHTS,
-            fix="save it again with safe_serialization=True; if you trust it, Expect(read_pickle=True) reads it "
-            "with weights_only=True",
+            fix="save it again with safe_serialization=True, or, if you trust it, give Expect(read_pickle=True), which "
+            "reads its tensors and nothing else",
         )
         names = tuple(name for name in names if name != PICKLED)
     elif other := facts.other_pickle:

@@ -50,11 +50,13 @@ def base_is_not_quantized(facts: ModelFacts, expect: Expect) -> Iterator[Violati
             fix=f"load the base anew with the quantization that is meant; for {other} weights declare load_in_{other}",
         )
     elif not quantized:
+        halves = [dtype for dtype in facts.base.float_dtypes[:1] if dtype in ("bfloat16", "float16")]
+        compute = f", bnb_4bit_compute_dtype=torch.{halves[0]}" if halves and found.declared == "4bit" else ""
         yield Violation(
             where=grouped(module.name for module in linear) if linear else facts.base.architecture,
             observed=f"the model says that it is loaded in {found.declared}, but 0 of {len(linear)} linear "
             "layers are quantized",
             expected=f"linear layers of {found.declared} weights",
-            fix="load the base with from_pretrained(..., quantization_config=BitsAndBytesConfig(...)); setting "
-            "it afterwards quantizes nothing",
+            fix="load the base with from_pretrained(..., quantization_config=BitsAndBytesConfig("
+            f"load_in_{found.declared}=True{compute})); setting it afterwards quantizes nothing",
         )

@@ -86,12 +86,15 @@ def adapter_folder_is_the_base(facts: RecipeFacts, expect: Expect) -> Iterator[V
         return
     named = found.base or "the base that the adapter was trained on"
     key = _CONTINUES.get(facts.setting.tool, "the key for the adapter to go on from")
+    rank = facts.setting.r
+    other = found.r is not None and rank.stated and rank.value != found.r
+    lines = f"`{facts.setting.base.key}: {named}` and `{key}: {found.path}`"
     yield about(
         facts,
         facts.setting.base,
         f"`{facts.setting.base.key}: {found.path}` is the folder of an adapter, not of a base model",
         "the base model, and the adapter beside it",
-        f"write `{facts.setting.base.key}: {named}` and `{key}: {found.path}`",
+        f"write {lines}" + (f", and `{rank.key}: {found.r}`, its rank" if other else ""),
     )
 
 

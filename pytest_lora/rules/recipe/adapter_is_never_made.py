@@ -62,5 +62,5 @@ def adapter_is_never_made(facts: RecipeFacts, expect: Expect) -> Iterator[Violat
         found,
         f"`{found.asked}` is there and `{found.key}` is not on: {found.why}",
         "the switch beside the keys that need it",
-        f"add `{switch}`, or remove the LoRA keys",
+        f"write `{switch}`, or remove the LoRA keys",
     )

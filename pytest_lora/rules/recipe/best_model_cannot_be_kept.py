@@ -82,7 +82,7 @@ def best_model_cannot_be_kept(facts: RecipeFacts, expect: Expect) -> Iterator[Vi
     if evaluates == "no" and setting.tool in ("LLaMA-Factory", "TRL"):
         said, mend = (
             "nothing is evaluated (`eval_strategy` is no)",
-            "add `eval_strategy: steps` and `eval_steps`",
+            "write `eval_strategy: steps`",
         )
     elif evaluates in ("steps", "epoch") and saves in ("steps", "epoch") and evaluates != saves:
         said = f"`eval_strategy` is {evaluates} and `save_strategy` is {saves}"

@@ -81,7 +81,8 @@ def key_is_not_known(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]:
             if one.stops
             else f"{facts.tool} ignores it, and its setting never happens"
         )
-        mended = f"write `{one.meant}:{one.text.partition(':')[2]}`" if one.meant else f"remove `{one.text}`"
+        value = one.text.partition(":")[2]
+        mended = f"write `{one.meant}:{value}` in its place" if one.meant else f"remove `{one.text}`"
         yield Violation(
             at(facts, one.line, one.key),
             f"`{one.key}` {_said(one)}: {effect}",

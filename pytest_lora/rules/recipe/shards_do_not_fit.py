@@ -80,6 +80,7 @@ def shards_do_not_fit(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
     if shard is None or facts.setting is None or shard.weights <= shard.gpus * shard.budget:
         return
     part = shard.weights / shard.gpus
+    enough = -(-shard.weights // shard.budget) + 1
     yield about(
         facts,
         facts.setting.strategy,
@@ -87,5 +88,5 @@ def shards_do_not_fit(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
         f"{shard.gpus} cards, more than "
         f"the {shard.budget / 2**30:.1f} GiB of memory of one: they do not fit",
         "weights that fit the cards with room for the step",
-        f"take {-(-shard.weights // shard.budget) + 1} cards or more, or quantize the base to 4 bits",
+        f"take {enough} cards or more (`gpus={enough}`), or quantize the base to 4 bits",
     )

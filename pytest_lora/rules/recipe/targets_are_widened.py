@@ -83,5 +83,5 @@ def targets_are_widened(facts: RecipeFacts, expect: Expect) -> Iterator[Violatio
         "true` adds every linear module: "
         "the two are united",
         "one of the two",
-        "remove `lora_target_linear: true`, or the list",
+        "remove `lora_target_linear: true`, or `lora_target_modules`",
     )

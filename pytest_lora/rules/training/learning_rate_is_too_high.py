@@ -46,8 +46,10 @@ def learning_rate_is_too_high(facts: TrainingFacts, expect: Expect) -> Iterator[
         rates.append(facts.schedule.peak)
     rate = max((r for r in rates if not math.isnan(r)), default=0.0)
     exploded, unlearned = _exploded(facts), _unlearned(facts)
-    limit = 0.0 if exploded else ADAPTIVE_FORGETS if unlearned else ADAPTIVE_LIMIT
-    suspect = rate >= limit if facts.optimizer.adaptive else facts.optimizer.plain
+    if facts.optimizer.adaptive:
+        suspect = bool(exploded) or rate >= (ADAPTIVE_FORGETS if unlearned else ADAPTIVE_LIMIT)
+    else:
+        suspect = facts.optimizer.plain
     thrown = _thrown(facts)
     buried = f"a step moved lora_A by {thrown:.3g} times its own size" if thrown > THROWN else None
     soared = exploded or unlearned or _soared(facts) or buried

@@ -23,17 +23,19 @@ def placeholder_is_a_target(facts: TrainingFacts, expect: Expect) -> Iterator[Vi
     ```python
     language = r".*language_model.*(q_proj|v_proj)"
     model = get_peft_model(image_text_base, LoraConfig(r=8, lora_alpha=16, target_modules=language))
-    image_text_batch["labels"] = image_text_batch["input_ids"].clone()
-    report = check_training(model, image_text_batch)
+    batch = image_text_batch
+    batch["labels"] = batch["input_ids"].clone()
+    report = check_training(model, batch)
     ```
 
     ## Use instead
     ```python
     language = r".*language_model.*(q_proj|v_proj)"
     model = get_peft_model(image_text_base, LoraConfig(r=8, lora_alpha=16, target_modules=language))
-    ids = image_text_batch["input_ids"]
-    image_text_batch["labels"] = ids.masked_fill(ids == image_text_base.config.image_token_id, -100)
-    report = check_training(model, image_text_batch)
+    batch = image_text_batch
+    ids = batch["input_ids"]
+    batch["labels"] = ids.masked_fill(ids == image_text_base.config.image_token_id, -100)
+    report = check_training(model, batch)
     ```
 
     ## References
@@ -51,5 +53,5 @@ def placeholder_is_a_target(facts: TrainingFacts, expect: Expect) -> Iterator[Vi
             observed=f"{sum(m.targets for m in same)} of {sum(m.of_targets for m in same)} targets are {medium.medium} "
             f"placeholders ({medium.field}={medium.token}): the loss teaches the model to write them",
             expected=f"no {medium.medium} placeholder among the labels",
-            fix=f"set labels to -100 wherever input_ids are {medium.token}",
+            fix=f"set batch['labels'][batch['input_ids'] == {medium.token}] = -100",
         )

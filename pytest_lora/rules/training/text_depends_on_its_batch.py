@@ -102,7 +102,7 @@ def _diagnosis(alone: AloneFacts) -> tuple[str, str]:
         return (
             "the padding on the left shifts the positions of the text"
             + (", as position_ids count it too" if alone.positions else ", as there are no position_ids"),
-            "set position_ids to (attention_mask.cumsum(-1) - 1).clamp(min=0), or pad on the right",
+            "set batch['position_ids'] = (batch['attention_mask'].cumsum(-1) - 1).clamp(min=0), or pad on the right",
         )
     return (
         "the padding on the right has a part in it, though attention_mask hides it",

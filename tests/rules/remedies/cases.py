@@ -107,7 +107,19 @@ MEANT = [
 
 ADAPTED = f"model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules={QV}))\n"
 
+LOADED = """
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+base.save_pretrained('base')
+base = AutoModelForCausalLM.from_pretrained('base', dtype=torch.bfloat16%s)
+%s
+model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=['q_proj', 'v_proj']))
+report = check_model(model)
+"""
+FOUR_BITS = ", quantization_config=BitsAndBytesConfig(load_in_4bit=True)"
+
 MODELS = [
+    ("LORA221", LOADED % ("", "base.config.quantization_config = {'load_in_4bit': True}")),
+    ("LORA223", LOADED % (FOUR_BITS, "")),
     ("LORA201", "model = PeftModel.from_pretrained(base, adapter())\nreport = check_model(model)"),
     ("LORA201", "model = base\nmodel.load_adapter(str(adapter()))\nreport = check_model(model)"),
     (
@@ -225,9 +237,110 @@ CHECKPOINTS = [
 ]
 """The rule, and a script with a faulty saved adapter."""
 
+RENAMED = [
+    "'lower.' + k",
+    "k.removeprefix('base_model.model.')",
+    "'base_model.model.' + k",
+    "k.removesuffix('.weight')",
+]
+"""What keys of saved adapters are called in place of ``k``."""
+
+
+def renamed(key: str) -> str:
+    """A script that checks a saved adapter with other keys."""
+    edited = f"edit(path, lambda tensors: {{{key}: v for k, v in tensors.items()}})"
+    return f"path = adapter()\n{edited}\nreport = check_checkpoint(path)\n"
+
+
+AXOLOTL = """
+base_model: Qwen/Qwen2.5-0.5B
+adapter: lora
+lora_r: 16
+lora_alpha: 32
+lora_target_linear: true
+datasets:
+  - path: data/train.jsonl
+    type: alpaca
+sequence_len: 1024
+micro_batch_size: 2
+num_epochs: 2
+learning_rate: 0.0002
+attn_implementation: sdpa
+"""
+
+LLAMA_FACTORY = """
+model_name_or_path: Qwen/Qwen2.5-0.5B
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: identity
+template: qwen
+cutoff_len: 1024
+output_dir: out
+per_device_train_batch_size: 1
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+bf16: true
+"""
+
+TRL = """
+model_name_or_path: Qwen/Qwen2.5-0.5B
+dtype: bfloat16
+dataset_name: trl-lib/Capybara
+use_peft: true
+lora_r: 16
+lora_alpha: 32
+lora_target_modules: [q_proj, v_proj]
+learning_rate: 2.0e-4
+per_device_train_batch_size: 2
+max_length: 1024
+output_dir: out
+bf16: true
+"""
+
+
+def recipe(text: str, *changes: str, without: str = "") -> str:
+    """A script that checks a recipe with other lines, lines that it had not, and less one."""
+    for change in (f"{without}:", *changes):
+        key = change.partition(":")[0]
+        lines = [line for line in text.splitlines() if not line.startswith(f"{key}:")]
+        text = "\n".join([*lines, *([change] if key != without else []), ""])
+    return (
+        "from pathlib import Path\n"
+        f"recipe = Path('recipe.yaml')\nrecipe.write_text({text!r})\nreport = check_recipe(recipe)\n"
+    )
+
+
+BEST = "load_best_model_at_end: true"
+RECIPES = [
+    ("LORA601", recipe(AXOLOTL).replace("  - path", r"\t- path")),
+    ("LORA602", recipe(f"{AXOLOTL}lora_alpha: 64\n")),
+    ("LORA603", recipe(AXOLOTL, "lora_dropoout: 0.05")),
+    ("LORA603", recipe(TRL, "no_such_thing_at_all: 3")),
+    ("LORA610", recipe(AXOLOTL, "load_in_4bit: true")),
+    ("LORA611", recipe(TRL, "use_peft: false")),
+    ("LORA620", recipe(TRL, "max_steps: 200", "warmup_steps: 300")),
+    ("LORA621", recipe(TRL, "learning_rate: 0.5")),
+    ("LORA621", recipe(LLAMA_FACTORY, "learning_rate: 5.0e-6")),
+    ("LORA621", recipe(LLAMA_FACTORY, "stage: dpo", "dataset: dpo_en_demo", "learning_rate: 1.0e-3")),
+    ("LORA622", recipe(TRL, BEST)),
+    ("LORA622", recipe(TRL, BEST, "eval_strategy: epoch", "save_strategy: steps")),
+    ("LORA622", recipe(TRL, BEST, "eval_strategy: steps", "eval_steps: 100", "save_steps: 250")),
+    ("LORA623", recipe(TRL, "bf16: false", "fp16: true")),
+    ("LORA624", recipe(TRL, "packing: true")),
+    ("LORA624", recipe(LLAMA_FACTORY, "packing: true")),
+    ("LORA630", recipe(AXOLOTL, "lora_target_modules: [q_proj, v_proj]")),
+    ("LORA633", recipe(TRL, "lora_r: 512", without="lora_alpha")),
+]
+"""The rule, and a script with a faulty recipe of Axolotl, LLaMA-Factory or TRL."""
+
 CASES = [
     *MODELS,
     *CHECKPOINTS,
+    *(("LORA422", renamed(key)) for key in RENAMED),
+    *RECIPES,
     *TRAININGS,
     *((code, configuration(base, fields)) for code, base, fields in CONFIGURATIONS),
     *((code, configuration(base, fields, expect)) for code, base, fields, expect in MEANT),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import LoraConfig
 from torch import nn
 
@@ -14,7 +16,7 @@ from pytest_lora import Finding
 from pytest_lora.findings import starred
 from pytest_lora.inspection.config import config_facts
 
-_EXCLUDED = re.compile(r"exclude_modules=\[[^]]*\]")
+_EXCLUDED = re.compile(r"exclude_modules=\[[^]]*\]|without `\w+`")
 
 
 _IS_SAVED = re.compile(r"\.lora_|\.modules_to_save\.|\.trainable_tokens_")
@@ -22,8 +24,11 @@ _IS_SAVED = re.compile(r"\.lora_|\.modules_to_save\.|\.trainable_tokens_")
 
 
 def possessions(names: dict[str, Any]) -> set[str]:
-    """Each adapter, full copy and trained row of the script, by kind and module."""
+    """Each adapter, full copy and trained row of the script, by kind and module; of a recipe, its keys."""
     config, base, model = (dict.get(names, name) for name in ("config", "base", "model"))
+    recipe = dict.get(names, "recipe")
+    if isinstance(recipe, Path):
+        return _of_recipe(recipe)
     if isinstance(model, nn.Module):
         return _of_model(model)
     if isinstance(config, LoraConfig) and base is not None:
@@ -41,6 +46,14 @@ def lost(before: set[str], after: set[str], findings: list[Finding]) -> set[str]
 def _is_told(module: str, told: str) -> bool:
     leaf = module.rpartition(".")[2]
     return module in told or starred(module) in told or f"'{leaf}'" in told
+
+
+def _of_recipe(recipe: Path) -> set[str]:
+    try:
+        written = yaml.safe_load(recipe.read_text())
+    except yaml.YAMLError:
+        return set()
+    return {f"key {key}" for key in written}
 
 
 def _of_config(config: LoraConfig, base: Any) -> set[str]:

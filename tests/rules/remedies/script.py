@@ -11,20 +11,24 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors.torch import load, save_file
 
 import pytest_lora
 from pytest_lora.bases import examples
 from tests.rules.remedies.words import Step
 
 CONFIG_FIELDS = frozenset(LoraConfig.__dataclass_fields__)
-KNOWN = frozenset({"torch", "nn", *pytest_lora.__all__, *examples.__all__})
+OF_FILES = {"load": load, "save_file": save_file}
+"""What a fix about a saved adapter takes for granted, beside ``file``: the file of its weights."""
+
+KNOWN = frozenset({"torch", "nn", *OF_FILES, *pytest_lora.__all__, *examples.__all__})
 MEANT = "meant"
 """The variable that holds what an example compares with; no fix changes it."""
 
 
 def executed(source: str) -> dict[str, Any]:
     """The names of a script after it ran, from fixed random numbers."""
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = dict(OF_FILES)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
@@ -50,7 +54,12 @@ def _take(tree: ast.Module, step: Step) -> bool:
             return _expect(tree, call)
         if call.args and isinstance(call.args[0], ast.Constant) and call.args[0].value is ...:
             return _extend(tree, call)
-    if not _names_read(node) <= _names_known(tree):
+    read, known = _names_read(node), _names_known(tree)
+    if "file" in read and "path" in known - KNOWN:
+        place = _place(tree, step)
+        tree.body.insert(place, ast.parse("file = path / 'adapter_model.safetensors'").body[0])
+        known.add("file")
+    if not read <= known:
         return False
     tree.body.insert(_place(tree, step), node)
     return True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +13,12 @@ from pytest_lora.rules import Rule, catalogue
 from tests.rules.remedies.by_hand import BY_HAND, STAGES_BY_HAND
 from tests.rules.remedies.cases import CASES
 from tests.rules.remedies.kept import lost, possessions
+from tests.rules.remedies.recipe_lines import Edit, edits, mended_recipe
 from tests.rules.remedies.script import executed, mended
 from tests.rules.remedies.words import alternatives
 from tests.rules.test_catalogue import SLOW, code
+
+RECIPES = {known.code for known in catalogue() if known.stage == "recipe"}
 
 every_rule = pytest.mark.parametrize(
     "known",
@@ -23,20 +27,33 @@ every_rule = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts about recipes write files where they run."""
+    monkeypatch.chdir(tmp_path)
+
+
 def prove(judged: str, source: str) -> int:
     """Take each way that the fixes of one rule offer for a script, and return how many there are."""
     findings, _ = outcome(source)
     mine = of(judged, findings)
     assert mine, f"{judged} has nothing to say about\n{source}"
-    return sum(mends(judged, source, way) for way in range(max(len(alternatives(f.fix)) for f in mine)))
+    return sum(mends(judged, source, way) for way in range(max(len(offered(f)) for f in mine)))
+
+
+def offered(finding: Finding) -> list[Callable[[str], str | None]]:
+    """The ways of a fix, each as a function from the script with the fault to the script with the fix."""
+    if finding.code in RECIPES:
+        return [partial(mended_recipe, way=way, line=finding.line) for way in edits(finding.fix)]
+    return [partial(mended, steps=way) for way in alternatives(finding.fix)]
 
 
 def mends(judged: str, source: str, way: int) -> bool:
     """Take one way, finding after finding, until the rule is silent; False where it is about nothing in the script."""
     findings, owned = outcome(source)
     while mine := of(judged, findings):
-        offered = alternatives(mine[0].fix)
-        script = mended(source, offered[min(way, len(offered) - 1)]) if offered else None
+        ways = offered(mine[0])
+        script = ways[min(way, len(ways) - 1)](source) if ways else None
         if script is None:
             return False
         after, still_owned = outcome(script)
@@ -82,9 +99,7 @@ def test_a_fix_that_is_done_by_hand_has_nothing_to_apply(known: Rule) -> None:
         pytest.skip("its fix is applied")
     source = code(known, "Example")
     for finding in of(known.code, outcome(source)[0]):
-        assert all(mended(source, way) is None for way in alternatives(finding.fix)), (
-            f"{reason}: {finding.fix}"
-        )
+        assert all(way(source) is None for way in offered(finding)), f"{reason}: {finding.fix}"
 
 
 def test_fixes_that_are_done_by_hand_are_of_rules_that_exist() -> None:
@@ -115,3 +130,19 @@ def test_the_fix_mends_other_cases(judged: str, source: str) -> None:
 )
 def test_code_is_read_from_words(fix: str, steps: list[list[str]]) -> None:
     assert [[step.code for step in way] for way in alternatives(fix)] == steps
+
+
+@pytest.mark.parametrize(
+    ("fix", "ways"),
+    [
+        ("write `a: 1` and `b: 2`", [[Edit("write", "a: 1"), Edit("write", "b: 2")]]),
+        ("add `use_peft: true`, or remove the LoRA keys", [[Edit("add", "use_peft: true")]]),
+        ("keep one of the two lines, `a: 1` or `a: 2`", [[Edit("keep", "a: 1")], [Edit("keep", "a: 2")]]),
+        ("write `lora_r: 8` in its place", [[Edit("write", "lora_r: 8", in_its_place=True)]]),
+        ("take 10 cards or more (`gpus=10`)", [[Edit("", "gpus=10")]]),
+        ("indent with spaces instead of the tab", [[Edit("untab", "")]]),
+        ("mend the line, or the one before it", []),
+    ],
+)
+def test_edits_are_read_from_words(fix: str, ways: list[list[Edit]]) -> None:
+    assert edits(fix) == ways
