@@ -30,7 +30,7 @@ NAMES: dict[Feature, str] = {
     "rank_pattern": "ranks of their own",
     "alpha_pattern": "alphas of their own",
     "ranks_by_layer": "ranks that differ between layers",
-    "padded_rank": "this rank",
+    "padded_rank": "a rank that it pads",
     "target_pattern": "a pattern for target_modules",
     "embedding": "LoRA on an embedding",
     "head": "LoRA on the output head",
@@ -42,11 +42,11 @@ NAMES: dict[Feature, str] = {
     "attention_in_part": "attention without q_proj or v_proj",
     "unconverted_init": "an initialisation that rewrites the base",
     "alora": "an activated adapter (aLoRA)",
-    "structure": "this field",
+    "structure": "a field that changes the structure",
     "no_prefix": "keys without base_model.model.",
     "adapter_in_keys": "keys with the name of the adapter",
     "pickle": "a pickle",
-    "target": "this target",
+    "target": "a target that it does not know",
 }
 
 FIXES: dict[Feature, str] = {

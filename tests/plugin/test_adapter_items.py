@@ -300,6 +300,8 @@ def test_a_server_adds_an_item(adapters: Path, pytester: pytest.Pytester) -> Non
     pytester.makeini("[pytest]\nlora_adapters = adapters\nlora_serve = vllm:4\n")
     result = run(pytester, "-q", "-rf", "--lora-select=LORA46")
     result.assert_outcomes(passed=6, failed=1)
-    result.stdout.fnmatch_lines(["LORA461, LORA464: adapter sound: 2 errors", "*start it with --max-lora-rank 8"])
+    result.stdout.fnmatch_lines(
+        ["LORA461, LORA464: adapter sound: 2 errors", "*start it with --max-lora-rank 8"]
+    )
     assert run(pytester, "--lora-serve=ollama").ret == pytest.ExitCode.USAGE_ERROR
     run(pytester, "-q", "--lora-serve=transformers:64", "--lora-select=LORA464").assert_outcomes(passed=7)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from pytest_lora import Expect, Report, check_checkpoint, check_config
 from pytest_lora.bases.examples.folders import configure, edit, pickle_weights
+from pytest_lora.bases.examples.models import BASES
 from pytest_lora.expect import Serve
 from pytest_lora.facts.served import padded
 from pytest_lora.facts.servers import SERVERS
@@ -40,9 +41,9 @@ FAULTY: list[tuple[str, str, str, dict[str, Any]]] = [
     ("sglang", "LORA462", "embeddings saved in full", {"modules_to_save": ["lm_head"]}),
     ("lorax", "LORA462", "DoRA", {"use_dora": True}),
     ("lorax", "LORA462", "a target on some of the layers", {"layers_to_transform": [1]}),
-    ("lorax", "LORA463", "this rank", {"r": 4}),
+    ("lorax", "LORA463", "a rank that it pads", {"r": 4}),
     ("lorax", "LORA463", "alphas of their own", {"alpha_pattern": {"v_proj": 4}}),
-    ("tgi", "LORA462", "this target (lm_head)", {"target_modules": ["q_proj", "lm_head"]}),
+    ("tgi", "LORA462", "a target that it does not know (lm_head)", {"target_modules": ["q_proj", "lm_head"]}),
     ("tgi", "LORA462", "LoRA on an embedding", {"target_modules": ["q_proj", "embed_tokens"]}),
     (
         "tgi",
@@ -288,3 +289,30 @@ def test_a_lone_file_without_such_keys_is_still_without_its_configuration(names:
     (path / "adapter_model.safetensors").rename(path / "weights.safetensors")
     (path / "adapter_config.json").unlink()
     assert "LORA411" in [f.code for f in check_checkpoint(path).errors]
+
+
+def unswapped(tensors: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:
+    """Packed experts with their sides exchanged, as the advice of LORA433 says."""
+    (a,), (b,) = ([k for k in tensors if part in k] for part in ("lora_A", "lora_B"))
+    each_a = tensors[a].reshape(experts, -1, tensors[a].shape[-1])
+    each_b = tensors[b].reshape(tensors[b].shape[0], -1, experts)
+    return {
+        a: each_b.permute(2, 1, 0).reshape(-1, tensors[b].shape[0]),
+        b: each_a.permute(2, 1, 0).reshape(tensors[a].shape[-1], -1),
+    }
+
+
+def test_packed_experts_whose_sides_are_swapped(names: Namespace) -> None:
+    base = BASES["fused_moe_base"]()
+    fields = {"task_type": None, "target_modules": [], "target_parameters": ["experts.up"]}
+    path = names.adapter(on=copy.deepcopy(base), **fields)
+    before = PeftModel.from_pretrained(copy.deepcopy(base), str(path)).merge_and_unload()[0].experts.up
+    edit(path, lambda t: unswapped(t, 16))
+    (found,) = check_checkpoint(path, base).errors
+    assert (found.code, "Unsloth" in found.fix) == ("LORA433", True)
+    edit(path, lambda t: unswapped(t, 16))
+    assert check_checkpoint(path, base).ok
+    after = PeftModel.from_pretrained(copy.deepcopy(base), str(path)).merge_and_unload()[0].experts.up
+    assert torch.equal(before, after)
+    assert [f.code for f in served(path, "llama.cpp").findings] == ["LORA461"]
+    assert [f.code for f in served(path, "tgi").findings] == ["LORA462"]
