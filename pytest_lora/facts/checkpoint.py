@@ -180,10 +180,8 @@ class CheckpointFacts:
         """The tool other than PEFT whose format the folder has, or None."""
         if self.config is not None and (self.config.tool or self.config.peft_type):
             return self.config.tool
-        by_keys = tool_of_keys(tensor.name for tensor in self.tensors)
-        if by_keys or self.weights not in (None, *OTHER_WEIGHTS):
-            return by_keys
-        return tool_of_files(entry.name for entry in self.files)
+        files = self.files if self.weights in (None, *OTHER_WEIGHTS) else ()
+        return tool_of_keys(t.name for t in self.tensors) or tool_of_files(entry.name for entry in files)
 
     @cached_property
     def other_method(self) -> str | None:
