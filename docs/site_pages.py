@@ -7,6 +7,7 @@ has a page, its docstring. Files of the repository that pages link to are put on
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import os
 import re
@@ -177,11 +178,18 @@ def public_names() -> dict[str, list[str]]:
 def api_page(module: str, names: list[str]) -> str:
     """The public names of one module, from their docstrings."""
     where = "pytest_lora" if any(name in pytest_lora.__all__ for name in names) else f"pytest_lora.{module}"
-    entries = [
-        assertion(name) if name.startswith("assert_") else f"::: pytest_lora.{module}.{name}"
-        for name in names
-    ]
+    # What a user calls comes first; the classes that it returns follow.
+    ordered = sorted(names, key=lambda name: name[0].isupper())
+    entries = [assertion(name) if name.startswith("assert_") else documented(module, name) for name in ordered]
     return "\n\n".join([f"# {api_title(module)}", f"`from {where} import ...`", *entries, ""])
+
+
+def documented(module: str, name: str) -> str:
+    """A public name, by its docstring; without its signature where only this package makes one."""
+    found = getattr(importlib.import_module(f"pytest_lora.{module}"), name)
+    private = any(field.startswith("_") for field in getattr(found, "__dataclass_fields__", ()))
+    options = "\n    options:\n      merge_init_into_class: false" if private else ""
+    return f"::: pytest_lora.{module}.{name}{options}"
 
 
 def assertion(name: str) -> str:

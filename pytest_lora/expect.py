@@ -19,6 +19,8 @@ _THRESHOLDS = (
 )
 
 Purpose = Literal["train", "eval", "inference"]
+Serve = Literal["vllm", "sglang", "lorax", "tgi", "llama.cpp", "mlx", "transformers"]
+"""Servers of which it is known what they make of an adapter (``facts/servers.py``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,9 @@ class Expect:
         completion_only: Only the answers are to be learned: the tokens of prompts have the label -100.
         will_merge: The adapter is going to be merged into the base weights.
         reported_percent: The trainable percentage that the user's own code prints.
+        serve: The server that the adapter is for: ``"vllm"``, ``"sglang"``, ``"lorax"``, ``"tgi"``, ``"llama.cpp"``,
+            ``"mlx"`` or ``"transformers"``. What it refuses or drops is then found (docs/serving.md).
+        max_lora_rank: The rank limit that the server is started with. ``None`` (default): its own default, 16 on vLLM.
         read_pickle: Saved adapters: read ``adapter_model.bin`` too, with torch's ``weights_only=True``. By default
             it is named, not opened.
         min_scaling: Effective scalings below this damp an adapter. Default 1/50: the smallest scaling in
@@ -79,6 +84,8 @@ class Expect:
     completion_only: bool = False
     will_merge: bool = False
     reported_percent: float | None = None
+    serve: Serve | None = None
+    max_lora_rank: int | None = None
     read_pickle: bool = False
     min_scaling: float = field(default=1 / 50)
     low_scaling: float = field(default=1 / 8)
@@ -92,6 +99,16 @@ class Expect:
     def __post_init__(self) -> None:
         if self.purpose not in get_args(Purpose):
             raise ValueError(f"purpose must be one of {', '.join(get_args(Purpose))}, not {self.purpose!r}")
+        if self.serve is not None and self.serve not in get_args(Serve):
+            raise ValueError(f"serve must be one of {', '.join(get_args(Serve))}, not {self.serve!r}")
+        if self.max_lora_rank is not None:
+            _require_count("max_lora_rank", self.max_lora_rank)
+            if self.max_lora_rank == 0 or self.serve is None:
+                raise ValueError(
+                    "max_lora_rank must be at least 1"
+                    if self.serve
+                    else "max_lora_rank is the limit of a server: say which with serve"
+                )
         for name in ("fresh", "pretrained_head", "completion_only", "will_merge", "read_pickle"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):

@@ -11,6 +11,7 @@ from pytest_lora.checks.judging import report_on, reported
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.adapter_maps import checkpoint_maps
 from pytest_lora.facts.measures import of_checkpoint
+from pytest_lora.facts.served import served_checkpoint
 from pytest_lora.findings import Report
 from pytest_lora.rules import Rule, judge
 from pytest_lora.rules.selection import codes
@@ -51,7 +52,7 @@ def check_checkpoint(
             itself is compared, and the public model that it names.
         expect: What is meant. ``fresh=True`` for an adapter saved before training, ``pretrained_head=True`` where the
             task head comes with the base, ``new_tokens`` for rows added to the vocabulary, ``config`` for what the
-            adapter was to be.
+            adapter was to be, ``serve`` for the server that is to load it.
         select: Codes, or starts of codes, to look at; all when empty.
         ignore: Codes, or starts of codes, to leave out.
 
@@ -98,6 +99,8 @@ def judge_checkpoint(
     extended = () if public is None else ("LORA434",)
     findings = [f for f in judge([facts], expect) if f.code not in extended]
     findings += _of_the_config(facts, expect)
+    served = None if expect.serve is None else served_checkpoint(facts)
+    findings += () if served is None else judge([served], expect)
     subject = f"adapter {facts.name}"
     named = subject if facts.fit is None else f"{subject} on {facts.fit.base.title}"
     return reported(named, findings, select, ignore, checkpoint_maps(facts), of_checkpoint(facts))

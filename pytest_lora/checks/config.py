@@ -10,6 +10,7 @@ from pytest_lora.checks.judging import report_on
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.adapter_maps import config_maps
 from pytest_lora.facts.measures import of_config
+from pytest_lora.facts.served import served_config
 from pytest_lora.findings import Report
 from pytest_lora.rules.selection import codes
 
@@ -43,7 +44,8 @@ def check_config(
         ignore: Codes, or starts of codes, to leave out.
 
     Returns:
-        A report with the rules of the stage *config* (codes 1xx).
+        A report with the rules of the stage *config* (codes 1xx), and with ``expect.serve`` those on servers (LORA461
+        to LORA464).
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -56,4 +58,5 @@ def check_config(
     select, ignore = codes("select", select), codes("ignore", ignore)
     facts = config_facts(config, base)
     subject = f"LoraConfig on {facts.base.title}"
-    return report_on(subject, [facts], expect, select, ignore, config_maps(facts), of_config(facts))
+    judged: list[object] = [facts] if expect.serve is None else [facts, served_config(facts)]
+    return report_on(subject, judged, expect, select, ignore, config_maps(facts), of_config(facts))

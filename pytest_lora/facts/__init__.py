@@ -11,6 +11,7 @@ from pytest_lora.facts import loss_drop as loss_drop
 from pytest_lora.facts import memory as memory
 from pytest_lora.facts import model as model
 from pytest_lora.facts import optimizer as optimizer
+from pytest_lora.facts import served as served
 from pytest_lora.facts import settings as settings
 from pytest_lora.facts import steps as steps
 from pytest_lora.facts import training as training

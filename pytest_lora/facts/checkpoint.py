@@ -10,6 +10,7 @@ from typing import Literal
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.facts.origins import OTHER_WEIGHTS, tool_of_files, tool_of_keys
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, TensorFacts
 from pytest_lora.facts.settings import Settings, is_named
 
@@ -19,10 +20,6 @@ PICKLED = "adapter_model.bin"
 
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
-_OTHER_TOOLS = re.compile(
-    r"lora_(?:down|up)\b|[._]lora\.(?:down|up)\.|^lora_(?:unet|te\d?|transformer)_|"
-    r"^(?:unet|transformer|text_encoder(?:_\d)?)\..*lora_|\.(?:hada_w\d|lokr_w\d|diff)(?:_[ab])?$"
-)
 _PLAIN_FACTORS = ("", "LORA", "ADALORA", "XLORA")
 """Methods whose tensors PEFT calls ``lora_A`` and ``lora_B`` (``peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING``)."""
 
@@ -179,14 +176,20 @@ class CheckpointFacts:
         return self.weights is not None and not any(f.file == self.weights for f in self.faults)
 
     @cached_property
+    def origin(self) -> str | None:
+        """The tool other than PEFT whose format the folder has, or None."""
+        if self.config is not None and (self.config.tool or self.config.peft_type):
+            return self.config.tool
+        files = self.files if self.weights in (None, *OTHER_WEIGHTS) else ()
+        return tool_of_keys(t.name for t in self.tensors) or tool_of_files(entry.name for entry in files)
+
+    @cached_property
     def other_method(self) -> str | None:
         """What made the adapter where it is not PEFT's LoRA, in words; else None."""
-        if self.config is not None and self.config.tool:
-            return f"an adapter of {self.config.tool}"
+        if self.origin:
+            return f"an adapter of {self.origin}"
         if self.config is not None and self.config.peft_type not in ("", "LORA"):
             return f"peft_type {self.config.peft_type}"
-        if self.config is None and any(_OTHER_TOOLS.search(t.name) for t in self.tensors):
-            return "LoRA in the format of diffusers or kohya-ss"
         if self.config is not None and self.config.unjudged:
             return f"LoRA with {', '.join(self.config.unjudged)}"
         return None

@@ -47,6 +47,23 @@ class SavedModule:
 
 
 @dataclass(frozen=True, slots=True)
+class InitialRows:
+    """Rows at the end of an embedding or head that still are what ``resize_token_embeddings`` made them.
+
+    Attributes:
+        module: Name of the embedding or head.
+        first: The first of them.
+        count: How many there are.
+        padding: Whether the only one is the padding token, which nothing learns from.
+    """
+
+    module: str
+    first: int
+    count: int
+    padding: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class TrainedRows:
     """Single rows of an embedding that one adapter trains (``trainable_token_indices``).
 
@@ -139,6 +156,7 @@ class ModelFacts:
         late: Adapters that were put in after a wrapper was made.
         colliding: Adapters whose names are also names of modules.
         trains_xlora: Whether a classifier of X-LoRA trains, which weighs adapters that are frozen by design.
+        initial_rows: Rows of the vocabulary that were added and never trained.
     """
 
     base: BaseFacts
@@ -162,6 +180,7 @@ class ModelFacts:
     late: tuple[LateAdapter, ...] = ()
     colliding: tuple[CollidingName, ...] = ()
     trains_xlora: bool = False
+    initial_rows: tuple[InitialRows, ...] = ()
 
     @property
     def active_layers(self) -> tuple[LayerState, ...]:

@@ -31,6 +31,7 @@ from pytest_lora.inspection.peft_internals import (
 )
 from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey
+from pytest_lora.inspection.vocabulary import initial_rows
 from pytest_lora.inspection.wrappers import late_adapters
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -105,6 +106,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         late=tuple(late_adapters(model)),
         colliding=tuple(colliding_names(model, found)),
         trains_xlora=bool(found.lora) and trains_xlora(model),
+        initial_rows=tuple(initial_rows(found, base)),
     )
 
 

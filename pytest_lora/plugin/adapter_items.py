@@ -222,8 +222,11 @@ class Adapter(pytest.File):
         self.adapters = adapters
 
     def collect(self) -> Iterator[pytest.Item]:
-        """Yield an item for each group of rules."""
+        """Yield an item for each group of rules; for those on servers only where one is named."""
+        served = "serve" in options_of(self.config).fields
         for group in GROUPS:
+            if group == "serving" and not served:
+                continue
             yield AdapterItem.from_parent(self, name=group, adapters=self.adapters)
 
 

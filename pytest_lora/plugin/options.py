@@ -93,6 +93,13 @@ TABLE = (
         "string",
     ),
     _Option(
+        "serve",
+        "server that adapters and configurations are for, with its rank limit if it has one, as in vllm:16: vllm, "
+        "sglang, lorax, tgi, llama.cpp, mlx or transformers; what it refuses or drops is found",
+        {"metavar": "SERVER"},
+        "string",
+    ),
+    _Option(
         "bases",
         "names of bases, one a line: NAME = PATH of a model folder or config.json, which is then a base by that name",
         ini="linelist",

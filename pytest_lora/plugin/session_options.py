@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 from collections.abc import Iterator
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from pytest_lora.plugin.field_options import session_fields
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class LoraOptions:
         base: Model folder or ``config.json`` that these are compared with, absolute, or the name of a public model;
             ``None`` for none.
         bases: Names of bases, and the model folder or ``config.json`` that each means, absolute.
-        fields: Defaults of ``LoraConfig`` and ``Expect`` fields for every test.
+        fields: Defaults of ``LoraConfig`` and ``Expect`` fields for every test; ``--lora-serve`` sets two.
         select: Codes, or starts of codes, that count; all when empty.
         ignore: Codes, or starts of codes, that are left out.
         strict: Whether warnings fail as errors do.
@@ -72,7 +73,7 @@ class LoraOptions:
 
         Raises:
             pytest.UsageError: A folder or file that is named does not exist, an ini line is not ``field = literal``,
-                there is no such device, the number of GPUs or a rank is none, or a report has no known ending.
+        fields: Defaults of ``LoraConfig`` and ``Expect`` fields for every test, ``--lora-serve`` included.
         """
         env = os.environ.get("RUN_SLOW", "").lower() in ("1", "yes", "true", "on", "y")
         return cls(
@@ -82,7 +83,7 @@ class LoraOptions:
             card=_card(config),
             base=_base(config),
             bases=dict(_named_base(config, line) for line in config.getini("lora_bases")),
-            fields=dict(_field(line) for line in config.getini("lora_config")),
+            fields=session_fields(config),
             select=_codes(config, "select"),
             ignore=_codes(config, "ignore"),
             strict=bool(config.getoption("lora_strict") or config.getini("lora_strict")),
@@ -297,15 +298,3 @@ def asks_for_gpus(early_config: pytest.Config) -> bool:
     device = _device(flags.lora_device)
     asked = flags.lora_require_gpu or flags.lora_gpu_report or early_config.getini("lora_gpus_per_worker")
     return device.startswith("cuda") or bool(device == "auto" and asked)
-
-
-def _field(line: str) -> tuple[str, object]:
-    name, equals, literal = (part.strip() for part in line.partition("="))
-    try:
-        if not equals or not name.isidentifier():
-            raise ValueError
-        return name, ast.literal_eval(literal)
-    except (ValueError, SyntaxError) as error:
-        raise pytest.UsageError(
-            f"ini lora_config: {line!r} is not FIELD = PYTHON LITERAL, as in r = 16 or target_modules = ['q_proj']"
-        ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.saved_tensors import Key
@@ -10,6 +10,7 @@ from pytest_lora.facts.saved_tensors import Key
 if TYPE_CHECKING:
     from pytest_lora.expect import Expect
     from pytest_lora.facts.checkpoint import CheckpointFacts
+    from pytest_lora.facts.config import ConfigFacts
     from pytest_lora.facts.resumption import ResumptionFacts
     from pytest_lora.facts.settings import Settings
 
@@ -114,3 +115,25 @@ def double_rank(expect: Expect) -> str:
         return "double the rank and lora_alpha with it"
     rank, alpha = config.r, config.lora_alpha
     return f"double the rank from {rank} to {2 * rank} and lora_alpha with it from {alpha:g} to {2 * alpha:g}"
+
+
+def ways_to_train_rows(facts: ConfigFacts, side: str, first: int, count: int) -> Iterator[str]:
+    """What trains added rows: a copy in full, unless tied or by rows already; rows alone, which older PEFT has for
+    embeddings only."""
+    leaf = side.rpartition(".")[2]
+    if not facts.base.tied_to(side) and side not in facts.token_modules:
+        yield f"set {assigned(modules_to_save=(*facts.settings.modules_to_save, leaf))}"
+    if side == facts.base.input_embeddings or side in facts.token_modules:
+        yield f"train the new rows alone: trainable_token_indices={{{_rows(facts, leaf, first, count)}}}"
+
+
+def _rows(facts: ConfigFacts, leaf: str, first: int, count: int) -> str:
+    """The rows that are trained already and the new ones, as the items of a dictionary."""
+    new = f"list(range({first}, {first + count}))"
+    others = dict(facts.settings.trainable_token_indices)
+    known = [*others.pop("", ()), *others.pop(leaf, ())]
+    items = {
+        leaf: f"{known} + {new}" if known else new,
+        **{name: list(rows) for name, rows in others.items()},
+    }
+    return ", ".join(f"{name!r}: {rows}" for name, rows in items.items())

@@ -40,6 +40,9 @@ def adapters(saved: Path, pytester: pytest.Pytester) -> Path:
     return target
 
 
+UNSERVED = ["files", "config", "keys", "shapes", "values", "base"]
+
+
 def ids(result: pytest.RunResult) -> list[str]:
     return [line for line in result.outlines if "::" in line]
 
@@ -56,9 +59,9 @@ def test_each_adapter_is_an_item_for_each_group(adapters: Path, pytester: pytest
     assert ids(result) == [
         f"adapters/{name}/adapter_config.json::{group}"
         for name in ("rank", "sound", "zeros")
-        for group in GROUPS
+        for group in UNSERVED
     ]
-    assert list(GROUPS) == ["files", "config", "keys", "shapes", "values", "base"]
+    assert list(GROUPS) == [*UNSERVED, "serving"]
 
 
 @MODES
@@ -129,7 +132,7 @@ def test_adapters_outside_the_root_keep_readable_names(
     (project / "pytest.ini").write_text("[pytest]\n")
     os.chdir(project)
     result = run(pytester, "--collect-only", "-q", f"--lora-adapters={adapters / 'sound'}")
-    assert ids(result) == [f"sound/adapter_config.json::{group}" for group in GROUPS]
+    assert ids(result) == [f"sound/adapter_config.json::{group}" for group in UNSERVED]
 
 
 def test_the_base_is_compared(adapters: Path, pytester: pytest.Pytester) -> None:
@@ -288,3 +291,17 @@ def test_collecting_opens_no_file_of_an_adapter(adapters: Path, pytester: pytest
     assert len(ids(result)) == 18
     assert not [line for line in result.outlines if line.startswith("OPENED")]
     assert sys.version_info >= (3, 11)
+
+
+def test_a_server_adds_an_item(adapters: Path, pytester: pytest.Pytester) -> None:
+    shutil.rmtree(adapters / "rank")
+    shutil.rmtree(adapters / "zeros")
+    folders.configure(adapters / "sound", use_dora=True)
+    pytester.makeini("[pytest]\nlora_adapters = adapters\nlora_serve = vllm:4\n")
+    result = run(pytester, "-q", "-rf", "--lora-select=LORA46")
+    result.assert_outcomes(passed=6, failed=1)
+    result.stdout.fnmatch_lines(
+        ["LORA461, LORA464: adapter sound: 2 errors", "*start it with --max-lora-rank 8"]
+    )
+    assert run(pytester, "--lora-serve=ollama").ret == pytest.ExitCode.USAGE_ERROR
+    run(pytester, "-q", "--lora-serve=transformers:64", "--lora-select=LORA464").assert_outcomes(passed=7)

@@ -367,7 +367,8 @@ def test_damage_is_named_once(names: Namespace, case: str) -> None:
         (
             lambda k: k.removesuffix(".weight").replace("lora_A", "lora_a").replace("lora_B", "lora_b"),
             "are named as MLX names them (lora_a, lora_b)",
-            "convert the file: lora_a is lora_A.weight and lora_b is lora_B.weight, each transposed",
+            "convert the file: lora_a is lora_A.weight and lora_b is lora_B.weight, each transposed; its scale is the "
+            "whole scaling, so lora_alpha is scale * r",
         ),
     ],
 )
@@ -564,7 +565,10 @@ def test_files_of_diffusers_are_named_and_not_judged(tmp_path: Path, key: str) -
     save_file({key: torch.randn(4, 8)}, tmp_path / "pytorch_lora_weights.safetensors")
     report = check_checkpoint(tmp_path)
     assert [(f.severity, f.code) for f in report.findings] == [("info", "LORA415")]
-    assert "diffusers or kohya-ss" in report.findings[0].observed
+    assert (
+        f"an adapter of {'kohya-ss' if key.startswith('lora_') else 'diffusers'}"
+        in report.findings[0].observed
+    )
 
 
 def test_values_of_other_methods_are_looked_at(names: Namespace) -> None:

@@ -18,6 +18,7 @@ from pytest_lora.facts.checkpoint import (
     Entry,
     FileFault,
 )
+from pytest_lora.facts.origins import OTHER_WEIGHTS
 from pytest_lora.facts.saved_tensors import PREFIX, AdaptedModule, Key, TensorFacts
 from pytest_lora.inspection.checkpoint.config_file import MAX_CONFIG, config_file
 from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pytest_lora.inspection.checkpoint.fit import Base
-
-OTHER_WEIGHTS = ("pytorch_lora_weights.safetensors",)
-"""What diffusers calls a LoRA file."""
 
 TOKENIZER = ("added_tokens.json", "tokenizer_config.json")
 
@@ -234,7 +232,12 @@ def _weights_file(folder: Folder, entries: tuple[Entry, ...], *, has_config: boo
         return WEIGHTS
     if has_config:
         return None
-    return next((name for name in OTHER_WEIGHTS if folder.exists(name)), None)
+    known = next((name for name in OTHER_WEIGHTS if folder.exists(name)), None)
+    if known is not None:
+        return known
+    # kohya-ss leaves the name to its user, and writes nothing beside the file.
+    alone = [entry.name for entry in entries if entry.kind == "file" and entry.name.endswith(".safetensors")]
+    return alone[0] if len(alone) == 1 and not alone[0].startswith(("model", "adapter_model")) else None
 
 
 def _adapted(

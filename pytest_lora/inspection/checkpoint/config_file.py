@@ -18,7 +18,7 @@ MAX_CONFIG = 2 * 2**20
 DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "init_lora_weights": True}
 """What PEFT takes where the file is silent (``peft.LoraConfig``) and silence is not zero."""
 
-OTHER_TOOLS = {"fine_tune_type": "mlx-lm", "lora_parameters": "mlx-lm"}
+OTHER_TOOLS = {"fine_tune_type": "mlx-lm", "lora_parameters": "mlx-lm", "model_class": "AdapterHub"}
 """Fields of other tools that call their configuration ``adapter_config.json`` as well."""
 
 UNJUDGED = (

@@ -7,6 +7,7 @@ GROUPS = {
     "shapes": ("LORA43",),
     "values": ("LORA44",),
     "base": ("LORA45",),
+    "serving": ("LORA46",),
 }
 """Parts of a saved adapter, each a test item, and how the codes begin that are about it."""
 

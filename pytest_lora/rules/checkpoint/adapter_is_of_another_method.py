@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.conversions import TO_PEFT
+
+_FOR_PIPELINES = ("diffusers", "kohya-ss")
+"""Formats that a pipeline of diffusers reads as they are."""
 
 
 @rule("LORA415", severity="info", needs=CheckpointFacts)
@@ -12,9 +16,10 @@ def adapter_is_of_another_method(facts: CheckpointFacts, expect: Expect) -> Iter
     """The adapter is none of PEFT's LoRA, and was not judged.
 
     ## What it does
-    Recognises other methods of PEFT by peft_type, and LoRA files of diffusers and kohya-ss by their keys. Where
-    peft_type names another method, but all tensors are lora_A and lora_B, that is a warning, and so is the
-    adapter_config.json of mlx-lm, which PEFT cannot read.
+    Recognises other methods of PEFT by peft_type, and the adapters of mlx-lm, AdapterHub, torchtune, diffusers and
+    kohya-ss by their configuration, keys and file names, and says how to convert them. Where peft_type names another
+    method, but all tensors are lora_A and lora_B, that is a warning, and so are formats that PEFT cannot read. With
+    `Expect(serve=...)` they are errors, and adapters of mlx-lm are sound for mlx.
 
     ## Why is this bad?
     By itself it is not: their keys and shapes follow rules of their own, so that nothing is said about them.
@@ -46,14 +51,15 @@ def adapter_is_of_another_method(facts: CheckpointFacts, expect: Expect) -> Iter
             fix="restore the adapter_config.json that the adapter was trained with, with peft_type='LORA'",
             severity="warning",
         )
-    elif facts.config is not None and facts.config.tool:
+    elif facts.origin == "mlx-lm" and expect.serve == "mlx":
+        return
+    elif facts.origin:
         yield Violation(
             where=facts.name,
-            observed=f"this is an adapter of {facts.config.tool}, which PEFT cannot load: nothing else was judged",
+            observed=f"this is an adapter of {facts.origin}, which PEFT cannot load: nothing else was judged",
             expected="an adapter of PEFT",
-            fix="convert it: lora_a and lora_b, each transposed, become lora_A.weight and lora_B.weight under "
-            "base_model.model., and its scale times its rank becomes lora_alpha",
-            severity="warning",
+            fix=TO_PEFT[facts.origin],
+            severity="error" if expect.serve else "info" if facts.origin in _FOR_PIPELINES else "warning",
         )
     elif facts.other_method:
         yield Violation(

@@ -6,6 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.facts.saved_tensors import PREFIX, WRAPPERS, Key
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.conversions import TO_PEFT
 
 
 @rule("LORA422", severity="error", needs=CheckpointFacts)
@@ -73,10 +74,13 @@ def _diagnosis(key: Key) -> tuple[str, str]:
             "are named as diffusers or kohya-ss name them (lora_down, lora_up)",
             "convert the file: lora_down is lora_A, lora_up is lora_B, and the modules need the names of this base",
         )
+    if key.tool_name and key.peft_name.endswith(".weight"):
+        return "are named as torchtune names them (lora_a.weight, lora_b.weight)", TO_PEFT["torchtune"]
     if key.tool_name:
         return (
             "are named as MLX names them (lora_a, lora_b)",
-            "convert the file: lora_a is lora_A.weight and lora_b is lora_B.weight, each transposed",
+            "convert the file: lora_a is lora_A.weight and lora_b is lora_B.weight, each transposed; its scale is the "
+            "whole scaling, so lora_alpha is scale * r",
         )
     if key.wrappers:
         wrapper = key.wrappers[0]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts, Misfit
-from pytest_lora.facts.saved_tensors import PREFIX
+from pytest_lora.facts.saved_tensors import PREFIX, AdaptedModule
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
@@ -39,7 +39,8 @@ def shape_does_not_fit_the_base(facts: CheckpointFacts, expect: Expect) -> Itera
     if fit is None:
         return
     settings = facts.settings
-    ranks_differ = {m.name for m in facts.adapted if m.rank != m.configured_rank or not m.ranks_agree}
+    packed = bool(settings and settings.target_parameters)
+    ranks_differ = {m.name for m in facts.adapted if _has_another_rank(m, packed) or not m.ranks_agree}
     embeddings = {fit.base.input_embeddings, fit.base.output_embeddings}
     wrong: dict[bool, list[tuple[str, Misfit]]] = {}
     for misfit in fit.misfits:
@@ -63,8 +64,35 @@ def shape_does_not_fit_the_base(facts: CheckpointFacts, expect: Expect) -> Itera
             if of_tokens
             else f"load the base with num_labels={first.found[0]}, as in training"
             if is_head and first.found
+            else _UNSWAP
+            if packed and _swapped(facts, [misfit for _, misfit in found])
             else "load it on the base that it was trained on",
         )
+
+
+_UNSWAP = (
+    "these are packed experts with both sides swapped, as Unsloth and older PEFT save them: for each expert the new "
+    "lora_A is the transposed lora_B and the new lora_B the transposed lora_A (lora_A counts experts, then ranks; "
+    "lora_B ranks, then experts)"
+)
+
+
+def _has_another_rank(module: AdaptedModule, packed: bool) -> bool:
+    """Whether the factors have another rank than the configuration; packed experts have a multiple of it."""
+    rank, configured = module.rank, module.configured_rank
+    return rank != configured and not (packed and rank and configured and rank % configured == 0)
+
+
+def _swapped(facts: CheckpointFacts, misfits: list[Misfit]) -> bool:
+    """Whether every misfit is of packed experts, and one factor has the size that the other one asks for."""
+    sizes: dict[str, set[tuple[int, int]]] = {}
+    for misfit in misfits:
+        key = facts.keys[misfit.name]
+        if len(misfit.found) != 2 or len(misfit.wanted) != 2 or key.part not in ("lora_A", "lora_B"):
+            return False
+        side = 1 if key.part == "lora_A" else 0
+        sizes.setdefault(key.module, set()).add((misfit.found[side], misfit.wanted[side]))
+    return all(len(found) == 2 and {(b, a) for a, b in found} == found for found in sizes.values())
 
 
 def _shaped(shape: tuple[int, ...]) -> str:

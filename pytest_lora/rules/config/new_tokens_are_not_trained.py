@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
+from pytest_lora.rules.remedies import ways_to_train_rows
 
 
 @rule("LORA119", severity="error", needs=ConfigFacts, on_saved="with_base")
@@ -58,27 +58,6 @@ def new_tokens_are_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[V
             where=side,
             observed=f"{missing} of {tokens} new tokens have rows in {leaf} that are frozen at random values",
             expected="added rows to be trained and saved",
-            fix=" or ".join(_ways(facts, side, first_new, tokens)),
+            fix=" or ".join(ways_to_train_rows(facts, side, first_new, tokens)),
             severity="error" if side == base.input_embeddings else "warning",
         )
-
-
-def _ways(facts: ConfigFacts, side: str, first: int, count: int) -> Iterator[str]:
-    """A copy in full, unless tied or by rows already; rows alone, which older PEFT has for embeddings only."""
-    leaf = side.rpartition(".")[2]
-    if not facts.base.tied_to(side) and side not in facts.token_modules:
-        yield f"set {assigned(modules_to_save=(*facts.settings.modules_to_save, leaf))}"
-    if side == facts.base.input_embeddings or side in facts.token_modules:
-        yield f"train the new rows alone: trainable_token_indices={{{_rows(facts, leaf, first, count)}}}"
-
-
-def _rows(facts: ConfigFacts, leaf: str, first: int, count: int) -> str:
-    """The rows that are trained already and the new ones, as the items of a dictionary."""
-    new = f"list(range({first}, {first + count}))"
-    others = dict(facts.settings.trainable_token_indices)
-    known = [*others.pop("", ()), *others.pop(leaf, ())]
-    items = {
-        leaf: f"{known} + {new}" if known else new,
-        **{name: list(rows) for name, rows in others.items()},
-    }
-    return ", ".join(f"{name!r}: {rows}" for name, rows in items.items())
