@@ -91,12 +91,14 @@ class Report:
         figures: What was seen on the way and is worth a look: a map of the adapter, a loss curve, a memory budget.
         measured: Numbers that a baseline compares, by name: trainable parameters, scalings, a predicted peak (bytes),
             losses and their relative drop.
+        not_judged: What could not be judged, as pairs: why (``"no batch given"``), and what (``"41 training rules"``).
     """
 
     subject: str
     findings: tuple[Finding, ...] = ()
     figures: tuple[Figure, ...] = field(default=(), repr=False)
     measured: Measures = field(default=(), repr=False)
+    not_judged: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         ordered = sorted(self.findings, key=lambda f: (SEVERITIES.index(f.severity), f.code))
@@ -170,7 +172,8 @@ class Report:
         return replace(self, measured=())
 
     def to_json(self) -> str:
-        """The report as one JSON object: ``subject``, ``ok``, ``findings``, and any ``measured`` and ``figures``."""
+        """The report as one JSON object: ``subject``, ``ok``, ``findings``, and any ``measured``, ``figures`` and
+        ``not_judged``."""
         data: dict[str, object] = {
             "subject": self.subject,
             "ok": self.ok,
@@ -180,6 +183,8 @@ class Report:
             data["measured"] = dict(self.measured)
         if self.figures:
             data["figures"] = [to_plain(one) for one in self.figures]
+        if self.not_judged:
+            data["not_judged"] = [{"why": why, "what": what} for why, what in self.not_judged]
         return json.dumps(data)
 
     @classmethod
@@ -195,6 +200,7 @@ class Report:
             tuple(Finding(**f) for f in data["findings"]),
             tuple(from_plain(one) for one in data.get("figures", ())),
             tuple(data.get("measured", {}).items()),
+            tuple((one["why"], one["what"]) for one in data.get("not_judged", ())),
         )
 
 
