@@ -6,8 +6,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from dataclasses import asdict, dataclass, field, fields, replace
+from html import escape
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytest_lora.cleaning import LONGEST_OF_A_FINDING, printable
 from pytest_lora.facts.figures import Figure, from_plain, to_plain
@@ -171,6 +173,31 @@ class Report:
         """The report without what a baseline compares."""
         return replace(self, measured=())
 
+    def to_dataframe(self) -> Any:
+        """The findings as a ``pandas.DataFrame``: a row each, with the fields of ``Finding`` and the ``subject``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            pandas: Any = import_module("pandas")
+        except ImportError as error:
+            raise ImportError("Report.to_dataframe needs pandas: pip install pandas") from error
+        columns = ["subject", *(one.name for one in fields(Finding))]
+        return pandas.DataFrame(
+            [{"subject": self.subject, **asdict(f)} for f in self.findings], columns=columns
+        )
+
+    def _repr_html_(self) -> str:
+        """The report as a small card in a notebook; what is not an error is folded away."""
+        counts = counted(f.severity for f in self.findings) or "healthy"
+        colour = _CARD[min((SEVERITIES.index(f.severity) for f in self.findings), default=len(SEVERITIES))]
+        cells = "".join(map(_card_of, self.findings))
+        return (
+            f'<div style="border-left:4px solid {colour};padding:.2em .8em;margin:.4em 0;max-width:60em">'
+            f"<div><b>{escape(self.subject)}</b>: {counts}</div>{cells}</div>"
+        )
+
     def to_json(self) -> str:
         """The report as one JSON object: ``subject``, ``ok``, ``findings``, and any ``measured``, ``figures`` and
         ``not_judged``."""
@@ -202,6 +229,23 @@ class Report:
             tuple(data.get("measured", {}).items()),
             tuple((one["why"], one["what"]) for one in data.get("not_judged", ())),
         )
+
+
+_CARD = ("#c62828", "#b26a00", "#2f5f9a", "#2e7d4f")
+"""Colours of a card by the gravest finding, the last without any; readable on white and on black."""
+
+
+def _card_of(finding: Finding) -> str:
+    """A finding as HTML, open where it is an error."""
+    opened = " open" if finding.severity == "error" else ""
+    words = (("seen", finding.observed), ("expected", finding.expected), ("fix", finding.fix))
+    told = "".join(f"<div>{name}: {escape(text)}</div>" for name, text in words)
+    return (
+        f'<details{opened} style="margin:.3em 0"><summary>{escape(finding.severity)} {escape(finding.code)}: '
+        f"{escape(finding.title)}</summary>"
+        f'<div style="padding-left:1.2em;white-space:pre-wrap;overflow-wrap:anywhere">'
+        f"<code>{escape(finding.where)}</code>{told}</div></details>"
+    )
 
 
 def counted(severities: Iterable[str]) -> str:

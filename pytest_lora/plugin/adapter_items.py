@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lora.cleaning import file_id
+from pytest_lora.cleaning import file_id, printable
 from pytest_lora.plugin.file_nodes import node_id, shown_path, unread
 from pytest_lora.plugin.item_reports import deliver, failure_text
 from pytest_lora.plugin.options import ADAPTER_FILES

@@ -50,9 +50,7 @@ def deliver(report: Report, place: str) -> None:
 def _cut_lines(file: str) -> None:
     """Let Python, which prints the line under a warning, know of a file no more than the beginnings of its lines."""
     known = linecache.getlines(file)
-    lines = [
-        line if len(line) <= SHOWN_SOURCE else f"{line[:SHOWN_SOURCE].rstrip()} ...\n" for line in known
-    ]
+    lines = [line if len(line) <= SHOWN_SOURCE else f"{line[:SHOWN_SOURCE].rstrip()} ...\n" for line in known]
     linecache.cache[file] = (sum(map(len, lines)), None, lines, file)
 
 

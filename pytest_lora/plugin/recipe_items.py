@@ -91,7 +91,6 @@ class Recipes:
             item.shown = shown_path(file, *start)
             yield item
 
-
     def _progress(self, number: int, files: int) -> int:
         """Say how far it is; on a terminal in one line, elsewhere ever more rarely.
 
