@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -41,6 +42,17 @@ ELSEWHERE = {
     "vram": "budget=",
 }
 """What trainers and recipes call an argument of ours, and how to write it here."""
+
+
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def hub_hint(given: str) -> str:
+    """What to do where a path is meant and the name of a repository on the Hugging Face Hub is given; else empty."""
+    if not _ON_HUB.fullmatch(given) or given.startswith("."):
+        return ""
+    folder = given.partition("/")[2]
+    return f"; if it is a name on the Hub: hf download {given} --local-dir {folder}, and give that folder"
 
 
 def refusing(function: Callable[P, R], name: str | None = None) -> Callable[P, R]:

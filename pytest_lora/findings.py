@@ -6,8 +6,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from dataclasses import asdict, dataclass, field, fields, replace
+from html import escape
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytest_lora.cleaning import LONGEST_OF_A_FINDING, printable
 from pytest_lora.facts.figures import Figure, from_plain, to_plain
@@ -91,12 +93,14 @@ class Report:
         figures: What was seen on the way and is worth a look: a map of the adapter, a loss curve, a memory budget.
         measured: Numbers that a baseline compares, by name: trainable parameters, scalings, a predicted peak (bytes),
             losses and their relative drop.
+        not_judged: What could not be judged, as pairs: why (``"no batch given"``), and what (``"41 training rules"``).
     """
 
     subject: str
     findings: tuple[Finding, ...] = ()
     figures: tuple[Figure, ...] = field(default=(), repr=False)
     measured: Measures = field(default=(), repr=False)
+    not_judged: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         ordered = sorted(self.findings, key=lambda f: (SEVERITIES.index(f.severity), f.code))
@@ -169,8 +173,34 @@ class Report:
         """The report without what a baseline compares."""
         return replace(self, measured=())
 
+    def to_dataframe(self) -> Any:
+        """The findings as a ``pandas.DataFrame``: a row each, with the fields of ``Finding`` and the ``subject``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            pandas: Any = import_module("pandas")
+        except ImportError as error:
+            raise ImportError("Report.to_dataframe needs pandas: pip install pandas") from error
+        columns = ["subject", *(one.name for one in fields(Finding))]
+        return pandas.DataFrame(
+            [{"subject": self.subject, **asdict(f)} for f in self.findings], columns=columns
+        )
+
+    def _repr_html_(self) -> str:
+        """The report as a small card in a notebook; what is not an error is folded away."""
+        counts = counted(f.severity for f in self.findings) or "healthy"
+        colour = _CARD[min((SEVERITIES.index(f.severity) for f in self.findings), default=len(SEVERITIES))]
+        cells = "".join(map(_card_of, self.findings))
+        return (
+            f'<div style="border-left:4px solid {colour};padding:.2em .8em;margin:.4em 0;max-width:60em">'
+            f"<div><b>{escape(self.subject)}</b>: {counts}</div>{cells}</div>"
+        )
+
     def to_json(self) -> str:
-        """The report as one JSON object: ``subject``, ``ok``, ``findings``, and any ``measured`` and ``figures``."""
+        """The report as one JSON object: ``subject``, ``ok``, ``findings``, and any ``measured``, ``figures`` and
+        ``not_judged``."""
         data: dict[str, object] = {
             "subject": self.subject,
             "ok": self.ok,
@@ -180,6 +210,8 @@ class Report:
             data["measured"] = dict(self.measured)
         if self.figures:
             data["figures"] = [to_plain(one) for one in self.figures]
+        if self.not_judged:
+            data["not_judged"] = [{"why": why, "what": what} for why, what in self.not_judged]
         return json.dumps(data)
 
     @classmethod
@@ -195,7 +227,25 @@ class Report:
             tuple(Finding(**f) for f in data["findings"]),
             tuple(from_plain(one) for one in data.get("figures", ())),
             tuple(data.get("measured", {}).items()),
+            tuple((one["why"], one["what"]) for one in data.get("not_judged", ())),
         )
+
+
+_CARD = ("#c62828", "#b26a00", "#2f5f9a", "#2e7d4f")
+"""Colours of a card by the gravest finding, the last without any; readable on white and on black."""
+
+
+def _card_of(finding: Finding) -> str:
+    """A finding as HTML, open where it is an error."""
+    opened = " open" if finding.severity == "error" else ""
+    words = (("seen", finding.observed), ("expected", finding.expected), ("fix", finding.fix))
+    told = "".join(f"<div>{name}: {escape(text)}</div>" for name, text in words)
+    return (
+        f'<details{opened} style="margin:.3em 0"><summary>{escape(finding.severity)} {escape(finding.code)}: '
+        f"{escape(finding.title)}</summary>"
+        f'<div style="padding-left:1.2em;white-space:pre-wrap;overflow-wrap:anywhere">'
+        f"<code>{escape(finding.where)}</code>{told}</div></details>"
+    )
 
 
 def counted(severities: Iterable[str]) -> str:

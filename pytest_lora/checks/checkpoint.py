@@ -13,7 +13,7 @@ from pytest_lora.facts.figures.adapter_maps import checkpoint_maps
 from pytest_lora.facts.measures import of_checkpoint
 from pytest_lora.facts.served import served_checkpoint
 from pytest_lora.findings import Report
-from pytest_lora.rules import Rule, judge
+from pytest_lora.rules import Rule, catalogue, judge
 from pytest_lora.rules.selection import codes
 
 if TYPE_CHECKING:
@@ -103,7 +103,14 @@ def judge_checkpoint(
     findings += () if served is None else judge([served], expect)
     subject = f"adapter {facts.name}"
     named = subject if facts.fit is None else f"{subject} on {facts.fit.base.title}"
-    return reported(named, findings, select, ignore, checkpoint_maps(facts), of_checkpoint(facts))
+    left = () if facts.fit is not None else (("no base given or known", _compared()),)
+    return reported(named, findings, select, ignore, checkpoint_maps(facts), of_checkpoint(facts), left)
+
+
+def _compared() -> str:
+    """How many rules need a base, in words."""
+    number = sum(rule.on_saved not in (None, "alone") for rule in catalogue())
+    return f"{number} config rules"
 
 
 def _of_the_config(facts: CheckpointFacts, expect: Expect) -> Iterator[Finding]:

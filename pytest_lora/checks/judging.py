@@ -8,8 +8,17 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.figures import Figure
 from pytest_lora.facts.measures import Measures
 from pytest_lora.findings import Finding, Report
-from pytest_lora.rules import judge
+from pytest_lora.rules import catalogue, judge
 from pytest_lora.rules.selection import selected
+
+NotJudged = tuple[tuple[str, str], ...]
+"""Pairs: why something could not be judged, and what."""
+
+
+def rules_of(*stages: str) -> str:
+    """How many rules a stage has, in words: ``"41 training rules"``."""
+    number = sum(rule.stage in stages for rule in catalogue())
+    return f"{number} {stages[0]} rules"
 
 
 def report_on(
@@ -20,9 +29,10 @@ def report_on(
     ignore: Iterable[str],
     figures: tuple[Figure, ...] = (),
     measured: Measures = (),
+    not_judged: NotJudged = (),
 ) -> Report:
     """What the rules say of facts, as far as it is selected."""
-    return reported(subject, judge(facts, expect), select, ignore, figures, measured)
+    return reported(subject, judge(facts, expect), select, ignore, figures, measured, not_judged)
 
 
 def reported(
@@ -32,6 +42,7 @@ def reported(
     ignore: Iterable[str],
     figures: tuple[Figure, ...] = (),
     measured: Measures = (),
+    not_judged: NotJudged = (),
 ) -> Report:
     """A report on findings, as far as they are selected."""
-    return Report(subject, tuple(selected(findings, select, ignore)), figures, measured)
+    return Report(subject, tuple(selected(findings, select, ignore)), figures, measured, not_judged)

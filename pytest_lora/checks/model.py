@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.arguments import refusing, require_expect, require_trainers
-from pytest_lora.checks.judging import report_on
+from pytest_lora.checks.judging import report_on, rules_of
 from pytest_lora.checks.training import PROBE_STEPS, check_training
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.adapter_maps import model_maps
@@ -68,7 +68,9 @@ def check_model(
     if optimizer is not None and batches is None:
         judged.append(optimizer_facts(model, optimizer))
     subject = f"{type(model).__name__} of {facts.base.title}"
-    report = report_on(subject, judged, expect, select, ignore, model_maps(facts), of_model(facts))
+    unseen = batches is None and expect.purpose == "train"
+    left = (("no batch given", rules_of("training")),) if unseen else ()
+    report = report_on(subject, judged, expect, select, ignore, model_maps(facts), of_model(facts), left)
     if batches is None:
         return report
     taken = PROBE_STEPS if steps is None else steps

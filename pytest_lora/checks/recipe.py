@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_lora.arguments import refusing, require_expect
 from pytest_lora.checks.judging import reported
-from pytest_lora.checks.run_setting import judged
+from pytest_lora.checks.run_setting import JudgedRun, judged
 from pytest_lora.expect import Expect
 from pytest_lora.findings import Report
 from pytest_lora.rules.selection import codes
@@ -64,9 +64,14 @@ def check_recipe(
     cards = _cards(gpus)
     limit = None if budget is None else _budget(budget)
     facts = recipe_facts(file, base if isinstance(base, str) else None)
-    subject, findings = judged(facts, base, limit, cards, expect, file.parent)
-    placed = [replace(one, file=str(path), line=one.line) for one in findings]
-    return reported(subject, placed, select, ignore)
+    run = judged(facts, base, limit, cards, expect, file.parent)
+    placed = [replace(one, file=str(path), line=one.line) for one in run.findings]
+    return _report(run._replace(findings=placed), select, ignore)
+
+
+def _report(run: JudgedRun, select: Iterable[str], ignore: Iterable[str]) -> Report:
+    figures = () if run.card is None else (run.card,)
+    return reported(run.subject, run.findings, select, ignore, figures, not_judged=run.not_judged)
 
 
 def _file(path: Any) -> Path:
@@ -132,5 +137,5 @@ def check_run(
     cards = _cards(gpus)
     limit = None if budget is None else _budget(budget)
     facts = script_facts(args, config, base, quantization)
-    subject, findings = judged(facts, base, limit, cards, expect, Path(), config)
-    return reported(subject.replace("recipe ", "run of ", 1), findings, select, ignore)
+    run = judged(facts, base, limit, cards, expect, Path(), config)
+    return _report(run._replace(subject=run.subject.replace("recipe ", "run of ", 1)), select, ignore)

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pytest_lora.checks.judging import NotJudged, rules_of
 from pytest_lora.expect import Expect
+from pytest_lora.facts.figures.recipes import RecipeCard, recipe_card
 from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard, Value
 from pytest_lora.findings import Finding
 from pytest_lora.rules import judge
@@ -29,6 +31,15 @@ SAVED_BY = {"Axolotl": 1.25}
 """What Axolotl's own LoRA kernels, on by themselves for lora and qlora, may save of a step: a fifth of its peak."""
 
 
+class JudgedRun(NamedTuple):
+    """What is known of a run: what the report calls it, the findings, its card, and what could not be judged."""
+
+    subject: str
+    findings: list[Finding]
+    card: RecipeCard | None = None
+    not_judged: NotJudged = ()
+
+
 def judged(
     facts: RecipeFacts,
     base: Any,
@@ -37,8 +48,8 @@ def judged(
     expect: Expect,
     folder: Path,
     config: LoraConfig | None = None,
-) -> tuple[str, list[Finding]]:
-    """The subject of the report and its findings.
+) -> JudgedRun:
+    """Judge a run by its setting.
 
     Args:
         facts: The recipe.
@@ -50,21 +61,23 @@ def judged(
         config: The adapter, where it is not to be made from the setting.
     """
     if facts.left_alone:
-        return f"{facts.name} (left alone: {facts.left_alone})", []
+        return JudgedRun(f"{facts.name} (left alone: {facts.left_alone})", [])
     subject = f"recipe {facts.name}" + (f" of {facts.tool}" if facts.tool else "")
     setting = facts.setting
     if setting is None or setting.adapter.value is None:
-        return subject, list(judge([facts], expect))
+        return JudgedRun(subject, list(judge([facts], expect)), recipe_card(facts))
     known = None if facts.base_is_adapter else _known_base(base, facts, folder)
+    cards = max(gpus, setting.gpus.value or 1)
+    no_card = () if budget is not None else (("no card given", rules_of("memory")),)
     if known is None:
-        named = setting.base.value
-        return f"{subject} (not compared with its base: {named} is not known)", list(judge([facts], expect))
+        subject = f"{subject} (not compared with its base: {setting.base.value} is not known)"
+        left = (("base not known", rules_of("config")), *no_card)
+        return JudgedRun(subject, list(judge([facts], expect)), recipe_card(facts, cards, None, budget), left)
     config = config or _config(setting, known)
     whole = expect.param_ratio is not None
     on_base = None if config is None else _config_facts(config, known, whole)
     if on_base is not None:
         facts = _with_base(facts, on_base)
-    cards = max(gpus, setting.gpus.value or 1)
     divided = cards > 1 and setting.strategy.value in DIVIDING
     if budget is not None and (divided or setting.seq_len.value is None or setting.batch_size.value is None):
         facts = replace(facts, shard=_shard(facts, setting, budget, cards if divided else 1))
@@ -72,14 +85,19 @@ def judged(
     if on_base is not None:
         asked = _expected(expect, setting, on_base)
         findings += [_placed(f, facts, setting) for f in judge([on_base], asked)]
+    estimate = None
     if (
         budget is not None
         and config is not None
         and not divided
         and not any(f.code == "LORA650" for f in findings)
     ):
-        findings += _memory(facts, setting, config, known, budget, expect)
-    return subject, findings
+        estimate = _estimate(facts, setting, config, known)
+        if estimate is not None:
+            findings += _memory(facts, setting, estimate, budget, expect)
+    peak = None if estimate is None else estimate.peak_allocated
+    may_fit = estimate is not None and budget is not None and _may_fit(setting, estimate, budget)
+    return JudgedRun(subject, findings, recipe_card(facts, cards, peak, budget, may_fit=may_fit), no_card)
 
 
 def _known_base(base: Any, facts: RecipeFacts, folder: Path) -> Any:
@@ -240,22 +258,26 @@ def _placed(finding: Finding, facts: RecipeFacts, setting: RunSetting) -> Findin
     )
 
 
-def _memory(
-    facts: RecipeFacts, setting: RunSetting, config: LoraConfig, base: Any, budget: int, expect: Expect
-) -> Iterator[Finding]:
-    """What the rules on memory say of a step of this run."""
-    from pytest_lora.facts.memory import MemoryFacts
+def _estimate(
+    facts: RecipeFacts, setting: RunSetting, config: LoraConfig, base: Any
+) -> MemoryEstimate | None:
+    """The memory of a step of this run; None where the setting lacks something, or such a step cannot be traced."""
     from pytest_lora.inspection.recipe.adapter import step_arguments
     from pytest_lora.memory.estimate import estimate_memory
 
-    dtype = facts.base.dtype if facts.base else None
-    arguments = step_arguments(setting, dtype)
-    if arguments is None:
-        return
+    arguments = step_arguments(setting, facts.base.dtype if facts.base else None)
     try:
-        estimate = estimate_memory(config, base, **arguments)
+        return None if arguments is None else estimate_memory(config, base, **arguments)
     except ValueError:
-        return  # such a step cannot be traced, so that nothing is known of its memory
+        return None
+
+
+def _memory(
+    facts: RecipeFacts, setting: RunSetting, estimate: MemoryEstimate, budget: int, expect: Expect
+) -> Iterator[Finding]:
+    """What the rules on memory say of a step of this run."""
+    from pytest_lora.facts.memory import MemoryFacts
+
     if _may_fit(setting, estimate, budget):
         return
     line = setting.batch_size.line or setting.base.line

@@ -15,22 +15,22 @@ from typing import Any
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Hide progress bars, log lines and warnings of the libraries, and put all settings back afterwards."""
-    from transformers.utils import logging as transformers_logging
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers.utils import logging as transformers_logging
 
-    progress: Any = transformers_logging
-    loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes", "accelerate")]
-    levels = [logger.level for logger in loggers]
-    bars = progress.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    if bars:
-        progress.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        progress: Any = transformers_logging
+        loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes", "accelerate")]
+        levels = [logger.level for logger in loggers]
+        bars = progress.is_progress_bar_enabled()
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         if bars:
-            progress.enable_progress_bar()
+            progress.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            if bars:
+                progress.enable_progress_bar()

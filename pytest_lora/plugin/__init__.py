@@ -157,9 +157,20 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         shared_base.guard(item)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the slow tests unless they are asked for; take care of the GPU tests that are left."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, None, None]:
+    """Collect adapters where a folder is named that holds no test; skip slow tests; take care of GPU tests."""
+    if config.args_source is config.ArgsSource.ARGS:
+        named = [os.path.abspath(arg) for arg in config.args if os.path.isdir(arg)]
+        if without := [
+            one for one in named if not any(str(item.path).startswith(one + os.sep) for item in items)
+        ]:
+            from pytest_lora.plugin import adapter_items
+
+            items.extend(adapter_items.in_folders(session, without))
+    yield
     if slow_tests := [item for item in items if item.get_closest_marker("lora_slow")]:
         from pytest_lora.plugin.session_options import options_of
 

@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lora.assertions import LoraHealthError, delivered
-from pytest_lora.cleaning import LONGEST_OF_A_FINDING, file_id, printable
-from pytest_lora.findings import LoraHealthWarning, Report
-from pytest_lora.plugin.file_nodes import is_strict, node_id, shown_path, unread
+from pytest_lora.cleaning import file_id, printable
+from pytest_lora.plugin.file_nodes import node_id, shown_path, unread
+from pytest_lora.plugin.item_reports import deliver, failure_text
 from pytest_lora.plugin.options import ADAPTER_FILES
 from pytest_lora.plugin.session_options import options_of
 from pytest_lora.rules.checkpoint import GROUPS, group_of
-from pytest_lora.rules.selection import in_force
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Generator, Iterable, Iterator, Sequence
 
+    from pytest_lora.findings import Report
     from pytest_lora.inspection.checkpoint.fit import Base
 
 KNOWN_BY = (*ADAPTER_FILES, "adapter_model.bin", "pytorch_lora_weights.safetensors")
@@ -63,6 +62,17 @@ def _refuse_settings_in(folder: Path, config: pytest.Config) -> None:
             f"pytest took its settings from {ini}, which lies among the adapters; write --lora-adapters=DIR, "
             "with the equals sign, and give --rootdir if need be"
         )
+
+
+def in_folders(session: pytest.Session, folders: Iterable[str]) -> Iterator[pytest.Item]:
+    """The items of adapters in folders that are named on the command line and hold no test."""
+    config = session.config
+    known: Adapters | None = config.pluginmanager.get_plugin("lora-adapter-items")
+    places = [Path(folder).resolve() for folder in folders]
+    adapters = Adapters(config, tuple(places))
+    for place in places:
+        if known is None or not any(place.is_relative_to(folder) for folder in known.folders):
+            yield from session.genitems(adapters.directory(place, session))
 
 
 def refuse_code_beside(args: Sequence[str]) -> None:
@@ -113,15 +123,18 @@ class Adapters:
         if path not in self.folders:
             return None
         named = parent.session.isinitpath(path, with_parents=True)
-        return self._folder(path, parent, AdapterDirectory if named else Nothing)
+        return self.directory(path, parent, AdapterDirectory if named else Nothing)
 
     def _unnamed(self, session: pytest.Session) -> Iterator[pytest.Collector]:
         for folder in sorted(self.folders):
             if not session.isinitpath(folder):
-                yield self._folder(folder, session, AdapterDirectory)
+                yield self.directory(folder, session)
 
-    def _folder(self, path: Path, parent: pytest.Collector, kind: type[AdapterDirectory]) -> pytest.Collector:
-        return kind.from_parent(
+    def directory(
+        self, path: Path, parent: pytest.Collector, kind: type[AdapterDirectory] | None = None
+    ) -> pytest.Collector:
+        """A folder of adapters as a node."""
+        return (kind or AdapterDirectory).from_parent(
             parent,
             name=file_id(path.name),
             path=path,
@@ -160,12 +173,14 @@ class Adapters:
 
     def _judged(self, item: AdapterItem, folder: Path) -> Report:
         from pytest_lora.checks.checkpoint import checkpoint_base, judge_checkpoint
+        from pytest_lora.inspection.quiet import quiet_libraries
         from pytest_lora.plugin import markers
 
         path = options_of(self.config).base
-        if path is not None and self._base is None:
-            self._base = checkpoint_base(path)
-        return judge_checkpoint(folder, self._base, markers.expect_for(item))
+        with quiet_libraries():
+            if path is not None and self._base is None:
+                self._base = checkpoint_base(path)
+            return judge_checkpoint(folder, self._base, markers.expect_for(item))
 
 
 class AdapterDirectory(pytest.Collector):
@@ -245,20 +260,12 @@ class AdapterItem(pytest.Item):
             LoraHealthWarning: There are warnings, and a filter makes them errors.
         """
         whole = self.adapters.report(self)
-        report = whole.with_findings(f for f in whole.findings if group_of(f.code) == self.name)
-        delivered.append(report)
-        place = unread(self.reportinfo()[0])
-        strict = [str(finding) for finding in report.warnings if is_strict(finding, place)]
-        if not report.ok or (in_force().strict and report.warnings):
-            raise LoraHealthError(report)
-        if strict:
-            raise LoraHealthWarning("\n\n".join(strict))
+        findings = (f for f in whole.findings if group_of(f.code) == self.name)
+        deliver(whole.with_findings(findings), unread(self.reportinfo()[0]))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The report alone, where that is what failed."""
-        if isinstance(excinfo.value, (LoraHealthError, LoraHealthWarning, ValueError)):
-            return printable(str(excinfo.value), LONGEST_OF_A_FINDING)
-        return super().repr_failure(excinfo, style)
+        return failure_text(excinfo, self.config) or super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
         """Where the item is, and its name in headings."""

@@ -154,8 +154,8 @@ TABLE = (
     ),
     _Option(
         "report",
-        "write a report of the session to look at: .html (one file, to open anywhere), .md or .json; may be given more "
-        "than once",
+        "write a report of the session: .html (one file, to open anywhere), .md or .json to look at, .sarif for code "
+        "scanning, gl-code-quality*.json for GitLab; may be given more than once",
         {"metavar": "PATH", "action": "append", "default": []},
     ),
     _Option(

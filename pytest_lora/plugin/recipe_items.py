@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lora.assertions import LoraHealthError, delivered
-from pytest_lora.cleaning import LONGEST_OF_A_FINDING, file_id, printable
-from pytest_lora.findings import LoraHealthWarning
-from pytest_lora.plugin.file_nodes import is_strict, node_id, place_of_warning, shown_path
+from pytest_lora.cleaning import file_id
+from pytest_lora.plugin.file_nodes import node_id, place_of_warning, shown_path
+from pytest_lora.plugin.item_reports import deliver, failure_text
+from pytest_lora.plugin.options import ADAPTER_FILES
 from pytest_lora.plugin.session_options import options_of
-from pytest_lora.rules.selection import in_force
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -77,12 +76,12 @@ class Recipes:
     def items(self, parent: RecipePlace) -> Iterator[pytest.Item]:
         """The recipes of a folder, or the one that is named."""
         files = sorted(_files(parent.path))
-        terminal: Any = self.config.pluginmanager.get_plugin("terminalreporter")
+        told = PROGRESS_FROM
         for number, file in enumerate(files, 1):
             self.files += 1
-            if number % PROGRESS_FROM == 0 and terminal is not None and terminal.isatty:
-                terminal.rewrite(f"recipes: {number} of {len(files)} files", bold=True, erase=True)
-            if not _is_recipe(file, named=file == parent.path):
+            if number == told and len(files) > PROGRESS_FROM:
+                told = self._progress(number, len(files))
+            if not is_recipe(file, named=file == parent.path):
                 continue
             self.recipes += 1
             start = self.config.rootpath, parent.path
@@ -91,6 +90,23 @@ class Recipes:
             )
             item.shown = shown_path(file, *start)
             yield item
+
+    def _progress(self, number: int, files: int) -> int:
+        """Say how far it is; on a terminal in one line, elsewhere ever more rarely.
+
+        Returns:
+            The file with which it is said again.
+        """
+        terminal: Any = self.config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is None or terminal.verbosity < 0:
+            return 0
+        text = f"recipes: {number} of {files} files"
+        if terminal.isatty:
+            terminal.rewrite(text, bold=True, erase=True)
+            return number + PROGRESS_FROM
+        terminal.ensure_newline()
+        terminal.write_line(text)
+        return 2 * number
 
 
 class RecipePlace(pytest.Collector):
@@ -127,31 +143,25 @@ class RecipeItem(pytest.Item):
             LoraHealthWarning: There are warnings, and a filter makes them errors.
         """
         from pytest_lora.checks.recipe import check_recipe
+        from pytest_lora.inspection.quiet import quiet_libraries
         from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES
         from pytest_lora.plugin import markers
 
         options = options_of(self.config)
         cards, memory = options.card
-        report = check_recipe(
-            self.path,
-            base=options.base,
-            budget=memory,
-            gpus=cards,
-            expect=markers.expect_for(self),
-        )
-        delivered.append(report)
-        place = place_of_warning(self.path, self.shown, MAX_BYTES) if report.warnings else ""
-        strict = [str(finding) for finding in report.warnings if is_strict(finding, place)]
-        if not report.ok or (in_force().strict and report.warnings):
-            raise LoraHealthError(report)
-        if strict:
-            raise LoraHealthWarning("\n\n".join(strict))
+        with quiet_libraries():
+            report = check_recipe(
+                self.path,
+                base=options.base,
+                budget=memory,
+                gpus=cards,
+                expect=markers.expect_for(self),
+            )
+        deliver(report, place_of_warning(self.path, self.shown, MAX_BYTES) if report.warnings else "")
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The report alone, where that is what failed."""
-        if isinstance(excinfo.value, (LoraHealthError, LoraHealthWarning, ValueError)):
-            return printable(str(excinfo.value), LONGEST_OF_A_FINDING)
-        return super().repr_failure(excinfo, style)
+        return failure_text(excinfo, self.config) or super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
         """Where the item is, and its name in headings."""
@@ -173,11 +183,13 @@ def _files(place: Path, depth: int = 0) -> Iterator[Path]:
         if entry.is_dir(follow_symlinks=False):
             if depth < MAX_DEPTH and not entry.name.startswith("."):
                 yield from _files(place / entry.name, depth + 1)
+        elif entry.name in ADAPTER_FILES:
+            continue
         elif entry.name.endswith(SUFFIXES) and entry.is_file(follow_symlinks=False):
             yield place / entry.name
 
 
-def _is_recipe(file: Path, *, named: bool) -> bool:
+def is_recipe(file: Path, *, named: bool) -> bool:
     """Whether a file is a recipe for an adapter, or would be one if it were YAML."""
     from pytest_lora.inspection.recipe import is_likely, recipe_facts
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_lora.facts.recipe import RecipeFacts, Value
+from pytest_lora.facts.figures.recipes import RecipeCard, recipe_card
+from pytest_lora.facts.recipe import RecipeFacts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,25 +37,21 @@ def table(facts: RecipeFacts) -> Iterator[str]:
     if facts.flaw is not None:
         yield f"{facts.name}:{facts.flaw.line}: no YAML: {facts.flaw.message}"
         return
-    if facts.setting is None:
+    card = recipe_card(facts)
+    if card is None:
         yield f"{facts.name}: left alone, {facts.left_alone}"
         return
     yield f"{facts.name}: a recipe of {facts.tool}"
-    rows = [(name, _shown(value), value) for name, value in facts.setting.values()]
-    names = max(len(name) for name, _, _ in rows)
-    width = min(40, max(len(shown) for _, shown, _ in rows))
-    for name, shown, value in rows:
-        yield f"  {name:<{names}}  {shown:<{width}}  {value.source}".rstrip()
-        if value.asked is not None:
-            yield f"  {'':<{names}}  asked for {value.asked}: {value.why}"
+    yield from setting_lines(card)
     for one in facts.unknown:
         yield f"  line {one.line}: nothing reads `{one.key}`"
 
 
-def _shown(value: Value) -> str:
-    found = value.value
-    if isinstance(found, tuple):
-        return ", ".join(map(str, found))
-    if isinstance(found, float):
-        return f"{found:g}"
-    return "-" if found is None else str(found)
+def setting_lines(card: RecipeCard) -> Iterator[str]:
+    """The effective setting, a line a value."""
+    names = max((len(row.name) for row in card.rows), default=0)
+    width = min(40, max((len(row.value) for row in card.rows), default=0))
+    for row in card.rows:
+        yield f"  {row.name:<{names}}  {row.value:<{width}}  {row.source}".rstrip()
+        if row.asked:
+            yield f"  {'':<{names}}  asked for {row.asked}: {row.why}"

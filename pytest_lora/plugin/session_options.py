@@ -126,7 +126,8 @@ def _model_folder(config: pytest.Config) -> Path | None:
     if folder is None:
         return None
     if not folder.is_dir():
-        raise pytest.UsageError(f"{source}: there is no folder {str(folder)!r}; models are never downloaded")
+        hint = _hub_hint(config.getoption("lora_model") or "") or "; models are never downloaded"
+        raise pytest.UsageError(f"{source}: there is no folder {str(folder)!r}{hint}")
     if not (folder / "config.json").is_file():
         raise pytest.UsageError(
             f"{source}: {str(folder)!r} holds no config.json, so it is no transformers model"
@@ -161,20 +162,19 @@ def _named_base(config: pytest.Config, line: str) -> tuple[str, Path]:
 
 def _adapter_folders(config: pytest.Config) -> Iterator[Path]:
     for flag in config.getoption("lora_adapters"):
-        yield _folder_of_adapters("--lora-adapters", config.invocation_params.dir / Path(flag).expanduser())
+        yield _folder_of_adapters("--lora-adapters", config.invocation_params.dir, flag)
     if config.getoption("lora_adapters") or config.args_source is config.ArgsSource.ARGS:
         return
     for line in config.getini("lora_adapters"):
-        yield _folder_of_adapters("ini lora_adapters", _beside_ini(config) / Path(line).expanduser())
-
-
-REPORT_ENDINGS = (".html", ".md", ".json")
+        yield _folder_of_adapters("ini lora_adapters", _beside_ini(config), line)
 
 
 def _report_file(config: pytest.Config, given: str) -> Path:
+    from pytest_lora.report import FORMATS, format_of
+
     path: Path = config.invocation_params.dir / Path(given).expanduser()
-    if path.suffix.lower() not in REPORT_ENDINGS:
-        raise pytest.UsageError(f"--lora-report: {given!r} must end in {', '.join(REPORT_ENDINGS)}")
+    if not format_of(path.name):
+        raise pytest.UsageError(f"--lora-report: {given!r} must end in {', '.join(sorted(FORMATS))}")
     if path.is_dir():
         raise pytest.UsageError(f"--lora-report: {given!r} is a folder; name a file")
     return path
@@ -195,15 +195,16 @@ def _baseline_file(config: pytest.Config) -> Path | None:
 def _recipe_places(config: pytest.Config) -> Iterator[Path]:
     flags = config.getoption("lora_recipes")
     for flag in flags:
-        yield _recipe_place("--lora-recipes", config.invocation_params.dir / Path(flag).expanduser())
+        yield _recipe_place("--lora-recipes", config.invocation_params.dir, flag)
     if not flags and config.args_source is not config.ArgsSource.ARGS:
         for line in config.getini("lora_recipes"):
-            yield _recipe_place("ini lora_recipes", _beside_ini(config) / Path(line).expanduser())
+            yield _recipe_place("ini lora_recipes", _beside_ini(config), line)
 
 
-def _recipe_place(source: str, place: Path) -> Path:
+def _recipe_place(source: str, where: Path, given: str) -> Path:
+    place = where / Path(given).expanduser()
     if not place.exists():
-        raise pytest.UsageError(f"{source}: there is no file or folder {str(place)!r}")
+        raise pytest.UsageError(f"{source}: there is no file or folder {str(place)!r}{_hub_hint(given)}")
     return place.resolve()
 
 
@@ -228,12 +229,18 @@ def _card(config: pytest.Config) -> tuple[int, str | None]:
     return int(match[1] or 1), match[2]
 
 
-def _folder_of_adapters(source: str, folder: Path) -> Path:
+def _folder_of_adapters(source: str, where: Path, given: str) -> Path:
+    folder = where / Path(given).expanduser()
     if not folder.is_dir():
-        raise pytest.UsageError(
-            f"{source}: there is no folder {str(folder)!r}; adapters are never downloaded"
-        )
+        hint = _hub_hint(given) or "; adapters are never downloaded"
+        raise pytest.UsageError(f"{source}: there is no folder {str(folder)!r}{hint}")
     return folder.resolve()
+
+
+def _hub_hint(given: str) -> str:
+    from pytest_lora.arguments import hub_hint  # a worker of xdist reads no more than it needs
+
+    return hub_hint(given)
 
 
 def _path(config: pytest.Config, name: str) -> tuple[str, Path | None]:

@@ -113,6 +113,8 @@ class Gathered:
             versions=tuple(_versions()),
             seeds=tuple(_seeds(config)),
             tests=tuple(self._ran(nodeid, judged.get(nodeid, []), gpu.get(nodeid)) for nodeid in shown),
+            root=str(config.rootpath),
+            top=str(_top(config.rootpath)),
         )
 
     def _ran(self, nodeid: str, reports: list[Any], gpu: GpuUse | None) -> RanTest:
@@ -188,7 +190,7 @@ class SessionReport:
         session = self.gathered.session()
         try:
             for file in self._files:
-                write_whole(file, rendered(session, file.suffix.lower()))
+                write_whole(file, rendered(session, file.name))
             self._trouble = ""
         except OSError as error:
             self._trouble = f"not written: {error}"
@@ -226,6 +228,15 @@ def _failure(report: pytest.TestReport) -> tuple[str, int | None, str]:
 def _first_line(text: str, *, last: bool = False) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1 if last else 0][:300] if lines else ""
+
+
+def _top(root: Path) -> Path:
+    """The top of the sources that a file belongs to: the checkout of a CI job, or of git; else where pytest is."""
+    for name in ("GITHUB_WORKSPACE", "CI_PROJECT_DIR"):
+        checkout = os.environ.get(name)
+        if checkout and root.is_relative_to(checkout):
+            return Path(checkout)
+    return next((folder for folder in (root, *root.parents) if (folder / ".git").exists()), root)
 
 
 def _counts(outcomes: Iterable[str]) -> tuple[tuple[str, int], ...]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from pytest_lora.assertions import delivered
 from pytest_lora.findings import SEVERITIES, Finding, Report, Severity, counted
+from pytest_lora.plugin import details
+from pytest_lora.plugin.details import cut
 from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     import pytest
 
 PROPERTY = "lora_report"
+_TEST = "test"
 SHOWN_FIGURES = 20
 """Reports of a phase that keep what they show beside findings: a property test makes hundreds, of which the last ones
 are those of a failure."""
@@ -40,12 +44,13 @@ def collect(item: pytest.Item) -> list[Report]:
         The reports that are new.
     """
     new: list[Report] = []
-    kept = SHOWN_FIGURES if options_of(item.config).figures else 0
+    verbose = item.config.get_verbosity() > 1
+    kept = SHOWN_FIGURES if verbose or options_of(item.config).figures else 0
     while delivered:
         report = delivered.popleft()
         if len(delivered) >= kept:
             report = report.without_figures()
-        if not options_of(item.config).baseline:
+        if not verbose and not options_of(item.config).baseline:
             report = report.without_numbers()
         entry = (PROPERTY, report.to_json())
         if entry not in item.user_properties:
@@ -64,16 +69,30 @@ def add_section(report: pytest.TestReport, call: pytest.CallInfo[None], config: 
         report.sections.append(("LoRA report", str(whole)))
 
 
-def write(terminal: pytest.TerminalReporter, reports: Iterable[pytest.TestReport]) -> None:
-    """Write the section "LoRA health": what was checked, then one line a rule, worst first; infos only with -v."""
+def write(terminal: pytest.TerminalReporter, reports: Sequence[pytest.TestReport]) -> None:
+    """Write the section "LoRA health": what was checked and what could not be, then one line a rule, worst first.
+
+    With ``-q`` the rules alone, with ``-qq`` nothing, with ``-v`` infos too, with ``-vv`` what is in
+    ``pytest_lora.plugin.details``.
+    """
+    verbosity = terminal.config.get_verbosity()
+    if verbosity < -1:
+        return
     judged = reports_by_test(reports)
-    lowest = SEVERITIES if terminal.config.get_verbosity() > 0 else SEVERITIES[:2]
+    lowest = SEVERITIES if verbosity > 0 else SEVERITIES[:2]
     found = {nodeid: [f for report in own for f in report.findings] for nodeid, own in judged.items()}
+    width = terminal._tw.fullwidth
+    rules = list(rule_lines(found, lowest, width))
+    if verbosity < 0 and not rules:
+        return
     terminal.section("LoRA health")
-    for line in subject_lines(judged.values()):
+    for line in () if verbosity < 0 else (*subject_lines(judged.values(), width), *left_lines(judged, width)):
         terminal.write_line(line)
-    for severity, line in rule_lines(found, lowest):
+    for severity, line in rules:
         terminal.write_line(line, **_COLOURS[severity])
+    if verbosity > 1:
+        for line in details.lines(judged, reports, width):
+            terminal.write_line(line)
 
 
 def reports_by_test(reports: Iterable[pytest.TestReport]) -> dict[str, list[Report]]:
@@ -91,23 +110,53 @@ def reports_by_test(reports: Iterable[pytest.TestReport]) -> dict[str, list[Repo
     }
 
 
-def subject_lines(judged: Iterable[list[Report]], shown: int = 5) -> Iterator[str]:
-    """Yield in how many tests each subject was checked and healthy, the most checked subject first."""
+def subject_lines(judged: Collection[list[Report]], width: int = 80, shown: int = 5) -> Iterator[str]:
+    """Yield in how many tests each subject was checked and healthy, the most checked subject first.
+
+    Of more subjects than are shown there is a total, and those that are not healthy come first.
+    """
     tests: Counter[str] = Counter()
     healthy: Counter[str] = Counter()
+    worst: dict[str, Severity] = {}
     for reports in judged:
         for subject in {report.subject for report in reports}:
-            own = [report for report in reports if report.subject == subject]
+            grave = [f.severity for r in reports if r.subject == subject for f in (*r.errors, *r.warnings)]
             tests[subject] += 1
-            healthy[subject] += not any(report.errors or report.warnings for report in own)
-    for subject, number in sorted(tests.items(), key=lambda pair: (-pair[1], pair[0]))[:shown]:
-        yield f"{subject}: healthy in {healthy[subject]} of {_plural(number, 'test')}"
-    if len(tests) > shown:
-        yield f"... and {_plural(len(tests) - shown, 'more subject')}"
+            healthy[subject] += not grave
+            if grave:
+                worst[subject] = min((*grave, worst.get(subject, "warning")), key=SEVERITIES.index)
+    by_number = sorted(tests, key=lambda subject: (-tests[subject], subject))
+    several = len(tests) > shown
+    if several:
+        counts = Counter(worst.values())
+        parts = [f"{len(tests) - len(worst)} healthy"]
+        parts += [f"{counts[s]} with {s}s" for s in SEVERITIES[:2] if counts[s]]
+        yield f"{len(tests)} subjects in {_plural(len(judged), 'test')}: {', '.join(parts)}"
+        by_number.sort(key=lambda subject: subject not in worst)
+    listed = [subject for subject in by_number if subject in worst][: 4 * shown] if several else by_number
+    for subject in listed:
+        told = f": healthy in {healthy[subject]} of {_plural(tests[subject], 'test')}"
+        yield cut(subject, width - len(told)) + told
+    if several and len(worst) > len(listed):
+        yield f"... and {_plural(len(worst) - len(listed), 'more subject')} with findings"
+
+
+def left_lines(judged: dict[str, list[Report]], width: int = 80) -> Iterator[str]:
+    """Yield what could not be judged, and why, as one line; where it is too long for the terminal it goes on."""
+    tests: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for nodeid, reports in judged.items():
+        for left in (one for report in reports for one in report.not_judged):
+            tests[left].add(nodeid)
+    parts = [
+        f"{what} ({why}{'' if len(of) == len(judged) else f', in {_plural(len(of), _TEST)}'})"
+        for (why, what), of in sorted(tests.items(), key=lambda pair: -len(pair[1]))
+    ]
+    if parts:
+        yield from textwrap.wrap(f"not judged: {'; '.join(parts)}", width, subsequent_indent="  ")
 
 
 def rule_lines(
-    found: dict[str, list[Finding]], shown: tuple[Severity, ...] = SEVERITIES
+    found: dict[str, list[Finding]], shown: tuple[Severity, ...] = SEVERITIES, width: int = 80
 ) -> Iterator[tuple[Severity, str]]:
     """Yield the worst severity of each rule and its line, the worst rule first."""
     counts: defaultdict[tuple[str, str], Counter[Severity]] = defaultdict(Counter)
@@ -118,16 +167,17 @@ def rule_lines(
                 counts[finding.code, finding.title][finding.severity] += 1
                 tests[finding.code, finding.title].add(nodeid)
     worst = {rule: min(count, key=SEVERITIES.index) for rule, count in counts.items()}
-    width = max((len(title) for _, title in counts), default=0)
+    numbers = {rule: _how_many(counts[rule], len(tests[rule])) for rule in counts}
+    most = width - max((len(f"{code} warning   {numbers[code, title]}") for code, title in counts), default=0)
+    titles = min(max((len(title) for _, title in counts), default=0), max(most, 20))
     for rule in sorted(counts, key=lambda rule: (SEVERITIES.index(worst[rule]), rule)):
         code, title = rule
-        in_tests = _plural(len(tests[rule]), "test")
-        how_many = (
-            _plural(counts[rule].total(), "finding")
-            if len(counts[rule]) == 1
-            else counted(counts[rule].elements())
-        )
-        yield worst[rule], f"{code} {worst[rule]:<7} {title:<{width}}  {how_many} in {in_tests}"
+        yield worst[rule], f"{code} {worst[rule]:<7} {cut(title, titles):<{titles}}  {numbers[rule]}"
+
+
+def _how_many(count: Counter[Severity], tests: int) -> str:
+    several = _plural(count.total(), "finding") if len(count) == 1 else counted(count.elements())
+    return f"{several} in {_plural(tests, _TEST)}"
 
 
 def _plural(number: int, noun: str) -> str:

@@ -12,8 +12,9 @@ from pytest_lora.report.map_view import number
 
 Point = tuple[float, float]
 
-FLATTEST = 0.6
-"""A loss chart reaches down to this share of its highest loss, or lower."""
+FLATTEST = 0.9
+"""The axis of a loss chart follows the losses, and spans a tenth of the highest at least: what moves by less than
+that is the noise of batches, which must not look like a landscape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,6 @@ def curve_chart(curve: LossCurve) -> CurveChart:
     levels = [level for level in (curve.before, curve.after) if level is not None and math.isfinite(level)]
     x = Scale.over([*curve.steps, *curve.eval_steps, *curve.window])
     known = [loss for loss in (*curve.losses, *curve.eval_losses, *levels) if math.isfinite(loss)]
-    # Noise on a flat curve must not look like a landscape.
     y = Scale.over([*known, FLATTEST * max(known, default=0.0)], flip=True)
 
     def height(level: float | None) -> float | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from pytest_lora.facts.figures import AdapterMap, Figure, LossCurve, MemoryBudget, RankSweep
+from pytest_lora.facts.figures.recipes import RecipeCard
 from pytest_lora.report.session import RanTest, Session
 
 E = TypeVar("E", bound=Figure)
@@ -15,7 +16,7 @@ E = TypeVar("E", bound=Figure)
 
 @dataclass(frozen=True, slots=True)
 class Shown(Generic[E]):
-    """An figure and the tests that have it."""
+    """A figure and the tests that have it."""
 
     figure: E
     tests: tuple[RanTest, ...]
@@ -42,6 +43,7 @@ class Figures:
     curves: Selection[LossCurve]
     budgets: Selection[MemoryBudget]
     sweeps: Selection[RankSweep]
+    recipes: Selection[RecipeCard]
 
 
 def figures(session: Session) -> Figures:
@@ -57,6 +59,7 @@ def figures(session: Session) -> Figures:
         _selection(by_kind.get(LossCurve, {}), 24, _went_down),
         _selection(by_kind.get(MemoryBudget, {}), 12, lambda one: one.fits),
         _selection(by_kind.get(RankSweep, {}), 6, lambda one: one.chosen is not None),
+        _selection(by_kind.get(RecipeCard, {}), 40, lambda one: one.fits is not False),
     )
 
 

@@ -8,6 +8,7 @@ from html import escape
 from pytest_lora.cleaning import printable
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, RankSweep
+from pytest_lora.facts.figures.recipes import RecipeCard
 from pytest_lora.report import gpu_view
 from pytest_lora.report.figures import Shown, figures
 from pytest_lora.report.map_view import map_view, number
@@ -31,6 +32,7 @@ def markdown_report(session: Session, *, gpu_open: bool = False) -> str:
         _head(session),
         _rules(session),
         _failures(session),
+        _section("Recipes", (line for one in shown.recipes.shown for line in _recipe(one.figure))),
         _section("Adapters", (line for one in shown.maps.shown for line in _map(one))),
         _section("Losses", _losses(shown.curves.shown)),
         _section("Memory", (line for one in shown.budgets.shown for line in _budget(one.figure))),
@@ -145,9 +147,29 @@ def _failures(session: Session) -> Iterator[str]:
     yield ""
 
 
+def _recipe(card: RecipeCard) -> Iterator[str]:
+    yield f"### {markdown(card.title)} for {markdown(card.tool)}"
+    yield ""
+    if card.peak is not None:
+        verdict = {True: ": fits", False: ": does not fit", None: ""}[card.fits]
+        of = "" if card.budget is None else f" of {format_bytes(card.budget)}"
+        yield f"{format_bytes(card.peak)}{of}{verdict}{f' ({markdown(card.note)})' if card.note else ''}"
+        yield ""
+    yield from (f"- {markdown(name)}: {markdown(value)}" for name, value in card.steps)
+    yield ""
+    yield from _table(("setting", "the run has", "from"))
+    for row in card.rows:
+        asked = f"; asked for {row.asked}: {row.why}" if row.asked else ""
+        yield _row(markdown_code(row.name, in_table=True), markdown(row.value), markdown(row.source + asked))
+    yield ""
+
+
 def _map(one: Shown[AdapterMap]) -> Iterator[str]:
     shown = one.figure
     yield f"### Adapter {markdown(shown.adapter)} on {markdown(shown.base)}"
+    yield ""
+    tests = ", ".join(markdown_code(test.nodeid) for test in one.tests[:3])
+    yield f"in {tests}" + (f" and {len(one.tests) - 3} more" if len(one.tests) > 3 else "")
     yield ""
     share = f"{number(shown.percent, 3)} %"
     if shown.saved:

@@ -19,9 +19,11 @@ from markupsafe import Markup, escape
 from pytest_lora.cleaning import printable
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.figures import AdapterMap, to_plain
+from pytest_lora.facts.figures.recipes import RecipeCard
+from pytest_lora.findings import Finding
 from pytest_lora.report import gpu_view
 from pytest_lora.report.charts import curve_chart, path, sweep_chart
-from pytest_lora.report.figures import figures
+from pytest_lora.report.figures import Shown, figures
 from pytest_lora.report.map_view import map_view, number, words_of
 from pytest_lora.report.memory_view import memory_view
 from pytest_lora.report.rule_docs import rule_doc
@@ -69,6 +71,7 @@ def page(session: Session) -> str:
             curves=shown.curves,
             budgets=shown.budgets,
             sweeps=shown.sweeps,
+            recipes=shown.recipes,
             gpu=[test for test in session.tests if test.gpu is not None],
             gpu_troubles=list(
                 gpu_view.troubles({t.nodeid: t.gpu for t in session.tests if t.gpu is not None})
@@ -135,8 +138,21 @@ def _environment() -> Environment:
         "counted_tests": counted_tests,
         "named_tests": NAMED_TESTS,
         "rerun": _rerun,
+        "findings_of": _findings_of,
+        "bar_width": _bar_width,
     }
     return made
+
+
+def _findings_of(one: Shown[RecipeCard]) -> list[Finding]:
+    """What was found in the reports that have this card."""
+    found = (f for test in one.tests for r in test.reports if one.figure in r.figures for f in r.findings)
+    return list(dict.fromkeys(found))
+
+
+def _bar_width(size: int, beside: int) -> float:
+    """A size in percent of the larger of two."""
+    return round(100 * size / max(size, beside, 1), 2)
 
 
 def _asset(name: str) -> str:

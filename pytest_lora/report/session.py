@@ -114,6 +114,8 @@ class Session:
         versions: Names and versions of what ran.
         seeds: Names and values of the seeds that are known.
         tests: The tests that have something to show, in the order in which they ended.
+        root: The folder that files of tests are relative to.
+        top: The top of the sources: the checkout in which that folder is.
     """
 
     name: str
@@ -128,6 +130,8 @@ class Session:
     versions: tuple[tuple[str, str], ...]
     seeds: tuple[tuple[str, str], ...]
     tests: tuple[RanTest, ...]
+    root: str = ""
+    top: str = ""
 
     @property
     def judged(self) -> tuple[RanTest, ...]:

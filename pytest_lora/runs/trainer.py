@@ -13,6 +13,7 @@ from pytest_lora.assertions import stack_level
 from pytest_lora.facts.history import as_count
 from pytest_lora.findings import LoraHealthWarning
 from pytest_lora.inspection.model import carries_lora
+from pytest_lora.runs.trackers import PROJECT, Told
 from pytest_lora.runs.watch import BETWEEN, FIRST_STEPS, OnError, Watch
 
 if TYPE_CHECKING:
@@ -41,10 +42,14 @@ class LoraHealthCallback(TrainerCallback):
         on_error: See above.
         model_steps: Optimizer steps whose gradients are looked at, and after which the model is again. The default
             is 2: the first step moves ``lora_B``, which gives ``lora_A`` its first gradient at the second.
+        trackers: Experiment trackers that get each finding as it comes, beside those of ``report_to``: names that
+            accelerate knows (``"wandb"``, ``"mlflow"``, ``"trackio"``, ``"tensorboard"``, ...), or its trackers.
+        project: Project, or experiment, of the trackers that are named.
+        folder: Where trackers that write files write them.
 
     Raises:
         TypeError: ``expect`` is no ``Expect``, or ``model_steps`` no whole number.
-        ValueError: ``on_error`` is none of the three, or ``model_steps`` is below 1.
+        ValueError: ``on_error`` is none of the three, ``model_steps`` is below 1, or there is no such tracker.
     """
 
     def __init__(
@@ -55,8 +60,13 @@ class LoraHealthCallback(TrainerCallback):
         ignore: Iterable[str] = (),
         on_error: OnError = "warn",
         model_steps: int = FIRST_STEPS,
+        trackers: Iterable[Any] = (),
+        project: str = PROJECT,
+        folder: str = ".",
     ) -> None:
+        self._told = Told(trackers, project, folder)
         self._settings: dict[str, Any] = {
+            "listener": self._told,
             "expect": expect,
             "select": tuple(select),
             "ignore": tuple(ignore),
@@ -161,7 +171,10 @@ class LoraHealthCallback(TrainerCallback):
             return
         self.watch.judge()
         self.watch.judge_first_steps()
-        self._look(control, kwargs)
+        try:
+            self._look(control, kwargs)
+        finally:
+            self._told.close()
 
     def _is_idle(self, what: str, state: TrainerState, logs: object = None) -> bool:
         """Whether there is nothing to note: no LoRA, or the same thing again, as a callback is told that was added

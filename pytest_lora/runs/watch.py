@@ -16,6 +16,8 @@ from pytest_lora.facts.history import as_count, as_number
 from pytest_lora.findings import LoraHealthWarning, Report
 from pytest_lora.rules import judge
 from pytest_lora.rules.selection import codes, in_force, selected
+from pytest_lora.runs.steps import at_each_step
+from pytest_lora.runs.trackers import PROJECT, Told
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +58,7 @@ class Watch:
         ignore: Iterable[str] = (),
         on_error: OnError = "warn",
         first_steps: int = FIRST_STEPS,
+        listener: Callable[[Report, int], None] | None = None,
     ) -> None:
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error must be one of {', '.join(get_args(OnError))}, not {on_error!r}")
@@ -76,6 +79,7 @@ class Watch:
         self._next_look = 0.0
         self._first_steps: FirstSteps | None = None
         self._steps_to_note = first_steps
+        self._listener = listener
 
     @property
     def count(self) -> int:
@@ -186,6 +190,8 @@ class Watch:
         new = report.with_findings(fresh)
         self.reports.append(new)
         delivered.append(new)
+        if self._listener is not None:
+            self._listener(new, len(self._train) * self.steps_per_loss)
         self.should_stop |= bool(new.errors or (in_force().strict and new.warnings))
         for finding in (*new.errors, *new.warnings):
             if finding.severity == "warning" or self._on_error != "raise":
@@ -206,6 +212,9 @@ def watch_training(
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
     on_error: OnError = "warn",
+    trackers: Iterable[Any] = (),
+    project: str = PROJECT,
+    folder: str = ".",
 ) -> Iterator[Watch]:
     """Watch a hand-written training loop: the model at the start and the end, the losses as they come.
 
@@ -228,12 +237,17 @@ def watch_training(
         ignore: Codes, or starts of codes, to leave out.
         on_error: ``"warn"``: errors are ``LoraHealthWarning`` too. ``"stop"``: and ``watch.should_stop`` is what
             the loop looks at (it is kept in every mode). ``"raise"``: ``LoraHealthError`` at the next ``log``.
+        trackers: Experiment trackers that get each finding as it comes: names that accelerate knows (``"wandb"``,
+            ``"mlflow"``, ``"trackio"``, ``"tensorboard"``, ...), or trackers of accelerate that are open.
+        project: Project, or experiment, of the trackers that are named.
+        folder: Where trackers that write files write them.
 
     Raises:
         LoraHealthError: Under ``"raise"``, at the first report with an error.
         TypeError: The model carries no LoRA layers, or an argument has the wrong type.
-        ValueError: ``on_error`` is none of these, or a number of steps is below 1.
+        ValueError: ``on_error`` is none of these, a number of steps is below 1, or there is no such tracker.
     """
+    told = Told(trackers, project, folder)
     watch = Watch(
         total_steps=total_steps,
         steps_per_loss=steps_per_loss,
@@ -241,57 +255,15 @@ def watch_training(
         select=select,
         ignore=ignore,
         on_error=on_error,
+        listener=told,
     )
-    watch.look(model, optimizer)
     try:
-        with _at_each_step(watch, model, optimizer):
+        watch.look(model, optimizer)
+        with at_each_step(watch, model, optimizer):
             yield watch
         watch.judge()
         watch.judge_first_steps()
         watch.look(model, optimizer)
     finally:
         watch.forget_first_steps()
-
-
-@contextmanager
-def _at_each_step(watch: Watch, model: nn.Module, optimizer: Any) -> Iterator[None]:
-    """Let an optimizer tell of its steps, as far as it is one of torch's."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not hasattr(inner, "register_step_pre_hook"):
-        yield
-        return
-
-    def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        closure = arguments[1] if len(arguments) > 1 else named.get("closure")
-        if closure is None:
-            watch.before_step(model, optimizer)
-            return None
-        # With a closure the gradients come only inside the step.
-        noting = _noting(closure, lambda: watch.before_step(model, optimizer))
-        rest = {name: value for name, value in named.items() if name != "closure"}
-        return (arguments[0], noting, *arguments[2:]), rest
-
-    def after(*_: Any) -> None:
-        watch.after_step()
-
-    handles = inner.register_step_pre_hook(before), inner.register_step_post_hook(after)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _noting(closure: Callable[[], Any], note: Callable[[], None]) -> Callable[[], Any]:
-    """A closure that notes the gradients when it has computed them for the first time."""
-    noted = False
-
-    def compute() -> Any:
-        nonlocal noted
-        result = closure()
-        if not noted:
-            noted = True
-            note()
-        return result
-
-    return compute
+        told.close()

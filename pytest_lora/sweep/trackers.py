@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.sweep.choice import RankChoice
@@ -112,3 +112,29 @@ def _no_state_left() -> Iterator[None]:
     finally:
         if not was_there:
             state._reset_state()
+
+
+def require_known(trackers: Sequence[Any]) -> None:
+    """Refuse what is neither the name of a tracker whose package is installed nor a tracker of accelerate.
+
+    Raises:
+        TypeError: It is neither a name nor a tracker.
+        ValueError: There is no such name, or its package is not installed.
+    """
+    tracking: Any = importlib.import_module("accelerate.tracking") if trackers else None
+    for tracker in trackers:
+        _require_known(tracking, tracker)
+
+
+@contextmanager
+def opened(trackers: Sequence[Any], project: str, folder: str) -> Iterator[list[Any]]:
+    """Open the trackers that are named, and finish these at the end; those that are open stay so."""
+    tracking: Any = importlib.import_module("accelerate.tracking")
+    with _no_state_left(), ExitStack() as stack:
+        found: list[Any] = []
+        for tracker in trackers:
+            if isinstance(tracker, str):
+                tracker = _opened(tracking, tracker, project, folder)
+                stack.callback(tracker.finish)
+            found.append(tracker)
+        yield found

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_lora import check_checkpoint
 from pytest_lora.bases.examples import folders
 from pytest_lora.rules import catalogue
 from pytest_lora.rules.checkpoint import GROUPS, group_of
@@ -74,10 +75,13 @@ def test_failures_show_the_report(adapters: Path, pytester: pytest.Pytester, mod
             "LORA431: adapter rank: 1 error",
             "",
             "error[[]LORA431[]]: rank differs from config",
-            "  --> 4 modules: model.layers.?.self_attn.q_proj, model.layers.?.self_attn.v_proj",
-            "  observed: adapter_config.json says r=16, but the tensors have rank 8 in 4 of 4 modules",
+            "  --> 4 modules: model.layers.?.self_attn.q_proj,",
+            "      model.layers.?.self_attn.v_proj",
+            "  observed: adapter_config.json says r=16, but the tensors have rank 8 in 4 of 4",
+            "            modules",
             "  expected: the rank of the tensors in r or rank_pattern",
-            "  fix:      restore r=8 and the lora_alpha of the training; ranks are fixed at initialisation",
+            "  fix:      restore r=8 and the lora_alpha of the training; ranks are fixed at",
+            "            initialisation",
         ]
     )
     result.stdout.fnmatch_lines(["*_ zeros: values _*", "LORA442: adapter zeros: 1 error"])
@@ -105,6 +109,29 @@ def test_one_adapter_is_named_on_the_command_line(adapters: Path, pytester: pyte
     run(pytester, "adapters/rank/adapter_config.json", "-k", "not shapes").assert_outcomes(
         passed=5, deselected=1
     )
+
+
+def test_a_folder_named_on_the_command_line_holds_adapters_where_it_holds_no_test(
+    adapters: Path, pytester: pytest.Pytester
+) -> None:
+    run(pytester, "adapters").assert_outcomes(passed=16, failed=2)
+    run(pytester, "adapters", "-k", "shapes").assert_outcomes(passed=2, failed=1, deselected=15)
+    result = run(pytester, "--collect-only", "-q", "adapters/sound")
+    assert ids(result) == [f"adapters/sound/adapter_config.json::{group}" for group in GROUPS]
+    pytester.mkdir("tests").joinpath("test_it.py").write_text("def test_plain(): ...")
+    shutil.copytree(adapters / "sound", pytester.path / "tests" / "data")
+    run(pytester, "tests").assert_outcomes(passed=1)
+    run(pytester, "tests", "adapters").assert_outcomes(passed=17, failed=2)
+    assert run(pytester, "-k", "nothing").ret == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def test_a_name_on_the_hub_says_what_to_do(pytester: pytest.Pytester) -> None:
+    for option in ("--lora-adapters", "--lora-recipes", "--lora-model"):
+        result = run(pytester, f"{option}=owner/adapter")
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        assert any("hf download owner/adapter --local-dir adapter" in line for line in result.stderr.lines)
+    with pytest.raises(ValueError, match="hf download owner/adapter --local-dir adapter"):
+        check_checkpoint("owner/adapter")
 
 
 def test_tests_and_adapters_run_together_and_once(adapters: Path, pytester: pytest.Pytester) -> None:

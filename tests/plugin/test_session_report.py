@@ -214,7 +214,7 @@ def test_a_failing_set_up_and_a_second_try(pytester: pytest.Pytester) -> None:
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ("out.pdf", "--lora-report: 'out.pdf' must end in .html, .md, .json"),
+        ("out.pdf", "--lora-report: 'out.pdf' must end in .html, .json, .md, .sarif, .sarif.json"),
         ("folder.html", "--lora-report: 'folder.html' is a folder; name a file"),
     ],
 )

@@ -16,6 +16,7 @@ from pytest_lora.facts.figures import (
     RankTrial,
     WhatIf,
 )
+from pytest_lora.facts.figures.recipes import RecipeCard, SettingRow
 from pytest_lora.findings import Finding, Report
 from pytest_lora.report.session import GpuUse, RanTest, Session
 
@@ -118,6 +119,20 @@ SWEEP = RankSweep(
     0.894,
 )
 
+RECIPE = RecipeCard(
+    "qlora.yaml",
+    "Axolotl",
+    (
+        SettingRow("base", "Qwen/Qwen2.5-7B", "line 1"),
+        SettingRow("quantization", "-", "line 9", "load_in_4bit: true", "only under adapter: qlora"),
+    ),
+    (("sequences a step", "64 (2 x 4 accumulated x 8 GPUs)"), ("epochs", "3")),
+    30 * GIB,
+    24 * GIB,
+    8,
+    False,
+)
+
 
 def ran(name: str, outcome: str, *reports: Report, **fields: Any) -> RanTest:
     file = name.partition("::")[0]
@@ -179,6 +194,13 @@ def worded(text: str) -> Session:
             metric=text,
             reasons=(text,),
             trials=(dataclasses.replace(SWEEP.trials[2], problem=text),),
+        ),
+        dataclasses.replace(
+            RECIPE,
+            title=text,
+            tool=text,
+            rows=(SettingRow(text, text, text, text, text),),
+            steps=((text, text),),
         ),
     )
     gpu = GpuUse((text,), 1, 2, 3, 4, 5.0, None, text)

@@ -66,7 +66,16 @@ def test_noise_on_a_flat_curve_looks_flat() -> None:
     )
     (line,) = curve_chart(flat).lines
     heights = [y for _, y in line]
-    assert max(heights) - min(heights) < 3
+    assert max(heights) - min(heights) < 6
+
+
+def test_the_axis_of_a_curve_follows_its_losses() -> None:
+    falls = dataclasses.replace(
+        FALLING, losses=tuple(2.3 - 0.02 * n for n in range(20)), before=2.3, after=1.92
+    )
+    (line,) = curve_chart(falls).lines
+    heights = [y for _, y in line]
+    assert max(heights) - min(heights) > 80
 
 
 @given(CURVES | SWEEPS)

@@ -190,15 +190,17 @@ def test_every_rule_can_be_explained_on_the_page() -> None:
 
 
 def test_json_is_strict_and_whole() -> None:
-    data = json.loads(rendered(SESSION, ".json"), parse_constant=lambda word: pytest.fail(word))
+    data = json.loads(rendered(SESSION, "a.json"), parse_constant=lambda word: pytest.fail(word))
     assert data["format"] == 1
     assert data["counts"] == {"failed": 4, "passed": 32, "skipped": 4}
     assert len(data["tests"]) == len(SESSION.tests)
     assert [Report.from_json(json.dumps(report)) for report in data["tests"][1]["reports"]] == list(
         SESSION.tests[1].reports
     )
-    with pytest.raises(ValueError, match=r"there is no report in '.pdf'; known are .html, .md and .json"):
-        rendered(SESSION, ".pdf")
+    with pytest.raises(
+        ValueError, match=r"there is no report in .a.pdf.; known are .sarif.json, .sarif, .html, .md, .json"
+    ):
+        rendered(SESSION, "a.pdf")
 
 
 def test_the_command_that_runs_the_first_failure_again() -> None:

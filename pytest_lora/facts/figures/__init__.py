@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from itertools import chain, groupby, repeat
 from typing import Any, ClassVar, Literal
 
+from pytest_lora.facts.figures.recipes import RecipeCard, SettingRow
+
 CellState = Literal["live", "frozen", "idle", "dead", "missing"]
 """How an adapter stands on a module: it takes part and trains; it takes part and is frozen; it is inactive, disabled or
 merged; it is to train and no gradient reaches it, or a file holds nothing but zeros for it; this module does not carry
@@ -189,16 +191,18 @@ class RankSweep:
     enough: float | None = None
 
 
-Figure = AdapterMap | LossCurve | MemoryBudget | RankSweep
+Figure = AdapterMap | LossCurve | MemoryBudget | RankSweep | RecipeCard
 
-_KINDS: dict[str, type[Any]] = {one.kind: one for one in (AdapterMap, LossCurve, MemoryBudget, RankSweep)}
+_KINDS: dict[str, type[Any]] = {
+    one.kind: one for one in (AdapterMap, LossCurve, MemoryBudget, RankSweep, RecipeCard)
+}
 _PACKED = ("states", "ranks", "scalings", "gradients", "updates")
 _FLOATS = ("losses", "eval_losses", "scalings", "gradients", "updates", "before", "after", "enough")
 _TRIAL_FLOATS = ("metric", "spread", "seconds", "flops")
 
 
 def to_plain(figure: Figure) -> dict[str, Any]:
-    """An figure as JSON can hold it: runs of equal cells once, and NaN and infinity as words."""
+    """A figure as JSON can hold it: runs of equal cells once, and NaN and infinity as words."""
     fields = asdict(figure)
     for name in _PACKED if isinstance(figure, AdapterMap) else ():
         fields[name] = [[value, len(list(run))] for value, run in groupby(fields[name])]
@@ -225,6 +229,8 @@ def from_plain(data: Mapping[str, Any]) -> Figure:
         fields["what_if"] = [WhatIf(**one) for one in fields["what_if"]]
     if kind == RankSweep.kind:
         fields["trials"] = [_trial(one) for one in fields["trials"]]
+    if kind == RecipeCard.kind:
+        fields["rows"] = [SettingRow(**one) for one in fields["rows"]]
     made: Figure = _KINDS[kind](**{name: _tupled(value) for name, value in fields.items()})
     return made
 

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.arguments import hub_hint
 from pytest_lora.facts.checkpoint import (
     CONFIG,
     PICKLED,
@@ -52,7 +53,9 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
             return place.parent
     except (OSError, ValueError) as error:
         raise ValueError(f"path: {str(place)[:200]!r} cannot be looked at: {error}") from error
-    raise ValueError(f"path: {str(place)!r} does not exist; adapters are never downloaded")
+    raise ValueError(
+        f"path: {str(place)!r} does not exist{hub_hint(str(path)) or '; adapters are never downloaded'}"
+    )
 
 
 def checkpoint_facts(path: Path, base: Base | None = None, *, read_pickle: bool = False) -> CheckpointFacts:
