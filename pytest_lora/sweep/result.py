@@ -37,8 +37,8 @@ class SweepResult:
 
     @property
     def rows(self) -> tuple[RankOutcome, ...]:
-        """One row a rank, the smallest first; means over seeds."""
-        return outcomes(self.trials)
+        """One row a rank, at its best learning rate, the smallest first; means over seeds."""
+        return outcomes(self.trials, self.maximise)
 
     @property
     def failed(self) -> tuple[TrialRow, ...]:
