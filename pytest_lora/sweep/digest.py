@@ -99,14 +99,14 @@ class _Walk:
             self.say(f"{kind.__name__} {len(value)}")
             for index in range(0, len(value), _stride(len(value))):
                 self.feed(f"{path}[{index}]", value[index])
-        elif kind is dict:
+        elif kind in (dict, types.MappingProxyType):
             self._entries(path, value)
         elif kind in (set, frozenset):
             self.say(f"set {len(value)} {sorted(_Walk().digest(item) for item in value)}")
         elif isinstance(value, types.CodeType):
             self._code(path, value)
-        elif isinstance(value, types.ModuleType):
-            self.say(f"module {value.__name__}")
+        elif isinstance(value, (types.ModuleType, types.MemberDescriptorType)):
+            self.say(f"{kind.__name__} {value.__name__}")
         elif isinstance(value, type):
             self._class(path, value)
         elif callable(value) and not _is_tensor(value) and not _is_module(value):
@@ -135,7 +135,7 @@ class _Walk:
         for base in value.__bases__:
             self.feed(path, base)
         for name, member in sorted(vars(value).items()):
-            if name not in _OF_EVERY_CLASS:
+            if not name.startswith("__") or isinstance(member, types.FunctionType):
                 self.say(name)
                 self.feed(f"{path}.{name}", member)
 
@@ -207,13 +207,6 @@ class _Walk:
         for name, part in state_of(value):
             self.say(name)
             self.feed(f"{path}.{name}", part)
-
-
-_OF_EVERY_CLASS = frozenset(dir(type("", (), {}))) - {"__init__"} | {
-    *("__qualname__", "__annotations__", "__firstlineno__", "__static_attributes__", "__annotations_cache__"),
-    *("__abstractmethods__", "_abc_impl", "__parameters__", "__orig_bases__", "__slots__"),
-}
-"""Names in a class that say nothing about what it does."""
 
 
 def _stride(count: int) -> int:
