@@ -13,10 +13,24 @@ def is_enough(share: float, wanted: float) -> bool:
     return share >= wanted - SHARE_TOLERANCE
 
 
-def percent(share: float) -> str:
-    """A share in percent, with three digits: ``"97.8 %"``."""
+def percent(share: float, limit: float | None = None) -> str:
+    """A share in percent, with three digits: ``"97.8 %"``; with as many as show on which side of a limit it is."""
     value = 100 * share + 0.0  # which makes a plain zero of a negative one
-    return f"{value:.3g} %" if abs(value) < 999.5 else f"{value:.0f} %"
+    if abs(value) >= 999.5:
+        return f"{value:.0f} %"
+    digits = 3
+    while (
+        digits < 12
+        and limit is not None
+        and _side(float(f"{value:.{digits}g}") / 100, limit) != _side(share, limit)
+    ):
+        digits += 1
+    return f"{value:.{digits}g} %"
+
+
+def _side(share: float, limit: float) -> int:
+    """-1 below a limit, 0 on it but for rounding, 1 above."""
+    return 0 if abs(share - limit) <= SHARE_TOLERANCE else (1 if share > limit else -1)
 
 
 @dataclass(frozen=True, slots=True)

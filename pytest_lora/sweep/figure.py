@@ -31,7 +31,7 @@ def _reasons(choice: RankChoice) -> tuple[str, ...]:
     )
     unsettled = tuple(f"not settled: {said}" for said in choice.unsettled)
     verdicts = (f"{one.rule} rule {one.said}; {one.reason}" for one in choice.verdicts)
-    return (choice.reason, *verdicts, *runner_up, *unsettled)
+    return (f"{choice.headline}: {choice.reason}", *verdicts, *runner_up, *unsettled)
 
 
 def _trial(row: RankOutcome) -> RankTrial:
