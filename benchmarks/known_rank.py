@@ -23,7 +23,7 @@ import torch
 
 from pytest_lora import SweepResult, rank_sweep
 from pytest_lora.bases.tiny.known_rank import KnownRankTask
-from pytest_lora.sweep.rows import rate_text
+from pytest_lora.facts.sweep import rate_text
 
 KNOWN = (2, 4, 8, 16)
 RANKS = (1, 2, 4, 8, 16, 32)

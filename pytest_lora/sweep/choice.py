@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pytest_lora.arguments import require_number, require_share
-from pytest_lora.facts.sweep import is_enough, percent
+from pytest_lora.facts.sweep import is_enough, percent, rate_text
 from pytest_lora.sweep.evidence import Evidence
-from pytest_lora.sweep.rows import RankOutcome, rate_text
+from pytest_lora.sweep.rows import RankOutcome
 from pytest_lora.sweep.verdicts import (
     Verdict,
     deciding,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pytest_lora.sweep.rows import RankOutcome, RateOutcome, rate_text
+from pytest_lora.facts.sweep import rate_text
+from pytest_lora.sweep.rows import RankOutcome, RateOutcome
 
 
 def about_rates(ranks: Sequence[RankOutcome], chosen: int) -> Iterator[str]:

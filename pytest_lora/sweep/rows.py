@@ -244,11 +244,3 @@ def _metrics(rows: list[TrialRow]) -> tuple[tuple[int, float], ...]:
 def _mean(rows: list[TrialRow], number: Callable[[TrialRow], float | None]) -> float | None:
     values = [value for row in rows if (value := number(row)) is not None]
     return statistics.fmean(values) if values else None
-
-
-def rate_text(rate: float) -> str:
-    """A learning rate as people write it: ``"3e-4"``, ``"2.5e-5"``, ``"0.1"``."""
-    if rate >= 0.01:
-        return f"{rate:.4g}"
-    mantissa, exponent = f"{rate:.3e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

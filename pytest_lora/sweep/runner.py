@@ -10,11 +10,12 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.facts.sweep import rate_text
 from pytest_lora.sweep.executors import run_all
 from pytest_lora.sweep.halving import going_on
 from pytest_lora.sweep.journal import Journal
 from pytest_lora.sweep.result import SweepResult
-from pytest_lora.sweep.rows import TrialRow, rate_text
+from pytest_lora.sweep.rows import TrialRow
 from pytest_lora.sweep.settings import SweepSettings, checked
 from pytest_lora.sweep.table import number
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.number_tables import markdown_lines, text_lines
-from pytest_lora.facts.sweep import percent
+from pytest_lora.facts.sweep import percent, rate_text
 from pytest_lora.sweep.choice import METRIC_SHARE
-from pytest_lora.sweep.rows import RankOutcome, TrialRow, rate_text
+from pytest_lora.sweep.rows import RankOutcome, TrialRow
 
 if TYPE_CHECKING:
     from pytest_lora.sweep.result import SweepResult

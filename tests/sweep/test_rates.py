@@ -13,11 +13,11 @@ from peft import LoraConfig
 from torch import nn
 
 from pytest_lora import SweepResult, rank_sweep
-from pytest_lora.facts.sweep import percent
+from pytest_lora.facts.sweep import percent, rate_text
 from pytest_lora.sweep import TrainOn, TrialPlan
 from pytest_lora.sweep.goal import more_is_better
 from pytest_lora.sweep.halving import budgets, going_on
-from pytest_lora.sweep.rows import Failure, TrialRow, outcomes, rate_text
+from pytest_lora.sweep.rows import Failure, TrialRow, outcomes
 from tests.sweep import toys
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
