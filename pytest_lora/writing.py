@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from contextlib import suppress
+from io import RawIOBase
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
@@ -32,3 +35,51 @@ def write_whole(file: Path, content: str | bytes) -> None:
         with suppress(OSError):
             os.unlink(draft)
         raise
+
+
+def add_json_line(file: Path, entry: Any) -> None:
+    """Add a line of JSON to the end of a file, and see it on the disk before going on.
+
+    A last line without an end is what a kill left: it gets its end where it is whole, and is taken away where it is
+    not. Two processes that add to one file have to hold a lock.
+
+    Raises:
+        OSError: It cannot be written; the file then has its whole lines.
+    """
+    data = json.dumps(entry).encode() + b"\n"
+    with file.open("r+b", buffering=0) as opened:
+        end = _end_of_lines(opened)
+        opened.seek(end)
+        if is_json(last := opened.read()):
+            end, data = end + len(last), b"\n" + data
+        opened.truncate(end)
+        opened.seek(end)
+        try:
+            while data:
+                data = data[opened.write(data) :]
+            os.fsync(opened.fileno())
+        except BaseException:
+            with suppress(OSError):
+                opened.truncate(end)
+            raise
+
+
+def is_json(text: bytes) -> bool:
+    """Whether a text is one whole JSON value."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _end_of_lines(file: RawIOBase) -> int:
+    """Where the last line that has an end ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 65_536)
+        file.seek(start)
+        if (last := (file.read(end - start) or b"").rfind(b"\n")) >= 0:
+            return start + last + 1
+        end = start
+    return 0

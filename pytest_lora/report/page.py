@@ -26,6 +26,7 @@ from pytest_lora.report.charts import curve_chart, path, sweep_chart
 from pytest_lora.report.figures import Shown, figures
 from pytest_lora.report.map_view import map_view, number, words_of
 from pytest_lora.report.memory_view import memory_view
+from pytest_lora.report.rate_charts import price_chart, rate_chart
 from pytest_lora.report.rule_docs import rule_doc
 from pytest_lora.report.rule_groups import FoundIn, RuleGroup, rule_groups
 from pytest_lora.report.session import RanTest, Session, counted_tests
@@ -133,6 +134,8 @@ def _environment() -> Environment:
         "map_view": map_view,
         "curve_chart": curve_chart,
         "sweep_chart": sweep_chart,
+        "rate_chart": rate_chart,
+        "price_chart": price_chart,
         "memory_view": memory_view,
         "rule_doc": rule_doc,
         "counted_tests": counted_tests,

@@ -20,47 +20,28 @@ The chosen rank is the larger of what the first two name: enough of the best, an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from pytest_lora.arguments import require_number, require_share
-from pytest_lora.facts.sweep import is_enough, percent
-from pytest_lora.sweep.evidence import unsettled_by
+from pytest_lora.facts.sweep import is_enough, percent, rate_text
+from pytest_lora.sweep.evidence import Evidence
 from pytest_lora.sweep.rows import RankOutcome
+from pytest_lora.sweep.verdicts import (
+    Verdict,
+    deciding,
+    doubling_verdict,
+    doublings,
+    metric_shares,
+    metric_verdict,
+    stop,
+    time_verdict,
+)
 
 METRIC_SHARE = 0.95
 TIME_SHARE = 0.70
 MIN_GAIN = 0.01
 """An accuracy that goes from 92 over 94 to 94.1 gains 2.1 % and then 0.1 %: the first pays, the second does not."""
-
-RuleName = Literal["metric", "doubling", "time"]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What one rule says.
-
-    Attributes:
-        rule: ``"metric"``, ``"doubling"`` or ``"time"``.
-        rank: The rank that this rule alone would choose; None where it names none.
-        holds: Whether the chosen rank satisfies the rule; None where it could not be judged.
-        reason: The numbers behind it.
-    """
-
-    rule: RuleName
-    rank: int | None
-    holds: bool | None
-    reason: str
-
-    @property
-    def said(self) -> str:
-        """``holds`` in words."""
-        return {True: "holds", False: "does not hold", None: "not judged"}[self.holds]
-
-    def __str__(self) -> str:
-        return f"{self.rule:<8}  {self.said:<13}  {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +59,8 @@ class RankChoice:
         metric_share: The threshold of the metric rule.
         time_share: The threshold of the time rule.
         min_gain: The threshold of the doubling rule.
+        learning_rate: The best rate of the chosen rank; None in a sweep over ranks alone.
+        caveats: What keeps one from taking the choice at its word, a few words each; said beside it.
     """
 
     rank: int
@@ -90,9 +73,17 @@ class RankChoice:
     metric_share: float = METRIC_SHARE
     time_share: float = TIME_SHARE
     min_gain: float = MIN_GAIN
+    learning_rate: float | None = None
+    caveats: tuple[str, ...] = ()
+
+    @property
+    def headline(self) -> str:
+        """Rank and rate, with what stands against them: ``"r=8 at 3e-4 (not told apart from r=16 over 3 seeds)"``."""
+        rate = "" if self.learning_rate is None else f" at {rate_text(self.learning_rate)}"
+        return f"r={self.rank}{rate}" + (f" ({'; '.join(self.caveats)})" if self.caveats else "")
 
     def __str__(self) -> str:
-        lines = [f"Choose r={self.rank}: {self.reason}."]
+        lines = [f"Choose {self.headline}: {self.reason}."]
         lines += [f"  {verdict}" for verdict in self.verdicts]
         if self.runner_up is not None:
             lines.append(f"Runner-up r={self.runner_up}: {self.runner_up_reason}.")
@@ -122,6 +113,7 @@ def choose(
     metric_share: float = METRIC_SHARE,
     time_share: float = TIME_SHARE,
     min_gain: float = MIN_GAIN,
+    metric: str = "",
 ) -> RankChoice:
     """Choose a rank by the rules at the head of this module.
 
@@ -132,6 +124,7 @@ def choose(
         metric_share: Share of the best metric that is enough, above 0 and at most 1.
         time_share: Share of the largest rank's training time, above 0 and at most 1.
         min_gain: Gain of a doubling that pays, as a share of the metric's size, at least 0.
+        metric: Name of the metric, which may say that less of it is better.
 
     Raises:
         TypeError: A threshold is no number.
@@ -148,128 +141,61 @@ def choose(
         )
     shares = metric_shares(ranks, before, maximise)
     by_metric = next((rank for rank, share in shares.items() if is_enough(share, metric_share)), None)
-    by_doubling, stops = _stop(ranks, before, maximise, min_gain)
+    steps = doublings(ranks, before, maximise)
+    by_doubling = stop(ranks[0].rank, steps, min_gain)
     rank = max(by_metric or 0, by_doubling)
     verdicts = (
-        _metric_verdict(ranks, shares, by_metric, rank, metric_share, before),
-        Verdict("doubling", by_doubling, rank == by_doubling, stops),
-        _time_verdict(ranks, shares, rank, metric_share, time_share),
+        metric_verdict(ranks, shares, by_metric, rank, metric_share, before),
+        doubling_verdict(ranks[0].rank, steps, rank, min_gain),
+        time_verdict(ranks, shares, rank, metric_share, time_share),
     )
-    runner_up, why = _runner_up(ranks, shares, rank, verdicts)
+    runner_up, why = _runner_up(ranks, shares, rank, verdicts, metric_share)
+    evidence = Evidence(
+        outcomes=tuple(outcomes),
+        ranks=tuple(ranks),
+        rank=rank,
+        shares=shares,
+        doublings=deciding(steps, min_gain),
+        before=before,
+        maximise=maximise,
+        metric_share=metric_share,
+        min_gain=min_gain,
+        metric=metric,
+    )
     return RankChoice(
         rank=rank,
-        reason=_reason(rank, by_metric, by_doubling, shares, rank == ranks[-1].rank),
+        reason=_reason(rank, by_metric, by_doubling, shares, rank == ranks[-1].rank, metric_share),
         verdicts=verdicts,
         runner_up=runner_up,
         runner_up_reason=why,
-        unsettled=tuple(unsettled_by(outcomes, ranks, shares, rank, before, maximise, metric_share)),
+        unsettled=tuple(evidence.unsettled()),
         shares=tuple(shares.items()),
         metric_share=metric_share,
         time_share=time_share,
         min_gain=min_gain,
+        learning_rate=evidence.chosen.learning_rate,
+        caveats=tuple(evidence.caveats()),
     )
-
-
-def metric_shares(ranks: Sequence[RankOutcome], before: float | None, maximise: bool) -> dict[int, float]:
-    """Share of the best metric by rank, as the metric rule counts it; empty where that means nothing."""
-    values = {o.rank: o.metric for o in ranks if o.metric is not None}
-    if not values:
-        return {}
-    best = max(values.values()) if maximise else min(values.values())
-    if before is not None:
-        improvement = best - before
-        learned = improvement > 0 if maximise else improvement < 0
-        if not learned or not math.isfinite(improvement):
-            return {}
-        return {rank: (value - before) / improvement for rank, value in values.items()}
-    if min(values.values()) <= 0:
-        return {}
-    return {rank: value / best if maximise else best / value for rank, value in values.items()}
-
-
-def _stop(
-    ranks: Sequence[RankOutcome], before: float | None, maximise: bool, min_gain: float
-) -> tuple[int, str]:
-    """Where doubling stops paying, and the gains behind it."""
-    sign = 1 if maximise else -1
-    values = {o.rank: sign * o.metric for o in ranks if o.metric is not None}
-    best = max(values.values())
-    improvement = 0.0 if before is None else best - sign * before
-    size = max(abs(best), abs(improvement))
-    current, said = ranks[0].rank, []
-    for smaller, larger in zip(values, list(values)[1:], strict=False):
-        gain = (values[larger] - values[smaller]) / math.log2(larger / smaller) / size if size else 0.0
-        pays = gain >= min_gain and gain > 0
-        said.append(f"{smaller} -> {larger} gains {percent(gain)}")
-        if not pays:
-            break
-        current = larger
-    if not said:
-        return current, "there is one rank only"
-    wanted = f"a doubling is to gain {percent(min_gain)}"
-    return current, f"{', '.join(said)}; {wanted}"
-
-
-def _metric_verdict(
-    ranks: Sequence[RankOutcome],
-    shares: dict[int, float],
-    pick: int | None,
-    rank: int,
-    wanted: float,
-    before: float | None,
-) -> Verdict:
-    if not shares:
-        why = (
-            "no rank is better than the metric before training"
-            if before is not None
-            else "the metric before training is not known, and not all metrics are above zero"
-        )
-        return Verdict("metric", None, None, why)
-    of_what = "of the best metric" if before is None else "of the best improvement over the metric before"
-    said = ", ".join(f"{o.rank}: {percent(shares[o.rank])}" for o in ranks)
-    return Verdict(
-        "metric", pick, is_enough(shares[rank], wanted), f"{said} {of_what}; {percent(wanted)} is enough"
-    )
-
-
-def _time_verdict(
-    ranks: Sequence[RankOutcome],
-    shares: dict[int, float],
-    rank: int,
-    metric_share: float,
-    wanted: float,
-) -> Verdict:
-    seconds = {o.rank: o.seconds for o in ranks if o.seconds is not None}
-    largest = max(seconds, default=0)
-    if rank not in seconds or len(seconds) < 2 or not seconds[largest]:
-        return Verdict("time", None, None, "there are no times of two ranks to compare")
-    ratios = {r: s / seconds[largest] for r, s in seconds.items()}
-    quick = [r for r in ratios if ratios[r] < wanted and is_enough(shares.get(r, 0.0), metric_share)]
-    taken = (
-        "is the largest" if rank == largest else f"takes {percent(ratios[rank])} of the time of r={largest}"
-    )
-    said = f"r={rank} {taken}; under {percent(wanted)} is asked for"
-    if ratios[rank] < wanted:
-        return Verdict("time", rank, True, said)
-    if quick:
-        said += f", as r={quick[0]} does"
-    else:
-        said += ", which at equal steps hardly any rank does"
-    return Verdict("time", quick[0] if quick else None, False, f"{said}; it does not decide")
 
 
 def _reason(
-    rank: int, by_metric: int | None, by_doubling: int, shares: dict[int, float], is_largest: bool
+    rank: int,
+    by_metric: int | None,
+    by_doubling: int,
+    shares: dict[int, float],
+    is_largest: bool,
+    wanted: float,
 ) -> str:
     if by_metric is None:
         return "doubling pays up to here and no further, and the metric rule could not be judged"
-    share = f"it has {percent(shares[rank])} of the best"
+    share = f"it has {percent(shares[rank], wanted)} of the best"
     if by_metric == by_doubling:
         last = "and no larger one was measured" if is_largest else "and doubling it does not pay"
         return f"{share}, no smaller rank has enough, {last}"
     if rank == by_doubling:
         return f"{share}; r={by_metric} has enough too, but doubling pays up to here"
-    return f"{share}; doubling stops paying at r={by_doubling} already, which has too little"
+    little = percent(shares[by_doubling], wanted)
+    return f"{share}; doubling stops paying at r={by_doubling} already, which has too little, {little}"
 
 
 def _runner_up(
@@ -277,13 +203,14 @@ def _runner_up(
     shares: dict[int, float],
     rank: int,
     verdicts: Sequence[Verdict],
+    wanted: float,
 ) -> tuple[int | None, str]:
     others = [o for o in ranks if o.rank != rank]
     if not others:
         return None, ""
 
     def beside(other: int) -> str:
-        return f", with {percent(shares[other])} of the best" if other in shares else ""
+        return f", with {percent(shares[other], wanted)} of the best" if other in shares else ""
 
     for verdict in verdicts:
         if verdict.rank not in (None, rank):

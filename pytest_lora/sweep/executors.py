@@ -113,7 +113,6 @@ def like(pool: Any) -> ProcessPoolExecutor:
 def _row(job: Job, outcome: TrialRow | BaseException) -> TrialRow:
     if isinstance(outcome, TrialRow):
         return outcome
-    plan = job.plan
     said = f"{type(outcome).__name__}: {first_line(outcome)}"
     advice = "the system may have run out of memory: use fewer workers or a smaller batch"
-    return TrialRow(plan.rank, plan.alpha, plan.seed, failure=Failure("worker died", said, advice))
+    return job.plan.row(Failure("worker died", said, advice))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pytest_lora.facts.figures import RankSweep, RankTrial
+from pytest_lora.facts.figures import RankSweep, RankTrial, RatePoint
 from pytest_lora.sweep.choice import RankChoice, enough
 from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.rows import RankOutcome
@@ -31,7 +31,7 @@ def _reasons(choice: RankChoice) -> tuple[str, ...]:
     )
     unsettled = tuple(f"not settled: {said}" for said in choice.unsettled)
     verdicts = (f"{one.rule} rule {one.said}; {one.reason}" for one in choice.verdicts)
-    return (choice.reason, *verdicts, *runner_up, *unsettled)
+    return (f"{choice.headline}: {choice.reason}", *verdicts, *runner_up, *unsettled)
 
 
 def _trial(row: RankOutcome) -> RankTrial:
@@ -45,4 +45,5 @@ def _trial(row: RankOutcome) -> RankTrial:
         peak_bytes=row.peak_bytes,
         trainable_parameters=row.trainable or 0,
         problem=problem,
+        rates=tuple(RatePoint(r.learning_rate, r.metric, r.spread, r.budget == 1) for r in row.rates),
     )

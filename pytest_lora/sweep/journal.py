@@ -4,40 +4,61 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from pytest_lora.sweep.rows import TrialRow
+from filelock import FileLock
 
-FORMAT = "pytest-lora rank sweep 1"
+from pytest_lora.sweep.rows import TrialKey, TrialRow
+from pytest_lora.writing import add_json_line, is_json, write_whole
+
+FORMAT = "pytest-lora rank sweep 2"
+
+_STARTS = (b'{"trial": {', b'{"before": {')
+"""How every line but the first begins."""
 
 
 class Journal:
     """The file of a sweep. The first line has the settings; those of another sweep are refused.
 
-    Ranks and seeds are no settings: a sweep may be widened, and keeps what it has. Trials whose worker died, or that
-    raised an error of the user's code, are run again; those that ran out of memory, diverged or gave no metric are
+    Several sweeps of the same settings may share it, also at once: whoever reads or writes holds a lock, a file beside
+    it. Nothing is ever overwritten that is not of such a sweep.
+
+    Ranks, rates and seeds are no settings: a sweep may be widened, and keeps what it has. Trials whose worker died, or
+    that raised an error of the user's code, are run again; those that ran out of memory, diverged or gave no metric are
     results.
 
     Args:
         path: The file; it and its folder are made where they do not exist.
         settings: Readable settings by name, which all trials share.
+        unread: What of them cannot be compared; the setting ``version`` has to stand for it.
 
     Raises:
-        ValueError: The file is of another sweep (the message names what differs), or no journal at all.
+        ValueError: The file is of another sweep (the message names what differs), or no journal at all; or something
+            cannot be compared and there is no version.
+        OSError: The file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], settings: Mapping[str, str], unread: tuple[str, ...] = ()
+    ) -> None:
         self.path = Path(path)
         self.settings = dict(settings)
-        self.rows: dict[tuple[int, int], TrialRow] = {}
+        self.rows: dict[TrialKey, TrialRow] = {}
         self.before: TrialRow | None = None
-        whole = self._read()
-        if whole:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._append({"format": FORMAT, "settings": self.settings})
+        if unread and not settings.get("version"):
+            raise ValueError(
+                f"journal: {', '.join(unread)} cannot be compared with what an earlier sweep had; "
+                "say version='1', and change it whenever that changes"
+            )
+        self._header = {"format": FORMAT, "settings": self.settings, "not compared": list(unread)}
+        with self._alone():
+            self._begin()
+            for number, line in enumerate(self._lines(), 2):
+                self._take(number, line)
 
     def add(self, row: TrialRow) -> None:
         """Keep a trial."""
@@ -48,35 +69,47 @@ class Journal:
         self._append({"before": row.to_dict()})
 
     def _append(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self._alone():
+            self._begin()  # the file may have been moved away, or another put in its place
+            self._written(lambda: add_json_line(self.path, entry))
 
-    def _read(self) -> bool:
-        """Take what the file has; drop a last line that a kill has cut off. False where there is nothing yet."""
-        if not self.path.exists():
-            return False
-        data = self.path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        lines = data[:end].splitlines()
-        if not lines:
-            if data and not json.dumps({"format": FORMAT}).encode()[:-1].startswith(data[:20]):
-                raise ValueError(f"journal: {self.path} is no journal of a rank sweep; name another file")
-            self.path.write_bytes(b"")
-            return False
-        self._require_same(lines[0])
-        for number, line in enumerate(lines[1:], 2):
-            self._take(number, line)
-        if end < len(data):
-            os.truncate(self.path, end)
-        return True
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock, which the system lets go when a process ends, however it ends."""
+        target = self.path.resolve()
+        lock = FileLock(target.with_name(f".{target.name}.lock"))
+        self._written(lambda: target.parent.mkdir(parents=True, exist_ok=True))
+        self._written(lock.acquire)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _written(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            raise OSError(f"journal: {self.path} cannot be written: {error.strerror or error}") from error
+
+    def _begin(self) -> None:
+        """See to it that the file is there and is of this sweep."""
+        if not self.path.exists() or (self.path.is_file() and not self.path.stat().st_size):
+            self._written(lambda: write_whole(self.path, json.dumps(self._header) + "\n"))
+            return
+        with self.path.open("rb") if self.path.is_file() else BytesIO() as file:
+            self._require_same(file.readline())
+
+    def _lines(self) -> list[bytes]:
+        """All lines but the first; without a last one that a kill has cut off, whose place the next line takes."""
+        *lines, last = self.path.read_bytes().split(b"\n")[1:]
+        was_cut = not is_json(last) and any(last.startswith(start[: len(last)]) for start in _STARTS)
+        return lines if was_cut else [*lines, last]
 
     def _require_same(self, line: bytes) -> None:
         try:
-            head = json.loads(line)
+            head = json.loads(line if line.endswith(b"\n") else b"")
             settings = head["settings"] if head["format"] == FORMAT else None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             settings = None
         if not isinstance(settings, dict):
             raise ValueError(f"journal: {self.path} is no journal of a rank sweep; name another file")
@@ -95,11 +128,11 @@ class Journal:
         try:
             entry = json.loads(line)
             row = TrialRow.from_dict(entry.get("trial") or entry["before"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"journal: line {number} of {self.path} cannot be read: {error!r}") from error
         if row.failure is not None and row.failure.kind in ("worker died", "error"):
             return
         if "before" in entry:
             self.before = row
         else:
-            self.rows[row.rank, row.seed] = row
+            self.rows[row.key] = row

@@ -16,8 +16,8 @@ class TrainOn:
 
     Args:
         batches: A list of batches, each a mapping for ``model(**batch)``, or whatever ``loss_fn`` takes.
-        lr: Peak learning rate. The default 2e-4 is what QLoRA (arXiv:2305.14314) uses for models up to 13B; tiny models
-            want more.
+        lr: Peak learning rate, where the sweep has none. The default 2e-4 is what QLoRA (arXiv:2305.14314) uses for
+            models up to 13B; tiny models want more.
         loss_fn: Called with the model and a batch, gives a scalar loss; by default the loss that the model returns.
 
     Raises:
@@ -46,7 +46,8 @@ class TrainOn:
 
         batches = plan.share(self.batches) * plan.epochs
         device = next(model.parameters()).device
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=self.lr)
+        rate = self.lr if plan.learning_rate is None else plan.learning_rate
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
         losses = []
         for batch in batches:

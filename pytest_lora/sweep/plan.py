@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pytest_lora.sweep.rows import Failure, TrialKey, TrialRow
+
 
 @dataclass(frozen=True, slots=True)
 class TrialPlan:
@@ -19,6 +21,9 @@ class TrialPlan:
         seed: Set before the base and again before the adapter is made.
         fraction: Share of the training data to use, above 0 and at most 1.
         epochs: Passes over that share.
+        learning_rate: Peak learning rate to train with; None in a sweep over ranks alone, where ``train`` has its own.
+        budget: Share of the full training that ``fraction`` is cut to: below 1 in the early rounds of a sweep that
+            halves.
     """
 
     rank: int
@@ -26,7 +31,25 @@ class TrialPlan:
     seed: int
     fraction: float = 1.0
     epochs: int = 1
+    learning_rate: float | None = None
+    budget: float = 1.0
     drawn: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @property
+    def key(self) -> TrialKey:
+        """Which trial of a sweep this is."""
+        return self.rank, self.learning_rate, self.seed, self.budget
+
+    def row(self, failure: Failure | None = None) -> TrialRow:
+        """The row of this trial, in which nothing is measured yet."""
+        return TrialRow(
+            self.rank,
+            self.alpha,
+            self.seed,
+            learning_rate=self.learning_rate,
+            budget=self.budget,
+            failure=failure,
+        )
 
     def share(self, items: Sequence[Any]) -> list[Any]:
         """The share of the data for this trial: ``ceil(fraction * len(items))`` of them, drawn by the seed.

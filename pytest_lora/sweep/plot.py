@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-from pytest_lora.facts.sweep import percent
+from pytest_lora.facts.sweep import percent, rate_text
 from pytest_lora.sweep.choice import RankChoice, enough
+from pytest_lora.sweep.plot_rates import by_rate, price
+from pytest_lora.sweep.plot_theme import THEMES, Theme, prepare_ranks, title
 from pytest_lora.sweep.rows import RankOutcome
 from pytest_lora.sweep.table import number
 from pytest_lora.writing import write_whole
@@ -19,23 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from pytest_lora.sweep.result import SweepResult
-
-
-class Theme(NamedTuple):
-    """Colours, which also differ in lightness, so that they survive print and colour blindness."""
-
-    background: str
-    ink: str
-    faint: str
-    grid: str
-    line: str
-    chosen: str
-
-
-THEMES = {
-    "light": Theme("#ffffff", "#1f2328", "#6a737d", "#e3e6ea", "#2f6fb3", "#c2410c"),
-    "dark": Theme("#14171c", "#e6e8eb", "#98a1ab", "#2b3038", "#7db4ee", "#ff9d5c"),
-}
 
 
 UNITS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6))
@@ -56,7 +41,7 @@ def draw(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot needs matplotlib: pip install 'pytest-lora[plot]'") from error
-    figure = Figure(figsize=(10, 5.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10, 9.6), dpi=150, layout="constrained")
     known = figure.canvas.get_supported_filetypes()
     if file.suffix[1:].lower() not in known:
         raise ValueError(f"path must end in one of .{', .'.join(sorted(known))}, not {file.name!r}")
@@ -74,8 +59,10 @@ def _compose(figure: Figure, result: SweepResult, choice: RankChoice, theme: The
     figure.set_facecolor(theme.background)
     share = dict(choice.shares).get(choice.rank)
     of_best = "" if share is None else f": it reaches {percent(share)} of the best"
+    rate = "" if choice.learning_rate is None else f" at {rate_text(choice.learning_rate)}"
+    doubt = f"\n({'; '.join(choice.caveats)})" if choice.caveats else ""
     figure.suptitle(
-        f"Rank {choice.rank}{of_best}",
+        f"Rank {choice.rank}{rate}{of_best}{doubt}",
         x=0.012,
         ha="left",
         color=theme.ink,
@@ -83,13 +70,22 @@ def _compose(figure: Figure, result: SweepResult, choice: RankChoice, theme: The
         fontweight="bold",
     )
     figure.set_layout_engine("constrained", hspace=0.08, wspace=0.05, w_pad=0.1, h_pad=0.08)
-    grid = figure.add_gridspec(3, 2, width_ratios=(1.9, 1))
-    main = figure.add_subplot(grid[:, 0])
-    _metric(main, result, rows, choice, theme)
+    grid = figure.add_gridspec(6, 2, width_ratios=(1.9, 1))
+    _metric(figure.add_subplot(grid[:3, 0]), result, rows, choice, theme)
+    below = grid[3:, :].subgridspec(1, 2)
+    if any(row.rates for row in rows):
+        by_rate(figure.add_subplot(below[0, 0]), result, rows, choice, theme)
+        rest = below[0, 1]
+    else:
+        rest = below[0, :]
+    label, prices = _operations(rows)
+    if None in prices:
+        label, prices = "training time, s", [row.seconds for row in rows]
+    price(figure.add_subplot(rest), result.maximise, result.metric, rows, label, prices, choice.rank, theme)
     panels = (("training time, s", [row.seconds for row in rows]), _operations(rows), _memory(rows))
-    for position, (title, values) in enumerate(panels):
+    for position, (what, values) in enumerate(panels):
         axes = figure.add_subplot(grid[position, 1])
-        _cost(axes, rows, title, values, choice.rank, theme)
+        _cost(axes, rows, what, values, choice.rank, theme)
         axes.tick_params(labelbottom=position == 2)
         if position == 2:
             axes.set_xlabel("rank", color=theme.ink)
@@ -114,10 +110,10 @@ def _metric(
 ) -> None:
     ranks = [row.rank for row in rows]
     means = [row.metric or 0.0 for row in rows]
-    _prepare(axes, ranks, choice.rank, theme)
+    prepare_ranks(axes, ranks, choice.rank, theme)
     goal = "more is better" if result.maximise else "less is better"
-    axes.set_title(f"{result.metric} ({goal})", loc="left", color=theme.ink, fontsize=11)
-    axes.set_xlabel("rank", color=theme.ink)
+    at = ", each rank at its best rate" if any(row.rates for row in rows) else ""
+    title(axes, f"{result.metric} ({goal}){at}", "rank", theme)
     for row in rows:
         values = [value for _, value in row.metrics]
         if len(values) > 1:
@@ -163,12 +159,12 @@ def _metric(
 
 
 def _cost(
-    axes: Axes, rows: list[RankOutcome], title: str, values: list[float | None], chosen: int, theme: Theme
+    axes: Axes, rows: list[RankOutcome], what: str, values: list[float | None], chosen: int, theme: Theme
 ) -> None:
     ranks = [row.rank for row in rows]
     points = [(rank, value) for rank, value in zip(ranks, values, strict=True) if value is not None]
-    _prepare(axes, ranks, chosen if points else None, theme)
-    axes.set_title(title, loc="left", color=theme.ink, fontsize=10)
+    prepare_ranks(axes, ranks, chosen if points else None, theme)
+    axes.set_title(what, loc="left", color=theme.ink, fontsize=10)
     if not points:
         axes.set_yticks([])
         axes.text(0.03, 0.5, "not known", transform=axes.transAxes, color=theme.faint, fontsize=9)
@@ -178,23 +174,3 @@ def _cost(
     axes.plot(*zip(*marked, strict=True) if marked else ((), ()), "o", ms=5, color=theme.chosen, zorder=4)
     # Costs start at zero: a curve that looks steep would overstate what rank changes.
     axes.set_ylim(0, 1.25 * max(value for _, value in points))
-
-
-def _prepare(axes: Axes, ranks: list[int], chosen: int | None, theme: Theme) -> None:
-    """A logarithmic axis with the ranks themselves on it, a grid, and a band at the rank that is chosen, if one is."""
-    from matplotlib.ticker import NullLocator
-
-    axes.set_facecolor(theme.background)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ranks, [str(rank) for rank in ranks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(min(ranks) / 1.35, max(ranks) * 1.35)
-    if chosen is not None:
-        half = (1.35**2 * max(ranks) / min(ranks)) ** 0.025
-        axes.axvspan(chosen / half, chosen * half, color=theme.chosen, alpha=0.14, lw=0, zorder=0)
-    axes.grid(True, axis="y", color=theme.grid, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.faint, labelcolor=theme.ink, length=3, labelsize=9)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.faint)

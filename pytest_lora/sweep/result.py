@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytest_lora.sweep.choice import METRIC_SHARE, MIN_GAIN, TIME_SHARE, RankChoice, choose, metric_shares
+from pytest_lora.sweep.choice import METRIC_SHARE, MIN_GAIN, TIME_SHARE, RankChoice, choose
 from pytest_lora.sweep.rows import RankOutcome, TrialRow, outcomes
 from pytest_lora.sweep.table import markdown_table, text_table
+from pytest_lora.sweep.verdicts import metric_shares
 
 if TYPE_CHECKING:
     import os
@@ -37,8 +38,8 @@ class SweepResult:
 
     @property
     def rows(self) -> tuple[RankOutcome, ...]:
-        """One row a rank, the smallest first; means over seeds."""
-        return outcomes(self.trials)
+        """One row a rank, at its best learning rate, the smallest first; means over seeds."""
+        return outcomes(self.trials, self.maximise)
 
     @property
     def failed(self) -> tuple[TrialRow, ...]:
@@ -77,6 +78,7 @@ class SweepResult:
             metric_share=metric_share,
             time_share=time_share,
             min_gain=min_gain,
+            metric=self.metric,
         )
 
     def table(self, style: Literal["text", "markdown"] = "text") -> str:

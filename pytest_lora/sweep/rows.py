@@ -10,6 +10,9 @@ from typing import Any, Literal, get_args
 
 from pytest_lora.findings import Finding
 
+TrialKey = tuple[int, float | None, int, float]
+"""Rank, learning rate, seed, share of the full training."""
+
 FailureKind = Literal["out of memory", "diverged", "no metric", "worker died", "error"]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
@@ -52,6 +55,9 @@ class TrialRow:
         device: Where the model was, such as ``"cpu"`` or ``"cuda:0"``.
         findings: What ``check_model`` and ``diagnose_history`` found after training.
         failure: Why there is no metric.
+        learning_rate: The rate of the trial's plan; None in a sweep over ranks alone.
+        scaling: What the adapter's product is multiplied with; None where it differs between layers.
+        budget: Share of the full training: below 1 in the early rounds of a sweep that halves.
     """
 
     rank: int
@@ -68,6 +74,14 @@ class TrialRow:
     device: str = ""
     findings: tuple[Finding, ...] = ()
     failure: Failure | None = None
+    learning_rate: float | None = None
+    scaling: float | None = None
+    budget: float = 1.0
+
+    @property
+    def key(self) -> TrialKey:
+        """Which trial of a sweep this is."""
+        return self.rank, self.learning_rate, self.seed, self.budget
 
     def to_dict(self) -> dict[str, Any]:
         """The row for JSON, in which numbers that are not finite are words."""
@@ -90,8 +104,35 @@ class TrialRow:
 
 
 @dataclass(frozen=True, slots=True)
+class RateOutcome:
+    """All trials of one rank at one learning rate, of the longest training they came to.
+
+    Attributes:
+        learning_rate: The rate.
+        metrics: Metric by seed, of the trials that have one, in order of the seeds.
+        budget: Share of the full training that they had; below 1 where halving dropped the rate.
+        failures: What went wrong in the other trials.
+    """
+
+    learning_rate: float
+    metrics: tuple[tuple[int, float], ...]
+    budget: float
+    failures: tuple[Failure, ...]
+
+    @property
+    def metric(self) -> float | None:
+        """The mean over the seeds; None where every trial failed."""
+        return statistics.fmean(value for _, value in self.metrics) if self.metrics else None
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation (with n - 1), None for fewer than two seeds."""
+        return statistics.stdev(value for _, value in self.metrics) if len(self.metrics) > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
 class RankOutcome:
-    """All trials of one rank; means are over the trials that have a metric.
+    """All trials of one rank, at its best learning rate; means are over the trials that have a metric.
 
     Attributes:
         rank: ``r``.
@@ -105,6 +146,10 @@ class RankOutcome:
         memory: How the peak is known.
         trainable: Trainable parameters.
         failures: What went wrong in the other trials.
+        learning_rate: The best rate: the one with the fewest failed trials, and among these with the best metric; None
+            in a sweep over ranks alone.
+        scaling: What the adapter's product is multiplied with.
+        rates: Every rate that was tried, in ascending order.
     """
 
     rank: int
@@ -118,27 +163,62 @@ class RankOutcome:
     memory: str
     trainable: int | None
     failures: tuple[Failure, ...]
+    learning_rate: float | None = None
+    scaling: float | None = None
+    rates: tuple[RateOutcome, ...] = ()
+
+    @property
+    def step(self) -> float | None:
+        """The effective step: rate times scaling, which is what an update of the factors moves the weights by."""
+        if self.learning_rate is None or self.scaling is None:
+            return None
+        return self.learning_rate * self.scaling
 
 
-def outcomes(rows: Iterable[TrialRow]) -> tuple[RankOutcome, ...]:
-    """One outcome a rank, the smallest rank first."""
+def outcomes(rows: Iterable[TrialRow], maximise: bool = True) -> tuple[RankOutcome, ...]:
+    """One outcome a rank, at its best rate, the smallest rank first."""
     by_rank: dict[int, list[TrialRow]] = {}
     for row in rows:
         by_rank.setdefault(row.rank, []).append(row)
-    return tuple(_outcome(by_rank[rank]) for rank in sorted(by_rank))
+    return tuple(_outcome(by_rank[rank], maximise) for rank in sorted(by_rank))
 
 
-def _outcome(rows: list[TrialRow]) -> RankOutcome:
-    rows = sorted(rows, key=lambda row: row.seed)
-    done = [row for row in rows if row.metric is not None]
-    values = [row.metric for row in done if row.metric is not None]
+def _outcome(rows: list[TrialRow], maximise: bool) -> RankOutcome:
+    tried: dict[float | None, list[TrialRow]] = {}
+    for row in sorted(rows, key=lambda row: row.seed):
+        tried.setdefault(row.learning_rate, []).append(row)
+    longest = {rate: _longest(own) for rate, own in tried.items()}
+    full = {rate: own for rate, own in longest.items() if own[0].budget == 1} or longest
+    measured = {rate: own for rate, own in full.items() if any(row.metric is not None for row in own)}
+    if not measured or max(own[0].budget for own in longest.values()) < 1:
+        return _of_one_rate(rows[0], [], rows, longest)
+    best = max(measured, key=lambda rate: _merit(measured[rate], maximise))
+    done = [row for row in measured[best] if row.metric is not None]
+    return _of_one_rate(done[0], done, measured[best], longest)
+
+
+def _longest(rows: list[TrialRow]) -> list[TrialRow]:
+    most = max(row.budget for row in rows)
+    return [row for row in rows if row.budget == most]
+
+
+def _merit(rows: list[TrialRow], maximise: bool) -> tuple[int, float]:
+    values = [row.metric for row in rows if row.metric is not None]
+    return len(values) - len(rows), statistics.fmean(values) * (1 if maximise else -1)
+
+
+def _of_one_rate(
+    one: TrialRow, done: list[TrialRow], rows: list[TrialRow], tried: dict[float | None, list[TrialRow]]
+) -> RankOutcome:
+    metrics = _metrics(done)
+    values = [value for _, value in metrics]
     peaks = [row for row in done if row.peak_bytes is not None]
     highest = max(peaks, key=lambda row: row.peak_bytes or 0, default=None)
     known = next((row.memory for row in done), "")
     return RankOutcome(
-        rank=rows[0].rank,
-        alpha=rows[0].alpha,
-        metrics=tuple((row.seed, row.metric) for row in done if row.metric is not None),
+        rank=one.rank,
+        alpha=one.alpha,
+        metrics=metrics,
         metric=statistics.fmean(values) if values else None,
         spread=statistics.stdev(values) if len(values) > 1 else None,
         seconds=_mean(done, lambda row: row.seconds),
@@ -147,7 +227,18 @@ def _outcome(rows: list[TrialRow]) -> RankOutcome:
         memory=highest.memory if highest else known,
         trainable=next((row.trainable for row in rows if row.trainable is not None), None),
         failures=tuple(row.failure for row in rows if row.failure is not None),
+        learning_rate=one.learning_rate if done else None,
+        scaling=one.scaling,
+        rates=tuple(
+            RateOutcome(rate, _metrics(own), own[0].budget, tuple(r.failure for r in own if r.failure))
+            for rate, own in sorted(tried.items(), key=lambda item: item[0] or 0.0)
+            if rate is not None
+        ),
     )
+
+
+def _metrics(rows: list[TrialRow]) -> tuple[tuple[int, float], ...]:
+    return tuple((row.seed, row.metric) for row in rows if row.metric is not None)
 
 
 def _mean(rows: list[TrialRow], number: Callable[[TrialRow], float | None]) -> float | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.facts.sweep import rate_text
 from pytest_lora.sweep.executors import run_all
+from pytest_lora.sweep.halving import going_on
 from pytest_lora.sweep.journal import Journal
 from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.rows import TrialRow
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from peft import LoraConfig
 
+    from pytest_lora.sweep.plan import TrialPlan
     from pytest_lora.sweep.trial import Evaluate, Job, MakeModel, Train
 
 PACKAGES = ("pytest-lora", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
@@ -33,19 +36,23 @@ def rank_sweep(
     evaluate: Evaluate,
     *,
     ranks: Iterable[int] = (4, 8, 16),
-    alpha_ratio: float = 2.0,
+    learning_rates: Iterable[float] | None = None,
+    halving: int | None = None,
+    alpha_ratio: float | None = None,
+    alpha: float | None = None,
     fraction: float = 0.1,
     epochs: int = 1,
     seeds: int | Iterable[int] = 1,
     config: LoraConfig | Mapping[str, Any] | None = None,
     metric: str = "metric",
-    maximise: bool = True,
+    maximise: bool | None = None,
     data: str = "",
+    version: str = "",
     executor: Executor | None = None,
     journal: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> SweepResult:
-    """Train a fresh adapter of every rank on a slice of the data, and measure.
+    """Train a fresh adapter of every rank, at every learning rate, on a slice of the data, and measure.
 
     Every trial sets its seed, makes a fresh base, sets the seed again, makes a fresh adapter, trains and evaluates it;
     no trial goes on from another's adapter. The metric before training is measured once. A trial that runs out of
@@ -59,20 +66,28 @@ def rank_sweep(
         evaluate: ``evaluate(model)`` returns the validation metric, a number, or a mapping with an entry ``metric``.
             The model is in evaluation mode.
         ranks: The ranks, different whole numbers of at least 1.
-        alpha_ratio: ``lora_alpha`` is this times the rank.
+        learning_rates: The rates to train every rank with, as ``plan.learning_rate``; ranks are then compared at the
+            best rate of each. None leaves the rate to ``train``, the same for all ranks as a rule, and what is measured
+            is then as much a matter of the rate as of the rank.
+        halving: Train all rates of a rank briefly, with one seed, and only the best one in so many on: 4 for four rates
+            takes half of the grid's steps or less. None trains the whole grid. Needs ``pytest-lora[optuna]``.
+        alpha_ratio: ``lora_alpha`` is this times the rank, 2 by default: the scaling is the same for all ranks.
+        alpha: ``lora_alpha`` itself, the same for all ranks, so that the scaling falls with the rank.
         fraction: Share of the training data, above 0 and at most 1.
         epochs: Passes over it.
         seeds: How many seeds each rank has (0, 1, ...), or the seeds. Three or more show the noise.
         config: A ``LoraConfig``, or a dict of its fields; its rank and alpha are not used. By default all linear layers
             are adapted.
         metric: Name of the metric, and the entry to take where ``evaluate`` returns a mapping.
-        maximise: Whether more of it is better; False for a loss.
+        maximise: Whether more of it is better. By default the name says so: less of a loss, an error or a perplexity is
+            better, more of anything else.
         data: What the data are, for the record, such as ``"my-set v3, train"``.
+        version: Stands for what the journal cannot read of the functions, such as a generator: change it with that.
         executor: Any ``concurrent.futures.Executor``; None runs one trial after another in this process. Threads take
             turns, as seeds are those of the process. A process pool whose worker dies is made anew, and what it lost is
             run again.
         journal: A JSONL file that keeps trials as they finish. A sweep with the same settings goes on from it, also
-            with more ranks or seeds.
+            with more ranks, rates or seeds. Functions are compared by code and by the values they hold.
         progress: Whether a progress bar is shown; by default where stderr is a terminal.
 
     Returns:
@@ -80,14 +95,19 @@ def rank_sweep(
 
     Raises:
         TypeError: An argument has the wrong type, or cannot be sent to the processes of ``executor``.
-        ValueError: An argument is out of its range, or the journal is of another sweep.
+        ValueError: An argument is out of its range, the journal is of another sweep, or the functions hold what it
+            cannot read and there is no ``version``.
+        OSError: The journal cannot be written.
     """
     settings = checked(
         make_model,
         train,
         evaluate,
         ranks=ranks,
+        learning_rates=learning_rates,
+        halving=halving,
         alpha_ratio=alpha_ratio,
+        alpha=alpha,
         fraction=fraction,
         epochs=epochs,
         seeds=seeds,
@@ -95,61 +115,92 @@ def rank_sweep(
         metric=metric,
         maximise=maximise,
         data=data,
+        version=version,
         executor=executor,
     )
     if progress is not None and not isinstance(progress, bool):
         raise TypeError(f"progress must be True, False or None, not {progress!r}")
-    kept = None if journal is None else Journal(journal, settings.described())
-    before, rows = _measure(settings, kept, progress)
+    kept = None if journal is None else Journal(journal, settings.described(), settings.unread)
+    before, rows = _Run(settings, kept, progress).measure()
     return SweepResult(
         metric=metric,
-        maximise=maximise,
+        maximise=settings.maximise,
         before=before.metric,
-        trials=tuple(sorted(rows, key=lambda row: (row.rank, row.seed))),
-        settings=settings.described(),
+        trials=tuple(
+            sorted(rows, key=lambda row: (row.rank, row.learning_rate or 0.0, row.seed, row.budget))
+        ),
+        settings=settings.recorded(),
         versions=versions(),
     )
 
 
-def _measure(
-    settings: SweepSettings, kept: Journal | None, progress: bool | None
-) -> tuple[TrialRow, list[TrialRow]]:
-    """The row before training, and those of all trials, from the journal as far as it has them."""
-    from pytest_lora.sweep.trial import Job
+class _Run:
+    """Measures what the journal does not have, round by round."""
 
-    known = kept.rows if kept else {}
-    before = kept.before if kept else None
-    plans = settings.plans()
-    rows = [known[plan.rank, plan.seed] for plan in plans if (plan.rank, plan.seed) in known]
-    make = partial(Job, **settings.functions, config=settings.config, metric=settings.metric)
-    jobs = [make(plan=plan) for plan in plans if (plan.rank, plan.seed) not in known]
-    if before is None:
-        jobs.insert(0, make(plan=settings.plan(settings.ranks[0], settings.seeds[0], epochs=0)))
-    disable = None if progress is None else not progress
-    progress_bar: Any = importlib.import_module("tqdm").tqdm  # it comes with transformers
-    with progress_bar(
-        total=len(plans) + 1, initial=len(plans) + 1 - len(jobs), desc="rank sweep", disable=disable
-    ) as bar:
-        for job, row in run_all(settings.executor, jobs):
-            if job.plan.epochs == 0:
-                before = row
-                _keep(kept.add_before if kept else None, row)
-            else:
-                rows.append(row)
-                _keep(kept.add if kept else None, row)
-            bar.set_postfix_str(_progress_text(job, row, settings.metric))
-            bar.update()
-    assert before is not None
-    return before, rows
+    def __init__(self, settings: SweepSettings, kept: Journal | None, progress: bool | None) -> None:
+        self.settings, self.kept = settings, kept
+        self.disable = None if progress is None else not progress
+        self.before = kept.before if kept else None
+        self.rows = dict(kept.rows) if kept else {}
+
+    def measure(self) -> tuple[TrialRow, list[TrialRow]]:
+        """The row before training, and those of all trials."""
+        settings = self.settings
+        left = dict.fromkeys(settings.ranks, settings.rates)
+        taken: list[TrialRow] = []
+        for round_number, budget in enumerate(settings.budgets):
+            plans = settings.plans(budget, left)
+            self._run(plans, first=not round_number)
+            rows = [self.rows[plan.key] for plan in plans]
+            taken += rows
+            if budget < 1:
+                left = {rank: self._going_on([row for row in rows if row.rank == rank]) for rank in left}
+        assert self.before is not None
+        return self.before, taken
+
+    def _going_on(self, rows: list[TrialRow]) -> tuple[float | None, ...]:
+        known = {
+            row.learning_rate: row.metric
+            for row in rows
+            if row.learning_rate is not None and row.metric is not None
+        }
+        return going_on(known, self.settings.halving or 2, self.settings.maximise)
+
+    def _run(self, plans: list[TrialPlan], first: bool) -> None:
+        from pytest_lora.sweep.trial import Job
+
+        settings = self.settings
+        make = partial(Job, **settings.functions, config=settings.config, metric=settings.metric)
+        jobs = [make(plan=plan) for plan in plans if plan.key not in self.rows]
+        if first and self.before is None:
+            jobs.insert(0, make(plan=settings.before()))
+        total = len(plans) + first
+        progress_bar: Any = importlib.import_module("tqdm").tqdm  # it comes with transformers
+        with progress_bar(
+            total=total, initial=total - len(jobs), desc=_title(plans), disable=self.disable
+        ) as bar:
+            for job, row in run_all(settings.executor, jobs):
+                self._keep(job, row)
+                bar.set_postfix_str(_progress_text(job, row, settings.metric))
+                bar.update()
+
+    def _keep(self, job: Job, row: TrialRow) -> None:
+        if job.plan.epochs:
+            self.rows[row.key] = row
+        else:
+            self.before = row
+        if self.kept:
+            (self.kept.add if job.plan.epochs else self.kept.add_before)(row)
 
 
-def _keep(add: Callable[[TrialRow], None] | None, row: TrialRow) -> None:
-    if add is not None:
-        add(row)
+def _title(plans: list[TrialPlan]) -> str:
+    budget = plans[0].budget if plans else 1.0
+    return "rank sweep" if budget == 1 else f"rank sweep, {100 * budget:.3g} % of the training"
 
 
 def _progress_text(job: Job, row: TrialRow, metric: str) -> str:
-    who = f"r={row.rank} seed {row.seed}" if job.plan.epochs else "before training"
+    rate = "" if row.learning_rate is None else f" at {rate_text(row.learning_rate)}"
+    who = f"r={row.rank}{rate} seed {row.seed}" if job.plan.epochs else "before training"
     if row.failure is not None:
         return f"{who}: {row.failure.kind}"
     return f"{who}: {metric} {number(row.metric or 0.0)}"

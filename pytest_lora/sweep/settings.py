@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import inspect
 import math
 import pickle
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from pytest_lora.arguments import require_share
+from pytest_lora.facts.sweep import rate_text
+from pytest_lora.sweep.digest import Reader
+from pytest_lora.sweep.goal import more_is_better
+from pytest_lora.sweep.halving import budgets, require_optuna
 from pytest_lora.sweep.plan import TrialPlan
+
+ALPHA_RATIO = 2.0
+"""``lora_alpha`` for each rank where the user gives none: what the QLoRA examples of PEFT and TRL use."""
 
 
 @dataclass(frozen=True)
@@ -23,38 +29,84 @@ class SweepSettings:
     functions: dict[str, Any]
     ranks: tuple[int, ...]
     seeds: tuple[int, ...]
-    alpha_ratio: float
+    learning_rates: tuple[float, ...]
+    halving: int | None
+    alpha_ratio: float | None
+    alpha: float | None
     fraction: float
     epochs: int
     config: Any
     metric: str
     maximise: bool
     data: str
+    version: str
     executor: Executor | None
 
-    def plans(self) -> list[TrialPlan]:
-        """One a trial: seed by seed, so that every rank has a result early."""
-        return [self.plan(rank, seed) for seed in self.seeds for rank in self.ranks]
+    @property
+    def rates(self) -> tuple[float | None, ...]:
+        """The rates of the grid; None alone in a sweep over ranks."""
+        return self.learning_rates or (None,)
 
-    def plan(self, rank: int, seed: int, epochs: int | None = None) -> TrialPlan:
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Share of the full training in each round; the last is 1."""
+        return (1.0,) if self.halving is None else budgets(len(self.rates), self.halving)
+
+    def plans(self, budget: float, rates: Mapping[int, Sequence[float | None]]) -> list[TrialPlan]:
+        """One a trial of a round, for some rates of each rank: seed by seed, so that each has a result early."""
+        seeds = self.seeds if budget == 1 else self.seeds[:1]
+        return [
+            self.plan(rank, seed, rate, budget) for seed in seeds for rank in rates for rate in rates[rank]
+        ]
+
+    def plan(self, rank: int, seed: int, rate: float | None = None, budget: float = 1.0) -> TrialPlan:
         """The plan of a trial."""
-        alpha = self.alpha_ratio * rank
+        alpha = self.alpha if self.alpha_ratio is None else self.alpha_ratio * rank
+        assert alpha is not None
         # PEFT documents lora_alpha as an integer, and saves what it is given.
         alpha = int(alpha) if alpha == int(alpha) else alpha
-        return TrialPlan(rank, alpha, seed, self.fraction, self.epochs if epochs is None else epochs)
+        return TrialPlan(rank, alpha, seed, self.fraction * budget, self.epochs, rate, budget)
+
+    def before(self) -> TrialPlan:
+        """The plan of the measurement before training."""
+        return replace(self.plan(self.ranks[0], self.seeds[0]), epochs=0)
+
+    def recorded(self) -> dict[str, str]:
+        """What the result says of itself: ``described``, and the grid's rates."""
+        grid = (
+            {}
+            if not self.learning_rates
+            else {"learning_rates": ", ".join(map(rate_text, self.learning_rates))}
+        )
+        return self.described() | grid | ({} if self.halving is None else {"halving": str(self.halving)})
 
     def described(self) -> dict[str, str]:
         """What all trials share, as readable text; a sweep whose text differs is another sweep."""
         return {
-            "alpha_ratio": f"{self.alpha_ratio:g}",
+            "alpha": f"{self.alpha:g}" if self.alpha_ratio is None else f"{self.alpha_ratio:g} r",
             "fraction": f"{self.fraction:g}",
             "epochs": str(self.epochs),
             "metric": self.metric,
             "maximise": str(self.maximise),
             "config": _config_text(self.config),
             "data": self.data,
-            **{name: function_text(function) for name, function in self.functions.items()},
+            "version": self.version,
+            "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+            **self._held[0],
         }
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """What the functions hold that cannot be compared with that of another sweep."""
+        return self._held[1]
+
+    @cached_property
+    def _held(self) -> tuple[dict[str, str], tuple[str, ...]]:
+        reader = Reader()
+        settings: dict[str, str] = {}
+        for name, function in self.functions.items():
+            settings |= reader.function(name, function)
+        return settings, tuple(reader.unread)
 
 
 def checked(
@@ -63,7 +115,10 @@ def checked(
     evaluate: Any,
     *,
     ranks: Any,
+    learning_rates: Any,
+    halving: Any,
     alpha_ratio: Any,
+    alpha: Any,
     fraction: Any,
     epochs: Any,
     seeds: Any,
@@ -71,6 +126,7 @@ def checked(
     metric: Any,
     maximise: Any,
     data: Any,
+    version: Any,
     executor: Any,
 ) -> SweepSettings:
     """The arguments of ``rank_sweep``, all of them checked.
@@ -82,28 +138,67 @@ def checked(
     for name, function in functions.items():
         _require_function(name, function)
     _require_executor(executor, functions)
-    if isinstance(alpha_ratio, bool) or not isinstance(alpha_ratio, (int, float)):
-        raise TypeError(f"alpha_ratio must be a number, not {alpha_ratio!r}")
-    if not 0 < alpha_ratio < math.inf:
-        raise ValueError(f"alpha_ratio must be a finite number above 0, not {alpha_ratio!r}")
-    if not isinstance(maximise, bool):
-        raise TypeError(f"maximise must be True or False, not {maximise!r}")
-    for name, text in (("metric", metric), ("data", data)):
+    if alpha is not None and alpha_ratio is not None:
+        raise ValueError("alpha fixes what alpha_ratio ties to the rank; give one of them")
+    if alpha is None and alpha_ratio is None:
+        alpha_ratio = ALPHA_RATIO
+    for name, value in (("alpha_ratio", alpha_ratio), ("alpha", alpha)):
+        if value is not None:
+            _positive(name, value)
+    if maximise is not None and not isinstance(maximise, bool):
+        raise TypeError(f"maximise must be True, False or None, not {maximise!r}")
+    rates = _rates(learning_rates)
+    for name, text in (("metric", metric), ("data", data), ("version", version)):
         if not isinstance(text, str):
             raise TypeError(f"{name} must be text, not {text!r}")
     return SweepSettings(
         functions=functions,
         ranks=tuple(sorted(_whole_numbers("ranks", ranks, least=1))),
         seeds=_seeds(seeds),
+        learning_rates=rates,
+        halving=_halving(halving, rates),
         alpha_ratio=alpha_ratio,
+        alpha=alpha,
         fraction=require_share("fraction", fraction),
         epochs=_whole_number("epochs", epochs, least=1),
         config=_config(config),
         metric=metric,
-        maximise=maximise,
+        maximise=more_is_better(metric) is not False if maximise is None else maximise,
         data=data,
+        version=version,
         executor=executor,
     )
+
+
+def _rates(values: Any) -> tuple[float, ...]:
+    if values is None:
+        return ()
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"learning_rates must be numbers such as (1e-4, 3e-4, 1e-3), not {values!r}")
+    rates = [_positive("learning_rates", value) for value in values]
+    if not rates:
+        raise ValueError("learning_rates must not be empty; None sweeps over ranks alone")
+    if twice := sorted({rate for rate in rates if rates.count(rate) > 1}):
+        raise ValueError(f"learning_rates must differ, but {rate_text(twice[0])} is there twice")
+    return tuple(sorted(rates))
+
+
+def _halving(halving: Any, rates: Sequence[float]) -> int | None:
+    if halving is None:
+        return None
+    _whole_number("halving", halving, least=2)
+    if len(rates) < 2:
+        raise ValueError("halving drops learning rates, of which there must be two; give learning_rates")
+    require_optuna()
+    return int(halving)
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
+    return float(value)
 
 
 def _require_function(name: str, function: Any) -> None:
@@ -195,57 +290,3 @@ def _changed_fields(config: Any) -> dict[str, Any]:
         for name, value in vars(config).items()
         if name not in ("r", "lora_alpha") and value != defaults.get(name)
     }
-
-
-def function_text(function: Any) -> str:
-    """A function's name with a digest of its source, of arguments of a ``partial``, of what a callable object holds."""
-    if isinstance(function, functools.partial):
-        given = [*map(_value_text, function.args)]
-        given += [f"{name}={_value_text(value)}" for name, value in sorted(function.keywords.items())]
-        return f"{function_text(function.func)}({', '.join(given)})"
-    named = function if hasattr(function, "__qualname__") else type(function)
-    text = f"{named.__module__}.{named.__qualname__}"
-    try:
-        source = inspect.getsource(inspect.unwrap(named))
-    except (OSError, TypeError):
-        return text
-    text += f"@{hashlib.sha256(source.encode()).hexdigest()[:12]}"
-    if named is function:
-        return text
-    values = ", ".join(f"{name}={_value_text(value)}" for name, value in sorted(vars(function).items()))
-    return f"{text}({values})" if values else text
-
-
-def _value_text(value: Any) -> str:
-    """A short value as it is; of a long one its type and a digest of what can be digested."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        text = repr(value)
-        return text if len(text) < 80 else f"{type(value).__name__}@{_digest(value)}"
-    if callable(value):
-        return function_text(value)
-    return f"{type(value).__name__}@{_digest(value)}"
-
-
-def _digest(value: Any) -> str:
-    digest = hashlib.sha256()
-    _feed(digest, value)
-    return digest.hexdigest()[:12]
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, Mapping):
-        for key in value:
-            digest.update(repr(key).encode())
-            _feed(digest, value[key])
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"{type(value).__name__}{len(value)}".encode())
-        for item in value:
-            _feed(digest, item)
-    elif hasattr(value, "numpy") and hasattr(value, "detach"):
-        tensor = value.detach().cpu()
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.float().numpy().tobytes())
-    elif value is None or isinstance(value, (bool, int, float, str, bytes)):
-        digest.update(repr(value).encode())
-    else:
-        digest.update(type(value).__qualname__.encode())

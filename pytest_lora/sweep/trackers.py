@@ -70,7 +70,9 @@ def provenance(result: SweepResult, choice: RankChoice) -> dict[str, str | int |
     values: dict[str, str | int | float] = {
         "rank": choice.rank,
         "alpha": chosen.alpha,
+        "learning_rate": chosen.learning_rate or 0.0,
         "rank_reason": choice.reason,
+        "rank_caveats": "; ".join(choice.caveats),
         "rank_runner_up": choice.runner_up or 0,
         "rank_unsettled": "; ".join(choice.unsettled),
         "sweep_ranks": ", ".join(str(row.rank) for row in result.rows),
@@ -92,6 +94,7 @@ def measurements(result: SweepResult) -> Iterator[tuple[int, dict[str, float]]]:
     for row in result.rows:
         values = {
             f"rank_sweep/{result.metric}": row.metric,
+            "rank_sweep/learning_rate": row.learning_rate,
             "rank_sweep/spread": row.spread,
             "rank_sweep/share_of_best": shares.get(row.rank),
             "rank_sweep/seconds": row.seconds,

@@ -19,6 +19,7 @@ from torch import nn
 
 from pytest_lora.findings import Finding
 from pytest_lora.inspection.base import base_facts, base_parameters
+from pytest_lora.inspection.peft_internals import LoraLayer
 from pytest_lora.inspection.quiet import quiet_libraries
 from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.survey import survey
@@ -65,7 +66,7 @@ def run_trial(job: Job) -> TrialRow:
     """
     with _ONE_AT_A_TIME, Keeper(), quiet_libraries():
         claim_gpu()
-        row = TrialRow(job.plan.rank, job.plan.alpha, job.plan.seed)
+        row = job.plan.row()
         trial = _Trial(job, row)
         try:
             trial.run()
@@ -100,7 +101,12 @@ class _Trial:
         device = next(model.parameters()).device
         self.is_large = device.type != "cpu" or sum(p.nbytes for p in model.parameters()) > LARGE
         trainable = [p for p in model.parameters() if p.requires_grad]
-        self.row = replace(self.row, trainable=sum(p.numel() for p in trainable), device=str(device))
+        self.row = replace(
+            self.row,
+            trainable=sum(p.numel() for p in trainable),
+            device=str(device),
+            scaling=_scaling(model),
+        )
         if plan.epochs:
             self._train(model)
         model.eval()
@@ -160,6 +166,12 @@ def fresh_adapter(base: nn.Module, config: Any, plan: TrialPlan) -> nn.Module:
     seed_everything(plan.seed)
     model: nn.Module = get_peft_model(base, made)
     return model
+
+
+def _scaling(model: nn.Module) -> float | None:
+    """What PEFT multiplies the adapter's product with; None where layers differ."""
+    found = {s for layer in model.modules() if isinstance(layer, LoraLayer) for s in layer.scaling.values()}
+    return float(found.pop()) if len(found) == 1 else None
 
 
 def _all_linear(base: nn.Module) -> Any:

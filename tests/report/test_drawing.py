@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, WhatIf
+from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, RankTrial, RatePoint, WhatIf
+from pytest_lora.facts.sweep import frontier, spread_out
 from pytest_lora.findings import Report
 from pytest_lora.report.charts import Scale, curve_chart, path, sweep_chart
 from pytest_lora.report.figures import figures
@@ -18,6 +19,7 @@ from pytest_lora.report.map_view import map_view, number
 from pytest_lora.report.markdown import markdown_report
 from pytest_lora.report.memory_view import memory_view
 from pytest_lora.report.page import _flops, _percent, _seconds, page
+from pytest_lora.report.rate_charts import price_chart, rate_chart
 from tests.report.sample import BROKEN, BUDGET, FALLING, MAP, SESSION, SWEEP, ran
 from tests.report.test_figures import CURVES, SWEEPS, maps
 
@@ -85,6 +87,8 @@ def test_anything_can_be_drawn(figure: object) -> None:
             curve_chart(figure)
     else:
         sweep_chart(figure)  # type: ignore[arg-type]
+        rate_chart(figure)  # type: ignore[arg-type]
+        price_chart(figure)  # type: ignore[arg-type]
 
 
 def test_ranks_are_one_step_apart_and_failed_ones_have_no_point() -> None:
@@ -98,6 +102,89 @@ def test_ranks_are_one_step_apart_and_failed_ones_have_no_point() -> None:
     assert sweep_chart(dataclasses.replace(SWEEP, enough=None)).enough is None
     assert path([]) == ""
     assert path([(1, 2)]) == "M1 2L1 2"
+
+
+def by_rate(rank: int, metrics: tuple[float, ...], flops: float, dropped: int = 0) -> RankTrial:
+    points = tuple(
+        RatePoint(rate, metric, 0.01 if index >= dropped else None, index >= dropped)
+        for index, (rate, metric) in enumerate(zip((1e-4, 3e-4, 1e-3), metrics, strict=True))
+    )
+    return RankTrial(rank, max(metrics), 0.01, 100.0, flops, None, rank, rates=points)
+
+
+RATED = dataclasses.replace(
+    SWEEP,
+    trials=(
+        by_rate(4, (0.80, 0.85, 0.84), 1.00e15),
+        by_rate(8, (0.70, 0.90, 0.84), 1.02e15, dropped=1),
+        by_rate(16, (0.82, 0.88, 0.80), 1.05e15),
+    ),
+)
+
+
+def test_a_chart_of_rates_has_a_line_a_rank_that_can_be_told_without_colour() -> None:
+    chart = rate_chart(RATED)
+    assert chart is not None
+    assert [text for _, text in chart.x_ticks] == ["1e-4", "3e-4", "1e-3"]
+    assert [(line.rank, line.chosen, line.shape) for line in chart.lines] == [
+        (4, False, "●"),
+        (8, True, "■"),
+        (16, False, "▲"),
+    ]
+    eight = chart.lines[1]
+    assert [mark.filled for mark in eight.marks] == [False, True, True]
+    assert len(eight.line) == 2
+    assert len(eight.band) == 4
+    names = sorted(line.name_at for line in chart.lines)
+    assert all(b - a >= 7.99 for a, b in pairwise(names))
+    assert chart.has_open
+    assert rate_chart(SWEEP) is None
+    html = page(
+        dataclasses.replace(SESSION, tests=(ran("t.py::t", "passed", Report("ranks", figures=(RATED,))),))
+    )
+    for text in (
+        "accuracy by learning rate",
+        "■ r=8",
+        "l0",
+        "l1 chosen",
+        "open: dropped after a part of the training",
+    ):
+        assert text in html
+
+
+def test_a_chart_of_prices_joins_what_is_worth_its_price() -> None:
+    chart = price_chart(RATED)
+    assert chart is not None
+    assert chart.counted
+    assert chart.more == "5 %"
+    assert [(one.rank, one.marks[0].filled) for one in chart.marks] == [(4, True), (8, True), (16, False)]
+    assert chart.frontier == tuple(one.marks[0].at for one in chart.marks[:2])
+    timed = dataclasses.replace(
+        RATED, trials=(*RATED.trials[:2], dataclasses.replace(RATED.trials[2], flops=None))
+    )
+    assert price_chart(timed).counted is False  # type: ignore[union-attr]
+    assert price_chart(dataclasses.replace(RATED, trials=RATED.trials[:1])) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=7), st.booleans())
+def test_the_frontier_has_what_no_other_beats(points: list[tuple[int, int]], maximise: bool) -> None:
+    found = [points[place] for place in frontier(points, maximise)]
+    sign = 1 if maximise else -1
+    for price, metric in points:
+        beaten = any(
+            p <= price and sign * m >= sign * metric and (p, m) != (price, metric) for p, m in points
+        )
+        assert beaten is not ((price, metric) in found)
+    assert found == sorted(set(found))
+
+
+@given(st.lists(st.floats(0, 100), max_size=7))
+def test_names_keep_their_order_and_their_distance(places: list[float]) -> None:
+    spread = spread_out(places, 8.0)
+    order = sorted(range(len(places)), key=lambda n: places[n])
+    assert all(spread[b] - spread[a] >= 8 - 1e-6 for a, b in pairwise(order))
+    if all(places[b] - places[a] > 8 for a, b in pairwise(order)):
+        assert spread == places
 
 
 def test_a_map_has_a_grid_for_each_stack() -> None:

@@ -18,6 +18,7 @@ from pytest_lora.facts.figures import (
     MemoryBudget,
     RankSweep,
     RankTrial,
+    RatePoint,
     WhatIf,
     from_plain,
     to_plain,
@@ -88,6 +89,9 @@ TRIALS = st.builds(
     peak_bytes=st.none() | COUNTS,
     trainable_parameters=COUNTS,
     problem=WORDS,
+    rates=st.lists(
+        st.builds(RatePoint, NUMBERS, st.none() | NUMBERS, st.none() | NUMBERS, st.booleans()), max_size=3
+    ).map(tuple),
 )
 SWEEPS = st.builds(
     RankSweep,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from pytest_lora.sweep.choice import RankChoice, choose, metric_shares
+from pytest_lora.sweep.choice import RankChoice, choose
 from pytest_lora.sweep.rows import Failure, RankOutcome, TrialRow, outcomes
+from pytest_lora.sweep.verdicts import metric_shares
 
 SECONDS = {4: 98.9, 8: 99.3, 16: 100.0}
 
@@ -55,14 +57,16 @@ def test_contradicting_rules_are_all_told() -> None:
     seconds = {4: 50.0, 8: 80.0, 16: 100.0}
     choice = choose(rows({4: [92.0], 8: [94.0], 16: [94.1]}, seconds), before=None, maximise=True)
     assert str(choice) == (
-        "Choose r=8: it has 99.9 % of the best; r=4 has enough too, but doubling pays up to here.\n"
+        "Choose r=8 (one seed): it has 99.9 % of the best; r=4 has enough too, but doubling pays up to here.\n"
         "  metric    holds          4: 97.8 %, 8: 99.9 %, 16: 100 % of the best metric; 95 % is enough\n"
         "  doubling  holds          4 -> 8 gains 2.13 %, 8 -> 16 gains 0.106 %; a doubling is to gain 1 %\n"
         "  time      does not hold  r=8 takes 80 % of the time of r=16; under 70 % is asked for, as r=4 does; "
         "it does not decide\n"
         "Runner-up r=4: the metric rule alone would take it, with 97.8 % of the best.\n"
         "The evidence does not settle:\n"
-        "  - one seed a rank shows no noise: differences between ranks may be chance (seeds=3 or more tells)"
+        "  - one seed a rank shows no noise: differences between ranks may be chance (seeds=3 or more tells)\n"
+        "  - one learning rate for all ranks: a rank that wants another one looks worse than it is "
+        "(learning_rates=(...) tells)"
     )
 
 
@@ -96,8 +100,8 @@ def test_nothing_learned_is_told() -> None:
     assert choice.rank == 4
     assert choice.verdicts[0].holds is None
     assert (
-        "no rank is better than the metric before training: look at the training before the rank"
-        in choice.unsettled
+        "no rank is better than the metric before training: if less is better, say maximise=False; "
+        "else look at the training before the rank" in choice.unsettled
     )
 
 
@@ -117,7 +121,12 @@ def test_a_share_in_doubt_is_told() -> None:
         rows({4: [0.97, 0.85, 0.99], 8: [0.97, 0.97, 0.96]}), before=0.0, maximise=True, min_gain=0.1
     )
     assert choice.rank == 4
-    assert any(said.startswith("r=4 may have less than 95 % of the best") for said in choice.unsettled)
+    assert "95 % of the best lies within the spread of r=4: 96.9 % +- 7.8 %" in choice.unsettled
+    wide = choose(rows({4: [0.99, 0.96, 0.99], 8: [0.99, 1.0, 1.0]}), before=0.0, maximise=True)
+    assert wide.rank == 8
+    tight = choose(rows({4: [0.96, 0.98], 8: [0.99, 0.98]}), before=0.0, maximise=True, min_gain=0.1)
+    assert tight.rank == 4
+    assert "r=4 may have less than 95 % of the best: it may be as much as 0.206 behind r=8" in tight.unsettled
 
 
 def test_ends_of_the_sweep_are_told() -> None:
@@ -199,6 +208,13 @@ def test_minimising_is_maximising_the_negative(
     negative = {rank: [-value for value in metrics] for rank, metrics in values.items()}
     one = choose(rows(values), before=before, maximise=maximise)
     other = choose(rows(negative), before=-before, maximise=not maximise)
+    turned = {"less is": "more is", f"maximise={not maximise}": f"maximise={maximise}"}
+    turned = (
+        turned if maximise else {"more is": "less is", f"maximise={not maximise}": f"maximise={maximise}"}
+    )
+    for word, opposite in turned.items():
+        said = tuple(text.replace(word, opposite) for text in one.unsettled)
+        one = dataclasses.replace(one, unsettled=said)
     assert one == other
 
 

@@ -95,7 +95,8 @@ def test_the_report_shows_the_whole_sweep() -> None:
     ]
     assert (
         shown.reasons[0]
-        == "it has 100 % of the best, no smaller rank has enough, and no larger one was measured"
+        == "r=8 (not told apart from r=4 over 2 seeds): it has 100 % of the best, no smaller rank has enough, "
+        "and no larger one was measured"
     )
 
 

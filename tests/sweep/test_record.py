@@ -117,6 +117,39 @@ def test_a_vector_picture_says_what_is_chosen_and_marks_it(
     assert "32" not in re.findall(r">(\d+)<", text)  # no trial of it has a metric
 
 
+def rated(dropped: bool = False) -> SweepResult:
+    """Two rates a rank; with ``dropped`` the lower one after a part of the training."""
+    whole = result()
+    low = [
+        dataclasses.replace(
+            row, learning_rate=1e-4, metric=row.metric - 0.02, budget=0.25 if dropped else 1.0
+        )
+        for row in whole.trials
+        if row.metric is not None
+    ]
+    high = [dataclasses.replace(row, learning_rate=3e-4) for row in whole.trials if row.metric is not None]
+    return dataclasses.replace(whole, trials=(*low, *high))
+
+
+@pytest.mark.usefixtures("_matplotlib")
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_picture_of_rates_names_every_line_and_what_is_open(
+    dropped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")
+    text = rated(dropped).plot(tmp_path / "ranks.svg").read_text()
+    said = [element.text for element in ElementTree.fromstring(text).iter() if element.text]
+    assert {"1e-4", "3e-4", "accuracy by learning rate", "accuracy against its price"} <= set(said)
+    assert [said.count(f"r={rank}") for rank in (4, 8, 16)] == [2, 2, 2]  # in both new panels
+    assert ("open: after a part of the training" in said) is dropped
+    assert any("Rank 8 at 3e-4: it reaches 99.8 % of the best" in one for one in said)
+    assert "operations, TFLOP: the dearest takes 11.5 % more than the cheapest" in said
+    lines = set(re.findall(r"stroke-dasharray: ([\d. ,]+)", text))
+    assert len(lines) >= (1 if dropped else 3)
+
+
 @pytest.mark.usefixtures("_matplotlib")
 @pytest.mark.parametrize(
     ("flops", "title"),

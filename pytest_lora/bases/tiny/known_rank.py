@@ -19,6 +19,9 @@ HELD_OUT_START = 5000
 DIRECTIONS = 64
 """Principal directions of the head's inputs that the teacher's change reads; the rest carry next to nothing."""
 
+LEARNING_RATE = 1e-2
+"""Where the plan has none."""
+
 
 class KnownRankTask:
     """A student that distils the logits of a teacher, which is the base plus a change of its head of rank k.
@@ -95,7 +98,9 @@ class KnownRankTask:
         base_logits = inputs @ self._base.get_submodule(TARGET).get_parameter("weight").T
         steps = max(1, round(300 * plan.epochs * plan.fraction))
         optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+            [p for p in model.parameters() if p.requires_grad],
+            lr=LEARNING_RATE if plan.learning_rate is None else plan.learning_rate,
+            weight_decay=0.0,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(plan.seed))

@@ -142,8 +142,25 @@ class MemoryBudget:
 
 
 @dataclass(frozen=True, slots=True)
+class RatePoint:
+    """A rank at one learning rate.
+
+    Attributes:
+        rate: The learning rate.
+        metric: Mean of the metric over the seeds; None where every trial failed.
+        spread: Standard deviation over the seeds; None for a single one.
+        full: Whether it had the full training; halving drops rates after a part of it.
+    """
+
+    rate: float
+    metric: float | None
+    spread: float | None
+    full: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class RankTrial:
-    """One rank of a sweep.
+    """One rank of a sweep, at its best learning rate.
 
     Attributes:
         rank: The rank.
@@ -154,6 +171,7 @@ class RankTrial:
         peak_bytes: Peak of GPU memory, measured or else estimated; None where neither is known.
         trainable_parameters: Numbers that require gradients.
         problem: Why there is no metric, in words; empty where there is one.
+        rates: Every rate that was tried, ascending; empty in a sweep over ranks alone.
     """
 
     rank: int
@@ -164,6 +182,7 @@ class RankTrial:
     peak_bytes: int | None
     trainable_parameters: int
     problem: str = ""
+    rates: tuple[RatePoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +255,12 @@ def from_plain(data: Mapping[str, Any]) -> Figure:
 
 
 def _trial(data: Mapping[str, Any]) -> RankTrial:
-    return RankTrial(**{**data, **{name: _number(data[name]) for name in _TRIAL_FLOATS}})
+    rates = tuple(RatePoint(**_numbered(one, ("rate", "metric", "spread"))) for one in data.get("rates", ()))
+    return RankTrial(**{**_numbered(data, _TRIAL_FLOATS), "rates": rates})
+
+
+def _numbered(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {**data, **{name: _number(data[name]) for name in names}}
 
 
 def _worded(value: Any) -> Any:

@@ -41,13 +41,14 @@ def rank_no_longer_suffices(facts: LockedRankFacts, expect: Expect) -> Iterator[
     known = {one.share: one for one in reversed(facts.ranks) if one.share is not None}
     best = known[max(known)]
     enough = next(one for one in facts.ranks if one.share is not None and is_enough(one.share, facts.wanted))
+    has = percent(enough.share or 0.0, facts.wanted)
     observed = (
         f"{facts.metric} is {locked.metric} at r={locked.rank} and {best.metric} at r={best.rank}, "
-        f"{percent(locked.share)} of the best"
+        f"{percent(locked.share, facts.wanted)} of the best"
     )
     yield Violation(
         where=facts.where,
         observed=observed if facts.before is None else f"{observed}, counted from {facts.before} before",
         expected=f"at least {percent(facts.wanted)} of the best",
-        fix=f"r={enough.rank} has {percent(enough.share or 0.0)}: lock that, or look at what changed in the data",
+        fix=f"r={enough.rank} has {has}: lock that, or look at what changed in the data",
     )

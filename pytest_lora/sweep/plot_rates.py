@@ -1,0 +1,173 @@
+"""Two panels of the picture of a sweep: the metric by learning rate, and the metric against its price."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pytest_lora.facts.sweep import frontier, percent, rate_text, spread_out
+from pytest_lora.sweep.choice import RankChoice
+from pytest_lora.sweep.plot_theme import DASHES, MARKERS, Theme, prepare, title
+from pytest_lora.sweep.rows import RankOutcome
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from pytest_lora.sweep.result import SweepResult
+
+LABEL = 0.062
+"""Height of a label beside a line, as a share of a panel."""
+
+
+def by_rate(
+    axes: Axes, result: SweepResult, rows: Sequence[RankOutcome], choice: RankChoice, theme: Theme
+) -> None:
+    """A line a rank, with the band of its seeds and its name at the end; open marks are rates that halving dropped."""
+    from matplotlib.ticker import NullLocator
+
+    prepare(axes, theme)
+    axes.set_xscale("log")
+    rates = sorted({rate.learning_rate for row in rows for rate in row.rates})
+    axes.set_xticks(rates, [rate_text(rate) for rate in rates])
+    axes.xaxis.set_minor_locator(NullLocator())
+    step = (rates[-1] / rates[0]) ** 0.06 if len(rates) > 1 else 1.5
+    axes.set_xlim(rates[0] / step, rates[-1] * step**3.2)
+    ends: list[tuple[float, float]] = []
+    for index, row in enumerate(rows):
+        ends.append(_line(axes, row, index, row.rank == choice.rank, theme))
+    title(axes, f"{result.metric} by learning rate", "learning rate", theme)
+    axes.margins(y=0.12)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    places = spread_out([(y - low) / (high - low) for _, y in ends], LABEL)
+    for index, (row, end, place) in enumerate(zip(rows, ends, places, strict=True)):
+        is_chosen = row.rank == choice.rank
+        axes.annotate(
+            f"r={row.rank}",
+            end,
+            xytext=(0.95, place),
+            textcoords="axes fraction",
+            ha="left",
+            va="center",
+            color=theme.chosen if is_chosen else _colour(index, theme),
+            fontsize=9,
+            fontweight="bold" if is_chosen else "normal",
+            arrowprops={"arrowstyle": "-", "color": theme.faint, "lw": 0.6, "shrinkB": 5},
+            annotation_clip=False,
+        )
+    if any(rate.budget < 1 for row in rows for rate in row.rates):
+        axes.text(
+            0.02,
+            0.02,
+            "open: after a part of the training",
+            transform=axes.transAxes,
+            color=theme.faint,
+            fontsize=8,
+        )
+
+
+def _line(axes: Axes, row: RankOutcome, index: int, is_chosen: bool, theme: Theme) -> tuple[float, float]:
+    """Draw a rank; returns the point at the right that its name belongs to."""
+    colour = theme.chosen if is_chosen else _colour(index, theme)
+    marker = MARKERS[index % len(MARKERS)]
+    full = [
+        (r.learning_rate, r.metric, r.spread or 0.0)
+        for r in row.rates
+        if r.budget == 1 and r.metric is not None
+    ]
+    part = [(r.learning_rate, r.metric) for r in row.rates if r.budget < 1 and r.metric is not None]
+    if full:
+        x, y, spread = zip(*full, strict=True)
+        axes.plot(
+            x,
+            y,
+            color=colour,
+            lw=2.4 if is_chosen else 1.6,
+            ls=DASHES[index % len(DASHES)],
+            marker=marker,
+            ms=6,
+            zorder=3,
+        )
+        low = [value - one for value, one in zip(y, spread, strict=True)]
+        high = [value + one for value, one in zip(y, spread, strict=True)]
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0, zorder=1)
+    if part:
+        axes.plot(*zip(*part, strict=True), ls="none", marker=marker, ms=6, mfc="none", mec=colour, zorder=2)
+    return max([*((a, b) for a, b, _ in full), *part])
+
+
+def price(
+    axes: Axes,
+    maximise: bool,
+    metric: str,
+    rows: Sequence[RankOutcome],
+    label: str,
+    prices: Sequence[float | None],
+    chosen: int,
+    theme: Theme,
+) -> None:
+    """The metric of each rank against what its training costs; a line joins those that are worth their price."""
+    prepare(axes, theme)
+    title(axes, f"{metric} against its price", label, theme)
+    known = [
+        (index, row.rank, cost, row.metric, row.spread)
+        for index, (row, cost) in enumerate(zip(rows, prices, strict=True))
+        if cost is not None and row.metric is not None
+    ]
+    if not known:
+        axes.set_yticks([])
+        axes.set_xticks([])
+        axes.text(0.03, 0.5, "not known", transform=axes.transAxes, color=theme.faint, fontsize=9)
+        return
+    costs = [cost for _, _, cost, _, _ in known]
+    if len(costs) > 1 and min(costs):  # the axis does not start at zero, so that the points can be told apart
+        more = percent(max(costs) / min(costs) - 1)
+        axes.set_xlabel(f"{label}: the dearest takes {more} more than the cheapest", color=theme.ink)
+    best = frontier([(cost, value) for _, _, cost, value, _ in known], maximise)
+    axes.plot(
+        [known[n][2] for n in best],
+        [known[n][3] for n in best],
+        color=theme.faint,
+        lw=1.4,
+        ls=(0, (5, 3)),
+        zorder=1,
+    )
+    for place, (index, rank, cost, value, spread) in enumerate(known):
+        colour = theme.chosen if rank == chosen else _colour(index, theme)
+        axes.errorbar(
+            cost,
+            value,
+            spread,
+            fmt=MARKERS[index % len(MARKERS)],
+            color=colour,
+            mfc=colour if place in best else "none",
+            ms=9 if rank == chosen else 7,
+            lw=1.2,
+            capsize=4,
+            zorder=3,
+        )
+        axes.annotate(
+            f"r={rank}",
+            (cost, value),
+            xytext=(8, -4 if maximise else 4),
+            textcoords="offset points",
+            va="top" if maximise else "bottom",
+            color=colour,
+            fontsize=9,
+            fontweight="bold" if rank == chosen else "normal",
+        )
+    axes.margins(x=0.12, y=0.16)
+    if len(best) < len(known):
+        axes.text(
+            0.98,
+            0.02,
+            "open: another is better for less",
+            transform=axes.transAxes,
+            ha="right",
+            color=theme.faint,
+            fontsize=8,
+        )
+
+
+def _colour(index: int, theme: Theme) -> str:
+    return theme.lines[index % len(theme.lines)]
