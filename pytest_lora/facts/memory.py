@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from pytest_lora.facts.byte_sizes import format_bytes
+from pytest_lora.facts.operations import NO_FLOPS, StepFlops
 
 Checkpointing = bool | Literal["reentrant"]
 
@@ -161,6 +162,7 @@ class MemoryEstimate:
         timeline: Peak of each stretch of the step, in order.
         paged: Optimizer state in unified memory, which the allocator does not count.
         cuda_context: What the CUDA context takes beside it, a rough figure; ``nvidia-smi`` counts it.
+        flops: Floating-point operations of one optimizer step.
         has_tokens: Whether the step has tokens at all; with images alone, their length means nothing.
         unmodelled: What is left out, which makes the figures a bound.
     """
@@ -178,6 +180,7 @@ class MemoryEstimate:
     timeline: tuple[TimelinePoint, ...]
     paged: int
     cuda_context: int
+    flops: StepFlops = NO_FLOPS
     has_tokens: bool = True
     unmodelled: tuple[Unmodelled, ...] = ()
 
