@@ -231,19 +231,33 @@ class MemoryEstimate:
         )
 
 
+Seen = Literal["same batch", "same batch, rounded", "fewer weights", "shorter texts"]
+"""What training sees of a change, the least first: nothing but micro-batches and what is computed twice; numbers that
+are kept in fewer bits; an adapter with fewer parameters; other data."""
+
+
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """What one change would make of the peak.
+    """What a change, or several at once, would make of the peak, and what it costs.
 
     Attributes:
-        change: The change, as one would write it.
+        changes: The changes, each as one would write it.
         peak_allocated: Bytes.
+        flops: Operations of one optimizer step, for as many sequences as now.
+        learner: What training sees of it.
         smaller_rank: Whether it does nothing but lower the rank.
     """
 
-    change: str
+    changes: tuple[str, ...]
     peak_allocated: int
+    flops: int
+    learner: Seen = "same batch"
     smaller_rank: bool = False
+
+    @property
+    def change(self) -> str:
+        """All of it in one line."""
+        return " with ".join(self.changes)
 
 
 @dataclass(frozen=True, slots=True)
