@@ -40,9 +40,13 @@ from pytest_lora.counting import count_parameters as count_parameters
 from pytest_lora.counting import rank_table as rank_table
 from pytest_lora.expect import Expect as Expect
 from pytest_lora.facts.memory import MemoryEstimate as MemoryEstimate
+from pytest_lora.facts.operations import StepFlops as StepFlops
 from pytest_lora.findings import Finding as Finding
 from pytest_lora.findings import LoraHealthWarning as LoraHealthWarning
 from pytest_lora.findings import Report as Report
+from pytest_lora.memory.cards import CardRow as CardRow
+from pytest_lora.memory.cards import CardTable as CardTable
+from pytest_lora.memory.cards import card_table as card_table
 from pytest_lora.memory.estimate import StepMemory as StepMemory
 from pytest_lora.memory.estimate import estimate_memory as estimate_memory
 from pytest_lora.memory.estimate import step_memory as step_memory
@@ -50,6 +54,12 @@ from pytest_lora.memory.frontier import FrontierRow as FrontierRow
 from pytest_lora.memory.frontier import OomFrontier as OomFrontier
 from pytest_lora.memory.frontier import largest_that_fits as largest_that_fits
 from pytest_lora.memory.frontier import oom_frontier as oom_frontier
+from pytest_lora.memory.price import Cost as Cost
+from pytest_lora.memory.price import Price as Price
+from pytest_lora.memory.price import price as price
+from pytest_lora.memory.rank_prices import RankPrice as RankPrice
+from pytest_lora.memory.rank_prices import RankPrices as RankPrices
+from pytest_lora.memory.rank_prices import rank_prices as rank_prices
 from pytest_lora.rules import Rule as Rule
 from pytest_lora.rules import Violation as Violation
 from pytest_lora.rules import rule as rule
@@ -62,6 +72,7 @@ from pytest_lora.sweep.advice import suggest_rank as suggest_rank
 from pytest_lora.sweep.choice import RankChoice as RankChoice
 from pytest_lora.sweep.gate import assert_rank_suffices as assert_rank_suffices
 from pytest_lora.sweep.gate import check_rank_suffices as check_rank_suffices
+from pytest_lora.sweep.lock import RankLock as RankLock
 from pytest_lora.sweep.result import SweepResult as SweepResult
 from pytest_lora.sweep.rows import TrialRow as TrialRow
 from pytest_lora.sweep.runner import rank_sweep as rank_sweep
