@@ -35,10 +35,12 @@ def training_leaves_the_locked_rank(facts: RankLockFacts, expect: Expect) -> Ite
     ## References
     - Section 7.2: https://arxiv.org/abs/2106.09685
     """
-    for name, locked, now in facts.in_use:
-        yield Violation(
-            where=facts.where,
-            observed=f"{name} is {now}",
-            expected=f"{name}={locked}, as locked",
-            fix=f"set {name}={locked}, or sweep again and lock what it chooses: result.lock(path)",
-        )
+    if not facts.in_use:
+        return
+    locked = " with ".join(f"{name}={locked}" for name, locked, _ in facts.in_use)
+    yield Violation(
+        where=facts.where,
+        observed=", ".join(f"{name} is {now}" for name, _, now in facts.in_use),
+        expected=f"{locked}, as locked",
+        fix=f"set {locked}; or sweep again and lock what that chooses",
+    )
