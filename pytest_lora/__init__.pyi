@@ -68,6 +68,8 @@ from pytest_lora.runs.distributed import run_distributed as run_distributed
 from pytest_lora.runs.trainer import LoraHealthCallback as LoraHealthCallback
 from pytest_lora.runs.watch import watch_training as watch_training
 from pytest_lora.sweep.advice import RankAdvice as RankAdvice
+from pytest_lora.sweep.advice import RateAdvice as RateAdvice
+from pytest_lora.sweep.advice import suggest_learning_rate as suggest_learning_rate
 from pytest_lora.sweep.advice import suggest_rank as suggest_rank
 from pytest_lora.sweep.choice import RankChoice as RankChoice
 from pytest_lora.sweep.gate import assert_rank_suffices as assert_rank_suffices
