@@ -17,7 +17,7 @@ from pytest_lora.bases.tiny.known_rank import KnownRankTask
 
 
 def test_which_rank(tmp_path: Path) -> None:
-    print(f"\nadvice: {suggest_rank(tiny_config(), n_examples=5_000)}\n")
+    print(f"\nadvice: {suggest_rank(tiny_config(), examples=5_000, tokens_per_example=20)}\n")
 
     task = KnownRankTask(rank=4)
     result = rank_sweep(

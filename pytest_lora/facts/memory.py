@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from pytest_lora.facts.byte_sizes import format_bytes
+from pytest_lora.facts.operations import NO_FLOPS, StepFlops
 
 Checkpointing = bool | Literal["reentrant"]
 
@@ -161,6 +162,7 @@ class MemoryEstimate:
         timeline: Peak of each stretch of the step, in order.
         paged: Optimizer state in unified memory, which the allocator does not count.
         cuda_context: What the CUDA context takes beside it, a rough figure; ``nvidia-smi`` counts it.
+        flops: Floating-point operations of one optimizer step.
         has_tokens: Whether the step has tokens at all; with images alone, their length means nothing.
         unmodelled: What is left out, which makes the figures a bound.
     """
@@ -178,6 +180,7 @@ class MemoryEstimate:
     timeline: tuple[TimelinePoint, ...]
     paged: int
     cuda_context: int
+    flops: StepFlops = NO_FLOPS
     has_tokens: bool = True
     unmodelled: tuple[Unmodelled, ...] = ()
 
@@ -228,19 +231,33 @@ class MemoryEstimate:
         )
 
 
+Seen = Literal["same batch", "same batch, rounded", "fewer weights", "shorter texts"]
+"""What training sees of a change, the least first: nothing but micro-batches and what is computed twice; numbers that
+are kept in fewer bits; an adapter with fewer parameters; other data."""
+
+
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """What one change would make of the peak.
+    """What a change, or several at once, would make of the peak, and what it costs.
 
     Attributes:
-        change: The change, as one would write it.
+        changes: The changes, each as one would write it.
         peak_allocated: Bytes.
+        flops: Operations of one optimizer step, for as many sequences as now.
+        learner: What training sees of it.
         smaller_rank: Whether it does nothing but lower the rank.
     """
 
-    change: str
+    changes: tuple[str, ...]
     peak_allocated: int
+    flops: int
+    learner: Seen = "same batch"
     smaller_rank: bool = False
+
+    @property
+    def change(self) -> str:
+        """All of it in one line."""
+        return " with ".join(self.changes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SHARE_TOLERANCE = 1e-9
 """Difference of two shares that is rounding: each is a quotient of differences of doubles."""
@@ -121,3 +122,33 @@ class LockedRankFacts:
     def where(self) -> str:
         """The rank and the sweep, in words."""
         return f"r={self.rank} of a sweep over {', '.join(f'r={one.rank}' for one in self.ranks)}"
+
+
+class Difference(NamedTuple):
+    """Something that is not what it was when a rank was locked: its name, then and now, as they are printed."""
+
+    name: str
+    locked: str
+    now: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankLockFacts:
+    """A lock beside what is in use.
+
+    Attributes:
+        lock: Name of the file, or ``"the lock"``.
+        rank: The locked rank.
+        in_use: Where configuration or learning rate differ from it.
+        drift: Where data, settings or versions differ from those of its evidence.
+    """
+
+    lock: str
+    rank: int
+    in_use: tuple[Difference, ...]
+    drift: tuple[Difference, ...]
+
+    @property
+    def where(self) -> str:
+        """The lock and its rank, in words."""
+        return f"{self.lock}, r={self.rank}"

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
+from pytest_lora.facts.operations import StepFlops
 from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.setting import checked_setting, declared_quantization, require_count
 from pytest_lora.memory.trainer import read_arguments
@@ -119,6 +120,10 @@ class StepMemory:
     def peak_reserved(self, batch_size: int, seq_len: int, r: int | None = None) -> int:
         """What ``torch.cuda.max_memory_reserved`` would say."""
         return self._predictor.peak_reserved(*self._point(batch_size, seq_len, r))
+
+    def flops(self, batch_size: int, seq_len: int, r: int | None = None) -> StepFlops:
+        """Floating-point operations of one optimizer step, as torch's ``FlopCounterMode`` counts them."""
+        return self._predictor.flops(*self._point(batch_size, seq_len, r))
 
     def estimate(self, batch_size: int, seq_len: int, r: int | None = None) -> MemoryEstimate:
         """Everything about one step."""

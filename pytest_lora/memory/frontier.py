@@ -149,8 +149,8 @@ def oom_frontier(
             something that is no whole number above 0.
     """
     limit = require_budget(budget)
-    lengths = _require_counts("seq_lens", seq_lens)
-    wanted = None if ranks is None else _require_counts("ranks", ranks)
+    lengths = require_counts("seq_lens", seq_lens)
+    wanted = None if ranks is None else require_counts("ranks", ranks)
     memory = step_memory(config, base, **setting)
     rows = tuple(
         _frontier_row(memory, limit, length, rank) for length in lengths for rank in wanted or (memory.rank,)
@@ -158,11 +158,17 @@ def oom_frontier(
     return OomFrontier(_named(base), limit, rows)
 
 
-def _frontier_row(memory: StepMemory, limit: int, seq_len: int, rank: int) -> FrontierRow:
-    def fits(batch_size: int) -> bool:
-        return memory.peak_allocated(batch_size, seq_len, rank) <= limit
+def largest_batch(memory: StepMemory, limit: int, seq_len: int, r: int | None = None) -> int:
+    """The largest micro-batch whose peak stays within so many bytes, 0 if none does."""
 
-    batch_size = _largest(fits, _LARGEST["batch_size"])
+    def fits(batch_size: int) -> bool:
+        return memory.peak_allocated(batch_size, seq_len, r) <= limit
+
+    return _largest(fits, _LARGEST["batch_size"])
+
+
+def _frontier_row(memory: StepMemory, limit: int, seq_len: int, rank: int) -> FrontierRow:
+    batch_size = largest_batch(memory, limit, seq_len, rank)
     return FrontierRow(seq_len, rank, batch_size, memory.peak_allocated(max(1, batch_size), seq_len, rank))
 
 
@@ -171,7 +177,12 @@ def _named(base: Any) -> str:
     return str(base) if isinstance(base, (str, os.PathLike)) else type(base).__name__
 
 
-def _require_counts(name: str, values: Any) -> tuple[int, ...]:
+def require_counts(name: str, values: Any) -> tuple[int, ...]:
+    """Whole numbers above 0, each once, in their order.
+
+    Raises:
+        TypeError, ValueError: They are none, or there are none; the message names the argument.
+    """
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be whole numbers such as [512, 1024], not {values!r}")
     counts = tuple(dict.fromkeys(require_count(name, value) for value in values))

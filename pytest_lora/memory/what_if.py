@@ -1,4 +1,4 @@
-"""What else one could do about a step that does not fit: each change estimated, the smallest first."""
+"""What else one could do about a step that does not fit: each change estimated and priced, the simplest first."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from pytest_lora.facts.memory import Alternative, MemoryEstimate
+from pytest_lora.facts.memory import Alternative, MemoryEstimate, Seen
 from pytest_lora.memory.estimate import step_memory
 
 _MOST_JOINED = 4
@@ -18,43 +18,50 @@ _FEWER_TARGETS = ["q_proj", "v_proj"]
 """Targets of the LoRA paper (arXiv:2106.09685, section 4.2), where PEFT has no default for the model."""
 
 
-_Storage = tuple[str, dict[str, Any]]
-"""A change of how something is stored: its words, and the settings that differ."""
+class _Storage(NamedTuple):
+    """A change of how something is stored: its words, the settings that differ, and what training sees of it."""
+
+    text: str
+    fields: dict[str, Any]
+    learner: Seen
 
 
 class _Change(NamedTuple):
-    """A change: its words, the adapter, the settings that differ, and batch, sequence and rank."""
+    """A change: its words, the adapter, the settings that differ, batch, sequence and rank, and what training sees."""
 
-    text: str
+    texts: tuple[str, ...]
     config: Any
     fields: dict[str, Any]
     batch: int
     length: int
     rank: int
+    learner: Seen = "same batch"
 
 
 class _Tried(NamedTuple):
-    """A change, and the peak in bytes that it leads to."""
+    """A change, the peak in bytes that it leads to, and the operations of a step."""
 
     change: _Change
     peak: int
+    flops: int
 
 
 def alternatives(
     base: Any, config: Any, setting: dict[str, Any], estimate: MemoryEstimate, budget: int
 ) -> tuple[Alternative, ...]:
-    """Each single change estimated: those that fit first, the one that changes least before the others.
+    """Each single change estimated: those that fit first, of these what keeps the texts before what shortens them, one
+    change before several, and of as many the one of which training sees least.
 
     Where none fits that keeps the sequence, two are tried together, then three, then four; where that does not
     either, with shorter sequences.
     """
-    now = _Change("", config, {}, estimate.setting.batch_size, estimate.setting.seq_len, config.r)
+    now = _Change((), config, {}, estimate.setting.batch_size, estimate.setting.seq_len, config.r)
 
     def estimated(changes: Iterable[_Change]) -> list[_Tried]:
         rows = []
         for change in changes:
             with suppress(ValueError):  # what cannot be built is no way out: a classifier in 4 bits, for one
-                rows.append(_Tried(change, _peak(base, setting, change)))
+                rows.append(_tried(base, setting, change))
         return rows
 
     def any_fits() -> bool:
@@ -64,33 +71,48 @@ def alternatives(
     storage = [*_same_result(estimate), *_other_weights(estimate)]
     found = estimated(_single(base, storage, now))
     together: list[_Tried] = []
+    shortened = now
     if estimate.loaded <= budget:
         found += _until_one_fits(estimated, _smaller_batches(accumulation, now), budget)
     if not any_fits():
         joined = _together(accumulation, storage, found, estimate.peak_allocated, now)
         for change in joined:
             together = estimated([change]) or together
+            shortened = change if len(change.texts) < _MOST_JOINED else shortened
             if together and together[-1].peak <= budget:
                 break
         found += together
     if estimate.has_tokens and estimate.loaded <= budget:
         found += _until_one_fits(estimated, _shorter_sequences(now), budget)
     if estimate.has_tokens and together and not any_fits():
-        found += _until_one_fits(estimated, _shorter_sequences(together[0].change), budget)
-    rows = [Alternative(t.change.text, t.peak, smaller_rank=t.change.rank < now.rank) for t in found]
-    return tuple(sorted(rows, key=lambda a: (a.peak_allocated > budget, a.smaller_rank)))
+        found += _until_one_fits(estimated, _shorter_sequences(shortened), budget)
+    rows = [
+        Alternative(t.change.texts, t.peak, t.flops, t.change.learner, smaller_rank=t.change.rank < now.rank)
+        for t in found
+    ]
+    return tuple(sorted(rows, key=lambda row: _order(row, budget)))
+
+
+_SEEN = get_args(Seen)
+
+
+def _order(row: Alternative, budget: int) -> tuple[bool, bool, bool, int, int]:
+    too_much, shorter = row.peak_allocated > budget, row.learner == "shorter texts"
+    return too_much, row.smaller_rank, shorter, len(row.changes), _SEEN.index(row.learner)
 
 
 def _single(base: Any, storage: Iterable[_Storage], now: _Change) -> Iterator[_Change]:
-    for text, fields in storage:
-        yield now._replace(text=text, fields=fields)
+    for stored in storage:
+        yield now._replace(texts=(stored.text,), fields=stored.fields, learner=stored.learner)
     if (targets := _fewer_targets(base, now.config)) is not None:
         fewer = copy.deepcopy(now.config)
         fewer.target_modules = targets
-        yield now._replace(text=f"target_modules={sorted(targets)}", config=fewer)
+        yield now._replace(
+            texts=(f"target_modules={sorted(targets)}",), config=fewer, learner="fewer weights"
+        )
     for rank in dict.fromkeys((now.rank // 2, 1)):
         if 0 < rank < now.rank:
-            yield now._replace(text=f"r={rank}", rank=rank)
+            yield now._replace(texts=(f"r={rank}",), rank=rank, learner="fewer weights")
 
 
 def _until_one_fits(
@@ -114,64 +136,68 @@ def _smaller_batches(now_accumulated: int, now: _Change) -> Iterator[_Change]:
         batch //= 2
         accumulation = now_accumulated * -(-now.batch // batch)
         text = f"batch_size={batch} with accumulation={accumulation}"
-        yield now._replace(text=text, batch=batch, fields={**now.fields, "accumulation": accumulation})
+        yield now._replace(texts=(text,), batch=batch, fields={**now.fields, "accumulation": accumulation})
 
 
 def _shorter_sequences(now: _Change) -> Iterator[_Change]:
     length = now.length
     while length > 1:
         length //= 2
-        text = " with ".join(filter(None, (now.text, f"seq_len={length}")))
-        yield now._replace(text=text, length=length)
+        yield now._replace(texts=(*now.texts, f"seq_len={length}"), length=length, learner="shorter texts")
 
 
 def _together(
     accumulation: int, storage: list[_Storage], singly: list[_Tried], peak: int, now: _Change
 ) -> Iterator[_Change]:
     """Two, three and four changes at once that keep the sequence: those that save most by themselves."""
-    alone = {tried.change.text: tried.peak for tried in singly}
-    saving = {text: alone[text] for text, _ in storage if alone.get(text, peak) <= peak}
+    alone = {tried.change.texts[0]: tried.peak for tried in singly}
+    saving = {one.text: alone[one.text] for one in storage if alone.get(one.text, peak) <= peak}
     batches = [tried.peak for tried in singly if tried.change.batch < now.batch]
     whole = f"batch_size=1 with accumulation={accumulation * now.batch}"
     if now.batch > 1:
         saving[whole] = min(batches, default=peak)
     best = sorted(saving, key=lambda text: saving[text])
     for count in range(2, min(len(best), _MOST_JOINED) + 1):
-        chosen = [text for text in saving if text in best[:count]]
-        fields = {
-            name: value for text, changed in storage if text in chosen for name, value in changed.items()
-        }
-        change = now._replace(text=" with ".join(chosen), fields=fields)
+        chosen = tuple(text for text in saving if text in best[:count])
+        joined = [one for one in storage if one.text in chosen]
+        fields = {name: value for one in joined for name, value in one.fields.items()}
+        seen: Seen = max((one.learner for one in joined), key=_SEEN.index, default="same batch")
+        change = now._replace(texts=chosen, fields=fields, learner=seen)
         if whole in chosen:
             fields["accumulation"] = accumulation * now.batch
             change = change._replace(batch=1)
         yield change
 
 
+_ROUNDED: Seen = "same batch, rounded"
+
+
 def _same_result(estimate: MemoryEstimate) -> Iterator[_Storage]:
     """Changes that leave what is learned as it is, or nearly."""
     asked = estimate.setting
     if not asked.gradient_checkpointing:
-        yield "gradient_checkpointing=True", {"gradient_checkpointing": True}
+        yield _Storage("gradient_checkpointing=True", {"gradient_checkpointing": True}, "same batch")
     if asked.optimizer.startswith("adamw_torch"):
-        yield 'optimizer="adamw_8bit"', {"optimizer": "adamw_8bit"}
+        yield _Storage('optimizer="adamw_8bit"', {"optimizer": "adamw_8bit"}, _ROUNDED)
     packed = asked.quantization
     if packed is not None and packed.method != "int8" and not packed.double_quant:
-        yield "bnb_4bit_use_double_quant=True", {"quantization": replace(packed, double_quant=True)}
+        double = {"quantization": replace(packed, double_quant=True)}
+        yield _Storage("bnb_4bit_use_double_quant=True", double, _ROUNDED)
 
 
 def _other_weights(estimate: MemoryEstimate) -> Iterator[_Storage]:
     """Changes of how the base is stored."""
     asked = estimate.setting
     if asked.dtype == "float32":
-        yield 'dtype="bfloat16"', {"dtype": "bfloat16"}
+        yield _Storage('dtype="bfloat16"', {"dtype": "bfloat16"}, _ROUNDED)
     if asked.quantization is None or asked.quantization.method == "int8":
-        yield 'quantization="nf4"', {"quantization": "nf4"}
+        yield _Storage('quantization="nf4"', {"quantization": "nf4"}, _ROUNDED)
 
 
-def _peak(base: Any, setting: dict[str, Any], change: _Change) -> int:
+def _tried(base: Any, setting: dict[str, Any], change: _Change) -> _Tried:
     memory = step_memory(change.config, base, **{**setting, **change.fields})
-    return memory.peak_allocated(change.batch, change.length, change.rank)
+    point = (change.batch, change.length, change.rank)
+    return _Tried(change, memory.peak_allocated(*point), memory.flops(*point).total)
 
 
 def _fewer_targets(base: Any, config: Any) -> set[str] | None:

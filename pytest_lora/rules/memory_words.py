@@ -64,10 +64,50 @@ def _rank_words(facts: MemoryFacts) -> list[str]:
     return [f"lowering the rank will not help: {least.change} saves {saved}"]
 
 
+_WIDTH = 35
+"""Columns of a change, so that a row with its indentation fits 100; a longer one takes several lines."""
+_HEAD = ("change", "peak", "FLOPs", "training sees", "")
+
+
 def _rows(facts: MemoryFacts) -> list[str]:
-    width = max((len(a.change) for a in facts.alternatives), default=0)
-    return [
-        f"  {a.change.ljust(width)}  {format_bytes(a.peak_allocated).rjust(9)}"
-        f"  {'fits' if a.peak_allocated <= facts.budget else 'too much'}"
-        for a in facts.alternatives
-    ]
+    """A line a change, or several where it is long; the figures stand in the last of them."""
+    cells: list[tuple[str, ...]] = [_HEAD]
+    for row in facts.alternatives:
+        *lines, last = _lines(row.changes)
+        cells += [(line,) for line in lines]
+        fits = "fits" if row.peak_allocated <= facts.budget else "too much"
+        operations = against_now(row.flops, facts.estimate.flops.total)
+        cells.append((last, format_bytes(row.peak_allocated), operations, row.learner, fits))
+    whole = [cell for cell in cells if len(cell) == len(_HEAD)]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    return ["  " + _row(cell, widths) for cell in cells]
+
+
+def _row(cell: tuple[str, ...], widths: list[int]) -> str:
+    if len(cell) < len(widths):
+        return cell[0]
+    change, peak, operations, seen, fits = cell
+    figures = f"{peak:>{widths[1]}}  {operations:>{widths[2]}}  {seen:<{widths[3]}}  {fits}"
+    return f"{change:<{widths[0]}}  {figures}".rstrip()
+
+
+def _lines(changes: tuple[str, ...]) -> list[str]:
+    """Changes joined by "with", as many to a line as there is place for; the figures need place beside the last."""
+    lines: list[str] = []
+    for change in changes:
+        joined = f"{lines[-1]} with {change}" if lines else change
+        if lines and len(joined) <= _WIDTH:
+            lines[-1] = joined
+        else:
+            if lines:
+                lines[-1] += " with"
+            lines.append(change)
+    return lines if len(lines[-1]) <= _WIDTH else [*lines, ""]
+
+
+def against_now(flops: int, now: int) -> str:
+    """A share of operations as it differs from now: ``"+33 %"``, ``"-0.8 %"``, ``"same"``."""
+    percent = 100 * (flops / now - 1) if now else 0.0
+    if abs(percent) < 0.05:
+        return "same"
+    return f"{percent:+.0f} %" if abs(percent) >= 9.95 else f"{percent:+.1f} %"

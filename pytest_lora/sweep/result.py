@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
+    from pytest_lora.memory.price import Price
+    from pytest_lora.sweep.lock import RankLock
+    from pytest_lora.sweep.prices import SweepPrices
+
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
@@ -117,7 +121,12 @@ class SweepResult:
         return draw(self, path, theme, self.choose() if choice is None else choice)
 
     def log(
-        self, *trackers: Any, project: str = "rank-sweep", folder: str = ".", choice: RankChoice | None = None
+        self,
+        *trackers: Any,
+        project: str = "rank-sweep",
+        folder: str = ".",
+        choice: RankChoice | None = None,
+        lock: str | os.PathLike[str] | None = None,
     ) -> None:
         """Write choice and evidence to experiment trackers, through accelerate.
 
@@ -127,14 +136,54 @@ class SweepResult:
             project: Name of the project or run, for trackers given by name.
             folder: Where trackers that write files put them.
             choice: The choice to write; that of ``choose()`` by default.
+            lock: The file of the lock that the choice went into, to which the record then points, with its SHA-256.
 
         Raises:
             TypeError: A tracker is neither a name nor a tracker.
-            ValueError: There is no tracker of that name, its package is not installed, or no trial has a metric.
+            ValueError: There is no tracker of that name, its package is not installed, no trial has a metric, or
+                ``lock`` is no lock.
         """
         from pytest_lora.sweep.trackers import log
 
-        log(self, trackers, project, folder, self.choose() if choice is None else choice)
+        locked = "" if lock is None else str(lock)
+        log(self, trackers, project, folder, self.choose() if choice is None else choice, locked)
+
+    def prices(
+        self,
+        price: Price | None = None,
+        *,
+        metric_share: float = METRIC_SHARE,
+        time_share: float = TIME_SHARE,
+    ) -> SweepPrices:
+        """What each rank's training cost, and the time rule on measured time and on operations, side by side.
+
+        Args:
+            price: ``price(card=..., utilisation=..., per_hour=...)``, for hours and money of the operations.
+            metric_share: Share of the best metric that is enough.
+            time_share: Share of the largest rank's time, or operations, that a rank is to stay under.
+
+        Raises:
+            TypeError: ``price`` is none, or a share is no number.
+            ValueError: A share is out of its range.
+        """
+        from pytest_lora.sweep.prices import sweep_prices
+
+        return sweep_prices(self, price, metric_share=metric_share, time_share=time_share)
+
+    def lock(self, path: str | os.PathLike[str], *, choice: RankChoice | None = None) -> RankLock:
+        """Write the chosen rank with its evidence to a file, for ``assert_rank_suffices`` in CI.
+
+        Args:
+            path: The file, such as ``"rank.json"``; whole or as it was before.
+            choice: The choice to lock; that of ``choose()`` by default.
+
+        Raises:
+            ValueError: No trial has a metric.
+            OSError: The file cannot be written.
+        """
+        from pytest_lora.sweep.lock import lock
+
+        return lock(self, path, self.choose() if choice is None else choice)
 
     def to_json(self) -> str:
         """The result as one JSON object."""

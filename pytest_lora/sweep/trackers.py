@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.sweep.choice import RankChoice
+from pytest_lora.sweep.lock import RankLock
 
 if TYPE_CHECKING:
     from pytest_lora.sweep.result import SweepResult
@@ -16,7 +17,14 @@ LONGEST = 500
 """Characters of a value: what MLflow takes as a parameter in all its versions."""
 
 
-def log(result: SweepResult, trackers: Sequence[Any], project: str, folder: str, choice: RankChoice) -> None:
+def log(
+    result: SweepResult,
+    trackers: Sequence[Any],
+    project: str,
+    folder: str,
+    choice: RankChoice,
+    lock: str = "",
+) -> None:
     """Write to each tracker; ``SweepResult.log`` documents the arguments."""
     tracking: Any = importlib.import_module("accelerate.tracking")
     if not trackers:
@@ -26,11 +34,11 @@ def log(result: SweepResult, trackers: Sequence[Any], project: str, folder: str,
     with _no_state_left():
         for tracker in trackers:
             if not isinstance(tracker, str):
-                _write(tracker, result, choice)
+                _write(tracker, result, choice, lock)
                 continue
             opened = _opened(tracking, tracker, project, folder)
             try:
-                _write(opened, result, choice)
+                _write(opened, result, choice, lock)
             finally:
                 opened.finish()
 
@@ -58,14 +66,14 @@ def _opened(tracking: Any, name: str, project: str, folder: str) -> Any:
     return tracker
 
 
-def _write(tracker: Any, result: SweepResult, choice: RankChoice) -> None:
-    tracker.store_init_configuration(provenance(result, choice))
+def _write(tracker: Any, result: SweepResult, choice: RankChoice, lock: str) -> None:
+    tracker.store_init_configuration(provenance(result, choice, lock))
     for rank, values in measurements(result):
         tracker.log(values, step=rank)
 
 
-def provenance(result: SweepResult, choice: RankChoice) -> dict[str, str | int | float]:
-    """Where the rank comes from, as flat values: the choice, its verdicts, settings, seeds, versions."""
+def provenance(result: SweepResult, choice: RankChoice, lock: str = "") -> dict[str, str | int | float]:
+    """Where the rank comes from, as flat values: the choice, its verdicts, settings, seeds, versions, its lock."""
     chosen = next(row for row in result.rows if row.rank == choice.rank)
     values: dict[str, str | int | float] = {
         "rank": choice.rank,
@@ -83,6 +91,8 @@ def provenance(result: SweepResult, choice: RankChoice) -> dict[str, str | int |
     values |= {f"rank_rule_{verdict.rule}": str(verdict) for verdict in choice.verdicts}
     values |= {f"sweep_{name}": text for name, text in result.settings.items()}
     values |= {f"version_{name}": text for name, text in result.versions.items()}
+    if lock:
+        values |= {"rank_lock": lock, "rank_lock_sha256": RankLock.read(lock).digest}
     if result.before is not None:
         values["metric_before"] = result.before
     return {name: v[:LONGEST] if isinstance(v, str) else v for name, v in values.items()}

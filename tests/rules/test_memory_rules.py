@@ -23,6 +23,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryFacts, Unmodelled
 from pytest_lora.rules import judge
+from pytest_lora.rules.memory_words import against_now
 
 BASE = LlamaConfig(
     hidden_size=512, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=8, vocab_size=4000
@@ -40,10 +41,17 @@ def finding(budget: str | int, **setting: Any) -> Finding:
     return found
 
 
+def table(found: Finding) -> list[dict[str, str]]:
+    """The what-if table: in each row the change, its peak, its price, what training sees and whether it fits."""
+    lines = re.sub(r" with\n +", " with ", found.fix.partition("what if:")[2])
+    figures = r"(?P<peak>[\d.]+ \w+B)  +(?P<price>same|[+-][\d.]+ %)  (?P<seen>.+?)  +(?P<fits>fits|too much)"
+    row = rf"^ +(?P<change>\S.*?)  +{figures}$"
+    return [found.groupdict() for found in re.finditer(row, lines, flags=re.MULTILINE)]
+
+
 def rows(found: Finding) -> dict[str, str]:
-    """The what-if table: each change and whether it fits, in order."""
-    table = found.fix.partition("what if:")[2]
-    return dict(re.findall(r"^ +(\S.*?)  +[\d.]+ \w+B  (fits|too much)$", table, flags=re.MULTILINE))
+    """Each change and whether it fits, in order."""
+    return {row["change"]: row["fits"] for row in table(found)}
 
 
 def test_the_report_reads_like_a_compiler_error() -> None:
@@ -62,18 +70,52 @@ def test_the_report_reads_like_a_compiler_error() -> None:
 
 
 def test_what_fits_comes_first_and_the_rank_last() -> None:
-    table = rows(finding("600MiB"))
-    assert next(iter(table.items())) == ("gradient_checkpointing=True", "fits")
-    verdicts = list(table.values())
+    found = rows(finding("600MiB"))
+    assert next(iter(found.items())) == ("gradient_checkpointing=True", "fits")
+    verdicts = list(found.values())
     assert verdicts == sorted(verdicts)
-    assert list(table)[-2:] == ["r=8", "r=1"]
+    assert list(found)[-2:] == ["r=8", "r=1"]
     assert {
         'optimizer="adamw_8bit"',
         'quantization="nf4"',
         "target_modules=['q_proj', 'v_proj']",
         "batch_size=4 with accumulation=2",
         "seq_len=256",
-    } <= table.keys()
+    } <= found.keys()
+
+
+def test_each_row_says_its_price_and_what_training_sees() -> None:
+    now, other = (
+        estimate_memory(adapter(), BASE, **STEP, gradient_checkpointing=on).flops.total
+        for on in (False, True)
+    )
+    found = {row["change"]: (row["price"], row["seen"]) for row in table(finding("600MiB"))}
+    assert found["gradient_checkpointing=True"] == (f"{100 * (other / now - 1):+.0f} %", "same batch")
+    assert 40 < 100 * (other / now - 1) < 50  # the forward again, which is about half of a LoRA's step
+    assert found["batch_size=4 with accumulation=2"] == ("same", "same batch")
+    assert found['optimizer="adamw_8bit"'] == ("same", "same batch, rounded")
+    assert found['quantization="nf4"'] == ("same", "same batch, rounded")
+    assert found["r=8"][1] == found["target_modules=['q_proj', 'v_proj']"][1] == "fewer weights"
+    half = estimate_memory(adapter(), BASE, batch_size=8, seq_len=256).flops.total
+    assert found["seq_len=256"] == (f"{100 * (half / now - 1):+.0f} %", "shorter texts")
+    assert [against_now(n, 1000) for n in (1000, 992, 1099, 1100, 500)] == [
+        "same",
+        "-0.8 %",
+        "+9.9 %",
+        "+10 %",
+        "-50 %",
+    ]
+
+
+def test_four_changes_at_most_in_rows_of_a_hundred_columns() -> None:
+    base = LlamaConfig(**{**SMALL, "num_hidden_layers": 2}, vocab_size=1000)
+    asked: dict[str, Any] = {"batch_size": 8, "seq_len": 8, "quantization": "nf4", "accumulation": 64}
+    weights = estimate_memory(adapter(), base, **asked).loaded
+    (found,) = check_memory(base, adapter(), budget=weights + 2**10, **asked).findings
+    changes = [re.sub(r" with accumulation=\d+", "", change).count(" with ") + 1 for change in rows(found)]
+    assert (found.code, max(changes)) == ("LORA502", 4)
+    assert len(changes) == len(set(rows(found)))
+    assert max(len(line) for line in found.fix.splitlines()[2:]) <= 100
 
 
 def test_every_row_is_an_estimate_of_its_own() -> None:

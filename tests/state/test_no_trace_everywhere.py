@@ -184,7 +184,7 @@ LOOKING: dict[str, Callable[[Setup], object]] = {
     "assert_alpha_ratio": lambda s: assert_alpha_ratio(s.model, 2.0),
     "count_parameters": lambda s: count_parameters(s.model),
     "rank_table": lambda s: rank_table(s.base, [2, 4], target_modules=[*s.config.target_modules]),
-    "suggest_rank": lambda s: suggest_rank(s.base, 5000),
+    "suggest_rank": lambda s: suggest_rank(s.base, tokens=5000),
     "estimate_memory": lambda s: estimate_memory(s.config, s.base, batch_size=2, seq_len=16),
     "step_memory": lambda s: step_memory(s.config, s.base).peak_allocated(2, 16),
     "largest_that_fits": lambda s: largest_that_fits(

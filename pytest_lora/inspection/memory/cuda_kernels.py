@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from pytest_lora.facts.memory import Attention
+from pytest_lora.inspection.memory.operations import attention_backward_flops, attention_flops
 
 _torch_attention = functional.scaled_dot_product_attention
 _torch_dropout = functional.dropout
@@ -40,13 +41,18 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 @contextmanager
-def cuda_kernels(autocast: torch.dtype | None, attention: Attention = "flash") -> Iterator[None]:
+def cuda_kernels(
+    autocast: torch.dtype | None,
+    attention: Attention = "flash",
+    count: Callable[[int], None] = lambda _: None,
+) -> Iterator[None]:
     """Let attention and dropout on the meta device leave the storages that their CUDA kernels leave.
 
     - Scaled dot product attention takes the kernel that is named, or with a mask the memory-efficient one. Flash,
       cuDNN's and the memory-efficient one hold their inputs, their output and the log-sum-exp for the backward. What
       they cannot run takes the math path, as on CUDA
-      (``torch.nn.attention.SDPBackend``, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+      (``torch.nn.attention.SDPBackend``, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). ``count`` is told
+      their operations.
     - Dropout keeps a mask of one byte a number (``aten::native_dropout``).
     - Autocast, which torch does not know for the meta device, casts the arguments of ``LOWERED`` to the given
       dtype and those of ``RAISED`` to float32 (the lists of torch.amp that models run into).
@@ -54,7 +60,7 @@ def cuda_kernels(autocast: torch.dtype | None, attention: Attention = "flash") -
     The functions are replaced where modules look them up: a ``TorchFunctionMode`` would be off in the
     backward, where checkpointing runs the forward again.
     """
-    attend = partial(_attention, attention)
+    attend = partial(_attention, attention, count)
     replaced: list[tuple[Any, str, Any]] = [
         (functional, "scaled_dot_product_attention", attend),
         (functional, "dropout", _dropout),
@@ -142,6 +148,7 @@ def _no_autocast(device_type: str, *args: Any, **kwargs: Any) -> AbstractContext
 
 def _attention(
     kernel: Attention,
+    count: Callable[[int], None],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -160,7 +167,7 @@ def _attention(
         if attn_mask is not None:
             bias = attn_mask if attn_mask.dtype == query.dtype else attn_mask.to(query.dtype)
         attention: Any = _FusedAttention
-        out: torch.Tensor = attention.apply(query, key, value, bias, kernel != "cudnn")
+        out: torch.Tensor = attention.apply(query, key, value, bias, kernel != "cudnn", count)
         return out
     return _torch_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -178,8 +185,10 @@ class _FusedAttention(torch.autograd.Function):
         value: torch.Tensor,
         bias: torch.Tensor | None,
         widens: bool,
+        count: Callable[[int], None],
     ) -> torch.Tensor:
-        ctx.widens = widens
+        ctx.widens, ctx.count = widens, count
+        count(attention_flops(query, key, value))
         batch, heads, length, _ = query.shape
         out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         log_sum_exp = query.new_empty(batch, heads, length, dtype=torch.float32)
@@ -189,6 +198,7 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         query, key, value, _, log_sum_exp, _ = ctx.saved_tensors
+        ctx.count(attention_backward_flops(query, key, value))
         delta = torch.empty_like(log_sum_exp)
         query_accumulated = query.new_empty(query.shape, dtype=torch.float32)
         wide = []
@@ -198,7 +208,7 @@ class _FusedAttention(torch.autograd.Function):
             wide = [query.new_empty(query.shape[0], query.shape[1], *t.shape[2:]) for t in (key, value)]
         gradients = tuple(_like(t) for t in (query, key, value))
         del delta, query_accumulated, wide
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Trace:
     Attributes:
         events, units, phases: By event; unit ``KEPT * n + i`` is unit ``i`` of the model's stack ``n``.
         sizes, categories, operations: By storage.
+        flops: Floating-point operations by unit and phase.
     """
 
     events: list[int]
@@ -48,6 +50,7 @@ class Trace:
     sizes: list[int]
     categories: list[str]
     operations: list[str]
+    flops: Counter[tuple[int, str]]
 
 
 def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = False) -> Trace:
@@ -82,8 +85,8 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
             quiet(),
             collected_late(),
             masks_without_values(),
-            cuda_kernels(autocast, setting.attention),
-            fused_kernels() if setting.by_trl else nullcontext(),
+            cuda_kernels(autocast, setting.attention, tracker.count),
+            fused_kernels(tracker.count) if setting.by_trl else nullcontext(),
             tracker.recorded(),
         ):
             _step(built, setting, tracker)
@@ -106,6 +109,7 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
         tracker.sizes,
         tracker.categories,
         tracker.operations,
+        tracker.flops,
     )
 
 

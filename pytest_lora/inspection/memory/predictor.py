@@ -15,6 +15,7 @@ from torch import nn
 
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
+from pytest_lora.facts.operations import StepFlops
 from pytest_lora.inspection.memory.batches import has_tokens
 from pytest_lora.inspection.memory.compiled_replay import fastest_replay
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
@@ -22,8 +23,9 @@ from pytest_lora.inspection.memory.dry_run import NotTracedError
 from pytest_lora.inspection.memory.estimate import StepShape
 from pytest_lora.inspection.memory.images import reads_images
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
+from pytest_lora.inspection.memory.operations import FlopsSurface
 from pytest_lora.inspection.memory.patience import limited, require_few
-from pytest_lora.inspection.memory.sizes import Family, Point, Surface, fitted
+from pytest_lora.inspection.memory.sizes import Family, Point, Surface, check_point, fitted, grid
 from pytest_lora.inspection.memory.step import Step, assemble
 from pytest_lora.inspection.memory.storage_tracker import quiet
 from pytest_lora.inspection.memory.timeline import NotRepeatingError
@@ -75,6 +77,7 @@ class Predictor:
         self._models: dict[int, MetaModel] = {}
         self._traced: dict[Point, tuple[StepShape, Step]] = {}
         self._surfaces: dict[Any, tuple[StepShape, Surface] | None] = {}
+        self._flops: dict[Any, FlopsSurface] = {}
         self._asked: Counter[Any] = Counter()
         self._replays = 0
         self._slowest = 0.0
@@ -89,6 +92,13 @@ class Predictor:
         """Bytes that ``torch.cuda.max_memory_reserved`` would give."""
         shape, sizes, _ = self._at((batch_size, seq_len, rank))
         return self._reserved(shape, sizes)
+
+    def flops(self, batch_size: int, seq_len: int, rank: int) -> StepFlops:
+        """Floating-point operations of one optimizer step."""
+        point = (batch_size, seq_len, rank)
+        surface = self._flops.get(Family(point, self._thresholds).key)
+        found = None if surface is None or point in self._traced else surface(point)
+        return found or self._trace(point)[1].flops
 
     def estimate(self, batch_size: int, seq_len: int, rank: int) -> MemoryEstimate:
         """Everything about one step."""
@@ -110,6 +120,7 @@ class Predictor:
             timeline=figures.timeline,
             paged=paged,
             cuda_context=CUDA_CONTEXT,
+            flops=self.flops(*point),
             has_tokens=has_tokens(model),
             unmodelled=tuple(
                 _unmodelled(replace(self.setting, batch_size=batch_size, seq_len=seq_len), model)
@@ -147,6 +158,10 @@ class Predictor:
             found = fitted(family, sizes_at, TOLERANCE)
             shape = None if found is None else StepShape(next(iter(steps.values())))
             self._surfaces[family.key] = None if found is None or shape is None else (shape, found[1])
+            if found is not None:
+                counted = FlopsSurface(grid(family), [steps[point].flops for point in grid(family)])
+                if counted(check_point(family)) == steps[check_point(family)].flops:
+                    self._flops[family.key] = counted
         return self._surfaces[family.key]
 
     def _trace(self, point: Point) -> tuple[StepShape, Step]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pytest_lora.facts.memory import StepSetting
+from pytest_lora.facts.operations import NO_FLOPS, StepFlops
 from pytest_lora.inspection.memory.dry_run import Trace, trace
 from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT
 from pytest_lora.inspection.memory.meta_model import MetaModel
+from pytest_lora.inspection.memory.operations import whole_flops
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, PAGED_FROM, state_bytes
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 
@@ -34,6 +36,7 @@ class Step:
         paged: Bytes of optimizer state outside of the allocator.
         copies: Inner units of the whole model by stack.
         workspaces: Bytes of those that cuBLAS has not allocated yet, by phase.
+        flops: Floating-point operations of one of the two steps, of the whole model.
     """
 
     events: list[int] = field(default_factory=list)
@@ -47,6 +50,7 @@ class Step:
     paged: int = 0
     copies: dict[int, int] = field(default_factory=dict)
     workspaces: dict[str, int] = field(default_factory=dict)
+    flops: StepFlops = NO_FLOPS
 
     def whole_length(self) -> int:
         """Events of the whole model, where those of an inner unit count for every copy."""
@@ -97,6 +101,7 @@ def assemble(built: MetaModel, setting: StepSetting) -> Step:
     micro = [trace(built, setting)]
     if setting.accumulation > 1:
         micro.append(trace(built, setting, gradients_held=True))
+    step.flops = _flops(micro, step.copies, setting.accumulation)
     trainable = [p for p in built.model.parameters() if p.requires_grad]
     for first in (True, False):
         gradients = list(step.play(micro[0]).values())
@@ -109,6 +114,13 @@ def assemble(built: MetaModel, setting: StepSetting) -> Step:
         if first:
             step.first = len(step.events)
     return step
+
+
+def _flops(micro: list[Trace], copies: dict[int, int], accumulation: int) -> StepFlops:
+    """Of the first micro-batch, and of the others, which are all like the second."""
+    first, *others = (whole_flops(traced.flops, copies) for traced in micro)
+    more = others[0] if others else NO_FLOPS
+    return StepFlops(*(one + (accumulation - 1) * other for one, other in zip(first, more, strict=True)))
 
 
 def _homes(step: Step) -> dict[int, int]:

@@ -6,6 +6,7 @@ import gc
 import logging
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pytest_lora.inspection.memory.known_results import KnownResults
+from pytest_lora.inspection.memory.operations import flops_of
 from pytest_lora.inspection.memory.patience import tick
 from pytest_lora.inspection.memory.stand_ins import StandIns
 
@@ -40,6 +42,7 @@ class StorageTracker:
         phases: The phase of each event.
         sizes: Bytes of each storage, before the allocator rounds them.
         categories, operations: What each storage holds, and what made it.
+        flops: Floating-point operations by unit and phase.
     """
 
     def __init__(self, vocab_size: int | None, stand_ins: StandIns) -> None:
@@ -49,6 +52,7 @@ class StorageTracker:
         self.sizes: list[int] = []
         self.categories: list[str] = []
         self.operations: list[str] = []
+        self.flops: Counter[tuple[int, str]] = Counter()
         self.unit = OUTSIDE
         self.phase = "forward"
         self.recording = True
@@ -70,6 +74,10 @@ class StorageTracker:
         index = self._live.get(id(tensor.untyped_storage()), -1)
         if index >= 0:
             self.categories[index] = category
+
+    def count(self, flops: int) -> None:
+        """Add floating-point operations of what runs now."""
+        self.flops[self.unit, self.phase] += flops
 
     def recorded(self) -> AbstractContextManager[Any]:
         """Follow what happens inside."""
@@ -94,6 +102,8 @@ class StorageTracker:
         except (NotImplementedError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise NeedsValuesError(f"{func} in the {self.phase} needs values: {reason}") from error
+        if flops := flops_of(func, args, kwargs, out):
+            self.count(flops)
         if isinstance(out, torch.Tensor):
             self._made(out, func)
         elif out is not None:

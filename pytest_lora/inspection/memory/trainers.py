@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
+from pytest_lora.inspection.memory.operations import product_flops
 from pytest_lora.inspection.skeleton import META
 
 
@@ -214,10 +215,11 @@ class _Accelerator:
 
 
 @contextmanager
-def fused_kernels() -> Iterator[None]:
+def fused_kernels(count: Callable[[int], None]) -> Iterator[None]:
     """Let TRL's fused head leave the storages that its CUDA kernels leave: they fold each tile in place.
 
-    Tokens that are not scored are left out before the head; without values all are scored.
+    ``count`` is told the operations of the products among them. Tokens that are not scored are left out before the
+    head; without values all are scored.
     """
     try:
         kernels: Any = importlib.import_module("trl.kernels.chunked_logprob")
@@ -229,10 +231,13 @@ def fused_kernels() -> Iterator[None]:
     def fold(*_: Any, **__: Any) -> None:
         """In place."""
 
+    def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        count(product_flops(left, right))
+
     replaced = [
         (kernels, "_forward_tile", fold),
         (kernels, "_backward_tile", fold),
-        (kernels, "_addmm_fp32", fold),
+        (kernels, "_addmm_fp32", add_product),
         (utilities, "_use_triton", lambda device: True),
     ]
     before = [(home, name, getattr(home, name)) for home, name, _ in replaced]

@@ -104,6 +104,7 @@ BY_HAND: dict[str, str] = {
     "LORA932": _LIBRARY,
     "LORA933": _LIBRARY,
     "LORA934": _LIBRARY,
+    "LORA942": "",  # unlike the others of its stage
     "LORA950": _LOSS_FUNCTION,
 }
 

@@ -83,7 +83,7 @@ def of(judged: str, findings: Iterable[Finding]) -> list[Finding]:
 
 def by_hand(known: Rule) -> str | None:
     """Why the fix of a rule can not be applied by a program; None where it can."""
-    return BY_HAND.get(known.code) or STAGES_BY_HAND.get(known.stage)
+    return BY_HAND.get(known.code, STAGES_BY_HAND.get(known.stage))
 
 
 @every_rule

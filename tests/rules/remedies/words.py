@@ -46,11 +46,16 @@ def alternatives(fix: str) -> list[list[Step]]:
     for number, (start, stop, is_keyword) in enumerate(spans):
         following = spans[number + 1][0] if number + 1 < len(spans) else len(fix)
         step = Step(fix[start:stop], fix[stop:following], is_keyword)
-        if not ways or _EITHER.search(fix[end:start]) or "\n" in fix[end:start]:
+        if not ways or _EITHER.search(fix[end:start]) or _ends_a_row(fix[end:start]):
             ways.append([])
         ways[-1].append(step)
         end = stop
     return [way for way in ways if not way[-1].after.partition("\n")[0].endswith(NO_WAY)]
+
+
+def _ends_a_row(between: str) -> bool:
+    """A new line starts another way, unless the one before goes on: ``a=1 with`` and, in the next line, ``b=2``."""
+    return "\n" in between and between.split() != ["with"]
 
 
 def _code_spans(text: str) -> Iterator[tuple[int, int, bool]]:

@@ -1,0 +1,38 @@
+"""Floating-point operations of a training step, in numbers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class StepFlops(NamedTuple):
+    """Floating-point operations of the matrix products of one optimizer step, all its micro-batches together.
+
+    A product of an (m, k) with a (k, n) matrix counts 2 m k n, as in ``torch.utils.flop_counter``. What works number
+    by number (activations, norms, the optimizer) is not counted: it takes time for the memory it reads.
+
+    Attributes:
+        forward: Of the forward passes, those of a reference model included.
+        backward: Of the backward passes; what checkpointing computes again is among them.
+    """
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+
+NO_FLOPS = StepFlops(0, 0)
+
+_UNITS = ((10**18, "EFLOP"), (10**15, "PFLOP"), (10**12, "TFLOP"), (10**9, "GFLOP"), (10**6, "MFLOP"))
+
+
+def format_flops(count: float) -> str:
+    """A number of operations with three digits: ``"81.3 TFLOP"``."""
+    for size, unit in _UNITS:
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:,.0f} {unit}"
+    return f"{count:.0f} FLOP"
