@@ -18,7 +18,9 @@ class Signatures(griffe.Extension):
             return
         called = getattr(importlib.import_module(func.module.path), func.name, None)
         if called is not None:
-            func.parameters = griffe.Parameters(*map(_parameter, inspect.signature(called).parameters.values()))
+            func.parameters = griffe.Parameters(
+                *map(_parameter, inspect.signature(called).parameters.values())
+            )
 
 
 def _parameter(parameter: inspect.Parameter) -> griffe.Parameter:

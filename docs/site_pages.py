@@ -180,7 +180,9 @@ def api_page(module: str, names: list[str]) -> str:
     where = "pytest_lora" if any(name in pytest_lora.__all__ for name in names) else f"pytest_lora.{module}"
     # What a user calls comes first; the classes that it returns follow.
     ordered = sorted(names, key=lambda name: name[0].isupper())
-    entries = [assertion(name) if name.startswith("assert_") else documented(module, name) for name in ordered]
+    entries = [
+        assertion(name) if name.startswith("assert_") else documented(module, name) for name in ordered
+    ]
     return "\n\n".join([f"# {api_title(module)}", f"`from {where} import ...`", *entries, ""])
 
 

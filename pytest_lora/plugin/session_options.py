@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from pytest_lora.plugin.field_options import session_fields
-
 
 @dataclass(frozen=True)
 class LoraOptions:
@@ -83,7 +81,7 @@ class LoraOptions:
             card=_card(config),
             base=_base(config),
             bases=dict(_named_base(config, line) for line in config.getini("lora_bases")),
-            fields=session_fields(config),
+            fields=_fields(config),
             select=_codes(config, "select"),
             ignore=_codes(config, "ignore"),
             strict=bool(config.getoption("lora_strict") or config.getini("lora_strict")),
@@ -98,6 +96,14 @@ class LoraOptions:
             reports=tuple(_report_file(config, given) for given in config.getoption("lora_report")),
             step_summary=Path(summary) if (summary := os.environ.get("GITHUB_STEP_SUMMARY")) else None,
         )
+
+
+def _fields(config: pytest.Config) -> dict[str, object]:
+    if not (config.getini("lora_config") or config.getoption("lora_serve") or config.getini("lora_serve")):
+        return {}
+    from pytest_lora.plugin.field_options import session_fields
+
+    return session_fields(config)
 
 
 def _codes(config: pytest.Config, name: str) -> tuple[str, ...]:

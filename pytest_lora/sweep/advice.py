@@ -230,7 +230,9 @@ def suggest_learning_rate(
         short = steps is not None and steps <= SHORT_RUN
         times = 15 if short else 10
         rate, reason = times * full_rate, f"{times} times {full_rate:g}, that of full fine-tuning"
-        said = (claims.TEN_TIMES, claims.FIFTEEN_TIMES) if short else (claims.TEN_TIMES,)
+        said: tuple[Claim, ...] = (claims.TEN_TIMES,)
+        if short:
+            said = (*said, claims.FIFTEEN_TIMES)
     else:
         rate, reason, said = _usual_rate(purpose, capacity_of(base).total)
     more = (claims.LARGE_BATCH,) if batch_size is not None and batch_size > LARGE_BATCH else ()

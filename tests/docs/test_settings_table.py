@@ -14,4 +14,6 @@ def test_every_setting_has_its_line() -> None:
     shown = dict(re.findall(r"^\| `(\w+)` \| `(.+?)` \| \S.* \|$", text, flags=re.MULTILINE))
     parameters = inspect.signature(estimate_memory).parameters
     wanted = {name: repr(parameters[name].default) for name in parameters if name not in ("config", "base")}
-    assert shown == wanted, "docs/memory_budget.md: write a line | `setting` | `default` | what it is | for each"
+    assert shown == wanted, (
+        "docs/memory_budget.md: write a line | `setting` | `default` | what it is | for each"
+    )
