@@ -45,6 +45,7 @@ class Finding:
         fix: The one change that mends it.
         file: Path of the file that it is about, where it is about a line of one; else empty.
         line: That line, from 1.
+        by_itself: Whether it stands whatever else was found, although its rule names causes (``Rule.because_of``).
     """
 
     code: str
@@ -56,6 +57,7 @@ class Finding:
     fix: str
     file: str = ""
     line: int | None = None
+    by_itself: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("where", "observed", "expected", "fix", "file"):

@@ -35,7 +35,7 @@ class Violation(NamedTuple):
     """What a rule yields: a finding less what every finding of that rule shares.
 
     ``severity`` overrides the rule's own where the evidence is weaker or stronger than usual; ``line`` is that of the
-    file that the facts are about.
+    file that the facts are about; ``by_itself`` says that none of the rule's causes (``because_of``) explains it.
     """
 
     where: str
@@ -44,6 +44,7 @@ class Violation(NamedTuple):
     fix: str
     severity: Severity | None = None
     line: int | None = None
+    by_itself: bool = False
 
 
 Judge = Callable[[F, Expect], Iterator[Violation]]
@@ -91,9 +92,11 @@ class Rule:
 
     def __call__(self, facts: object, expect: Expect) -> Iterator[Finding]:
         for violation in self.judge(facts, expect):
-            where, observed, expected, fix, severity, line = violation
+            where, observed, expected, fix, severity, line, by_itself = violation
             said = severity or self.severity
-            yield Finding(self.code, self.name, said, where, observed, expected, fix, line=line)
+            yield Finding(
+                self.code, self.name, said, where, observed, expected, fix, line=line, by_itself=by_itself
+            )
 
 
 _registered: dict[str, Rule] = {}
@@ -202,7 +205,7 @@ def without_consequences(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     told = tuple(findings)
     causes = {finding.rule for finding in told if finding.severity == "error"}
     explained = {known.code for known in catalogue() if not causes.isdisjoint(known.because_of)}
-    return tuple(finding for finding in told if finding.code not in explained)
+    return tuple(finding for finding in told if finding.by_itself or finding.code not in explained)
 
 
 def find(wanted: str) -> Rule | None:

@@ -40,7 +40,8 @@ def base_weights_change(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
     - https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
     by_design = _rewritten_by_initialisation(facts)
-    adapted: list[BaseChange] = []
+    frozen: list[BaseChange] = []
+    trained: list[BaseChange] = []
     others: list[BaseChange] = []
     for change in facts.changes:
         if (
@@ -53,22 +54,24 @@ def base_weights_change(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
             continue
         if change.trainable and change.name.endswith("bias") and _trains_biases(facts):
             continue
-        meant = change.trainable and not change.adapted
-        (others if meant else adapted).append(change)
-    for changes in (adapted, others):
+        if not change.trainable:
+            frozen.append(change)
+        else:
+            (trained if change.adapted else others).append(change)
+    for changes in (frozen, trained, others):
         if changes:
             worst = max(changes, key=lambda change: change.relative)
             since = "since base_snapshot" if worst.since == "snapshot" else "in the steps taken here"
             # A snapshot says that the base is to stay put; else a module may be trained in full on purpose.
             meant = changes is others and worst.since != "snapshot"
-            trainable = sum(change.trainable for change in changes)
             yield Violation(
                 where=grouped(dict.fromkeys(change.name for change in changes)),
                 observed=f"weights of the base changed {since}, by up to {100 * worst.relative:.2g} %"
-                + (f"; {trainable} of them have requires_grad=True" if trainable else ""),
+                + ("" if changes is frozen else f"; {len(changes)} of them have requires_grad=True"),
                 expected="frozen base weights; what is to train beside the adapter, in modules_to_save",
-                fix=_freeze(facts.model) if trainable else "unmerge adapters, and load the base anew",
+                fix="unmerge adapters, and load the base anew" if changes is frozen else _freeze(facts.model),
                 severity="info" if meant else "error",
+                by_itself=changes is frozen,
             )
 
 
