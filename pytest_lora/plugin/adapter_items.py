@@ -18,7 +18,7 @@ from pytest_lora.plugin.file_nodes import node_id, shown_path, unread
 from pytest_lora.plugin.item_reports import deliver, failure_text
 from pytest_lora.plugin.options import ADAPTER_FILES
 from pytest_lora.plugin.session_options import options_of
-from pytest_lora.rules.checkpoint import GROUPS, group_of
+from pytest_lora.rules.checkpoint import GROUPS, group_of, lacks_configuration
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -260,7 +260,9 @@ class AdapterItem(pytest.Item):
             LoraHealthWarning: There are warnings, and a filter makes them errors.
         """
         whole = self.adapters.report(self)
-        findings = (f for f in whole.findings if group_of(f.code) == self.name)
+        findings = [f for f in whole.findings if group_of(f.code) == self.name]
+        if not findings and lacks_configuration(whole.findings):
+            pytest.skip("not judged: without a configuration there is no adapter that could be healthy")
         deliver(whole.with_findings(findings), unread(self.reportinfo()[0]))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
