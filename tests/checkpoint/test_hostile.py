@@ -17,9 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import LlamaConfig
 
 from pytest_lora import Expect, Finding, check_checkpoint
 from pytest_lora.bases.examples import folders
+from pytest_lora.inspection.checkpoint.fit import _class_of_the_adapter
 from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
 from pytest_lora.inspection.checkpoint.header import read_header
 from tests.checkpoint.damage import PICKLE, damaged
@@ -392,3 +394,26 @@ def test_pickled_values_are_judged_by_their_bits(names: Namespace) -> None:
         folders.pickle_weights(path)
         (found,) = check_checkpoint(path, expect=Expect(read_pickle=True)).errors
         assert found.code == "LORA441"
+
+
+def test_more_numbers_than_a_file_can_hold_are_told_as_such(path: Path) -> None:
+    with_header(path, shape=[2**40, 2**40])
+    found = check_checkpoint(path)
+    assert any("more numbers than any file can hold" in finding.observed for finding in found.errors)
+
+
+@pytest.mark.parametrize(
+    ("made", "architectures"),
+    [
+        ("LlamaForSequenceClassification", ["LlamaForSequenceClassification"]),
+        ("GPT2ForSequenceClassification", ["LlamaForCausalLM"]),
+        ("NoSuchClass", ["LlamaForCausalLM"]),
+    ],
+)
+def test_the_class_of_the_adapter_is_built_where_it_fits_the_configuration(
+    made: str, architectures: list[str]
+) -> None:
+    config = LlamaConfig(architectures=["LlamaForCausalLM"])
+    found, task_type = _class_of_the_adapter(config, {"auto_mapping": {"base_model_class": made}})
+    assert (found.architectures, task_type) == (architectures, None)
+    assert config.architectures == ["LlamaForCausalLM"]

@@ -17,7 +17,7 @@ from benchmarks.memory_cases import CASES, GIB, adapter_of, base_of, setting_of
 from pytest_lora import MemoryEstimate, StepMemory, estimate_memory, largest_that_fits, step_memory
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.memory import predictor
-from pytest_lora.inspection.memory.predictor import Predictor
+from pytest_lora.inspection.memory.predictor import Predictor, _cache_of_generation
 from pytest_lora.inspection.skeleton import without_initial_values
 
 SMALL: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
@@ -406,3 +406,17 @@ def test_initial_values_are_left_out_on_the_meta_device_alone() -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(AttributeError):
         StepSetting(1, 1).batch_size = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("fields", "each"),
+    [
+        ({"num_attention_heads": 4, "num_key_value_heads": 2}, 2 * 16),
+        ({"num_attention_heads": 4}, 4 * 16),
+        ({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}, 2 * 32),
+    ],
+)
+def test_generated_keys_and_values_take_two_bytes_a_number(fields: dict[str, int], each: int) -> None:
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=3, **fields)
+    assert _cache_of_generation(config, StepSetting(5, 7)) == 2 * 2 * 3 * each * 5 * 7
+    assert _cache_of_generation(None, StepSetting(5, 7)) == 0

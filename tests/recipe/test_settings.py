@@ -158,3 +158,26 @@ def test_the_keys_of_each_tool_are_data() -> None:
     known = known_keys()
     assert set(known) == {"axolotl", "llamafactory", "trl", "ms-swift"}
     assert all(len(one["keys"]) > 300 and one["version"] for one in known.values())
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("", "reentrant"),
+        ("gradient_checkpointing_kwargs:\n  use_reentrant: true\n", "reentrant"),
+        ("gradient_checkpointing_kwargs:\n  use_reentrant: false\n", True),
+        ("gradient_checkpointing_kwargs:\n  preserve_rng_state: false\n", "reentrant"),
+        ("rl: dpo\n", True),
+        ("rl: dpo\ngradient_checkpointing_kwargs:\n  use_reentrant: true\n", "reentrant"),
+    ],
+)
+def test_axolotl_checkpoints_with_reentry_but_for_preferences(
+    tmp_path: Path, more: str, expected: object
+) -> None:
+    found = setting(tmp_path, f"{AXOLOTL}gradient_checkpointing: true\n{more}").gradient_checkpointing
+    assert (found.value, found.stated) == (expected, True)
+
+
+def test_only_values_of_numbers_are_judged_as_numbers(tmp_path: Path) -> None:
+    text = OWN.replace("1e-4", "2e-4") + "run_name: 1e-4\nnote: 1,5\n"
+    assert [(one.key, one.written) for one in read(tmp_path, text).wrong] == [("learning_rate", "2e-4")]

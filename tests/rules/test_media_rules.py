@@ -27,6 +27,7 @@ from pytest_lora.bases.examples.models import (
     image_text_batch,
     language_batch,
 )
+from pytest_lora.inspection.training.media import _inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -199,3 +200,21 @@ def test_a_loss_of_ones_own_may_put_the_media_elsewhere() -> None:
     batch["labels"] = batch["input_ids"].clone()
     report = checked("image_text_base", batch, loss_fn=lambda model, given: model(**given).loss)
     assert not report.findings, str(report)
+
+
+@pytest.mark.parametrize(
+    ("medium", "media", "found"),
+    [
+        ("image", {"image"}, ["pixel_values", "pixel_values_videos"]),
+        ("image", {"image", "video"}, ["pixel_values"]),
+        ("audio", {"audio"}, ["input_features"]),
+        ("video", {"video"}, ["pixel_values", "pixel_values_videos"]),
+    ],
+)
+def test_frames_stand_for_images_only_where_the_model_has_no_videos(
+    medium: Any, media: Any, found: list[str]
+) -> None:
+    batch = dict.fromkeys(
+        ("pixel_values", "pixel_values_videos", "input_features", "image_sizes"), torch.ones(1)
+    )
+    assert list(_inputs(batch, medium, media)) == found

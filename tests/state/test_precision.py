@@ -15,6 +15,7 @@ from pytest_lora import check_lora_laws, check_merge, check_reload, check_traini
 from pytest_lora.bases.examples.models import BASES, language_batch
 from pytest_lora.inspection.behaviour.combination import combination_error
 from pytest_lora.inspection.behaviour.copies import PIECE, distance
+from pytest_lora.inspection.peft_internals import SVD_SCALES_TWICE
 from pytest_lora.inspection.state.precision import Float32Precision, in_float64, without_tf32
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -74,6 +75,16 @@ def test_combinations_are_checked_on_apples_gpus(monkeypatch: pytest.MonkeyPatch
             kind, "get_delta_weight", lambda self, name, _real=real: on_mps(_real(self, name))
         )
     assert combination_error(model, "both", {"default": 0.5, "other": 2.0}, "cat") is None
+
+
+@pytest.mark.skipif(SVD_SCALES_TWICE, reason="this PEFT scales twice")
+@pytest.mark.parametrize(("kind", "meant"), [("svd", True), ("cat", False)])
+def test_only_the_best_approximation_may_lose_what_its_rank_cannot_hold(kind: str, meant: bool) -> None:
+    """Of two updates of rank 4, a combination of rank 4 holds the half."""
+    model = trained()
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "both", combination_type="svd", svd_rank=4)
+    assert (combination_error(model, "both", {"default": 0.5, "other": 2.0}, kind) is None) == meant
 
 
 def test_a_distance_takes_no_more_memory_than_a_piece() -> None:
