@@ -1,0 +1,73 @@
+"""Rules on training at the edges of what they look for, on the facts of one training with single facts changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pytest_lora import Expect, Finding
+from pytest_lora.bases.examples.models import language_batch
+from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.inspection.training.plan import Plan
+from pytest_lora.inspection.training.probe import training_facts
+from pytest_lora.rules import find
+from pytest_lora.rules.training.adapter_does_not_move import HELD_UP_TO, _share_lost
+from tests.rules.training.setups import adapted
+
+
+@pytest.fixture(scope="module")
+def facts() -> TrainingFacts:
+    """Two steps of a sound training."""
+    return training_facts(adapted(), language_batch(), Plan(steps=2, rate=1e-3))
+
+
+def said(name: str, facts: TrainingFacts, expect: Expect | None = None) -> list[Finding]:
+    rule = find(name)
+    assert rule is not None
+    return list(rule(facts, expect or Expect()))
+
+
+def labelled(facts: TrainingFacts, *changes: dict[str, Any]) -> TrainingFacts:
+    """The facts with as many batches of labels as there are changes of the first."""
+    return replace(facts, labels=tuple(replace(facts.labels[0], batch=i, **c) for i, c in enumerate(changes)))
+
+
+STRANGE = {"labels": 64, "same": 0.05, "ahead": 0.05, "behind": 0.05}
+
+
+def test_labels_are_of_another_text_only_where_most_batches_are_so(facts: TrainingFacts) -> None:
+    rule = "labels_are_of_another_text"
+    assert not said(rule, labelled(facts, STRANGE, {}))
+    (found,) = said(rule, labelled(facts, STRANGE, {}, STRANGE))
+    assert found.where == "batches 0, 2: labels"
+    assert said(rule, labelled(facts, {**STRANGE, "labels": 8}))
+    assert not said(rule, labelled(facts, {**STRANGE, "labels": 7}))
+    assert not said(rule, labelled(facts, {**STRANGE, "ahead": 0.2}))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "where", "why"),
+    [
+        (("input_ids", "attention_mask"), "attention_mask", "attention_mask is 1 there"),
+        (("input_ids",), "input_ids", "there is no attention_mask"),
+    ],
+)
+def test_padding_that_is_attended_to_is_told_of_the_mask_where_there_is_one(
+    facts: TrainingFacts, inputs: tuple[str, ...], where: str, why: str
+) -> None:
+    padded = labelled(replace(facts, inputs=inputs), {"attended_padding": 2, "padded_at": "right"})
+    (found,) = said("padding_is_attended_to", padded)
+    assert found.where.endswith(f": {where}")
+    assert why in found.observed
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "expected"), [("bfloat16", 1.0, 0.5), ("float16", 1.0, 0.0), ("bfloat16", 0.0, 0.0)]
+)
+def test_the_share_lost_in_rounding_is_that_of_bfloat16(
+    facts: TrainingFacts, dtype: str, scale: float, expected: float
+) -> None:
+    tensor = replace(facts.tensors[0], dtype=dtype, scale=scale)
+    assert _share_lost(tensor, 3**0.5 / 2 / HELD_UP_TO) == pytest.approx(expected)
