@@ -9,7 +9,6 @@ from typing import Any
 
 import griffe
 
-
 _SETTING = re.compile(r"^( *)setting: .*\n(?:\1 +.*\n)*", re.MULTILINE)
 """The entry on ``**setting`` in a docstring, of which nothing is left in the signature."""
 
