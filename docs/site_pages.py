@@ -153,9 +153,10 @@ def how_often() -> str:
     lines = [
         "# How often rules fire",
         "",
-        f"On the {judged} recipes with LoRA among the {files} YAML files that these tools publish as examples. {loud} of "
-        "them have an error or a warning. No GPU was named, so memory was not judged, and a base without a known shape is "
-        "judged by less. Examples of tools are read by many: yours may differ. Rules that are not listed fired on none.",
+        f"On the {judged} recipes with LoRA among the {files} YAML files that these tools publish as examples. {loud} "
+        "of them have an error or a warning. No GPU was named, so memory was not judged, and a base without a known "
+        "shape is judged by less. Examples of tools are read by many: yours may differ. Rules that are not listed "
+        "fired on none.",
         "",
         "| repository | commit | files | judged | with an error or a warning |",
         "| --- | --- | ---: | ---: | ---: |",
