@@ -55,7 +55,7 @@ def main() -> None:
         outcomes = [judged(file) for file in files]
         known = [outcome for outcome in outcomes if isinstance(outcome, dict)]
         for outcome in known:
-            fired.update(outcome)
+            fired.update(list(outcome))
             for code, severity in outcome.items():
                 severities.setdefault(code, Counter())[severity] += 1
         sample.append(

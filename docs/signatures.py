@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from typing import Any
 
 import griffe
+
+_SETTING = re.compile(r"^( *)setting: .*\n(?:\1 +.*\n)*", re.MULTILINE)
+"""The entry on ``**setting`` in a docstring, of which nothing is left in the signature."""
 
 
 class Signatures(griffe.Extension):
@@ -18,6 +22,8 @@ class Signatures(griffe.Extension):
             return
         called = getattr(importlib.import_module(func.module.path), func.name, None)
         if called is not None:
+            if func.docstring is not None:
+                func.docstring.value = _SETTING.sub("", func.docstring.value)
             func.parameters = griffe.Parameters(
                 *map(_parameter, inspect.signature(called).parameters.values())
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import os
 import re
 from collections import defaultdict
@@ -86,6 +87,7 @@ def made_pages() -> Iterator[tuple[str, str]]:
     """Every made page but the home page: its place and its text."""
     yield "reference/options.md", options_page()
     yield "reference/rules/index.md", rules_index()
+    yield "reference/rules/how_often.md", how_often()
     for rule in catalogue():
         yield f"reference/rules/{rule.code}.md", rule_page(rule)
     for module, names in public_names().items():
@@ -141,6 +143,42 @@ def rules_index() -> str:
     return "\n".join([*lines, ""])
 
 
+def how_often() -> str:
+    """The rules that fire on published recipes, the most frequent first, from the figures of the benchmark."""
+    figures = json.loads((ROOT / "benchmarks" / "results" / "public_recipes.json").read_text())
+    sample, known = figures["sample"], {rule.code: rule for rule in catalogue()}
+    judged = sum(entry["judged"] for entry in sample)
+    files = sum(entry["files"] for entry in sample)
+    loud = sum(entry["with_errors_or_warnings"] for entry in sample)
+    lines = [
+        "# How often rules fire",
+        "",
+        f"On the {judged} recipes with LoRA among the {files} YAML files that these tools publish as examples. {loud} "
+        "of them have an error or a warning. No GPU was named, so memory was not judged, and a base without a known "
+        "shape is judged by less. Examples of tools are read by many: yours may differ. Rules that are not listed "
+        "fired on none.",
+        "",
+        "| repository | commit | files | judged | with an error or a warning |",
+        "| --- | --- | ---: | ---: | ---: |",
+        *(
+            f"| {entry['repository']} | {entry['commit']} | {entry['files']} | {entry['judged']} "
+            f"| {entry['with_errors_or_warnings']} |"
+            for entry in sample
+        ),
+        "",
+        "| rule | | severity | recipes | share |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    for entry in figures["rules"]:
+        rule, severities = known[entry["code"]], ", ".join(entry["severities"])
+        share = f"{entry['files'] / judged:.1%}"
+        lines.append(
+            f"| [{rule.code}]({rule.code}.md) | {rule.summary} | {severities} | {entry['files']} | {share} |"
+        )
+    link = "[public_recipes.py](../../../benchmarks/public_recipes.py)"
+    return "\n".join([*lines, "", f"Measured by {link}.", ""])
+
+
 def rule_page(rule: Rule) -> str:
     """The docstring of a rule under its code, name and severity."""
     return f"# {rule.code} {title_of(rule)}\n\n*{rule.severity}, `{rule.name}`*\n\n{runnable(rule.doc)}\n"
@@ -152,7 +190,7 @@ def rules_nav() -> list[Any]:
         {title: [{f"{r.code} {title_of(r)}": f"reference/rules/{r.code}.md"} for r in of_stage(stage)]}
         for stage, title in STAGES.items()
     ]
-    return ["reference/rules/index.md", *stages]
+    return ["reference/rules/index.md", {"How often they fire": "reference/rules/how_often.md"}, *stages]
 
 
 def of_stage(stage: str) -> Iterator[Rule]:

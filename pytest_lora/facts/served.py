@@ -122,7 +122,7 @@ def _features(
     kinds = {kind: tuple(m.name for m in modules if m.kind == kind) for kind in ("embedding", "convolution")}
     experts = tuple(m.name for m in modules if m.kind == "experts") or settings.target_parameters
     shared = {name for group in tied for name in group}
-    told: dict[Feature, tuple[str, ...]] = {
+    seen: dict[Feature, tuple[str, ...]] = {
         "dora": ("use_dora",) if settings.use_dora else (),
         "bias": (f"bias={settings.bias!r}",) if settings.bias != "none" else (),
         "lora_bias": ("lora_bias",) if settings.lora_bias else (),
@@ -148,7 +148,7 @@ def _features(
         else (),
         "alora": ("alora_invocation_tokens",) if settings.alora_invocation_tokens else (),
     }
-    return ((feature, where) for feature, where in told.items() if where)
+    return ((feature, where) for feature, where in seen.items() if where)
 
 
 def _of_files(

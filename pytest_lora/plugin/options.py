@@ -171,7 +171,7 @@ TABLE = (
     ),
     _Option(
         "demo",
-        "instead of running tests, show what is told of a healthy adapter and of five broken ones, and write a report "
+        "instead of running tests, show the report on a healthy adapter and on five broken ones, and write it "
         "(--lora-report, else in a temporary folder); exit status 0 if all went as it should",
         {"action": "store_true"},
     ),

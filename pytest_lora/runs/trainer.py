@@ -32,7 +32,7 @@ class LoraHealthCallback(TrainerCallback):
 
     A model without LoRA layers is said to have none, once, and nothing of its run is judged.
 
-    Each finding is told once, as a ``LoraHealthWarning``. Errors do what ``on_error`` says: ``"warn"``,
+    Each finding is reported once, as a ``LoraHealthWarning``. Errors do what ``on_error`` says: ``"warn"``,
     ``"stop"`` (the run ends after the step) or ``"raise"`` (``LoraHealthError`` out of ``trainer.train()``).
 
     Args:

@@ -97,7 +97,6 @@ def test_fault_is_named_alone(code: str, base: str, fields: dict[str, Any]) -> N
         ("base", {"layers_to_transform": 1}),
         ("base", {"bias": "all"}),
         ("base_4bit", {"init_lora_weights": "olora"}),
-        ("tied_base", {"modules_to_save": ["embed_tokens", "lm_head"]}),
         ("tied_base", {"trainable_token_indices": [126, 127]}),
         ("classifier_base", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
         ("gpt2_base", {"target_modules": ["c_attn"]}),

@@ -29,7 +29,7 @@ def saved_copy_has_another_shape(facts: ModelFacts, expect: Expect) -> Iterator[
     ## Use instead
     ```python
     base.resize_token_embeddings(136)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     model = get_peft_model(base, config)
     report = check_model(model)
     ```
