@@ -25,6 +25,7 @@ import yaml
 from hypothesis import settings
 
 import pytest_lora
+from pytest_lora.__main__ import main as command_line
 from pytest_lora.assertions import delivered
 from pytest_lora.plugin.options import TABLE
 from tests.docs import preamble
@@ -232,6 +233,10 @@ def require_valid(name: str, args: list[str], place: Path) -> None:
             assert code in (
                 good | {pytest.ExitCode.TESTS_FAILED} if "--lora-require-gpu" in args else good
             ), args
+        case "python" if args[:2] == ["-m", "pytest_lora"]:
+            with chdir(place):
+                assert command_line(args[2:]) in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), args
+            delivered.clear()
         case "." | "pip" | "python3" | "python" | "mkdocs":
             require_files_and_extras(args)
         case _:
@@ -242,7 +247,7 @@ def require_files_and_extras(args: list[str]) -> None:
     """Extras that are named have to be in pyproject.toml, scripts in the repository, with the options that they get."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for arg in args:
-        if found := re.fullmatch(r"(?:\.|pytest-lora)\[(.+)\]", arg):
+        if found := re.fullmatch(r"(?:\.|(?:/opt/)?pytest-lora)\[(.+)\]", arg):
             assert set(found[1].split(",")) <= set(extras), arg
         elif arg.endswith(".py"):
             code = (ROOT / arg).read_text()
