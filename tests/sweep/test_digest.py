@@ -16,10 +16,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from torch import nn
 
 from pytest_lora import rank_sweep
 from pytest_lora.bases.tiny.known_rank import KnownRankTask
+from pytest_lora.plugin import rank_sweeps
 from pytest_lora.sweep.digest import Reader
 from tests.sweep import toys
 
@@ -160,6 +162,22 @@ def test_a_base_is_read_by_a_sample_of_its_weights() -> None:
     with torch.no_grad():
         base[2].weight[1, 1] += 1e-3
     assert held(lambda: copy.deepcopy(base)) != one
+
+
+def test_the_fixture_looks_at_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(rank_sweeps, "rank_sweep", lambda make_model, *_, **__: made.append(make_model))
+    monkeypatch.setattr(rank_sweeps, "options_of", lambda _: types.SimpleNamespace(ranks=(4,)))
+    monkeypatch.setattr(rank_sweeps.lora_settings, "fitted", lambda config, *_: config)
+    one, other = toys.make_model(), toys.make_model()
+    with torch.no_grad():
+        other[0].bias[3] += 1
+    node: Any = types.SimpleNamespace(config=None)
+    for base in (one, one, other):
+        rank_sweeps.sweeper(node, base, LoraConfig())(toys.train, toys.evaluate)
+    first, second, changed = map(held, made)
+    assert first == second
+    assert first["train.base"] != changed["train.base"]
 
 
 def test_the_same_function_is_the_same_in_a_script_and_in_a_module() -> None:
