@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,18 @@ def test_halving_takes_half_the_steps_and_is_resumed(
     assert [row for row in again.trials if row.seed == 0] == list(first.trials)
     assert optuna.logging.get_verbosity() == level
     assert "study" not in capfd.readouterr().err
+
+
+def test_a_train_that_does_not_look_at_its_share_is_found_out() -> None:
+    rows = [
+        TrialRow(rank, 2 * rank, 0, metric=rate, losses=(1.0,) * steps, learning_rate=rate, budget=budget)
+        for rank in (4, 8)
+        for rate, budget, steps in ((1e-3, 0.25, 40), (3e-3, 0.25, 40), (3e-3, 1.0, 40))
+    ]
+    said = "the short trainings had as many steps as the full ones: does train use plan.share?"
+    assert said in SweepResult("fit", True, 0.0, tuple(rows), {}, {}).choose().unsettled
+    shorter = tuple(dataclasses.replace(row, losses=row.losses[: int(40 * row.budget)]) for row in rows)
+    assert said not in SweepResult("fit", True, 0.0, shorter, {}, {}).choose().unsettled
 
 
 def test_a_rank_whose_rates_all_fail_early_is_a_failed_row() -> None:
