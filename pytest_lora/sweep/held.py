@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_LIBRARIES = tuple({str(Path(path).resolve()) for path in sysconfig.get_paths().values()})
+_LIBRARIES = tuple(
+    Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
 _FOLDERS = {"site-packages", "dist-packages"}
 
 
@@ -95,13 +97,13 @@ def is_users_value(value: Any) -> bool:
 @functools.lru_cache(maxsize=4096)
 def is_users(module: str | None) -> bool:
     """Whether a module is neither of Python nor installed; ``__main__`` and cells of a notebook are the user's."""
-    if module is None or module.partition(".")[0] in ("pytest_lora", *sys.stdlib_module_names):
-        return module == "__main__"
+    if module is None or module.partition(".")[0] == "pytest_lora":
+        return False
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
-        return module in sys.modules and not hasattr(sys.modules[module], "__path__")
+        return module in sys.modules and module not in sys.stdlib_module_names
     path = Path(file).resolve()
-    return not _FOLDERS & set(path.parts) and not str(path).startswith(_LIBRARIES)
+    return not _FOLDERS & set(path.parts) and not any(path.is_relative_to(one) for one in _LIBRARIES)
 
 
 def state_of(value: Any) -> Iterator[tuple[str, Any]]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import subprocess
+import sys
 import threading
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -87,7 +91,7 @@ def of_module(value: Any, name: str = "mine") -> Callable[..., Any]:
     module = types.ModuleType(name)
     module.__dict__["RATE"] = value
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, name, module)
+        patch.setitem(sys.modules, name, module)
         exec(code, module.__dict__)
         return _Held(module.train, held(module.train))
 
@@ -182,6 +186,31 @@ def test_the_fixture_looks_at_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_same_function_is_the_same_in_a_script_and_in_a_module() -> None:
     assert of_module(1, "__main__").said == of_module(1, "package.train").said
+
+
+def test_a_script_and_what_it_becomes_when_it_is_imported(tmp_path: Path) -> None:
+    """A module is the user's by its place, also where its name is one of Python's."""
+    (tmp_path / "this.py").write_text(
+        "from dataclasses import dataclass\nfrom functools import partial\nimport json, pytest\n"
+        "from pytest_lora.sweep.digest import Reader\n"
+        "@dataclass\nclass Setup:\n    rate: float = 1e-3\n\n"
+        "def step(setup):\n    return setup.rate\n\n"
+        "def train(setup, model, plan):\n    return [step(setup), pytest.approx(1)]\n\n"
+        "reader = Reader()\n"
+        "said = reader.function('train', partial(train, Setup()))\n"
+        "print(json.dumps([said, reader.unread]))\n"
+    )
+    script, module = (
+        subprocess.run(
+            [sys.executable, *how], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for how in (["this.py"], ["-c", "import sys; sys.path.insert(0, ''); import this"])
+    )
+    assert script == module
+    assert json.loads(script) == [
+        {"train": "train@" + script.split("train@")[1][:12], "train.0": ANY, "train.step": ANY},
+        [],
+    ]
 
 
 def test_code_is_read_and_its_layout_is_not() -> None:
