@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import functools
+import importlib.machinery
+import importlib.util
 import inspect
 import sys
 import sysconfig
@@ -41,8 +44,11 @@ def parts(function: Any) -> Iterator[tuple[str, Any]]:
         yield from _closure(function)
         if is_users(function.__module__):
             yield from sorted(_globals(function.__code__, function.__globals__), key=lambda one: one[0])
+            yield from _imported_files(function.__code__, function.__globals__.get("__package__"))
     elif isinstance(function, types.BuiltinFunctionType):
         yield "object", function.__self__
+    elif callable(wrapped := getattr(function, "__wrapped__", None)):  # of functools.cache and the like
+        yield from parts(wrapped)
     else:
         call = inspect.getattr_static(type(function), "__call__", None)
         if isinstance(call, types.FunctionType) and is_users(type(function).__module__):
@@ -85,6 +91,41 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
+def _imported_files(code: types.CodeType, package: str | None) -> Iterator[tuple[str, Any]]:
+    """The user's modules that code imports when it runs: their files as they are, as they may not be loaded yet."""
+    for name in sorted(_imports(code, package or "")):
+        if (file := _file_of(name)) is not None and _is_users_file(file):
+            yield f"import {name}", file.read_bytes()
+
+
+def _imports(code: types.CodeType, package: str) -> set[str]:
+    found: set[str] = set()
+    steps = list(dis.get_instructions(code))
+    for place, step in enumerate(steps):
+        if step.opname == "IMPORT_NAME":
+            level, names = (one.argval for one in steps[place - 2 : place])
+            name = (
+                step.argval if not level else importlib.util.resolve_name("." * level + step.argval, package)
+            )
+            found |= {name, *(f"{name}.{each}" for each in names or ())}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _imports(constant, package)
+    return found
+
+
+def _file_of(module: str) -> Path | None:
+    """The file of a module, found without importing it or what it is in."""
+    folders: Any = None
+    spec = None
+    for part in range(1, module.count(".") + 2):
+        spec = importlib.machinery.PathFinder.find_spec(".".join(module.split(".")[:part]), folders)
+        if spec is None:
+            return None
+        folders = spec.submodule_search_locations
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
 def is_users_value(value: Any) -> bool:
     """False for what a library defines; true for values, whoever made them."""
     if isinstance(value, types.ModuleType):
@@ -102,7 +143,11 @@ def is_users(module: str | None) -> bool:
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
         return module in sys.modules and module not in sys.stdlib_module_names
-    path = Path(file).resolve()
+    return _is_users_file(Path(file))
+
+
+def _is_users_file(file: Path) -> bool:
+    path = file.resolve()
     return not _FOLDERS & set(path.parts) and not any(path.is_relative_to(one) for one in _LIBRARIES)
 
 

@@ -226,6 +226,31 @@ def test_code_is_read_and_its_layout_is_not() -> None:
     assert made("def train(model, plan): return [lambda: 2]") != nested
 
 
+def test_a_function_that_is_wrapped_is_read() -> None:
+    one = held(functools.cache(closure(1)))
+    assert held(functools.cache(closure(1))) == one != held(functools.cache(closure(2)))
+
+
+@pytest.mark.parametrize("line", ["from rates_of_mine import RATE", "import rates_of_mine.peak"])
+def test_a_module_that_is_imported_when_the_function_runs_is_read(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "rates_of_mine").mkdir()
+    for file in ("__init__", "peak"):
+        (tmp_path / "rates_of_mine" / f"{file}.py").write_text("RATE = 1e-3")
+    names: dict[str, Any] = {"__name__": "mine"}
+    monkeypatch.setitem(sys.modules, "mine", types.ModuleType("mine"))
+    exec(f"def train(model, plan):\n    {line}\n    import json, torch.nn\n", names)
+    one = held(names["train"])
+    assert held(names["train"]) == one
+    for file in ("__init__", "peak"):
+        (tmp_path / "rates_of_mine" / f"{file}.py").write_text("RATE = 1e-1")
+    assert held(names["train"]) != one
+    assert "rates_of_mine" not in sys.modules
+    assert not any("json" in part or "torch" in part for part in one)
+
+
 def test_what_an_object_has_cached_is_no_value() -> None:
     trainer = Trainer(Setup(1.0))
     one = held(trainer)

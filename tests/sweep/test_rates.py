@@ -29,12 +29,8 @@ def sweep(train: Any, evaluate: Any = toys.evaluate, **more: Any) -> SweepResult
     return rank_sweep(toys.make_model, train, evaluate, **given | more)
 
 
-def loss_fn(model: nn.Module, batch: Any) -> Any:
-    return (model(batch) - 1).square().mean()
-
-
 def test_every_rank_is_trained_at_every_rate_and_compared_at_its_best() -> None:
-    result = sweep(TrainOn(toys.data(), loss_fn=loss_fn), fraction=0.2, seeds=2)
+    result = sweep(TrainOn(toys.data(), loss_fn=toys.loss), fraction=0.2, seeds=2)
     assert [(row.rank, row.learning_rate, row.seed) for row in result.trials] == [
         (rank, rate, seed) for rank in (2, 4) for rate in RATES for seed in (0, 1)
     ]
