@@ -9,6 +9,7 @@ from pytest_lora.cleaning import printable
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, RankSweep
 from pytest_lora.facts.figures.recipes import RecipeCard
+from pytest_lora.facts.sweep import rate_text
 from pytest_lora.report import gpu_view
 from pytest_lora.report.figures import Shown, figures
 from pytest_lora.report.map_view import map_view, number
@@ -234,11 +235,14 @@ def _sweep(sweep: RankSweep) -> Iterator[str]:
     yield ""
     yield from (f"- {markdown(reason)}" for reason in sweep.reasons)
     yield ""
-    yield from _table(("problem", "rank", "metric", "spread", "seconds", "FLOPs", "peak", "trainable"), 7)
+    columns = ("rank", "best rate", "metric", "spread", "seconds", "FLOPs", "peak", "trainable")
+    yield from _table(("problem", *columns), len(columns))
     for trial in sweep.trials:
-        numbers = (trial.rank, trial.metric, trial.spread, trial.seconds, trial.flops)
+        numbers = (trial.metric, trial.spread, trial.seconds, trial.flops)
         peak = "" if trial.peak_bytes is None else format_bytes(trial.peak_bytes)
-        yield _row(markdown(trial.problem), *map(number, numbers), peak, f"{trial.trainable_parameters:,}")
+        rate = "" if trial.rate is None else rate_text(trial.rate)
+        measured = (*map(number, numbers), peak, f"{trial.trainable_parameters:,}")
+        yield _row(markdown(trial.problem), str(trial.rank), rate, *measured)
     yield ""
 
 

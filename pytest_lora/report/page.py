@@ -20,6 +20,7 @@ from pytest_lora.cleaning import printable
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.figures import AdapterMap, to_plain
 from pytest_lora.facts.figures.recipes import RecipeCard
+from pytest_lora.facts.sweep import rate_text
 from pytest_lora.findings import Finding
 from pytest_lora.report import gpu_view
 from pytest_lora.report.charts import curve_chart, path, sweep_chart
@@ -126,6 +127,7 @@ def _environment() -> Environment:
         "planes": _planes,
         "percent": _percent,
         "flops": _flops,
+        "rate": rate_text,
         "printable": printable,
         "breakable": _breakable,
         "without_margin": without_margin,

@@ -19,6 +19,8 @@ from typing import Any, Literal, TextIO
 
 from filelock import FileLock, Timeout
 
+from pytest_lora.writing import write_whole
+
 Backend = Literal["gloo", "nccl"]
 
 GRACE = 2.0
@@ -171,7 +173,7 @@ def _rank(task: _Task) -> Any:
             result = fn(*task.arguments)
             dist.destroy_process_group()
         except BaseException:
-            _note(home, "error", rank).write_text(traceback.format_exc())
+            write_whole(_note(home, "error", rank), traceback.format_exc())
             _note_death_of_others(home, int(os.environ["WORLD_SIZE"]), int(rank))
             # The other ranks may wait for this one for ever; the launcher ends them when this one is gone.
             os._exit(1)

@@ -45,5 +45,6 @@ def _trial(row: RankOutcome) -> RankTrial:
         peak_bytes=row.peak_bytes,
         trainable_parameters=row.trainable or 0,
         problem=problem,
+        rate=row.learning_rate,
         rates=tuple(RatePoint(r.learning_rate, r.metric, r.spread, r.budget == 1) for r in row.rates),
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import functools
+import importlib.machinery
+import importlib.util
 import inspect
 import sys
 import sysconfig
@@ -11,7 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-_LIBRARIES = tuple({str(Path(path).resolve()) for path in sysconfig.get_paths().values()})
+_LIBRARIES = tuple(
+    Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
 _FOLDERS = {"site-packages", "dist-packages"}
 
 
@@ -39,8 +44,11 @@ def parts(function: Any) -> Iterator[tuple[str, Any]]:
         yield from _closure(function)
         if is_users(function.__module__):
             yield from sorted(_globals(function.__code__, function.__globals__), key=lambda one: one[0])
+            yield from _imported_files(function.__code__, function.__globals__.get("__package__"))
     elif isinstance(function, types.BuiltinFunctionType):
         yield "object", function.__self__
+    elif callable(wrapped := getattr(function, "__wrapped__", None)):  # of functools.cache and the like
+        yield from parts(wrapped)
     else:
         call = inspect.getattr_static(type(function), "__call__", None)
         if isinstance(call, types.FunctionType) and is_users(type(function).__module__):
@@ -83,6 +91,41 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
+def _imported_files(code: types.CodeType, package: str | None) -> Iterator[tuple[str, Any]]:
+    """The user's modules that code imports when it runs: their files as they are, as they may not be loaded yet."""
+    for name in sorted(_imports(code, package or "")):
+        if (file := _file_of(name)) is not None and _is_users_file(file):
+            yield f"import {name}", file.read_bytes()
+
+
+def _imports(code: types.CodeType, package: str) -> set[str]:
+    found: set[str] = set()
+    steps = list(dis.get_instructions(code))
+    for place, step in enumerate(steps):
+        if step.opname == "IMPORT_NAME":
+            level, names = (one.argval for one in steps[place - 2 : place])
+            name = (
+                step.argval if not level else importlib.util.resolve_name("." * level + step.argval, package)
+            )
+            found |= {name, *(f"{name}.{each}" for each in names or ())}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= _imports(constant, package)
+    return found
+
+
+def _file_of(module: str) -> Path | None:
+    """The file of a module, found without importing it or what it is in."""
+    folders: Any = None
+    spec = None
+    for part in range(1, module.count(".") + 2):
+        spec = importlib.machinery.PathFinder.find_spec(".".join(module.split(".")[:part]), folders)
+        if spec is None:
+            return None
+        folders = spec.submodule_search_locations
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
 def is_users_value(value: Any) -> bool:
     """False for what a library defines; true for values, whoever made them."""
     if isinstance(value, types.ModuleType):
@@ -95,13 +138,17 @@ def is_users_value(value: Any) -> bool:
 @functools.lru_cache(maxsize=4096)
 def is_users(module: str | None) -> bool:
     """Whether a module is neither of Python nor installed; ``__main__`` and cells of a notebook are the user's."""
-    if module is None or module.partition(".")[0] in ("pytest_lora", *sys.stdlib_module_names):
-        return module == "__main__"
+    if module is None or module.partition(".")[0] == "pytest_lora":
+        return False
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
-        return module in sys.modules and not hasattr(sys.modules[module], "__path__")
-    path = Path(file).resolve()
-    return not _FOLDERS & set(path.parts) and not str(path).startswith(_LIBRARIES)
+        return module in sys.modules and module not in sys.stdlib_module_names
+    return _is_users_file(Path(file))
+
+
+def _is_users_file(file: Path) -> bool:
+    path = file.resolve()
+    return not _FOLDERS & set(path.parts) and not any(path.is_relative_to(one) for one in _LIBRARIES)
 
 
 def state_of(value: Any) -> Iterator[tuple[str, Any]]:

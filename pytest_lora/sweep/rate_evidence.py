@@ -31,6 +31,9 @@ def about_rates(ranks: Sequence[RankOutcome], chosen: int) -> Iterator[str]:
     yield from _edges(ranks)
     one = next(o for o in ranks if o.rank == chosen)
     if dropped := [rate for rate in one.rates if rate.budget < 1]:
+        whole = max(rate.steps for rate in one.rates if rate.budget == 1)
+        if whole > 1 and max(rate.steps for rate in dropped) >= whole:
+            yield "the short trainings had as many steps as the full ones: does train use plan.share?"
         shortest = min(rate.budget for rate in dropped)
         yield (
             f"{len(dropped)} of {len(one.rates)} rates of r={chosen} were dropped after {100 * shortest:.3g} % of the "

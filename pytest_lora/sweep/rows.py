@@ -112,12 +112,14 @@ class RateOutcome:
         metrics: Metric by seed, of the trials that have one, in order of the seeds.
         budget: Share of the full training that they had; below 1 where halving dropped the rate.
         failures: What went wrong in the other trials.
+        steps: Losses of the longest of them; 0 where ``train`` returned none.
     """
 
     learning_rate: float
     metrics: tuple[tuple[int, float], ...]
     budget: float
     failures: tuple[Failure, ...]
+    steps: int = 0
 
     @property
     def metric(self) -> float | None:
@@ -230,7 +232,13 @@ def _of_one_rate(
         learning_rate=one.learning_rate if done else None,
         scaling=one.scaling,
         rates=tuple(
-            RateOutcome(rate, _metrics(own), own[0].budget, tuple(r.failure for r in own if r.failure))
+            RateOutcome(
+                rate,
+                _metrics(own),
+                own[0].budget,
+                tuple(row.failure for row in own if row.failure),
+                max(len(row.losses) for row in own),
+            )
             for rate, own in sorted(tried.items(), key=lambda item: item[0] or 0.0)
             if rate is not None
         ),

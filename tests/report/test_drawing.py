@@ -109,7 +109,7 @@ def by_rate(rank: int, metrics: tuple[float, ...], flops: float, dropped: int = 
         RatePoint(rate, metric, 0.01 if index >= dropped else None, index >= dropped)
         for index, (rate, metric) in enumerate(zip((1e-4, 3e-4, 1e-3), metrics, strict=True))
     )
-    return RankTrial(rank, max(metrics), 0.01, 100.0, flops, None, rank, rates=points)
+    return RankTrial(rank, max(metrics), 0.01, 100.0, flops, None, rank, rate=3e-4, rates=points)
 
 
 RATED = dataclasses.replace(

@@ -89,6 +89,7 @@ TRIALS = st.builds(
     peak_bytes=st.none() | COUNTS,
     trainable_parameters=COUNTS,
     problem=WORDS,
+    rate=st.none() | NUMBERS,
     rates=st.lists(
         st.builds(RatePoint, NUMBERS, st.none() | NUMBERS, st.none() | NUMBERS, st.booleans()), max_size=3
     ).map(tuple),

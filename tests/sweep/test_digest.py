@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import subprocess
+import sys
 import threading
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from torch import nn
 
 from pytest_lora import rank_sweep
 from pytest_lora.bases.tiny.known_rank import KnownRankTask
+from pytest_lora.plugin import rank_sweeps
 from pytest_lora.sweep.digest import Reader
 from tests.sweep import toys
 
@@ -85,7 +91,7 @@ def of_module(value: Any, name: str = "mine") -> Callable[..., Any]:
     module = types.ModuleType(name)
     module.__dict__["RATE"] = value
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, name, module)
+        patch.setitem(sys.modules, name, module)
         exec(code, module.__dict__)
         return _Held(module.train, held(module.train))
 
@@ -162,8 +168,49 @@ def test_a_base_is_read_by_a_sample_of_its_weights() -> None:
     assert held(lambda: copy.deepcopy(base)) != one
 
 
+def test_the_fixture_looks_at_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(rank_sweeps, "rank_sweep", lambda make_model, *_, **__: made.append(make_model))
+    monkeypatch.setattr(rank_sweeps, "options_of", lambda _: types.SimpleNamespace(ranks=(4,)))
+    monkeypatch.setattr(rank_sweeps.lora_settings, "fitted", lambda config, *_: config)
+    one, other = toys.make_model(), toys.make_model()
+    with torch.no_grad():
+        other[0].bias[3] += 1
+    node: Any = types.SimpleNamespace(config=None)
+    for base in (one, one, other):
+        rank_sweeps.sweeper(node, base, LoraConfig())(toys.train, toys.evaluate)
+    first, second, changed = map(held, made)
+    assert first == second
+    assert first["train.base"] != changed["train.base"]
+
+
 def test_the_same_function_is_the_same_in_a_script_and_in_a_module() -> None:
     assert of_module(1, "__main__").said == of_module(1, "package.train").said
+
+
+def test_a_script_and_what_it_becomes_when_it_is_imported(tmp_path: Path) -> None:
+    """A module is the user's by its place, also where its name is one of Python's."""
+    (tmp_path / "this.py").write_text(
+        "from dataclasses import dataclass\nfrom functools import partial\nimport json, pytest\n"
+        "from pytest_lora.sweep.digest import Reader\n"
+        "@dataclass\nclass Setup:\n    rate: float = 1e-3\n\n"
+        "def step(setup):\n    return setup.rate\n\n"
+        "def train(setup, model, plan):\n    return [step(setup), pytest.approx(1)]\n\n"
+        "reader = Reader()\n"
+        "said = reader.function('train', partial(train, Setup()))\n"
+        "print(json.dumps([said, reader.unread]))\n"
+    )
+    script, module = (
+        subprocess.run(
+            [sys.executable, *how], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for how in (["this.py"], ["-c", "import sys; sys.path.insert(0, ''); import this"])
+    )
+    assert script == module
+    assert json.loads(script) == [
+        {"train": "train@" + script.split("train@")[1][:12], "train.0": ANY, "train.step": ANY},
+        [],
+    ]
 
 
 def test_code_is_read_and_its_layout_is_not() -> None:
@@ -177,6 +224,31 @@ def test_code_is_read_and_its_layout_is_not() -> None:
     assert made("def train(model, plan): return [1, (2, 4)]") != one
     nested = made("def train(model, plan): return [lambda: 1]")
     assert made("def train(model, plan): return [lambda: 2]") != nested
+
+
+def test_a_function_that_is_wrapped_is_read() -> None:
+    one = held(functools.cache(closure(1)))
+    assert held(functools.cache(closure(1))) == one != held(functools.cache(closure(2)))
+
+
+@pytest.mark.parametrize("line", ["from rates_of_mine import RATE", "import rates_of_mine.peak"])
+def test_a_module_that_is_imported_when_the_function_runs_is_read(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "rates_of_mine").mkdir()
+    for file in ("__init__", "peak"):
+        (tmp_path / "rates_of_mine" / f"{file}.py").write_text("RATE = 1e-3")
+    names: dict[str, Any] = {"__name__": "mine"}
+    monkeypatch.setitem(sys.modules, "mine", types.ModuleType("mine"))
+    exec(f"def train(model, plan):\n    {line}\n    import json, torch.nn\n", names)
+    one = held(names["train"])
+    assert held(names["train"]) == one
+    for file in ("__init__", "peak"):
+        (tmp_path / "rates_of_mine" / f"{file}.py").write_text("RATE = 1e-1")
+    assert held(names["train"]) != one
+    assert "rates_of_mine" not in sys.modules
+    assert not any("json" in part or "torch" in part for part in one)
 
 
 def test_what_an_object_has_cached_is_no_value() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pytest_lora import SweepResult, rank_sweep
+from pytest_lora.sweep import TrainOn
 from tests.sweep import toys
 
 SWEEP = {"ranks": (1, 2, 4), "seeds": 2, "fraction": 0.5, "config": toys.CONFIG, "progress": False}
@@ -46,6 +47,18 @@ def test_threads_take_turns_and_give_the_same_numbers(here: SweepResult) -> None
     with ThreadPoolExecutor(3) as executor:
         result = rank_sweep(toys.make_model, toys.train, toys.evaluate, executor=executor, **SWEEP)
     assert numbers(result) == numbers(here)
+
+
+def test_a_pool_halves_as_one_process_does() -> None:
+    pytest.importorskip("optuna")
+    rates = {"learning_rates": (1e-3, 3e-3, 1e-2, 3e-2), "halving": 4}
+    given = SWEEP | rates | {"ranks": (2, 4)}
+    train = TrainOn(toys.data(), loss_fn=toys.loss)
+    alone = rank_sweep(toys.make_model, train, toys.evaluate, **given)
+    with pool() as executor:
+        result = rank_sweep(toys.make_model, train, toys.evaluate, executor=executor, **given)
+    assert numbers(result) == numbers(alone)
+    assert [row.budget for row in result.trials].count(1.0) == 4
 
 
 def test_a_killed_worker_of_a_pool_loses_nothing(here: SweepResult, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pytest_lora.writing import add_json_line
 
 SETTINGS = {"epochs": "1", "metric": "loss"}
 FORK = multiprocessing.get_context("fork")
+HEADER = json.dumps({"format": module.FORMAT, "settings": SETTINGS, "not compared": []}).encode()
 PROPERTY = settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
 
 ROWS = st.builds(
@@ -62,12 +63,18 @@ def test_a_journal_cut_anywhere_keeps_every_whole_line_and_goes_on(
     assert Journal(path, SETTINGS).rows == {**wanted, row(99).key: row(99)}
 
 
+def test_a_line_that_is_whole_but_for_its_end_is_kept(tmp_path: Path) -> None:
+    Journal(tmp_path / "j", SETTINGS).add(row(4))
+    (tmp_path / "j").write_bytes((tmp_path / "j").read_bytes()[:-1])
+    Journal(tmp_path / "j", SETTINGS).add(row(8))
+    assert list(Journal(tmp_path / "j", SETTINGS).rows) == [row(4).key, row(8).key]
+
+
 @PROPERTY
 @given(
     text=st.binary(min_size=1, max_size=60)
-    | st.integers(1, 80).map(
-        lambda n: json.dumps({"format": module.FORMAT, "settings": SETTINGS, "not compared": []}).encode()[:n]
-    )
+    | st.just(HEADER)
+    | st.integers(1, len(HEADER)).map(lambda length: HEADER[:length])
 )
 def test_what_has_no_whole_first_line_of_ours_is_refused_and_left_alone(
     text: bytes, tmp_path_factory: pytest.TempPathFactory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,8 @@ def sweep(train: Any, evaluate: Any = toys.evaluate, **more: Any) -> SweepResult
     return rank_sweep(toys.make_model, train, evaluate, **given | more)
 
 
-def loss_fn(model: nn.Module, batch: Any) -> Any:
-    return (model(batch) - 1).square().mean()
-
-
 def test_every_rank_is_trained_at_every_rate_and_compared_at_its_best() -> None:
-    result = sweep(TrainOn(toys.data(), loss_fn=loss_fn), fraction=0.2, seeds=2)
+    result = sweep(TrainOn(toys.data(), loss_fn=toys.loss), fraction=0.2, seeds=2)
     assert [(row.rank, row.learning_rate, row.seed) for row in result.trials] == [
         (rank, rate, seed) for rank in (2, 4) for rate in RATES for seed in (0, 1)
     ]
@@ -140,6 +137,18 @@ def test_halving_takes_half_the_steps_and_is_resumed(
     assert [row for row in again.trials if row.seed == 0] == list(first.trials)
     assert optuna.logging.get_verbosity() == level
     assert "study" not in capfd.readouterr().err
+
+
+def test_a_train_that_does_not_look_at_its_share_is_found_out() -> None:
+    rows = [
+        TrialRow(rank, 2 * rank, 0, metric=rate, losses=(1.0,) * steps, learning_rate=rate, budget=budget)
+        for rank in (4, 8)
+        for rate, budget, steps in ((1e-3, 0.25, 40), (3e-3, 0.25, 40), (3e-3, 1.0, 40))
+    ]
+    said = "the short trainings had as many steps as the full ones: does train use plan.share?"
+    assert said in SweepResult("fit", True, 0.0, tuple(rows), {}, {}).choose().unsettled
+    shorter = tuple(dataclasses.replace(row, losses=row.losses[: int(40 * row.budget)]) for row in rows)
+    assert said not in SweepResult("fit", True, 0.0, shorter, {}, {}).choose().unsettled
 
 
 def test_a_rank_whose_rates_all_fail_early_is_a_failed_row() -> None:

@@ -171,6 +171,7 @@ class RankTrial:
         peak_bytes: Peak of GPU memory, measured or else estimated; None where neither is known.
         trainable_parameters: Numbers that require gradients.
         problem: Why there is no metric, in words; empty where there is one.
+        rate: The best learning rate; None in a sweep over ranks alone.
         rates: Every rate that was tried, ascending; empty in a sweep over ranks alone.
     """
 
@@ -182,6 +183,7 @@ class RankTrial:
     peak_bytes: int | None
     trainable_parameters: int
     problem: str = ""
+    rate: float | None = None
     rates: tuple[RatePoint, ...] = ()
 
 
@@ -256,7 +258,7 @@ def from_plain(data: Mapping[str, Any]) -> Figure:
 
 def _trial(data: Mapping[str, Any]) -> RankTrial:
     rates = tuple(RatePoint(**_numbered(one, ("rate", "metric", "spread"))) for one in data.get("rates", ()))
-    return RankTrial(**{**_numbered(data, _TRIAL_FLOATS), "rates": rates})
+    return RankTrial(**{**_numbered(data, _TRIAL_FLOATS), "rate": _number(data.get("rate")), "rates": rates})
 
 
 def _numbered(data: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
