@@ -108,13 +108,21 @@ def lower_rate(learning_rate: float | None, divisor: int) -> str:
     return f"lower the learning rate from {learning_rate:g} to {learning_rate / divisor:.2g}"
 
 
-def double_rank(expect: Expect) -> str:
-    """Advice to double the rank and alpha with it, both named where the configuration is known."""
+def next_rank(expect: Expect, learning_rate: float | None) -> str:
+    """Advice to double the rank at the same scaling and learning rate, all of it named where it is known.
+
+    rsLoRA divides by the square root of the rank, so that alpha may stay (https://arxiv.org/abs/2312.03732).
+    """
     config: Any = expect.config
+    rate = f" of {learning_rate:g}" if learning_rate else ""
+    same = f"the scaling is the same then, and the learning rate{rate} can stay"
     if config is None:
-        return "double the rank and lora_alpha with it"
+        return f"double the rank and lora_alpha with it ({same})"
     rank, alpha = config.r, config.lora_alpha
-    return f"double the rank from {rank} to {2 * rank} and lora_alpha with it from {alpha:g} to {2 * alpha:g}"
+    if getattr(config, "use_rslora", False):
+        as_they_are = f"the lora_alpha of {alpha:g} and the learning rate{rate} as they are"
+        return f"double the rank from {rank} to {2 * rank} with {as_they_are}"
+    return f"double the rank from {rank} to {2 * rank} and lora_alpha with it from {alpha:g} to {2 * alpha:g} ({same})"
 
 
 def ways_to_train_rows(facts: ConfigFacts, side: str, first: int, count: int) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytest_lora.arguments import require_expect
@@ -69,6 +70,7 @@ class Watch:
         self.explained: set[str] = set()
         self.should_stop = False
         self._expect = require_expect(expect)
+        self._trained_with = self._expect
         self._select, self._ignore = codes("select", select), codes("ignore", ignore)
         self._on_error = on_error
         self._train: list[float] = []
@@ -119,6 +121,7 @@ class Watch:
     def look(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """Judge the model and its optimizer as they stand."""
         report = check_model(model, optimizer=optimizer, expect=self._expect)
+        self._trained_with = _with_adapter(self._expect, model)
         if optimizer is not None:
             rates = [group.get("lr") for group in optimizer.param_groups]
             self.learning_rate = max((float(r) for r in rates if r), default=self.learning_rate)
@@ -175,7 +178,7 @@ class Watch:
                     total_steps=self.total_steps,
                     steps_per_loss=self.steps_per_loss,
                     learning_rate=self._rates if len(self._rates) == len(self._train) else self.learning_rate,
-                    expect=self._expect,
+                    expect=self._trained_with,
                 )
             )
 
@@ -199,6 +202,15 @@ class Watch:
         grave = new.errors or (new.warnings if in_force().strict else ())
         if grave and self._on_error == "raise":
             raise LoraHealthError(new)
+
+
+def _with_adapter(expect: Expect, model: nn.Module) -> Expect:
+    """What is meant, with the adapter that is trained, so that advice on its rank has numbers."""
+    from pytest_lora.inspection.peft_internals import lora_configs
+    from pytest_lora.inspection.survey import survey
+
+    configs = lora_configs(survey(model).root) if expect.config is None else {}
+    return replace(expect, config=next(iter(configs.values()))) if configs else expect
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class RankLock:
         return cls(
             rank=choice.rank,
             alpha=chosen.alpha,
-            learning_rate=getattr(chosen, "learning_rate", None),
+            learning_rate=chosen.learning_rate,
             reason=choice.reason,
             verdicts=tuple(str(verdict) for verdict in choice.verdicts),
             unsettled=choice.unsettled,

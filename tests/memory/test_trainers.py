@@ -17,6 +17,7 @@ from packaging.version import Version
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainingArguments
 
 from pytest_lora import estimate_memory, step_memory
@@ -194,6 +195,11 @@ def peak_and_largest(trace: Trace) -> tuple[int, int]:
     return peak, max(trace.sizes)
 
 
+def in_place(into: Any, left: Any, right: Any, **_: Any) -> int:
+    """torch counts the product that CUDA adds in one call, and not the one in its place on the CPU."""
+    return int(2 * left[0] * left[1] * right[1])
+
+
 @pytest.mark.lora_slow
 @pytest.mark.parametrize("trainer", REAL)
 def test_a_step_allocates_what_a_real_one_does(
@@ -203,11 +209,14 @@ def test_a_step_allocates_what_a_real_one_does(
     made.model.train()
     made.model.gradient_checkpointing_enable(made.args.gradient_checkpointing_kwargs)
     gc.collect()
-    with Allocations() as real:
-        loss = made.compute_loss(made.model, batch, num_items_in_batch=torch.tensor(BATCH * LENGTH))
-        loss.backward()
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+    real = Allocations()
+    for looking in (real, counter):  # not at once: the counter keeps tensors alive
+        with looking:
+            loss = made.compute_loss(made.model, batch, num_items_in_batch=torch.tensor(BATCH * LENGTH))
+            loss.backward()
+            del loss
 
-    monkeypatch.setattr(dry_run, "fused_kernels", as_it_is)
     setting = checked_setting(
         args=made.args,
         dtype="float32",
@@ -221,6 +230,9 @@ def test_a_step_allocates_what_a_real_one_does(
         target_modules=["q_proj", "down_proj"],
         task_type="SEQ_CLS" if trainer == "trl-reward" else "CAUSAL_LM",
     )
+    on_a_gpu = dry_run.trace(build(BASE, config, asked, cut=False), asked)
+    assert sum(on_a_gpu.flops.values()) == counter.get_total_flops()
+    monkeypatch.setattr(dry_run, "fused_kernels", as_it_is)
     peak, largest = peak_and_largest(dry_run.trace(build(BASE, config, asked, cut=False), asked))
     assert largest == real.largest
     assert peak == pytest.approx(real.peak, rel=0.01)

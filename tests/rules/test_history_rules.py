@@ -126,9 +126,21 @@ def test_plateau_needs_a_share_of_the_run() -> None:
 def test_plateau_names_the_rank() -> None:
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"])
     report = diagnose_history(noisy([2.0] * 60, 0.03), total_steps=300, expect=Expect(config=config))
-    assert "from 8 to 16" in report.warnings[0].fix
-    assert "from 16 to 32" in report.warnings[0].fix
-    assert "epoch 0" in report.warnings[0].fix
+    assert report.warnings[0].fix == (
+        "stop, load the base anew, double the rank from 8 to 16 and lora_alpha with it from 16 to 32 (the scaling is "
+        "the same then, and the learning rate can stay), and start from step 0, which costs the 60 steps so far and "
+        "all 300 anew, 20% more than planned, and twice the adapter and its optimizer states: never resume a "
+        "checkpoint with another rank. If a higher rank changes nothing, raise the learning rate"
+    )
+    stable = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], use_rslora=True)
+    flat = noisy([2.0] * 120, 0.03)
+    (found,) = diagnose_history(flat, learning_rate=2e-4, expect=Expect(config=stable)).warnings
+    assert (
+        "double the rank from 8 to 16 with the lora_alpha of 16 and the learning rate of 0.0002 as they are"
+        in found.fix
+    )
+    assert "which costs the 120 steps so far, and twice the adapter" in found.fix
+    assert "double the rank and lora_alpha with it (the scaling" in diagnose_history(flat).warnings[0].fix
 
 
 def test_oscillates() -> None:

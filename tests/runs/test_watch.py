@@ -317,6 +317,23 @@ def test_a_loop_is_judged_at_its_end() -> None:
         fed("raise", [1.0, 1.5, 2.5, 4.0, 6.0, 6.5, 6.4, 6.6])
 
 
+def on_a_plateau(watch: Watch) -> None:
+    for value in np.random.default_rng(0).normal(2.0, 0.03, 60):
+        watch.log(value)
+    watch.judge()
+
+
+def test_the_advice_on_a_plateau_has_the_numbers_of_the_adapter(healthy: torch.nn.Module) -> None:
+    watch = Watch(total_steps=300)
+    watch.look(healthy, torch.optim.AdamW((p for p in healthy.parameters() if p.requires_grad), lr=2e-4))
+    with pytest.warns(LoraHealthWarning, match="LORA344"):
+        on_a_plateau(watch)
+    (fix,) = [one.fix for report in watch.reports for one in report.findings if one.severity == "warning"]
+    assert "from 8 to 16 and lora_alpha with it from 16 to 32" in fix
+    assert "the learning rate of 0.0002 can stay" in fix
+    assert re.search(r"which costs the \d+ steps so far and all 300 anew, \d+% more than planned", fix)
+
+
 def test_an_error_of_the_loop_itself_is_not_covered_up() -> None:
     with pytest.raises(ZeroDivisionError):
         fed("raise", (1 / n for n in (1, 0)))

@@ -74,6 +74,20 @@ def test_a_lock_holds_a_training_to_its_rank(tmp_path: Path) -> None:
     assert codes(replace(lock, rank=4, alpha=8)) == [("LORA940", "error")]  # its own evidence
 
 
+def test_a_lock_has_the_rate_that_its_rank_was_best_at() -> None:
+    rows = tuple(
+        TrialRow(
+            rank, 2 * rank, 0, metric=0.9 - abs(rate - 3e-4) * 100 - 0.2 * (rank < 8), learning_rate=rate
+        )
+        for rank in (4, 8)
+        for rate in (1e-4, 3e-4, 1e-3)
+    )
+    lock = RankLock.of(SweepResult("accuracy", True, 0.5, rows, {}, {}))
+    assert (lock.rank, lock.learning_rate) == (8, 3e-4)
+    assert str(lock).startswith("r=8, alpha=16 at 0.0003: ")
+    assert codes(lock, config=LoraConfig(r=8, lora_alpha=16), learning_rate=1e-4) == [("LORA942", "error")]
+
+
 def test_a_fresh_sweep_is_judged_at_the_locked_rank(tmp_path: Path) -> None:
     path = tmp_path / "rank.json"
     GOOD.lock(path)

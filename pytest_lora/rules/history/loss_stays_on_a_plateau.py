@@ -8,7 +8,7 @@ from pytest_lora.facts.curve import Fall
 from pytest_lora.facts.curve_shape import FITS, CurveFacts
 from pytest_lora.facts.history import EVAL_FLAT, HistoryFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import double_rank
+from pytest_lora.rules.remedies import next_rank
 
 _FEWEST = 20
 """From so many losses on there are six levels and more."""
@@ -90,10 +90,22 @@ def loss_stays_on_a_plateau(facts: HistoryFacts, expect: Expect) -> Iterator[Vio
         where="train_losses",
         observed=f"{observed} after {facts.steps} steps{of_the_run}",
         expected="a clear fall within the first 10 to 20 % of the run",
-        fix=f"stop, load the base anew, {double_rank(expect)}, and start from epoch 0: never resume a checkpoint "
-        "with another rank. If a higher rank changes nothing, raise the learning rate",
+        fix=f"stop, load the base anew, {next_rank(expect, facts.learning_rate)}, and start from step 0, which costs "
+        f"{_cost(facts)}: never resume a checkpoint with another rank. If a higher rank changes nothing, raise the "
+        "learning rate",
         severity="info" if seen < enough or _is_to_come(facts) else None,
     )
+
+
+def _cost(facts: HistoryFacts) -> str:
+    """What starting again costs: the steps that are lost, and their share of the plan."""
+    lost = f"the {facts.steps:,} steps so far"
+    if facts.total_steps is None:
+        return f"{lost}, and twice the adapter and its optimizer states"
+    again = (
+        f"{lost} and all {facts.total_steps:,} anew, {facts.steps / facts.total_steps:.0%} more than planned"
+    )
+    return f"{again}, and twice the adapter and its optimizer states"
 
 
 def _is_to_come(facts: HistoryFacts) -> bool:
