@@ -1,6 +1,6 @@
-"""Interrupts at random moments of the checks that run a model: none may leave a trace.
+"""Interrupts at random moments of every check that runs a model, builds one or looks at one: none may leave a trace.
 
-    python benchmarks/interrupts.py [--times 200] [--seed 0] [--json benchmarks/results/interrupts.json]
+    python benchmarks/interrupts.py [--times 200] [--seed 0] [--only NAME ...] [--json FILE]
 
 A timer raises ``KeyboardInterrupt``, as Ctrl-C does, after a time that is drawn evenly from what a check takes and a
 tenth more, so that some come while the state is taken and some while it is put back. After each the model, what
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from tests.state.observed import Setup
 
-CHECKS = ("check_training", "check_loss_decreases", "check_merge", "check_reload", "check_lora_laws")
-
 
 class Outcome(NamedTuple):
     """One interrupt.
@@ -47,27 +45,66 @@ class Outcome(NamedTuple):
     left: tuple[str, ...]
 
 
-def check(name: str, setup: Setup) -> Callable[[], object]:
-    """A call of a check on a model amid its training."""
-    from pytest_lora import (
-        check_lora_laws,
-        check_loss_decreases,
-        check_merge,
-        check_reload,
-        check_training,
-    )
+def checks(setup: Setup) -> dict[str, Callable[[], object]]:
+    """Calls on a model amid its training, by name."""
+    import pytest_lora as ours
+    from pytest_lora.bases import examples
+    from pytest_lora.inspection.behaviour.batch_law import batch_law
+    from pytest_lora.inspection.behaviour.combination import combination_error
+    from pytest_lora.inspection.training.plan import Plan
+    from pytest_lora.inspection.training.probe import prepared
 
-    model, batch = setup.model, setup.batches.batch
-    calls: dict[str, Callable[[], object]] = {
-        "check_training": lambda: check_training(model, setup.batches, **setup.trainers),
-        "check_loss_decreases": lambda: check_loss_decreases(
+    model, batch, base = setup.model, setup.batches.batch, setup.model.get_base_model()
+    adapter, config = examples.adapter(), model.peft_config["default"]
+    cut = {name: values.clone() for name, values in batch.items()}
+    cut["attention_mask"] = torch.ones_like(cut["input_ids"])
+    cut["attention_mask"][:, -3:] = 0
+
+    def alone() -> object:
+        with prepared(model, cut, Plan(steps=1, rate=1e-3)):
+            return batch_law(model, base, (cut,))
+
+    return {
+        "check_training": lambda: ours.check_training(model, setup.batches, **setup.trainers),
+        "check_loss_decreases": lambda: ours.check_loss_decreases(
             model, batch, steps=2, optimizer=setup.optimizer, device="cpu"
         ),
-        "check_merge": lambda: check_merge(model, batch),
-        "check_reload": lambda: check_reload(model, batch),
-        "check_lora_laws": lambda: check_lora_laws(model, batch),
+        "check_model": lambda: ours.check_model(model, batches=batch, steps=1),
+        "check_adapter_shapes": lambda: ours.check_adapter_shapes(model, batches=batch),
+        "check_merge": lambda: ours.check_merge(model, batch),
+        "check_reload": lambda: ours.check_reload(model, batch),
+        "check_lora_laws": lambda: ours.check_lora_laws(model, batch),
+        "batch law": alone,
+        "combination": lambda: combination_error(model, "default", {"default": 1.0}, "svd"),
+        "lifecycle": _lifecycle,
+        "check_resume": lambda: ours.check_resume(adapter, config, base=examples.llama_7b),
+        "check_checkpoint": lambda: ours.check_checkpoint(adapter, examples.llama_7b),
+        "trial of a sweep": lambda: _trial(batch),
     }
-    return calls[name]
+
+
+def _lifecycle() -> None:
+    """Steps of the state machine that draw random numbers and hold its invariants, on a model of its own."""
+    from pytest_lora.strategies.lifecycle import LoraLifecycle
+
+    machine = LoraLifecycle()
+    machine.begin(seed=0, rank=2, variant="plain")
+    machine.add(seed=1, rank=2, variant="rslora")
+    machine.train()
+    machine.merge()
+    machine.laws_hold()
+
+
+def _trial(batch: dict[str, torch.Tensor]) -> object:
+    """One trial of a sweep, on a model of its own."""
+    from pytest_lora.bases.examples.models import made
+    from pytest_lora.sweep import TrainOn
+    from pytest_lora.sweep.plan import TrialPlan
+    from pytest_lora.sweep.trial import Job, run_trial
+
+    plan = TrialPlan(rank=2, alpha=4, seed=0, fraction=1.0, epochs=1)
+    make: Callable[[], Any] = lambda: made("base")  # noqa: E731
+    return run_trial(Job(make, TrainOn([batch] * 2, lr=1e-3), lambda _: 0.5, None, plan, "metric"))
 
 
 def interrupt(call: Callable[[], object], after: float) -> bool:
@@ -107,7 +144,7 @@ def outcomes(call: Callable[[], object], setup: Setup, times: int, seed: int) ->
     return found
 
 
-def measured(times: int, seed: int) -> dict[str, Any]:
+def measured(times: int, seed: int, only: list[str]) -> dict[str, Any]:
     """Counts by check."""
     from tests.state.observed import amid_training
 
@@ -115,32 +152,35 @@ def measured(times: int, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     setup = amid_training()
     rows = {}
-    for name in CHECKS:
-        found = outcomes(check(name, setup), setup, times if name == CHECKS[0] else times // 4, seed)
-        left = Counter(entry for outcome in found for entry in outcome.left)
-        rows[name] = {
-            "interrupts": len(found),
-            "before the end": sum(outcome.interrupted for outcome in found),
-            "with a trace": sum(bool(outcome.left) for outcome in found),
-            "entries": dict(left),
-        }
+    for name, call in checks(setup).items():
+        if not only or name in only:
+            rows[name] = _row(outcomes(call, setup, times, seed))
+            print(f"{name}: {rows[name]}", file=sys.stderr, flush=True)
     return rows
+
+
+def _row(found: list[Outcome]) -> dict[str, Any]:
+    return {
+        "interrupts": len(found),
+        "before the end": sum(outcome.interrupted for outcome in found),
+        "with a trace": sum(bool(outcome.left) for outcome in found),
+        "entries": dict(Counter(entry for outcome in found for entry in outcome.left)),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--times", type=int, default=200, help="interrupts of check_training; others get a quarter"
-    )
+    parser.add_argument("--times", type=int, default=200, help="interrupts of each check")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=[], help="names of checks; all when empty")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows = measured(options.times, options.seed)
+        rows = measured(options.times, options.seed, options.only)
     print("| check | interrupts | before its end | with a trace |\n| --- | ---: | ---: | ---: |")
     for name, row in rows.items():
         print(f"| `{name}` | {row['interrupts']} | {row['before the end']} | {row['with a trace']} |")

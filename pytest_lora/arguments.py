@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import dis
 import inspect
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from pytest_lora.expect import Expect
+from pytest_lora.expect import Expect, is_lora_config
+from pytest_lora.values import MOST_LOSSES, in_short, require_items, require_whole, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+MOST_STEPS = 100_000
+"""What each step shows is kept until the end; so many are a training run, and no check of one."""
 
 ELSEWHERE = {
     "batch": "batches=",
@@ -63,21 +67,60 @@ def refusing(function: Callable[P, R], name: str | None = None) -> Callable[P, R
     """
     signature = inspect.signature(function)
     called = name or function.__name__
+    subject = " or ".join(p.name for p in signature.parameters.values() if _is_subject(p))
 
     @wraps(function)
     def asked(*args: P.args, **kwargs: P.kwargs) -> R:
         __tracebackhide__ = True
         for key in kwargs:
             if key not in signature.parameters:
-                raise TypeError(f"{called} has no argument {key!r}; {_meant(key, [*signature.parameters])}")
+                raise TypeError(
+                    f"{called} has no argument {shown(key)}; {_meant(key, [*signature.parameters])}"
+                )
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{called}: {error}") from None
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if not subject or is_meant(error):
+                raise
+            raise ValueError(f"{subject}: {called} cannot work with this: {_cause(error)}") from error
 
     asked.__name__ = asked.__qualname__ = called
     return asked
+
+
+def _is_subject(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty
+
+
+_RAISING = (dis.opmap["RAISE_VARARGS"], dis.opmap["RERAISE"])
+
+
+def is_meant(error: Exception) -> bool:
+    """Whether an error says what it has to: raised on purpose here, or by what is the user's own.
+
+    Anything else comes from a library, or from a line of this package, that something odd in what was given took by
+    surprise. What is the user's own has a note that says where it was called; out of memory is what it is.
+    """
+    passing = isinstance(error, Warning) or type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    if passing or hasattr(error, "__notes__"):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] != "pytest_lora":
+        return False
+    # A conversion or an index that fails has the same frame, and another instruction.
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] in _RAISING
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it contains itself, or is nested too deeply (RecursionError)"
+    return f"{type(error).__name__}: {in_short(error)}"
 
 
 def _meant(key: str, known: list[str]) -> str:
@@ -94,88 +137,20 @@ def adapter_and_base(config: Any, base: Any) -> tuple[Any, Any]:
     Raises:
         TypeError: Neither is a configuration of an adapter.
     """
-    if not _is_adapter_config(config) and _is_adapter_config(base):
+    if not is_lora_config(config) and is_lora_config(base):
         config, base = base, config
-    if not _is_adapter_config(config):
-        raise TypeError(f"config must be a peft.LoraConfig, not {type(config).__name__}")
+    require_config(config)
     return config, base
 
 
-def _is_adapter_config(value: Any) -> bool:
-    return any(cls.__name__ == "LoraConfig" for cls in type(value).__mro__)
-
-
-def require_number(
-    name: str,
-    value: Any,
-    *,
-    least: float = -math.inf,
-    most: float = math.inf,
-    above: float = -math.inf,
-    finite: bool = True,
-) -> float:
-    """A number within these bounds.
+def require_config(config: Any) -> None:
+    """Raise unless this is a configuration of a LoRA.
 
     Raises:
-        TypeError, ValueError: It is none; the message has the name.
+        TypeError: It is something else.
     """
-    number = require_real(name, value)
-    within = least <= number <= most and number > above
-    if not within or (finite and math.isinf(number)):
-        kind = "a finite number" if finite else "a number"
-        raise ValueError(f"{name} must be {kind}{_bounds(least, most, above)}, not {value!r}")
-    return number
-
-
-def require_real(name: str, value: Any) -> float:
-    """Any number.
-
-    Raises:
-        TypeError: It is none; the message has the name.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    return float(value)
-
-
-def _bounds(least: float, most: float, above: float) -> str:
-    parts = [f"above {above:g}"] if above > -math.inf else []
-    parts += [f"at least {least:g}"] if least > -math.inf else []
-    parts += [f"at most {most:g}"] if most < math.inf else []
-    return f" {' and '.join(parts)}" if parts else ""
-
-
-def require_whole(name: str, value: Any, *, least: int | None = None) -> int:
-    """A whole number, of at least ``least``.
-
-    Raises:
-        TypeError, ValueError: It is none; the message has the name.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
-    return value
-
-
-def require_share(name: str, value: Any) -> float:
-    """A number above 0 and at most 1.
-
-    Raises:
-        TypeError, ValueError: It is none; the message has the name.
-    """
-    return require_number(name, value, above=0.0, most=1.0)
-
-
-def require_flag(name: str, value: Any) -> bool:
-    """True or False.
-
-    Raises:
-        TypeError: It is neither; the message has the name.
-    """
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {value!r}")
-    return value
+    if not is_lora_config(config):
+        raise TypeError(f"config must be a peft.LoraConfig, not {shown(config)}")
 
 
 def require_expect(expect: Any) -> Expect:
@@ -187,7 +162,7 @@ def require_expect(expect: Any) -> Expect:
     if expect is None:
         return Expect()
     if not isinstance(expect, Expect):
-        raise TypeError(f"expect must be an Expect, not {type(expect).__name__}")
+        raise TypeError(f"expect must be an Expect, not {shown(expect)}")
     return expect
 
 
@@ -201,7 +176,7 @@ def require_batch(name: str, batch: Any) -> None:
     is_tensor = hasattr(batch, "is_meta")
     if not is_tensor and not isinstance(batch, (Mapping, tuple, list)):
         raise TypeError(
-            f"{name} must be a mapping, a tuple or a tensor that the model takes, not {type(batch).__name__}"
+            f"{name} must be a mapping, a tuple or a tensor that the model takes, not {shown(batch)}"
         )
     values = batch.values() if isinstance(batch, Mapping) else (batch,) if is_tensor else batch
     if any(getattr(value, "is_meta", False) for value in values):
@@ -209,8 +184,8 @@ def require_batch(name: str, batch: Any) -> None:
 
 
 def require_steps(steps: Any) -> int:
-    """A number of optimizer steps, at least 1."""
-    return require_whole("steps", steps, least=1)
+    """A number of optimizer steps, at least 1 and few enough for a check."""
+    return require_whole("steps", steps, least=1, most=MOST_STEPS)
 
 
 def require_loss_fn(loss_fn: Any) -> None:
@@ -233,13 +208,13 @@ def require_trainers(optimizer: Any, scheduler: Any, scaler: Any) -> None:
         ValueError: There is a scheduler without its optimizer.
     """
     if optimizer is not None and not isinstance(getattr(optimizer, "param_groups", None), list):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {shown(optimizer)}")
     if scheduler is not None and not callable(getattr(scheduler, "step", None)):
-        raise TypeError(f"scheduler must be a learning-rate scheduler, not {type(scheduler).__name__}")
+        raise TypeError(f"scheduler must be a learning-rate scheduler, not {shown(scheduler)}")
     if scheduler is not None and optimizer is None:
         raise ValueError("scheduler needs the optimizer whose learning rate it sets; give optimizer too")
     if scaler is not None and not callable(getattr(scaler, "unscale_", None)):
-        raise TypeError(f"scaler must be a torch.amp.GradScaler, not {type(scaler).__name__}")
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, not {shown(scaler)}")
 
 
 def require_history(history: Any) -> tuple[float, ...]:
@@ -250,12 +225,13 @@ def require_history(history: Any) -> tuple[float, ...]:
     """
     if history is None:
         return ()
-    if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Iterable):
-        raise TypeError(f"history must be a sequence of losses, not {type(history).__name__}")
+    if isinstance(history, Mapping):
+        raise TypeError(f"history must be a sequence of losses, not {shown(history)}")
+    losses = require_items("history", history, "a sequence of losses", most=MOST_LOSSES)
     try:
-        return tuple(float(loss) for loss in history)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"history must hold numbers: {error}") from error
+        return tuple(map(float, losses))
+    except Exception as error:  # what stands for a number raises what it likes
+        raise TypeError(f"history must hold numbers: {in_short(error)}") from error
 
 
 def require_snapshot(snapshot: Any) -> Mapping[str, Any] | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.arguments import refusing
 from pytest_lora.facts.number_tables import markdown_lines, text_lines
+from pytest_lora.values import require_items, require_number, require_whole, shown
 
 if TYPE_CHECKING:
     import os
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from pytest_lora.inspection.adapter_size import AdapterSize
 
 MEGABYTE = 10**6
+
+MOST_RANK = 2**20
+"""Above the sides of all matrices that there are; what is larger leaves the 64 bits of a size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,7 @@ class ParameterCount:
         return line
 
 
+@refusing
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Count a model's parameters, with and without adapters, whatever they are stored in.
 
@@ -203,7 +208,7 @@ def rank_table(
             already, or PEFT refuses the configuration (the message has its reason).
     """
     wanted = _require_ranks(ranks)
-    ratio = _require_ratio(alpha_ratio)
+    ratio = require_number("alpha_ratio", alpha_ratio, above=0.0, most=1e9)
     dtype_name, itemsize = _require_dtype(adapter_dtype)
     config = _lora_config(lora_kwargs)
 
@@ -246,25 +251,12 @@ def _shown(percent: float) -> str:
 
 
 def _require_ranks(ranks: Any) -> Sequence[int]:
-    if isinstance(ranks, (str, bytes)) or not isinstance(ranks, Iterable):
-        raise TypeError(f"ranks must be whole numbers such as [4, 8, 16], not {ranks!r}")
-    wanted = list(ranks)
+    wanted = require_items("ranks", ranks, "whole numbers such as [4, 8, 16]")
     if not wanted:
         raise ValueError("ranks must not be empty")
     for rank in wanted:
-        if isinstance(rank, bool) or not isinstance(rank, int):
-            raise TypeError(f"ranks must be whole numbers, but one is {rank!r}")
-        if rank < 1:
-            raise ValueError(f"ranks must be at least 1, but one is {rank}")
+        require_whole("ranks", rank, least=1, most=MOST_RANK)
     return wanted
-
-
-def _require_ratio(ratio: Any) -> float:
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise TypeError(f"alpha_ratio must be a number, not {ratio!r}")
-    if not math.isfinite(ratio) or ratio <= 0:
-        raise ValueError(f"alpha_ratio must be a finite number above 0, not {ratio!r}")
-    return ratio
 
 
 def _require_dtype(dtype: Any) -> tuple[str, int]:
@@ -273,9 +265,11 @@ def _require_dtype(dtype: Any) -> tuple[str, int]:
     known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(known, torch.dtype):
         error = ValueError if isinstance(dtype, str) else TypeError
-        raise error(f"adapter_dtype must be a torch dtype such as 'float32' or 'bfloat16', not {dtype!r}")
+        raise error(
+            f"adapter_dtype must be a torch dtype such as 'float32' or 'bfloat16', not {shown(dtype)}"
+        )
     if not known.is_floating_point:
-        raise ValueError(f"adapter_dtype must be a floating-point dtype, not {dtype!r}")
+        raise ValueError(f"adapter_dtype must be a floating-point dtype, not {shown(dtype)}")
     return str(known).removeprefix("torch."), known.itemsize
 
 

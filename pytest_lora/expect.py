@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pytest_lora.values import require_flag, require_number, require_one_of, require_whole, shown
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -17,6 +19,16 @@ _THRESHOLDS = (
     "max_scaling_spread",
     "max_dropout",
 )
+
+_MOST = {"max_dropout": 1.0}
+_ORDER = (
+    ("min_scaling", "low_scaling"),
+    ("min_scaling", "max_scaling"),
+    ("min_scaling", "max_scaling_rslora"),
+    ("low_scaling", "max_scaling"),
+    ("low_scaling", "max_scaling_rslora"),
+)
+"""Thresholds between which nothing would be left."""
 
 Purpose = Literal["train", "eval", "inference"]
 Serve = Literal["vllm", "sglang", "lorax", "tgi", "llama.cpp", "mlx", "transformers"]
@@ -97,34 +109,43 @@ class Expect:
     max_dropout: float = field(default=0.5)
 
     def __post_init__(self) -> None:
-        if self.purpose not in get_args(Purpose):
-            raise ValueError(f"purpose must be one of {', '.join(get_args(Purpose))}, not {self.purpose!r}")
-        if self.serve is not None and self.serve not in get_args(Serve):
-            raise ValueError(f"serve must be one of {', '.join(get_args(Serve))}, not {self.serve!r}")
+        require_one_of("purpose", self.purpose, get_args(Purpose))
+        if self.serve is not None:
+            require_one_of("serve", self.serve, get_args(Serve))
         if self.max_lora_rank is not None:
-            _require_count("max_lora_rank", self.max_lora_rank)
-            if self.max_lora_rank == 0 or self.serve is None:
+            if self.serve is None:
+                raise ValueError("max_lora_rank is the limit of a server: say which with serve")
+            require_whole("max_lora_rank", self.max_lora_rank, least=1)
+        for name in ("pretrained_head", "completion_only", "will_merge", "read_pickle"):
+            require_flag(name, getattr(self, name))
+        for name in _THRESHOLDS:
+            require_number(name, getattr(self, name), least=0.0, most=_MOST.get(name, math.inf))
+        require_whole("large_base", self.large_base, least=0)
+        _require_band("advised_percent", self.advised_percent, 100.0)
+        self._require_what_may_be_none()
+        for low, high in _ORDER:
+            if getattr(self, low) > getattr(self, high):
                 raise ValueError(
-                    "max_lora_rank must be at least 1"
-                    if self.serve
-                    else "max_lora_rank is the limit of a server: say which with serve"
+                    f"{low} must not be above {high}, but {low}={getattr(self, low)} and {high}={getattr(self, high)}"
                 )
-        for name in ("fresh", "pretrained_head", "completion_only", "will_merge", "read_pickle"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, not {value!r}")
-        for name in ("alpha_ratio", "reported_percent", *_THRESHOLDS):
-            _require_number(name, getattr(self, name))
-        for name in ("new_tokens", "large_base"):
-            _require_count(name, getattr(self, name))
-        for name in ("param_ratio", "advised_percent"):
-            _require_band(name, getattr(self, name))
+
+    def _require_what_may_be_none(self) -> None:
+        if self.fresh is not None:
+            require_flag("fresh", self.fresh)
+        for name in ("alpha_ratio", "reported_percent"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), least=0.0)
+        if self.new_tokens is not None:
+            require_whole("new_tokens", self.new_tokens, least=0)
+        if self.param_ratio is not None:
+            _require_band("param_ratio", self.param_ratio, 1.0)
         if self.scope is not None and (not isinstance(self.scope, str) or not self.scope):
             raise TypeError(
-                f"scope must be a part of module names such as 'language_model', not {self.scope!r}"
+                f"scope must be a part of module names such as 'language_model', not {shown(self.scope)}"
             )
-        if self.config is not None and not hasattr(self.config, "lora_alpha"):
-            raise TypeError(f"config must be a LoraConfig, not {type(self.config).__name__}")
+        if self.config is not None and not is_lora_config(self.config):
+            made = (isinstance(self.config, type) and "; make one: LoraConfig(...)") or ""
+            raise TypeError(f"config must be a LoraConfig, not {shown(self.config)}{made}")
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -132,30 +153,15 @@ class Expect:
         return tuple(f.name for f in fields(cls))
 
 
-def _require_number(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
+def is_lora_config(value: Any) -> bool:
+    """Whether a value is a ``LoraConfig``, without importing PEFT for it."""
+    return any(cls.__name__ == "LoraConfig" for cls in type(value).__mro__)
 
 
-def _require_count(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must not be negative, got {value!r}")
-
-
-def _require_band(name: str, value: Any) -> None:
-    if value is None:
-        return
+def _require_band(name: str, value: Any, most: float) -> None:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name} must be a pair (low, high), not {value!r}")
+        raise TypeError(f"{name} must be a pair (low, high), not {shown(value)}")
     for bound in value:
-        _require_number(name, bound)
+        require_number(name, bound, least=0.0, most=most)
     if value[0] > value[1]:
-        raise ValueError(f"{name} must be (low, high) with low <= high, not {value!r}")
+        raise ValueError(f"{name} must be (low, high) with low <= high, not {shown(value)}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytest_lora.cleaning import LONGEST_OF_A_FINDING, printable
 from pytest_lora.facts.figures import Figure, from_plain, to_plain
+from pytest_lora.values import in_short, shown
 
 if TYPE_CHECKING:
     from pytest_lora.facts.measures import Measures
@@ -161,9 +162,9 @@ class Report:
             KeyError: There is none of this name; the message has those that there are.
         """
         known = dict(self.measured)
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise KeyError(
-                f"nothing is measured under {name!r}; there are {', '.join(known) or 'no numbers'}"
+                f"name: nothing is measured under {shown(name)}; there are {', '.join(known) or 'no numbers'}"
             )
         return known[name]
 
@@ -221,16 +222,19 @@ class Report:
         """The report that ``to_json`` wrote.
 
         Raises:
-            ValueError: It is no JSON, or has a figure of a kind that this version does not know.
+            ValueError: It is no report, or has a figure of a kind that this version does not know.
         """
-        data = json.loads(text)
-        return cls(
-            data["subject"],
-            tuple(Finding(**f) for f in data["findings"]),
-            tuple(from_plain(one) for one in data.get("figures", ())),
-            tuple(data.get("measured", {}).items()),
-            tuple((one["why"], one["what"]) for one in data.get("not_judged", ())),
-        )
+        try:
+            data = json.loads(text)
+            return cls(
+                data["subject"],
+                tuple(Finding(**f) for f in data["findings"]),
+                tuple(from_plain(one) for one in data.get("figures", ())),
+                tuple(data.get("measured", {}).items()),
+                tuple((one["why"], one["what"]) for one in data.get("not_judged", ())),
+            )
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"text is no report: {in_short(error)}") from error
 
 
 _CARD = ("#c62828", "#b26a00", "#2f5f9a", "#2e7d4f")

@@ -11,6 +11,27 @@ from pathlib import Path
 from typing import Any
 
 
+def append_whole(file: Path, content: str) -> None:
+    """Add to a file that others add to as well, all of it or nothing: one write at its end, taken back if cut short.
+
+    Raises:
+        OSError: It cannot be written; it is then as it was.
+    """
+    data = content.encode("utf-8", "backslashreplace")
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    handle = os.open(file, flags, 0o644)
+    before, written = os.fstat(handle).st_size, 0
+    try:
+        while written < len(data):  # a full disk takes a part, and raises at the next
+            written += os.write(handle, data[written:])
+    except BaseException:
+        if os.fstat(handle).st_size == before + written:  # nobody else has added to it
+            os.ftruncate(handle, before)
+        raise
+    finally:
+        os.close(handle)
+
+
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file so that whoever reads it sees the old one or the new one, whole; also after a kill.
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
 
 import pytest_lora
 from pytest_lora.bases import examples
-from pytest_lora.bases.examples.models import language_batch, made
+from pytest_lora.bases.examples.models import language_batch
+from tests import wrong_calls as generated
+from tests.state.observed import plain
+from tests.wrong_calls import ASSERTIONS, CHECKS, GIVEN_BY_US, OTHERS, RIGHT, Target, adapted, config
 
 COUNTS = (0, -1, 1.5, "4", None, True, [])
 NUMBERS = (-1, "x", math.nan, None, [], True)
@@ -44,7 +46,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "model": (None, 3, "x"),
     "model_or_config": (None, 3, "x"),
     "optimizer": ("adam", 3),
-    "path": (3, "/nowhere", None),
+    "path": (3, "no/such/place", None),
     "quantization": ("nf8", 4, []),
     "rtol": (-1, "x", [], True),
     "scaler": (3, "x"),
@@ -60,50 +62,9 @@ WRONG: dict[str, tuple[Any, ...]] = {
 """Values that an argument cannot have, whatever the function."""
 
 
-def adapted() -> Any:
-    return get_peft_model(made("base"), LoraConfig(r=4, target_modules=["q_proj"]))
-
-
-def config() -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
-
-
-STEP = {"batch_size": 1, "seq_len": 8}
-RIGHT: dict[str, Callable[[], dict[str, Any]]] = {
-    "adapter_shapes": lambda: {"model": adapted(), "batches": language_batch()},
-    "alpha_ratio": lambda: {"model_or_config": config()},
-    "checkpoint": lambda: {"path": examples.adapter()},
-    "config": lambda: {"config": config(), "base": examples.llama_7b},
-    "history": lambda: {"train_losses": [2.0, 1.0]},
-    "lora_laws": lambda: {"model": adapted(), "batch": language_batch()},
-    "loss_decreases": lambda: {"model": adapted(), "batches": language_batch()},
-    "memory": lambda: {"config": config(), "base": examples.llama_7b, "budget": "24GiB", **STEP},
-    "merge": lambda: {"model": adapted(), "batch": language_batch()},
-    "model": lambda: {"model": adapted(), "batches": language_batch()},
-    "param_ratio": lambda: {"model": adapted()},
-    "reload": lambda: {"model": adapted(), "batch": language_batch()},
-    "resume": lambda: {"path": examples.adapter(), "config": config()},
-    "training": lambda: {"model": adapted(), "batches": language_batch()},
-}
-"""Right arguments of the check of each subject, and of its assertion."""
-
-ASSERTIONS = {
-    "checkpoint": "assert_checkpoint_healthy",
-    "config": "assert_config_healthy",
-    "history": "assert_history_healthy",
-    "memory": "assert_fits_memory",
-    "merge": "assert_merge_exact",
-    "model": "assert_lora_healthy",
-    "reload": "assert_reload_exact",
-    "resume": "assert_resumable",
-    "training": "assert_training_healthy",
-}
-
-
 def functions() -> Iterator[tuple[str, Any]]:
     for subject in RIGHT:
-        check = "diagnose_history" if subject == "history" else f"check_{subject}"
-        for name in (check, ASSERTIONS.get(subject, f"assert_{subject}")):
+        for name in (CHECKS.get(subject, f"check_{subject}"), ASSERTIONS.get(subject, f"assert_{subject}")):
             yield subject, getattr(pytest_lora, name)
 
 
@@ -115,6 +76,7 @@ def wrong_calls(number: int, seed: int) -> list[Any]:
         for value in WRONG.get(name, ())
         if not (subject == "reload" and name == "base")
         and not (subject == "resume" and value == "no/such-base")
+        and not (subject in ("recipe", "run") and name == "budget" and value is None)
     ]
     chosen = random.Random(seed).sample(every, number)
     return [pytest.param(*one, id=f"{one[1].__name__}-{one[2]}={one[3]!r}"[:60]) for one in chosen]
@@ -138,6 +100,37 @@ def test_a_wrong_argument_is_named(subject: str, function: Any, name: str, value
     with pytest.raises((TypeError, ValueError)) as raised:
         function(**arguments)
     assert name in str(raised.value), f"{function.__name__}({name}={value!r}): {raised.value}"
+
+
+EACH = 2
+"""Values that a parameter gets here; ``benchmarks/wrong_calls.py`` gives it all of them."""
+
+
+@pytest.mark.parametrize("target", generated.targets(), ids=lambda target: target.name)
+def test_any_value_for_any_parameter_is_refused_by_name_or_means_something(target: Target) -> None:
+    draw = random.Random(target.name)
+    calls = [
+        generated.WrongCall(target, parameter, value)
+        for parameter in target.parameters
+        for value in draw.sample([*generated.POOL], EACH)
+    ]
+    outcomes = {str(call): generated.outcome(call) for call in calls}
+    assert {call: one for call, one in outcomes.items() if not one.is_right} == {}
+
+
+def test_wrong_calls_leave_the_model_as_it_was() -> None:
+    before = {name: plain(tensor) for name, tensor in adapted().named_parameters()}
+    draw = random.Random(0)
+    calls = [call for call in generated.wrong_calls() if call.target.name == "check_training"]
+    for call in draw.sample(calls, 20):
+        generated.outcome(call)
+    assert {name: plain(tensor) for name, tensor in adapted().named_parameters()} == before
+
+
+def test_every_public_name_is_called_or_made_by_us() -> None:
+    called = {*OTHERS, *(target.name for target in generated.targets())}
+    assert {*pytest_lora.__all__} == {name for name in called if "." not in name} | GIVEN_BY_US
+    assert not called & GIVEN_BY_US
 
 
 @pytest.mark.parametrize(("subject", "function"), [pytest.param(*f, id=f[1].__name__) for f in functions()])

@@ -219,8 +219,8 @@ def test_config_and_model_have_the_same_scalings(
         (None, "2", TypeError, "expected must be a number, not '2'"),
         (None, 0, ValueError, "expected must be a finite number above 0, not 0"),
         (None, math.inf, ValueError, "expected must be a finite number above 0, not inf"),
-        (7, 2.0, TypeError, "model_or_config must be a model with LoRA layers or a LoraConfig, not int"),
-        (nn.Linear(2, 2), 2.0, TypeError, "model must carry LoRA layers, but this Linear has none"),
+        (7, 2.0, TypeError, "model_or_config must be a model with LoRA layers or a LoraConfig, not 7"),
+        (nn.Linear(2, 2), 2.0, TypeError, "model_or_config must carry LoRA layers, but this Linear has none"),
         (
             LoraConfig(rank_pattern={"q_proj": 0}),
             2.0,
@@ -364,5 +364,5 @@ def test_bad_targets_are_named(targets: Any, error: type[Exception], message: st
 def test_a_model_without_adapters_is_no_pass() -> None:
     base = LlamaForCausalLM(CONFIG)
     for check in (assert_param_ratio, assert_alpha_ratio, assert_adapter_shapes):
-        with pytest.raises(TypeError, match=r"^model must carry LoRA layers, but this LlamaForCausalLM"):
+        with pytest.raises(TypeError, match=r"^model(_or_config)? must carry LoRA layers, but this Llama"):
             check(base)

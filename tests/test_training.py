@@ -53,7 +53,7 @@ def freeze(model: nn.Module, word: str) -> None:
         ({"steps": 0}, ValueError, "steps must be at least 1"),
         ({"steps": 2.0}, TypeError, "steps must be a whole number"),
         ({"steps": True}, TypeError, "steps must be a whole number"),
-        ({"optimizer": "adam"}, TypeError, "optimizer must be a torch.optim.Optimizer, not str"),
+        ({"optimizer": "adam"}, TypeError, "optimizer must be a torch.optim.Optimizer, not 'adam'"),
         ({"loss_fn": 3}, TypeError, "loss_fn must be called with a model and a batch"),
         ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm must be a number at least 0"),
         ({"max_grad_norm": "1"}, TypeError, "max_grad_norm must be a number"),
@@ -103,7 +103,7 @@ def test_a_rate_and_an_optimizer_exclude_each_other() -> None:
     [
         ([], ValueError, "batches is empty"),
         (iter(()), ValueError, "batches is empty"),
-        ("text", TypeError, "not str"),
+        ("text", TypeError, "not 'text'"),
         (torch.ones(2, 2), TypeError, "not Tensor"),
         ([torch.ones(2, 2)], TypeError, "batches must hold dicts of tensors, not Tensor; give loss_fn"),
         (
@@ -111,7 +111,7 @@ def test_a_rate_and_an_optimizer_exclude_each_other() -> None:
             ValueError,
             "no scalar loss for a batch of input_ids",
         ),
-        (7, TypeError, "not int"),
+        (7, TypeError, "not 7"),
     ],
 )
 def test_bad_batches_are_named(batches: Any, error: type[Exception], words: str) -> None:

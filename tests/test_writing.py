@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_lora.writing import write_whole
+from pytest_lora.writing import append_whole, write_whole
 
 CALLS = ("tempfile.mkstemp", "os.fsync", "os.chmod", "os.replace")
 ERRORS: tuple[BaseException, ...] = (
@@ -61,7 +62,7 @@ def test_what_cannot_be_written_is_as_it_was(
 WRITES = """
 import itertools, sys
 from pathlib import Path
-from pytest_lora.writing import write_whole
+from pytest_lora.writing import append_whole, write_whole
 print("begins", flush=True)
 for n in itertools.count():
     write_whole(Path(sys.argv[1]), f"{n % 10}" * 200_000)
@@ -82,3 +83,32 @@ def test_a_kill_leaves_a_whole_file(tmp_path: Path) -> None:
             found = file.read_text()
             assert len(found) == 200_000
             assert len(set(found)) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    old=st.none() | st.binary(max_size=50), new=text, room=st.integers(0, 100), at_once=st.integers(1, 100)
+)
+def test_what_is_added_is_added_whole_or_not_at_all(
+    tmp_path_factory: pytest.TempPathFactory, old: bytes | None, new: str, room: int, at_once: int
+) -> None:
+    file = tmp_path_factory.mktemp("adding") / "summary.md"
+    if old is not None:
+        file.write_bytes(old)
+    write, left = os.write, [room]
+
+    def short(handle: int, data: bytes) -> int:
+        taken = write(handle, data[: min(left[0], at_once)])
+        left[0] -= taken
+        if data and not taken:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return taken
+
+    data = new.encode("utf-8", "backslashreplace")
+    with patch("os.write", short):
+        if len(data) <= room:
+            append_whole(file, new)
+        else:
+            with pytest.raises(OSError, match="No space"):
+                append_whole(file, new)
+    assert file.read_bytes() == (old or b"") + (data if len(data) <= room else b"")

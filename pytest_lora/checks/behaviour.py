@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.arguments import refusing, require_batch, require_expect, require_number
+from pytest_lora.arguments import refusing, require_batch, require_expect
 from pytest_lora.checks.judging import report_on, reported
 from pytest_lora.expect import Expect
 from pytest_lora.findings import Report
 from pytest_lora.rules import judge
 from pytest_lora.rules.selection import codes
+from pytest_lora.values import require_number
 
 if TYPE_CHECKING:
     from torch import nn

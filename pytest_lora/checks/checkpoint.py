@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.arguments import refusing, require_expect
+from pytest_lora.arguments import refusing, require_config, require_expect
 from pytest_lora.checks.judging import report_on, reported
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.adapter_maps import checkpoint_maps
@@ -171,13 +171,11 @@ def check_resume(
     """
     from pytest_lora.inspection.checkpoint import checkpoint_facts, folder_of
     from pytest_lora.inspection.config import config_facts
-    from pytest_lora.inspection.peft_internals import LoraConfig
     from pytest_lora.inspection.resumption import resumption_facts
 
     expect = require_expect(expect)
     select, ignore = codes("select", select), codes("ignore", ignore)
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"config must be a peft.LoraConfig, not {type(config).__name__}")
+    require_config(config)
     folder = folder_of(path)
     layers = None if base is None else config_facts(config, base).layers
     saved = checkpoint_facts(folder)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Unpack
 
-from pytest_lora.arguments import require_expect, require_flag
+from pytest_lora.arguments import require_expect
 from pytest_lora.checks.judging import report_on
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.curves import memory_budget
@@ -14,6 +14,7 @@ from pytest_lora.facts.measures import of_memory
 from pytest_lora.findings import Report
 from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.rules.selection import codes
+from pytest_lora.values import require_flag
 
 if TYPE_CHECKING:
     import os

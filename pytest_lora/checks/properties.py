@@ -10,8 +10,6 @@ from pytest_lora.arguments import (
     refusing,
     require_expect,
     require_loss_fn,
-    require_number,
-    require_real,
     require_steps,
 )
 from pytest_lora.checks.judging import report_on
@@ -20,6 +18,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.properties import ParameterShareFacts, UpdateRankFacts
 from pytest_lora.findings import Report
 from pytest_lora.rules.selection import codes
+from pytest_lora.values import require_items, require_number, require_real, shown
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -62,7 +61,7 @@ def check_param_ratio(
     select, ignore = codes("select", select), codes("ignore", ignore)
     for name, bound in (("low", low), ("high", high)):
         if not 0 <= require_real(name, bound) <= 1:
-            raise ValueError(f"{name} must be a fraction from 0 to 1 (0.01 is 1 %), not {bound!r}")
+            raise ValueError(f"{name} must be a fraction from 0 to 1 (0.01 is 1 %), not {shown(bound)}")
     if low > high:
         raise ValueError(f"low must not be above high, but low={low!r} and high={high!r}")
 
@@ -197,14 +196,14 @@ def _require_targets(targets: Any) -> str | tuple[str, ...] | None:
         try:
             re.compile(targets)
         except re.error as error:
-            raise ValueError(f"targets: {targets!r} is no regular expression: {error}") from error
+            raise ValueError(f"targets: {shown(targets)} is no regular expression: {error}") from error
         names: tuple[Any, ...] = (targets,)
-    elif isinstance(targets, Iterable):
-        names = tuple(targets)
     else:
-        raise TypeError(f"targets must be module names or a regular expression, not {targets!r}")
+        names = require_items("targets", targets, "module names or a regular expression")
     if wrong := [name for name in names if not isinstance(name, str)]:
-        raise TypeError(f"targets must be module names, but one is {wrong[0]!r}")
+        raise TypeError(f"targets must be module names, but one is {shown(wrong[0])}")
     if not names or "" in names:
-        raise ValueError(f"targets must not be empty, got {targets!r}; leave it out to check shapes only")
+        raise ValueError(
+            f"targets must not be empty, got {shown(targets)}; leave it out to check shapes only"
+        )
     return targets if isinstance(targets, str) else names

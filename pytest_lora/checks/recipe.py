@@ -12,8 +12,10 @@ from pytest_lora.arguments import refusing, require_expect
 from pytest_lora.checks.judging import reported
 from pytest_lora.checks.run_setting import JudgedRun, judged
 from pytest_lora.expect import Expect
+from pytest_lora.facts.memory import BITSANDBYTES
 from pytest_lora.findings import Report
 from pytest_lora.rules.selection import codes
+from pytest_lora.values import require_one_of, require_path, require_whole, shown
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +63,7 @@ def check_recipe(
     file = _file(path)
     expect = require_expect(expect)
     select, ignore = codes("select", select), codes("ignore", ignore)
-    cards = _cards(gpus)
+    cards = require_whole("gpus", gpus, least=1)
     limit = None if budget is None else _budget(budget)
     facts = recipe_facts(file, base if isinstance(base, str) else None)
     run = judged(facts, base, limit, cards, expect, file.parent)
@@ -75,20 +77,10 @@ def _report(run: JudgedRun, select: Iterable[str], ignore: Iterable[str]) -> Rep
 
 
 def _file(path: Any) -> Path:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be that of a recipe, not {type(path).__name__}")
-    file = Path(path)
+    file = require_path("path", path)
     if not file.is_file():
-        raise ValueError(f"path: there is no file {str(file)!r}")
+        raise ValueError(f"path: there is no file {shown(str(file))}")
     return file
-
-
-def _cards(gpus: Any) -> int:
-    if isinstance(gpus, bool) or not isinstance(gpus, int):
-        raise TypeError(f"gpus must be a whole number, not {gpus!r}")
-    if gpus < 1:
-        raise ValueError(f"gpus must be at least 1, not {gpus}")
-    return gpus
 
 
 def _budget(budget: Any) -> int:
@@ -134,8 +126,10 @@ def check_run(
 
     expect = require_expect(expect)
     select, ignore = codes("select", select), codes("ignore", ignore)
-    cards = _cards(gpus)
+    cards = require_whole("gpus", gpus, least=1)
     limit = None if budget is None else _budget(budget)
+    if quantization is not None:
+        require_one_of("quantization", quantization, BITSANDBYTES)
     facts = script_facts(args, config, base, quantization)
     run = judged(facts, base, limit, cards, expect, Path(), config)
     return _report(run._replace(subject=run.subject.replace("recipe ", "run of ", 1)), select, ignore)

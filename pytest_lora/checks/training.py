@@ -10,7 +10,6 @@ from pytest_lora.arguments import (
     require_expect,
     require_history,
     require_loss_fn,
-    require_number,
     require_snapshot,
     require_steps,
     require_trainers,
@@ -23,6 +22,7 @@ from pytest_lora.facts.figures.curves import drop_curve
 from pytest_lora.facts.measures import of_drop, of_model
 from pytest_lora.findings import Report
 from pytest_lora.rules.selection import codes
+from pytest_lora.values import require_number
 
 if TYPE_CHECKING:
     import torch

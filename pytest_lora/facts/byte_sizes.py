@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 
+from pytest_lora.values import shown
+
 _UNITS: dict[str, int] = {
     "b": 1,
     **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
     **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)},
 }
-_SIZE = re.compile(r"\s*(\d+)(?:\.(\d+))?\s*([a-z]*)\s*", re.ASCII | re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,30})(?:\.(\d{1,30}))?\s*([a-z]*)\s*", re.ASCII | re.IGNORECASE)
+_MOST = 2**50
+"""A thousand TiB, above all machines; sums of sizes stay within 64 bits."""
 
 
 def parse_bytes(value: object, argument: str) -> int:
@@ -30,9 +34,11 @@ def parse_bytes(value: object, argument: str) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise TypeError(
-            f'{argument} must be a size such as "24GiB" (or "24GB") or whole bytes, not {type(value).__name__}'
+            f'{argument} must be a size such as "24GiB" (or "24GB") or whole bytes, not {shown(value)}'
         )
     size = value if isinstance(value, int) else _parsed(value, argument)
+    if size > _MOST:
+        raise ValueError(f"{argument} must be at most a thousand TiB, got {_quoted(value)}")
     if size < 1:
         raise ValueError(f"{argument} must be at least 1 byte, got {_quoted(value)}")
     return size
@@ -76,4 +82,5 @@ def _parsed(text: str, argument: str) -> int:
 
 
 def _quoted(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    text = shown(value)
+    return f'"{text[1:-1]}"' if isinstance(value, str) else text

@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
+from operator import index
 from typing import Any
 
 from pytest_lora.facts.curve import Level, repetition
 from pytest_lora.facts.curve_shape import FEWEST_LOSSES, CurveFacts, curve_facts
+from pytest_lora.values import MOST_LOSSES, require_items, require_whole, shown
 
 NO_RATE = 0.1
 """Below this share of its peak a schedule is still at the start of its warm-up, or about to end: the last tenth of a
@@ -184,7 +186,7 @@ def _rates(given: Any, count: int) -> tuple[float | None, tuple[float, ...]]:
     rates = _numbers("learning_rate", given) if several else (as_number("learning_rate", given),)
     wrong = next((rate for rate in rates if not (math.isfinite(rate) and rate >= 0)), None)
     if wrong is not None:
-        raise ValueError(f"learning_rate must be a finite number of at least 0, not {wrong!r}")
+        raise ValueError(f"learning_rate must be a finite number of at least 0, not {shown(wrong)}")
     if several and len(rates) != count:
         raise ValueError(
             f"learning_rate must hold one rate for each of {count} training losses, not {len(rates)}"
@@ -214,8 +216,9 @@ def _evals(given: Iterable[float] | Mapping[int, float] | None, steps: int) -> t
 
 def _numbers(argument: str, given: Any) -> tuple[float, ...]:
     if isinstance(given, (str, bytes, Set, Mapping)) or not isinstance(given, Iterable):
-        raise TypeError(f"{argument} must be a list of numbers, not {type(given).__name__}")
-    return tuple(as_number(f"{argument}[{i}]", loss) for i, loss in enumerate(given))
+        raise TypeError(f"{argument} must be a list of numbers, not {shown(given)}")
+    found = require_items(argument, given, "a list of numbers", most=MOST_LOSSES)
+    return tuple(as_number(f"{argument}[{i}]", loss) for i, loss in enumerate(found))
 
 
 def as_number(argument: str, value: Any) -> float:
@@ -225,11 +228,11 @@ def as_number(argument: str, value: Any) -> float:
         TypeError: It is something else.
     """
     if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{argument} must be a number, not {type(value).__name__} {value!r:.40}")
+        raise TypeError(f"{argument} must be a number, not {shown(value)}")
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(f"{argument} must be one number, not {value!r:.40}") from error
+    except Exception as error:  # of a class of its own, of a tensor of several numbers, of 400 digits
+        raise TypeError(f"{argument} must be one number, not {shown(value)}") from error
 
 
 def as_count(argument: str, value: Any, *, least: int = 1) -> int:
@@ -239,9 +242,10 @@ def as_count(argument: str, value: Any, *, least: int = 1) -> int:
         TypeError: It is no whole number.
         ValueError: It is below ``least``.
     """
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{argument} must be a whole number of steps, not {value!r:.40}")
-    steps = int(value)
-    if steps < least:
-        raise ValueError(f"{argument} must be at least {least}, not {steps}")
-    return steps
+    if isinstance(value, (bool, float)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{argument} must be a whole number of steps, not {shown(value)}")
+    try:
+        whole = index(value)
+    except Exception as error:  # an array of several numbers has the method too
+        raise TypeError(f"{argument} must be a whole number of steps, not {shown(value)}") from error
+    return require_whole(argument, whole, least=least)

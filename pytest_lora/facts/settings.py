@@ -89,7 +89,7 @@ class Settings:
 
     def skips_layer_of(self, module: str) -> bool:
         """Whether ``layers_to_transform`` leaves out the block that a module is in."""
-        number = next((int(part) for part in module.split(".") if part.isdigit()), None)
+        number = next((int(part) for part in module.split(".") if part.isdecimal() and len(part) < 12), None)
         return bool(self.layers_to_transform) and number not in self.layers_to_transform
 
 

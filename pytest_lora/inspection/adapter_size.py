@@ -18,6 +18,7 @@ from pytest_lora.inspection.peft_state import saved_state
 from pytest_lora.inspection.skeleton import skeleton
 from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey
+from pytest_lora.values import in_short
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,9 @@ def _adapter_size(config: LoraConfig, model: nn.Module, rank: int) -> AdapterSiz
     config.r = rank
     injected, error = dry_run(config, skeleton(model))
     if injected is None:
-        raise ValueError(f"PEFT refuses this configuration at r={rank}: {error}") from error
+        raise ValueError(
+            f"lora_kwargs: PEFT refuses them on this base at r={rank}: {in_short(error)}"
+        ) from error
     found: Survey = survey(injected)
     counted = count(injected, found, base_parameters(found))
     with warnings.catch_warnings():

@@ -179,12 +179,17 @@ def _config(root: nn.Module) -> Any:
     return getattr(root, "config", None)
 
 
+def is_index(part: str) -> bool:
+    """Whether a part of a module's name is a number; some digits, as in "x²", are none."""
+    return part.isdecimal() and len(part) < 12
+
+
 def _layer_indices(modules: dict[str, nn.Module]) -> tuple[int, ...]:
     """Numbers at the first numbered level of module names, the one that ``layers_to_transform`` counts."""
     found = set()
     for name in modules:
         *path, last = name.split(".")
-        if last.isdigit() and not any(part.isdigit() for part in path):
+        if is_index(last) and not any(map(is_index, path)):
             found.add(int(last))
     return tuple(sorted(found))
 

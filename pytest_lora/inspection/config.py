@@ -208,8 +208,8 @@ def _name_matches(
 
 
 def _parameter_names(found: Survey) -> list[str]:
-    own = ((name, module._parameters) for name, module in found.modules.items())
-    return [f"{name}.{parameter}" for name, parameters in own for parameter in parameters]
+    own = ((name, module.named_parameters(recurse=False)) for name, module in found.modules.items())
+    return [f"{name}.{parameter}" for name, parameters in own for parameter, _ in parameters]
 
 
 def _by_suffix(names: dict[str, None], wanted: set[str]) -> dict[str, list[str]]:

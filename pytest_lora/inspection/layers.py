@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_lora.facts.config import LayerFacts
 from pytest_lora.facts.layer_state import Factor, LayerState
@@ -63,6 +64,8 @@ def read_values(tensors: Iterable[torch.Tensor | None]) -> dict[int, Values]:
 
 
 def _readable(data: torch.Tensor) -> bool:
+    if is_traceable_wrapper_subclass(data) or data.layout is not torch.strided:
+        return False  # what torchao packs, say, has no extremes that torch could ask for
     wide_float = data.is_floating_point() and data.element_size() > 1
     sharded = hasattr(data, "to_local")  # the other ranks would have to take part
     return wide_float and not sharded and data.device.type != "meta" and data.numel() > 0

@@ -37,8 +37,8 @@ from pytest_lora.inspection.wrappers import late_adapters
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
-def adapted_survey(model: nn.Module) -> Survey:
-    """Survey a model that must carry LoRA layers.
+def adapted_survey(model: nn.Module, name: str = "model") -> Survey:
+    """Survey a model that must carry LoRA layers; errors call it by this name.
 
     Raises:
         TypeError: It is no module, or has no LoRA layers or none that hold an adapter; the message says so.
@@ -50,12 +50,12 @@ def adapted_survey(model: nn.Module) -> Survey:
             f", but layers of another PEFT method on {found.other_tuners[0]}" if found.other_tuners else ""
         )
         raise TypeError(
-            f"model must carry LoRA layers, but this {given} has none{other}; "
+            f"{name} must carry LoRA layers, but this {given} has none{other}; "
             "make them with peft.get_peft_model(base, LoraConfig(...))"
         )
     if not any(map(adapter_names, found.lora.values())):
         raise TypeError(
-            "model must carry an adapter, but its LoRA layers hold none any more; add or load one"
+            f"{name} must carry an adapter, but its LoRA layers hold none any more; add or load one"
         )
     return found
 

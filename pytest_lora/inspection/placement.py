@@ -10,6 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.inspection.bitsandbytes_internals import holds_8_bit_weights
+from pytest_lora.values import in_short, shown
+
+
+def gathered(tensor: Any) -> Tensor:
+    """A tensor that the second FSDP, or tensor parallelism, spreads over ranks, put together; any other as it is."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -28,13 +35,19 @@ def place(model: nn.Module, device: Any, optimizer: Any) -> torch.device | None:
     if device is None:
         return None
     if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device must be a torch device such as 'cuda', not {device!r}")
+        raise TypeError(f"device must be a torch device such as 'cuda', not {shown(device)}")
     try:
         wanted = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be a torch device such as 'cuda', not {device!r}") from error
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"device must be a torch device such as 'cuda', not {shown(device)}") from error
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={str(device)!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
+    try:
+        torch.ones(1, device=wanted).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:  # each backend has its own
+        raise ValueError(
+            f"device={str(device)!r}, but nothing can be computed there: {in_short(error)}"
+        ) from error
     here = device_of(model)
     if wanted == here or (wanted.index is None and wanted.type == here.type):
         return None

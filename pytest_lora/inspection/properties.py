@@ -16,6 +16,7 @@ from pytest_lora.inspection.base import base_facts, base_parameters, logical_sha
 from pytest_lora.inspection.layers import layer_states
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import LoraConfig
+from pytest_lora.values import shown
 
 if TYPE_CHECKING:
     from pytest_lora.facts.layer_state import Factor
@@ -42,10 +43,10 @@ def scaling_facts(model_or_config: nn.Module | LoraConfig, expected: float) -> S
         return ScalingFacts(tuple(_configured(model_or_config)), expected)
     if not isinstance(model_or_config, nn.Module):
         raise TypeError(
-            f"model_or_config must be a model with LoRA layers or a LoraConfig, not {type(model_or_config).__name__}"
+            f"model_or_config must be a model with LoRA layers or a LoraConfig, not {shown(model_or_config)}"
         )
     found: dict[tuple[float, float, int, bool], list[str]] = {}
-    for layer in layer_states(adapted_survey(model_or_config).lora):
+    for layer in layer_states(adapted_survey(model_or_config, "model_or_config").lora):
         key = layer.scaling, layer.alpha, layer.rank, layer.use_rslora
         found.setdefault(key, []).append(layer.module)
     scalings = (ModuleScaling(grouped(dict.fromkeys(modules)), *key) for key, modules in found.items())

@@ -12,6 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.values import in_short, require_path, shown
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -128,7 +130,11 @@ def find_shape(name: str) -> Shape | None:
 
 def is_name(base: object) -> bool:
     """Whether a base is given as a name: a text in the form of one, at which there is no file or folder."""
-    return isinstance(base, str) and _NAME.fullmatch(base) is not None and not Path(base).exists()
+    return (
+        isinstance(base, str)
+        and _NAME.fullmatch(base) is not None
+        and not require_path("base", base).exists()
+    )
 
 
 def config_by_name(name: str) -> PretrainedConfig:
@@ -171,11 +177,11 @@ def _cached(name: str) -> Path | None:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(_plain(name), _index(), n=1, cutoff=0.8)
+    near = difflib.get_close_matches(_plain(name[:80]), _index(), n=1, cutoff=0.8)
     meant = f" (did you mean {_index()[near[0]]}?)" if near else ""
     return (
-        f"base: {name!r} does not exist here and is no public model that is known{meant}; give a model folder, "
-        f"a config.json or a live model, or say where it is in ini: lora_bases = {name} = PATH"
+        f"base: {shown(name)} does not exist here and is no public model that is known{meant}; give a model folder, "
+        "a config.json or a live model, or say where it is in ini: lora_bases = NAME = PATH"
     )
 
 
@@ -186,8 +192,8 @@ def read_config(path: Path) -> PretrainedConfig:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
-            f"base: {file} does not exist; give a model folder, a config.json, a live model, or the name of a public "
-            "model"
+            f"base: {in_short(file)} does not exist; give a model folder, a config.json, a live model, or the name "
+            "of a public model"
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -203,7 +209,7 @@ def read_config(path: Path) -> PretrainedConfig:
                 "enough: with torch.device('meta'))"
             ) from error
         raise ValueError(
-            f"base: {file} is not a configuration that transformers can read: {error}"
+            f"base: {in_short(file)} is not a configuration that transformers can read: {in_short(error)}"
         ) from error
     return config
 

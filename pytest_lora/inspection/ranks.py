@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from pytest_lora.facts.behaviour import SyncFacts, WeightDifference
+from pytest_lora.inspection.placement import gathered
 from pytest_lora.inspection.wrappers import late_adapters
+from pytest_lora.values import shown
 
 
 def sync_facts(model: Any) -> SyncFacts:
@@ -19,18 +21,20 @@ def sync_facts(model: Any) -> SyncFacts:
 
     Raises:
         RuntimeError: There is no process group.
-        TypeError: The model has no adapter.
+        TypeError: ``model`` is no module, or has no adapter.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {shown(model)}")
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
             "check_adapters_in_sync needs a process group: call it in run_distributed or torchrun"
         )
     with ExitStack() as stack, torch.no_grad():
         _gather_shards(model, stack)
-        own = {name: _whole(tensor).detach() for name, tensor in _adapter_weights(model)}
+        own = {name: gathered(tensor).detach() for name, tensor in _adapter_weights(model)}
         if not own:
             raise TypeError(
-                f"{type(model).__name__} has no adapter: no LoRA weights and nothing that is trained"
+                f"model: this {type(model).__name__} has no adapter: no LoRA weights and nothing that is trained"
             )
         digests: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(digests, {name: _digest(tensor) for name, tensor in own.items()})
@@ -51,11 +55,6 @@ def _adapter_weights(model: Any) -> Iterator[tuple[str, Any]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or "lora_" in name:
             yield name, parameter
-
-
-def _whole(tensor: Any) -> Any:
-    """A tensor of the second FSDP put together; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _digest(tensor: Any) -> str:

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ from pytest_lora.inspection.peft_internals import (
 )
 from pytest_lora.inspection.public_bases import config_by_name, is_name, read_config
 from pytest_lora.inspection.survey import survey
+from pytest_lora.values import require_path, shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -66,7 +66,7 @@ def model_or_config(base: Any) -> nn.Module | PretrainedConfig:
         return base
     raise TypeError(
         "base must be a torch.nn.Module, a transformers PretrainedConfig, the path of a model folder or "
-        f"config.json, or the name of a public model, not {type(base).__name__}"
+        f"config.json, or the name of a public model, not {shown(base)}"
     )
 
 
@@ -88,7 +88,7 @@ def named_or_read(base: str | os.PathLike[str]) -> PretrainedConfig:
     Raises:
         ValueError: It cannot be found or read.
     """
-    return config_by_name(str(base)) if is_name(base) else read_config(Path(base))
+    return config_by_name(str(base)) if is_name(base) else read_config(require_path("base", base))
 
 
 def build_on_meta(
@@ -232,6 +232,8 @@ class _Copier:
             inner = module.original_module
         if inner is not None:
             return self.copy(inner)
+        if isinstance(module, torch.jit.ScriptModule):
+            return self._opaque(module)
         if known is None:
             known = self.modules[id(module)] = self._plain_linear(module) or self._shallow(module)
         return known
@@ -242,6 +244,15 @@ class _Copier:
         inputs, outputs = logical_shape(module) or (0, 0)
         linear = nn.Linear(inputs, outputs, bias=module.bias is not None, device=META)
         return linear.requires_grad_(False).train(module.training)
+
+    def _opaque(self, module: nn.Module) -> nn.Module:
+        """What holds the parameters of a compiled module, whose code cannot be taken to another device."""
+        made = nn.Module()
+        for name, parameter in module.named_parameters():
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=META)
+            held = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            made.register_parameter(name.replace(".", "_"), held)
+        return made
 
     def _shallow(self, module: nn.Module) -> nn.Module:
         clone = nn.Module.__new__(_own_class(module))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -17,6 +16,7 @@ from pytest_lora.inspection.peft_internals import (
     held_layer,
     wrapped_base,
 )
+from pytest_lora.values import shown
 
 WRAPPER_CLASSES = {
     "DataParallel": "module",
@@ -94,7 +94,7 @@ def survey(model: nn.Module) -> Survey:
         TypeError: ``model`` is no ``nn.Module``.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}: {_shortened(model)}")
+        raise TypeError(f"model must be a torch.nn.Module, not {shown(model)}")
     outer = _outermost_peft(model) or _outermost_adapted(model)
     nested = 0
     root = outer
@@ -130,8 +130,3 @@ def _outermost_adapted(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
-
-
-def _shortened(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."

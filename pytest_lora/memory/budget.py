@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pytest_lora.facts.byte_sizes import parse_bytes
+from pytest_lora.values import shown
 
 _SMALLEST = 2**20
 
@@ -25,15 +27,18 @@ def require_budget(budget: Any) -> int:
 
 def is_device(budget: Any) -> bool:
     """Whether a budget is a CUDA device, as ``"cuda"``, ``"cuda:0"`` or a ``torch.device``."""
-    return bool(getattr(budget, "type", str(budget).partition(":")[0]) == "cuda")
+    if isinstance(budget, str):
+        return budget.partition(":")[0] == "cuda"
+    return type(budget).__name__ == "device" and bool(budget.type == "cuda")
 
 
 def _device_memory(device: Any) -> int:
     import torch
 
-    if not torch.cuda.is_available():
+    known = re.fullmatch(r"cuda(:\d{1,3})?", str(device)) and torch.cuda.is_available()
+    if not known or (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f'budget is the device {str(device)!r}, but there is no CUDA device here; write "24GiB"'
+            f'budget is the device {shown(str(device))}, but there is no such CUDA device here; write "24GiB"'
         )
     size: int = torch.cuda.get_device_properties(device).total_memory
     return size

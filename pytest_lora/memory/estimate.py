@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
 from pytest_lora.facts.operations import StepFlops
 from pytest_lora.memory.arguments import StepArguments, names_settings
-from pytest_lora.memory.setting import checked_setting, declared_quantization, require_count
+from pytest_lora.memory.setting import checked_setting, declared_quantization, require_point
 from pytest_lora.memory.trainer import read_arguments
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def estimate_memory(
     for name, value in point.items():
         if value is None:
             raise TypeError(f"estimate_memory needs {name}=, or args= of a trainer that have it")
-    return step_memory(config, base, **setting).estimate(*(require_count(n, v) for n, v in point.items()))
+    batch_size, seq_len, _ = require_point(**point)
+    return step_memory(config, base, **setting).estimate(batch_size, seq_len)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +131,7 @@ class StepMemory:
         return _with(self._left_out, self._predictor.estimate(*self._point(batch_size, seq_len, r)))
 
     def _point(self, batch_size: int, seq_len: int, r: int | None) -> tuple[int, int, int]:
-        return (
-            require_count("batch_size", batch_size),
-            require_count("seq_len", seq_len),
-            self.rank if r is None else require_count("r", r),
-        )
+        return require_point(batch_size, seq_len, self.rank if r is None else r)
 
 
 @names_settings
@@ -151,10 +148,9 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
     Raises:
         TypeError, ValueError: As ``estimate_memory``.
     """
-    if isinstance(base, (str, os.PathLike)):
-        from pytest_lora.inspection.skeleton import named_or_read
+    from pytest_lora.inspection.skeleton import model_or_config
 
-        base = named_or_read(base)
+    base = model_or_config(base)
     given: dict[str, Any] = {
         **setting,
         **_answers(base, setting),

@@ -12,7 +12,8 @@ from pytest_lora.facts.number_tables import markdown_lines, text_lines
 from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.budget import require_budget
 from pytest_lora.memory.estimate import StepMemory, step_memory
-from pytest_lora.memory.setting import require_count
+from pytest_lora.memory.setting import most_of, require_point
+from pytest_lora.values import require_items, require_one_of, require_whole
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 Vary = Literal["batch_size", "seq_len", "r"]
 
-_LARGEST = {"batch_size": 2**16, "seq_len": 2**22, "r": 2**14}
+_VARIED = ("batch_size", "seq_len", "r")
 
 
 @names_settings
@@ -47,22 +48,27 @@ def largest_that_fits(
         setting: The other arguments of ``estimate_memory``.
 
     Raises:
-        TypeError, ValueError: As ``estimate_memory``; or the budget has no unit, or ``vary`` is none of these.
+        TypeError, ValueError: As ``estimate_memory``; or the budget has no unit, or holds all that can be counted, or
+            ``vary`` is none of these.
     """
     limit = require_budget(budget)
-    if vary not in _LARGEST:
-        raise ValueError(f"vary must be one of {', '.join(_LARGEST)}, not {vary!r}")
+    require_one_of("vary", vary, _VARIED)
+    require_point(1 if vary == "batch_size" else batch_size, 1 if vary == "seq_len" else seq_len)
     memory = step_memory(config, base, **setting)
     point = {"batch_size": batch_size, "seq_len": seq_len, "r": config.r}
 
     def fits(value: int) -> bool:
         return memory.peak_allocated(**{**point, vary: value}) <= limit
 
-    return _largest(fits, _LARGEST[vary])
+    return _largest(fits, vary, most_of(vary, batch_size, seq_len))
 
 
-def _largest(fits: Callable[[int], bool], bound: int) -> int:
-    """The largest value up to a bound that fits, where all smaller ones do."""
+def _largest(fits: Callable[[int], bool], vary: str, bound: int) -> int:
+    """The largest value that fits, where all smaller ones do.
+
+    Raises:
+        ValueError: All up to the bound fit.
+    """
     low, high = 0, 1
     while high <= bound and fits(high):
         low, high = high, 2 * high
@@ -70,6 +76,10 @@ def _largest(fits: Callable[[int], bool], bound: int) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
+    if low == bound:
+        raise ValueError(
+            f"budget holds every {vary} up to {bound:,}, the largest that is counted; take a smaller one"
+        )
     return low
 
 
@@ -164,7 +174,7 @@ def largest_batch(memory: StepMemory, limit: int, seq_len: int, r: int | None = 
     def fits(batch_size: int) -> bool:
         return memory.peak_allocated(batch_size, seq_len, r) <= limit
 
-    return _largest(fits, _LARGEST["batch_size"])
+    return _largest(fits, "batch_size", most_of("batch_size", 1, seq_len))
 
 
 def _frontier_row(memory: StepMemory, limit: int, seq_len: int, rank: int) -> FrontierRow:
@@ -183,9 +193,8 @@ def require_counts(name: str, values: Any) -> tuple[int, ...]:
     Raises:
         TypeError, ValueError: They are none, or there are none; the message names the argument.
     """
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be whole numbers such as [512, 1024], not {values!r}")
-    counts = tuple(dict.fromkeys(require_count(name, value) for value in values))
+    given = require_items(name, values, "whole numbers such as [512, 1024]")
+    counts = tuple(dict.fromkeys(require_whole(name, value, least=1) for value in given))
     if not counts:
         raise ValueError(f"{name} must not be empty")
     return counts

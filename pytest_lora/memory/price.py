@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_lora.arguments import require_number, require_share, require_whole
 from pytest_lora.facts.cards import CARDS, card_named
 from pytest_lora.facts.memory import MemoryEstimate
 from pytest_lora.facts.operations import StepFlops, format_flops
+from pytest_lora.values import require_number, require_share, require_whole
 
 _HOUR = 3600.0
 

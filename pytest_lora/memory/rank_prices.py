@@ -13,7 +13,7 @@ from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.estimate import step_memory
 from pytest_lora.memory.frontier import require_counts
 from pytest_lora.memory.price import Cost, Price, format_hours
-from pytest_lora.memory.setting import require_count
+from pytest_lora.values import require_whole
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -147,7 +147,7 @@ def rank_prices(
     wanted = sorted(require_counts("ranks", getattr(ranks, "ranks", ranks)))
     if price is not None and not isinstance(price, Price):
         raise TypeError(f"price must be what price(card=..., ...) gives, not {type(price).__name__}")
-    require_count("steps", steps)
+    require_whole("steps", steps, least=1)
     memory = step_memory(config, base, **setting)
     rows = []
     for rank in wanted:

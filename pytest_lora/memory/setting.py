@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from pytest_lora.facts.memory import (
     StepSetting,
 )
 from pytest_lora.memory.trainer import TRAINERS, loss_fields, trainer_of
+from pytest_lora.values import require_flag, require_one_of, require_whole, shown
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,39 @@ _SHORT_DTYPES = {
 }
 _BITS = {"4bit": "nf4", "4-bit": "nf4", "8bit": "int8", "8-bit": "int8"}
 """What people call a quantization by its bits; nf4 and fp4 take the same memory."""
+
+
+MOST_EDGE, MOST_IMAGES = 2**16, 2**20
+"""Pixels of an image's edge, images in a sequence: far above what there is, within what a trace can hold."""
+
+
+MOST_POINT = {"batch_size": 2**28, "seq_len": 2**24, "r": 2**20}
+"""The longest context that a public model names is ten million tokens, and no matrix has a rank of a million."""
+
+MOST_TOKENS = 2**28
+"""Tokens in a step: beyond, sizes leave the 64 bits in which they are counted."""
+
+
+def require_point(batch_size: Any, seq_len: Any, r: Any = 1) -> tuple[int, int, int]:
+    """Batch size, sequence length and rank of a step.
+
+    Raises:
+        TypeError, ValueError: One is no whole number or out of its range; the message names it.
+    """
+    given = {"batch_size": batch_size, "seq_len": seq_len, "r": r}
+    for name, value in given.items():
+        require_whole(name, value, least=1, most=MOST_POINT[name])
+    if batch_size * seq_len > MOST_TOKENS:
+        raise ValueError(
+            f"batch_size times seq_len must be at most {MOST_TOKENS:,} tokens, not {batch_size:,} times {seq_len:,}"
+        )
+    return batch_size, seq_len, r
+
+
+def most_of(vary: str, batch_size: int, seq_len: int) -> int:
+    """The largest value of one of them that ``require_point`` takes beside the others."""
+    beside = {"batch_size": seq_len, "seq_len": batch_size}.get(vary)
+    return MOST_POINT[vary] if beside is None else min(MOST_POINT[vary], MOST_TOKENS // beside)
 
 
 def checked_setting(
@@ -70,17 +103,21 @@ def checked_setting(
     by_trl = trainer.startswith("trl-")
     dtype = _dtype("dtype", dtype)
     attention = "flash" if attention is None else attention
-    _require_one_of("attention", attention, ATTENTION_KERNELS)
-    _require_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
+    require_one_of("attention", attention, ATTENTION_KERNELS)
+    require_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
     packed = _quantization(quantization, dtype)
     kbit = packed is not None and (packed.by_bitsandbytes or packed.method == "gptq") and not by_trl
     if adapter_dtype is None:  # TRL keeps adapters of QLoRA in bfloat16, PEFT in float32
         adapter_dtype = "bfloat16" if by_trl and packed is not None else "float32"
     if gradient_checkpointing is None:
         gradient_checkpointing = by_trl
-    if gradient_checkpointing not in (True, False, "reentrant"):
+    if not isinstance(gradient_checkpointing, bool | str) or gradient_checkpointing not in (
+        True,
+        False,
+        "reentrant",
+    ):
         raise ValueError(
-            f"gradient_checkpointing must be True, False or 'reentrant', not {gradient_checkpointing!r}"
+            f"gradient_checkpointing must be True, False or 'reentrant', not {shown(gradient_checkpointing)}"
         )
     if outputs_held is None:
         outputs_held = trainer == "loop"
@@ -93,8 +130,7 @@ def checked_setting(
         "prepare_for_kbit": kbit if prepare_for_kbit is None else prepare_for_kbit,
     }
     for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, not {value!r}")
+        require_flag(name, value)
     return StepSetting(
         batch_size=1,
         seq_len=1,
@@ -104,11 +140,11 @@ def checked_setting(
         autocast=_autocast(autocast, dtype, trainer),
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
-        accumulation=require_count("accumulation", accumulation),
+        accumulation=require_whole("accumulation", accumulation, least=1),
         workspace=AMPERE_WORKSPACE if workspace is None else parse_bytes(workspace, "workspace"),
         attention=attention,
         frozen=_names("frozen", frozen),
-        images=require_count("images", images, least=0),
+        images=require_whole("images", images, least=0, most=MOST_IMAGES),
         image_size=_image_size(image_size),
         trainer=trainer,
         args=() if args is None or not by_trl else loss_fields(args),
@@ -121,7 +157,7 @@ def _quantization(given: Any, dtype: str) -> Quantization | None:
         return given
     if isinstance(given, str):
         given = _BITS.get(given, given)
-        _require_one_of("quantization", given, BITSANDBYTES)
+        require_one_of("quantization", given, BITSANDBYTES)
         return Quantization(given, compute_dtype=dtype)
     if not hasattr(given, "load_in_4bit") or not hasattr(given, "load_in_8bit"):
         raise TypeError(
@@ -188,7 +224,7 @@ def _names(name: str, given: Any) -> tuple[str, ...]:
         or not isinstance(given, Sequence)
         or not all(isinstance(n, str) for n in given)
     ):
-        raise TypeError(f'{name} must be a list of names such as ["lora_A"], not {given!r}')
+        raise TypeError(f'{name} must be a list of names such as ["lora_A"], not {shown(given)}')
     return tuple(given)
 
 
@@ -198,23 +234,14 @@ def _dtype(name: str, given: Any) -> str:
     if isinstance(written, str):
         written = written.removeprefix("torch.")
         written = _SHORT_DTYPES.get(written, written)
-    _require_one_of(name, written, _DTYPES)
+    require_one_of(name, written, _DTYPES)
     return str(written)
-
-
-def _require_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    if value not in known:
-        near = difflib.get_close_matches(value, known, n=1)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}{meant}")
 
 
 def _trainer(given: Any, args: Any) -> str:
     """The name of the trainer; empty where a step is described by the other arguments alone."""
-    if given:
-        _require_one_of("trainer", given, TRAINERS)
+    if given is not None and not (isinstance(given, str) and given == ""):
+        require_one_of("trainer", given, TRAINERS)
     if args is None or isinstance(args, tuple):
         return given or ""
     found = trainer_of(args)
@@ -229,7 +256,7 @@ def _autocast(given: Any, dtype: str, trainer: str) -> str:
     """The dtype of autocast; a trainer's is bfloat16 over weights in float32."""
     if given is None:
         given = dtype != "float32" and trainer != "loop"
-    if given is False or given == "":
+    if given is False or (isinstance(given, str) and not given):
         return ""
     if given is True:
         return "bfloat16" if dtype == "float32" else dtype
@@ -240,19 +267,8 @@ def _image_size(given: Any) -> int | tuple[int, int] | None:
     if given is None:
         return None
     if isinstance(given, (tuple, list)):
-        height, width = (require_count("image_size", edge) for edge in given)
+        if len(given) != 2:
+            raise TypeError(f"image_size must be an edge or a pair (height, width), not {shown(given)}")
+        height, width = (require_whole("image_size", edge, least=1, most=MOST_EDGE) for edge in given)
         return height, width
-    return require_count("image_size", given)
-
-
-def require_count(name: str, value: Any, *, least: int = 1) -> int:
-    """A whole number of at least 1, or what is said.
-
-    Raises:
-        TypeError, ValueError: It is none; the message names the argument.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
-    return value
+    return require_whole("image_size", given, least=1, most=MOST_EDGE)

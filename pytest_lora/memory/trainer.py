@@ -6,6 +6,8 @@ import importlib.util
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+from pytest_lora.values import shown
+
 _BY_ARGUMENTS = {
     "SFTConfig": "trl-sft",
     "DPOConfig": "trl-dpo",
@@ -29,7 +31,7 @@ def trainer_of(args: Any) -> str:
     if "TrainingArguments" not in names:
         raise TypeError(
             f"args must be a transformers.TrainingArguments or one of {', '.join(_BY_ARGUMENTS)} of TRL, "
-            f"not {type(args).__name__}"
+            f"not {shown(args)}"
         )
     found = next((_BY_ARGUMENTS[name] for name in names if name in _BY_ARGUMENTS), None)
     if found is None and any(kind.__module__.startswith("trl.") for kind in type(args).__mro__):

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from pytest_lora.expect import Expect, Serve
+from pytest_lora.values import shown
 
 
 def session_fields(config: pytest.Config) -> dict[str, object]:
@@ -25,9 +26,10 @@ def _field(line: str) -> tuple[str, object]:
         if not equals or not name.isidentifier():
             raise ValueError
         return name, ast.literal_eval(literal)
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise pytest.UsageError(
-            f"ini lora_config: {line!r} is not FIELD = PYTHON LITERAL, as in r = 16 or target_modules = ['q_proj']"
+            f"ini lora_config: {shown(line)} is not FIELD = PYTHON LITERAL, as in r = 16 or "
+            "target_modules = ['q_proj']"
         ) from error
 
 
@@ -45,7 +47,7 @@ def _serve(config: pytest.Config) -> dict[str, object]:
     except ValueError as error:
         source = "--lora-serve" if flag else "ini lora_serve"
         raise pytest.UsageError(
-            f"{source}: {given!r} is no server; write one of {', '.join(get_args(Serve))}, "
+            f"{source}: {shown(given)} is no server; write one of {', '.join(get_args(Serve))}, "
             "with its rank limit as in vllm:16"
         ) from error
     return fields

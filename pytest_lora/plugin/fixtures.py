@@ -39,16 +39,18 @@ def lora_base_model(request: pytest.FixtureRequest, lora_device: torch.device) -
     Override it to test on a model of your own, any torch.nn.Module; in session scope it is built once, watched
     and put back after each test. A test that changes its weights, buffers or layers is an error at teardown.
     """
+    from pytest_lora.inspection.quiet import warnings_only_warn
     from pytest_lora.plugin.session_options import options_of
 
     folder = options_of(request.config).model
-    if folder is None:
-        from pytest_lora.bases.tiny import load_tiny
+    with warnings_only_warn():
+        if folder is None:
+            from pytest_lora.bases.tiny import load_tiny
 
-        return load_tiny(device=lora_device)
-    from pytest_lora.bases.local import load_in_4bit
+            return load_tiny(device=lora_device)
+        from pytest_lora.bases.local import load_in_4bit
 
-    return load_in_4bit(folder, lora_device)
+        return load_in_4bit(folder, lora_device)
 
 
 @pytest.fixture
@@ -101,8 +103,8 @@ def lora_model(
     """
     from pytest_lora.plugin import lora_settings
 
-    config = lora_settings.fitted(lora_config, lora_base_model, request.node)
-    return _lora_base_guard.put_on(config)
+    config = _or_fail(lora_settings.fitted, lora_config, lora_base_model, request.node)
+    return _or_fail(_lora_base_guard.put_on, config)
 
 
 @pytest.fixture
@@ -129,7 +131,7 @@ def lora_rank_sweep(
     """
     from pytest_lora.plugin import rank_sweeps
 
-    return rank_sweeps.sweeper(request.node, lora_base_model, lora_config)
+    return _or_fail(rank_sweeps.sweeper, request.node, lora_base_model, lora_config)
 
 
 def _or_fail(settle: Callable[..., T], *arguments: object) -> T:

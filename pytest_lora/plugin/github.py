@@ -13,6 +13,7 @@ from pytest_lora.findings import Severity
 from pytest_lora.plugin.session_options import options_of
 from pytest_lora.plugin.session_report import Gathered, SessionReport
 from pytest_lora.report.markdown import gpu_section, markdown_report
+from pytest_lora.writing import append_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,8 +54,7 @@ def tell(terminal: pytest.TerminalReporter, status: int) -> None:
     options = options_of(config)
     if options.step_summary:
         try:
-            with open(options.step_summary, "a", encoding="utf-8", errors="backslashreplace") as summary:
-                summary.write(_summary(session, gpu_asked=options.gpu_report))
+            append_whole(Path(options.step_summary), _summary(session, gpu_asked=options.gpu_report))
         except OSError as error:
             terminal.ensure_newline()
             terminal.write_line(f"LoRA: the job summary is not written: {error}")

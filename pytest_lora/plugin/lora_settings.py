@@ -9,7 +9,9 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
+from pytest_lora.inspection.quiet import warnings_only_warn
 from pytest_lora.plugin.markers import fields_for, split
+from pytest_lora.values import in_short, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,13 +38,24 @@ def config_for(node: pytest.Item, parameter: object = None) -> LoraConfig:
     if isinstance(fields["r"], int):
         fields.setdefault("lora_alpha", 2 * fields["r"])
     try:
-        return LoraConfig(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{node.nodeid}: peft refuses LoraConfig({_spelled(fields)}): {error}") from error
+        with warnings_only_warn():
+            return LoraConfig(**fields)
+    except Exception as error:  # whatever PEFT raises for what is no value of a field
+        raise ValueError(
+            f"{node.nodeid}: peft refuses LoraConfig({_spelled(fields)}): {in_short(error)}"
+        ) from error
 
 
 def fitted(config: LoraConfig, base: nn.Module, node: pytest.Item) -> LoraConfig:
-    """The configuration, or a copy in which defaults that only fit a causal LM of transformers fit the base."""
+    """The configuration, or a copy in which defaults that only fit a causal LM of transformers fit the base.
+
+    Raises:
+        ValueError: A fixture of the user's gives something else for one of them.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"the fixture lora_config must return a peft.LoraConfig, not {shown(config)}")
+    if not isinstance(base, nn.Module):
+        raise ValueError(f"the fixture lora_base_model must return a torch.nn.Module, not {shown(base)}")
     changes: dict[str, object] = {}
     if not hasattr(base, "prepare_inputs_for_generation") and "task_type" not in fields_for(node).config:
         changes["task_type"] = None
@@ -81,9 +94,9 @@ def _parameter_fields(node: pytest.Item, parameter: object) -> dict[str, object]
             raise ValueError(f"{node.nodeid}: the parameter of lora_config has Expect fields: {names}")
         return fields.config
     raise ValueError(
-        f"{node.nodeid}: a parameter of lora_config is a rank, a dict of fields or a LoraConfig, not {parameter!r}"
+        f"{node.nodeid}: a parameter of lora_config is a rank, a dict of fields or a LoraConfig, not {shown(parameter)}"
     )
 
 
 def _spelled(fields: Mapping[str, object]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in fields.items())
+    return ", ".join(f"{name}={shown(value)}" for name, value in fields.items())

@@ -11,6 +11,7 @@ import pytest
 
 from pytest_lora.expect import Expect
 from pytest_lora.plugin.session_options import options_of
+from pytest_lora.values import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -79,7 +80,9 @@ def split(fields: Mapping[str, object], where: str) -> Fields:
         elif name in lora_config_fields():
             split.config[name] = value
         else:
-            raise ValueError(f"{where} has no field {name!r}; did you mean {_closest(name)!r}?")
+            raise ValueError(
+                f"{where} has no field {shown(name)}; did you mean {_closest(str(name)[:40])!r}?"
+            )
     return split
 
 

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 def sweeper(node: pytest.Item, base: nn.Module, config: LoraConfig) -> Callable[..., SweepResult]:
     """``rank_sweep`` with the base copied for every trial; keywords of the caller go first."""
 
+    fitted = lora_settings.fitted(config, base, node)
+
     def sweep(train: Any, evaluate: Any, **settings: Any) -> SweepResult:
         defaults: dict[str, Any] = {
             "ranks": options_of(node.config).ranks,
-            "config": lora_settings.fitted(config, base, node),
+            "config": fitted,
             "progress": False,
         }
         return rank_sweep(lambda: copy.deepcopy(base), train, evaluate, **defaults | settings)

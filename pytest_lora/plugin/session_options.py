@@ -152,15 +152,16 @@ def _base(config: pytest.Config) -> Path | str | None:
     if not path.exists() and is_name(given) and (given in names or find_shape(given) is not None):
         return given
     raise pytest.UsageError(
-        f"{source}: {str(path)!r} is no model folder and no config.json, and {given!r} is no public model that is known"
+        f"{source}: {str(path)!r} is no model folder and no config.json, and {_shown(given)} is no public model that "
+        "is known"
     )
 
 
 def _named_base(config: pytest.Config, line: str) -> tuple[str, Path]:
     name, equals, place = (part.strip() for part in line.partition("="))
-    path = _beside_ini(config) / Path(place).expanduser()
     if not (name and equals and place):
-        raise pytest.UsageError(f"ini lora_bases: {line!r} is not NAME = PATH")
+        raise pytest.UsageError(f"ini lora_bases: {_shown(line)} is not NAME = PATH")
+    path = _placed("ini lora_bases", _beside_ini(config), place)
     if not (path.is_file() or (path / "config.json").is_file()):
         raise pytest.UsageError(f"ini lora_bases: {str(path)!r} is no model folder and no config.json")
     return name, path
@@ -178,11 +179,11 @@ def _adapter_folders(config: pytest.Config) -> Iterator[Path]:
 def _report_file(config: pytest.Config, given: str) -> Path:
     from pytest_lora.report import FORMATS, format_of
 
-    path: Path = config.invocation_params.dir / Path(given).expanduser()
+    path = _placed("--lora-report", config.invocation_params.dir, given)
     if not format_of(path.name):
-        raise pytest.UsageError(f"--lora-report: {given!r} must end in {', '.join(sorted(FORMATS))}")
+        raise pytest.UsageError(f"--lora-report: {_shown(given)} must end in {', '.join(sorted(FORMATS))}")
     if path.is_dir():
-        raise pytest.UsageError(f"--lora-report: {given!r} is a folder; name a file")
+        raise pytest.UsageError(f"--lora-report: {_shown(given)} is a folder; name a file")
     return path
 
 
@@ -192,9 +193,9 @@ def _baseline_file(config: pytest.Config) -> Path | None:
         if config.getoption("lora_update_baseline"):
             raise pytest.UsageError("--lora-update-baseline: say which file, with --lora-baseline FILE")
         return None
-    path: Path = config.invocation_params.dir / Path(given).expanduser()
+    path = _placed("--lora-baseline", config.invocation_params.dir, given)
     if path.is_dir() or not path.parent.is_dir():
-        raise pytest.UsageError(f"--lora-baseline: {given!r} must be a file in a folder that exists")
+        raise pytest.UsageError(f"--lora-baseline: {_shown(given)} must be a file in a folder that exists")
     return path
 
 
@@ -208,13 +209,13 @@ def _recipe_places(config: pytest.Config) -> Iterator[Path]:
 
 
 def _recipe_place(source: str, where: Path, given: str) -> Path:
-    place = where / Path(given).expanduser()
+    place = _placed(source, where, given)
     if not place.exists():
         raise pytest.UsageError(f"{source}: there is no file or folder {str(place)!r}{_hub_hint(given)}")
     return place.resolve()
 
 
-_CARD = re.compile(r"(?:(\d+)\s*[xX]\s*)?(\S.*)")
+_CARD = re.compile(r"(?:(\d{1,6})\s*[xX]\s*)?(\S.*)")
 
 
 def _card(config: pytest.Config) -> tuple[int, str | None]:
@@ -226,17 +227,17 @@ def _card(config: pytest.Config) -> tuple[int, str | None]:
 
     match = _CARD.fullmatch(given.strip())
     source = "--lora-card" if config.getoption("lora_card") else "ini lora_card"
-    if match is None or match[1] == "0":
-        raise pytest.UsageError(f"{source}: {given!r} is no memory of cards; write 24GiB or 8x80GiB")
+    if match is None or not int(match[1] or 1):
+        raise pytest.UsageError(f"{source}: {_shown(given)} is no memory of cards; write 24GiB or 8x80GiB")
     try:
         parse_bytes(match[2], "size")
     except (TypeError, ValueError) as error:
-        raise pytest.UsageError(f"{source}: {given!r} is no memory of cards: {error}") from error
+        raise pytest.UsageError(f"{source}: {_shown(given)} is no memory of cards: {error}") from error
     return int(match[1] or 1), match[2]
 
 
 def _folder_of_adapters(source: str, where: Path, given: str) -> Path:
-    folder = where / Path(given).expanduser()
+    folder = _placed(source, where, given)
     if not folder.is_dir():
         hint = _hub_hint(given) or "; adapters are never downloaded"
         raise pytest.UsageError(f"{source}: there is no folder {str(folder)!r}{hint}")
@@ -249,12 +250,26 @@ def _hub_hint(given: str) -> str:
     return hub_hint(given)
 
 
+def _placed(source: str, home: Path, given: str) -> Path:
+    """A path as it was written, relative to a folder.
+
+    Raises:
+        pytest.UsageError: The system cannot look at it: it is too long, say, or has a NUL.
+    """
+    try:
+        path = home / Path(given).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # the last for a home that there is not
+        raise pytest.UsageError(f"{source}: {_shown(given)} is no path: {_shown(str(error))}") from error
+    return path
+
+
 def _path(config: pytest.Config, name: str) -> tuple[str, Path | None]:
     """Where a path is set, and the path: the flag is relative to where pytest was called, ini to its own folder."""
     if flag := config.getoption(f"lora_{name}"):
-        return f"--lora-{name}", config.invocation_params.dir / Path(flag).expanduser()
+        return f"--lora-{name}", _placed(f"--lora-{name}", config.invocation_params.dir, flag)
     if ini := config.getini(f"lora_{name}"):
-        return f"ini lora_{name}", _beside_ini(config) / Path(ini).expanduser()
+        return f"ini lora_{name}", _placed(f"ini lora_{name}", _beside_ini(config), ini)
     return "", None
 
 
@@ -267,7 +282,7 @@ def _device(text: str) -> str:
     if kind not in ("auto", "cpu", "cuda", "xpu", "mps") or (
         colon and not (kind == "cuda" and index.isdecimal())
     ):
-        raise pytest.UsageError(f"--lora-device: {text!r} is none of auto, cpu, cuda, cuda:N, xpu, mps")
+        raise pytest.UsageError(f"--lora-device: {_shown(text)} is none of auto, cpu, cuda, cuda:N, xpu, mps")
     return text
 
 
@@ -278,12 +293,15 @@ def gpus_per_worker(config: pytest.Config) -> int:
         pytest.UsageError: It is no number.
     """
     text = config.getini("lora_gpus_per_worker") or "0"
-    if not text.isdecimal():
-        raise pytest.UsageError(f"ini lora_gpus_per_worker: {text!r} is no number of GPUs")
+    if not text.isdecimal() or len(text) > MOST_DIGITS:
+        raise pytest.UsageError(f"ini lora_gpus_per_worker: {_shown(text)} is no number of GPUs")
     return int(text)
 
 
 RANKS = (4, 8, 16)
+
+MOST_DIGITS = 6
+"""Of a number of GPUs or a rank."""
 
 
 def _ranks(config: pytest.Config) -> tuple[int, ...]:
@@ -293,9 +311,10 @@ def _ranks(config: pytest.Config) -> tuple[int, ...]:
     ):
         if text:
             parts = [part.strip() for part in text.split(",")]
-            if not all(part.isdecimal() and int(part) for part in parts) or len(set(parts)) < len(parts):
+            sound = all(part.isdecimal() and len(part) <= MOST_DIGITS and int(part) for part in parts)
+            if not sound or len(set(parts)) < len(parts):
                 raise pytest.UsageError(
-                    f"{source}: {text!r} are no ranks; write different ones, as in 4,8,16"
+                    f"{source}: {_shown(text)} are no ranks; write different ones, as in 4,8,16"
                 )
             return tuple(map(int, parts))
     return RANKS
@@ -311,3 +330,9 @@ def asks_for_gpus(early_config: pytest.Config) -> bool:
     device = _device(flags.lora_device)
     asked = flags.lora_require_gpu or flags.lora_gpu_report or early_config.getini("lora_gpus_per_worker")
     return device.startswith("cuda") or bool(device == "auto" and asked)
+
+
+def _shown(value: object) -> str:
+    from pytest_lora.values import shown  # not where a session starts that has nothing to refuse
+
+    return shown(value)

@@ -64,10 +64,17 @@ class Gathered:
         self._failures: dict[str, tuple[str, int | None, str]] = {}
         self._places: dict[str, tuple[str, int | None]] = {}
         self._reporting: dict[str, pytest.TestReport] = {}
+        self._failed_parts: defaultdict[str, list[str]] = defaultdict(list)
 
     def add(self, report: pytest.TestReport) -> None:
         """Take in the report of a phase of a test."""
         nodeid = report.nodeid
+        if report.when == "setup":  # of another try, perhaps
+            for part in self._failed_parts.pop(nodeid, ()):
+                del self._outcomes[part], self._failures[part]
+        if _is_subtest(report):
+            self._add_part(report)
+            return
         outcome = _outcome(report)
         if outcome is not None:
             self._outcomes[nodeid] = outcome
@@ -76,10 +83,24 @@ class Gathered:
             self._failures[nodeid] = _failure(report)
         elif report.when == "call":
             self._failures.pop(nodeid, None)  # of an earlier try
+            if parts := self._failed_parts.get(nodeid):  # pytest itself says so later, to the terminal alone
+                self._outcomes[nodeid] = "failed"
+                self._failures[nodeid] = report.location[0], None, f"contains {len(parts)} failed subtests"
         if any(name in (summary.PROPERTY, GPU_PROPERTY) for name, _ in report.user_properties):
             self._reporting[nodeid] = report
             file, line, _ = report.location
             self._places[nodeid] = file, None if line is None else line + 1
+
+    def _add_part(self, report: Any) -> None:
+        """Take in a subtest that failed, as a test of its own; the others are parts of theirs."""
+        if not report.failed:
+            return
+        name, parts = f"{report.nodeid} {report._sub_test_description()}", self._failed_parts[report.nodeid]
+        again = sum(part == name or part.startswith(f"{name} #") for part in parts)
+        name += f" #{again + 1}" if again else ""
+        parts.append(name)
+        self._outcomes[name] = "failed"
+        self._failures[name] = _failure(report)
 
     def add_broken_file(self, report: pytest.CollectReport) -> None:
         """Take in a file that could not be collected."""
@@ -196,6 +217,11 @@ class SessionReport:
             self._trouble = f"not written: {error}"
         took = time.monotonic() - began
         self._write_at = time.monotonic() + max(WAIT, REST * took)
+
+
+def _is_subtest(report: object) -> bool:
+    """Whether a report is one of a part of a test: of unittest's ``subTest`` or pytest's ``subtests``."""
+    return any(kind.__name__.lower() == "subtestreport" for kind in type(report).__mro__)
 
 
 def _outcome(report: pytest.TestReport) -> str | None:

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from pytest_lora.findings import grouped
+from pytest_lora.inspection.quiet import warnings_only_warn
 from pytest_lora.inspection.state import Damage, Snapshot
+from pytest_lora.values import in_short
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -141,14 +143,23 @@ class Base:
 
         The weights depend on the configuration only, and no random state is touched. On a base small enough to
         copy, the layers of an adapter are used again, put back to what they were when new.
+
+        Raises:
+            ValueError: PEFT refuses the configuration.
         """
         key = repr(vars(config))
         if key in self._kept:
             model, state = self._kept[key]
             if not state.restore():
                 return model, state
-        with _own_randomness(self.model):
-            made = peft.get_peft_model(self.model, copy.deepcopy(config))  # PEFT writes to it
+        with _own_randomness(self.model), warnings_only_warn():
+            try:
+                made = peft.get_peft_model(self.model, copy.deepcopy(config))  # PEFT writes to it
+            except Exception as error:  # whatever PEFT and torch raise for what they do not take
+                raise ValueError(
+                    f"lora_config: PEFT refuses it on this {type(self.model).__name__}: "
+                    f"{type(error).__name__}: {in_short(error)}"
+                ) from error
         state = Snapshot(made, sharing=self.pristine)
         if state.copied:
             self._kept[key] = made, state

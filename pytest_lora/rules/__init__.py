@@ -10,16 +10,18 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 # Facts are loaded with the rules, not by the first rule: code that takes modules out of ``sys.modules``
 # again (pytest's own pytester does) would else leave rules that know no fact of later checks.
 from pytest_lora import facts as facts
 from pytest_lora.expect import Expect
 from pytest_lora.findings import SEVERITIES, Finding, Severity
+from pytest_lora.values import require_flag, require_items, require_one_of, require_text, shown
 
 F = TypeVar("F")
 
@@ -129,15 +131,24 @@ def rule(
         ValueError: The code or the name is taken, the severity unknown, or the documentation missing.
     """
 
+    if not isinstance(code, str) or not re.fullmatch(r"[A-Za-z]+[0-9]+", code, re.ASCII):
+        raise ValueError(f"code must be letters and digits such as 'ACME001', not {shown(code)}")
+    require_one_of("severity", severity, SEVERITIES)
+    if not isinstance(needs, type):
+        raise TypeError(f"needs must be a class of facts, not {shown(needs)}")
+    former = require_items("aliases", aliases, "a list of codes", require_text)
+    causes = require_items("because_of", because_of, "a list of names of rules", require_text)
+    require_flag("passing", passing)
+    if on_saved is not None:
+        require_one_of("on_saved", on_saved, get_args(OnSaved))
+
     def register(judge: Judge[F]) -> Judge[F]:
         name = judge.__name__
-        if severity not in SEVERITIES:
-            raise ValueError(f"rule {name!r}: severity must be one of {SEVERITIES}, not {severity!r}")
         if not judge.__doc__:
             raise ValueError(f"rule {name!r} has no documentation")
         for known in _registered.values():
             same_place = known.judge.__module__ == judge.__module__ and known.name == name
-            if not same_place and (known.name == name or {code, *aliases} & {*known.codes}):
+            if not same_place and (known.name == name or {code, *former} & {*known.codes}):
                 raise ValueError(
                     f"rule {name!r}: its name or its code {code} is already that of {known.name!r}"
                 )
@@ -150,10 +161,10 @@ def rule(
             _stage(judge, needs),
             doc,
             judge,
-            tuple(aliases),
+            former,
             on_saved,
             passing,
-            tuple(because_of),
+            causes,
         )
         return judge
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pytest_lora.findings import Finding
 from pytest_lora.rules import catalogue
+from pytest_lora.values import require_items, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +77,17 @@ def codes(argument: str, prefixes: Any) -> tuple[str, ...]:
         TypeError: They are no list of strings.
         ValueError: One fits no code; the message names the argument and suggests another.
     """
-    if isinstance(prefixes, str) or not isinstance(prefixes, Iterable):
-        raise TypeError(f"{argument} must be a list of codes such as ['LORA1'], not {prefixes!r}")
     found: list[str] = []
-    for prefix in prefixes:
+    for prefix in require_items(argument, prefixes, "a list of codes such as ['LORA1']"):
         if not isinstance(prefix, str):
-            raise TypeError(f"{argument} must be a list of codes such as ['LORA1'], but holds {prefix!r}")
+            raise TypeError(
+                f"{argument} must be a list of codes such as ['LORA1'], but holds {shown(prefix)}"
+            )
         fitting = [rule for rule in catalogue() if any(code.startswith(prefix) for code in rule.codes)]
         if not fitting or not prefix:
-            raise ValueError(f"{argument}: {prefix!r} is no code or start of a code; {_nearest(prefix)}")
+            raise ValueError(
+                f"{argument}: {shown(prefix)} is no code or start of a code; {_nearest(prefix[:40])}"
+            )
         found.append(prefix)
         found += [rule.code for rule in fitting if not rule.code.startswith(prefix)]
     return tuple(found)

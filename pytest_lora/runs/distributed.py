@@ -15,13 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, get_args
 
 from filelock import FileLock, Timeout
 
+from pytest_lora.values import require_items, require_number, require_one_of, require_whole, shown
 from pytest_lora.writing import write_whole
 
 Backend = Literal["gloo", "nccl"]
+
+MOST_RANKS = 1024
+"""Processes on one machine: each imports torch, and takes a few hundred MiB for that."""
 
 GRACE = 2.0
 """Seconds between the word of a rank that ran out of time and its end, with which the launcher ends the others."""
@@ -72,6 +76,7 @@ def run_distributed(
         RanksFailedError: A rank raised, died or took too long; has its traceback.
     """
     _check(fn, world_size, backend, timeout)
+    given = require_items("args", args, "a list of arguments")
     if backend == "nccl":
         _require_gpus(world_size)
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -92,7 +97,7 @@ def run_distributed(
             start_method="spawn",
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
-        task = _Task(fn.__module__, fn.__qualname__, tuple(args), backend, timeout, folder)
+        task = _Task(fn.__module__, fn.__qualname__, given, backend, timeout, folder)
         failure = ""
         try:
             with _own_signal_handlers():
@@ -122,17 +127,14 @@ def _own_signal_handlers() -> Iterator[None]:
 
 
 def _check(fn: Any, world_size: object, backend: object, timeout: object) -> None:
-    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
-        raise ValueError(f"world_size must be a whole number of ranks, 1 or more, not {world_size!r}")
-    if backend not in ("gloo", "nccl"):
-        raise ValueError(f"backend must be 'gloo' or 'nccl', not {backend!r}")
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
-        raise ValueError(f"timeout must be a number of seconds greater than 0, not {timeout!r}")
-    name = getattr(fn, "__qualname__", "")
-    module = sys.modules.get(getattr(fn, "__module__", None) or "")
-    if not callable(fn) or module is None or getattr(module, name, None) is not fn:
+    require_whole("world_size", world_size, least=1, most=MOST_RANKS)
+    require_one_of("backend", backend, get_args(Backend))
+    require_number("timeout", timeout, above=0.0, most=threading.TIMEOUT_MAX)
+    name, home = getattr(fn, "__qualname__", ""), getattr(fn, "__module__", "")
+    module = sys.modules.get(home) if isinstance(home, str) else None
+    if not callable(fn) or module is None or vars(module).get(name) is not fn:
         raise TypeError(
-            f"fn must be a function at the top level of a module, which each rank imports, not {fn!r}"
+            f"fn must be a function at the top level of a module, which each rank imports, not {shown(fn)}"
         )
 
 

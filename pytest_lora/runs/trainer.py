@@ -13,6 +13,7 @@ from pytest_lora.assertions import stack_level
 from pytest_lora.facts.history import as_count
 from pytest_lora.findings import LoraHealthWarning
 from pytest_lora.inspection.model import carries_lora
+from pytest_lora.rules.selection import codes
 from pytest_lora.runs.trackers import PROJECT, Told
 from pytest_lora.runs.watch import BETWEEN, FIRST_STEPS, OnError, Watch
 
@@ -68,8 +69,8 @@ class LoraHealthCallback(TrainerCallback):
         self._settings: dict[str, Any] = {
             "listener": self._told,
             "expect": expect,
-            "select": tuple(select),
-            "ignore": tuple(ignore),
+            "select": codes("select", select),
+            "ignore": codes("ignore", ignore),
             "on_error": on_error,
         }
         self._model_steps = as_count("model_steps", model_steps)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pytest_lora.arguments import require_expect
+from pytest_lora.arguments import require_expect, require_trainers
 from pytest_lora.assertions import LoraHealthError, delivered, stack_level
 from pytest_lora.checks.history import diagnose_history
 from pytest_lora.checks.model import check_model
@@ -19,6 +19,7 @@ from pytest_lora.rules import judge
 from pytest_lora.rules.selection import codes, in_force, selected
 from pytest_lora.runs.steps import at_each_step
 from pytest_lora.runs.trackers import PROJECT, Told
+from pytest_lora.values import require_one_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,8 +62,7 @@ class Watch:
         first_steps: int = FIRST_STEPS,
         listener: Callable[[Report, int], None] | None = None,
     ) -> None:
-        if on_error not in get_args(OnError):
-            raise ValueError(f"on_error must be one of {', '.join(get_args(OnError))}, not {on_error!r}")
+        require_one_of("on_error", on_error, get_args(OnError))
         self.total_steps = None if total_steps is None else as_count("total_steps", total_steps)
         self.steps_per_loss = as_count("steps_per_loss", steps_per_loss)
         self.learning_rate: float | None = None
@@ -269,6 +269,7 @@ def watch_training(
         on_error=on_error,
         listener=told,
     )
+    require_trainers(optimizer, None, None)
     try:
         watch.look(model, optimizer)
         with at_each_step(watch, model, optimizer):

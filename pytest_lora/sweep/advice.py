@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pytest_lora.arguments import require_number, require_whole
 from pytest_lora.sweep import claims
 from pytest_lora.sweep.capacity import Capacity, capacity_of
 from pytest_lora.sweep.claims import Claim
+from pytest_lora.values import require_number, require_whole
 
 if TYPE_CHECKING:
     from pytest_lora.sweep.capacity import Base

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pytest_lora.arguments import require_number, require_share
 from pytest_lora.facts.sweep import is_enough, percent, rate_text
 from pytest_lora.sweep.evidence import Evidence
 from pytest_lora.sweep.rows import RankOutcome
@@ -37,6 +36,7 @@ from pytest_lora.sweep.verdicts import (
     stop,
     time_verdict,
 )
+from pytest_lora.values import require_number, require_share
 
 METRIC_SHARE = 0.95
 TIME_SHARE = 0.70

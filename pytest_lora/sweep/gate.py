@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.arguments import require_expect, require_number, require_share, require_whole
+from pytest_lora.arguments import refusing, require_expect
 from pytest_lora.assertions import asserting
 from pytest_lora.checks.judging import report_on
 from pytest_lora.expect import Expect
@@ -19,11 +19,13 @@ from pytest_lora.sweep.lock import RankLock, drift, in_use
 from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.rows import RankOutcome
 from pytest_lora.sweep.table import number
+from pytest_lora.values import require_number, require_share, require_whole, shown
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 
+@refusing
 def check_rank_suffices(
     result: SweepResult | RankLock | str | os.PathLike[str],
     rank: int | RankLock | str | os.PathLike[str] | None = None,
@@ -94,9 +96,7 @@ def _evidence(result: Any, rank: Any) -> tuple[SweepResult, RankLock | None, str
         return result, lock, name
     own, own_name = _lock(result)
     if own is None:
-        raise TypeError(
-            f"result must be a SweepResult, a RankLock or the path of one, not {type(result).__name__}"
-        )
+        raise TypeError(f"result must be a SweepResult, a RankLock or the path of one, not {shown(result)}")
     if rank is not None:
         raise TypeError("rank is in the lock already; leave it out, or give a fresh sweep before it")
     return SweepResult.from_json(own.evidence), own, own_name

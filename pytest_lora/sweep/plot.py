@@ -12,6 +12,7 @@ from pytest_lora.sweep.plot_rates import by_rate, price
 from pytest_lora.sweep.plot_theme import THEMES, Theme, prepare_ranks, title
 from pytest_lora.sweep.rows import RankOutcome
 from pytest_lora.sweep.table import number
+from pytest_lora.values import shown
 from pytest_lora.writing import write_whole
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def draw(
 ) -> Path:
     """Draw and write; ``SweepResult.plot`` documents the arguments."""
     if theme not in THEMES:
-        raise ValueError(f"theme must be one of {', '.join(THEMES)}, not {theme!r}")
+        raise ValueError(f"theme must be one of {', '.join(THEMES)}, not {shown(theme)}")
     file = Path(path)
     try:
         from matplotlib.figure import Figure

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_lora.arguments import require_share
 from pytest_lora.facts.number_tables import markdown_lines, text_lines
 from pytest_lora.facts.operations import format_flops
 from pytest_lora.facts.sweep import is_enough, percent
 from pytest_lora.memory.price import Cost, Price, format_hours
 from pytest_lora.sweep.choice import METRIC_SHARE, TIME_SHARE
+from pytest_lora.values import require_share
 
 if TYPE_CHECKING:
     from pytest_lora.sweep.result import SweepResult

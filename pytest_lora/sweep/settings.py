@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from pytest_lora.arguments import require_share
 from pytest_lora.facts.sweep import rate_text
 from pytest_lora.sweep.digest import Reader
 from pytest_lora.sweep.goal import more_is_better
 from pytest_lora.sweep.halving import budgets, require_optuna
 from pytest_lora.sweep.plan import TrialPlan
+from pytest_lora.values import require_share
 
 ALPHA_RATIO = 2.0
 """``lora_alpha`` for each rank where the user gives none: what the QLoRA examples of PEFT and TRL use."""

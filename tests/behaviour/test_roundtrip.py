@@ -375,7 +375,7 @@ def test_the_model_is_left_as_it_was(
             reload,
         ):
             monkeypatch.setattr(home, "output_of", output)
-        with pytest.raises(RuntimeError, match="out of luck"):
+        with pytest.raises(ValueError, match="out of luck"):
             check(model, BATCH)
     else:
         check(model, BATCH)

@@ -149,3 +149,17 @@ def test_without_numba_or_a_place_to_write_it_still_works(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(compiled_replay.importlib, "import_module", missing)
     assert fastest_replay.__wrapped__() is plainly_replayed
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(1, 2**50), st.booleans()), min_size=1, max_size=30))
+def test_steps_of_many_terabytes_are_reserved_for_too(blocks: list[tuple[int, bool]]) -> None:
+    """Sizes and addresses have to share 62 bits: what is above is counted more coarsely, and never wrongly."""
+    sizes = np.array([size for size, _ in blocks], dtype=np.int64)
+    events = [(number, False) for number in range(len(blocks))]
+    events += [(number, True) for number, (_, is_freed) in enumerate(blocks) if is_freed]
+    storages = np.array([number for number, _ in events])
+    frees = np.array([is_free for _, is_free in events])
+    reserved = max_reserved(sizes, storages, storages, frees)
+    held = sum(size for size, _ in blocks)
+    assert held <= reserved <= held * 1.02 + len(blocks) * 20 * MIB

@@ -314,7 +314,7 @@ def test_bad_arguments_are_named(fields: dict[str, Any], error: type[Exception],
 
 
 def test_what_is_no_lora_or_no_base_is_named() -> None:
-    with pytest.raises(TypeError, match=r"^config must be a peft\.LoraConfig, not dict$"):
+    with pytest.raises(TypeError, match=r"^config must be a peft\.LoraConfig, not {'r': 8}$"):
         estimate_memory({"r": 8}, small(), batch_size=1, seq_len=8)  # type: ignore[arg-type]
     with pytest.raises(
         TypeError, match=r"^base must be a torch\.nn\.Module, a transformers PretrainedConfig"

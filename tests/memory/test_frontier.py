@@ -14,6 +14,7 @@ from pytest_lora import (
     OomFrontier,
     assert_fits_memory,
     check_memory,
+    estimate_memory,
     largest_that_fits,
     oom_frontier,
 )
@@ -116,3 +117,34 @@ def test_a_search_finds_and_shrinks_what_does_not_fit() -> None:
     assert (config.r, config.lora_dropout, shape.batch_size) == (1, 0.0, 1)
     largest = largest_that_fits(config, llama, "24GiB", vary="seq_len", quantization="nf4")
     assert shape.seq_len == largest + 1
+
+
+@pytest.mark.parametrize("vary", ["batch_size", "seq_len", "r"])
+def test_a_budget_that_holds_all_that_is_counted_is_no_answer(vary: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^budget holds every {vary} up to [0-9,]+, the largest that is counted"
+    ):
+        largest_that_fits(CONFIG, BASE, "1000TiB", vary=vary, batch_size=1, seq_len=1)
+
+
+def test_a_batch_of_millions_is_estimated_as_one_of_thousands() -> None:
+    many, fewer = (estimate_memory(CONFIG, BASE, batch_size=10**power, seq_len=8) for power in (7, 4))
+    share, expected = (one.peak_reserved / one.peak_allocated for one in (many, fewer))
+    assert many.peak_allocated > 2**40
+    assert share == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("point", "named"),
+    [
+        ({"batch_size": 10**9, "seq_len": 8}, "batch_size must be at most 268,435,456, not 1000000000"),
+        ({"batch_size": 1, "seq_len": 10**9}, "seq_len must be at most 16,777,216"),
+        (
+            {"batch_size": 10**6, "seq_len": 10**6},
+            "batch_size times seq_len must be at most 268,435,456 tokens",
+        ),
+    ],
+)
+def test_what_no_step_can_have_is_refused_by_name(point: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=f"^{named}"):
+        estimate_memory(CONFIG, BASE, **point)

@@ -227,7 +227,7 @@ def test_bad_arguments_are_named() -> None:
         LoraHealthCallback(model_steps=0)
     with pytest.raises(TypeError, match=r"model_steps must be a whole number of steps, not 1\.5"):
         LoraHealthCallback(model_steps=1.5)
-    with pytest.raises(TypeError, match="expect must be an Expect, not str"):
+    with pytest.raises(TypeError, match="expect must be an Expect, not 'train'"):
         LoraHealthCallback(expect="train")
 
 
@@ -237,8 +237,11 @@ def test_bad_arguments_are_named() -> None:
         ({"total_steps": "100"}, "total_steps must be a whole number of steps, not '100'"),
         ({"total_steps": 0}, "total_steps must be at least 1, not 0"),
         ({"steps_per_loss": 0}, "steps_per_loss must be at least 1, not 0"),
-        ({"optimizer": torch.optim.AdamW}, "optimizer must be a torch.optim.Optimizer, not type"),
-        ({"expect": {}}, "expect must be an Expect, not dict"),
+        (
+            {"optimizer": torch.optim.AdamW},
+            "optimizer must be a torch.optim.Optimizer, not <class 'torch.optim.adamw.AdamW'>",
+        ),
+        ({"expect": {}}, "expect must be an Expect, not {}"),
         ({"model": torch.nn.Linear(2, 2)}, "model must carry LoRA layers, but this Linear has none"),
     ],
     ids=str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import random
 import signal
 import warnings
@@ -168,6 +169,10 @@ def observed(setup: Setup) -> dict[str, Any]:
         "number of threads": torch.get_num_threads(),
         "warning filters": (id(module.filters), list(module.filters), module.showwarning),
         "logging levels": [(g.level, g.disabled) for g in map(logging.getLogger, LOGGERS)],
+        "logging handlers": [
+            (g.handlers[:], g.filters[:], g.propagate) for g in map(logging.getLogger, LOGGERS)
+        ],
+        "environment variables": dict(os.environ),
         "disabled logging": logging.root.manager.disable,
         "signal handlers": {n: signal.getsignal(n) for n in signal.valid_signals()},
     }

@@ -50,7 +50,7 @@ from tests.state.observed import amid_training
 warnings.simplefilter("ignore")
 torch.manual_seed(0)
 setup, times = amid_training(), int(sys.argv[2])
-found = interrupts.outcomes(interrupts.check(sys.argv[1], setup), setup, times, seed=1)
+found = interrupts.outcomes(interrupts.checks(setup)[sys.argv[1]], setup, times, seed=1)
 print([outcome for outcome in found if outcome.left])
 print(sum(outcome.interrupted for outcome in found))
 """

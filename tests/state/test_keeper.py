@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 import signal
 import warnings
@@ -118,6 +119,17 @@ def _levels(setup: Setup) -> None:
     logging.getLogger("peft").disabled = True
 
 
+def _handlers(setup: Setup) -> None:
+    logging.root.handlers = [logging.NullHandler()]
+    logging.getLogger("peft").addHandler(logging.NullHandler())
+    logging.getLogger("transformers").propagate = not logging.getLogger("transformers").propagate
+
+
+def _environment(setup: Setup) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "perhaps"
+    os.environ.pop("PATH", None)
+
+
 ATTACKS: dict[str, Callable[[Setup], object]] = {
     "weights": _weights,
     "buffers": lambda s: [b.mul_(2) for b in s.model.buffers()],
@@ -146,6 +158,8 @@ ATTACKS: dict[str, Callable[[Setup], object]] = {
     "number of threads": lambda s: torch.set_num_threads(torch.get_num_threads() + 1),
     "warning filters": _filters,
     "logging levels": _levels,
+    "logging handlers": _handlers,
+    "environment variables": _environment,
     "disabled logging": lambda s: logging.disable(logging.CRITICAL),
     "signal handlers": lambda s: signal.signal(signal.SIGUSR1, do_nothing),
 }

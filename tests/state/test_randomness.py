@@ -40,6 +40,26 @@ def test_cuda_draws_after_it_as_if_nothing_had_been_inside(
     assert drawn(played) == expected
 
 
+@pytest.mark.parametrize("name", ["xpu", "mps"])
+def test_other_accelerators_in_use_draw_as_if_nothing_had_been_inside(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    read, write = {
+        "xpu": ("get_rng_state_all", "set_rng_state_all"),
+        "mps": ("get_rng_state", "set_rng_state"),
+    }[name]
+    monkeypatch.setattr(torch.xpu, "is_initialized", lambda: name == "xpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: name == "mps")
+    monkeypatch.setattr(getattr(torch, name), read, generator.get_state)
+    monkeypatch.setattr(getattr(torch, name), write, generator.set_state)
+    expected = float(torch.rand((), generator=torch.Generator().manual_seed(5)))
+    before = RandomStates()
+    torch.rand(3, generator=generator)
+    before.restore()
+    assert float(torch.rand((), generator=generator)) == expected
+
+
 def test_without_a_seed_cuda_does_not_go_on_from_the_seed_of_what_was_inside(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -189,6 +190,60 @@ def test_containers_come_back_also_those_that_refuse_changes(kind: str) -> None:
     check_training(model, batch(), steps=1)
     assert model.notes is container
     assert repr(container) == before
+
+
+@dataclass(slots=True)
+class Slotted:
+    """What keeps its fields outside of a dict."""
+
+    seen: list[int]
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Refuses changes, but for those who ask ``object``."""
+
+    seen: list[int]
+    count: int = 0
+
+
+def _cache() -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    cache.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0)
+    return cache
+
+
+def _count(holder: Any) -> None:
+    holder.seen.append(2)
+    object.__setattr__(holder, "count", holder.count + 1)
+
+
+HOLDERS: dict[str, tuple[Any, Callable[[Any], object], Callable[[Any], Any]]] = {
+    "a dataclass with slots": (Slotted([1]), _count, repr),
+    "a frozen dataclass": (Frozen([1]), _count, repr),
+    "a cache of keys and values": (
+        _cache(),
+        lambda c: c.update(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4), 0),
+        lambda c: (c.get_seq_length(), c.layers[0].keys.shape),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_what_a_model_holds_comes_back_however_it_keeps_its_fields(kind: str) -> None:
+    holder, change, seen = HOLDERS[kind]
+    model = adapted()
+    model.notes = holder
+    before = seen(holder)
+    model.get_base_model().touch = lambda module: change(holder)
+    check_training(model, batch(), steps=1)
+    assert model.notes is holder
+    assert seen(holder) == before
+    change(holder)
+    assert seen(holder) != before
 
 
 class Stubborn(UserDict[str, int]):

@@ -64,7 +64,7 @@ def test_table_as_text_and_markdown() -> None:
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     assert markdown.endswith("- peak memory not estimated: no reason")
-    with pytest.raises(ValueError, match=r"^style must be 'text' or 'markdown', not 'html'$"):
+    with pytest.raises(ValueError, match=r"^style must be one of text, markdown, not 'html'$"):
         result().table("html")  # type: ignore[arg-type]
 
 

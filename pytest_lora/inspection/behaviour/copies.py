@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.inspection.model import adapted_survey
@@ -22,6 +23,7 @@ from pytest_lora.inspection.peft_internals import (
     xlora_models,
 )
 from pytest_lora.inspection.state.precision import in_float64
+from pytest_lora.inspection.state.tensors import same_contents
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Deviation of the merged output, relative to its largest value: about 1,000 rounding steps of float32, and 4 of
@@ -216,6 +218,8 @@ def without_adapter(layers: dict[str, Any], run: Callable[[], Tensor]) -> Tensor
 
 def identical(first: Tensor, second: Tensor) -> bool:
     """Equal bit for bit, where NaN is equal to NaN."""
+    if is_traceable_wrapper_subclass(first):
+        return same_contents(first, second)
     if torch.equal(first, second):
         return True
     return first.shape == second.shape and bool(_same(first, second).all())
@@ -246,5 +250,7 @@ def _same(first: Tensor, second: Tensor) -> Tensor:
 
 def largest(tensor: Tensor) -> float:
     """The largest finite absolute value, 0 where there is none."""
+    if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+        tensor = tensor.float()  # torch asks no 8-bit float whether it is finite
     finite = tensor[tensor.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0

@@ -28,6 +28,7 @@ from pytest_lora.inspection.peft_internals import WRAPPERS, LoraLayer
 from pytest_lora.inspection.quiet import quiet_libraries
 from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.state.precision import without_tf32
+from pytest_lora.inspection.state.tensors import same_contents
 
 _UNMERGE_STEPS = 4
 
@@ -59,7 +60,11 @@ def merge_facts(
 
 def _in_main_memory(model: nn.Module) -> dict[str, Tensor]:
     """A copy of a model's state; a GPU that holds two models often has no room for a third."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    return {
+        name: tensor.to("cpu", copy=True)
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor)  # a layer quantized for inference keeps a dtype there, too
+    }
 
 
 def _merged(
@@ -134,7 +139,7 @@ def _left_over(adapted: nn.Module) -> Iterator[str]:
     collect(adapted)
     for name, tensor in base_without_adapter(adapted).state_dict().items():
         other = unloaded.get(name)
-        same = other is not None and other.shape == tensor.shape and torch.equal(other, tensor.cpu())
+        same = other is not None and same_contents(other, tensor)
         if not name.startswith(kept) and not same:
             yield name
 

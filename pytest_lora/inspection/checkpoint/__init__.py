@@ -27,6 +27,7 @@ from pytest_lora.inspection.checkpoint.header import read_header
 from pytest_lora.inspection.checkpoint.json_file import read_object
 from pytest_lora.inspection.checkpoint.patterns import refusal
 from pytest_lora.inspection.checkpoint.values import read_values
+from pytest_lora.values import require_path, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,18 +44,13 @@ def folder_of(path: str | os.PathLike[str]) -> Path:
         TypeError: ``path`` is no path.
         ValueError: There is nothing of this name.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be that of an adapter folder, not {type(path).__name__}")
-    place = Path(path)
-    try:
-        if place.is_dir():
-            return place
-        if os.path.lexists(place):
-            return place.parent
-    except (OSError, ValueError) as error:
-        raise ValueError(f"path: {str(place)[:200]!r} cannot be looked at: {error}") from error
+    place = require_path("path", path)
+    if place.is_dir():
+        return place
+    if os.path.lexists(place):
+        return place.parent
     raise ValueError(
-        f"path: {str(place)!r} does not exist{hub_hint(str(path)) or '; adapters are never downloaded'}"
+        f"path: {shown(str(place))} does not exist{hub_hint(str(path)) or '; adapters are never downloaded'}"
     )
 
 

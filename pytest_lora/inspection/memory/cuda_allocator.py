@@ -31,6 +31,8 @@ _SEGMENT_ROUNDING = 2 * _MIB
 _SHIFT = 34
 """A block is one number, its size above its address: a sorted list of the free ones finds the best fit."""
 _ADDRESS = (1 << _SHIFT) - 1
+_ROOM_AT_ONCE, _ROOM_OF_ONE = 31, 28
+"""Bits: what is reserved, and was given back, takes addresses too; a size and an address together have 62."""
 _NONE = 1 << 62
 """Sorts behind all blocks."""
 _NEVER = -1
@@ -69,14 +71,26 @@ def max_reserved(
         replay: How the events are replayed.
     """
     units = rounded(sizes) // ROUNDING
+    coarse = _coarseness(units, storages, frees)
+    units = -(-units // coarse)
     of_small = (units <= _SMALL)[storages]
     asked = np.where(frees, 0, units[storages] << _SHIFT)
     copies = int(instances.max(initial=-1)) + 1
     total = 0
     for chosen, smallest_rest in ((of_small, 1), (~of_small, _SMALL + 1)):
         emptied = _NEVER if emptied_before is None else int(np.count_nonzero(chosen[:emptied_before]))
-        total += replay(asked[chosen], instances[chosen], copies, smallest_rest << _SHIFT, emptied)
+        total += replay(asked[chosen], instances[chosen], copies, smallest_rest << _SHIFT, emptied) * coarse
     return total * ROUNDING
+
+
+def _coarseness(units: Integers, of_events: Integers, frees: NDArray[np.bool_]) -> int:
+    """How many units count as one, a power of two, so that sizes and addresses have room in a block.
+
+    That is 1 below a terabyte at once; above, the rounding is still below a thousandth of the whole.
+    """
+    most = int(np.cumsum(np.where(frees, -units[of_events], units[of_events])).max(initial=0))
+    excess = max(most >> _ROOM_AT_ONCE, int(units.max(initial=0)) >> _ROOM_OF_ONE)
+    return 1 << excess.bit_length()
 
 
 def replayed(

@@ -96,7 +96,8 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
         kind = "" if isinstance(error, NeedsValuesError) else f"{type(error).__name__}: "
         raise NotTracedError(
             f"base: a step of {type(built.transformer).__name__} cannot be traced: {kind}{error}"
-            f"{remedy(error, built.transformer)}"
+            f"{remedy(error, built.transformer)}; asked: batch_size={setting.batch_size}, seq_len={setting.seq_len}, "
+            f"images={setting.images}, image_size={setting.image_size}"
         ) from error
     finally:
         tracker.recording = False

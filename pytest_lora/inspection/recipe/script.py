@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.arguments import require_config
 from pytest_lora.facts.recipe import GIVEN, RecipeFacts, RunSetting, Value
 from pytest_lora.inspection.recipe import base_model
+from pytest_lora.values import shown
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -23,13 +25,11 @@ def script_facts(
     Raises:
         TypeError: ``args`` or ``config`` is not what it should be.
     """
-    from peft import LoraConfig
     from transformers import TrainingArguments
 
     if not isinstance(args, TrainingArguments):
-        raise TypeError(f"args must be transformers.TrainingArguments, not {type(args).__name__}")
-    if not isinstance(config, LoraConfig):
-        raise TypeError(f"config must be a peft.LoraConfig, not {type(config).__name__}")
+        raise TypeError(f"args must be transformers.TrainingArguments, not {shown(args)}")
+    require_config(config)
     given = _Arguments(args)
     name = type(args).__name__
     tool = "TRL" if name in _STAGES else "Trainer"

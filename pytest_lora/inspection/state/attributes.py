@@ -7,6 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from operator import is_
 from typing import Any
 
@@ -39,6 +40,36 @@ def _copied(container: Any) -> Any:
         return dict(container.items()) if isinstance(container, MutableMapping) else list(container)
 
 
+def slots_of(owner: object) -> tuple[str, ...]:
+    """The names of what an object keeps outside of ``__dict__``, as its class asks for."""
+    kind: Any = type(owner)
+    return _slots_of(kind)
+
+
+@cache
+def _slots_of(kind: type) -> tuple[str, ...]:
+    return tuple(
+        name if not name.startswith("__") else f"_{one.__name__.lstrip('_')}{name}"
+        for one in kind.__mro__
+        for name in _names(vars(one).get("__slots__", ()))
+        if not name.endswith("__")
+    )
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def values_of(owner: object) -> dict[str, Any]:
+    """All attributes of an object itself, wherever it keeps them."""
+    held = dict(getattr(owner, "__dict__", ()))
+    for name in slots_of(owner):
+        value = getattr(owner, name, _ABSENT)
+        if value is not _ABSENT:
+            held[name] = value
+    return held
+
+
 @dataclass(frozen=True, slots=True)
 class Attributes:
     """The attributes of an object, and what its containers (children, hooks, ...) held."""
@@ -50,7 +81,7 @@ class Attributes:
 
     @classmethod
     def of(cls, name: str, owner: object) -> Attributes:
-        values = dict(vars(owner))
+        values = values_of(owner)
         containers = {key: _copied(value) for key, value in values.items() if is_container(value)}
         return cls(name, owner, values, containers)
 
@@ -96,10 +127,9 @@ class Attributes:
     def restore(self) -> list[str]:
         """Put everything back; gives the names of what refuses."""
         lost: list[str] = []
-        now = vars(self.owner)
+        now = values_of(self.owner)
         if not _same_elements(now, self.values):
-            now.clear()
-            now.update(self.values)
+            lost += self._put_back(now)
         for key, before in self.containers.items():
             container = self.values[key]
             if container or before:  # most are hooks, and empty
@@ -107,6 +137,23 @@ class Attributes:
                     refill(container, before)
                 except Exception:  # whatever such a container raises, the others are put back all the same
                     lost.append(f"{self.name}.{key}".lstrip("."))
+        return lost
+
+    def _put_back(self, now: dict[str, Any]) -> list[str]:
+        """Give the owner the values that it had; gives the names of slots that refuse."""
+        slots, lost = slots_of(self.owner), []
+        if held := getattr(self.owner, "__dict__", None):
+            held.clear()
+        if held is not None:
+            held.update({key: value for key, value in self.values.items() if key not in slots})
+        for key in slots:
+            try:
+                if key in self.values:
+                    object.__setattr__(self.owner, key, self.values[key])
+                elif key in now:
+                    object.__delattr__(self.owner, key)
+            except (AttributeError, TypeError):
+                lost.append(f"{self.name}.{key}".lstrip("."))
         return lost
 
 
@@ -126,7 +173,10 @@ class AttributeBatch:
         self._registries = [registry for _, registry in tensors]
         self._registered = list(map(_identities, self._registries))
         others = [(a, now, before) for a, key, now, before in filled if key not in _TENSOR_REGISTRIES]
-        dicts = [*((a, vars(a.owner), a.values) for a in attributes), *others]
+        # What is in slots has no dict to compare at once.
+        self._of_slots = [a for a in attributes if slots_of(a.owner)]
+        plain = (a for a in attributes if not slots_of(a.owner))
+        dicts = [*((a, vars(a.owner), a.values) for a in plain), *others]
         self._owners = [a for a, _, _ in dicts]
         self._now = [now for _, now, _ in dicts]
         self._before = [before for _, _, before in dicts]
@@ -134,7 +184,7 @@ class AttributeBatch:
     def changed(self) -> list[Attributes]:
         """Those that are not what they were; one may come twice."""
         registered = list(map(_identities, self._registries))
-        changed: list[Attributes] = []
+        changed: list[Attributes] = self._of_slots[:]
         try:
             if any(self._empty):
                 changed += [a for a, now in zip(self._owners_of_empty, self._empty, strict=True) if now]

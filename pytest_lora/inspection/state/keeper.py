@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from pytest_lora.findings import grouped
 from pytest_lora.inspection.state.interrupts import Interrupts
@@ -131,11 +132,19 @@ def _report(lost: list[str], error: BaseException | None) -> None:
 
 
 def leaves_no_trace(check: Callable[P, R]) -> Callable[P, R]:
-    """For a function that only looks: keeps the random states and settings of the process."""
+    """For a function that only looks: keeps the random states and settings of the process.
+
+    To read a parametrized weight is to compute it, for which a spectral norm goes on with its iteration: the state of
+    such parts is kept too.
+    """
 
     @wraps(check)
     def kept(*args: P.args, **kwargs: P.kwargs) -> R:
-        with Keeper():
+        models = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
+        parts = [
+            part for model in models for part in model.modules() if isinstance(part, ParametrizationList)
+        ]
+        with Keeper(nn.ModuleList(parts) if parts else None):
             return check(*args, **kwargs)
 
     return kept

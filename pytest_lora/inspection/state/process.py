@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -109,6 +111,52 @@ def _write_levels(before: list[tuple[logging.Logger, int, bool]]) -> None:
             logger.disabled = disabled
 
 
+def _write_environment(before: dict[str, str]) -> None:
+    for name in [name for name in os.environ if name not in before]:
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
+def _read_handlers() -> list[_Handlers]:
+    known = (found for found in logging.root.manager.loggerDict.values() if isinstance(found, logging.Logger))
+    return [_Handlers.of(logger) for logger in (logging.root, *known)]
+
+
+def _write_handlers(before: list[_Handlers]) -> None:
+    for one in before:
+        logger = one.logger
+        # A library that is imported meanwhile sets its logger up, once.
+        if not one.is_loaded and _package(logger) in sys.modules:
+            continue
+        logger.handlers, logger.filters, logger.propagate = one.lists[0], one.lists[1], one.propagates
+        for kept, before in zip(one.lists, one.contents, strict=True):
+            if kept != before:
+                kept[:] = before
+
+
+@dataclass(frozen=True, slots=True)
+class _Handlers:
+    """Where the records of a logger go, and whether the package of its name was imported then."""
+
+    logger: logging.Logger
+    lists: tuple[list[Any], list[Any]]
+    contents: tuple[list[Any], list[Any]]
+    propagates: bool
+    is_loaded: bool
+
+    @classmethod
+    def of(cls, logger: logging.Logger) -> _Handlers:
+        loaded = _package(logger) in sys.modules
+        lists = logger.handlers, logger.filters
+        return cls(logger, lists, (lists[0][:], lists[1][:]), logger.propagate, loaded)
+
+
+def _package(logger: logging.Logger) -> str:
+    return "logging" if logger is logging.root else logger.name.partition(".")[0]
+
+
 SETTINGS = (
     Setting("random states", RandomStates, RandomStates.restore, compared=False),
     Setting("float32 precision", Float32Precision, Float32Precision.restore, compared=False),
@@ -125,6 +173,8 @@ SETTINGS = (
     Setting("number of threads", torch.get_num_threads, torch.set_num_threads),
     Setting("warning filters", _read_filters, _write_filters),
     Setting("logging levels", _read_levels, _write_levels, compared=False),
+    Setting("logging handlers", _read_handlers, _write_handlers, compared=False),
+    Setting("environment variables", os.environ.copy, _write_environment),
     Setting("disabled logging", lambda: logging.root.manager.disable, logging.disable),
 )
 """What is kept of the process; tests attack each."""

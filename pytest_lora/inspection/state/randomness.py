@@ -1,4 +1,4 @@
-"""The random states of a process, taken and put back: Python's, NumPy's, torch's on the CPU and on CUDA."""
+"""The random states of a process, taken and put back: Python's, NumPy's, torch's on the CPU and on accelerators."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ def cuda_in_use() -> bool:
     return bool(_cuda.is_initialized())
 
 
+def _others() -> dict[str, tuple[Any, Any]]:
+    """How the random state of each accelerator in use beside CUDA is read and written; asking starts none.
+
+    One that is first used later has no state here that it could go back to.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    xpu: Any = torch.xpu
+    mps: Any = torch.mps
+    if xpu.is_initialized():
+        found["xpu"] = xpu.get_rng_state_all, xpu.set_rng_state_all
+    if torch.backends.mps.is_available():
+        found["mps"] = mps.get_rng_state, mps.set_rng_state
+    return found
+
+
 class RandomStates:
     """Every random state of the process, as it is now; taking it starts nothing."""
 
@@ -24,6 +39,7 @@ class RandomStates:
         numpy: Any = sys.modules.get("numpy")
         self._numpy = numpy.random.get_state() if numpy else None
         self._cpu = torch.get_rng_state()
+        self._of_others = {name: read() for name, (read, _) in _others().items()}
         self._of_cuda = _cuda.get_rng_state_all() if cuda_in_use() else None
         # Until CUDA is started, torch keeps the seeds for it here: in two attributes, and their order in a third.
         seeds = vars(_cuda._lazy_seed_tracker)
@@ -38,6 +54,9 @@ class RandomStates:
         if numpy and self._numpy:
             numpy.random.set_state(self._numpy)
         torch.set_rng_state(self._cpu)
+        for name, (_, write) in _others().items():
+            if name in self._of_others:
+                write(self._of_others[name])
         if self._of_cuda is not None:
             _cuda.set_rng_state_all(self._of_cuda)
             return

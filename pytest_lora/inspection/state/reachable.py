@@ -12,18 +12,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pytest_lora.inspection.state.attributes import Attributes, elements, is_container
+from pytest_lora.inspection.state.attributes import Attributes, elements, is_container, slots_of
 
 _PLAIN = frozenset({int, float, str, bool, bytes, complex, type(None), BuiltinFunctionType})
 _STATEFUL = ("to_dict", "state_dict")
+_CACHES = "transformers.cache_utils"
+"""Keys and values of generation, which some models keep from call to call."""
 
 
 class Reachable:
     """Objects, containers and tensors that can be reached from some values, each once.
 
     Followed are containers, configurations (what has ``to_dict``), dataclasses, what has a ``state_dict`` (optimizers,
-    schedulers, scalers), what bitsandbytes keeps of a quantized weight, and what functions close over or call by its
-    global name: a hook that steps an optimizer holds it so. Modules are not followed, nor objects of other kinds.
+    schedulers, scalers), what bitsandbytes keeps of a quantized weight, caches of transformers, and what functions
+    close over or call by its global name: a hook that steps an optimizer holds it so. Modules are not followed, nor
+    objects of other kinds.
     """
 
     def __init__(self) -> None:
@@ -71,7 +74,7 @@ class Reachable:
             yield from self._attributes(name, value)
 
     def _attributes(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if getattr(value, "__dict__", None):
+        if getattr(value, "__dict__", None) or slots_of(value):
             attributes = Attributes.of(name, value)
             self.objects.append(attributes)
             yield from ((f"{name}.{key}", held) for key, held in attributes.held())
@@ -83,6 +86,7 @@ def _is_stateful(value: object) -> bool:
         any(callable(getattr(kind, method, None)) for method in _STATEFUL)
         or dataclasses.is_dataclass(value)
         or kind.__module__.partition(".")[0] == "bitsandbytes"
+        or kind.__module__ == _CACHES
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_lora.inspection.state.attributes import refill
@@ -40,10 +41,14 @@ def memory_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """
     if tensor.is_meta:
         return
+    if is_lazy(tensor):
+        raise OpaqueTensorError("not initialized yet")
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            for inner, part in memory_of(getattr(tensor, name)):
-                yield f".{name}{inner}", part
+            held = getattr(tensor, name)
+            if isinstance(held, Tensor):  # one that is spread over ranks keeps their mesh there
+                for inner, part in memory_of(held):
+                    yield f".{name}{inner}", part
     elif tensor.layout in _SPARSE_PARTS:
         for method in _SPARSE_PARTS[tensor.layout]:
             yield f".{method}", getattr(tensor.detach(), method)()
@@ -56,6 +61,18 @@ def memory_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield ".storage", torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
     else:
         yield "", tensor
+
+
+def same_contents(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of any kind hold the same bytes, wherever they lie."""
+    one, two = dict(memory_of(first)), dict(memory_of(second))
+    return one.keys() == two.keys() and all(_same_bytes(part, two[name]) for name, part in one.items())
+
+
+def _same_bytes(one: Tensor, two: Tensor) -> bool:
+    return (one.dtype, one.shape) == (two.dtype, two.shape) and torch.equal(
+        _bytes(one).cpu(), _bytes(two).cpu()
+    )
 
 
 def _overlaps(tensor: Tensor) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from pytest_lora.inspection.placement import device_of, on_device
+from pytest_lora.values import shown
 
 LossFn = Callable[[Any, Any], Tensor]
 """Called with the model and one batch; gives a scalar loss with its graph."""
@@ -29,14 +31,20 @@ def take_batches(batches: Any, steps: int, loss_fn: LossFn | None) -> tuple[Any,
     if _is_batch(batches, loss_fn):
         return (batches,)
     wanted = max(steps, LOOKED_AT) if isinstance(batches, Sequence) else max(steps, 1)
-    taken = tuple(islice(batches, wanted))
+    with _noted("batches raised this where it was iterated over"):
+        taken = tuple(islice(batches, wanted))
     if not taken:
         raise ValueError("batches is empty: at least one batch is needed")
     if loss_fn is None:
         for batch in taken:
+            if isinstance(batch, Mapping) and not all(isinstance(key, str) for key in batch):
+                raise TypeError(
+                    "batches must hold dicts from names of the model's arguments to tensors, "
+                    f"not {shown(dict(batch))}"
+                )
             if not isinstance(batch, Mapping):
                 raise TypeError(
-                    f"batches must hold dicts of tensors, not {type(batch).__name__}; "
+                    f"batches must hold dicts of tensors, not {shown(batch)}; "
                     "give loss_fn for batches of another form"
                 )
     return taken
@@ -52,8 +60,7 @@ def require_batches(batches: Any, loss_fn: LossFn | None) -> None:
         return
     if isinstance(batches, (str, bytes, Tensor, nn.Module)) or not isinstance(batches, Iterable):
         raise TypeError(
-            "batches must be a batch (a dict of tensors) or an iterable of batches, "
-            f"not {type(batches).__name__}"
+            f"batches must be a batch (a dict of tensors) or an iterable of batches, not {shown(batches)}"
         )
 
 
@@ -91,16 +98,18 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
         NoLossError: The model gives no loss, or ``loss_fn`` gives no scalar.
     """
     if loss_fn is not None:
-        loss: Any = loss_fn(model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
+        with _noted("loss_fn raised this for a batch"):
+            loss: Any = loss_fn(model, batch)
+        if not _is_loss(loss):
             raise NoLossError(f"loss_fn must return a scalar tensor, not {_described(loss)}")
         return loss
-    output: Any = model(**on_device(batch, device_of(model)))
+    with _noted(f"batches: the model raised this for one of {shown(list(batch))}"):
+        output: Any = model(**on_device(batch, device_of(model)))
     if isinstance(output, Mapping):
         loss = output.get("loss")
     else:
         loss = getattr(output, "loss", output[0] if isinstance(output, tuple) and output else output)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
+    if not _is_loss(loss):
         raise NoLossError(
             f"batches: the model gives no scalar loss for a batch of {', '.join(map(str, batch))}; "
             "add labels to it, or give loss_fn"
@@ -108,5 +117,21 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     return loss
 
 
+@contextmanager
+def _noted(note: str) -> Iterator[None]:
+    """Say with what the user gave something of the user's own was called when it raised."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise
+
+
+def _is_loss(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+
+
 def _described(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return shown(value)
+    return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"

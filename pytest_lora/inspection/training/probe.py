@@ -213,6 +213,8 @@ class Probe:
         except NoLossError:
             raise
         except Exception as error:
+            given = "optimizer" if phase == "optimizer step" else "batches"
+            error.add_note(f"{given}: raised in the {phase} of step {number}")
             if self._plan.loss_fn is not None or not self._plan.tell_failures:
                 raise
             given = self._batches[batch]

@@ -11,15 +11,22 @@ from torch import Tensor, nn
 from pytest_lora.facts.optimizer import Part
 from pytest_lora.facts.steps import TensorFacts
 from pytest_lora.inspection.base import dtype_name
+from pytest_lora.inspection.placement import gathered
 from pytest_lora.inspection.training.optimizer import Owned, part_of
 
 _SHORT = (torch.bfloat16, torch.float16)
 """Dtypes that lose a usual step in rounding; others are not compared number by number."""
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor: of one spread over ranks all, of the gradient of a sparse embedding those it has."""
+    tensor = gathered(tensor).detach()
+    return tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor
+
+
 def norms(tensors: Iterable[Tensor]) -> list[float]:
     """L2 norm of each tensor, in float32, with one transfer a device."""
-    found = [torch.linalg.vector_norm(t.detach().float()) for t in tensors]
+    found = [torch.linalg.vector_norm(_dense(t).float()) for t in tensors]
     home = torch.device("cpu")
     by_device: dict[torch.device, list[int]] = {}
     for index, norm in enumerate(found):

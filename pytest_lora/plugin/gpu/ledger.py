@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from filelock import FileLock, Timeout
 
 from pytest_lora.plugin.gpu.shares import Entry, State
-from pytest_lora.writing import write_whole
+from pytest_lora.writing import append_whole, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,7 +132,6 @@ def log(event: str, entry: Entry) -> None:
     if path := os.environ.get(LOG):
         line = {"event": event, "who": entry.who, "shares": entry.shares, "time": time.time()}
         try:
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_whole(Path(path), json.dumps(line) + "\n")
         except OSError as error:
             raise NotSharedError(f"{LOG}: {path} cannot be written: {error}") from error
