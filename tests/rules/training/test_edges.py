@@ -9,11 +9,13 @@ import pytest
 
 from pytest_lora import Expect, Finding
 from pytest_lora.bases.examples.models import language_batch
+from pytest_lora.facts.optimizer import ScheduleFacts
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.inspection.training.plan import Plan
 from pytest_lora.inspection.training.probe import training_facts
 from pytest_lora.rules import find
 from pytest_lora.rules.training.adapter_does_not_move import HELD_UP_TO, _share_lost
+from pytest_lora.rules.training.learning_rate_is_of_full_fine_tuning import MOVES_NOTHING, _needed
 from tests.rules.training.setups import adapted
 
 
@@ -71,3 +73,34 @@ def test_the_share_lost_in_rounding_is_that_of_bfloat16(
 ) -> None:
     tensor = replace(facts.tensors[0], dtype=dtype, scale=scale)
     assert _share_lost(tensor, 3**0.5 / 2 / HELD_UP_TO) == pytest.approx(expected)
+
+
+def scheduled(facts: TrainingFacts, ends: int | None, taken: int, **changes: Any) -> TrainingFacts:
+    """The facts with a schedule that gave no rate to any step."""
+    schedule = ScheduleFacts(
+        "LambdaLR", taken, peak=1e-3, not_before=None, ends=ends, warm_up=None, planned=None, drives=True
+    )
+    steps = tuple(replace(step, rates=tuple(0.0 for _ in step.rates)) for step in facts.steps)
+    return replace(facts, schedule=schedule, steps=steps, **changes)
+
+
+@pytest.mark.parametrize(
+    ("ends", "taken", "severity", "words"),
+    [
+        (None, 50, "info", "has come to its end after 50 steps"),
+        (50, 50, "info", "has come to its end after 50 steps"),
+        (51, 50, "error", "(step 50, zero from step 51 on)"),
+        (0, 50, "error", "(step 50, zero from step 0 on)"),
+        (None, 1, "error", "(step 1)"),
+    ],
+)
+def test_a_rate_of_zero_is_fine_only_where_the_schedule_has_come_to_its_end(
+    facts: TrainingFacts, ends: int | None, taken: int, severity: str, words: str
+) -> None:
+    (found,) = said("learning_rate_is_zero", scheduled(facts, ends, taken))
+    assert found.severity == severity
+    assert words in found.observed
+
+
+def test_the_rate_that_is_asked_for_reaches_twice_what_moves_something() -> None:
+    assert _needed(1e-6, MOVES_NOTHING / 4) == pytest.approx(8e-6)
