@@ -14,6 +14,7 @@ from pytest_lora.bases.examples.models import BASES
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.inspection.config import config_facts
 from pytest_lora.rules import find
+from pytest_lora.rules.config.peft_refuses_the_config import _explained_elsewhere
 
 
 def said(name: str, facts: object, expect: Expect | None = None) -> list[Finding]:
@@ -55,6 +56,14 @@ def test_a_head_that_peft_saves_by_itself_is_named_twice_only_in_a_configuration
     assert not said("target_is_also_saved", replace(facts, live=True))
     other = facts_of("classifier_base", target_modules=["q_proj"], modules_to_save=["q_proj"])
     assert said("target_is_also_saved", replace(other, live=True))
+
+
+@pytest.mark.parametrize(("beyond", "explained"), [(0, True), (1, True), (-1, False)])
+def test_a_row_that_is_not_there_is_told_by_the_rule_on_rows(beyond: int, explained: bool) -> None:
+    facts = facts_of(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5]})
+    row = (facts.base.vocab_size or 0) + beyond
+    settings = replace(facts.settings, trainable_token_indices=(("embed_tokens", (5, row)),))
+    assert _explained_elsewhere(replace(facts, settings=settings)) == explained
 
 
 AXOLOTL = """

@@ -16,6 +16,7 @@ from pytest_lora.inspection.training.probe import training_facts
 from pytest_lora.rules import find
 from pytest_lora.rules.training.adapter_does_not_move import HELD_UP_TO, _share_lost
 from pytest_lora.rules.training.learning_rate_is_of_full_fine_tuning import MOVES_NOTHING, _needed
+from pytest_lora.rules.training.learning_rate_is_too_low import _crawls
 from tests.rules.training.setups import adapted
 
 
@@ -104,3 +105,36 @@ def test_a_rate_of_zero_is_fine_only_where_the_schedule_has_come_to_its_end(
 
 def test_the_rate_that_is_asked_for_reaches_twice_what_moves_something() -> None:
     assert _needed(1e-6, MOVES_NOTHING / 4) == pytest.approx(8e-6)
+
+
+@pytest.mark.parametrize(("still", "told"), [(3, True), (2, False), (1, False), (0, False)])
+def test_positions_do_not_count_where_most_rows_stand_still(
+    facts: TrainingFacts, still: int, told: bool
+) -> None:
+    changed = labelled(facts, {"rows": 4, "still_positions": still})
+    assert bool(said("positions_do_not_count", changed)) == told
+
+
+@pytest.mark.parametrize(
+    ("kind", "outside", "words"),
+    [
+        ("causal", (-5,), "ignore with -100"),
+        ("causal", (-5, 200), "model.resize_token_embeddings(201)"),
+        ("classes", (7,), "set num_labels to their number"),
+        ("classes", (-5,), "ignore with -100"),
+    ],
+)
+def test_labels_that_are_no_token_ask_for_another_vocabulary_only_above_it(
+    facts: TrainingFacts, kind: str, outside: tuple[int, ...], words: str
+) -> None:
+    changed = labelled(facts, {"kind": kind, "outside": outside, "limit": 128})
+    (found,) = said("label_is_outside_the_vocabulary", changed)
+    assert words in found.fix
+
+
+@pytest.mark.parametrize(("loss", "crawls"), [(0.05, False), (0.06, True)])
+def test_a_loss_near_zero_has_nowhere_to_crawl(facts: TrainingFacts, loss: float, crawls: bool) -> None:
+    steps = tuple(replace(step, loss=loss, gradient_norm=1e-3) for step in facts.steps)
+    plain = replace(facts, steps=steps, optimizer=replace(facts.optimizer, optimizer="SGD"))
+    assert _crawls(plain, 1e-6) == crawls
+    assert not _crawls(replace(facts, steps=steps), 1e-6)
