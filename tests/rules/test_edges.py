@@ -15,6 +15,7 @@ from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.inspection.config import config_facts
 from pytest_lora.rules import find
 from pytest_lora.rules.config.peft_refuses_the_config import _explained_elsewhere
+from tests.namespace import run
 
 
 def said(name: str, facts: object, expect: Expect | None = None) -> list[Finding]:
@@ -64,6 +65,14 @@ def test_a_row_that_is_not_there_is_told_by_the_rule_on_rows(beyond: int, explai
     row = (facts.base.vocab_size or 0) + beyond
     settings = replace(facts.settings, trainable_token_indices=(("embed_tokens", (5, row)),))
     assert _explained_elsewhere(replace(facts, settings=settings)) == explained
+
+
+def test_a_field_that_is_unusable_is_told_beside_a_file_that_is() -> None:
+    report = run(
+        "path = adapter()\nconfigure(path, r=0)\ncut(path, 'adapter_model.safetensors', by=100)\n"
+        "report = check_checkpoint(path)\n"
+    )
+    assert {finding.code for finding in report.errors} == {"LORA401", "LORA413"}
 
 
 AXOLOTL = """

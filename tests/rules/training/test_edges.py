@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -138,3 +139,25 @@ def test_a_loss_near_zero_has_nowhere_to_crawl(facts: TrainingFacts, loss: float
     plain = replace(facts, steps=steps, optimizer=replace(facts.optimizer, optimizer="SGD"))
     assert _crawls(plain, 1e-6) == crawls
     assert not _crawls(replace(facts, steps=steps), 1e-6)
+
+
+def test_a_gradient_that_is_not_finite_is_told_though_the_loss_is(facts: TrainingFacts) -> None:
+    steps = (facts.steps[0], replace(facts.steps[1], gradient_norm=math.inf))
+    (found,) = said("training_is_not_finite", replace(facts, steps=steps))
+    assert found.where == "step 2, batch 0"
+    assert found.observed.startswith("a gradient is NaN or infinite although the loss is not")
+    assert not said("training_is_not_finite", facts)
+
+
+@pytest.mark.parametrize(
+    ("rate", "known_as"), [(5e-5, "TrainingArguments"), (2e-5, "TRL's SFTConfig"), (2e-4, ""), (3e-5, "")]
+)
+def test_the_defaults_of_full_fine_tuning_are_known(facts: TrainingFacts, rate: float, known_as: str) -> None:
+    steps = tuple(replace(step, loss=4.0, rates=tuple(rate for _ in step.rates)) for step in facts.steps)
+    groups = tuple(replace(group, initial_lr=rate) for group in facts.optimizer.groups)
+    given = replace(
+        facts, steps=steps, optimizer=replace(facts.optimizer, groups=groups), optimizer_given=True
+    )
+    found = said("learning_rate_is_of_full_fine_tuning", given)
+    assert len(found) == bool(known_as)
+    assert all(known_as in one.observed for one in found)
