@@ -231,6 +231,9 @@ def test_paged_optimizers_keep_their_state_outside_of_the_allocator() -> None:
     assert inside.paged == 0
     assert paged.paged > 0
     assert paged.after_step < inside.after_step
+    half = small(hidden_size=1024, num_hidden_layers=wide.num_hidden_layers // 2)
+    few = estimate_memory(adapter(r=128), half, batch_size=1, seq_len=8, optimizer="paged_adamw_8bit")
+    assert paged.paged == 2 * few.paged
 
 
 def test_a_live_model_is_read_and_left_alone() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pytest_lora.facts.recipe import RecipeFacts, RunSetting
 from pytest_lora.inspection.recipe import recipe_facts
+from pytest_lora.inspection.recipe.adapter import step_arguments
 from pytest_lora.inspection.recipe.unread import known_keys
 
 AXOLOTL = "base_model: Qwen/Qwen2.5-7B\nadapter: lora\nlora_r: 16\nmicro_batch_size: 2\nlearning_rate: 1e-4\n"
@@ -181,3 +183,10 @@ def test_axolotl_checkpoints_with_reentry_but_for_preferences(
 def test_only_values_of_numbers_are_judged_as_numbers(tmp_path: Path) -> None:
     text = OWN.replace("1e-4", "2e-4") + "run_name: 1e-4\nnote: 1,5\n"
     assert [(one.key, one.written) for one in read(tmp_path, text).wrong] == [("learning_rate", "2e-4")]
+
+
+def test_a_step_in_float32_runs_without_autocast(tmp_path: Path) -> None:
+    found = setting(tmp_path, f"{AXOLOTL}sequence_len: 512\n")
+    dtypes = {d: replace(found, dtype=replace(found.dtype, value=d)) for d in ("float32", "bfloat16")}
+    arguments = {dtype: step_arguments(one, None) or {} for dtype, one in dtypes.items()}
+    assert arguments["float32"] == {**arguments["bfloat16"], "dtype": "float32", "autocast": False}

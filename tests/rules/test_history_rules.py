@@ -275,6 +275,8 @@ def test_no_better_than_an_early_evaluation() -> None:
     report = diagnose_history(collapsed, evals)
     assert codes(report) == {"LORA344": "warning"}
     assert "never again as low" in report.warnings[0].observed
+    assert not diagnose_history(collapsed, [*evals[:-1], 1.94]).findings, "as low again, once"
+    assert not diagnose_history(collapsed, [*evals[:2], *[2.0] * 8]).findings, "nearly as low, always"
     assert not diagnose_history(collapsed, [2.14, 2.0, 2.01, 2.0, 1.99, 2.0, 2.01, 2.0, 1.99, 2.0]).findings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 
 from pytest_lora import Expect, Finding
 from pytest_lora.bases.examples.models import language_batch
+from pytest_lora.facts.optimizer import ScheduleFacts
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.inspection.training.plan import Plan
 from pytest_lora.inspection.training.probe import training_facts
 from pytest_lora.rules import find
 from pytest_lora.rules.training.adapter_does_not_move import HELD_UP_TO, _share_lost
+from pytest_lora.rules.training.learning_rate_is_of_full_fine_tuning import MOVES_NOTHING, _needed
+from pytest_lora.rules.training.learning_rate_is_too_low import _crawls
 from tests.rules.training.setups import adapted
 
 
@@ -71,3 +75,89 @@ def test_the_share_lost_in_rounding_is_that_of_bfloat16(
 ) -> None:
     tensor = replace(facts.tensors[0], dtype=dtype, scale=scale)
     assert _share_lost(tensor, 3**0.5 / 2 / HELD_UP_TO) == pytest.approx(expected)
+
+
+def scheduled(facts: TrainingFacts, ends: int | None, taken: int, **changes: Any) -> TrainingFacts:
+    """The facts with a schedule that gave no rate to any step."""
+    schedule = ScheduleFacts(
+        "LambdaLR", taken, peak=1e-3, not_before=None, ends=ends, warm_up=None, planned=None, drives=True
+    )
+    steps = tuple(replace(step, rates=tuple(0.0 for _ in step.rates)) for step in facts.steps)
+    return replace(facts, schedule=schedule, steps=steps, **changes)
+
+
+@pytest.mark.parametrize(
+    ("ends", "taken", "severity", "words"),
+    [
+        (None, 50, "info", "has come to its end after 50 steps"),
+        (50, 50, "info", "has come to its end after 50 steps"),
+        (51, 50, "error", "(step 50, zero from step 51 on)"),
+        (0, 50, "error", "(step 50, zero from step 0 on)"),
+        (None, 1, "error", "(step 1)"),
+    ],
+)
+def test_a_rate_of_zero_is_fine_only_where_the_schedule_has_come_to_its_end(
+    facts: TrainingFacts, ends: int | None, taken: int, severity: str, words: str
+) -> None:
+    (found,) = said("learning_rate_is_zero", scheduled(facts, ends, taken))
+    assert found.severity == severity
+    assert words in found.observed
+
+
+def test_the_rate_that_is_asked_for_reaches_twice_what_moves_something() -> None:
+    assert _needed(1e-6, MOVES_NOTHING / 4) == pytest.approx(8e-6)
+
+
+@pytest.mark.parametrize(("still", "told"), [(3, True), (2, False), (1, False), (0, False)])
+def test_positions_do_not_count_where_most_rows_stand_still(
+    facts: TrainingFacts, still: int, told: bool
+) -> None:
+    changed = labelled(facts, {"rows": 4, "still_positions": still})
+    assert bool(said("positions_do_not_count", changed)) == told
+
+
+@pytest.mark.parametrize(
+    ("kind", "outside", "words"),
+    [
+        ("causal", (-5,), "ignore with -100"),
+        ("causal", (-5, 200), "model.resize_token_embeddings(201)"),
+        ("classes", (7,), "set num_labels to their number"),
+        ("classes", (-5,), "ignore with -100"),
+    ],
+)
+def test_labels_that_are_no_token_ask_for_another_vocabulary_only_above_it(
+    facts: TrainingFacts, kind: str, outside: tuple[int, ...], words: str
+) -> None:
+    changed = labelled(facts, {"kind": kind, "outside": outside, "limit": 128})
+    (found,) = said("label_is_outside_the_vocabulary", changed)
+    assert words in found.fix
+
+
+@pytest.mark.parametrize(("loss", "crawls"), [(0.05, False), (0.06, True)])
+def test_a_loss_near_zero_has_nowhere_to_crawl(facts: TrainingFacts, loss: float, crawls: bool) -> None:
+    steps = tuple(replace(step, loss=loss, gradient_norm=1e-3) for step in facts.steps)
+    plain = replace(facts, steps=steps, optimizer=replace(facts.optimizer, optimizer="SGD"))
+    assert _crawls(plain, 1e-6) == crawls
+    assert not _crawls(replace(facts, steps=steps), 1e-6)
+
+
+def test_a_gradient_that_is_not_finite_is_told_though_the_loss_is(facts: TrainingFacts) -> None:
+    steps = (facts.steps[0], replace(facts.steps[1], gradient_norm=math.inf))
+    (found,) = said("training_is_not_finite", replace(facts, steps=steps))
+    assert found.where == "step 2, batch 0"
+    assert found.observed.startswith("a gradient is NaN or infinite although the loss is not")
+    assert not said("training_is_not_finite", facts)
+
+
+@pytest.mark.parametrize(
+    ("rate", "known_as"), [(5e-5, "TrainingArguments"), (2e-5, "TRL's SFTConfig"), (2e-4, ""), (3e-5, "")]
+)
+def test_the_defaults_of_full_fine_tuning_are_known(facts: TrainingFacts, rate: float, known_as: str) -> None:
+    steps = tuple(replace(step, loss=4.0, rates=tuple(rate for _ in step.rates)) for step in facts.steps)
+    groups = tuple(replace(group, initial_lr=rate) for group in facts.optimizer.groups)
+    given = replace(
+        facts, steps=steps, optimizer=replace(facts.optimizer, groups=groups), optimizer_given=True
+    )
+    found = said("learning_rate_is_of_full_fine_tuning", given)
+    assert len(found) == bool(known_as)
+    assert all(known_as in one.observed for one in found)
