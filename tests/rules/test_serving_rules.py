@@ -33,6 +33,8 @@ FAULTY: list[tuple[str, str, str, dict[str, Any]]] = [
     ("vllm", "LORA461", "a bias of lora_B", {"lora_bias": True}),
     ("vllm", "LORA464", "rank 20", {"r": 20}),
     ("sglang", "LORA461", "DoRA", {"use_dora": True}),
+    ("sglang", "LORA462", "biases of the base", {"bias": "lora_only"}),
+    ("sglang", "LORA461", "attention without q_proj or v_proj", {"target_modules": ["q_proj"]}),
     ("sglang", "LORA461", "ranks of their own", {"rank_pattern": {"v_proj": 4}}),
     ("sglang", "LORA461", "a pattern for target_modules", {"target_modules": r".*\.(q|v)_proj"}),
     ("sglang", "LORA461", "attention without q_proj or v_proj", {"target_modules": ["k_proj", "v_proj"]}),
