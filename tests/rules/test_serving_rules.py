@@ -129,9 +129,13 @@ def test_what_a_server_does_otherwise(
 
 @pytest.mark.parametrize(("server", "fields"), HEALTHY)
 def test_what_a_server_serves(names: Namespace, server: Serve, fields: dict[str, Any]) -> None:
-    path = names.adapter(**fields)
-    assert not served(path, server).findings
-    assert not check_checkpoint(path, names["base"], expect=Expect(serve=server), select=["LORA46"]).findings
+    assert not served(names.adapter(**fields), server).findings
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang", "lorax"])
+def test_what_a_server_serves_on_its_base(names: Namespace, server: Serve) -> None:
+    expect, path = Expect(serve=server), names.adapter(target_modules=ALL_LINEAR)
+    assert not check_checkpoint(path, names["base"], expect=expect, select=["LORA46"]).findings
 
 
 @pytest.mark.parametrize("fields", [{"use_dora": True, "bias": "all"}, {"r": 99, "use_rslora": True}])
