@@ -155,8 +155,8 @@ SGLANG = Server(
     ),
     features={
         "dora": _refuses('raises "doesn\'t support DoRA adapters"'),
-        "bias": _refuses("takes a bias for lora_B, whose shape does not fit"),
-        "lora_bias": _refuses("takes a bias for lora_B, whose shape does not fit"),
+        "bias": _drops("takes a bias for lora_B, and puts lora_B in its place"),
+        "lora_bias": _drops("takes a bias for lora_B, and puts lora_B in its place"),
         "rank_pattern": _refuses("makes every buffer of rank r, and asserts that the weights fit"),
         "target_pattern": _refuses("allows no pattern for target_modules but 'all-linear'"),
         "experts": _refuses("finds no target module for the keys of fused experts"),

@@ -33,6 +33,8 @@ FAULTY: list[tuple[str, str, str, dict[str, Any]]] = [
     ("vllm", "LORA461", "a bias of lora_B", {"lora_bias": True}),
     ("vllm", "LORA464", "rank 20", {"r": 20}),
     ("sglang", "LORA461", "DoRA", {"use_dora": True}),
+    ("sglang", "LORA462", "biases of the base", {"bias": "lora_only"}),
+    ("sglang", "LORA461", "attention without q_proj or v_proj", {"target_modules": ["q_proj"]}),
     ("sglang", "LORA461", "ranks of their own", {"rank_pattern": {"v_proj": 4}}),
     ("sglang", "LORA461", "a pattern for target_modules", {"target_modules": r".*\.(q|v)_proj"}),
     ("sglang", "LORA461", "attention without q_proj or v_proj", {"target_modules": ["k_proj", "v_proj"]}),
@@ -127,9 +129,13 @@ def test_what_a_server_does_otherwise(
 
 @pytest.mark.parametrize(("server", "fields"), HEALTHY)
 def test_what_a_server_serves(names: Namespace, server: Serve, fields: dict[str, Any]) -> None:
-    path = names.adapter(**fields)
-    assert not served(path, server).findings
-    assert not check_checkpoint(path, names["base"], expect=Expect(serve=server), select=["LORA46"]).findings
+    assert not served(names.adapter(**fields), server).findings
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang", "lorax"])
+def test_what_a_server_serves_on_its_base(names: Namespace, server: Serve) -> None:
+    expect, path = Expect(serve=server), names.adapter(target_modules=ALL_LINEAR)
+    assert not check_checkpoint(path, names["base"], expect=expect, select=["LORA46"]).findings
 
 
 @pytest.mark.parametrize("fields", [{"use_dora": True, "bias": "all"}, {"r": 99, "use_rslora": True}])

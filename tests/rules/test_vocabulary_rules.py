@@ -101,6 +101,9 @@ def test_what_is_meant_counts() -> None:
     padding = extended(129)
     padding.config.pad_token_id = 128
     assert found(padding) == []
+    more = extended()
+    more.config.pad_token_id = 128
+    assert [severity for severity, _ in found(more)] == ["warning", "warning"]
     assert found(BASES["base"]()) == []
     assert found(extended(mean_resizing=False)) == []
 
