@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from pytest_lora.__main__ import main
-from pytest_lora.rules.checkpoint import GROUPS
 from tests.plugin import test_recipe_items
+from tests.plugin.test_adapter_items import UNSERVED
 
 RECIPE = test_recipe_items.RECIPE.replace("Qwen/Qwen2.5-0.5B", "acme/base")
 """On a base that nobody knows, which nobody builds."""
@@ -58,7 +58,7 @@ def test_the_items_of_both_options_and_nothing_else(
         "configs/asks.yml",
         "adapters/cut/adapter_config.json",
     }
-    assert (report["collected"], report["counts"]["failed"]) == (2 + len(GROUPS), 2)
+    assert (report["collected"], report["counts"]["failed"]) == (2 + len(UNSERVED), 2)
     assert {f["code"] for test in report["tests"] for one in test["reports"] for f in one["findings"]} >= {
         "LORA610"
     }
