@@ -99,7 +99,7 @@ class Journal:
             return
         with self.path.open("rb") if self.path.is_file() else BytesIO() as file:
             line = file.readline()
-        if line != self._first:
+        if not line or line != self._first:
             self._require_same(line)
             self._first = line
 
