@@ -55,6 +55,7 @@ class Journal:
                 "say version='1', and change it whenever that changes"
             )
         self._header = {"format": FORMAT, "settings": self.settings, "not compared": list(unread)}
+        self._first = b""
         with self._alone():
             self._begin()
             for number, line in enumerate(self._lines(), 2):
@@ -97,7 +98,10 @@ class Journal:
             self._written(lambda: write_whole(self.path, json.dumps(self._header) + "\n"))
             return
         with self.path.open("rb") if self.path.is_file() else BytesIO() as file:
-            self._require_same(file.readline())
+            line = file.readline()
+        if not line or line != self._first:
+            self._require_same(line)
+            self._first = line
 
     def _lines(self) -> list[bytes]:
         """All lines but the first; without a last one that a kill has cut off, whose place the next line takes."""

@@ -222,6 +222,8 @@ def test_code_is_read_and_its_layout_is_not() -> None:
     one = made("def train(model, plan): return [1, (2, 3)]")
     assert made("# a remark\n\ndef train( model,plan ):\n    return [1, (2, 3)]  # so") == one
     assert made("def train(model, plan): return [1, (2, 4)]") != one
+    attribute = made("def train(model, plan): return plan.rank")
+    assert made("def train(model, plan): return plan.seed") != attribute
     nested = made("def train(model, plan): return [lambda: 1]")
     assert made("def train(model, plan): return [lambda: 2]") != nested
 
