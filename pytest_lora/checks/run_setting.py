@@ -112,8 +112,7 @@ def _known_base(base: Any, facts: RecipeFacts, folder: Path) -> Any:
         return named
     if base is not None:
         return named
-    place = Tree(folder).find(named)
-    return place if place is not None and (place / "config.json").is_file() else None
+    return Tree(folder).base(named)
 
 
 def _config(setting: RunSetting, base: Any) -> LoraConfig | None:
@@ -268,7 +267,7 @@ def _estimate(
     arguments = step_arguments(setting, facts.base.dtype if facts.base else None)
     try:
         return None if arguments is None else estimate_memory(config, base, **arguments)
-    except ValueError:
+    except (ValueError, LookupError, ArithmeticError):  # sizes that no allocator has
         return None
 
 

@@ -25,8 +25,8 @@ from pytest_lora.inspection.checkpoint.config_file import MAX_CONFIG, config_fil
 from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
 from pytest_lora.inspection.checkpoint.header import read_header
 from pytest_lora.inspection.checkpoint.json_file import read_object
-from pytest_lora.inspection.checkpoint.patterns import refusal
 from pytest_lora.inspection.checkpoint.values import read_values
+from pytest_lora.inspection.limited.patterns import unmatchable
 from pytest_lora.values import require_path, shown
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def checkpoint_facts(path: Path, base: Base | None = None, *, read_pickle: bool 
     Args:
         path: The folder.
         base: The base to compare it with.
-        read_pickle: Whether ``adapter_model.bin`` is read, with ``weights_only=True``.
+        read_pickle: Whether ``adapter_model.bin`` is read, of which nothing is built but names and shapes.
     """
     if base is None:  # nothing is built, and torch is not imported
         return _facts(path, None, read_pickle)
@@ -157,7 +157,7 @@ class _Reading:
         from pytest_lora.inspection.checkpoint.pickled import read_pickled
 
         try:
-            self.tensors = read_pickled(self.folder, PICKLED)
+            self.tensors, self.unread = read_pickled(self.folder, PICKLED)
         except UnreadableError as error:
             self.faults.append(error.fault)
 
@@ -169,7 +169,7 @@ class _Reading:
         names = {key.module for key in keys.values()}
         if base is not None:
             names.update(base.facts.module_names)
-        why = refusal(raw, names)
+        why = unmatchable(raw, names)
         if why is not None:
             self.faults.append(FileFault(CONFIG, "pattern", why))
         return config_file(raw, why)
