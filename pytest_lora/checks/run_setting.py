@@ -104,6 +104,7 @@ def _known_base(base: Any, facts: RecipeFacts, folder: Path) -> Any:
     """The base as something that a base can be made of; None where its shape is not known."""
     from pytest_lora.inspection.public_bases import declared, find_shape
     from pytest_lora.inspection.recipe.beside import Tree
+    from pytest_lora.inspection.skeleton import named_or_read
 
     named = base if base is not None else facts.setting and facts.setting.base.value
     if not isinstance(named, str):
@@ -111,6 +112,7 @@ def _known_base(base: Any, facts: RecipeFacts, folder: Path) -> Any:
     if named in declared or find_shape(named) is not None:
         return named
     if base is not None:
+        named_or_read(named)  # refuses, by the argument's name, a base that is not there
         return named
     return Tree(folder).base(named)
 
