@@ -220,6 +220,7 @@ OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
     "SweepResult.table": dict,
     "Report.from_json": lambda: {"text": pytest_lora.Report("x").to_json()},
     "Report.measure": lambda: {"name": "loss"},
+    "card_table": lambda: {"config": config(), "base": tiny_config(), "cards": ["24GiB"], **STEP},
     "count_parameters": lambda: {"model": adapted()},
     "estimate_memory": lambda: {"config": config(), "base": tiny_config(), **STEP},
     "largest_that_fits": lambda: {
@@ -230,6 +231,8 @@ OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
         "seq_len": 8,
     },
     "oom_frontier": lambda: {"config": config(), "base": tiny_config(), "budget": "1GiB", "seq_lens": [8]},
+    "price": lambda: {"utilisation": 0.5, "per_hour": 1.0, "peak_tflops": 100.0},
+    "rank_prices": lambda: {"config": config(), "base": tiny_config(), "ranks": [2], **STEP},
     "rank_sweep": lambda: {
         "make_model": _small,
         "train": train,
@@ -241,7 +244,8 @@ OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
     "rule": lambda: {"code": "ACME001", "severity": "error", "needs": pytest_lora.Report},
     "run_distributed": lambda: {"fn": evaluate},
     "step_memory": lambda: {"config": config(), "base": tiny_config()},
-    "suggest_rank": lambda: {"base": tiny_config(), "n_examples": 10},
+    "suggest_learning_rate": lambda: {"base": tiny_config()},
+    "suggest_rank": lambda: {"base": tiny_config()},
     "watch_training": lambda: {"model": adapted()},
 }
 """Right arguments of every other public function, and of methods that take some."""
@@ -258,7 +262,18 @@ GIVEN_BY_US = frozenset(
         "Report",
         "Rule",
     }
-    | {"StepMemory", "SweepResult", "TrialRow", "Violation"}
+    | {
+        "StepMemory",
+        "SweepResult",
+        "TrialRow",
+        "Violation",
+        "CardRow",
+        "CardTable",
+        "Cost",
+        "Price",
+        "RankLock",
+    }
+    | {"RankPrice", "RankPrices", "RateAdvice", "StepFlops"}
 )
 """Public classes whose objects this package makes: users read them."""
 

@@ -11,17 +11,17 @@ from pytest_lora.values import shown
 _SMALLEST = 2**20
 
 
-def require_budget(budget: Any) -> int:
-    """Bytes of a budget: a size, or a CUDA device, which is asked for its memory.
+def require_budget(budget: Any, name: str = "budget") -> int:
+    """Bytes of a budget: a size, or a CUDA device, which is asked for its memory. Errors call it by this name.
 
     Raises:
         TypeError, ValueError: It is no size, has no unit, or there is no such device.
     """
     if is_device(budget):
         return _device_memory(budget)
-    limit = parse_bytes(budget, "budget")
+    limit = parse_bytes(budget, name)
     if limit < _SMALLEST:
-        raise ValueError(f'budget is {limit} bytes; write "{limit}GiB" for gibibytes')
+        raise ValueError(f'{name} is {limit} bytes; write "{limit}GiB" for gibibytes')
     return limit
 
 

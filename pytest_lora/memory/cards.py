@@ -13,6 +13,7 @@ from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.budget import require_budget
 from pytest_lora.memory.estimate import step_memory
 from pytest_lora.memory.frontier import largest_batch
+from pytest_lora.values import require_items
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -121,7 +122,8 @@ def card_table(
 def _budgets(cards: Any) -> list[int]:
     if isinstance(cards, (str, bytes, int)):
         cards = [cards]
-    limits = [require_budget(card) for card in cards]
+    given = require_items("cards", cards, 'sizes such as ["24GiB", "80GiB"]')
+    limits = [require_budget(card, "cards") for card in given]
     if not limits:
         raise ValueError('cards must not be empty; write ["24GiB", "80GiB"]')
     return limits

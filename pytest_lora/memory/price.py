@@ -8,7 +8,7 @@ from typing import Any
 from pytest_lora.facts.cards import CARDS, card_named
 from pytest_lora.facts.memory import MemoryEstimate
 from pytest_lora.facts.operations import StepFlops, format_flops
-from pytest_lora.values import require_number, require_share, require_whole
+from pytest_lora.values import require_number, require_share, require_whole, shown
 
 _HOUR = 3600.0
 
@@ -113,7 +113,7 @@ def price(
         ValueError: It is out of its range, or the card is not known.
     """
     if not isinstance(card, str):
-        raise TypeError(f"card must be a name such as 'H100', not {card!r}")
+        raise TypeError(f"card must be a name such as 'H100', not {shown(card)}")
     utilisation = require_share("utilisation", utilisation)
     if per_hour is not None:
         per_hour = require_number("per_hour", per_hour, least=0.0)
@@ -125,7 +125,9 @@ def price(
     found = card_named(card)
     if found is None:
         known = ", ".join(one.name for one in CARDS)
-        raise ValueError(f"card: there is no peak of {card!r} here; give peak_tflops=, or one of {known}")
+        raise ValueError(
+            f"card: there is no peak of {shown(card)} here; give peak_tflops=, or one of {known}"
+        )
     checked = "" if found.verified else ", as commonly cited"
     return Price(found.name, found.tflops, utilisation, per_hour, f"{found.source}{checked}, {found.dtype}")
 

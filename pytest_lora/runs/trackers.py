@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_lora.findings import LoraHealthWarning
 from pytest_lora.sweep import trackers as through_accelerate
+from pytest_lora.values import require_items
 
 if TYPE_CHECKING:
     from pytest_lora.findings import Report
@@ -35,7 +36,11 @@ class Told:
     """
 
     def __init__(self, trackers: Iterable[Any] = (), project: str = PROJECT, folder: str = ".") -> None:
-        self._given = [trackers] if isinstance(trackers, str) else list(trackers)
+        self._given = (
+            [trackers]
+            if isinstance(trackers, str)
+            else list(require_items("trackers", trackers, "names or trackers of accelerate"))
+        )
         through_accelerate.require_known(self._given)
         self._project, self._folder = project, folder
         self._stack = ExitStack()

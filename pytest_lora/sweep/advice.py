@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pytest_lora.sweep import claims
 from pytest_lora.sweep.capacity import Capacity, capacity_of, parameters_of
 from pytest_lora.sweep.claims import Claim
-from pytest_lora.values import require_number, require_whole
+from pytest_lora.values import require_number, require_whole, shown
 
 if TYPE_CHECKING:
     from pytest_lora.sweep.capacity import Base
@@ -195,8 +195,10 @@ def require_purpose(purpose: Any) -> None:
     Raises:
         ValueError: The message has those that are known.
     """
-    if purpose not in get_args(Purpose):
-        raise ValueError(f"purpose must be one of {', '.join(map(repr, get_args(Purpose)))}, not {purpose!r}")
+    if not isinstance(purpose, str) or purpose not in get_args(Purpose):
+        raise ValueError(
+            f"purpose must be one of {', '.join(map(repr, get_args(Purpose)))}, not {shown(purpose)}"
+        )
 
 
 def suggest_learning_rate(

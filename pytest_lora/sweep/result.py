@@ -10,6 +10,7 @@ from pytest_lora.sweep.choice import METRIC_SHARE, MIN_GAIN, TIME_SHARE, RankCho
 from pytest_lora.sweep.rows import RankOutcome, TrialRow, outcomes
 from pytest_lora.sweep.table import markdown_table, text_table
 from pytest_lora.sweep.verdicts import metric_shares
+from pytest_lora.values import in_short
 
 if TYPE_CHECKING:
     import os
@@ -200,7 +201,14 @@ class SweepResult:
 
     @classmethod
     def from_json(cls, text: str) -> SweepResult:
-        """The result that ``to_json`` wrote."""
-        data = json.loads(text)
-        trials = tuple(TrialRow.from_dict(row) for row in data.pop("trials"))
-        return cls(trials=trials, **data)
+        """The result that ``to_json`` wrote.
+
+        Raises:
+            ValueError: ``text`` is something else.
+        """
+        try:
+            data = json.loads(text)
+            trials = tuple(TrialRow.from_dict(row) for row in data.pop("trials"))
+            return cls(trials=trials, **data)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"text is no result of a sweep: {in_short(error)}") from error

@@ -18,6 +18,7 @@ from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.rows import TrialRow
 from pytest_lora.sweep.settings import SweepSettings, checked
 from pytest_lora.sweep.table import number
+from pytest_lora.values import require_flag, require_path
 
 if TYPE_CHECKING:
     import os
@@ -118,8 +119,10 @@ def rank_sweep(
         version=version,
         executor=executor,
     )
-    if progress is not None and not isinstance(progress, bool):
-        raise TypeError(f"progress must be True, False or None, not {progress!r}")
+    if progress is not None:
+        require_flag("progress", progress)
+    if journal is not None and require_path("journal", journal).is_dir():
+        raise ValueError("journal must be a file, and this is a folder; name a file in it")
     kept = None if journal is None else Journal(journal, settings.described(), settings.unread)
     before, rows = _Run(settings, kept, progress).measure()
     return SweepResult(

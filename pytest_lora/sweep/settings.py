@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +15,22 @@ from pytest_lora.sweep.digest import Reader
 from pytest_lora.sweep.goal import more_is_better
 from pytest_lora.sweep.halving import budgets, require_optuna
 from pytest_lora.sweep.plan import TrialPlan
-from pytest_lora.values import require_share
+from pytest_lora.values import (
+    MOST_ITEMS,
+    require_flag,
+    require_items,
+    require_number,
+    require_share,
+    require_text,
+    require_whole,
+    shown,
+)
+
+MOST = {"ranks": 2**16, "seeds": 2**64 - 1}
+"""No matrix of a language model has a rank above its hidden size; torch's generators take a seed of 64 bits."""
+
+MOST_ALPHA = 1e9
+"""Of ``lora_alpha``, or what it is of the rank; PEFT documents it as a whole number."""
 
 ALPHA_RATIO = 2.0
 """``lora_alpha`` for each rank where the user gives none: what the QLoRA examples of PEFT and TRL use."""
@@ -144,13 +158,12 @@ def checked(
         alpha_ratio = ALPHA_RATIO
     for name, value in (("alpha_ratio", alpha_ratio), ("alpha", alpha)):
         if value is not None:
-            _positive(name, value)
-    if maximise is not None and not isinstance(maximise, bool):
-        raise TypeError(f"maximise must be True, False or None, not {maximise!r}")
+            require_number(name, value, above=0.0, most=MOST_ALPHA)
+    if maximise is not None:
+        require_flag("maximise", maximise)
     rates = _rates(learning_rates)
     for name, text in (("metric", metric), ("data", data), ("version", version)):
-        if not isinstance(text, str):
-            raise TypeError(f"{name} must be text, not {text!r}")
+        require_text(name, text)
     return SweepSettings(
         functions=functions,
         ranks=tuple(sorted(_whole_numbers("ranks", ranks, least=1))),
@@ -160,7 +173,7 @@ def checked(
         alpha_ratio=alpha_ratio,
         alpha=alpha,
         fraction=require_share("fraction", fraction),
-        epochs=_whole_number("epochs", epochs, least=1),
+        epochs=require_whole("epochs", epochs, least=1),
         config=_config(config),
         metric=metric,
         maximise=more_is_better(metric) is not False if maximise is None else maximise,
@@ -173,9 +186,8 @@ def checked(
 def _rates(values: Any) -> tuple[float, ...]:
     if values is None:
         return ()
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"learning_rates must be numbers such as (1e-4, 3e-4, 1e-3), not {values!r}")
-    rates = [_positive("learning_rates", value) for value in values]
+    given = require_items("learning_rates", values, "numbers such as (1e-4, 3e-4, 1e-3)")
+    rates = [require_number("learning_rates", value, above=0.0) for value in given]
     if not rates:
         raise ValueError("learning_rates must not be empty; None sweeps over ranks alone")
     if twice := sorted({rate for rate in rates if rates.count(rate) > 1}):
@@ -186,19 +198,11 @@ def _rates(values: Any) -> tuple[float, ...]:
 def _halving(halving: Any, rates: Sequence[float]) -> int | None:
     if halving is None:
         return None
-    _whole_number("halving", halving, least=2)
+    require_whole("halving", halving, least=2, most=MOST_ITEMS)
     if len(rates) < 2:
         raise ValueError("halving drops learning rates, of which there must be two; give learning_rates")
     require_optuna()
     return int(halving)
-
-
-def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
-    return float(value)
 
 
 def _require_function(name: str, function: Any) -> None:
@@ -243,7 +247,9 @@ def _config(config: Any) -> Any:
     elif isinstance(config, LoraConfig):
         made = config
     else:
-        raise TypeError(f"config must be a peft.LoraConfig, a dict of its fields or None, not {config!r:.60}")
+        raise TypeError(
+            f"config must be a peft.LoraConfig, a dict of its fields or None, not {shown(config)}"
+        )
     for name in ("rank_pattern", "alpha_pattern"):
         if getattr(made, name):
             raise ValueError(f"config: {name} fixes values that the sweep is to vary; leave it out")
@@ -251,9 +257,8 @@ def _config(config: Any) -> Any:
 
 
 def _whole_numbers(name: str, values: Any, least: int) -> tuple[int, ...]:
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be whole numbers such as (4, 8, 16), not {values!r}")
-    numbers = tuple(_whole_number(name, value, least) for value in values)
+    given = require_items(name, values, "whole numbers such as (4, 8, 16)")
+    numbers = tuple(require_whole(name, value, least=least, most=MOST[name]) for value in given)
     if not numbers:
         raise ValueError(f"{name} must not be empty")
     if twice := sorted({number for number in numbers if numbers.count(number) > 1}):
@@ -261,17 +266,9 @@ def _whole_numbers(name: str, values: Any, least: int) -> tuple[int, ...]:
     return numbers
 
 
-def _whole_number(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be whole, not {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
-    return value
-
-
 def _seeds(seeds: Any) -> tuple[int, ...]:
     if isinstance(seeds, int):
-        return tuple(range(_whole_number("seeds", seeds, least=1)))
+        return tuple(range(require_whole("seeds", seeds, least=1, most=MOST_ITEMS)))
     return _whole_numbers("seeds", seeds, least=0)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_lora.sweep.choice import RankChoice
 from pytest_lora.sweep.lock import RankLock
+from pytest_lora.values import shown
 
 if TYPE_CHECKING:
     from pytest_lora.sweep.result import SweepResult
@@ -48,11 +49,13 @@ def _require_known(tracking: Any, tracker: Any) -> None:
         return
     if not isinstance(tracker, str):
         raise TypeError(
-            f"trackers must be names or trackers of accelerate, not {type(tracker).__name__} {tracker!r:.60}"
+            f"trackers must be names or trackers of accelerate, not {type(tracker).__name__} {shown(tracker)}"
         )
     known = tracking.LOGGER_TYPE_TO_CLASS
     if tracker not in known:
-        raise ValueError(f"there is no tracker {tracker!r}; accelerate has {', '.join(sorted(known))}")
+        raise ValueError(
+            f"trackers: there is no tracker {shown(tracker)}; accelerate has {', '.join(sorted(known))}"
+        )
     if tracker not in [getattr(kind, "value", kind) for kind in tracking.get_available_trackers()]:
         raise ValueError(f"the package of the tracker {tracker!r} is not installed")
 
