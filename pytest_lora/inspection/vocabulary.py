@@ -45,6 +45,8 @@ def _readable(module: nn.Module | None) -> Tensor | None:
     weight = getattr(module, "weight", None)
     if (
         not isinstance(weight, Tensor)
+        # A row of a sharded tensor (DTensor) would have to be asked of every process.
+        or type(weight) not in (Tensor, nn.Parameter)
         or weight.is_meta
         or not weight.is_floating_point()
         or weight.dim() != 2

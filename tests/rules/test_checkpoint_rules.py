@@ -357,7 +357,8 @@ def test_damage_is_named_once(names: Namespace, case: str) -> None:
         (
             lambda k: f"model.{k}",
             "carry 'model.' before the prefix base_model.model.",
-            "take 'model.' off the keys; save_pretrained of the PeftModel itself next time",
+            "take 'model.' off the keys: save_file({k.replace('model.', '', 1): v for k, v in "
+            "load(file.read_bytes()).items()}, file); save_pretrained of the PeftModel itself next time",
         ),
         (
             lambda k: k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"),

@@ -123,6 +123,20 @@ def test_the_rest_of_a_large_vocabulary_is_read_only_if_the_last_row_is_suspicio
     assert vocabulary._rows_at_the_mean(table) == 250
 
 
+class Sharded(torch.Tensor):
+    """A tensor of another kind, whose rows are not simply there."""
+
+
+def test_tensors_of_another_kind_are_left_alone() -> None:
+    from pytest_lora.inspection import vocabulary
+
+    plain = nn.Linear(4, 8, bias=False)
+    assert vocabulary._readable(plain) is not None
+    sharded = nn.Module()
+    sharded.weight = plain.weight.detach().as_subclass(Sharded)
+    assert vocabulary._readable(sharded) is None
+
+
 def test_both_sides_of_a_tied_weight_are_an_info() -> None:
     both = {"modules_to_save": ["embed_tokens", "lm_head"]}
     config = LoraConfig(target_modules=["q_proj"], **both)
