@@ -75,6 +75,18 @@ def test_a_field_that_is_unusable_is_told_beside_a_file_that_is() -> None:
     assert {finding.code for finding in report.errors} == {"LORA401", "LORA413"}
 
 
+@pytest.mark.parametrize(("layers", "told"), [(8, True), (4, False)])
+def test_a_gap_is_told_where_most_layers_are_there(layers: int, told: bool) -> None:
+    """Three layers of four are no rule that a missing one could break."""
+    report = run(
+        f"path = adapter(num_hidden_layers={layers})\n"
+        "edit(path, lambda t: {k: v for k, v in t.items() if 'layers.1.' not in k})\n"
+        "report = check_checkpoint(path)\n"
+    )
+    found = [finding.observed for finding in report.findings if finding.code == "LORA424"]
+    assert found == ["layers 1 are missing between layers that the file has"] * told
+
+
 AXOLOTL = """
 base_model: Qwen/Qwen2.5-0.5B
 adapter: lora

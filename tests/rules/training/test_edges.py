@@ -161,3 +161,11 @@ def test_the_defaults_of_full_fine_tuning_are_known(facts: TrainingFacts, rate: 
     found = said("learning_rate_is_of_full_fine_tuning", given)
     assert len(found) == bool(known_as)
     assert all(known_as in one.observed for one in found)
+
+
+@pytest.mark.parametrize(("same", "told"), [(0.49, True), (0.5, False), (0.95, False)])
+def test_labels_of_a_text_that_repeats_itself_are_not_shifted(
+    facts: TrainingFacts, same: float, told: bool
+) -> None:
+    changed = labelled(facts, {"labels": 64, "same": same, "ahead": 0.95, "behind": 0.1})
+    assert bool(said("labels_are_shifted_twice", changed)) == told
