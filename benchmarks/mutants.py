@@ -223,7 +223,9 @@ def main() -> None:
         "--within", default="", help="only mutants whose path begins so: facts, inspection/state"
     )
     parser.add_argument(
-        "--survivors", action="store_true", help="run again what survived, with the tests of now"
+        "--survivors",
+        action="store_true",
+        help="run what survived again, with the tests of now, and nothing else",
     )
     options = parser.parse_args()
     file: Path | None = options.json and options.json.absolute()
@@ -237,10 +239,10 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     if file is not None and file.exists():
         results = json.loads(file.read_text())["results"]
-    again = {name for name, result in results.items() if options.survivors and not killed(result)}
+    again = {name for name, one in results.items() if not killed(one) and not one.get("equivalent")}
     every = drawn(options.number, options.seed)
     within = [m for m in every if m.path.startswith(f"pytest_lora/{options.within}")]
-    waiting = [m for m in within if str(m) not in results or str(m) in again]
+    waiting = [m for m in within if (str(m) in again if options.survivors else str(m) not in results)]
     for mutant, result in run_all(waiting, executed, options.jobs, options.budget):
         reason = results.get(str(mutant), {}).get("equivalent")
         results[str(mutant)] = result | ({"equivalent": reason} if reason else {})
@@ -248,19 +250,20 @@ def main() -> None:
             f"{len(results):>4} {result['outcome']:<11} {result['seconds']:6.1f} s {result['tests']:>5}  {mutant}",
             flush=True,
         )
-        write(file, options.seed, results)
+        write(file, options, results)
     idle = failing_anyway({test for one in results.values() for test in one.get("by", ()) if "::" in test})
     for one in results.values():
         if idle.intersection(one.get("by", ())):
             one["outcome"] = "killed by a test that fails anyway"
-    write(file, options.seed, results)
+    write(file, options, results)
     dead = sum(map(killed, results.values()))
     print(f"{dead} of {len(results)} killed: {100 * dead / len(results):.1f} %")
 
 
-def write(file: Path | None, seed: int, results: dict[str, dict[str, Any]]) -> None:
+def write(file: Path | None, options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
     if file is not None:
-        summary = {"seed": seed, "mutants": len(results), "killed": sum(map(killed, results.values()))}
+        dead = sum(map(killed, results.values()))
+        summary = {"seed": options.seed, "drawn": options.number, "run": len(results), "killed": dead}
         file.write_text(json.dumps(summary | {"results": results}, indent=1) + "\n")
 
 

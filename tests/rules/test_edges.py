@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig
+from torch import nn
 
 from pytest_lora import Expect, Finding, check_recipe
 from pytest_lora.bases.examples.models import BASES
@@ -75,6 +76,46 @@ def test_a_field_that_is_unusable_is_told_beside_a_file_that_is() -> None:
     assert {finding.code for finding in report.errors} == {"LORA401", "LORA413"}
 
 
+@pytest.mark.parametrize(("layers", "told"), [(8, True), (4, False)])
+def test_a_gap_is_told_where_most_layers_are_there(layers: int, told: bool) -> None:
+    """Three layers of four are no rule that a missing one could break."""
+    report = run(
+        f"path = adapter(num_hidden_layers={layers})\n"
+        "edit(path, lambda t: {k: v for k, v in t.items() if 'layers.1.' not in k})\n"
+        "report = check_checkpoint(path)\n"
+    )
+    found = [finding.observed for finding in report.findings if finding.code == "LORA424"]
+    assert found == ["layers 1 are missing between layers that the file has"] * (2 if told else 0)
+
+
+def test_numbers_that_are_not_finite_are_counted_of_both_kinds() -> None:
+    spoiled = (
+        "def spoil(tensors):\n"
+        "    name = next(iter(tensors))\n"
+        "    tensors[name][0, 0], tensors[name][0, 1] = float('nan'), float('inf')\n"
+        "    return tensors\n"
+    )
+    report = run(f"path = adapter()\n{spoiled}\nedit(path, spoil)\nreport = check_checkpoint(path)\n")
+    (found,) = [finding for finding in report.errors if finding.code == "LORA441"]
+    assert found.observed.startswith("1 NaN and 1 infinite values in 1 of")
+
+
+def test_what_is_excluded_around_targets_is_named_itself() -> None:
+    facts = facts_of(target_modules="all-linear", exclude_modules=["mlp"])
+    (found,) = said("exclusion_excludes_nothing", facts)
+    assert found.fix.startswith("name the adapted modules themselves: exclude_modules=")
+    facts = facts_of(target_modules=["gate_proj", "q_proj"], exclude_modules=["mlp"])
+    (found,) = said("exclusion_excludes_nothing", facts)
+    assert "exclude_modules=['gate_proj']" in found.fix
+
+
+def test_a_rank_for_groups_of_channels_is_the_next_multiple() -> None:
+    base = nn.Sequential(nn.Conv2d(64, 64, 3, groups=4))
+    facts = config_facts(LoraConfig(r=6, lora_alpha=16, target_modules=["0"]), base)
+    (found,) = said("peft_refuses_the_config", facts)
+    assert found.fix.endswith("r=8")
+
+
 AXOLOTL = """
 base_model: Qwen/Qwen2.5-0.5B
 adapter: lora
@@ -117,6 +158,8 @@ RECIPES: list[tuple[str, str, str]] = [
     ("LORA621", FACTORY.replace("sft", "dpo") + "learning_rate: 1.0e-7\nmax_steps: 10\n", "moves nothing"),
     ("LORA621", FACTORY.replace("sft", "dpo") + "learning_rate: 2.0e-6\nmax_steps: 10\n", ""),
     ("LORA621", FACTORY.replace("sft", "ppo") + "learning_rate: 1.0e-7\nmax_steps: 10\n", ""),
+    ("LORA620", FACTORY + "warmup_ratio: 1.5\n", "never ends"),
+    ("LORA620", FACTORY + "warmup_ratio: 1.5\nwarmup_steps: 10\n", ""),
     ("LORA624", TRL + "packing: true\n", "nothing keeps them apart"),
     ("LORA624", TRL + "packing: true\nattn_implementation: flash_attention_2\n", ""),
     ("LORA624", SWIFT + "packing: true\n", "nothing keeps them apart"),

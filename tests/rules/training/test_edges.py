@@ -161,3 +161,28 @@ def test_the_defaults_of_full_fine_tuning_are_known(facts: TrainingFacts, rate: 
     found = said("learning_rate_is_of_full_fine_tuning", given)
     assert len(found) == bool(known_as)
     assert all(known_as in one.observed for one in found)
+
+
+@pytest.mark.parametrize(("same", "told"), [(0.49, True), (0.5, False), (0.95, False)])
+def test_labels_of_a_text_that_repeats_itself_are_not_shifted(
+    facts: TrainingFacts, same: float, told: bool
+) -> None:
+    changed = labelled(facts, {"labels": 64, "same": same, "ahead": 0.95, "behind": 0.1})
+    assert bool(said("labels_are_shifted_twice", changed)) == told
+
+
+@pytest.mark.parametrize(
+    ("eps", "norm", "severity"),
+    [(1e-8, 1.0, "warning"), (1e-4, 1.0, ""), (1e-4, math.nan, "error"), (1e-8, math.nan, "error")],
+)
+def test_float16_under_adam_breaks_by_its_eps_or_has_broken(
+    facts: TrainingFacts, eps: float, norm: float, severity: str
+) -> None:
+    tensors = tuple(replace(tensor, dtype="float16", held=True) for tensor in facts.tensors)
+    groups = tuple(replace(group, eps=eps) for group in facts.optimizer.groups)
+    steps = tuple(replace(step, gradient_norm=norm) for step in facts.steps)
+    optimizer = replace(facts.optimizer, groups=groups)
+    found = said(
+        "float16_weights_under_adam", replace(facts, tensors=tensors, steps=steps, optimizer=optimizer)
+    )
+    assert [one.severity for one in found] == [severity] * bool(severity)
