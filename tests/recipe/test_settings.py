@@ -156,6 +156,12 @@ def test_keys_of_plugins_that_a_recipe_names_are_known(tmp_path: Path) -> None:
     assert read(tmp_path, AXOLOTL + "plugins: [ours.Plugin]\nours: 1\n").unknown == ()
 
 
+def test_our_own_plugin_brings_its_key_and_no_other(tmp_path: Path) -> None:
+    named = "plugins: [pytest_lora.runs.axolotl.LoraHealthPlugin]\nlora_health: {on_error: stop}\n"
+    facts = read(tmp_path, f"{AXOLOTL}{named}gradient_checkpoint: true\n")
+    assert [one.key for one in facts.unknown] == ["gradient_checkpoint"]
+
+
 def test_the_keys_of_each_tool_are_data() -> None:
     known = known_keys()
     assert set(known) == {"axolotl", "llamafactory", "trl", "ms-swift"}

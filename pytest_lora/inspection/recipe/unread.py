@@ -57,6 +57,9 @@ FIELDS = (
 """Names that no script of its own would call nearly the same and mean something else."""
 
 _TEXT_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+OWN_PLUGINS = {"pytest_lora.runs.axolotl": ("lora_health",)}
+"""Keys that this package's own plugins bring."""
+
 _COMMA = re.compile(r"[-+]?\d+,\d+([eE][-+]?\d+)?")
 
 
@@ -115,10 +118,11 @@ def _unknown(
 
 def _plugin_keys(keys: Keys, known: dict[str, Any]) -> frozenset[str] | None:
     found: set[str] = set()
+    every = {**known.get("plugins", {}), **OWN_PLUGINS}
     plugins = keys.names("plugins").value if keys.has("plugins") else ()
     for plugin in (plugins,) if isinstance(plugins, str) else plugins or ():
         home = plugin.rpartition(".")[0] or plugin
-        brought = next((own for name, own in known.get("plugins", {}).items() if home.startswith(name)), None)
+        brought = next((own for name, own in every.items() if home.startswith(name)), None)
         if brought is None:
             return None
         found.update(brought)
