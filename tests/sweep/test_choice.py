@@ -42,6 +42,11 @@ def test_the_smallest_rank_with_enough() -> None:
     assert chosen({4: 0.60, 8: 0.70, 16: 0.95}, 0.5).rank == 16
 
 
+def test_no_gain_pays_nothing_even_where_nothing_is_asked_for() -> None:
+    choice = choose(rows({4: [0.5], 8: [0.5], 16: [0.5]}), before=0.0, maximise=True, min_gain=0.0)
+    assert choice.rank == 4
+
+
 def test_never_nothing_because_of_the_time_rule() -> None:
     choice = choose(rows({4: [92.0], 8: [94.0], 16: [94.1]}, SECONDS), before=50.0, maximise=True)
     assert choice.rank == 8
