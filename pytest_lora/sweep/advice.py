@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytest_lora.arguments import require_number, require_whole
 from pytest_lora.sweep import claims
-from pytest_lora.sweep.capacity import Capacity, capacity_of
+from pytest_lora.sweep.capacity import Capacity, capacity_of, parameters_of
 from pytest_lora.sweep.claims import Claim
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def suggest_learning_rate(
         if short:
             said = (*said, claims.FIFTEEN_TIMES)
     else:
-        rate, reason, said = _usual_rate(purpose, capacity_of(base).total)
+        rate, reason, said = _usual_rate(purpose, parameters_of(base))
     more = (claims.LARGE_BATCH,) if batch_size is not None and batch_size > LARGE_BATCH else ()
     rates = tuple(float(f"{one:.2g}") for one in (rate / 3, rate, 3 * rate))
     return RateAdvice(rates[1], rates, reason, (*said, *more, claims.SWEEP, claims.ALPHA))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from pytest_lora import estimate_memory
 from pytest_lora.facts.operations import StepFlops, format_flops
@@ -105,6 +105,26 @@ def test_packed_weights_multiply_like_whole_ones(quantization: str | None) -> No
         adapter(), base(8, "sdpa"), batch_size=1, seq_len=64, quantization=quantization, autocast=False
     )
     assert estimate.flops.forward == by_hand(64, 8, 4, 64, 128, 0.5, VOCABULARY)
+
+
+def test_experts_of_a_mixture_multiply_the_rows_that_they_get() -> None:
+    tokens, hidden, inner, experts, chosen = 64, 64, 128, 4, 2
+    config = MixtralConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=experts,
+        num_experts_per_tok=chosen,
+        vocab_size=VOCABULARY,
+        sliding_window=None,
+    )
+    lora = adapter(target_modules=["q_proj", "v_proj"])
+    found = estimate_memory(lora, config, batch_size=1, seq_len=tokens).flops.forward
+    attention = 4 * hidden * hidden + 2 * 4 * 2 * hidden + 2 * tokens * hidden
+    layer = attention + hidden * experts + chosen * 3 * hidden * inner
+    assert found == 2 * tokens * (8 * layer + hidden * VOCABULARY)
 
 
 LLAMA_70B = 70_553_706_496

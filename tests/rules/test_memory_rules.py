@@ -108,7 +108,9 @@ def test_each_row_says_its_price_and_what_training_sees() -> None:
 
 
 def test_four_changes_at_most_in_rows_of_a_hundred_columns() -> None:
-    base = LlamaConfig(**{**SMALL, "num_hidden_layers": 2}, vocab_size=1000)
+    base = LlamaConfig(
+        hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8, vocab_size=1000
+    )
     asked: dict[str, Any] = {"batch_size": 8, "seq_len": 8, "quantization": "nf4", "accumulation": 64}
     weights = estimate_memory(adapter(), base, **asked).loaded
     (found,) = check_memory(base, adapter(), budget=weights + 2**10, **asked).findings

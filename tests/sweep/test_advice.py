@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import MixtralConfig
 
-from pytest_lora import suggest_learning_rate, suggest_rank
+from pytest_lora import rank_table, suggest_learning_rate, suggest_rank
 from pytest_lora.bases.tiny import tiny_config
 from pytest_lora.sweep import claims
 from pytest_lora.sweep.advice import Purpose, advise
@@ -76,6 +77,21 @@ def test_twelve_bases_and_four_sizes_of_data(name: str) -> None:
         assert advice.rank == min(power, narrowest // 2)
         assert advice.rank in advice.ranks
         assert ("full fine-tuning" in advice.reason) == (power > narrowest // 2)
+
+
+def test_experts_that_peft_adapts_count() -> None:
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_local_experts=4,
+        num_key_value_heads=4,
+    )
+    ranks = rank_table(config, [1, 2], target_modules="all-linear").rows
+    assert capacity_of(config).per_rank == ranks[1].trainable - ranks[0].trainable
+    attention = capacity_of(config, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert attention.per_rank == 2 * 4 * 2 * 64
 
 
 def test_the_words_for_a_llama() -> None:

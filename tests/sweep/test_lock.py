@@ -68,6 +68,7 @@ def test_a_lock_holds_a_training_to_its_rank(tmp_path: Path) -> None:
         "  expected: r=8, as locked\n"
         "  fix:      set r=8; or sweep again and lock what that chooses"
     )
+    assert codes(lock, config=LoraConfig(r=8, lora_alpha=32)) == [("LORA942", "error")]
     rated = replace(lock, learning_rate=3e-4)
     assert codes(rated, learning_rate=3e-4) == codes(lock, learning_rate=1e-3) == []
     assert codes(rated, learning_rate=1e-3) == [("LORA942", "error")]

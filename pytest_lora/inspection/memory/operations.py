@@ -9,7 +9,12 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from pytest_lora.facts.operations import StepFlops
 from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, LAST_INNER
@@ -41,6 +46,12 @@ def _mixed_int8_product(
     return 2 * prod(left) * right[0]
 
 
+def _grouped_product(left: Sequence[int], right: Sequence[int], *rest: Any, **named: Any) -> int:
+    """Experts of a mixture in one call: each row, or each part of the inner side, belongs to one of them."""
+    experts = left[0] if len(left) == len(right) == 3 else 1
+    return 2 * experts * left[-2] * left[-1] * right[-1]
+
+
 _OF_BITSANDBYTES = {
     "gemm_4bit": _packed_product,
     "int8_linear_matmul": _int8_product,
@@ -51,9 +62,16 @@ _OF_BITSANDBYTES = {
 
 @cache
 def _formulas() -> dict[Any, Any]:
-    """torch's registry with the products of bitsandbytes that are defined here and now."""
-    found = {name: getattr(torch.ops.bitsandbytes, name, None) for name in _OF_BITSANDBYTES}
-    own = {found[name]: formula for name, formula in _OF_BITSANDBYTES.items() if found[name] is not None}
+    """torch's registry, with the products that it lacks and that are defined here and now."""
+    lacking = [
+        *((torch.ops.bitsandbytes, name, formula) for name, formula in _OF_BITSANDBYTES.items()),
+        (torch.ops.aten, "_grouped_mm", _grouped_product),
+    ]
+    own = {
+        packet: formula
+        for home, name, formula in lacking
+        if (packet := getattr(home, name, None)) is not None and packet not in flop_registry
+    }
     formulas: dict[Any, Any] = FlopCounterMode(display=False, custom_mapping=own).flop_registry
     return formulas
 
