@@ -190,7 +190,7 @@ LOOKING: dict[str, Callable[[Setup], object]] = {
     "suggest_rank": lambda s: suggest_rank(s.base, tokens=5000),
     "suggest_learning_rate": lambda s: suggest_learning_rate(s.base),
     "rank_prices": lambda s: rank_prices(s.config, s.base, [2, 4], batch_size=2, seq_len=16),
-    "card_table": lambda s: card_table(s.config, s.base, batch_size=2, seq_len=16, cards=["1GiB"]),
+    "card_table": lambda s: card_table(s.config, s.base, batch_size=2, seq_len=16, cards=["1MiB"]),
     "estimate_memory": lambda s: estimate_memory(s.config, s.base, batch_size=2, seq_len=16),
     "step_memory": lambda s: step_memory(s.config, s.base).peak_allocated(2, 16),
     "largest_that_fits": lambda s: largest_that_fits(
