@@ -39,6 +39,7 @@ from pytest_lora import (
     assert_resumable,
     assert_run_healthy,
     assert_training_healthy,
+    card_table,
     check_adapter_shapes,
     check_adapters_in_sync,
     check_alpha_ratio,
@@ -59,8 +60,10 @@ from pytest_lora import (
     estimate_memory,
     largest_that_fits,
     oom_frontier,
+    rank_prices,
     rank_table,
     step_memory,
+    suggest_learning_rate,
     suggest_rank,
     watch_training,
 )
@@ -185,6 +188,9 @@ LOOKING: dict[str, Callable[[Setup], object]] = {
     "count_parameters": lambda s: count_parameters(s.model),
     "rank_table": lambda s: rank_table(s.base, [2, 4], target_modules=[*s.config.target_modules]),
     "suggest_rank": lambda s: suggest_rank(s.base, tokens=5000),
+    "suggest_learning_rate": lambda s: suggest_learning_rate(s.base),
+    "rank_prices": lambda s: rank_prices(s.config, s.base, [2, 4], batch_size=2, seq_len=16),
+    "card_table": lambda s: card_table(s.config, s.base, batch_size=2, seq_len=16, cards=["1MiB"]),
     "estimate_memory": lambda s: estimate_memory(s.config, s.base, batch_size=2, seq_len=16),
     "step_memory": lambda s: step_memory(s.config, s.base).peak_allocated(2, 16),
     "largest_that_fits": lambda s: largest_that_fits(
