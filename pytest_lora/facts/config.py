@@ -95,12 +95,16 @@ class PatternKey:
     elsewhere: tuple[str, ...]
 
 
+NOT_TRIED = "TimeoutError"
+"""What stands for an exception where PEFT would match for longer than anybody waits."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """PEFT's own error where it stops at the configuration.
 
     Attributes:
-        error: Class of the exception.
+        error: Class of the exception; ``NOT_TRIED`` where PEFT was not asked.
         message: Its words.
         modules: Modules of the base that they are about, where that can be told.
         exclusion: What to set ``exclude_modules`` to, under which PEFT takes the rest; None where there is no such.

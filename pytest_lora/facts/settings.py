@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 
@@ -75,6 +76,19 @@ class Settings:
             return None
         return self.alpha_of(module) / (rank**0.5 if self.use_rslora else rank)
 
+    def without_patterns(self) -> Settings:
+        """The settings without what would be matched with names of modules."""
+        return replace(
+            self,
+            target_modules=None,
+            exclude_modules=None,
+            target_parameters=(),
+            modules_to_save=(),
+            rank_pattern=(),
+            alpha_pattern=(),
+            trainable_token_indices=(),
+        )
+
     def targets(self, module: str) -> bool:
         """Whether ``target_modules`` names a module; "all-linear" and None are not for names to decide."""
         return _means(self.target_modules, module)
@@ -111,13 +125,22 @@ def deciding_key(keys: Iterable[str], module: str) -> str | None:
     return None
 
 
-@cache
+@lru_cache(maxsize=4096)
 def compiled(pattern: str) -> re.Pattern[str] | None:
     """A regular expression of a configuration; None where it is none, and so can match nothing."""
     try:
-        return re.compile(pattern)
-    except re.error:
+        with warnings.catch_warnings():  # of what another version of Python may read otherwise
+            warnings.simplefilter("ignore")
+            return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
         return None
+
+
+@lru_cache(maxsize=65_536)
+def matches(pattern: str, module: str) -> bool:
+    """Whether a pattern means a module."""
+    expression = compiled(pattern)
+    return expression is not None and expression.fullmatch(module) is not None
 
 
 def is_named(module: str, name: str) -> bool:
@@ -127,8 +150,7 @@ def is_named(module: str, name: str) -> bool:
 
 def _means(names: tuple[str, ...] | str | None, module: str) -> bool:
     if isinstance(names, str):
-        pattern = compiled(names)
-        return pattern is not None and pattern.fullmatch(module) is not None
+        return matches(names, module)
     return any(is_named(module, name) for name in names or ())
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from pytest_lora.inspection.base import base_parameters
 from pytest_lora.inspection.config import ADAPTER, dry_run
+from pytest_lora.inspection.limited.patterns import require_matchable
 from pytest_lora.inspection.parameters import count
 from pytest_lora.inspection.peft_internals import LoraConfig
 from pytest_lora.inspection.peft_state import saved_state
@@ -82,6 +83,7 @@ def _groups(module: nn.Module) -> int:
 def _adapter_size(config: LoraConfig, model: nn.Module, rank: int) -> AdapterSize:
     config = copy.deepcopy(config)
     config.r = rank
+    require_matchable(config, dict(model.named_modules()))
     injected, error = dry_run(config, skeleton(model))
     if injected is None:
         raise ValueError(f"PEFT refuses this configuration at r={rank}: {error}") from error

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.config import ConfigFacts, LayerFacts, NameMatch, PatternKey, Refusal
-from pytest_lora.facts.settings import Settings, compiled, deciding_key, is_named
+from pytest_lora.facts.config import NOT_TRIED, ConfigFacts, LayerFacts, NameMatch, PatternKey, Refusal
+from pytest_lora.facts.settings import Settings, deciding_key, is_named, matches
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.exclusion import explained
 from pytest_lora.inspection.layers import layer_facts
+from pytest_lora.inspection.limited.patterns import patterns_kept, unmatchable
 from pytest_lora.inspection.peft_internals import (
     LoraConfig,
     LoraLayer,
@@ -32,6 +33,9 @@ from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey
 
 ADAPTER = "default"
+
+MOST_ALONE = 50
+"""Names that match nothing for which similar ones are looked for: that takes a third of a millisecond each."""
 
 
 @leaves_no_trace
@@ -50,6 +54,9 @@ def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     facts = base_facts(found, base_parameters(found))
     if any(_leaves(facts, head) for head in heads_by_task_type(settings.task_type)):
         settings = _without_absent_heads(settings, facts)
+    if why := unmatchable(vars(config), found.modules):
+        plain = settings.without_patterns()
+        return assembled(ADAPTER, plain, plain, facts, Survey(model, 0), (), Refusal(NOT_TRIED, why))
     if facts.carries_adapter:
         wrapped = refused(_refused_beside(config, found)) or Refusal(
             "", "the base already carries an adapter"
@@ -102,7 +109,7 @@ def dry_run(
     config.inference_mode, inference = False, config.inference_mode
     try:
         # The factors of an embedding are drawn before they go to the meta device.
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), patterns_kept():
             warnings.simplefilter("ignore")
             if isinstance(model, PeftModel):
                 model.add_adapter(adapter, config, low_cpu_mem_usage=True)
@@ -185,6 +192,7 @@ def _name_matches(
     by_suffix = _by_suffix(dict.fromkeys([*base.module_names, *adapted]), wanted)
     parameters_by_suffix = _by_suffix(dict.fromkeys(parameters), set(written.target_parameters))
     leaves = sorted({module.leaf for module in base.modules if not module.leaf.isdigit()})
+    alone = 0
     for field, names in lists.items():
         if isinstance(names, str):
             yield NameMatch(field, names, tuple(_matched_by_pattern(names, base, adapted)))
@@ -199,11 +207,9 @@ def _name_matches(
             if field == "modules_to_save" and not modules and len(name) > 1:
                 # Here PEFT asks for the end of the text alone: "layernorm" means every input_layernorm.
                 modules = tuple(module for module in base.module_names if module.endswith(name))
-            similar = (
-                ()
-                if modules
-                else tuple(difflib.get_close_matches(name.rpartition(".")[2], leaves, cutoff=0.7))
-            )
+            similar: tuple[str, ...] = ()
+            if not modules and (alone := alone + 1) <= MOST_ALONE and len(name) < 1000:
+                similar = tuple(difflib.get_close_matches(name.rpartition(".")[2], leaves, cutoff=0.7))
             yield NameMatch(field, name, modules, similar)
 
 
@@ -228,9 +234,7 @@ def _matched_by_pattern(pattern: str, base: BaseFacts, adapted: list[str]) -> It
     if pattern == "all-linear":
         yield from adapted or (module.name for module in base.modules if module.is_linear)
         return
-    expression = compiled(pattern)
-    if expression is not None:
-        yield from (name for name in base.module_names if expression.fullmatch(name))
+    yield from (name for name in base.module_names if matches(pattern, name))
 
 
 def _pattern_keys(

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.resumption import FieldChange, RankChange, ResumptionFacts
+<<<<<<< HEAD
 from pytest_lora.facts.settings import Settings, is_named
+=======
+from pytest_lora.inspection.limited.patterns import require_matchable
+>>>>>>> c167cd7 (What strangers' configurations match is rehearsed in a limited process: one bound for patterns, lists and maps, also in check_config, recipes, memory and resumption)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +50,7 @@ def resumption_facts(
         why = next((f"{fault.file}: {fault.observed}" for fault in facts.faults), None)
         reason = why or facts.other_method or "the folder holds no readable LoRA adapter"
         return ResumptionFacts(facts.name, facts.weights, unusable=reason)
+    require_matchable(config, [module.name for module in facts.adapted])
     gone, new = _targets(facts, saved, wanted, layers)
     # With a base its modules tell what is excluded; without one the names have to.
     compared = ALIKE if layers is not None or gone else (*ALIKE, "exclude_modules")

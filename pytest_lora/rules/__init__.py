@@ -13,6 +13,7 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
 # Facts are loaded with the rules, not by the first rule: code that takes modules out of ``sys.modules``
@@ -25,6 +26,10 @@ F = TypeVar("F")
 
 ENTRY_POINTS = "pytest_lora.rules"
 """Entry point group of packages that add rules of their own."""
+
+MOST = 50
+"""Findings of one rule on one set of facts: a configuration can have a thousand keys with one fault each, and every
+fix spells out all of them."""
 
 OnSaved = Literal["alone", "with_base", "refused", "merged"]
 """Where a rule on configurations also judges that of a saved adapter: from its folder alone and on a base; on a base
@@ -91,9 +96,12 @@ class Rule:
         return (self.code, *self.aliases)
 
     def __call__(self, facts: object, expect: Expect) -> Iterator[Finding]:
-        for violation in self.judge(facts, expect):
+        violations = iter(self.judge(facts, expect))
+        for number, violation in enumerate(islice(violations, MOST), 1):
             where, observed, expected, fix, severity, line, by_itself = violation
             said = severity or self.severity
+            if number == MOST and next(violations, None) is not None:
+                observed = f"{observed}; and there are more like this"
             yield Finding(
                 self.code, self.name, said, where, observed, expected, fix, line=line, by_itself=by_itself
             )

@@ -25,8 +25,8 @@ from pytest_lora.inspection.checkpoint.config_file import MAX_CONFIG, config_fil
 from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
 from pytest_lora.inspection.checkpoint.header import read_header
 from pytest_lora.inspection.checkpoint.json_file import read_object
-from pytest_lora.inspection.checkpoint.patterns import refusal
 from pytest_lora.inspection.checkpoint.values import read_values
+from pytest_lora.inspection.limited.patterns import unmatchable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -173,7 +173,7 @@ class _Reading:
         names = {key.module for key in keys.values()}
         if base is not None:
             names.update(base.facts.module_names)
-        why = refusal(raw, names)
+        why = unmatchable(raw, names)
         if why is not None:
             self.faults.append(FileFault(CONFIG, "pattern", why))
         return config_file(raw, why)

@@ -15,6 +15,7 @@ from torch import nn
 
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
+from pytest_lora.inspection.limited.patterns import require_matchable
 from pytest_lora.inspection.memory.layer_stacks import Stack, cut_stacks
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
@@ -214,6 +215,7 @@ def _with_adapter(model: nn.Module, config: LoraConfig, setting: StepSetting) ->
     config.inference_mode = False
     without_values(config)
     transformer: Any = model
+    require_matchable(config, dict(model.named_modules()))
     try:
         # An embedding's factors are drawn before they go to the meta device.
         with warnings.catch_warnings(), META, without_initial_values(), torch.random.fork_rng(devices=[]):

@@ -6,8 +6,12 @@ import re
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+<<<<<<< HEAD
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.settings import Settings, compiled, is_named
+=======
+from pytest_lora.facts.config import NOT_TRIED, ConfigFacts, Settings, compiled, is_named
+>>>>>>> c167cd7 (What strangers' configurations match is rehearsed in a limited process: one bound for patterns, lists and maps, also in check_config, recipes, memory and resumption)
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, without
@@ -122,6 +126,8 @@ def _explained_elsewhere(facts: ConfigFacts) -> bool:
 
 def _fix(facts: ConfigFacts, message: str) -> str:
     settings, refusal = facts.settings, facts.refusal
+    if refusal is not None and refusal.error == NOT_TRIED:
+        return f"write plain names of modules, and few of them, in {message.partition(':')[0]}"
     if refusal is not None and refusal.exclusion is not None:
         names = refusal.exclusion if isinstance(refusal.exclusion, str) else list(refusal.exclusion)
         return f"set exclude_modules={names!r}, with which PEFT takes the rest"
@@ -146,10 +152,9 @@ def _fix(facts: ConfigFacts, message: str) -> str:
         return f"set r, or a rank_pattern for these modules, to a multiple of their groups: r={multiple}"
     if "trainable_token_indices cannot" in message:
         return f"adapt the embedding in one way: set trainable_token_indices=None{_without_embedding(facts)}"
-    if unknown := [
-        name for name, _ in settings.trainable_token_indices if name and not _is_there(name, facts)
-    ]:
-        return f"name the embedding as this base does: {_renamed(unknown[0], facts)}"
+    rows = settings.trainable_token_indices
+    if unknown := next((name for name, _ in rows if name and not _is_there(name, facts)), None):
+        return f"name the embedding as this base does: {_renamed(unknown, facts)}"
     return next((fix for words, fix in _FIXES if words in message), _named_in(message))
 
 

@@ -1,0 +1,227 @@
+"""What runs in the limited process, from its source alone: the standard library and nothing of this package.
+
+A request is a line of JSON, an answer another. The process sets its own alarms before each piece of work, so that it
+ends by itself whatever becomes of the one that asked.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import faulthandler
+import io
+import json
+import pickle
+import re
+import signal
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing itself takes longer to load than most of the work
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    Tuple = tuple[Any, ...]
+else:
+    Tuple = tuple
+
+MEMORY = 256 * 2**20
+"""Bytes of address space. Python takes about 30 MB of it."""
+
+FRAMES = 300
+"""Depth of calls: Python's parser of expressions calls itself for each group within a group."""
+
+
+CACHE = "_MAXCACHE"
+"""What Python calls the number of expressions that ``re`` keeps compiled."""
+
+KEPT = 100_000
+"""That number here, and in the process that asks while PEFT matches: it would compile long maps for every module."""
+
+
+def rehearse(field: str, value: str | list[str], names: list[str]) -> None:
+    """Match as PEFT does it (``inject_adapter``, ``check_target_module_exists``, ``get_pattern_key`` in peft).
+
+    Expressions that Python refuses are left to PEFT, which says so.
+
+    Args:
+        field: A field of the configuration.
+        value: A text or a list of texts.
+        names: Names of modules.
+    """
+    if isinstance(value, str):
+        matched(value, names, re.fullmatch)
+    elif field in FORMS:
+        for name in names:
+            for one in value:
+                matched(FORMS[field].replace("{}", one), (name,), re.match)
+    else:
+        if field == "target_modules":
+            shortened(value, names)
+        known = set(value)
+        for name in names:
+            name in known or any(name.endswith(f".{one}") for one in value)
+
+
+FORMS = {
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+}
+"""What PEFT makes of each text of a field before it matches."""
+
+
+def matched(expression: str, names: Iterable[str], match: Callable[[str, str], object]) -> None:
+    for name in names:
+        try:
+            match(expression, name)
+        except re.error:
+            return
+
+
+def shortened(texts: list[str], names: list[str]) -> None:
+    """Shorten a list as PEFT does before it injects (``_find_minimal_target_modules``)."""
+    ends, distinct = tuple("." + text for text in texts), set(texts)
+    rest = [name for name in names if name not in distinct and not name.endswith(ends)]
+    others = {end for name in rest for end in endings(name)}
+    kept: set[str] = set()
+    for text in distinct:
+        for end in endings(text):
+            if end in kept or end in others:
+                continue
+            if not any(text.endswith("." + one) for one in kept):
+                kept.add(end)
+                break
+
+
+def endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))][::-1]
+
+
+class Storage(Tuple):
+    """The name of a file of numbers in the archive, and what they are: (type, key, count)."""
+
+
+class Tensor(Tuple):
+    """(storage, offset, shape, strides)."""
+
+
+def rebuilt(storage: object, offset: object, shape: Any, strides: Any, *_: object) -> Tensor:
+    return Tensor((storage, offset, tuple(shape), tuple(strides)))
+
+
+def parameter(tensor: object, *_: object) -> object:
+    return tensor
+
+
+class Kind(str):
+    """The name of a class of storages."""
+
+
+ALLOWED = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): rebuilt,
+    ("torch._utils", "_rebuild_parameter"): parameter,
+}
+STORAGES = re.compile(r"[A-Za-z0-9]{1,20}Storage")
+DTYPES = re.compile(r"[a-z0-9_]{1,24}")
+
+
+class Unpickler(pickle.Unpickler):
+    """Makes names of tensors and what there is to say of them: no tensor, and nothing else that torch.save writes."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ALLOWED:
+            return ALLOWED[module, name]
+        if module in ("torch", "torch.storage") and (STORAGES.fullmatch(name) or DTYPES.fullmatch(name)):
+            return Kind(name)
+        raise pickle.UnpicklingError(f"it asks for {module[:60]}.{name[:60]}")
+
+    def persistent_load(self, pid: Any) -> Storage:
+        word, kind, key, _, count = pid
+        if (
+            word != "storage"
+            or not isinstance(kind, Kind)
+            or not isinstance(key, str)
+            or type(count) is not int
+        ):
+            raise pickle.UnpicklingError("it refers to something else than numbers")
+        return Storage((kind, key, count))
+
+
+def unpickle(content: str) -> list[list[Any]]:
+    """The tensors of a state dict that ``torch.save`` wrote: name, type, key, count, offset, shape, strides of each.
+
+    Raises:
+        pickle.UnpicklingError: It is something else.
+    """
+    state = Unpickler(io.BytesIO(base64.b64decode(content))).load()
+    if not isinstance(state, dict):
+        raise pickle.UnpicklingError("it holds something else than named tensors")
+    found: list[list[Any]] = []
+    for name, value in state.items():
+        if type(name) is not str or type(value) is not Tensor or type(value[0]) is not Storage:
+            raise pickle.UnpicklingError("it holds something else than named tensors")
+        (kind, key, count), offset, shape, strides = value
+        numbers = (offset, *shape, *strides)
+        if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise pickle.UnpicklingError("it has sizes that are none")
+        found.append([name, kind, key, count, offset, shape, strides])
+    return found
+
+
+WORK: dict[str, Callable[..., object]] = {"rehearse": rehearse, "unpickle": unpickle}
+
+
+def answered(request: dict[str, Any]) -> dict[str, object]:
+    try:
+        return {"result": WORK[request["work"]](*request["arguments"])}
+    except (MemoryError, RecursionError, OverflowError) as error:
+        return {"limit": type(error).__name__}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def limit_process() -> None:
+    sys.setrecursionlimit(FRAMES)
+    setattr(re, CACHE, KEPT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    except (ImportError, OSError, ValueError):
+        pass  # Windows has no such limits, macOS does not keep this one
+
+
+def limit_time(seconds: float) -> None:
+    """End the process when it has used so many seconds of a processor; where that cannot be, when they have passed."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+    elif seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    else:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def main() -> None:
+    limit_process()
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        limit_time(request["seconds"])
+        began = time.process_time()
+        answer = answered(request)
+        answer["seconds"] = time.process_time() - began
+        written = json.dumps(answer).encode() + b"\n"
+        limit_time(0)
+        sys.stdout.buffer.write(written)
+        sys.stdout.buffer.flush()
+        re.purge()
+
+
+if __name__ == "__main__":
+    main()
