@@ -51,8 +51,8 @@ class Expect:
         serve: The server that the adapter is for: ``"vllm"``, ``"sglang"``, ``"lorax"``, ``"tgi"``, ``"llama.cpp"``,
             ``"mlx"`` or ``"transformers"``. What it refuses or drops is then found (docs/serving.md).
         max_lora_rank: The rank limit that the server is started with. ``None`` (default): its own default, 16 on vLLM.
-        read_pickle: Saved adapters: read ``adapter_model.bin`` too, with torch's ``weights_only=True``. By default
-            it is named, not opened.
+        read_pickle: Saved adapters: read ``adapter_model.bin`` too, building nothing of it but names and shapes. By
+            default it is named, not opened.
         min_scaling: Effective scalings below this damp an adapter. Default 1/50: the smallest scaling in
             use on purpose that we know of is 1/32 (``r=32, alpha=1``, the default of kohya-ss/sd-scripts
             issue 98 and of many diffusion trainers); ``r=64`` with that same alpha is the report there.

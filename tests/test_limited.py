@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -190,8 +191,9 @@ def base() -> nn.Module:
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save"])
 def test_a_configuration_is_refused_before_anything_is_matched(base: nn.Module, field: str) -> None:
     pattern = "(a+)+c"
-    value = {"rank_pattern": {pattern: 8}, "modules_to_save": [pattern]}.get(field, pattern)
-    config = LoraConfig(**{"r": 2, "lora_alpha": 4, "target_modules": ["b"], field: value})
+    value: Any = {"rank_pattern": {pattern: 8}, "modules_to_save": [pattern]}.get(field, pattern)
+    fields: dict[str, Any] = {"r": 2, "lora_alpha": 4, "target_modules": ["b"], field: value}
+    config = LoraConfig(**fields)
     (found,) = check_config(config, base).errors
     assert found.code == "LORA124"
     assert found.observed.startswith(f"TimeoutError: {field}: matching ")

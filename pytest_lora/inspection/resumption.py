@@ -6,11 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.resumption import FieldChange, RankChange, ResumptionFacts
-<<<<<<< HEAD
 from pytest_lora.facts.settings import Settings, is_named
-=======
 from pytest_lora.inspection.limited.patterns import require_matchable
->>>>>>> c167cd7 (What strangers' configurations match is rehearsed in a limited process: one bound for patterns, lists and maps, also in check_config, recipes, memory and resumption)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

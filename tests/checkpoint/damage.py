@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.checkpoint.excess import EXCESSES
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
@@ -327,6 +329,16 @@ def damaged(source: Path, target: Path, seed: int) -> tuple[str, ...]:
             continue  # the first damage left nothing that the second could work on
         done.append(damage.__name__)
     return tuple(done)
+
+
+def asking_too_much(source: Path, target: Path, seed: int) -> tuple[str, ...]:
+    """Copy an adapter and let the copy ask for more than it should, in one way."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    rng = random.Random(seed)
+    excess = rng.choice(EXCESSES)
+    excess(target, rng)
+    return (excess.__name__,)
 
 
 def _is_plain(file: Path) -> bool:

@@ -64,7 +64,7 @@ def checkpoint_facts(path: Path, base: Base | None = None, *, read_pickle: bool 
     Args:
         path: The folder.
         base: The base to compare it with.
-        read_pickle: Whether ``adapter_model.bin`` is read, with ``weights_only=True``.
+        read_pickle: Whether ``adapter_model.bin`` is read, of which nothing is built but names and shapes.
     """
     if base is None:  # nothing is built, and torch is not imported
         return _facts(path, None, read_pickle)
@@ -161,7 +161,7 @@ class _Reading:
         from pytest_lora.inspection.checkpoint.pickled import read_pickled
 
         try:
-            self.tensors = read_pickled(self.folder, PICKLED)
+            self.tensors, self.unread = read_pickled(self.folder, PICKLED)
         except UnreadableError as error:
             self.faults.append(error.fault)
 

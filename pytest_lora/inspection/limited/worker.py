@@ -102,74 +102,86 @@ def endings(name: str) -> list[str]:
 
 
 class Storage(Tuple):
-    """The name of a file of numbers in the archive, and what they are: (type, key, count)."""
+    """The file of numbers in the archive, and what they are: (type, key)."""
 
 
 class Tensor(Tuple):
-    """(storage, offset, shape, strides)."""
+    """(storage, type where the storage has none, offset, shape, strides)."""
+
+
+class Kind(str):
+    """The name of a class of storages, or of a type of numbers."""
 
 
 def rebuilt(storage: object, offset: object, shape: Any, strides: Any, *_: object) -> Tensor:
-    return Tensor((storage, offset, tuple(shape), tuple(strides)))
+    return Tensor((storage, "", offset, tuple(shape), tuple(strides)))
+
+
+def rebuilt_typed(
+    storage: object,
+    offset: object,
+    shape: Any,
+    strides: Any,
+    grad: object,
+    hooks: object,
+    kind: str,
+    *_: object,
+) -> Tensor:
+    return Tensor((storage, kind, offset, tuple(shape), tuple(strides)))
 
 
 def parameter(tensor: object, *_: object) -> object:
     return tensor
 
 
-class Kind(str):
-    """The name of a class of storages."""
-
-
 ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): rebuilt,
+    ("torch._utils", "_rebuild_tensor_v3"): rebuilt_typed,
     ("torch._utils", "_rebuild_parameter"): parameter,
 }
-STORAGES = re.compile(r"[A-Za-z0-9]{1,20}Storage")
-DTYPES = re.compile(r"[a-z0-9_]{1,24}")
+KINDS = re.compile(r"[A-Za-z0-9]{1,20}Storage|[a-z0-9_]{1,24}")
+MOST = 100_000
+"""Tensors of one file."""
 
 
 class Unpickler(pickle.Unpickler):
-    """Makes names of tensors and what there is to say of them: no tensor, and nothing else that torch.save writes."""
+    """Makes names of tensors and what there is to say of them: no tensor, and nothing that is not in a state dict."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
-        if module in ("torch", "torch.storage") and (STORAGES.fullmatch(name) or DTYPES.fullmatch(name)):
+        if module in ("torch", "torch.storage") and KINDS.fullmatch(name):
             return Kind(name)
         raise pickle.UnpicklingError(f"it asks for {module[:60]}.{name[:60]}")
 
     def persistent_load(self, pid: Any) -> Storage:
-        word, kind, key, _, count = pid
-        if (
-            word != "storage"
-            or not isinstance(kind, Kind)
-            or not isinstance(key, str)
-            or type(count) is not int
-        ):
+        word, kind, key = pid[:3]
+        if word != "storage" or type(kind) is not Kind or type(key) is not str:
             raise pickle.UnpicklingError("it refers to something else than numbers")
-        return Storage((kind, key, count))
+        return Storage((kind, key))
 
 
 def unpickle(content: str) -> list[list[Any]]:
-    """The tensors of a state dict that ``torch.save`` wrote: name, type, key, count, offset, shape, strides of each.
+    """The tensors of a state dict that ``torch.save`` wrote: name, type, key, offset, shape and strides of each.
 
     Raises:
         pickle.UnpicklingError: It is something else.
     """
     state = Unpickler(io.BytesIO(base64.b64decode(content))).load()
-    if not isinstance(state, dict):
-        raise pickle.UnpicklingError("it holds something else than named tensors")
+    if not isinstance(state, dict) or len(state) > MOST:
+        raise pickle.UnpicklingError("it holds something else than named tensors, or too many")
     found: list[list[Any]] = []
     for name, value in state.items():
         if type(name) is not str or type(value) is not Tensor or type(value[0]) is not Storage:
             raise pickle.UnpicklingError("it holds something else than named tensors")
-        (kind, key, count), offset, shape, strides = value
+        (kind, key), typed, offset, shape, strides = value
         numbers = (offset, *shape, *strides)
-        if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        if len(shape) != len(strides) or len(shape) > 64:
+            raise pickle.UnpicklingError("it has shapes that are none")
+        if type(typed) not in (str, Kind) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise pickle.UnpicklingError("it has sizes that are none")
-        found.append([name, kind, key, count, offset, shape, strides])
+        found.append([name, typed or kind, key, offset, shape, strides])
     return found
 
 

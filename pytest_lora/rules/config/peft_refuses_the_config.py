@@ -6,12 +6,8 @@ import re
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-<<<<<<< HEAD
-from pytest_lora.facts.config import ConfigFacts
+from pytest_lora.facts.config import NOT_TRIED, ConfigFacts
 from pytest_lora.facts.settings import Settings, compiled, is_named
-=======
-from pytest_lora.facts.config import NOT_TRIED, ConfigFacts, Settings, compiled, is_named
->>>>>>> c167cd7 (What strangers' configurations match is rehearsed in a limited process: one bound for patterns, lists and maps, also in check_config, recipes, memory and resumption)
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, without
