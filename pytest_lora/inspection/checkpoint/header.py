@@ -21,6 +21,9 @@ MAX_HEADER = 12 * 2**20
 
 MAX_TENSORS = 100_000
 
+MAX_NAME = 1000
+"""Characters of the name of a tensor; PEFT's have about a hundred."""
+
 MAX_SIZE = 2**63
 
 BITS = {
@@ -95,6 +98,8 @@ def read_header(file: FileIO, size: int, name: str) -> list[Stored]:
 
 def _stored(key: str, value: Any, start: int, name: str) -> Stored:
     label = shown(key)
+    if len(key) > MAX_NAME:
+        raise _too_large(name, f"{label} is {len(key):,} characters long, and names of {MAX_NAME:,} are read")
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise _fault(name, f"its header does not say dtype, shape and data_offsets of {label}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

@@ -143,6 +143,8 @@ ALLOWED = {
 KINDS = re.compile(r"[A-Za-z0-9]{1,20}Storage|[a-z0-9_]{1,24}")
 MOST = 100_000
 """Tensors of one file."""
+LONGEST = 1000
+"""Characters of the name of one."""
 
 
 class Unpickler(pickle.Unpickler):
@@ -175,6 +177,8 @@ def unpickle(content: str) -> list[list[Any]]:
     for name, value in state.items():
         if type(name) is not str or type(value) is not Tensor or type(value[0]) is not Storage:
             raise pickle.UnpicklingError("it holds something else than named tensors")
+        if len(name) > LONGEST:
+            raise pickle.UnpicklingError(f"a tensor has a name of {len(name):,} characters")
         (kind, key), typed, offset, shape, strides = value
         numbers = (offset, *shape, *strides)
         if len(shape) != len(strides) or len(shape) > 64:

@@ -15,7 +15,8 @@ def weights_are_pickled(facts: CheckpointFacts, expect: Expect) -> Iterator[Viol
     ## What it does
     Names adapter_model.bin where it is the only file with weights. Under `Expect(read_pickle=True)` it is
     read: nothing is built of it but names and shapes, in a process with limits. Where it lies beside
-    adapter_model.safetensors, their sizes say whether it can hold the same tensors. Other pickles in the folder are mentioned.
+    adapter_model.safetensors, their sizes say whether it can hold the same tensors. Other pickles in the folder are
+    mentioned.
 
     ## Why is this bad?
     Loading a pickle can run any code. PEFT has written safetensors by default since 0.6. Of two files with
