@@ -102,7 +102,7 @@ def main() -> None:
                     raise AssertionError(f"it is said raw: {str(report)[:500]!r}")
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
-                    raise
+                    break  # the result says how many there were
                 failures.append({"seed": seed, "kinds": kinds, "error": traceback.format_exc()[-1500:]})
                 print(f"seed {seed}: {type(error).__name__}: {error}", flush=True)
                 continue
@@ -116,7 +116,7 @@ def main() -> None:
             if Path("EXECUTED").exists() or Path(target, "EXECUTED").exists():
                 raise SystemExit(f"seed {seed}: something was executed")
         result = {
-            "folders": options.folders,
+            "folders": number + 1,
             "with_base": with_base,
             "unhandled_exceptions": len(failures),
             "slowest_s": round(slowest[0], 3),
