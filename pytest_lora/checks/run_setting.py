@@ -112,8 +112,7 @@ def _known_base(base: Any, facts: RecipeFacts, folder: Path) -> Any:
         return named
     if base is not None:
         return named
-    place = Tree(folder).find(named)
-    return place if place is not None and (place / "config.json").is_file() else None
+    return Tree(folder).base(named)
 
 
 def _config(setting: RunSetting, base: Any) -> LoraConfig | None:

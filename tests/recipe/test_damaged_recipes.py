@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_lora import check_recipe
+from pytest_lora.inspection.recipe import MOST_UNKNOWN, recipe_facts
+from pytest_lora.inspection.recipe.beside import Tree
 from tests.recipe.test_settings import AXOLOTL, FACTORY, OWN, SWIFT, TRL
 
 MOST_SECONDS = 2.0
@@ -75,3 +78,28 @@ def test_any_bytes_are_a_finding_or_left_alone(data: bytes, tmp_path_factory: py
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no file"):
         check_recipe(tmp_path)
+
+
+def base_beside(folder: Path, **fields: object) -> Path | None:
+    (folder / "base").mkdir(exist_ok=True)
+    (folder / "base" / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+    return Tree(folder).base("base")
+
+
+def test_a_base_beside_a_recipe_that_would_take_long_to_build_is_none(tmp_path: Path) -> None:
+    assert base_beside(tmp_path, num_hidden_layers=94, num_experts=512, block_size=2**20) is not None
+    assert base_beside(tmp_path, num_hidden_layers=200_000) is None
+    assert base_beside(tmp_path, text_config={"num_hidden_layers": 1000, "n_routed_experts": 1000}) is None
+    assert base_beside(tmp_path, vision_config={"depths": [1] * 200_000}) is None
+    assert Tree(tmp_path).base("../elsewhere") is None
+
+
+def test_of_thousands_of_unknown_keys_the_first_are_looked_up(tmp_path: Path) -> None:
+    keys = "".join(f"lora_k{n}: 1\n" for n in range(5000))
+    recipe = tmp_path / "many.yaml"
+    recipe.write_text(f"adapter: lora\nbase_model: x/y\nlora_r: 8\nlora_alpha: 16\n{keys}")
+    facts = recipe_facts(recipe)
+    assert len(facts.unknown) == MOST_UNKNOWN
+    report = check_recipe(recipe)
+    assert len(report.findings) < MOST_UNKNOWN
+    assert any(f.observed.endswith("and there are more like this") for f in report.findings)

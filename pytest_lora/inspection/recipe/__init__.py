@@ -6,6 +6,7 @@ The file and those beside it that it names are read and never executed; nothing 
 from __future__ import annotations
 
 import re
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,10 @@ TOOLS = (axolotl, llamafactory, ms_swift, trl)
 """In the order in which they are asked; each knows its recipes by keys that no other has."""
 
 SUFFIXES = (".yaml", ".yml", ".json")
+
+MOST_UNKNOWN = 60
+"""Keys that nothing reads which are looked up among those that there are, at some milliseconds each: more than a rule
+tells of."""
 
 _LIKELY = re.compile(
     rb"\b(lora_r|lora_rank|lora_alpha|finetuning_type|use_peft|tuner_type|adapter:\s*q?lora)\b"
@@ -83,7 +88,7 @@ def _facts(path: Path, file: YamlFile, tool: ModuleType, keys: Keys, base: str |
         name=path.name,
         tool=tool.NAME,
         repeated=tuple(file.repeated),
-        unknown=tuple(unknown_keys(keys, tool, file)),
+        unknown=tuple(islice(unknown_keys(keys, tool, file), MOST_UNKNOWN)),
         wrong=tuple(wrong_kinds(file, tool)),
         setting=setting,
         base=None if named is None else base_model(str(named)),

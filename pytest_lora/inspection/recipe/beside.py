@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,12 @@ from pytest_lora.facts.recipe import SavedAdapter, Value
 from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml
 
 _CONFIG = "adapter_config.json"
+
+
+MOST_MODULES = 100_000
+"""Layers times experts of a model that lies beside a recipe; the largest that are public have some 50,000."""
+
+_COUNT = re.compile(r"^(?!.*(size|dim|width|token|_id)).*(layer|expert|block|depth|stage)")
 
 
 class Tree:
@@ -75,6 +84,14 @@ class Tree:
             base if isinstance(base, str) else None,
         )
 
+    def base(self, name: object) -> Path | None:
+        """The model folder of this name; None where it is none, or one whose structure would take long to build."""
+        place = self.find(name)
+        if place is None or not (place / "config.json").is_file():
+            return None
+        counts = sorted(_counts(self.mapping(f"{name}/config.json")), reverse=True)
+        return place if counts and prod(counts[:2]) <= MOST_MODULES else None
+
     def holds_conversations(self, name: object) -> bool:
         """Whether the first rows of a data file are conversations with turns of a user."""
         data = self.read(name)
@@ -91,6 +108,23 @@ class Tree:
             ):
                 return True
         return False
+
+
+def _counts(config: dict[str, Any]) -> Iterator[int]:
+    """The numbers of parts that a model's configuration asks for, also within its parts; 1 for the whole."""
+    yield 1
+    waiting: list[Any] = [config]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting.extend(one.values())
+            for key, value in one.items():
+                if _COUNT.search(str(key)) and type(value) is int:
+                    yield value
+                elif _COUNT.search(str(key)) and isinstance(value, list):
+                    yield len(value)
+        elif isinstance(one, list):
+            waiting.extend(part for part in one if isinstance(part, dict))
 
 
 def zero_stage(config: dict[str, Any]) -> int | None:
