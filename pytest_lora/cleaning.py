@@ -13,10 +13,10 @@ LONGEST_OF_A_FINDING = 20_000
 _ROOM = 40
 """Characters that the words in the place of a cut take at most."""
 
-_COMMAND = re.compile(r"^( *):(?=:)|#(?=#\w*\[)", re.MULTILINE)
+_COMMAND = re.compile(r"(^|(?<= )):(?=:)|#(?=#\w*\[)", re.MULTILINE)
 """What the runners of CI services obey when it stands in a log: a line that begins with ``::``, after space, is a
 command of GitHub Actions (``ActionCommand.TryParseV2`` in actions/runner); ``##[command]`` (``TryParse`` there) and
-``##vso[command]`` (Azure Pipelines) are obeyed anywhere in a line."""
+``##vso[command]`` (Azure Pipelines) are obeyed anywhere in a line. Where there is space a line may be broken later."""
 
 _OF_AN_ID = re.compile(r"[\[\]\\]|:(?=:)|^:|:$|%(?=[0-9A-Fa-f]{2})|#(?=#)")
 """What means something to pytest in a node id, and what would make two names one id."""
@@ -32,11 +32,10 @@ def printable(text: str, longest: int = LONGEST) -> str:
     text = text.replace("\r\n", "\n")
     if not text.isprintable():
         text = "\n".join(line if line.isprintable() else _escaped(line) for line in text.split("\n"))
-    if "::" in text or "##" in text:
-        text = _COMMAND.sub(_disarmed, text)
+    text = _disarmed(text)
     if len(text) > longest:
         half = (longest - _ROOM) // 2
-        text = f"{text[:half]} ... {len(text) - 2 * half} more characters ... {text[-half:]}"
+        text = _disarmed(f"{text[:half]} ... {len(text) - 2 * half} more characters ... {text[-half:]}")
     return text
 
 
@@ -57,5 +56,7 @@ def _escaped(line: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
-def _disarmed(found: re.Match[str]) -> str:
-    return f"{found[1]}\\x3a" if found[1] is not None else "\\x23"
+def _disarmed(text: str) -> str:
+    if "::" not in text and "##" not in text:
+        return text
+    return _COMMAND.sub(lambda found: "\\x3a" if found[0] == ":" else "\\x23", text)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_lora import Expect, Finding, Report
 from pytest_lora.cleaning import file_id, printable
+from pytest_lora.plugin.item_reports import wrapped
 from pytest_lora.rules import Violation, catalogue
 
 SPARKS = (
@@ -31,14 +32,18 @@ strange = st.lists(st.sampled_from(SPARKS) | st.text(max_size=3), max_size=8).ma
 
 
 def obeyed(line: str) -> bool:
-    """Whether a runner takes a line for a command (``ActionCommand`` in actions/runner, Azure's ``##vso[``)."""
-    return line.strip().startswith("::") or "##[" in line or "##vso[" in line
+    """Whether a runner takes a line, or what follows once it is broken at space, for a command.
+
+    See ``ActionCommand`` in actions/runner, and Azure's ``##vso[``.
+    """
+    return line.startswith("::") or " ::" in line or "##[" in line or "##vso[" in line
 
 
 def is_harmless(text: str) -> bool:
     return all(line.isprintable() and not obeyed(line) for line in text.split("\n"))
 
 
+@settings(deadline=None)
 @given(strange)
 def test_what_is_printable_does_nothing_and_stays_as_it_is(text: str) -> None:
     shown = printable(text)
@@ -48,6 +53,14 @@ def test_what_is_printable_does_nothing_and_stays_as_it_is(text: str) -> None:
         assert shown == text
 
 
+@settings(deadline=None)
+@given(st.lists(strange, max_size=9).map(" ".join), st.integers(20, 60))
+def test_no_line_begins_a_command_where_a_long_one_is_broken(text: str, width: int) -> None:
+    lines = list(wrapped(printable(text), width))
+    assert not [line for line in lines if obeyed(line.strip())]
+
+
+@settings(deadline=None)
 @given(st.text("ab::\n\x1b", min_size=150, max_size=400))
 def test_what_is_too_long_is_cut_once(text: str) -> None:
     shown = printable(text, 100)
@@ -56,6 +69,7 @@ def test_what_is_too_long_is_cut_once(text: str) -> None:
     assert printable(shown, 100) == shown
 
 
+@settings(deadline=None)
 @given(strange, strange, strange, strange, strange)
 def test_no_finding_and_no_report_says_anything_else(
     where: str, observed: str, expected: str, fix: str, subject: str
@@ -76,6 +90,7 @@ def test_the_line_of_a_finding_is_one_of_its_file() -> None:
     assert found.file == r"recipes/\x1b[1m::x.yaml"
 
 
+@settings(deadline=None)
 @given(strange, strange)
 def test_two_names_are_two_ids_in_which_pytest_reads_nothing(one: str, other: str) -> None:
     assert (file_id(one) == file_id(other)) == (one == other)

@@ -267,7 +267,7 @@ def _estimate(
     arguments = step_arguments(setting, facts.base.dtype if facts.base else None)
     try:
         return None if arguments is None else estimate_memory(config, base, **arguments)
-    except ValueError:
+    except (ValueError, LookupError, ArithmeticError):  # sizes that no allocator has
         return None
 
 

@@ -195,7 +195,7 @@ def read_config(path: Path) -> PretrainedConfig:
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # classes of configurations raise many kinds at values that are none
         if _brings_code(file):
             raise ValueError(
                 f"base: {file} is of a model with code of its own (auto_map), which is never run here; build the model "
@@ -212,5 +212,5 @@ def _brings_code(file: Path) -> bool:
     """Whether a ``config.json`` says that its classes lie beside it."""
     try:
         return "auto_map" in json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
