@@ -89,8 +89,9 @@ class Tree:
         place = self.find(name)
         if place is None or not (place / "config.json").is_file():
             return None
-        counts = sorted(_counts(self.mapping(f"{name}/config.json")), reverse=True)
-        return place if counts and prod(counts[:2]) <= MOST_MODULES else None
+        config = self.mapping(f"{name}/config.json")
+        counts = sorted(_counts(config), reverse=True)
+        return place if config and prod(counts[:2]) <= MOST_MODULES else None
 
     def holds_conversations(self, name: object) -> bool:
         """Whether the first rows of a data file are conversations with turns of a user."""
