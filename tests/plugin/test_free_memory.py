@@ -19,7 +19,8 @@ def test_it_is_asked_for_after_every_so_many_tests_with_a_model(
     monkeypatch.setattr(free_memory, "_tests", 0)
     pytester.makepyfile(
         "import pytest, torch\n"
-        "@pytest.fixture(scope='session')\ndef lora_base_model(): return torch.nn.ModuleDict({'a': torch.nn.Linear(4, 4)})\n"
+        "@pytest.fixture(scope='session')\ndef lora_base_model():\n"
+        "    return torch.nn.ModuleDict({'a': torch.nn.Linear(4, 4)})\n"
         "@pytest.fixture\ndef lora_config():\n    import peft\n    return peft.LoraConfig(r=2, target_modules=['a'])\n"
         "@pytest.mark.parametrize('n', range(5))\ndef test_model(lora_model, n): ...\n"
         "def test_plain(): ...\n"
