@@ -43,7 +43,8 @@ def _written(value: object) -> str:
 
 def without(names: Iterable[str], *dropped: str) -> tuple[str, ...]:
     """A list of names less some of them, in order."""
-    return tuple(name for name in names if name not in dropped)
+    gone = frozenset(dropped)
+    return tuple(name for name in names if name not in gone)
 
 
 def scaled(settings: Settings, module: str, scaling: float, rank: int | None = None) -> dict[str, object]:
