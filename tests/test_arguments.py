@@ -75,7 +75,7 @@ def wrong_calls(number: int, seed: int) -> list[Any]:
         for name in inspect.signature(function).parameters
         for value in WRONG.get(name, ())
         if not (subject == "reload" and name == "base")
-        and not (subject == "resume" and value == "no/such-base")
+        and not (subject in ("recipe", "resume", "run") and value == "no/such-base")
         and not (subject in ("recipe", "run") and name == "budget" and value is None)
     ]
     chosen = random.Random(seed).sample(every, number)

@@ -19,7 +19,7 @@ from pytest_lora.sweep.lock import RankLock, drift, in_use
 from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.rows import RankOutcome
 from pytest_lora.sweep.table import number
-from pytest_lora.values import require_number, require_share, require_whole, shown
+from pytest_lora.values import in_short, require_number, require_path, require_share, require_whole, shown
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -89,12 +89,12 @@ assert_rank_suffices = asserting(check_rank_suffices, "assert_rank_suffices")
 
 def _evidence(result: Any, rank: Any) -> tuple[SweepResult, RankLock | None, str]:
     """The sweep that is judged, the lock if there is one, and what to call it."""
-    lock, name = _lock(rank)
+    lock, name = _lock("rank", rank)
     if isinstance(result, SweepResult):
         if rank is None:
             raise TypeError("rank is missing: the rank in use, or the lock that has it")
         return result, lock, name
-    own, own_name = _lock(result)
+    own, own_name = _lock("result", result)
     if own is None:
         raise TypeError(f"result must be a SweepResult, a RankLock or the path of one, not {shown(result)}")
     if rank is not None:
@@ -102,11 +102,15 @@ def _evidence(result: Any, rank: Any) -> tuple[SweepResult, RankLock | None, str
     return SweepResult.from_json(own.evidence), own, own_name
 
 
-def _lock(given: Any) -> tuple[RankLock | None, str]:
+def _lock(argument: str, given: Any) -> tuple[RankLock | None, str]:
     if isinstance(given, RankLock):
         return given, "the lock"
     if isinstance(given, (str, os.PathLike)):
-        return RankLock.read(given), os.fspath(given)
+        path = require_path(argument, given)
+        try:
+            return RankLock.read(path), str(path)
+        except ValueError as error:
+            raise ValueError(f"{argument}: {in_short(error)}") from error
     return None, ""
 
 

@@ -10,7 +10,7 @@ from pytest_lora.sweep.choice import METRIC_SHARE, MIN_GAIN, TIME_SHARE, RankCho
 from pytest_lora.sweep.rows import RankOutcome, TrialRow, outcomes
 from pytest_lora.sweep.table import markdown_table, text_table
 from pytest_lora.sweep.verdicts import metric_shares
-from pytest_lora.values import in_short
+from pytest_lora.values import in_short, require_one_of
 
 if TYPE_CHECKING:
     import os
@@ -92,8 +92,7 @@ class SweepResult:
         Raises:
             ValueError: ``style`` is neither.
         """
-        if style not in ("text", "markdown"):
-            raise ValueError(f"style must be 'text' or 'markdown', not {style!r}")
+        require_one_of("style", style, ("text", "markdown"))
         return (text_table if style == "text" else markdown_table)(self)
 
     def __str__(self) -> str:

@@ -70,7 +70,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match=r"^rank must be a whole number, not 8\.0$"):
         assert_rank_suffices(sweep, 8.0)  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match=r"^8: it cannot be read \(No such file or directory\); write it with"
+        ValueError, match=r"^rank: 8: it cannot be read \(No such file or directory\); write it with"
     ):
         assert_rank_suffices(sweep, "8")
     with pytest.raises(
