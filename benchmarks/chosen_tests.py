@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from drawn_mutants import ROOT, Mutant
 from executed_lines import Executed
@@ -40,7 +41,7 @@ NEAREST = (
         ("tests/rules", "tests/test_counting.py", "tests/test_random_configs.py", "tests/test_training.py"),
     ),
 )
-"""Tests of a part of the package, the nearest first; those that mention a rule's code come before."""
+"""Tests of a part of the package, the nearest first; those that mention a rule's code or name come before."""
 
 
 def executing(mutant: Mutant, executed: Executed) -> set[str]:
@@ -91,9 +92,9 @@ def nearest(mutant: Mutant) -> list[list[str]]:
         users = [
             str(f.relative_to(ROOT))
             for f in sorted((ROOT / "tests").rglob("test_*.py"))
-            if code and code in f.read_text()
+            if code and any(word in f.read_text() for word in (code, Path(mutant.path).stem))
         ]
-        return [["tests/rules/test_catalogue.py"], *([path] for path in users or ["tests/rules"])]
+        return [*([path] for path in users or ["tests/rules"]), ["tests/rules/test_catalogue.py"]]
     for start, tests in NEAREST:
         if inside.startswith(start):
             return [[path] for path in tests]
