@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from pytest_lora.expect import Expect
 from pytest_lora.runs.trainer import LoraHealthCallback
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from pydantic import BaseModel
 
     class BasePlugin:
         """What Axolotl's own is to a type checker, which has no Axolotl."""
@@ -24,6 +24,7 @@ else:
         from axolotl.integrations.base import BasePlugin
     except ImportError as error:
         raise ImportError("LoraHealthPlugin is for Axolotl, which is not installed here") from error
+    from pydantic import BaseModel  # which comes with Axolotl
 
 
 class LoraHealthArgs(BaseModel):
