@@ -99,12 +99,17 @@ def by_hand(
     return 2 * tokens * (layers * (weights + factors + scores) + hidden * vocabulary)
 
 
+def is_by_hand(found: int, known: int, tokens: int, head: int) -> bool:
+    """Older transformers multiply positions and frequencies of the rotary embedding as matrices."""
+    return found - known in (0, tokens * head)
+
+
 @pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
 def test_packed_weights_multiply_like_whole_ones(quantization: str | None) -> None:
     estimate = estimate_memory(
         adapter(), base(8, "sdpa"), batch_size=1, seq_len=64, quantization=quantization, autocast=False
     )
-    assert estimate.flops.forward == by_hand(64, 8, 4, 64, 128, 0.5, VOCABULARY)
+    assert is_by_hand(estimate.flops.forward, by_hand(64, 8, 4, 64, 128, 0.5, VOCABULARY), 64, 16)
 
 
 def test_experts_of_a_mixture_multiply_the_rows_that_they_get() -> None:
@@ -124,7 +129,7 @@ def test_experts_of_a_mixture_multiply_the_rows_that_they_get() -> None:
     found = estimate_memory(lora, config, batch_size=1, seq_len=tokens).flops.forward
     attention = 4 * hidden * hidden + 2 * 4 * 2 * hidden + 2 * tokens * hidden
     layer = attention + hidden * experts + chosen * 3 * hidden * inner
-    assert found == 2 * tokens * (8 * layer + hidden * VOCABULARY)
+    assert is_by_hand(found, 2 * tokens * (8 * layer + hidden * VOCABULARY), tokens, 16)
 
 
 LLAMA_70B = 70_553_706_496
@@ -147,7 +152,8 @@ def test_a_70b_costs_six_operations_a_parameter_and_token_but_for_the_weights_gr
     )
     rule = 6 * LLAMA_70B * tokens * share
     assert abs(estimate.flops.total / rule - 1) < 0.03
-    assert estimate.flops.forward == by_hand(tokens, 80, 16, 8192, 28672, 1 / 8, 128256)
+    known = by_hand(tokens, 80, 16, 8192, 28672, 1 / 8, 128256)
+    assert is_by_hand(estimate.flops.forward, known, tokens, 128)
 
 
 def test_many_points_give_what_one_trace_gives() -> None:
