@@ -93,7 +93,7 @@ class SweepResult:
             ValueError: ``style`` is neither.
         """
         if style not in ("text", "markdown"):
-            raise ValueError(f"style must be 'text' or 'markdown', not {style!r}")
+            raise ValueError(f"style must be one of text, markdown, not {style!r}")
         return (text_table if style == "text" else markdown_table)(self)
 
     def __str__(self) -> str:

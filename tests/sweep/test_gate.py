@@ -74,7 +74,7 @@ def test_bad_arguments() -> None:
     ):
         assert_rank_suffices(sweep, "8")
     with pytest.raises(
-        TypeError, match=r"^result must be a SweepResult, a RankLock or the path of one, not dict$"
+        TypeError, match=r"^result must be a SweepResult, a RankLock or the path of one, not \{\}$"
     ):
         assert_rank_suffices({}, 8)  # type: ignore[arg-type]
     with pytest.raises(

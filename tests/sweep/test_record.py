@@ -296,7 +296,9 @@ def test_trackio_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_trackers_refuse(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^trackers must name at least one, such as 'tensorboard'$"):
         result().log()
-    with pytest.raises(ValueError, match=r"^there is no tracker 'tensorbored'; accelerate has aim, "):
+    with pytest.raises(
+        ValueError, match=r"^trackers: there is no tracker 'tensorbored'; accelerate has aim, "
+    ):
         result().log("tensorbored", folder=str(tmp_path))
     with pytest.raises(TypeError, match=r"^trackers must be names or trackers of accelerate, not int 3$"):
         result().log(3)
