@@ -263,10 +263,10 @@ def keep(model: nn.Module, plan: TrialPlan) -> None:
         ({"ranks": ()}, ValueError, "ranks must not be empty"),
         ({"ranks": (4, 8, 4)}, ValueError, "ranks must differ, but 4 is there twice"),
         ({"ranks": (0, 4)}, ValueError, "ranks must be at least 1, not 0"),
-        ({"ranks": (4, 8.0)}, TypeError, "ranks must be whole, not 8.0"),
+        ({"ranks": (4, 8.0)}, TypeError, "ranks must be a whole number, not 8.0"),
         ({"ranks": 8}, TypeError, r"ranks must be whole numbers such as \(4, 8, 16\), not 8"),
         ({"ranks": "4,8"}, TypeError, r"ranks must be whole numbers such as \(4, 8, 16\), not '4,8'"),
-        ({"alpha_ratio": 0}, ValueError, "alpha_ratio must be a finite number above 0, not 0"),
+        ({"alpha_ratio": 0}, ValueError, "alpha_ratio must be a finite number above 0 .*, not 0"),
         ({"fraction": 1.5}, ValueError, "fraction must be a finite number above 0 and at most 1, not 1.5"),
         (
             {"fraction": math.nan},
@@ -293,8 +293,8 @@ def keep(model: nn.Module, plan: TrialPlan) -> None:
         ({"evaluate": None}, TypeError, "evaluate must be a function, not NoneType"),
         ({"make_model": nn.Module}, TypeError, "make_model must be a function, not type"),
         ({"metric": None}, TypeError, "metric must be text, not None"),
-        ({"maximise": "yes"}, TypeError, "maximise must be True, False or None, not 'yes'"),
-        ({"progress": 1}, TypeError, "progress must be True, False or None, not 1"),
+        ({"maximise": "yes"}, TypeError, "maximise must be True or False, not 'yes'"),
+        ({"progress": 1}, TypeError, "progress must be True or False, not 1"),
     ],
 )
 def test_bad_arguments_raise_before_any_trial(
