@@ -51,7 +51,7 @@ def check_memory(
         batch_size: Sequences (or images) in a micro-batch.
         seq_len: Tokens in each, padding included.
         budget: GPU memory: ``"24GiB"``, whole bytes, or a CUDA device (``"cuda:0"``), which is asked, also for
-            ``workspace`` and ``attention``.
+            ``workspace`` and ``attention``. ``"8x80GiB"`` is that of each of ``gpus=8``.
         advise: Whether other settings are estimated where it does not fit, which takes a second or two. A
             search over many settings does without.
         expect: What is meant, where only the user can know it.
@@ -68,12 +68,15 @@ def check_memory(
         ValueError: An argument is out of its range, the budget has no unit, the step cannot be traced, or a code does
             not exist.
     """
-    from pytest_lora.memory.budget import is_device, require_budget
+    from pytest_lora.memory.budget import cards_and_budget, is_device, require_budget
     from pytest_lora.memory.estimate import estimate_memory
 
     expect = require_expect(expect)
     select, ignore = codes("select", select), codes("ignore", ignore)
     require_flag("advise", advise)
+    cards, budget = cards_and_budget(budget, setting.get("gpus"))
+    if cards is not None:
+        setting = {**setting, "gpus": cards}
     limit = require_budget(budget)
     if is_device(budget):
         from pytest_lora.inspection.memory.devices import of_device
@@ -97,7 +100,7 @@ def judge_memory(model: nn.Module, estimate: MemoryEstimate, budget: int) -> Rep
         return Report(f"memory of a training step of {estimate.architecture}")
     own = ("batch_size", "seq_len", "trainer", "args")  # a live model says nothing of its trainer
     setting = {name: value for name, value in asdict(asked).items() if name not in own}
-    setting["quantization"] = asked.quantization
+    setting["quantization"], setting["parallel"] = asked.quantization, asked.parallel
     return _judge_memory(found.base, found.config, setting, estimate, budget, Expect())
 
 

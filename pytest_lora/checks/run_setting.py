@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from pytest_lora.facts.config import ConfigFacts
     from pytest_lora.facts.memory import MemoryEstimate
 
-DIVIDING = ("fsdp", "zero3")
+DIVIDING = ("fsdp", "zero3", "fsdp_offload", "zero3_offload")
 """Strategies that divide the weights of the base among the cards; DDP and ZeRO 1 and 2 leave them whole on each."""
+
+_STRATEGIES = {"fsdp": "fsdp1", "zero0": "ddp"}
+"""Those of recipes by the names of ``estimate_memory``; accelerate and Trainer take FSDP1 unless they are told."""
 
 
 SAVED_BY = {"Axolotl": 1.25}
@@ -79,20 +82,17 @@ def judged(
     if on_base is not None:
         facts = _with_base(facts, on_base)
     divided = cards > 1 and setting.strategy.value in DIVIDING
-    if budget is not None and (divided or setting.seq_len.value is None or setting.batch_size.value is None):
+    moved = str(setting.strategy.value).endswith("_offload")
+    unsized = setting.seq_len.value is None or setting.batch_size.value is None
+    if budget is not None and not moved and (divided or unsized):
         facts = replace(facts, shard=_shard(facts, setting, budget, cards if divided else 1))
     findings = list(judge([facts], expect))
     if on_base is not None:
         asked = _expected(expect, setting, on_base)
         findings += [_placed(f, facts, setting) for f in judge([on_base], asked)]
     estimate = None
-    if (
-        budget is not None
-        and config is not None
-        and not divided
-        and not any(f.code == "LORA650" for f in findings)
-    ):
-        estimate = _estimate(facts, setting, config, known)
+    if budget is not None and config is not None and not any(f.code == "LORA650" for f in findings):
+        estimate = _estimate(facts, setting, config, known, cards)
         if estimate is not None:
             findings += _memory(facts, setting, estimate, budget, expect)
     peak = None if estimate is None else estimate.peak_allocated
@@ -260,7 +260,7 @@ def _placed(finding: Finding, facts: RecipeFacts, setting: RunSetting) -> Findin
 
 
 def _estimate(
-    facts: RecipeFacts, setting: RunSetting, config: LoraConfig, base: Any
+    facts: RecipeFacts, setting: RunSetting, config: LoraConfig, base: Any, cards: int
 ) -> MemoryEstimate | None:
     """The memory of a step of this run; None where the setting lacks something, or such a step cannot be traced."""
     from pytest_lora.inspection.recipe.adapter import step_arguments
@@ -268,7 +268,9 @@ def _estimate(
 
     arguments = step_arguments(setting, facts.base.dtype if facts.base else None)
     try:
-        return None if arguments is None else estimate_memory(config, base, **arguments)
+        if arguments is None:
+            return None
+        return estimate_memory(config, base, **arguments, **_shared(setting, cards))
     except (ValueError, LookupError, ArithmeticError):  # sizes that no allocator has
         return None
 
@@ -289,6 +291,16 @@ def _memory(
             fix=f"{finding.fix} ({_smaller(setting)})",
             line=line,
         )
+
+
+def _shared(setting: RunSetting, cards: int) -> dict[str, Any]:
+    """How several cards share the step; nothing where the recipe does not say."""
+    named = setting.strategy.value
+    if cards == 1 or not isinstance(named, str):
+        return {}
+    strategy = named.removesuffix("_offload")
+    offload = "cpu" if named.endswith("_offload") else None
+    return {"gpus": cards, "strategy": _STRATEGIES.get(strategy, strategy), "offload": offload}
 
 
 def _may_fit(setting: RunSetting, estimate: MemoryEstimate, budget: int) -> bool:

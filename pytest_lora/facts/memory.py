@@ -8,17 +8,22 @@ from typing import Literal, NamedTuple, get_args
 
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.operations import NO_FLOPS, StepFlops
+from pytest_lora.facts.parallel import Parallel
 
 Checkpointing = bool | Literal["reentrant"]
 
 CATEGORIES = (
+    "parameter shards",
     "base weights",
     "quantized base weights",
     "quantization statistics",
     "embeddings and head",
     "adapters",
     "gradients",
+    "buckets",
     "optimizer",
+    "gathered parameters",
+    "reduce buffers",
     "activations",
     "logits and loss",
     "dequantization buffers",
@@ -98,6 +103,7 @@ class StepSetting:
         empty_cache: Whether the training loop empties the allocator's cache between steps.
         workspace: Bytes of a workspace of cuBLAS, of which the forward has one and the backward another.
         attention: Kernel of scaled dot product attention without a mask.
+        parallel: How several GPUs share the step; None for one.
     """
 
     batch_size: int
@@ -122,6 +128,7 @@ class StepSetting:
     trainer: str = ""
     args: tuple[tuple[str, Hashable], ...] = ()
     padding_free: bool = False
+    parallel: Parallel | None = None
 
     @property
     def by_trl(self) -> bool:
@@ -165,6 +172,8 @@ class MemoryEstimate:
         flops: Floating-point operations of one optimizer step.
         has_tokens: Whether the step has tokens at all; with images alone, their length means nothing.
         unmodelled: What is left out, which makes the figures a bound.
+        over_ranks: With several GPUs the peaks of all of them together; 0 with one.
+        by_formula: Parts of a step on several GPUs that are computed, where the library's own code cannot run.
     """
 
     setting: StepSetting
@@ -183,6 +192,8 @@ class MemoryEstimate:
     flops: StepFlops = NO_FLOPS
     has_tokens: bool = True
     unmodelled: tuple[Unmodelled, ...] = ()
+    over_ranks: int = 0
+    by_formula: tuple[str, ...] = ()
 
     @property
     def bound(self) -> Literal["at least", "at most", "about"] | None:
@@ -200,6 +211,7 @@ class MemoryEstimate:
     def is_mostly_whole(self) -> bool:
         """Whether quantization leaves more bytes of the base whole, embeddings and head aside, than it packs."""
         packed = self.breakdown.get("quantized base weights", 0)
+        packed += self.breakdown.get("parameter shards", 0)  # packed and whole ones share them
         return self.setting.quantization is not None and self.breakdown.get("base weights", 0) > packed
 
     @property
@@ -216,15 +228,18 @@ class MemoryEstimate:
             ("between steps", self.after_step),
             *((("optimizer state in paged memory", self.paged),) if self.paged else ()),
             ("CUDA context beside it, roughly", self.cuda_context),
+            *((("peaks of all GPUs together", self.over_ranks),) if self.over_ranks else ()),
         ]
         left_out = [
             "quantization packs linear layers; the larger part of this base, fused experts for one, stays whole"
         ] * self.is_mostly_whole
         left_out += [f"{part.bound} this: {part.what} not modelled" for part in self.unmodelled]
+        left_out += [f"by formula: {part}" for part in self.by_formula]
         width = max(len(name) for name, _ in rows)
+        shared = f"; the fullest of {self.setting.parallel}" if self.setting.parallel else ""
         head = (
             f"a training step of {self.architecture}, {self.batch}, "
-            f"r={self.rank}; peak in the {self.peak_phase}, {self.peak_operation}"
+            f"r={self.rank}{shared}; peak in the {self.peak_phase}, {self.peak_operation}"
         )
         return "\n".join(
             (head, *(f"{name.ljust(width)}  {format_bytes(size):>10s}" for name, size in rows), *left_out)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 from pytest_lora.arguments import adapter_and_base, refusing
 from pytest_lora.facts.memory import Attention, Checkpointing
+from pytest_lora.facts.parallel import Offload
 from pytest_lora.memory.setting import checked_setting
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ class StepArguments(TypedDict, total=False):
     trainer: str | None
     args: Any
     padding_free: bool
+    gpus: int | None
+    strategy: str | None
+    offload: Offload | None
+    reshard_after_forward: bool | None
+    wrap: Sequence[str]
+    parallel: Any
 
 
 def names_settings(function: _Function) -> _Function:

@@ -11,6 +11,28 @@ from pytest_lora.values import shown
 _SMALLEST = 2**20
 
 
+_CARDS = re.compile(r"(\d+)\s*[xX]\s*(\S.*)")
+
+
+def cards_and_budget(budget: Any, gpus: Any = None) -> tuple[int | None, Any]:
+    """How many cards a budget such as ``"8x80GiB"`` names, and the memory of one; None where it names none.
+
+    Raises:
+        ValueError: It names another number than ``gpus``, or none at all.
+    """
+    match = _CARDS.fullmatch(budget.strip()) if isinstance(budget, str) else None
+    if match is None:
+        return gpus, budget
+    count = int(match[1])
+    if count < 1:
+        raise ValueError(f'budget: {shown(budget)} names no card; write "8x80GiB"')
+    if gpus is not None and gpus != count:
+        raise ValueError(
+            f"budget: {shown(budget)} names {count} cards, and gpus {gpus}; leave one of them out"
+        )
+    return count, match[2]
+
+
 def require_budget(budget: Any, name: str = "budget") -> int:
     """Bytes of a budget: a size, or a CUDA device, which is asked for its memory. Errors call it by this name.
 

@@ -58,7 +58,7 @@ def estimate_memory(
         outputs_held: Whether the loop keeps the model's outputs (logits) while it goes backward. The Trainer
             does not; a loop does.
         prepare_for_kbit: Whether PEFT's ``prepare_model_for_kbit_training`` is called, which casts what is not
-            quantized to float32. Default: yes if the base is quantized.
+            quantized to float32. Default: yes if the base is quantized, unless FSDP divides it.
         autocast: Whether the forward runs under ``torch.autocast``, as in the Trainer with ``bf16=True`` or
             ``fp16=True``, or the dtype of it. Default: yes where ``dtype`` is one of these.
         adapter_dtype: Dtype of the adapter: PEFT keeps it in ``"float32"`` unless
@@ -81,6 +81,15 @@ def estimate_memory(
             batch, length, accumulation, optimizer, precision, checkpointing, packing and the loss are read from
             it; what is given here as well counts instead.
         padding_free: Whether the sequences of a batch are put into one row, as packing does.
+        gpus: How many GPUs share the step; the figures are those of the fullest. Default: 1, or as ``parallel`` says.
+        strategy: How they share it: ``"ddp"`` (the default), ``"fsdp1"``, ``"fsdp2"`` (or ``"fsdp"``), ``"zero1"``,
+            ``"zero2"``, ``"zero3"``. FSDP runs as it is installed; what is by formula says so (``by_formula``).
+        offload: What lies in the host's memory: ``"cpu"`` (parameters, gradients, optimizer; FSDP and ZeRO-3) or
+            ``"optimizer"`` (ZeRO).
+        reshard_after_forward: Whether FSDP frees the gathered parameters of a layer after its forward; default True.
+        wrap: Classes of the layers that FSDP gathers as a whole; default: those that transformers names.
+        parallel: An accelerate configuration or a DeepSpeed JSON as a path, or the mapping in it, or FSDP arguments;
+            it says the five above.
         frozen: Parameters of the adapter that are not trained: ``["lora_A"]`` as in LoRA-FA, or whole names in
             the base. ``optimizer="lorafa"``, PEFT's own, freezes them by itself.
 

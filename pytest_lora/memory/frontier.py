@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.number_tables import markdown_lines, text_lines
 from pytest_lora.memory.arguments import StepArguments, names_settings
-from pytest_lora.memory.budget import require_budget
+from pytest_lora.memory.budget import cards_and_budget, require_budget
 from pytest_lora.memory.estimate import StepMemory, step_memory
 from pytest_lora.memory.setting import most_of, require_point
 from pytest_lora.values import require_items, require_one_of, require_whole
@@ -41,7 +41,7 @@ def largest_that_fits(
     Args:
         config: The adapter.
         base: As for ``estimate_memory``.
-        budget: GPU memory: ``"24GiB"``, or whole bytes. The peak that is allocated must not pass it.
+        budget: GPU memory: ``"24GiB"``, ``"8x80GiB"``, or whole bytes. The peak that is allocated must not pass it.
         vary: ``"batch_size"``, ``"seq_len"`` or ``"r"``; the others stay as given.
         batch_size: Stays, unless it is varied.
         seq_len: Stays, unless it is varied.
@@ -51,7 +51,7 @@ def largest_that_fits(
         TypeError, ValueError: As ``estimate_memory``; or the budget has no unit, or holds all that can be counted, or
             ``vary`` is none of these.
     """
-    limit = require_budget(budget)
+    limit = _limit(budget, setting)
     require_one_of("vary", vary, _VARIED)
     require_point(1 if vary == "batch_size" else batch_size, 1 if vary == "seq_len" else seq_len)
     memory = step_memory(config, base, **setting)
@@ -61,6 +61,14 @@ def largest_that_fits(
         return memory.peak_allocated(**{**point, vary: value}) <= limit
 
     return _largest(fits, vary, most_of(vary, batch_size, seq_len))
+
+
+def _limit(budget: Any, setting: StepArguments) -> int:
+    """Bytes of one GPU; how many GPUs a budget names goes into the setting."""
+    cards, size = cards_and_budget(budget, setting.get("gpus"))
+    if cards is not None:
+        setting["gpus"] = cards
+    return require_budget(size)
 
 
 def _largest(fits: Callable[[int], bool], vary: str, bound: int) -> int:
@@ -149,7 +157,7 @@ def oom_frontier(
     Args:
         config: The adapter.
         base: As for ``estimate_memory``.
-        budget: GPU memory: ``"24GiB"``, or whole bytes. The peak that is allocated must not pass it.
+        budget: GPU memory: ``"24GiB"``, ``"8x80GiB"``, or whole bytes. The peak that is allocated must not pass it.
         seq_lens: Sequence lengths in tokens.
         ranks: Ranks; by default that of ``config`` alone.
         setting: The other arguments of ``estimate_memory``, ``batch_size`` and ``seq_len`` aside.
@@ -158,7 +166,7 @@ def oom_frontier(
         TypeError, ValueError: As ``estimate_memory``; or the budget has no unit, or a list is empty or holds
             something that is no whole number above 0.
     """
-    limit = require_budget(budget)
+    limit = _limit(budget, setting)
     lengths = require_counts("seq_lens", seq_lens)
     wanted = None if ranks is None else require_counts("ranks", ranks)
     memory = step_memory(config, base, **setting)

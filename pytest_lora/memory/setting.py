@@ -15,6 +15,8 @@ from pytest_lora.facts.memory import (
     Quantization,
     StepSetting,
 )
+from pytest_lora.facts.parallel import Offload
+from pytest_lora.memory.parallel import checked_parallel
 from pytest_lora.memory.trainer import TRAINERS, loss_fields, trainer_of
 from pytest_lora.values import require_flag, require_one_of, require_whole, shown
 
@@ -89,6 +91,12 @@ def checked_setting(
     trainer: str | None = None,
     args: Any = None,
     padding_free: bool = False,
+    gpus: int | None = None,
+    strategy: str | None = None,
+    offload: Offload | None = None,
+    reshard_after_forward: bool | None = None,
+    wrap: Sequence[str] = (),
+    parallel: Any = None,
 ) -> StepSetting:
     """The arguments of ``estimate_memory`` as facts; batch size and sequence length are left at 1.
 
@@ -106,7 +114,11 @@ def checked_setting(
     require_one_of("attention", attention, ATTENTION_KERNELS)
     require_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
     packed = _quantization(quantization, dtype)
-    kbit = packed is not None and (packed.by_bitsandbytes or packed.method == "gptq") and not by_trl
+    shared = checked_parallel(gpus, strategy, offload, reshard_after_forward, wrap, parallel)
+    # FSDP divides what has one dtype: norms in float32 beside packed weights are refused.
+    by_fsdp = shared is not None and shared.strategy.startswith("fsdp")
+    kbit = packed is not None and (packed.by_bitsandbytes or packed.method == "gptq")
+    kbit = kbit and not by_trl and not by_fsdp
     if adapter_dtype is None:  # TRL keeps adapters of QLoRA in bfloat16, PEFT in float32
         adapter_dtype = "bfloat16" if by_trl and packed is not None else "float32"
     if gradient_checkpointing is None:
@@ -147,6 +159,7 @@ def checked_setting(
         images=require_whole("images", images, least=0, most=MOST_IMAGES),
         image_size=_image_size(image_size),
         trainer=trainer,
+        parallel=shared,
         args=() if args is None or not by_trl else loss_fields(args),
         **flags,
     )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 
 from pytest_lora.facts.memory import Alternative, MemoryEstimate, Seen
 from pytest_lora.memory.estimate import step_memory
+from pytest_lora.memory.what_if_cards import more_cards, other_sharing
 
 _MOST_JOINED = 4
 """Changes at once; more are another set-up."""
@@ -69,11 +70,15 @@ def alternatives(
 
     accumulation = estimate.setting.accumulation
     storage = [*_same_result(estimate), *_other_weights(estimate)]
+    storage += [_Storage(text, fields, "same batch") for text, fields in other_sharing(estimate)]
     found = estimated(_single(base, storage, now))
     together: list[_Tried] = []
     shortened = now
     if estimate.loaded <= budget:
         found += _until_one_fits(estimated, _smaller_batches(accumulation, now), budget)
+    if not any_fits():
+        cards = (now._replace(texts=(text,), fields=fields) for text, fields in more_cards(estimate))
+        found += _until_one_fits(estimated, cards, budget)
     if not any_fits():
         joined = _together(accumulation, storage, found, estimate.peak_allocated, now)
         for change in joined:

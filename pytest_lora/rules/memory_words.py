@@ -6,9 +6,11 @@ from collections.abc import Iterable
 
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts
+from pytest_lora.facts.parallel import SHARDED
 
 _INDENT = "\n            "
 _NAMED = 3
+_FROZEN = ("base weights", "quantized base weights", "quantization statistics", "embeddings and head")
 
 
 def step_in_words(estimate: MemoryEstimate) -> str:
@@ -18,8 +20,9 @@ def step_in_words(estimate: MemoryEstimate) -> str:
     if asked.quantization is not None:
         double = " with double quantization" if asked.quantization.double_quant else ""
         stored = f"{asked.quantization.method}{double}, else {asked.dtype}"
+    shared = f", the fullest of {asked.parallel}" if asked.parallel else ""
     return (
-        f"a step of {estimate.architecture}, {estimate.batch}, r={estimate.rank}, "
+        f"a step of {estimate.architecture}{shared}, {estimate.batch}, r={estimate.rank}, "
         f"base in {stored}, gradient checkpointing {'on' if asked.gradient_checkpointing else 'off'}"
     )
 
@@ -111,3 +114,12 @@ def against_now(flops: int, now: int) -> str:
     if abs(percent) < 0.05:
         return "same"
     return f"{percent:+.0f} %" if abs(percent) >= 9.95 else f"{percent:+.1f} %"
+
+
+def left_whole(estimate: MemoryEstimate) -> str:
+    """``"; zero2 does not divide the weights ..."`` where several GPUs hold all of them each; else empty."""
+    shared = estimate.setting.parallel
+    if shared is None or shared.strategy in SHARDED:
+        return ""
+    kept = sum(estimate.breakdown.get(name, 0) for name in _FROZEN)
+    return f"; {shared.strategy} does not divide the weights: {format_bytes(kept)} of them stay on every card"

@@ -8,6 +8,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from pytest_lora.facts.parallel import STRATEGIES
+
 QUANTIZATIONS = (None, "nf4", "fp4", "int8")
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "sgd")
 LONGEST = 8192
@@ -24,6 +26,8 @@ class TrainingShape:
         gradient_checkpointing: Whether activations are computed again in the backward pass.
         quantization: ``"nf4"``, ``"fp4"``, ``"int8"``, or None for a base in 16 bits.
         optimizer: As in ``TrainingArguments(optim=...)``.
+        gpus: How many share the step.
+        strategy: How they do.
     """
 
     batch_size: int = 1
@@ -31,6 +35,8 @@ class TrainingShape:
     gradient_checkpointing: bool = False
     quantization: str | None = None
     optimizer: str = OPTIMIZERS[0]
+    gpus: int = 1
+    strategy: str = STRATEGIES[0]
 
     def __repr__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -49,6 +55,8 @@ def training_shapes(
     gradient_checkpointing: Iterable[bool] = (False, True),
     quantizations: Iterable[str | None] = QUANTIZATIONS,
     optimizers: Iterable[str] = OPTIMIZERS,
+    gpus: Iterable[int] = (1,),
+    strategies: Iterable[str] = STRATEGIES[:1],
 ) -> st.SearchStrategy[TrainingShape]:
     """Draw the shape of a training step.
 
@@ -61,6 +69,8 @@ def training_shapes(
         quantizations: What to draw from, of ``"nf4"``, ``"fp4"``, ``"int8"`` and None.
         optimizers: What to draw from, of the names that ``TrainingArguments(optim=...)`` takes and
             ``estimate_memory`` knows.
+        gpus: Numbers of GPUs to draw from, each at least 1.
+        strategies: What to draw from where there are several, of ``"ddp"``, ``"fsdp2"``, ``"zero3"`` and so on.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -74,6 +84,8 @@ def training_shapes(
         _one_of("gradient_checkpointing", gradient_checkpointing, (False, True)),
         _one_of("quantizations", quantizations, QUANTIZATIONS),
         _one_of("optimizers", optimizers, tuple(KNOWN)),
+        st.sampled_from([_require_bound("gpus", count) for count in _listed("gpus", gpus)]),
+        _one_of("strategies", strategies, STRATEGIES),
     )
 
 
@@ -85,6 +97,8 @@ def _shapes(
     checkpointing: st.SearchStrategy[bool],
     quantizations: st.SearchStrategy[str | None],
     optimizers: st.SearchStrategy[str],
+    gpus: st.SearchStrategy[int],
+    strategies: st.SearchStrategy[str],
 ) -> TrainingShape:
     """Drawn is the number of tokens, then the batch that they are cut into.
 
@@ -93,21 +107,29 @@ def _shapes(
     """
     tokens = draw(st.integers(1, longest) | st.integers(1, longest * largest_batch))
     batch_size = draw(st.integers(1, largest_batch))
+    cards = draw(gpus)
     return TrainingShape(
         batch_size=batch_size,
         seq_len=min(longest, max(1, tokens // batch_size)),
         gradient_checkpointing=draw(checkpointing),
         quantization=draw(quantizations),
         optimizer=draw(optimizers),
+        gpus=cards,
+        strategy=draw(strategies) if cards > 1 else STRATEGIES[0],
     )
 
 
-def _one_of(name: str, values: Any, known: tuple[Any, ...]) -> st.SearchStrategy[Any]:
+def _listed(name: str, values: Any) -> list[Any]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list, not {values!r}")
     wanted = list(values)
     if not wanted:
         raise ValueError(f"{name} must not be empty")
+    return wanted
+
+
+def _one_of(name: str, values: Any, known: tuple[Any, ...]) -> st.SearchStrategy[Any]:
+    wanted = _listed(name, values)
     if unknown := [value for value in wanted if value not in known]:
         raise ValueError(f"{name}: {unknown[0]!r} is none of {', '.join(map(str, known))}")
     return st.sampled_from(wanted)

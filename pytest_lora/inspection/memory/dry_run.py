@@ -14,8 +14,10 @@ from torch import nn
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.inspection.memory.batches import batch_for
 from pytest_lora.inspection.memory.cuda_kernels import cuda_kernels
-from pytest_lora.inspection.memory.layer_stacks import KEPT, Stack
+from pytest_lora.inspection.memory.layer_stacks import KEPT
 from pytest_lora.inspection.memory.meta_model import MetaModel
+from pytest_lora.inspection.memory.parallel.model import local
+from pytest_lora.inspection.memory.parallel.strategies import autocasts
 from pytest_lora.inspection.memory.patience import TooLongError
 from pytest_lora.inspection.memory.remedies import remedy
 from pytest_lora.inspection.memory.stand_ins import StandIns
@@ -64,24 +66,30 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
     Raises:
         ValueError: The model does something that needs values; the message names it.
     """
-    model = built.model
+    if built.rank is not None and not built.rank.warm:
+        built.rank.warm = True
+        trace(built, setting)
+    model = built.model if built.rank is None else built.rank.called
     trainable = [p for p in model.parameters() if p.requires_grad]
     config = _text_config(built.transformer)
-    autocast = getattr(torch, setting.autocast) if setting.autocast else None
+    autocast = getattr(torch, setting.autocast) if autocasts(setting) else None
     stand_ins = StandIns(
         padded=setting.padding_mask, experts=_first_of(config, _EXPERTS), images=setting.images
     )
     tracker = StorageTracker(_first_of(config, ("vocab_size",)), stand_ins)
     for tensor in (*model.parameters(), *model.buffers()):
-        tracker.ignore(tensor)
+        tracker.ignore(local(tensor))
     if gradients_held:
         for parameter in trainable:
             parameter.grad = torch.empty_like(parameter)
-            tracker.ignore(parameter.grad)
+            tracker.ignore(local(parameter.grad))
     try:
         with (
-            _following(built.transformer, built.stacks, tracker),
-            _gradients_noticed(trainable, tracker),
+            _following(built, tracker),
+            _gradients_noticed(trainable, tracker)
+            if built.rank is None or built.rank.notices_gradients
+            else nullcontext(),
+            built.rank.around(tracker) if built.rank else nullcontext(),
             quiet(),
             collected_late(),
             masks_without_values(),
@@ -89,7 +97,9 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
             fused_kernels(tracker.count) if setting.by_trl else nullcontext(),
             tracker.recorded(),
         ):
-            _step(built, setting, tracker)
+            _step(built, model, setting, tracker)
+            for gradient in built.rank.gradients() if built.rank else ():
+                tracker.recategorize(gradient, "gradients")
     except TooLongError:
         raise
     except Exception as error:
@@ -114,13 +124,13 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
     )
 
 
-def _step(built: MetaModel, setting: StepSetting, tracker: StorageTracker) -> None:
+def _step(built: MetaModel, called: nn.Module, setting: StepSetting, tracker: StorageTracker) -> None:
     held: list[Any] = []
     loss: Any
     if setting.by_trl:
-        loss = trl_loss(built.model, setting)
+        loss = trl_loss(called, setting)
     else:
-        outputs: Any = built.model(**batch_for(built.transformer, setting))
+        outputs: Any = called(**batch_for(built.transformer, setting))
         loss = outputs["loss"] if "loss" in outputs else outputs[0].float().mean()
         if setting.outputs_held:
             held.append(outputs)
@@ -160,17 +170,20 @@ def _gradients_noticed(trainable: list[nn.Parameter], tracker: StorageTracker) -
 
 
 @contextmanager
-def _following(transformer: nn.Module, stacks: list[Stack], tracker: StorageTracker) -> Iterator[None]:
-    """Tell the tracker which unit runs: by the layers' calls, and by the gradients of their outputs."""
+def _following(built: MetaModel, tracker: StorageTracker) -> Iterator[None]:
+    """Tell the tracker which unit runs: by the layers' calls, and by the gradients of their outputs.
+
+    Before what else is hooked to them, which gathers parameters.
+    """
     handles = []
-    for stack in stacks:
+    for stack in built.stacks if built.rank is None else built.rank.stacks:
         for i, layers in enumerate(stack.units):
             for layer in layers:
                 enter = _entering(tracker, KEPT * stack.number + i)
-                handles.append(layer.register_forward_pre_hook(enter))
-                handles.append(layer.register_forward_hook(enter))
+                handles.append(layer.register_forward_pre_hook(enter, prepend=True))
+                handles.append(layer.register_forward_hook(enter, prepend=True))
     # A step may run the model several times; what is between its layers belongs to none.
-    handles.append(transformer.register_forward_pre_hook(_entering(tracker, OUTSIDE)))
+    handles.append(built.transformer.register_forward_pre_hook(_entering(tracker, OUTSIDE), prepend=True))
     try:
         yield
     finally:

@@ -34,11 +34,16 @@ class Stack:
     number: int
 
 
-def cut_stacks(model: nn.Module) -> list[Stack]:
-    """Take the inner layers of long runs of like layers out of a model; what stays keeps its name."""
+def cut_stacks(model: nn.Module, together: int = 1) -> list[Stack]:
+    """Take the inner layers of long runs of like layers out of a model; what stays keeps its name.
+
+    Args:
+        model: It is changed.
+        together: Layers that count as one, at least: where a layer holds what one further away frees.
+    """
     stacks: list[Stack] = []
     for layers in list(_outermost_lists(model)):
-        start, period, count = _longest_run([_signature(layer) for layer in layers])
+        start, period, count = _longest_run([_signature(layer) for layer in layers], together)
         if count <= KEPT:
             continue
         names = list(layers._modules)
@@ -78,11 +83,11 @@ _PLAIN = (int, float, str, bool, type(None))
 _INDICES = frozenset({"layer_idx", "layer_id", "idx", "index"})
 
 
-def _longest_run(kinds: list[Any]) -> tuple[int, int, int]:
+def _longest_run(kinds: list[Any], together: int = 1) -> tuple[int, int, int]:
     """``(start, period, count)`` of the run of like units whose cut leaves the fewest layers."""
     best = (0, 1, 1)
     saved = 0
-    for period in range(1, LONGEST_PERIOD + 1):
+    for period in range(together, LONGEST_PERIOD + 1, together):
         start = 0
         for end in range(period, len(kinds) + 1):
             if end < len(kinds) and kinds[end] == kinds[end - period]:

@@ -16,12 +16,15 @@ from torch import nn
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
 from pytest_lora.inspection.limited.patterns import require_matchable
-from pytest_lora.inspection.memory.layer_stacks import Stack, cut_stacks
+from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, Stack, cut_stacks
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
+from pytest_lora.inspection.memory.parallel.model import Rank
+from pytest_lora.inspection.memory.parallel.strategies import distributed
 from pytest_lora.inspection.memory.remedies import excluded_by_peft
+from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 from pytest_lora.inspection.memory.trainers import fuse_head
-from pytest_lora.inspection.memory.weights import Weight, loaded_weights, units_of
+from pytest_lora.inspection.memory.weights import Trained, Weight, loaded_weights, units_of
 from pytest_lora.inspection.peft_internals import freeze, store_adapter
 from pytest_lora.inspection.rehearsal import without_values
 from pytest_lora.inspection.skeleton import (
@@ -48,18 +51,39 @@ class MetaModel:
         model: The model, in training mode.
         stacks: The repeated layers that were cut.
         unit_of: The unit of each parameter and buffer in them, by identity.
-        weights: What is on the device once it is loaded.
+        weights: What is on the device once it is loaded, were it on one GPU.
+        rank: The part of one of several GPUs.
     """
 
     model: nn.Module
     stacks: list[Stack]
     unit_of: dict[int, int]
     weights: list[Weight]
+    rank: Rank | None = None
 
     @property
     def transformer(self) -> nn.Module:
         """The base under the adapter."""
         return adapted_base(self.model)
+
+    def copies_of(self, unit: int) -> int:
+        """How many layers of the whole model a unit stands for."""
+        stack, role = divmod(unit, KEPT)
+        return self.stacks[stack].copies - 1 if unit >= 0 and role == FIRST_INNER else 1
+
+    def held(self) -> list[Weight]:
+        """What is on the device once it is loaded."""
+        return self.weights if self.rank is None else self.rank.weights
+
+    def trained(self) -> list[Trained]:
+        """What the optimizer has on the device."""
+        if self.rank is not None:
+            return self.rank.trained
+        return [
+            Trained(tuple(p.shape), p.dtype, self.unit_of.get(id(p), OUTSIDE))
+            for p in self.model.parameters()
+            if p.requires_grad
+        ]
 
 
 def adapted_base(model: nn.Module) -> nn.Module:
@@ -69,14 +93,14 @@ def adapted_base(model: nn.Module) -> nn.Module:
     return inner
 
 
-def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> MetaModel:
+def build(base: Any, config: LoraConfig, setting: StepSetting, *, together: int = 1) -> MetaModel:
     """Build the model of a setting on the meta device.
 
     Args:
         base: A live model, a ``PretrainedConfig``, or a path; see ``resolve_base``.
         config: The adapter; it is not changed.
         setting: Quantization, dtype and checkpointing.
-        cut: Leave out inner layers that are like their neighbours.
+        together: Inner layers that are like their neighbours are left out, so many at once; 0 for none.
 
     Raises:
         TypeError: ``base`` is nothing that a base can be made of.
@@ -99,7 +123,7 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> 
         model = _in_dtype(skeleton(model), dtype)
     alike = same_in_every_layer(config) and not any(_NUMBERED.search(name) for name in setting.frozen)
     _complete(model)
-    stacks = cut_stacks(model) if cut and alike else []
+    stacks = cut_stacks(model, together) if together and alike else []
     if setting.quantization is not None:
         _quantize(model, setting.quantization, setting)
     _prepare(model, setting)
@@ -109,7 +133,8 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: bool) -> 
     if setting.by_trl:
         fuse_head(adapted_base(adapted), setting)
     unit_of = units_of(stacks)
-    return MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of))
+    built = MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of))
+    return built if setting.parallel is None else distributed(built, setting, setting.parallel)
 
 
 def _scoring(base: Any) -> Any:

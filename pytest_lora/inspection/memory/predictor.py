@@ -24,6 +24,7 @@ from pytest_lora.inspection.memory.estimate import StepShape
 from pytest_lora.inspection.memory.images import reads_images
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
 from pytest_lora.inspection.memory.operations import FlopsSurface
+from pytest_lora.inspection.memory.parallel.strategies import cuts_of
 from pytest_lora.inspection.memory.patience import limited, require_few
 from pytest_lora.inspection.memory.sizes import Family, Point, Surface, check_point, fitted, grid
 from pytest_lora.inspection.memory.step import Step, assemble
@@ -54,6 +55,9 @@ COMPILE_AFTER = 8
 """Replays of the allocator in Python before a compiled one is used, which takes as long to load as about eight
 of a 7B."""
 
+_CUTS = (1, 0)
+"""Layers that are cut at once, in the order in which they are tried: none at last."""
+
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window")
 
 
@@ -81,7 +85,8 @@ class Predictor:
         self._asked: Counter[Any] = Counter()
         self._replays = 0
         self._slowest = 0.0
-        self._whole = False
+        self._cuts = iter(_CUTS if setting.parallel is None else cuts_of(setting.parallel))
+        self._together = next(self._cuts)
 
     def peak_allocated(self, batch_size: int, seq_len: int, rank: int) -> int:
         """Bytes that ``torch.cuda.max_memory_allocated`` would give."""
@@ -122,10 +127,16 @@ class Predictor:
             cuda_context=CUDA_CONTEXT,
             flops=self.flops(*point),
             has_tokens=has_tokens(model),
+            over_ranks=figures.peak_allocated * self.setting.parallel.gpus if self.setting.parallel else 0,
+            by_formula=self._by_formula(),
             unmodelled=tuple(
                 _unmodelled(replace(self.setting, batch_size=batch_size, seq_len=seq_len), model)
             ),
         )
+
+    def _by_formula(self) -> tuple[str, ...]:
+        rank = next(iter(self._models.values())).rank
+        return rank.by_formula if rank is not None else ()
 
     def _reserved(self, shape: StepShape, sizes: NDArray[np.int64]) -> int:
         self._replays += 1
@@ -170,9 +181,9 @@ class Predictor:
                 step = self._step(point)
                 shape = StepShape(step)
             except (NotRepeatingError, NotTracedError):  # some models count their layers, or address them
-                if self._whole or not any(built.stacks for built in self._models.values()):
+                if not self._together or not any(built.stacks for built in self._models.values()):
                     raise
-                self._whole = True
+                self._together = next(self._cuts)
                 self._models.clear()
                 return self._trace(point)
             self._traced[point] = shape, step
@@ -198,7 +209,7 @@ class Predictor:
             config = copy.copy(self._config)
             config.r = rank
             with quiet():
-                self._models = {rank: build(self._base, config, self.setting, cut=not self._whole)}
+                self._models = {rank: build(self._base, config, self.setting, together=self._together)}
         return self._models[rank]
 
 
@@ -218,6 +229,9 @@ def _unmodelled(setting: StepSetting, model: nn.Module) -> Iterator[Unmodelled]:
             f", whose keys and values take {format_bytes(cache)} or more beside the weights," if cache else ""
         )
         yield Unmodelled(f"generation{words} is", "at least")
+    shared = setting.parallel
+    if shared is not None and shared.strategy in ("fsdp1", "fsdp2") and setting.accumulation > 1:
+        yield Unmodelled("gradients that no_sync keeps whole between micro-batches are", "at least")
     packed = setting.quantization
     if packed is not None and not packed.by_bitsandbytes:
         yield Unmodelled(f"kernels of {packed.method} that unpack a weight in parts are", "at most")

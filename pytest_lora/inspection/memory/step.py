@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.operations import NO_FLOPS, StepFlops
@@ -14,6 +12,7 @@ from pytest_lora.inspection.memory.meta_model import MetaModel
 from pytest_lora.inspection.memory.operations import whole_flops
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, PAGED_FROM, state_bytes
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
+from pytest_lora.inspection.memory.weights import Trained
 
 LOAD, OPTIMIZER = "load", "optimizer"
 PHASES = (LOAD, "forward", "backward", OPTIMIZER)
@@ -94,7 +93,7 @@ class Step:
 def assemble(built: MetaModel, setting: StepSetting) -> Step:
     """Load the model, then run two optimizer steps: the first has no optimizer state yet."""
     step = Step(copies={stack.number: stack.copies for stack in built.stacks})
-    for weight in built.weights:
+    for weight in built.held():
         step.make(weight.size, weight.category, "load", LOAD, weight.unit)
     step.workspaces = dict.fromkeys(THREADS, setting.workspace)
     step.loaded = len(step.events)
@@ -102,13 +101,13 @@ def assemble(built: MetaModel, setting: StepSetting) -> Step:
     if setting.accumulation > 1:
         micro.append(trace(built, setting, gradients_held=True))
     step.flops = _flops(micro, step.copies, setting.accumulation)
-    trainable = [p for p in built.model.parameters() if p.requires_grad]
+    trained = built.trained()
     for first in (True, False):
         gradients = list(step.play(micro[0]).values())
         homes = _homes(step)
         for repeated in micro[1:]:
             step.play(repeated)
-        _optimize(step, trainable, built.unit_of, setting, first=first)
+        _optimize(step, trained, setting, first=first)
         for index in gradients:
             step.free(index, OPTIMIZER, homes[index])
         if first:
@@ -130,29 +129,27 @@ def _homes(step: Step) -> dict[int, int]:
 
 def _optimize(
     step: Step,
-    trainable: Iterable[Any],
-    unit_of: dict[int, int],
+    trained: list[Trained],
     setting: StepSetting,
     *,
     first: bool,
 ) -> None:
     kind = OPTIMIZERS[setting.optimizer]
     temporaries: list[tuple[int, int]] = []
-    for parameter in trainable:
-        unit = unit_of.get(id(parameter), OUTSIDE)
-        paged = kind.paged and parameter.numel() >= PAGED_FROM
-        states = state_bytes(setting.optimizer, tuple(parameter.shape), parameter.dtype) if first else ()
+    for parameter in trained:
+        unit = parameter.unit
+        paged = kind.paged and parameter.numel >= PAGED_FROM
+        states = state_bytes(setting.optimizer, parameter.shape, parameter.dtype) if first else ()
         if paged:
             step.paged += sum(states) * _copies(step, unit)
         else:
             for size in states:
                 step.make(size, "optimizer", setting.optimizer, OPTIMIZER, unit)
     if kind.temporaries:
-        for parameter in trainable:
-            unit = unit_of.get(id(parameter), OUTSIDE)
-            size = kind.temporaries * parameter.numel()
-            made = step.make(size, "optimizer", f"{setting.optimizer} step", OPTIMIZER, unit)
-            temporaries.append((made, unit))
+        for parameter in trained:
+            size = kind.temporaries * parameter.numel
+            made = step.make(size, "optimizer", f"{setting.optimizer} step", OPTIMIZER, parameter.unit)
+            temporaries.append((made, parameter.unit))
     for made, unit in temporaries:
         step.free(made, OPTIMIZER, unit)
 

@@ -34,7 +34,7 @@ class NeedsValuesError(RuntimeError):
 
 
 class StorageTracker:
-    """Records when storages are made and freed, in order.
+    """Records when storages of a device are made and freed, in order.
 
     Attributes:
         events: ``i`` where storage ``i`` is made, ``~i`` where it is freed.
@@ -45,7 +45,7 @@ class StorageTracker:
         flops: Floating-point operations by unit and phase.
     """
 
-    def __init__(self, vocab_size: int | None, stand_ins: StandIns) -> None:
+    def __init__(self, vocab_size: int | None, stand_ins: StandIns, device: torch.device = _META) -> None:
         self.events: list[int] = []
         self.units: list[int] = []
         self.phases: list[str] = []
@@ -58,6 +58,8 @@ class StorageTracker:
         self.recording = True
         self._vocab_size = vocab_size
         self._stand_ins = stand_ins
+        self._device = device
+        self._held_for = ""
         self._live: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[Any]] = {}
 
@@ -78,6 +80,29 @@ class StorageTracker:
     def count(self, flops: int) -> None:
         """Add floating-point operations of what runs now."""
         self.flops[self.unit, self.phase] += flops
+
+    @contextmanager
+    def holding(self, category: str) -> Iterator[None]:
+        """What is made inside holds this."""
+        before, self._held_for = self._held_for, category
+        try:
+            yield
+        finally:
+            self._held_for = before
+
+    def resized(self, storage: torch.UntypedStorage, before: int) -> None:
+        """A storage was freed and kept, or filled again: FSDP does that with gathered parameters."""
+        key, after = id(storage), storage.nbytes()
+        if storage.device != self._device or before == after:
+            return
+        index = self._live.get(key, -1)
+        if index >= 0 and self.recording:
+            self._event(~index)
+        if key not in self._watched:
+            self._watched[key] = weakref.ref(storage, lambda _: self._freed(key))
+        self._live[key] = -1
+        if after and self.recording:
+            self._live[key] = self._new(after, "gather", "gathered parameters")
 
     def recorded(self) -> AbstractContextManager[Any]:
         """Follow what happens inside."""
@@ -126,23 +151,27 @@ class StorageTracker:
             return _RESULTS.run(func, args, kwargs)
 
     def _made(self, tensor: torch.Tensor, func: Any) -> None:
-        if tensor.device != _META:
+        if tensor.device != self._device:
             return
-        storage = tensor.untyped_storage()
+        part: torch.Tensor = getattr(tensor, "_local_tensor", tensor)  # of a distributed tensor
+        storage = part.untyped_storage()
         key = id(storage)
         if key in self._live:
             return
         size = storage.nbytes()
         if not size:
             return
-        index = len(self.sizes)
-        self._live[key] = index
-        self._watched[key] = weakref.ref(storage, lambda _: self._freed(key))
-        self.sizes.append(size)
         name = str(func)
-        self.operations.append(name)
-        self.categories.append(self._category(name, tensor))
+        self._watched[key] = weakref.ref(storage, lambda _: self._freed(key))
+        self._live[key] = self._new(size, name, self._held_for or self._category(name, tensor))
+
+    def _new(self, size: int, operation: str, category: str) -> int:
+        index = len(self.sizes)
+        self.sizes.append(size)
+        self.operations.append(operation)
+        self.categories.append(category)
         self._event(index)
+        return index
 
     def _freed(self, key: int) -> None:
         index = self._live.pop(key)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from pytest_lora.inspection.bitsandbytes_internals import quantization_statistics
@@ -18,6 +20,19 @@ class Weight(NamedTuple):
     size: int
     category: str
     unit: int
+
+
+class Trained(NamedTuple):
+    """What an optimizer is given: its shape, its dtype, and the unit of a cut stack that it is in."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    unit: int
+
+    @property
+    def numel(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
 
 
 def units_of(stacks: list[Stack]) -> dict[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pytest_lora.facts.recipe import UNKNOWN, RunSetting, Value
-from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy
+from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy, fsdp_strategy
 from pytest_lora.inspection.recipe.keys import Keys
 
 NAME = "Axolotl"
@@ -195,9 +195,9 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed")
     if deepspeed.value:
         return deepspeed_strategy(deepspeed, tree)
-    for name in ("fsdp_config", "fsdp", "fsdp_version"):
-        if keys.has(name):
-            return Value("fsdp", f"line {keys.lines[name]}", name, keys.lines[name])
+    sharded = fsdp_strategy(keys, "fsdp_config", "fsdp", "fsdp_version")
+    if sharded is not None:
+        return sharded
     if keys.has("tensor_parallel_size", "dp_shard_size"):
         return UNKNOWN
     return Value("ddp", f"default of {NAME}", "deepspeed")

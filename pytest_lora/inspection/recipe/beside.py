@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from pytest_lora.facts.recipe import SavedAdapter, Value
+from pytest_lora.inspection.recipe.keys import Keys
 from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml
 
 _CONFIG = "adapter_config.json"
@@ -137,26 +138,65 @@ def zero_stage(config: dict[str, Any]) -> int | None:
 
 def deepspeed_strategy(deepspeed: Value, tree: Tree) -> Value:
     """The strategy that a recipe's DeepSpeed configuration sets: its ZeRO stage, else what its name says."""
-    stage = zero_stage(tree.mapping(deepspeed.value))
-    return replace(deepspeed, value=strategy_by_name(deepspeed.value) if stage is None else f"zero{stage}")
+    config = tree.mapping(deepspeed.value)
+    stage = zero_stage(config)
+    if stage is None:
+        return replace(deepspeed, value=strategy_by_name(deepspeed.value))
+    zero = config["zero_optimization"]
+    moved = stage == 3 and on_host(zero, "offload_param")
+    return replace(deepspeed, value=f"zero{stage}{OFFLOADED if moved else ''}")
+
+
+OFFLOADED = "_offload"
+"""Behind a strategy whose weights lie in the host's memory."""
+
+
+def on_host(zero: Mapping[str, Any], part: str) -> bool:
+    """Whether ``offload_param`` or ``offload_optimizer`` of a DeepSpeed configuration moves it to the host."""
+    given = zero.get(part)
+    return isinstance(given, Mapping) and str(given.get("device", "none")).lower() in ("cpu", "nvme")
+
+
+def fsdp_strategy(keys: Keys, *names: str) -> Value | None:
+    """FSDP, as the first of these keys of a recipe says; None where it has none of them."""
+    name = next((name for name in names if keys.has(name)), None)
+    if name is None:
+        return None
+    said = [keys.node(one) for one in ("fsdp", "fsdp_config", "fsdp_offload_params", "fsdp_cpu_offload")]
+    moved = any(_offloads(found[0], found[1].unwrapped()) for found in said if found is not None)
+    return Value(f"fsdp{OFFLOADED if moved else ''}", f"line {keys.lines[name]}", name, keys.lines[name])
+
+
+def _offloads(name: str, value: Any) -> bool:
+    """Whether FSDP arguments move weights to the host: a true key with that word, or the word among options."""
+    if isinstance(value, Mapping):
+        return any(_offloads(str(key), part) for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return any(_offloads(name, part) for part in value)
+    text = str(value).lower()
+    return "offload" in text or ("offload" in name and text in ("true", "1", "yes"))
 
 
 def strategy_of_accelerate(config: dict[str, Any]) -> str | None:
     """How an accelerate configuration divides a model among GPUs."""
     kind = str(config.get("distributed_type", "")).upper()
     if kind == "FSDP":
-        return "fsdp"
+        part = config.get("fsdp_config")
+        moved = isinstance(part, dict) and bool(part.get("fsdp_offload_params"))
+        return f"fsdp{OFFLOADED if moved else ''}"
     if kind == "DEEPSPEED":
         part = config.get("deepspeed_config")
         stage = part.get("zero_stage") if isinstance(part, dict) else None
-        return f"zero{stage}" if stage in (0, 1, 2, 3) else None
+        moved = stage == 3 and part is not None and part.get("offload_param_device") in ("cpu", "nvme")
+        return f"zero{stage}{OFFLOADED if moved else ''}" if stage in (0, 1, 2, 3) else None
     return "ddp" if kind == "MULTI_GPU" else None
 
 
 def strategy_by_name(name: object) -> str | None:
     """The strategy that a name such as ``zero3``, ``zero2_offload`` or ``fsdp2`` says."""
     text = str(name).lower().replace("_", "").replace("-", "")
+    moved = OFFLOADED if "offload" in text else ""
     for stage in "3210":
         if f"zero{stage}" in text or f"z{stage}" in text:
-            return f"zero{stage}"
-    return "fsdp" if "fsdp" in text else None
+            return f"zero{stage}{moved if stage == '3' else ''}"
+    return f"fsdp{moved}" if "fsdp" in text else None

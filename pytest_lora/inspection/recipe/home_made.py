@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pytest_lora.facts.recipe import RunSetting, Value
-from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy
+from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy, fsdp_strategy
 from pytest_lora.inspection.recipe.keys import Keys, comma_separated
 from pytest_lora.inspection.recipe.yaml_file import Node
 
@@ -196,6 +196,7 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed", "deepspeed_config")
     if deepspeed.value:
         return deepspeed_strategy(deepspeed, tree)
-    if keys.has("fsdp"):
-        return Value("fsdp", f"line {keys.lines['fsdp']}", "fsdp", keys.lines["fsdp"])
+    sharded = fsdp_strategy(keys, "fsdp")
+    if sharded is not None:
+        return sharded
     return Value(None, "", "deepspeed")

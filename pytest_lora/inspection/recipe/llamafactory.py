@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pytest_lora.facts.recipe import RunSetting, Value
-from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy
+from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy, fsdp_strategy
 from pytest_lora.inspection.recipe.keys import VISION, Keys, comma_separated
 
 NAME = "LLaMA-Factory"
@@ -172,7 +172,7 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed")
     if deepspeed.value:
         return deepspeed_strategy(deepspeed, tree)
-    if keys.has("fsdp", "fsdp_config"):
-        name = "fsdp" if keys.has("fsdp") else "fsdp_config"
-        return Value("fsdp", f"line {keys.lines[name]}", name, keys.lines[name])
+    sharded = fsdp_strategy(keys, "fsdp", "fsdp_config")
+    if sharded is not None:
+        return sharded
     return Value("ddp", f"default of {NAME}", "deepspeed")

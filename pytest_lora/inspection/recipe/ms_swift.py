@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 
 from pytest_lora.facts.recipe import RunSetting, Value
-from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy
+from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy, fsdp_strategy
 from pytest_lora.inspection.recipe.keys import VISION, Keys, count
 
 NAME = "ms-swift"
@@ -167,6 +167,7 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed")
     if deepspeed.value:
         return deepspeed_strategy(deepspeed, tree)
-    if keys.has("fsdp"):
-        return Value("fsdp", f"line {keys.lines['fsdp']}", "fsdp", keys.lines["fsdp"])
+    sharded = fsdp_strategy(keys, "fsdp")
+    if sharded is not None:
+        return sharded
     return Value("ddp", f"default of {NAME}", "deepspeed")

@@ -68,9 +68,16 @@ def script_facts(
         save_strategy=given.value("save_strategy", _word(args.save_strategy)),
         save_steps=given.value("save_steps"),
         load_best_model_at_end=given.value("load_best_model_at_end"),
-        strategy=Value("fsdp" if args.fsdp else None, GIVEN, "fsdp"),
+        strategy=Value(_fsdp(args), GIVEN, "fsdp"),
     )
     return RecipeFacts(name, tool=tool, setting=setting, base=known)
+
+
+def _fsdp(args: Any) -> str | None:
+    if not args.fsdp:
+        return None
+    asked = f"{args.fsdp} {args.fsdp_config}".lower()
+    return "fsdp_offload" if "offload" in asked else "fsdp"
 
 
 def _word(value: Any) -> str:

@@ -12,6 +12,7 @@ from pytest_lora.facts.recipe import RunSetting, Value
 from pytest_lora.inspection.recipe.beside import (
     Tree,
     deepspeed_strategy,
+    fsdp_strategy,
     strategy_by_name,
     strategy_of_accelerate,
 )
@@ -184,7 +185,7 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
             "zero_stage",
             keys.lines["zero_stage"],
         )
-    for name in ("use_fsdp", "fsdp", "fsdp_config", "fsdp_version", "fsdp_sharding_strategy"):
-        if keys.has(name):
-            return Value("fsdp", f"line {keys.lines[name]}", name, keys.lines[name])
+    sharded = fsdp_strategy(keys, "use_fsdp", "fsdp", "fsdp_config", "fsdp_version", "fsdp_sharding_strategy")
+    if sharded is not None:
+        return sharded
     return Value("ddp", f"default of {NAME}", "accelerate_config")

@@ -6,9 +6,13 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.memory_words import advice, largest_parts, may_need_less, step_in_words
+from pytest_lora.rules.memory_words import advice, largest_parts, left_whole, may_need_less, step_in_words
 
 _WEIGHTS = (
+    "parameter shards",
+    "gathered parameters",
+    "reduce buffers",
+    "buckets",
     "base weights",
     "quantized base weights",
     "quantization statistics",
@@ -49,7 +53,7 @@ def weights_do_not_fit(facts: MemoryFacts, expect: Expect) -> Iterator[Violation
         where=step_in_words(estimate),
         observed=f"the loaded model weights need {format_bytes(estimate.loaded)}, "
         f"{format_bytes(estimate.loaded - facts.budget)} more than the budget: "
-        f"{largest_parts(estimate, _WEIGHTS)}",
+        f"{largest_parts(estimate, _WEIGHTS)}{left_whole(estimate)}",
         expected=f"weights below the budget of {format_bytes(facts.budget)}, with room for a step",
         fix=advice(facts),
     )

@@ -1,0 +1,328 @@
+"""Published steps on several GPUs, predicted: prediction over measurement, and the share within the bounds.
+
+    python benchmarks/multi_gpu.py ROWS.json [--only WORD] [--json benchmarks/results/multi_gpu.json]
+
+The rows are a list of objects with ``gpus``, ``strategy``, ``base``, ``quantization``, ``adapter``, ``dtype``,
+``per_device_batch``, ``seq_len``, ``gradient_checkpointing``, ``cpu_offload``, ``measured`` and ``versions`` in the
+words of who published them. Where the transformers of a row's time did something else than the installed one, that is
+put in, and named; a row whose kernels are not modelled (fused ones, Liger's, a compiled model) is printed, and not
+counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn import functional
+from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.loss import loss_utils
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pytest_lora import estimate_memory
+from pytest_lora.memory import estimate as kept_estimates
+
+GIB = 2**30
+BOUNDS = {"fsdp1": (0.95, 1.05), "fsdp2": (0.93, 1.07), "zero3": (0.93, 1.07), "ddp": (0.95, 1.05)}
+OTHER_NAMES = {
+    "Llama-2-7B": "meta-llama/Llama-2-7b-hf",
+    "Llama-2-70B": "meta-llama/Llama-2-70b-hf",
+    "Llama-3.1-70B": "meta-llama/Llama-3.1-70B",
+    "Llama-3.1-405B": "meta-llama/Llama-3.1-405B",
+    "Yi-34B": "01-ai/Yi-34B",
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "bigcode/gpt_bigcode-santacoder": {
+        "model_type": "gpt_bigcode",
+        "n_embd": 2048,
+        "n_layer": 24,
+        "n_head": 16,
+        "n_positions": 2048,
+        "vocab_size": 49280,
+        "multi_query": True,
+        "n_inner": 8192,
+        "tie_word_embeddings": True,
+    },
+    "ibm/PowerLM-3b": {
+        "model_type": "granite",
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 36,
+        "num_key_value_heads": 36,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "01-ai/Yi-34B": {
+        "model_type": "llama",
+        "hidden_size": 7168,
+        "intermediate_size": 20480,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 56,
+        "num_key_value_heads": 8,
+        "vocab_size": 64000,
+    },
+    "Qwen-72B": {  # its own code; the same sizes as a Llama with biases
+        "model_type": "qwen2",
+        "hidden_size": 8192,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "vocab_size": 152064,
+    },
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+
+
+def strategy_of(row: dict[str, Any]) -> str:
+    """The strategy by our name for it."""
+    written = row["strategy"]
+    if "NO_SHARD" in written:
+        return "ddp"
+    return "fsdp2" if "FSDP2" in written else "zero3" if "ZeRO-3" in written else "fsdp1"
+
+
+def base_of(row: dict[str, Any]) -> Any:
+    """A name that is known, or a configuration."""
+    name = OTHER_NAMES.get(row["base"], row["base"])
+    shape = next(
+        (s for known, s in SHAPES.items() if known.rpartition("/")[2] == name.rpartition("/")[2]), None
+    )
+    if shape is None:
+        return name
+    return AutoConfig.for_model(**{"tie_word_embeddings": False, **shape})
+
+
+def adapter_of(row: dict[str, Any]) -> LoraConfig:
+    """The adapter; where the publisher names none, torchtune's of its recipe."""
+    given = row.get("adapter") or {
+        "r": 16,
+        "lora_alpha": 32,
+        "target_modules": ["q_proj", "v_proj", "o_proj"],
+    }
+    targets = given["target_modules"]
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = LINEAR
+    if "santacoder" in row["base"]:
+        targets = [*ATTENTION, "c_attn"]
+    rest = {name: given[name] for name in ("r", "lora_alpha", "lora_dropout") if name in given}
+    return LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **rest)
+
+
+def setting_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of ``estimate_memory``."""
+    strategy = strategy_of(row)
+    pure = "pure" in str(row.get("dtype"))
+    packed = None
+    if row.get("quantization"):
+        double = "double quant" in row["quantization"] or "dq" in row["quantization"]
+        packed = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype="bfloat16",
+            bnb_4bit_quant_storage="bfloat16",
+        )
+    autocast = bool(row.get("trainer_bf16", not pure))
+    offloads = row.get("cpu_offload") or "offload_params" in row["strategy"]
+    return {
+        "batch_size": row.get("per_device_batch") or 1,
+        "seq_len": row.get("seq_len") or 2048,
+        "gpus": row["gpus"],
+        "strategy": strategy,
+        "offload": "cpu" if offloads else None,
+        "quantization": packed,
+        "prepare_for_kbit": False,
+        "gradient_checkpointing": "reentrant" if row.get("gradient_checkpointing") is not None else True,
+        "autocast": autocast,
+        "adapter_dtype": "bfloat16" if pure else "float32",
+        "outputs_held": pure,
+    }
+
+
+def measured(row: dict[str, Any]) -> tuple[float, str]:
+    """Bytes, and whether they were allocated or reserved."""
+    found = row["measured"]
+    if found.get("max_memory_allocated_gib"):
+        return found["max_memory_allocated_gib"] * GIB, "allocated"
+    if "by_seq_len_gb" in found:
+        return found["by_seq_len_gb"]["2048"] * 1e9 / row["gpus"], "reserved"
+    size = found.get("bytes") or found.get("gib", 0) * GIB or found.get("gb", 0) * 1e9
+    return size, "allocated" if "bytes" in found else "reserved"
+
+
+def unshared(row: dict[str, Any]) -> str:
+    """What of a row the installed code does not do; empty where it does all of it."""
+    if row.get("liger"):
+        return "Liger's loss"
+    if row.get("fused_kernels"):
+        return "fused LoRA kernels"
+    if row.get("quantization") and "Mixtral" in row["base"]:
+        return "experts that transformers 5 fuses, and so leaves whole"
+    if "torch.compile" in row["strategy"]:
+        return "torch.compile"
+    return ""
+
+
+OLD = ("4.48", "4.45")
+
+
+def emulations_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What the transformers that a row was measured with does otherwise than the installed one, by name."""
+    versions = str(row.get("versions", ""))
+    found: dict[str, Any] = {}
+    if any(version in versions for version in OLD):
+        found["checkpoints around FSDP"] = checkpoints_around_fsdp
+    if "gpt_bigcode" in row["base"]:
+        found["shifted copy"] = partial(shifted_copy, in_float32=False)
+    elif "4.48" in versions or "4.38" in versions:
+        found["shifted float32 copy"] = shifted_copy
+    return found
+
+
+@contextmanager
+def checkpoints_around_fsdp() -> Iterator[None]:
+    """transformers up to 4.52: the model checkpoints its layers from outside, so that FSDP is within the checkpoint.
+
+    The hooks that FSDP1 sets on the inputs of frozen layers then keep them, and their gradients, to the end of the
+    backward.
+    """
+    plain, sharded = nn.Module.__call__, FullyShardedDataParallel.__call__
+    inside = GradientCheckpointingLayer.__call__
+
+    def around(self: Any, *args: Any, **kwargs: Any) -> Any:
+        layer = self.module
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training:
+            return layer._gradient_checkpointing_func(partial(plain, self, **kwargs), *args)
+        return sharded(self, *args, **kwargs)
+
+    FullyShardedDataParallel.__call__ = around
+    GradientCheckpointingLayer.__call__ = plain
+    try:
+        yield
+    finally:
+        FullyShardedDataParallel.__call__ = sharded
+        GradientCheckpointingLayer.__call__ = inside
+
+
+@contextmanager
+def estimated_anew() -> Iterator[None]:
+    """Traces with one behaviour say nothing of the other."""
+    known = kept_estimates._predictors
+    kept_estimates._predictors = {}
+    try:
+        yield
+    finally:
+        kept_estimates._predictors = known
+
+
+@contextmanager
+def shifted_copy(*, in_float32: bool = True) -> Iterator[None]:
+    """transformers up to 4.49: logits in float32, and a copy of all but the last position; GPTBigCode has one."""
+
+    def loss(logits: Any, labels: Any, vocab_size: int, *_: Any, ignore_index: int = -100, **__: Any) -> Any:
+        wide = logits.float() if in_float32 else logits
+        shifted = wide[..., :-1, :].contiguous().view(-1, vocab_size)
+        wanted = labels[..., 1:].contiguous().view(-1)
+        return functional.cross_entropy(shifted, wanted, ignore_index=ignore_index)
+
+    before = loss_utils.LOSS_MAPPING["ForCausalLM"]
+    loss_utils.LOSS_MAPPING["ForCausalLM"] = loss
+    try:
+        yield
+    finally:
+        loss_utils.LOSS_MAPPING["ForCausalLM"] = before
+
+
+def predicted(row: dict[str, Any]) -> Any:
+    """The estimate, with what the libraries of the row's time do otherwise."""
+    with ExitStack() as old:
+        old.enter_context(estimated_anew())
+        for emulated in emulations_of(row).values():
+            old.enter_context(emulated())
+        return estimate_memory(adapter_of(row), base_of(row), **setting_of(row))
+
+
+def compared(row: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table."""
+    line: dict[str, Any] = {"id": row["id"], "strategy": strategy_of(row), "not_counted": unshared(row)}
+    try:
+        estimate = predicted(row)
+    except (ValueError, RuntimeError) as error:
+        return {**line, "error": str(error)[:200]}
+    size, kind = measured(row)
+    peak = estimate.peak_allocated if kind == "allocated" else estimate.peak_reserved
+    after = row["measured"].get("after_step_bytes")
+    return {
+        **line,
+        "emulated": ", ".join(emulations_of(row)),
+        "kind": kind,
+        "predicted_gib": peak / GIB,
+        "ratio": peak / size if size else None,
+        "after_step_ratio": estimate.after_step / after if after else None,
+        "phase": estimate.peak_phase,
+        "breakdown_gib": {name: round(held / GIB, 2) for name, held in estimate.breakdown.items()},
+    }
+
+
+def share(lines: list[dict[str, Any]], strategy: str) -> tuple[int, int]:
+    """How many of a strategy's counted rows lie within its bounds, and of how many."""
+    low, high = BOUNDS[strategy]
+    counted = [line for line in lines if line["strategy"] == strategy and not line["not_counted"]]
+    return sum(low <= (line.get("ratio") or 0) <= high for line in counted), len(counted)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--details", action="store_true")
+    parser.add_argument(
+        "--counted", action="store_true", help="leave out rows whose kernels are not modelled"
+    )
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    lines = []
+    for row in json.loads(asked.rows.read_text()):
+        if asked.only not in row["id"] or (asked.counted and unshared(row)):
+            continue
+        line = compared(row)
+        lines.append(line)
+        after = line.get("after_step_ratio")
+        print(
+            f"{line['id']:72s} {line['strategy']:6s}",
+            line["error"] if "error" in line else f"{line['ratio'] or 0:6.3f}",
+            f"after step {after:.3f}" if after else "",
+            line["not_counted"] or line.get("emulated", ""),
+            line.get("breakdown_gib", "") if asked.details else "",
+            flush=True,
+        )
+    for strategy in BOUNDS:
+        within, of = share(lines, strategy)
+        if of:
+            low, high = BOUNDS[strategy]
+            print(f"{strategy}: {within} of {of} within {low} to {high}")
+    if asked.json:
+        found = {"torch": torch.__version__, "transformers": version("transformers"), "rows": lines}
+        asked.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""FSDP1: torch flattens and shards the model itself."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pytest_lora.facts.memory import StepSetting
+from pytest_lora.facts.parallel import Parallel
+from pytest_lora.inspection.memory.layer_stacks import Stack
+from pytest_lora.inspection.memory.parallel.model import (
+    OFFLOAD_FORMULA,
+    Rank,
+    gradients_of,
+    offloaded,
+    shards,
+    trained_shards,
+)
+from pytest_lora.inspection.memory.parallel.ranks import (
+    fake_group,
+    meta_as_device,
+    outside,
+    resizes_followed,
+    swapped,
+)
+from pytest_lora.inspection.memory.storage_tracker import StorageTracker
+from pytest_lora.inspection.memory.weights import units_of
+
+if TYPE_CHECKING:
+    from pytest_lora.inspection.memory.meta_model import MetaModel
+
+
+def fsdp1_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Rank:
+    """Flatten and shard a model as ``Trainer`` and accelerate do with ``fsdp_version: 1``."""
+    fsdp: Any = importlib.import_module("torch.distributed.fsdp")
+    kind = fsdp.FullyShardedDataParallel
+    if setting.autocast:  # Accelerator.prepare_model holds what is trained in float32 then
+        for parameter in built.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.float32)
+    with fake_group(parallel.gpus), meta_as_device():
+        arguments = _arguments(fsdp, built, setting, parallel)
+        try:
+            called = kind(built.model, **arguments)
+        except ValueError as error:
+            raise ValueError(f"strategy: FSDP1 refuses this model: {error}{_remedy(setting)}") from error
+    wrappers = {id(module.module): module for module in called.modules() if isinstance(module, kind)}
+    stacks = [_by_wrapper(stack, wrappers) for stack in built.stacks]
+    unit_of = units_of(stacks)
+    weights, trained = shards(called, built, unit_of), trained_shards(called, unit_of)
+    if parallel.offload:
+        weights, trained = offloaded(weights, trained)
+    return Rank(
+        called,
+        trained,
+        weights,
+        stacks,
+        _around,
+        lambda: gradients_of(called),
+        by_formula=(OFFLOAD_FORMULA,) if parallel.offload else (),
+    )
+
+
+def _remedy(setting: StepSetting) -> str:
+    """What to write where parameters of several dtypes would lie in one flat parameter."""
+    packed = setting.quantization
+    if packed is not None and packed.storage != setting.dtype:
+        return (
+            f"; packed weights are stored as {packed.storage}, and the others as {setting.dtype}: write "
+            f"quantization=BitsAndBytesConfig(..., bnb_4bit_quant_storage={setting.dtype!r})"
+        )
+    if setting.prepare_for_kbit:
+        return "; prepare_model_for_kbit_training casts norms to float32: write prepare_for_kbit=False"
+    return ""
+
+
+def _by_wrapper(stack: Stack, wrappers: dict[int, nn.Module]) -> Stack:
+    units = tuple(tuple(wrappers.get(id(layer), layer) for layer in unit) for unit in stack.units)
+    return replace(stack, units=units)
+
+
+def _arguments(fsdp: Any, built: MetaModel, setting: StepSetting, parallel: Parallel) -> dict[str, Any]:
+    """As accelerate passes them to ``FullyShardedDataParallel`` (``Accelerator.prepare_model``)."""
+    gathered = "FULL_SHARD" if parallel.reshard_after_forward else "SHARD_GRAD_OP"
+    prefetch = str(parallel.option("backward_prefetch", "BACKWARD_PRE")).upper()
+    precision = None
+    if setting.autocast:
+        dtype = getattr(torch, setting.autocast)
+        precision = fsdp.MixedPrecision(param_dtype=dtype, reduce_dtype=dtype, buffer_dtype=dtype)
+    return {
+        "sharding_strategy": getattr(fsdp.ShardingStrategy, gathered),
+        "auto_wrap_policy": _policy(built.model, parallel),
+        "mixed_precision": precision,
+        "backward_prefetch": getattr(fsdp.BackwardPrefetch, prefetch, None),
+        "forward_prefetch": bool(parallel.option("forward_prefetch", False)),
+        "use_orig_params": bool(parallel.option("use_orig_params", False)),
+        "limit_all_gathers": bool(parallel.option("limit_all_gathers", True)),
+    }
+
+
+def _policy(model: nn.Module, parallel: Parallel) -> Any:
+    """PEFT's, which Trainer sets: layers, and in them each trained part for itself; or layers of given classes."""
+    if not parallel.wrap:
+        peft: Any = importlib.import_module("peft.utils.other")
+        return peft.fsdp_auto_wrap_policy(model)
+    wrap: Any = importlib.import_module("torch.distributed.fsdp.wrap")
+    classes = {type(m) for m in model.modules() if type(m).__name__ in parallel.wrap}
+    parts = partial(wrap.lambda_auto_wrap_policy, lambda_fn=_is_trained_leaf)
+    layers = partial(wrap.transformer_auto_wrap_policy, transformer_layer_cls=classes)
+    return partial(wrap._or_policy, policies=[parts, layers])
+
+
+def _is_trained_leaf(module: nn.Module) -> bool:
+    weight: Any = getattr(module, "weight", None)
+    return not list(module.children()) and weight is not None and weight.requires_grad
+
+
+@contextmanager
+def _around(tracker: StorageTracker) -> Iterator[None]:
+    runtime: Any = importlib.import_module("torch.distributed.fsdp._runtime_utils")
+    reduce = runtime._reduce_grad
+
+    def reduced(*given: Any, **named: Any) -> Any:
+        with tracker.holding("reduce buffers"):
+            return reduce(*given, **named)
+
+    replaced = [
+        (runtime, "_reduce_grad", reduced),
+        outside(tracker, runtime, "_post_backward_final_callback"),
+    ]
+    with meta_as_device(), resizes_followed(tracker), swapped(replaced):
+        yield

@@ -1,0 +1,107 @@
+"""FSDP2: accelerate and torch shard the model themselves."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_lora.facts.memory import StepSetting
+from pytest_lora.facts.parallel import Parallel
+from pytest_lora.inspection.memory.parallel.model import (
+    OFFLOAD_FORMULA,
+    Rank,
+    gradients_of,
+    offloaded,
+    shards,
+    trained_shards,
+)
+from pytest_lora.inspection.memory.parallel.ranks import (
+    fake_group,
+    meta_as_device,
+    outside,
+    resizes_followed,
+    swapped,
+)
+from pytest_lora.inspection.memory.storage_tracker import StorageTracker
+from pytest_lora.inspection.memory.weights import units_of
+
+if TYPE_CHECKING:
+    from pytest_lora.inspection.memory.meta_model import MetaModel
+
+_DIMENSION = "dp_shard"
+
+
+def fsdp2_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Rank:
+    """Shard a model as ``Trainer`` and accelerate do with ``fsdp_version: 2``."""
+    prepare: Any = importlib.import_module("accelerate.utils.fsdp_utils").fsdp2_prepare_model
+    # Its state is what accelerate loads; there are no values.
+    without_state = swapped([(built.model, "state_dict", dict)])
+    with fake_group(parallel.gpus), meta_as_device(), without_state:
+        called = prepare(as_accelerator(setting, parallel), built.model)
+    unit_of = units_of(built.stacks)
+    weights, trained = shards(called, built, unit_of), trained_shards(called, unit_of)
+    if parallel.offload:
+        weights, trained = offloaded(weights, trained)
+    return Rank(
+        called,
+        trained,
+        weights,
+        built.stacks,
+        _around,
+        lambda: gradients_of(called),
+        by_formula=(OFFLOAD_FORMULA,) if parallel.offload else (),
+    )
+
+
+def as_accelerator(setting: StepSetting, parallel: Parallel) -> Any:
+    """What ``fsdp2_prepare_model`` asks of an ``Accelerator``."""
+    fsdp: Any = importlib.import_module("torch.distributed.fsdp")
+    wrap: Any = importlib.import_module("torch.distributed.fsdp.wrap")
+    mesh: Any = importlib.import_module("torch.distributed.device_mesh")
+    policy = fsdp.MixedPrecisionPolicy()
+    if setting.autocast:  # FullyShardedDataParallelPlugin.set_mixed_precision
+        dtype = getattr(torch, setting.autocast)
+        policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype, output_dtype=dtype)
+    plugin = SimpleNamespace(
+        set_auto_wrap_policy=lambda model: None,
+        auto_wrap_policy=wrap.transformer_auto_wrap_policy,
+        transformer_cls_names_to_wrap=list(parallel.wrap) or None,
+        reshard_after_forward=parallel.reshard_after_forward,
+        mixed_precision_policy=policy,
+        cpu_offload=None,
+        ignored_modules=None,
+        cpu_ram_efficient_loading=False,
+    )
+    return SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        torch_device_mesh={(_DIMENSION,): mesh.init_device_mesh("cpu", (parallel.gpus,))},
+        parallelism_config=SimpleNamespace(fsdp_dim_names=(_DIMENSION,)),
+        mixed_precision=setting.autocast or "no",
+        is_main_process=False,
+    )
+
+
+@contextmanager
+def _around(tracker: StorageTracker) -> Iterator[None]:
+    collectives: Any = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_collectives")
+    mixin = collectives.DefaultAllocMixin
+    allocate = mixin.allocate
+
+    def allocated(self: Any, *size: Any, **how: Any) -> torch.Tensor:
+        made: torch.Tensor = allocate(self, *size, **how)
+        gathers = "AllGather" in type(self).__name__
+        tracker.recategorize(made, "gathered parameters" if gathers else "reduce buffers")
+        return made
+
+    state: Any = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_state").FSDPState
+    replaced = [
+        (mixin, "allocate", allocated),
+        outside(tracker, state, "_root_post_backward_final_callback"),
+    ]
+    with meta_as_device(), resizes_followed(tracker), swapped(replaced):
+        yield

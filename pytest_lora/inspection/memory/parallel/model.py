@@ -1,0 +1,109 @@
+"""What one rank holds of a model, and what it calls to train it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pytest_lora.inspection.memory.layer_stacks import Stack
+from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, StorageTracker
+from pytest_lora.inspection.memory.weights import Trained, Weight
+
+if TYPE_CHECKING:
+    from pytest_lora.inspection.memory.meta_model import MetaModel
+
+
+def _nothing() -> list[torch.Tensor]:
+    return []
+
+
+@dataclass
+class Rank:
+    """A model as one rank has it.
+
+    Attributes:
+        called: What a step calls.
+        trained: What the optimizer holds the state of on the device.
+        weights: What is on the device once it is loaded.
+        stacks: The repeated layers, by the modules that gather and free their parameters.
+        around: What a step runs within, given what follows its storages.
+        gradients: The gradients after a step.
+        notices_gradients: Whether the model's own parameters get the gradients, and keep them.
+        by_formula: Parts that are computed, and not run.
+        warm: Whether a step has run: what is set up in the first one stays.
+    """
+
+    called: nn.Module
+    trained: list[Trained]
+    weights: list[Weight]
+    stacks: list[Stack]
+    around: Callable[[StorageTracker], AbstractContextManager[None]]
+    gradients: Callable[[], list[torch.Tensor]] = field(default=_nothing)
+    by_formula: tuple[str, ...] = ()
+    notices_gradients: bool = False
+    warm: bool = False
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a distributed tensor; the tensor itself where it is whole."""
+    part: Any = getattr(tensor, "_local_tensor", tensor)
+    found: torch.Tensor = part
+    return found
+
+
+def offloaded(weights: list[Weight], trained: list[Trained]) -> tuple[list[Weight], list[Trained]]:
+    """Weights and what is trained where parameters, gradients and optimizer lie in the host's memory.
+
+    The part of the largest unit is on the device while it is gathered.
+    """
+    moved = ("parameter shards", "adapters")
+    by_unit: dict[int, int] = {}
+    for weight in weights:
+        if weight.category in moved:
+            by_unit[weight.unit] = by_unit.get(weight.unit, 0) + weight.size
+    kept = [weight for weight in weights if weight.category not in moved]
+    return [*kept, Weight(max(by_unit.values(), default=0), "gathered parameters", OUTSIDE)], []
+
+
+OFFLOAD_FORMULA = (
+    "parameters, gradients and optimizer in the host's memory; on the device the part that is gathered"
+)
+
+
+def shards(called: nn.Module, built: MetaModel, unit_of: dict[int, int]) -> list[Weight]:
+    """The storages of a model whose parameters are divided; scales of packed weights are not."""
+    found = [weight for weight in built.weights if weight.category == "quantization statistics"]
+    for tensor, category in _named(called):
+        size = local(tensor).untyped_storage().nbytes()
+        if size:
+            found.append(Weight(size, category, unit_of.get(id(tensor), OUTSIDE)))
+    return found
+
+
+def _named(called: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
+    seen: set[int] = set()
+    for parameter in called.parameters():
+        storage = id(local(parameter).untyped_storage())
+        if storage not in seen:
+            seen.add(storage)
+            yield parameter, "adapters" if parameter.requires_grad else "parameter shards"
+    yield from ((buffer, "base weights") for buffer in called.buffers() if buffer.is_meta)
+
+
+def trained_shards(called: nn.Module, unit_of: dict[int, int]) -> list[Trained]:
+    """What an optimizer gets of a divided model."""
+    return [
+        Trained(tuple(local(p).shape), p.dtype, unit_of.get(id(p), OUTSIDE))
+        for p in called.parameters()
+        if p.requires_grad and local(p).numel()
+    ]
+
+
+def gradients_of(called: nn.Module) -> list[torch.Tensor]:
+    """The gradients that a divided model holds."""
+    return [local(p.grad) for p in called.parameters() if p.grad is not None]

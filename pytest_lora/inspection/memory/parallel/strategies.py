@@ -1,0 +1,60 @@
+"""From a strategy by its name to the part of one rank."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pytest_lora.facts.memory import StepSetting
+from pytest_lora.facts.parallel import Parallel
+from pytest_lora.inspection.memory.parallel.fsdp1 import fsdp1_rank
+from pytest_lora.inspection.memory.parallel.fsdp2 import fsdp2_rank
+from pytest_lora.inspection.memory.parallel.whole import ddp_rank, zero_rank
+
+if TYPE_CHECKING:
+    from pytest_lora.inspection.memory.meta_model import MetaModel
+
+_RANKS = {
+    "ddp": ddp_rank,
+    "fsdp1": fsdp1_rank,
+    "fsdp2": fsdp2_rank,
+    "zero1": zero_rank,
+    "zero2": zero_rank,
+    "zero3": zero_rank,
+}
+
+
+def autocasts(setting: StepSetting) -> bool:
+    """Whether the forward runs under autocast: DeepSpeed casts the model instead (``Accelerator.__init__``)."""
+    by_deepspeed = setting.parallel is not None and setting.parallel.strategy.startswith("zero")
+    return bool(setting.autocast) and not by_deepspeed
+
+
+def cuts_of(parallel: Parallel) -> tuple[int, ...]:
+    """Layers that may be cut at once, in the order in which they are tried.
+
+    FSDP1 gathers the parameters of a layer while the second one after it goes backward.
+    """
+    return (2, 4, 0) if parallel.strategy == "fsdp1" else (1, 2, 4, 0)
+
+
+def distributed(built: MetaModel, setting: StepSetting, parallel: Parallel) -> MetaModel:
+    """The model with the part of the rank that holds most.
+
+    Raises:
+        ValueError: The strategy cannot shard this model; the message says why.
+    """
+    _require_classes(built, parallel)
+    return replace(built, rank=_RANKS[parallel.strategy](built, setting, parallel))
+
+
+def _require_classes(built: MetaModel, parallel: Parallel) -> None:
+    known = sorted({type(module).__name__ for module in built.transformer.modules()})
+    for name in parallel.wrap:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
+            raise ValueError(
+                f"wrap: {type(built.transformer).__name__} has no module of class {name!r}{meant}"
+            )

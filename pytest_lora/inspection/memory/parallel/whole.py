@@ -1,0 +1,177 @@
+"""Strategies that leave every weight on every GPU while it is used: DDP and ZeRO, by formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_lora.facts.memory import StepSetting
+from pytest_lora.facts.parallel import Parallel
+from pytest_lora.inspection.memory.parallel.model import Rank
+from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, StorageTracker
+from pytest_lora.inspection.memory.weights import Trained, Weight, loaded_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pytest_lora.inspection.memory.meta_model import MetaModel
+
+_HALF, _FLOAT = 2, 4
+
+REDUCE_BUCKET = 500_000_000
+"""Numbers in the buffer that gradients are reduced from, ``reduce_bucket_size`` (deepspeed/runtime/zero/config.py)."""
+
+PREFETCH_BUCKET = 50_000_000
+"""Numbers that ZeRO-3 gathers ahead, ``stage3_prefetch_bucket_size``."""
+
+PERSISTENT_UP_TO = 100_000
+"""Numbers up to which ZeRO-3 keeps a parameter whole, ``stage3_param_persistence_threshold``."""
+
+REUSE_DISTANCE = 1_000_000_000
+"""Numbers within which a parameter that is used again stays, ``stage3_max_reuse_distance``; no more than
+``stage3_max_live_parameters`` are whole at once, which has the same default."""
+
+
+def ddp_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Rank:
+    """Gradients in buckets beside the gradients, or as views of them (torch/csrc/distributed/c10d/reducer.cpp)."""
+    trained = built.trained()
+    buckets = [Weight(t.numel * t.dtype.itemsize, "buckets", t.unit) for t in trained]
+    views = bool(parallel.option("gradient_as_bucket_view", False))
+    return Rank(
+        built.model,
+        trained,
+        [*built.weights, *buckets],
+        built.stacks,
+        _reduced_at_once(built.model) if views else _nothing_around,
+        by_formula=("buckets of DistributedDataParallel, as large as all gradients",),
+        notices_gradients=not views,
+    )
+
+
+def zero_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Rank:
+    """ZeRO-1, 2 and 3 of DeepSpeed (deepspeed/runtime/zero/stage_1_and_2.py, stage3.py).
+
+    With mixed precision the engine holds the adapter in 16 bits, and a float32 copy of each rank's part for the
+    optimizer; there is no autocast.
+    """
+    stage = int(parallel.strategy[-1])
+    if setting.autocast:
+        _cast(built.model, getattr(torch, setting.autocast))
+    half = bool(setting.autocast)
+    weights = loaded_weights(built.model, built.unit_of)
+    parts = [
+        Trained((_part(t.numel, parallel.gpus),), torch.float32 if half else t.dtype, t.unit)
+        for t in built.trained()
+    ]
+    held = [*_divided(built, parallel)] if stage == 3 else weights
+    # What the engine keeps of each rank's part: gradients in the precision of the model, weights in float32.
+    kind = _HALF if half else _FLOAT
+    if parallel.offload is None:
+        held = [*held, *(Weight(p.numel * _FLOAT, "optimizer", p.unit) for p in parts if half)]
+    if stage > 1 and parallel.offload is None:
+        held = [*held, *(Weight(p.numel * kind, "gradients", p.unit) for p in parts)]
+    buffers = 2 if parallel.option("overlap_comm", False) and stage < 3 else 1
+    bucket = _number(parallel, "reduce_bucket_size", REDUCE_BUCKET, _width(built) ** 2) * kind
+    held = [*held, *(Weight(bucket, "reduce buffers", OUTSIDE) for _ in range(buffers))]
+    return Rank(
+        built.model,
+        [] if parallel.offload else parts,
+        held,
+        built.stacks,
+        _reduced_at_once(built.model) if stage > 1 else _nothing_around,
+        by_formula=(
+            f"partitions, buckets{' and gathered parameters' if stage == 3 else ''} of ZeRO-{stage}, with DeepSpeed's "
+            "defaults where nothing else is given",
+        ),
+        notices_gradients=stage == 1,
+    )
+
+
+def _part(numel: int, gpus: int) -> int:
+    return math.ceil(numel / gpus)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """``DeepSpeedEngine._configure_distributed_model``."""
+    for parameter in model.parameters():
+        # Packed weights have a dtype that packs them.
+        if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _divided(built: MetaModel, parallel: Parallel) -> Iterator[Weight]:
+    """Weights under ZeRO-3: each rank's part, small ones whole as well, and those that are gathered at once."""
+    statistics = (w for w in built.weights if w.category == "quantization statistics")
+    yield from statistics
+    yield from (
+        Weight(b.untyped_storage().nbytes(), "base weights", built.unit_of.get(id(b), OUTSIDE))
+        for b in built.model.buffers()
+        if b.is_meta
+    )
+    small = _number(parallel, "stage3_param_persistence_threshold", PERSISTENT_UP_TO, 10 * _width(built))
+    gathered, largest = 0, 0
+    for parameter in built.model.parameters():
+        numel, width = parameter.numel(), parameter.dtype.itemsize
+        unit = built.unit_of.get(id(parameter), OUTSIDE)
+        category = "adapters" if parameter.requires_grad else "parameter shards"
+        if parallel.offload != "cpu":
+            yield Weight(_part(numel, parallel.gpus) * width, category, unit)
+        if numel <= small:
+            yield Weight(numel * width, "gathered parameters", unit)
+        else:
+            copies = built.copies_of(unit)
+            gathered += numel * width * copies
+            largest = max(largest, numel * width)
+    ahead = _number(parallel, "stage3_prefetch_bucket_size", PREFETCH_BUCKET, int(0.9 * _width(built) ** 2))
+    yield Weight(_gathered(gathered, largest, ahead, parallel), "gathered parameters", OUTSIDE)
+
+
+def _width(built: MetaModel) -> int:
+    """What Trainer puts for "auto" is a multiple of it (``transformers.integrations.deepspeed``)."""
+    config: Any = built.transformer.config
+    return int(getattr(getattr(config, "text_config", config), "hidden_size", 0) or 0)
+
+
+def _number(parallel: Parallel, name: str, default: int, auto: int) -> int:
+    given = parallel.option(name, default)
+    return auto if given == "auto" and auto else default if given == "auto" else int(float(given))
+
+
+def _gathered(total: int, largest: int, ahead: int, parallel: Parallel) -> int:
+    """Bytes that are whole at once, in 16 bits.
+
+    A parameter that is used again within the reuse distance stays. Where the forward turns into the backward every
+    parameter lies twice on that way, so that half of the distance is whole; and what is gathered ahead.
+    """
+    reuse = min(
+        _number(parallel, name, REUSE_DISTANCE, REUSE_DISTANCE)
+        for name in ("stage3_max_reuse_distance", "stage3_max_live_parameters")
+    )
+    return min(total, max(largest, reuse // 2 * _HALF) + ahead * _HALF)
+
+
+def _nothing_around(tracker: StorageTracker) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _reduced_at_once(model: nn.Module) -> Callable[[StorageTracker], AbstractContextManager[None]]:
+    """Each gradient goes into a buffer, and is freed, once it is whole."""
+
+    @contextmanager
+    def around(tracker: StorageTracker) -> Iterator[None]:
+        def reduce(parameter: torch.Tensor) -> None:
+            parameter.grad = None
+
+        trained: list[Any] = [p for p in model.parameters() if p.requires_grad]
+        handles = [parameter.register_post_accumulate_grad_hook(reduce) for parameter in trained]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return around

@@ -1,0 +1,187 @@
+"""Configurations of accelerate, DeepSpeed and FSDP, read as they are: how they share a step among GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pytest_lora.facts.parallel import Offload, Parallel
+from pytest_lora.inspection.recipe.beside import on_host, zero_stage
+from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml
+
+_FSDP_OPTIONS = ("backward_prefetch", "forward_prefetch", "use_orig_params", "limit_all_gathers")
+_ZERO_OPTIONS = (
+    "overlap_comm",
+    "reduce_bucket_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+)
+_SHARDING = {
+    "1": "FULL_SHARD",
+    "2": "SHARD_GRAD_OP",
+    "3": "NO_SHARD",
+    "4": "HYBRID_SHARD",
+    "5": "HYBRID_SHARD_ZERO2",
+}
+"""``torch.distributed.fsdp.ShardingStrategy`` by the numbers that accelerate writes."""
+
+
+def read_parallel(given: Any, gpus: int | None) -> Parallel:
+    """How a configuration shares a step.
+
+    Args:
+        given: The path of an accelerate configuration (YAML or JSON) or of a DeepSpeed JSON, or the mapping in it, or
+            ``TrainingArguments(fsdp_config=...)``.
+        gpus: How many GPUs, where it does not say so itself; what is given counts.
+
+    Raises:
+        TypeError, ValueError: It is none of these, or shares a step in a way that is not known; the message says
+            ``parallel``.
+    """
+    folder, name = Path(), "it"
+    if isinstance(given, (str, os.PathLike)):
+        folder, name = Path(given).parent, repr(str(given))
+        given = _file(Path(given))
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "parallel must be the path of an accelerate or DeepSpeed configuration, or a mapping, not "
+            f"{type(given).__name__}"
+        )
+    kind = str(given.get("distributed_type", "")).upper()
+    if kind:
+        return _of_accelerate(kind, given, gpus, folder)
+    if isinstance(given.get("zero_optimization"), Mapping):
+        return _of_deepspeed(given, _count(gpus))
+    if any(key.removeprefix("fsdp_") in _FSDP_KEYS for key in map(str, given)):
+        return _of_fsdp(given, _count(gpus))
+    raise ValueError(
+        f"parallel: {name} is no accelerate configuration (it has no distributed_type), no DeepSpeed configuration "
+        "(no zero_optimization), and holds no FSDP arguments"
+    )
+
+
+def _file(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"parallel: there is no file {str(path)!r}")
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES)
+    try:
+        found = json.loads(data) if path.suffix == ".json" else read_yaml(data).root.unwrapped()
+    except (ValueError, RecursionError, BrokenError) as error:
+        raise ValueError(f"parallel: {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"parallel: {str(path)!r} is no accelerate configuration: it is no mapping")
+    return found
+
+
+def _count(gpus: Any) -> int:
+    if gpus is None:
+        raise ValueError("gpus: this configuration does not say how many there are; give gpus=")
+    return int(gpus)
+
+
+def _of_accelerate(kind: str, given: Mapping[str, Any], gpus: int | None, folder: Path) -> Parallel:
+    count = gpus if gpus is not None else int(given.get("num_processes") or 1)
+    if given.get("parallelism_config"):
+        raise ValueError(
+            "parallel: parallelism_config (tensor, context or hybrid parallelism) is not known; known are DDP, FSDP "
+            "and DeepSpeed's ZeRO"
+        )
+    if kind == "NO":
+        return Parallel(1, "ddp")
+    if kind == "MULTI_GPU":
+        return Parallel(count, "ddp")
+    if kind == "FSDP":
+        return _of_fsdp(_mapping(given, "fsdp_config"), count)
+    if kind == "DEEPSPEED":
+        part = _mapping(given, "deepspeed_config")
+        if part.get("deepspeed_config_file"):
+            return _of_deepspeed(_file(folder / str(part["deepspeed_config_file"])), count)
+        devices = {
+            f"offload_{name}": {"device": part.get(f"offload_{name}_device")}
+            for name in ("param", "optimizer")
+        }
+        return _of_deepspeed({"zero_optimization": {"stage": part.get("zero_stage", 2), **devices}}, count)
+    raise ValueError(
+        f"parallel: distributed_type {kind} is not known; known are MULTI_GPU, FSDP, DEEPSPEED and NO"
+    )
+
+
+def _mapping(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = given.get(name) or {}
+    if not isinstance(part, Mapping):
+        raise ValueError(f"parallel: {name} must be a mapping, not {part!r}")
+    return part
+
+
+_FSDP_KEYS = (
+    "version",
+    "sharding_strategy",
+    "reshard_after_forward",
+    "transformer_layer_cls_to_wrap",
+    "auto_wrap_policy",
+    "offload_params",
+    "cpu_offload",
+    *_FSDP_OPTIONS,
+)
+
+
+def _of_fsdp(given: Mapping[str, Any], gpus: int) -> Parallel:
+    """FSDP arguments with or without the prefix that accelerate gives them."""
+    plain = {str(key).removeprefix("fsdp_"): value for key, value in given.items()}
+    version = 2 if str(plain.get("version", 1)) == "2" else 1
+    sharding = str(plain.get("sharding_strategy") or "")
+    if version == 1 and not sharding and isinstance(plain.get("reshard_after_forward"), str):
+        sharding = plain["reshard_after_forward"]
+    sharding = _SHARDING.get(sharding, sharding).upper()
+    if sharding.startswith("HYBRID"):
+        raise ValueError(
+            f"parallel: {sharding} is not known; known are FULL_SHARD, SHARD_GRAD_OP and NO_SHARD"
+        )
+    wrap = plain.get("transformer_layer_cls_to_wrap") or ()
+    names = wrap.split(",") if isinstance(wrap, str) else wrap
+    offloads = bool(plain.get("offload_params") or plain.get("cpu_offload"))
+    if sharding == "NO_SHARD":
+        return Parallel(gpus, "ddp")
+    return Parallel(
+        gpus,
+        f"fsdp{version}",
+        offload="cpu" if offloads else None,
+        reshard_after_forward=_reshards(plain, sharding, version),
+        wrap=tuple(str(name).strip() for name in names),
+        options=tuple((name, plain[name]) for name in _FSDP_OPTIONS if _said(plain.get(name))),
+    )
+
+
+def _reshards(plain: Mapping[str, Any], sharding: str, version: int) -> bool:
+    if version == 1:
+        return sharding != "SHARD_GRAD_OP"
+    return str(plain.get("reshard_after_forward", True)).lower() != "false"
+
+
+def _said(value: Any) -> bool:
+    return isinstance(value, (str, bool, int))
+
+
+def _of_deepspeed(given: Mapping[str, Any], gpus: int) -> Parallel:
+    stage = zero_stage(dict(given))
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"parallel: zero_optimization has no stage from 0 to 3, but {stage!r}")
+    zero = _mapping(given, "zero_optimization")
+    if stage == 0:
+        return Parallel(gpus, "ddp")
+    options: list[tuple[str, Hashable]] = [
+        (name, zero[name]) for name in _ZERO_OPTIONS if _said(zero.get(name))
+    ]
+    return Parallel(gpus, f"zero{stage}", offload=_offload(zero, stage), options=tuple(options))
+
+
+def _offload(zero: Mapping[str, Any], stage: int) -> Offload | None:
+    if stage == 3 and on_host(zero, "offload_param"):
+        return "cpu"
+    return "optimizer" if on_host(zero, "offload_optimizer") else None

@@ -1,0 +1,100 @@
+"""How several GPUs share a step: from what users write to facts, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pytest_lora.facts.parallel import OFFLOADED, STRATEGIES, Parallel
+from pytest_lora.values import require_one_of, require_whole, shown
+
+_ALSO = {"fsdp": "fsdp2"}
+"""What people write for short."""
+
+_OFFLOADING = ("fsdp1", "fsdp2", "zero1", "zero2", "zero3")
+"""Strategies that can move parts to the host; ZeRO-1 and ZeRO-2 the optimizer alone."""
+
+
+def checked_parallel(
+    gpus: Any,
+    strategy: Any,
+    offload: Any,
+    reshard_after_forward: Any,
+    wrap: Sequence[str],
+    parallel: Any,
+) -> Parallel | None:
+    """The arguments of ``estimate_memory`` about several GPUs as facts; None for one GPU.
+
+    Raises:
+        TypeError, ValueError: An argument has the wrong type, or does not go with the others; the message names it.
+    """
+    count = None if gpus is None else require_whole("gpus", gpus, least=1)
+    if isinstance(parallel, Parallel) or parallel is None:
+        read = parallel
+    else:
+        from pytest_lora.inspection.parallel_files import read_parallel
+
+        read = read_parallel(parallel, count)
+    known = _known(strategy, read)
+    if read is None:
+        read = Parallel(count or 1, known or "ddp")
+    if not isinstance(reshard_after_forward, bool | None):
+        raise TypeError(f"reshard_after_forward must be True, False or None, not {reshard_after_forward!r}")
+    found = Parallel(
+        gpus=count or read.gpus,
+        strategy=known or read.strategy,
+        offload=read.offload if offload is None else _offload(offload),
+        reshard_after_forward=read.reshard_after_forward
+        if reshard_after_forward is None
+        else reshard_after_forward,
+        wrap=_names(wrap) or read.wrap,
+        options=read.options,
+    )
+    _require_together(found)
+    return None if found.gpus == 1 else found
+
+
+def _names(wrap: Any) -> tuple[str, ...]:
+    if isinstance(wrap, str) or not isinstance(wrap, Sequence) or not all(isinstance(n, str) for n in wrap):
+        raise TypeError(f'wrap must be a list of names such as ["LlamaDecoderLayer"], not {shown(wrap)}')
+    return tuple(wrap)
+
+
+def _known(strategy: Any, read: Parallel | None) -> str | None:
+    if strategy is None:
+        return None
+    named = _ALSO.get(strategy, strategy) if isinstance(strategy, str) else strategy
+    require_one_of("strategy", named, STRATEGIES)
+    if read is not None and read.strategy != named:
+        raise ValueError(
+            f"strategy: parallel says {read.strategy!r}, strategy {named!r}; leave one of them out"
+        )
+    return str(named)
+
+
+def _offload(given: Any) -> Any:
+    require_one_of("offload", given, OFFLOADED)
+    return given
+
+
+def _require_together(asked: Parallel) -> None:
+    if asked.offload is not None:
+        if asked.gpus == 1:
+            raise ValueError("offload: it is known for several GPUs; give gpus=2 or more")
+        if asked.strategy not in _OFFLOADING:
+            raise ValueError(
+                f"offload: {asked.strategy} keeps everything on its GPU; strategies that can offload are "
+                f"{', '.join(_OFFLOADING)}"
+            )
+        if asked.offload == "cpu" and asked.strategy in ("zero1", "zero2"):
+            raise ValueError(
+                f'offload: {asked.strategy} divides no weights, so that they stay on the GPU; write offload="optimizer"'
+            )
+        if asked.offload == "optimizer" and asked.strategy in ("fsdp1", "fsdp2"):
+            raise ValueError(
+                f'offload: {asked.strategy} moves parameters and optimizer together; write offload="cpu"'
+            )
+    if asked.wrap and asked.strategy not in ("fsdp1", "fsdp2"):
+        raise ValueError(f"wrap: {asked.strategy} does not gather by layer classes; fsdp1 and fsdp2 do")
+    if not asked.reshard_after_forward and asked.strategy not in ("fsdp1", "fsdp2"):
+        raise ValueError(f"reshard_after_forward: {asked.strategy} has no such setting; fsdp1 and fsdp2 have")
