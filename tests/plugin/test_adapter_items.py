@@ -281,7 +281,7 @@ def test_a_folder_without_a_configuration_is_an_item_too(adapters: Path, pyteste
     result = run(pytester, "-q", "--lora-adapters", "adapters/sound")
     result.stdout.fnmatch_lines(["FAILED adapters/sound/adapter_model.safetensors::config*"])
     result.assert_outcomes(failed=1, skipped=5)
-    result.stdout.fnmatch_lines(["adapter sound: healthy in 0 of 1 test"])
+    result.stdout.no_fnmatch_line("*healthy in *")
 
 
 def test_ordinary_sessions_collect_no_adapters_and_import_nothing_for_them(
