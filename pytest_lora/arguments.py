@@ -6,6 +6,7 @@ import difflib
 import dis
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -96,6 +97,21 @@ def _is_subject(parameter: inspect.Parameter) -> bool:
     return parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty
 
 
+_OF_LIBRARIES = {
+    *(
+        "accelerate",
+        "bitsandbytes",
+        "builtins",
+        "huggingface_hub",
+        "numpy",
+        "peft",
+        "pydantic",
+        "pydantic_core",
+    ),
+    *("safetensors", "safetensors_rust", "tokenizers", "torch", "transformers", "trl", "yaml"),
+}
+"""Packages whose errors say nothing of the argument; an error of any other class is the user's own."""
+
 _RAISING = (dis.opmap["RAISE_VARARGS"], dis.opmap["RERAISE"])
 
 
@@ -105,6 +121,9 @@ def is_meant(error: Exception) -> bool:
     Anything else comes from a library, or from a line of this package, that something odd in what was given took by
     surprise. What is the user's own has a note that says where it was called; out of memory is what it is.
     """
+    home = type(error).__module__.partition(".")[0]
+    if home not in _OF_LIBRARIES and home not in sys.stdlib_module_names:
+        return True
     passing = isinstance(error, Warning) or type(error).__name__ in ("OutOfMemoryError", "MemoryError")
     if passing or hasattr(error, "__notes__"):
         return True

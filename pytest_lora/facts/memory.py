@@ -141,6 +141,8 @@ class Unmodelled(NamedTuple):
 
     what: str
     bound: Literal["at least", "at most"]
+    most: int | None = None
+    """Bytes that the part needs at most, where that is known."""
 
 
 class TimelinePoint(NamedTuple):

@@ -43,7 +43,8 @@ def place(model: nn.Module, device: Any, optimizer: Any) -> torch.device | None:
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={str(device)!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
     try:
-        torch.ones(1, device=wanted).item()
+        if wanted.type != "cuda":  # which counts its devices
+            torch.ones(1, device=wanted).item()
     except (RuntimeError, NotImplementedError, AssertionError) as error:  # each backend has its own
         raise ValueError(
             f"device={str(device)!r}, but nothing can be computed there: {in_short(error)}"

@@ -181,7 +181,7 @@ def _unknown(name: str) -> str:
     meant = f" (did you mean {_index()[near[0]]}?)" if near else ""
     return (
         f"base: {shown(name)} does not exist here and is no public model that is known{meant}; give a model folder, "
-        "a config.json or a live model, or say where it is in ini: lora_bases = NAME = PATH"
+        f"a config.json or a live model, or say where it is in ini: lora_bases = {in_short(name)} = PATH"
     )
 
 

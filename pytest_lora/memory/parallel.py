@@ -39,7 +39,9 @@ def checked_parallel(
     if read is None:
         read = Parallel(count or 1, known or "ddp")
     if not isinstance(reshard_after_forward, bool | None):
-        raise TypeError(f"reshard_after_forward must be True, False or None, not {reshard_after_forward!r}")
+        raise TypeError(
+            f"reshard_after_forward must be True, False or None, not {shown(reshard_after_forward)}"
+        )
     found = Parallel(
         gpus=count or read.gpus,
         strategy=known or read.strategy,

@@ -32,6 +32,14 @@ def may_need_more(estimate: MemoryEstimate) -> bool:
     return estimate.bound in ("at least", "about")
 
 
+def surely_fits(estimate: MemoryEstimate, budget: int) -> bool:
+    """Whether the step fits with all that is left out, as far as that is known."""
+    left_out = [part.most for part in estimate.unmodelled if part.bound == "at least"]
+    if any(most is None for most in left_out):
+        return False
+    return estimate.peak_allocated + sum(most or 0 for most in left_out) <= budget
+
+
 def may_need_less(estimate: MemoryEstimate) -> bool:
     """Whether parts are left out that save memory."""
     return estimate.bound in ("at most", "about")

@@ -125,9 +125,9 @@ def test_a_damaged_checkpoint_is_no_checkpoint(names: Namespace) -> None:
 def test_arguments_are_named(names: Namespace) -> None:
     no_config: Any = {}
     no_path: Any = 3
-    with pytest.raises(TypeError, match=r"config must be a peft\.LoraConfig, not dict"):
+    with pytest.raises(TypeError, match=r"config must be a peft\.LoraConfig, not {}"):
         assert_resumable(names.adapter(), no_config)
-    with pytest.raises(TypeError, match="path must be that of an adapter folder, not int"):
+    with pytest.raises(TypeError, match="path must be a path, not 3"):
         assert_resumable(no_path, config())
-    with pytest.raises(ValueError, match="path: '/nowhere' does not exist; adapters are never downloaded"):
-        assert_resumable("/nowhere", config())
+    with pytest.raises(ValueError, match="path: '/no/where' does not exist; adapters are never downloaded"):
+        assert_resumable("/no/where", config())

@@ -92,7 +92,7 @@ def test_a_warm_process_says_what_a_fresh_one_says() -> None:
     drawn: list[dict[str, Any]] = []
 
     @seed(0)
-    @settings(max_examples=8, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=3, database=None, deadline=None, suppress_health_check=list(HealthCheck))
     @given(DRAWN)
     def draw(one: dict[str, Any]) -> None:
         drawn.append(one)

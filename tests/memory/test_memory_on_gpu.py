@@ -100,7 +100,7 @@ sys.path.insert(0, {str(SCRIPT.parent)!r})
 import memory_on_gpu as benchmark
 from tests.memory.test_memory_on_gpu import CHILDREN, Named
 benchmark.SETTINGS = (Named("good"), Named("hangs"))
-benchmark.command = lambda setting: [sys.executable, "-c", CHILDREN[setting.name].replace("600", "5")]
+benchmark.command = lambda setting: [sys.executable, "-c", CHILDREN[setting.name].replace("600", "2")]
 benchmark.main(["--json", sys.argv[1]])
 """
 

@@ -35,5 +35,5 @@ def test_rules_on_recipes_judge_arguments(tmp_path: Path) -> None:
 
 
 def test_what_is_no_training_arguments_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"args must be transformers\.TrainingArguments, not dict"):
+    with pytest.raises(TypeError, match=r"args must be transformers\.TrainingArguments, not {}"):
         check_run({}, LoraConfig(r=8), BASE)

@@ -104,9 +104,9 @@ def test_a_recipe_on_a_card_has_its_card(tmp_path: Path) -> None:
     assert json.loads(tight.to_json())["figures"][0]["kind"] == "recipe"
 
 
-def test_weights_divided_among_cards_are_no_whole_step(tmp_path: Path) -> None:
+def test_a_step_divided_among_cards_is_that_of_the_fullest(tmp_path: Path) -> None:
     (tmp_path / "z3.yaml").write_text(TEXT + "deepspeed: z3.json\n")
     (tmp_path / "z3.json").write_text('{"zero_optimization": {"stage": 3}}')
     (card,) = check_recipe(tmp_path / "z3.yaml", budget="24GiB", gpus=2).figures
     assert isinstance(card, RecipeCard)
-    assert (card.fits, card.note, card.gpus) == (None, "the weights of the base alone", 2)
+    assert (card.fits, card.note, card.gpus) == (True, "", 2)

@@ -643,13 +643,13 @@ def test_two_files_of_weights_that_cannot_hold_the_same(names: Namespace) -> Non
 
 def test_arguments_are_named(names: Namespace, tmp_path: Path) -> None:
     wrong: Any = 3
-    with pytest.raises(TypeError, match="path must be that of an adapter folder, not int"):
+    with pytest.raises(TypeError, match="path must be a path, not 3"):
         check_checkpoint(wrong)
     with pytest.raises(ValueError, match="does not exist; adapters are never downloaded"):
         check_checkpoint(tmp_path / "nowhere")
     with pytest.raises(TypeError, match=r"base must be a torch\.nn\.Module"):
         check_checkpoint(names.adapter(), wrong)
-    with pytest.raises(TypeError, match="expect must be an Expect, not int"):
+    with pytest.raises(TypeError, match="expect must be an Expect, not 3"):
         check_checkpoint(names.adapter(), expect=wrong)
     with pytest.raises(ValueError, match="base: it carries adapters itself"):
         check_checkpoint(

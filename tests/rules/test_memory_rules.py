@@ -163,7 +163,7 @@ def test_the_assertion_raises_warns_and_returns() -> None:
     [
         ("24", ValueError, 'budget must carry a unit: "24GiB" (or "24GB"), got "24"'),
         (24, ValueError, 'budget is 24 bytes; write "24GiB" for gibibytes'),
-        (24.0, TypeError, 'budget must be a size such as "24GiB" (or "24GB") or whole bytes, not float'),
+        (24.0, TypeError, 'budget must be a size such as "24GiB" (or "24GB") or whole bytes, not 24.0'),
         ("cuda:7", ValueError, "budget is the device 'cuda:7', but there is no"),
     ],
 )
@@ -237,3 +237,8 @@ def test_a_bound_fails_no_assertion_in_the_wrong_direction() -> None:
     )
     assert [f.code for f in judge([lower], Expect())] == ["LORA506"]
     assert "LORA502" in {f.code for f in judge([replace(lower, budget=peak // 2)], Expect())}
+
+    known = replace(lower.estimate, unmodelled=(Unmodelled("more is", "at least", 2**30),))
+    for room, unsettled in ((2**30, False), (2**29, True)):
+        said = {f.code for f in judge([MemoryFacts(known, known.peak_allocated + room)], Expect())}
+        assert ("LORA506" in said) is unsettled

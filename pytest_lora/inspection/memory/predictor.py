@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +130,9 @@ class Predictor:
             over_ranks=figures.peak_allocated * self.setting.parallel.gpus if self.setting.parallel else 0,
             by_formula=self._by_formula(),
             unmodelled=tuple(
-                _unmodelled(replace(self.setting, batch_size=batch_size, seq_len=seq_len), model)
+                _unmodelled(
+                    replace(self.setting, batch_size=batch_size, seq_len=seq_len), model, figures.breakdown
+                )
             ),
         )
 
@@ -213,7 +215,11 @@ class Predictor:
         return self._models[rank]
 
 
-def _unmodelled(setting: StepSetting, model: nn.Module) -> Iterator[Unmodelled]:
+_IN_FLOAT32 = 2
+"""Bytes of a number in float32 for each in the smallest dtype of adapters, which are 16 bits."""
+
+
+def _unmodelled(setting: StepSetting, model: nn.Module, breakdown: Mapping[str, int]) -> Iterator[Unmodelled]:
     asked: dict[str, Any] = dict(setting.args)
     if setting.images and reads_images(model) and not runs_images_without_values():
         yield Unmodelled(
@@ -231,7 +237,9 @@ def _unmodelled(setting: StepSetting, model: nn.Module) -> Iterator[Unmodelled]:
         yield Unmodelled(f"generation{words} is", "at least")
     shared = setting.parallel
     if shared is not None and shared.strategy in ("fsdp1", "fsdp2") and setting.accumulation > 1:
-        yield Unmodelled("gradients that no_sync keeps whole between micro-batches are", "at least")
+        # Every trained parameter is an adapter here; FSDP keeps a gradient in float32 at most.
+        kept = _IN_FLOAT32 * shared.gpus * breakdown.get("adapters", 0)
+        yield Unmodelled("gradients that no_sync keeps whole between micro-batches are", "at least", kept)
     packed = setting.quantization
     if packed is not None and not packed.by_bitsandbytes:
         yield Unmodelled(f"kernels of {packed.method} that unpack a weight in parts are", "at most")

@@ -6,7 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.memory_words import may_need_less, may_need_more, step_in_words
+from pytest_lora.rules.memory_words import may_need_less, may_need_more, step_in_words, surely_fits
 
 
 @rule("LORA506", severity="warning", needs=MemoryFacts)
@@ -40,7 +40,9 @@ def estimate_is_a_bound(facts: MemoryFacts, expect: Expect) -> Iterator[Violatio
     """
     estimate = facts.estimate
     fits = estimate.peak_allocated <= facts.budget
-    if not (may_need_more(estimate) if fits else may_need_less(estimate)):
+    if surely_fits(estimate, facts.budget) or not (
+        may_need_more(estimate) if fits else may_need_less(estimate)
+    ):
         return
     parts = "; ".join(f"{part.what} not modelled" for part in estimate.unmodelled)
     yield Violation(

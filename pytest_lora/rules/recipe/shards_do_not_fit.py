@@ -34,7 +34,7 @@ def shards_do_not_fit(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
       - path: data/train.jsonl
         type: alpaca
     sequence_len: 1024
-    micro_batch_size: 2
+    micro_batch_size: 1
     gradient_accumulation_steps: 8
     num_epochs: 2
     learning_rate: 0.0002
@@ -43,7 +43,7 @@ def shards_do_not_fit(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
     fsdp_config:
       fsdp_version: 2
     ''')
-    report = check_recipe(recipe, budget="16GiB", gpus=4)
+    report = check_recipe(recipe, budget="24GiB", gpus=4)
     ```
 
     ## Use instead
@@ -61,7 +61,7 @@ def shards_do_not_fit(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
       - path: data/train.jsonl
         type: alpaca
     sequence_len: 1024
-    micro_batch_size: 2
+    micro_batch_size: 1
     gradient_accumulation_steps: 8
     num_epochs: 2
     learning_rate: 0.0002
@@ -80,7 +80,7 @@ def shards_do_not_fit(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
     if shard is None or facts.setting is None or shard.weights <= shard.gpus * shard.budget:
         return
     part = shard.weights / shard.gpus
-    enough = -(-shard.weights // shard.budget) + 1
+    enough = -(-2 * shard.weights // shard.budget)
     yield about(
         facts,
         facts.setting.strategy,
@@ -88,5 +88,6 @@ def shards_do_not_fit(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
         f"{shard.gpus} cards, more than "
         f"the {shard.budget / 2**30:.1f} GiB of memory of one: they do not fit",
         "weights that fit the cards with room for the step",
-        f"take {enough} cards or more (`gpus={enough}`), or quantize the base to 4 bits",
+        f"take {enough} cards or more (`gpus={enough}`), which leaves half of each for the step, "
+        "or quantize the base to 4 bits",
     )

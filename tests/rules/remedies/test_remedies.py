@@ -97,6 +97,8 @@ def test_the_fix_of_the_example_mends_it(known: Rule) -> None:
 def test_a_fix_that_is_done_by_hand_has_nothing_to_apply(known: Rule) -> None:
     if not (reason := by_hand(known)):
         pytest.skip("its fix is applied")
+    if known.name in SLOW:
+        pytest.skip("test_catalogue.py runs the example, in several processes")
     source = code(known, "Example")
     for finding in of(known.code, outcome(source)[0]):
         assert all(way(source) is None for way in offered(finding)), f"{reason}: {finding.fix}"
