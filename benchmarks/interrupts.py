@@ -103,7 +103,10 @@ def _trial(batch: dict[str, torch.Tensor]) -> object:
     from pytest_lora.sweep.trial import Job, run_trial
 
     plan = TrialPlan(rank=2, alpha=4, seed=0, fraction=1.0, epochs=1)
-    make: Callable[[], Any] = lambda: made("base")  # noqa: E731
+
+    def make() -> Any:
+        return made("base")
+
     return run_trial(Job(make, TrainOn([batch] * 2, lr=1e-3), lambda _: 0.5, None, plan, "metric"))
 
 
