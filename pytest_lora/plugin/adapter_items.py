@@ -7,6 +7,7 @@ no conftest.py, no __init__.py and no test file among the adapters is imported.
 from __future__ import annotations
 
 import os
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,7 +178,8 @@ class Adapters:
         from pytest_lora.plugin import markers
 
         path = options_of(self.config).base
-        with quiet_libraries():
+        # Without a base transformers may not be needed, and its older versions import torch.
+        with warnings.catch_warnings(action="ignore") if path is None else quiet_libraries():
             if path is not None and self._base is None:
                 self._base = checkpoint_base(path)
             return judge_checkpoint(folder, self._base, markers.expect_for(item))
