@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from pytest_lora.facts.memory import Attention
 from pytest_lora.inspection.memory.operations import attention_backward_flops, attention_flops
+from pytest_lora.inspection.memory.swapped import swapped
 
 _torch_attention = functional.scaled_dot_product_attention
 _torch_dropout = functional.dropout
@@ -75,17 +76,8 @@ def cuda_kernels(
         replaced.append((torch, "autocast", casts.autocast))
     else:
         replaced.append((torch, "autocast", _no_autocast))
-    before = [(home, name, vars(home).get(name)) for home, name, _ in replaced]
-    try:
-        for home, name, function in replaced:
-            setattr(home, name, function)
+    with swapped(replaced):
         yield
-    finally:
-        for home, name, function in before:
-            if function is None:  # inherited
-                delattr(home, name)
-            else:
-                setattr(home, name, function)
 
 
 def _dropout(tensor: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:

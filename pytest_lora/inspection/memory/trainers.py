@@ -15,6 +15,7 @@ from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.inspection.memory.operations import product_flops
+from pytest_lora.inspection.memory.swapped import swapped
 from pytest_lora.inspection.skeleton import META
 
 
@@ -240,11 +241,5 @@ def fused_kernels(count: Callable[[int], None]) -> Iterator[None]:
         (kernels, "_addmm_fp32", add_product),
         (utilities, "_use_triton", lambda device: True),
     ]
-    before = [(home, name, getattr(home, name)) for home, name, _ in replaced]
-    try:
-        for home, name, function in replaced:
-            setattr(home, name, function)
+    with swapped(replaced):
         yield
-    finally:
-        for home, name, function in before:
-            setattr(home, name, function)

@@ -25,9 +25,9 @@ from pytest_lora.inspection.memory.parallel.ranks import (
     meta_as_device,
     outside,
     resizes_followed,
-    swapped,
 )
 from pytest_lora.inspection.memory.storage_tracker import StorageTracker
+from pytest_lora.inspection.memory.swapped import swapped
 from pytest_lora.inspection.memory.weights import units_of
 
 if TYPE_CHECKING:

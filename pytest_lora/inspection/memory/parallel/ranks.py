@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, StorageTracker
+from pytest_lora.inspection.memory.swapped import swapped
 from pytest_lora.inspection.skeleton import META
 
 
@@ -110,23 +111,6 @@ def _address(real: Any) -> Any:
         return id(held if isinstance(held, torch.UntypedStorage) else held.untyped_storage())
 
     return address
-
-
-@contextmanager
-def swapped(replaced: list[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Put functions in the place of others, by module or class and name, for a while."""
-    missing = object()
-    before = [(home, name, vars(home).get(name, missing)) for home, name, _ in replaced]
-    try:
-        for home, name, function in replaced:
-            setattr(home, name, function)
-        yield
-    finally:
-        for home, name, function in before:
-            if function is missing:
-                delattr(home, name)
-            else:
-                setattr(home, name, function)
 
 
 def outside(tracker: StorageTracker, home: Any, name: str) -> tuple[Any, str, Any]:
