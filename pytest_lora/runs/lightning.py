@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_lora.assertions import stack_level
 from pytest_lora.findings import LoraHealthWarning
 from pytest_lora.inspection.model import carries_lora
+from pytest_lora.rules.selection import codes
 from pytest_lora.runs.steps import at_each_step
 from pytest_lora.runs.trackers import PROJECT, Told
 from pytest_lora.runs.watch import BETWEEN, OnError, Watch
@@ -68,8 +69,8 @@ class LoraHealthLightning(Callback):
         self._told = Told(trackers, project, folder)
         self._settings: dict[str, Any] = {
             "expect": expect,
-            "select": tuple(select),
-            "ignore": tuple(ignore),
+            "select": codes("select", select),
+            "ignore": codes("ignore", ignore),
             "on_error": on_error,
             "listener": self._told,
         }

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
-from pytest_lora import LoraHealthError, LoraHealthWarning, watch_training
+from pytest_lora import LoraHealthCallback, LoraHealthError, LoraHealthWarning, watch_training
 from pytest_lora.runs.watch import Watch
 from tests.runs.test_watch import ROWS, small
 
@@ -170,3 +170,17 @@ def test_the_callback_lets_go_where_a_run_fails_and_names_a_model_without_lora(t
     assert watching.watch._first_steps is None
     with pytest.warns(LoraHealthWarning, match="carries no LoRA layers"):
         fit(small(), callback(), tmp_path)
+
+
+def test_codes_are_checked_as_those_of_the_trainers_callback() -> None:
+    pytest.importorskip("lightning")
+    from pytest_lora.runs.lightning import LoraHealthLightning
+
+    wrong: Any
+    for wrong in ("LORA3", 3):
+        said = []
+        for callback in (LoraHealthLightning, LoraHealthCallback):
+            with pytest.raises(TypeError, match="ignore") as raised:
+                callback(ignore=wrong)
+            said.append(str(raised.value))
+        assert said[0] == said[1]
