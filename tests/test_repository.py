@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,26 @@ def test_a_release_is_built_checked_attested_and_published_without_a_token() -> 
     assert jobs["publish"]["permissions"] == {"id-token": "write"}
     assert "vars.PUBLISH" in jobs["publish"]["if"]
     assert not re.search(r"secrets\.|password", text)
+
+
+def test_what_is_released_names_its_address_and_has_links_that_work_elsewhere(tmp_path: Path) -> None:
+    for name in ("README.md", "pyproject.toml", ".github/public_address.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    url = "https://github.com/someone/pytest-lora"
+    subprocess.run(
+        [sys.executable, ".github/public_address.py", f"{url}/", "v0.1.0"], cwd=tmp_path, check=True
+    )
+
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]
+    assert {**project, "urls": PROJECT.get("urls")} == {**PROJECT, "urls": PROJECT.get("urls")}
+    assert (project["urls"]["Source"], project["urls"]["Issues"]) == (url, f"{url}/issues")
+    links = re.findall(r"\]\(([^)]+)\)", (tmp_path / "README.md").read_text())
+    assert f"{url}/raw/v0.1.0/docs/images/report.png" in links
+    assert f"{url}/blob/v0.1.0/docs/tutorial.md" in links
+    below = re.compile(re.escape(url) + r"/(?:raw|blob)/v0\.1\.0/([^#]+)")
+    assert all((ROOT / below.fullmatch(link)[1]).exists() for link in links if link.startswith(url))
+    assert all(link.startswith(("https://", "#")) for link in links)
 
 
 def test_templates_ask_for_the_json_of_a_report() -> None:
