@@ -18,7 +18,7 @@ def alpha_blows_up_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[V
     ## What it does
     Looks for adapted modules whose effective scaling is above `Expect.max_scaling`. Under rsLoRA, where alpha is at
     least the rank, that limit falls with the square root of the rank to `Expect.max_scaling_rslora`: at rank 1 the
-    two are the same mathematics, and every further rank is louder by that root.
+    two are the same mathematics, and the update grows with that root above it.
 
     ## Why is this bad?
     The scaling multiplies update and gradients. An alpha that was left from a larger rank, or chosen as

@@ -19,7 +19,7 @@ def alpha_damps_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
     `Expect.low_scaling` it is only mentioned.
 
     ## Why is this bad?
-    The update and its gradients are both multiplied with the scaling. An alpha that was left from a
+    The update and its gradients are both multiplied by the scaling. An alpha that was left from a
     smaller rank makes a large rank learn less than the small one did, at any usual learning rate.
 
     ## Example

@@ -17,7 +17,7 @@ def alpha_is_not_positive(facts: ConfigFacts, expect: Expect) -> Iterator[Violat
     Looks for adapted modules whose alpha, patterns applied, is not above zero.
 
     ## Why is this bad?
-    The low-rank update is multiplied with `alpha / r`. With alpha zero the output never depends on the
+    The low-rank update is multiplied by `alpha / r`. With alpha zero the output never depends on the
     adapter, its gradients are zero, and the loss stays where it is for the whole run.
 
     ## Example

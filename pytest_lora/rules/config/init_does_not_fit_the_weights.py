@@ -20,8 +20,8 @@ def init_does_not_fit_the_weights(facts: ConfigFacts, expect: Expect) -> Iterato
     quantized, and of any method that reads the base weight on fused parameters (`target_parameters`).
 
     ## Why is this bad?
-    These methods decompose the float weight. On packed weights PEFT stops (PiSSA, CorDA, orthogonal), or computes with
-    numbers that are no weights (LoftQ, which wants to quantize by itself); on a fused parameter it stops.
+    These methods decompose the float weight. On packed weights PEFT raises (PiSSA, CorDA, orthogonal), or computes with
+    numbers that are no weights (LoftQ, which wants to quantize by itself); on a fused parameter it raises.
 
     ## Example
     ```python

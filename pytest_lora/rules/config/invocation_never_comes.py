@@ -9,7 +9,7 @@ from pytest_lora.rules import Violation, rule
 
 @rule("LORA133", severity="error", needs=ConfigFacts)
 def invocation_never_comes(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
-    """An activated LoRA waits for tokens that can not come.
+    """An activated LoRA waits for tokens that cannot come.
 
     ## What it does
     For `alora_invocation_tokens`: looks whether the task type is "CAUSAL_LM", whether there are any tokens, and

@@ -68,7 +68,7 @@ _FIXES = (
 
 @rule("LORA124", severity="error", needs=ConfigFacts, on_saved="with_base")
 def peft_refuses_the_config(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
-    """PEFT stops at this configuration.
+    """PEFT refuses this configuration.
 
     ## What it does
     Lets PEFT put the adapter on the structure of the base and reports its error, unless another rule

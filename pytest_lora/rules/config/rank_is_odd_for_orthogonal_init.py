@@ -18,7 +18,7 @@ def rank_is_odd_for_orthogonal_init(facts: ConfigFacts, expect: Expect) -> Itera
     does without it.
 
     ## Why is this bad?
-    PEFT stops: one half of an orthogonal matrix goes to `lora_A`, the other to `lora_B`.
+    PEFT raises: one half of an orthogonal matrix goes to `lora_A`, the other to `lora_B`.
 
     ## Example
     ```python

@@ -18,7 +18,7 @@ def saved_module_is_quantized(facts: ConfigFacts, expect: Expect) -> Iterator[Vi
     Looks for quantized layers inside the modules that `modules_to_save` copies.
 
     ## Why is this bad?
-    Packed integers have no gradients: PEFT stops with "only Tensors of floating point dtype can require
+    Packed integers have no gradients: PEFT raises "only Tensors of floating point dtype can require
     gradients".
 
     ## Example

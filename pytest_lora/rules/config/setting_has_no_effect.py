@@ -22,7 +22,7 @@ def setting_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Violat
     ## What it does
     Looks for `eva_config`, `corda_config`, `lora_ga_config` and `loftq_config` without the `init_lora_weights` of
     that name, and for `use_qalora` on a base without GPTQ layers. A `loftq_config` that PEFT is given without
-    `init_lora_weights="loftq"` is thrown away by `LoraConfig` itself, which warns; nothing is left of it to see.
+    `init_lora_weights="loftq"` is dropped by `LoraConfig` itself with a warning; nothing is left of it to see.
 
     ## Why is this bad?
     PEFT goes on without the method that was asked for, at best with a warning among many.

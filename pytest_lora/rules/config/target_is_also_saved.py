@@ -19,7 +19,7 @@ def target_is_also_saved(facts: ConfigFacts, expect: Expect) -> Iterator[Violati
     ## Why is this bad?
     PEFT trains a module of both lists in full and puts no adapter on it, without a word: the adapter file holds
     a whole copy where a few megabytes were expected. Over an embedding that is trained in full, single trainable
-    rows fail in the forward pass; over one with an adapter PEFT stops.
+    rows fail in the forward pass; over one with an adapter PEFT raises.
 
     ## Example
     ```python
@@ -73,7 +73,7 @@ def _is_in_a_head(module: str, facts: ConfigFacts) -> bool:
 
 
 def _fix(facts: ConfigFacts, both: list[str]) -> str:
-    """One of the two lists without these modules; a head that its task type saves can not leave the second."""
+    """One of the two lists without these modules; a head that its task type saves cannot leave the second."""
     settings = facts.settings
     targets = without(settings.target_modules or (), *both)
     saved = _saved_less(facts, [module for name in both for module in facts.modules_of(name)])

@@ -22,7 +22,7 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
     nothing either.
 
     ## Why is this bad?
-    PEFT stops only when nothing matches at all. When some names match, the others are dropped without a
+    PEFT raises only when nothing matches at all. When some names match, the others are dropped without a
     word, and a model trains with half of the adapters that were meant.
 
     ## Example

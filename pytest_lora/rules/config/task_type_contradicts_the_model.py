@@ -12,7 +12,7 @@ def task_type_contradicts_the_model(facts: ConfigFacts, expect: Expect) -> Itera
     """task_type is that of another kind of model.
 
     ## What it does
-    Compares `task_type` with the class of the base. Where PEFT stops at the combination it is an error.
+    Compares `task_type` with the class of the base. Where PEFT refuses the combination it is an error.
 
     ## Why is this bad?
     PEFT chooses its wrapper, the head to save and how generation works by the task type. With that of

@@ -15,7 +15,7 @@ def token_index_does_not_exist(facts: ConfigFacts, expect: Expect) -> Iterator[V
     Compares `trainable_token_indices` with the size of the vocabulary.
 
     ## Why is this bad?
-    PEFT stops with a bare index error, or, for a negative number, trains a row that nobody meant.
+    PEFT raises a bare IndexError, or, for a negative number, trains a row that nobody meant.
     Usually the embeddings were not resized after tokens were added.
 
     ## Example

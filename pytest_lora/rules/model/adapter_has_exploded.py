@@ -14,7 +14,7 @@ below 1, a trained ``lora_B`` below 10, and what PiSSA puts into both in the ten
 
 @rule("LORA237", severity="warning", needs=ModelFacts)
 def adapter_has_exploded(facts: ModelFacts, expect: Expect) -> Iterator[Violation]:
-    """The numbers of an adapter are finite, but beyond anything that training gives.
+    """The values of an adapter are finite, but larger than any training makes them.
 
     ## What it does
     Looks for absolute values above 1000 in the two factors.

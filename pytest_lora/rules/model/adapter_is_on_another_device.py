@@ -17,7 +17,7 @@ def adapter_is_on_another_device(facts: ModelFacts, expect: Expect) -> Iterator[
     or under offloading, is left alone.
 
     ## Why is this bad?
-    The forward pass stops with "Expected all tensors to be on the same device", or with "Cannot copy out of
+    The forward pass raises "Expected all tensors to be on the same device", or "Cannot copy out of
     meta tensor": `low_cpu_mem_usage=True` makes adapters without memory, to be filled by a file, and they
     stay empty where no tensor of the file fits.
 

@@ -17,7 +17,7 @@ def base_mixes_half_dtypes(facts: ModelFacts, expect: Expect) -> Iterator[Violat
     Looks for both among the unquantized parameters. One of them beside float32 is usual.
 
     ## Why is this bad?
-    A product of the two stops, or goes through float32 and stops at the next layer: "expected scalar type Half but
+    A product of the two raises, or goes through float32 and the next layer raises: "expected scalar type Half but
     found BFloat16". It happens where a part is cast by hand after the model was loaded in the other dtype.
 
     ## Example

@@ -13,8 +13,8 @@ def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation
     """The scaling of a live layer is not what its rank and alpha give.
 
     ## What it does
-    Compares the scaling in effect with alpha / r (alpha / sqrt(r) under rsLoRA). At inference a scaling of
-    one's own is usual and only an info.
+    Compares the scaling in effect with alpha / r (alpha / sqrt(r) under rsLoRA). At inference a scaling set
+    by hand is usual and only an info.
 
     ## Why is this bad?
     Scaling lives in the layer and is not saved: the reloaded adapter acts with alpha / r again, so that

@@ -18,7 +18,7 @@ def trained_weights_are_float16(facts: ModelFacts, expect: Expect) -> Iterator[V
     ones and bfloat16 are fine.
 
     ## Why is this bad?
-    Mixed precision stops with "Attempting to unscale FP16 gradients". Without it, the epsilon of Adam
+    Mixed precision raises "Attempting to unscale FP16 gradients". Without it, the epsilon of Adam
     (1e-8) is zero in float16 and most updates are rounded away: the loss turns NaN or stands still. PEFT
     keeps LoRA factors in float32 by itself, but not `modules_to_save`, and `model.half()` or
     `autocast_adapter_dtype=False` undoes it.

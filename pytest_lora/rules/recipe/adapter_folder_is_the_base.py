@@ -16,7 +16,7 @@ def adapter_folder_is_the_base(facts: RecipeFacts, expect: Expect) -> Iterator[V
     Looks into the folder that the recipe names as its base: `adapter_config.json` and no `config.json`.
 
     ## Why is this bad?
-    The folder holds no model: loading stops, or PEFT's integration loads base and adapter together, and a second
+    The folder holds no model: loading raises, or PEFT's integration loads base and adapter together, and a second
     adapter is put upon the first.
 
     ## Example

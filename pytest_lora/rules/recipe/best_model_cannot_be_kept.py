@@ -17,7 +17,7 @@ def best_model_cannot_be_kept(facts: RecipeFacts, expect: Expect) -> Iterator[Vi
     strategies, or where `save_steps` is no multiple of `eval_steps`.
 
     ## Why is this bad?
-    `TrainingArguments` stops with a ValueError before training starts.
+    `TrainingArguments` raises a ValueError before training starts.
 
     ## Example
     ```python

@@ -17,7 +17,7 @@ def continued_adapter_has_another_rank(facts: RecipeFacts, expect: Expect) -> It
 
     ## Why is this bad?
     The shapes of an adapter are fixed when it is made: the tool takes the rank of the folder and ignores that of the
-    recipe, or stops at tensors that do not fit.
+    recipe, or raises at tensors that do not fit.
 
     ## Example
     ```python

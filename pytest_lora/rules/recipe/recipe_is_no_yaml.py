@@ -17,7 +17,7 @@ def recipe_is_no_yaml(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
     indentation, a bracket that is never closed, a tag that asks for a Python object, aliases that multiply.
 
     ## Why is this bad?
-    The tool stops before anything is loaded, or a file made to harm is expanded until memory is full.
+    The tool raises before anything is loaded, or a file made to harm is expanded until memory is full.
 
     ## Example
     ```python

@@ -17,7 +17,7 @@ def value_has_the_wrong_kind(facts: RecipeFacts, expect: Expect) -> Iterator[Vio
     it reads as booleans (`eval_strategy: no`), and for paths that begin with `~`, which nobody expands.
 
     ## Why is this bad?
-    The run stops at a comparison of text with a number, or at a strategy that is false; a path with `~` is looked
+    The run raises where text is compared with a number, or where a strategy is false; a path with `~` is looked
     for in a folder of that name, or on the hub.
 
     ## Example

@@ -17,7 +17,7 @@ def float16_weights_under_grad_scaler(facts: TrainingFacts, expect: Expect) -> I
     Looks for trainable parameters in float16 while an enabled `GradScaler` is given.
 
     ## Why is this bad?
-    A GradScaler is for float32 weights under autocast; torch stops with "Attempting to unscale FP16
+    A GradScaler is for float32 weights under autocast; torch raises "Attempting to unscale FP16
     gradients". Adapters get into float16 by `autocast_adapter_dtype=False` on a float16 base, or by
     `model.half()`.
 

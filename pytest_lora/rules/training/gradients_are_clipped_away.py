@@ -18,7 +18,7 @@ def gradients_are_clipped_away(facts: TrainingFacts, expect: Expect) -> Iterator
 
     ## Why is this bad?
     `torch.nn.utils.clip_grad_norm_` with 0 multiplies every gradient by zero. (The Trainer of
-    transformers reads `max_grad_norm=0` as "do not clip"; a loop of one's own does not.)
+    transformers reads `max_grad_norm=0` as "do not clip"; a hand-written loop does not.)
 
     ## Example
     ```python

@@ -15,7 +15,7 @@ def labels_are_of_another_text(facts: TrainingFacts, expect: Expect) -> Iterator
     ## What it does
     Compares labels with input ids at the same position. Where hardly any are equal, and they are no shifted
     input either, they are tokens of something else. Labels at places where the input is one mask token are
-    no finding, nor are labels for a loss of one's own.
+    no finding, nor are labels for a custom loss.
 
     ## Why is this bad?
     A causal model reads question and answer as one text, and its labels are that text again. With the

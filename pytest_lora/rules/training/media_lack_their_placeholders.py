@@ -16,7 +16,7 @@ def media_lack_their_placeholders(facts: TrainingFacts, expect: Expect) -> Itera
     Compares the placeholder tokens among `input_ids` (`image_token_id` of the configuration and its sisters) with
     the inputs of that medium: tokens without pixels, pixels without tokens (a warning, as some add an image
     that nothing looks at), another number of tokens than `image_grid_thw` asks for. What the model itself refuses is
-    told as a step that raises.
+    reported as LORA319 (`step_raises`).
 
     ## Why is this bad?
     Without pixels the model reads the embedding of the placeholder as if it were a word: it learns to answer without

@@ -16,7 +16,7 @@ def placeholder_is_a_target(facts: TrainingFacts, expect: Expect) -> Iterator[Vi
     of features that the model puts there.
 
     ## Why is this bad?
-    The model is taught to write placeholders. They are many, equal and easy to foretell, so that the loss falls
+    The model is taught to write placeholders. They are many, equal and easy to predict, so that the loss falls
     quickly and says little about the text; the tuned model writes `<image>` into its answers.
 
     ## Example

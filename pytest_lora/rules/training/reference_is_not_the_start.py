@@ -25,7 +25,7 @@ def reference_is_not_the_start(facts: TrainingFacts, expect: Expect) -> Iterator
     Looks at the first loss that compares chosen with rejected answers, of an optimizer that has taken no step yet.
     Where the adapter has been trained before and is switched off for the reference, the reference is the base without
     it: a warning if the loss is not ln(2). In a run of TRL's DPOTrainer with the published loss, a first loss more than
-    0.1 above ln(2) tells the same.
+    0.1 above ln(2) shows the same.
 
     ## Why is this bad?
     The loss holds the model to its reference. Against the base it takes credit for what supervised fine-tuning had

@@ -13,7 +13,7 @@ def step_raises(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
     """A training step cannot be taken: the model or the optimizer raises.
 
     ## What it does
-    Tells what the forward pass, the backward pass or the optimizer raised, where its words are known, and what
+    Explains what the forward pass, the backward pass or the optimizer raised, where its words are known, and what
     mends it. Any other error, what a `loss_fn` raises, and memory that runs out go on as they are.
 
     ## Why is this bad?

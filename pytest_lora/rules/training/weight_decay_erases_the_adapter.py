@@ -63,7 +63,7 @@ def _fix(group: GroupFacts, rate: float) -> str:
     decay = DECAY if group.weight_decay >= MOST or group.weight_decay > DECAY else group.weight_decay
     steps = [f"weight_decay={decay:g}"] if decay != group.weight_decay else []
     if rate * decay >= MOST_A_STEP:
-        steps.append("lr=2e-4, the learning rate that the decay is multiplied with")
+        steps.append("lr=2e-4, the learning rate that the decay is multiplied by")
     return f"set {' and '.join(steps)}"
 
 
