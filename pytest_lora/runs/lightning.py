@@ -13,7 +13,7 @@ from pytest_lora.findings import LoraHealthWarning
 from pytest_lora.inspection.model import carries_lora
 from pytest_lora.rules.selection import codes
 from pytest_lora.runs.steps import at_each_step
-from pytest_lora.runs.trackers import PROJECT, Told
+from pytest_lora.runs.trackers import PROJECT, TrackedFindings
 from pytest_lora.runs.watch import BETWEEN, OnError, Watch
 
 try:
@@ -66,13 +66,13 @@ class LoraHealthLightning(Callback):
         folder: str = ".",
     ) -> None:
         super().__init__()
-        self._told = Told(trackers, project, folder)
+        self._tracked = TrackedFindings(trackers, project, folder)
         self._settings: dict[str, Any] = {
             "expect": expect,
             "select": codes("select", select),
             "ignore": codes("ignore", ignore),
             "on_error": on_error,
-            "listener": self._told,
+            "listener": self._tracked,
         }
         self._eval_loss = eval_loss
         self.watch = Watch(**self._settings)
@@ -160,4 +160,4 @@ class LoraHealthLightning(Callback):
     def _let_go(self) -> None:
         self._hooks.close()
         self.watch.forget_first_steps()
-        self._told.close()
+        self._tracked.close()

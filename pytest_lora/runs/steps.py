@@ -17,7 +17,7 @@ def at_each_step(watch: Watch, model: nn.Module, optimizer: Any, *, scaler: bool
     """Let an optimizer tell a watch of its steps, as far as it is one of torch's.
 
     Args:
-        watch: What is told.
+        watch: What takes the steps.
         model: What is trained.
         optimizer: What trains it, or a wrapper around it.
         scaler: Whether a GradScaler may leave steps out.

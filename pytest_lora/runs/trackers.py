@@ -18,10 +18,10 @@ PROJECT = "lora-health"
 """Project, or experiment, of the trackers that are opened by their names."""
 
 
-class Told:
+class TrackedFindings:
     """What takes the reports of a run to its trackers. Those named are opened with the first finding, and closed.
 
-    A tracker that raises is told of once, as a ``LoraHealthWarning``, and left alone from then on: no network takes a
+    A tracker that raises is named once, in a ``LoraHealthWarning``, and left alone from then on: no network takes a
     training with it.
 
     Args:
@@ -89,9 +89,13 @@ class Told:
         warnings.warn(f"{which} takes no findings: {error}", LoraHealthWarning, stacklevel=3)
 
 
+TEXTS_BY_STEP = ("tensorboard", "trackio")
+"""Trackers that show texts by step. Trackio sends its settings with the first numbers, and later ones never."""
+
+
 def _write_texts(tracker: Any, texts: dict[str, str], step: int) -> None:
-    """Write what was found in words. Only TensorBoard has texts by step; the others have them with their settings."""
-    if tracker.name == "tensorboard":
+    """Write what was found in words: by step where the tracker shows it so, else with the settings of the run."""
+    if tracker.name in TEXTS_BY_STEP:
         tracker.log({f"lora/{code}/text": text for code, text in texts.items()}, step=step)
     else:
         tracker.store_init_configuration({f"lora_{code}": text for code, text in texts.items()})

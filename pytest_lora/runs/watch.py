@@ -18,7 +18,7 @@ from pytest_lora.findings import LoraHealthWarning, Report
 from pytest_lora.rules import judge
 from pytest_lora.rules.selection import codes, in_force, selected
 from pytest_lora.runs.steps import at_each_step
-from pytest_lora.runs.trackers import PROJECT, Told
+from pytest_lora.runs.trackers import PROJECT, TrackedFindings
 from pytest_lora.values import require_one_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Watch:
 
     Attributes:
         reports: Every report that had something new, in order.
-        explained: Codes of findings that what is known of the run explains, so that they are not told.
+        explained: Codes of findings that what is known of the run explains, so that they are not reported.
         should_stop: Whether an error was found; for loops that end themselves under ``on_error="stop"``.
     """
 
@@ -259,7 +259,7 @@ def watch_training(
         TypeError: The model carries no LoRA layers, or an argument has the wrong type.
         ValueError: ``on_error`` is none of these, a number of steps is below 1, or there is no such tracker.
     """
-    told = Told(trackers, project, folder)
+    tracked = TrackedFindings(trackers, project, folder)
     watch = Watch(
         total_steps=total_steps,
         steps_per_loss=steps_per_loss,
@@ -267,7 +267,7 @@ def watch_training(
         select=select,
         ignore=ignore,
         on_error=on_error,
-        listener=told,
+        listener=tracked,
     )
     require_trainers(optimizer, None, None)
     try:
@@ -279,4 +279,4 @@ def watch_training(
         watch.look(model, optimizer)
     finally:
         watch.forget_first_steps()
-        told.close()
+        tracked.close()

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from pytest_lora import LoraHealthCallback, LoraHealthWarning, watch_training
 from pytest_lora.findings import Finding, Report
-from pytest_lora.runs.trackers import Told
+from pytest_lora.runs.trackers import TEXTS_BY_STEP, TrackedFindings
 from tests.runs.test_lightning import adam, adapted
 from tests.runs.test_watch import ROWS
 
@@ -93,18 +93,27 @@ def test_tensorboard_is_opened_with_the_first_finding_and_closed(
     assert "lora/LORA224/text/text_summary" in events.Tags()["tensors"]
 
 
+@pytest.mark.parametrize("name", TEXTS_BY_STEP)
+def test_what_was_found_is_written_by_step_where_settings_come_too_late(name: str) -> None:
+    notes = Notes()
+    notes.name = name
+    TrackedFindings([notes])(Report("run", (FOUND,)), 4)
+    assert notes.logged[-1] == (4, {"lora/LORA341/text": str(FOUND)})
+    assert not notes.config
+
+
 def test_a_tracker_that_fails_ends_no_training() -> None:
     broken, sound = Notes(broken=True), Notes()
-    told = Told([broken, sound])
+    tracked = TrackedFindings([broken, sound])
     with pytest.warns(LoraHealthWarning, match="the tracker 'notes' takes no findings: no network"):
-        told(Report("run", (FOUND,)), 4)
-    told(Report("run", (FOUND,)), 5)
+        tracked(Report("run", (FOUND,)), 4)
+    tracked(Report("run", (FOUND,)), 5)
     assert [step for step, _ in sound.logged] == [4, 5]
     assert sound.logged[-1][1]["lora/errors"] == 2.0
 
 
 def test_a_tracker_that_nobody_knows_is_refused() -> None:
-    for make in (lambda t: LoraHealthCallback(trackers=t), Told):
+    for make in (lambda t: LoraHealthCallback(trackers=t), TrackedFindings):
         with pytest.raises(ValueError, match="there is no tracker 'wandbb'"):
             make("wandbb")
         with pytest.raises(TypeError, match="not int 3"):
