@@ -27,21 +27,12 @@ def log(
     lock: str = "",
 ) -> None:
     """Write to each tracker; ``SweepResult.log`` documents the arguments."""
-    tracking: Any = importlib.import_module("accelerate.tracking")
     if not trackers:
         raise ValueError("trackers must name at least one, such as 'tensorboard'")
-    for tracker in trackers:
-        _require_known(tracking, tracker)
-    with _no_state_left():
-        for tracker in trackers:
-            if not isinstance(tracker, str):
-                _write(tracker, result, choice, lock)
-                continue
-            opened = _opened(tracking, tracker, project, folder)
-            try:
-                _write(opened, result, choice, lock)
-            finally:
-                opened.finish()
+    require_known(trackers)
+    with opened(trackers, project, folder) as found:
+        for tracker in found:
+            _write(tracker, result, choice, lock)
 
 
 def _require_known(tracking: Any, tracker: Any) -> None:
@@ -119,10 +110,11 @@ def measurements(result: SweepResult) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 @contextmanager
-def _no_state_left() -> Iterator[None]:
-    """Undo what accelerate sets up to find its main process, unless the user has set it up before."""
+def _state_of_accelerate() -> Iterator[None]:
+    """What accelerate's trackers log through, taken down again unless the user has set it up before."""
     state: Any = importlib.import_module("accelerate.state").PartialState
     was_there = bool(state._shared_state)
+    state()
     try:
         yield
     finally:
@@ -146,7 +138,7 @@ def require_known(trackers: Sequence[Any]) -> None:
 def opened(trackers: Sequence[Any], project: str, folder: str) -> Iterator[list[Any]]:
     """Open the trackers that are named, and finish these at the end; those that are open stay so."""
     tracking: Any = importlib.import_module("accelerate.tracking")
-    with _no_state_left(), ExitStack() as stack:
+    with _state_of_accelerate(), ExitStack() as stack:
         found: list[Any] = []
         for tracker in trackers:
             if isinstance(tracker, str):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -286,11 +289,45 @@ def test_mlflow_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert run.data.metrics["rank_sweep/accuracy"] == pytest.approx(0.942)
 
 
-def test_trackio_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio_in_a_folder(tmp_path: Path) -> None:
+    """In a process of its own: Trackio takes its folder when it is imported."""
     pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    result().log("trackio", project="which-rank")
+    code = "from tests.sweep.test_record import result; result().log('trackio', project='which-rank')"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TRACKIO_DIR": str(tmp_path)}, check=True)
     assert list(tmp_path.rglob("*which-rank*"))
+
+
+def test_a_tracker_that_starts_on_every_process_finds_the_state_of_accelerate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those of Weights & Biases and Trackio do: only trackers of the main process ask for that state themselves."""
+    from accelerate import tracking
+    from accelerate.state import PartialState
+
+    started: list[str] = []
+
+    class EveryProcess(tracking.GeneralTracker):  # type: ignore[misc]
+        name, requires_logging_directory, main_process_only = "wandb", False, False
+        tracker = None
+
+        def __init__(self, project: str) -> None:
+            super().__init__()
+            self.project = project
+
+        def start(self) -> None:
+            tracking.logger.debug("accelerate's logger raises where there is no state")
+            started.append(self.project)
+
+        def store_init_configuration(self, values: dict[str, object]) -> None: ...
+
+        def log(self, values: dict[str, float], step: int | None = None) -> None: ...
+
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", EveryProcess)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb"])
+    result().log("wandb", project="which-rank")
+    assert started == ["which-rank"]
+    assert not PartialState._shared_state
 
 
 def test_what_trackers_refuse(tmp_path: Path) -> None:
