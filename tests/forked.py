@@ -1,0 +1,111 @@
+"""Sessions of pytest as processes of their own, which take the libraries from this one: loading them takes seconds.
+
+For tests that say nothing about what is imported when. The package itself is loaded anew.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from _pytest.assertion.rewrite import AssertionRewritingHook
+
+OWN = ("pytest_lora", "tests", "conftest")
+
+_forgotten: tuple[str, ...] = OWN
+_ends_of_workers: list[int] = []
+
+
+def run_forked(pytester: pytest.Pytester, *args: str, forget: tuple[str, ...] = ()) -> pytest.RunResult:
+    """Run pytest in a process of its own, whose workers of pytest-xdist are forked as well.
+
+    Args:
+        forget: Packages beside this one that are loaded anew.
+    """
+    begun = time.perf_counter()
+    folder = pytester.path.with_name(f"{pytester.path.name}-basetemp-{time.monotonic_ns()}")
+    files = [pytester.path / name for name in ("stdout", "stderr")]
+    descriptors = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for file in files]
+
+    def session() -> int:
+        global _forgotten
+        _forgotten = (*OWN, *forget)
+        os.chdir(pytester.path)
+        for number, descriptor in enumerate(descriptors, 1):
+            os.dup2(descriptor, number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        begin_anew()
+        import execnet.gateway_io
+
+        execnet.gateway_io.Popen2IOMaster = ForkedIO  # type: ignore[misc, assignment]
+        return int(pytest.main([f"--basetemp={folder}", *args]))
+
+    pid = fork(session)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    out, err = (file.read_text(encoding="utf-8").splitlines() for file in files)
+    for stream, lines in ((sys.stdout, out), (sys.stderr, err)):
+        print(*lines, sep="\n", file=stream)
+    return pytest.RunResult(code, out, err, time.perf_counter() - begun)
+
+
+def fork(work: Callable[[], int]) -> int:
+    """The process in which this function runs and whose exit status it gives."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        status = work()
+    except BaseException:
+        import traceback
+
+        os.write(2, traceback.format_exc().encode())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def begin_anew() -> None:
+    """Forget the session that this process is a fork of: its streams, its import hook, and what it knows of us."""
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "rww"[n], 1, closefd=False) for n in range(3))
+    tempfile.tempdir = None  # is asked of the environment again
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, AssertionRewritingHook)]
+    for name in [name for name in sys.modules if name.partition(".")[0] in _forgotten]:
+        del sys.modules[name]
+    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:0] = [path for path in paths if path not in sys.path]
+
+
+class ForkedIO:
+    """Takes the place of ``execnet.gateway_io.Popen2IOMaster``: the worker is a fork, not a new interpreter."""
+
+    def __new__(cls, args: list[str], execmodel: Any) -> Any:
+        from execnet.gateway_base import Popen2IO
+
+        to_worker, from_worker = os.pipe(), os.pipe()
+
+        def worker() -> int:
+            os.dup2(to_worker[0], 0)
+            os.dup2(from_worker[1], 1)
+            for descriptor in (*to_worker, *from_worker, *_ends_of_workers):
+                os.close(descriptor)
+            begin_anew()
+            exec(args[-1], {"__name__": "__main__"})
+            return 0
+
+        pid = fork(worker)
+        os.close(to_worker[0])
+        os.close(from_worker[1])
+        _ends_of_workers.extend((to_worker[1], from_worker[0]))
+        io: Any = Popen2IO(os.fdopen(to_worker[1], "wb"), os.fdopen(from_worker[0], "rb"), execmodel)
+        io.wait = lambda: os.waitpid(pid, 0)[1]
+        io.kill = lambda: os.kill(pid, 9)
+        return io
