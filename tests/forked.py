@@ -6,10 +6,14 @@ For tests that say nothing about what is imported when. The package itself is lo
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
@@ -29,30 +33,40 @@ def run_forked(pytester: pytest.Pytester, *args: str, forget: tuple[str, ...] = 
     """
     begun = time.perf_counter()
     folder = pytester.path.with_name(f"{pytester.path.name}-basetemp-{time.monotonic_ns()}")
-    files = [pytester.path / name for name in ("stdout", "stderr")]
-    descriptors = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for file in files]
 
     def session() -> int:
-        global _forgotten
-        _forgotten = (*OWN, *forget)
-        os.chdir(pytester.path)
-        for number, descriptor in enumerate(descriptors, 1):
-            os.dup2(descriptor, number)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        begin_anew()
         import execnet.gateway_io
 
         execnet.gateway_io.Popen2IOMaster = ForkedIO  # type: ignore[misc, assignment]
         return int(pytest.main([f"--basetemp={folder}", *args]))
 
-    pid = fork(session)
-    for descriptor in descriptors:
-        os.close(descriptor)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    out, err = (file.read_text(encoding="utf-8").splitlines() for file in files)
-    for stream, lines in ((sys.stdout, out), (sys.stderr, err)):
-        print(*lines, sep="\n", file=stream)
-    return pytest.RunResult(code, out, err, time.perf_counter() - begun)
+    done = outcome(session, cwd=pytester.path, forget=forget)
+    for stream, text in ((sys.stdout, done.stdout), (sys.stderr, done.stderr)):
+        print(text, file=stream)
+    lines = done.stdout.splitlines(), done.stderr.splitlines()
+    return pytest.RunResult(done.returncode, *lines, time.perf_counter() - begun)
+
+
+def outcome(
+    work: Callable[[], object], *, cwd: Path | None = None, forget: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """What became of a function in a process of its own: its number, or what it exits with, is the exit status."""
+    with TemporaryFile("w+", encoding="utf-8") as out, TemporaryFile("w+", encoding="utf-8") as err:
+
+        def apart() -> int:
+            global _forgotten
+            _forgotten = (*OWN, *forget)
+            os.chdir(cwd or ".")
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            begin_anew()
+            return int(work() or 0)  # type: ignore[call-overload]
+
+        code = os.waitstatus_to_exitcode(os.waitpid(fork(apart), 0)[1])
+        for stream in (out, err):
+            stream.seek(0)
+        return subprocess.CompletedProcess("", code, out.read(), err.read())
 
 
 def fork(work: Callable[[], int]) -> int:
@@ -63,10 +77,12 @@ def fork(work: Callable[[], int]) -> int:
     status = 1
     try:
         status = work()
+    except SystemExit as left:
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
+        status = left.code if isinstance(left.code, int) else int(left.code is not None)
     except BaseException:
-        import traceback
-
-        os.write(2, traceback.format_exc().encode())
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
