@@ -125,3 +125,11 @@ class ForkedIO:
         io.wait = lambda: os.waitpid(pid, 0)[1]
         io.kill = lambda: os.kill(pid, 9)
         return io
+
+
+def fork_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the ranks of ``run_distributed`` be forks, not new interpreters."""
+    from torch.distributed.launcher import api
+
+    made = api.LaunchConfig
+    monkeypatch.setattr(api, "LaunchConfig", lambda **fields: made(**{**fields, "start_method": "fork"}))
