@@ -103,10 +103,14 @@ def no_adapter() -> None:
     assert_adapters_in_sync(nn.Linear(2, 2).requires_grad_(False))
 
 
-def every_verdict(prefix: str) -> dict[str, str]:
-    """What each of these models is told, one after the other: starting processes takes longer than all of them."""
+def who(prefix: str) -> str:
     total = torch.ones(())
     dist.all_reduce(total)
+    return f"{prefix} {dist.get_rank()} of {int(total)}"
+
+
+def every_verdict() -> dict[str, str]:
+    """What each of these models is told, one after the other: starting processes takes longer than all of them."""
     scenes = {
         "in sync": lambda: data_parallel(True),
         "drifting": lambda: data_parallel(False),
@@ -116,7 +120,7 @@ def every_verdict(prefix: str) -> dict[str, str]:
         "left out": left_out_of_the_shards,
         "no adapter": no_adapter,
     }
-    told = {"who": f"{prefix} {dist.get_rank()} of {int(total)}"}
+    told = {}
     for name, scene in scenes.items():
         try:
             scene()

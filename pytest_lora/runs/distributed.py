@@ -79,18 +79,23 @@ def run_distributed(
     given = require_items("args", args, "a list of arguments")
     if backend == "nccl":
         _require_gpus(world_size)
+    from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     with tempfile.TemporaryDirectory() as folder:
+        # The launcher's own way to a free port looks through the sources of the whole call stack for its log, which
+        # takes seconds where many modules are loaded. Of this port it takes the server that is there.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=world_size,
             run_id=Path(folder).name,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
+            rdzv_backend="static",
+            rdzv_endpoint=f"127.0.0.1:{store.port}",
+            rdzv_configs={"rank": 0},
             local_addr="127.0.0.1",
             max_restarts=0,
             monitor_interval=0.1,

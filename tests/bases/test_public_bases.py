@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pytest_lora import check_config, estimate_memory, rank_table
 from pytest_lora.inspection import public_bases
 from pytest_lora.inspection.public_bases import config_by_name, find_shape, is_name, shapes
 from pytest_lora.inspection.skeleton import build_on_meta
+from tests.forked import outcome
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,7 +153,9 @@ def test_a_model_in_the_local_cache_is_found(tmp_path: Path, monkeypatch: pytest
     assert config_by_name("org/cached").n_embd == 768
 
 
-def test_a_shape_is_added_only_with_its_published_count(tmp_path: Path) -> None:
+def test_a_shape_is_added_only_with_its_published_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "benchmarks/add_shape.py"
     script.parent.mkdir()
     script.write_text((ROOT / "benchmarks/add_shape.py").read_text())
@@ -161,11 +165,10 @@ def test_a_shape_is_added_only_with_its_published_count(tmp_path: Path) -> None:
     config_by_name("gpt2").save_pretrained(tmp_path)
 
     def add(parameters: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(script), "org/gpt2", str(tmp_path / "config.json"), parameters]
-        return subprocess.run(
-            command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""}
-        )
+        sys.argv[1:] = ["org/gpt2", str(tmp_path / "config.json"), parameters]
+        return outcome(lambda: runpy.run_path(str(script), run_name="__main__") and 0)
 
+    monkeypatch.setattr(sys, "argv", [str(script)])
     refused = add("124439809")
     assert refused.returncode == 1
     assert "124,439,808 parameters, not 124,439,809" in refused.stderr

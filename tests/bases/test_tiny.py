@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import runpy
 import subprocess
 import sys
 import warnings
@@ -36,6 +37,7 @@ from pytest_lora.bases.tiny import (
     tiny_config,
 )
 from pytest_lora.bases.tiny.pretrain import Recipe
+from tests.forked import outcome
 
 # Library-like code that is in no version of Python's standard library.
 UNSEEN_PYTHON = '''
@@ -414,21 +416,13 @@ class TestPretrained:
 
 
 @pytest.mark.lora_slow
-def test_pretraining_script(tmp_path: Path) -> None:
+def test_pretraining_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line in a process of its own, then the same recipe in this one, which makes the same weights."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest_lora.bases.tiny.pretrain",
-        "--steps",
-        "8",
-        "--out",
-        tmp_path / "first",
-    ]
     settings = ["--threads", "1", "--validate-every", "8", "--validation-windows", "8"]
-    output = subprocess.run(
-        [*command, *settings], capture_output=True, text=True, check=True, timeout=300
-    ).stdout
+    monkeypatch.setattr(sys, "argv", ["", "--steps", "8", "--out", str(tmp_path / "first"), *settings])
+    done = outcome(lambda: runpy.run_module("pytest_lora.bases.tiny.pretrain", run_name="__main__") and 0)
+    assert done.returncode == 0, done.stderr
+    output = done.stdout
     with torch.random.fork_rng():
         made = pretrain.run(Recipe(), steps=8, minutes=0.0, validate_every=8, validation_windows=8)
     pretrain.save(*made, tmp_path / "second")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,22 +16,32 @@ from peft import LoraConfig
 from transformers import LlamaConfig
 
 from pytest_lora import step_memory
+from tests.forked import begin_anew, fork
 
-FRESH = """
-import json, os, sys
-from tests.memory.test_kept_predictors import answer
-import pytest_lora.memory.estimate
-import peft, transformers, bitsandbytes, torch
-answers = []
-for drawn in json.loads(sys.stdin.read()):
+
+def fresh_answers(drawn: list[dict[str, Any]]) -> list[list[int]]:
+    """Each from a process in which nothing was estimated before."""
+
+    def asked() -> list[Any]:
+        begin_anew()
+        importlib.import_module("pytest_lora.memory.estimate")
+        anew: Any = importlib.import_module(__name__)
+        return [told_by(partial(anew.answer, one)) for one in drawn]
+
+    answers: list[list[int]] = told_by(asked)
+    return answers
+
+
+def told_by(work: Callable[[], Any]) -> Any:
+    """What a function gives in a process of its own, by JSON."""
     reading, writing = os.pipe()
-    if not os.fork():
-        os.write(writing, json.dumps(answer(drawn)).encode())
-        os._exit(0)
-    answers.append(json.loads(os.read(reading, 4096)))
-    os.close(reading), os.close(writing), os.wait()
-print(json.dumps(answers))
-"""
+    pid = fork(lambda: os.write(writing, json.dumps(work()).encode()) and 0)
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        told = stream.read()
+    assert os.waitpid(pid, 0)[1] == 0
+    return json.loads(told)
+
 
 DRAWN = st.fixed_dictionaries(
     {
@@ -104,16 +114,7 @@ def test_a_warm_process_says_what_a_fresh_one_says() -> None:
 
     draw()
     warm = [answer(one) for one in drawn]
-    fresh = subprocess.run(
-        [sys.executable, "-c", FRESH],
-        input=json.dumps(drawn),
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    told = json.loads(fresh.stdout.splitlines()[-1])
+    told = fresh_answers(drawn)
     assert [(one, a) for one, a in zip(drawn, warm, strict=True)] == [
         (one, a) for one, a in zip(drawn, told, strict=True)
     ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from tests.forked import begin_anew, fork
 from tests.simulated_cuda import MACHINES, play
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "memory_on_gpu.py"
@@ -101,27 +102,29 @@ import memory_on_gpu as benchmark
 from tests.memory.test_memory_on_gpu import CHILDREN, Named
 benchmark.SETTINGS = (Named("good"), Named("hangs"))
 benchmark.command = lambda setting: [sys.executable, "-c", CHILDREN[setting.name].replace("600", "2")]
-benchmark.main(["--json", sys.argv[1]])
+benchmark.main(["--json", out])
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_a_kill_loses_no_row_that_was_there(tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "out.json"
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(out)],
-        cwd=SCRIPT.parents[1],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout
-    assert process.stdout.readline().startswith("good ")
+    reading, writing = os.pipe()
+
+    def runs() -> int:
+        os.dup2(writing, 1)
+        begin_anew()
+        exec(KILLED, {"out": str(out)})
+        return 0
+
+    pid = fork(runs)
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        assert told.readline().startswith("good ")
     while not out.exists():
         time.sleep(0.01)
-    process.send_signal(how)
-    process.wait(30)
-    process.stdout.close()
+    os.kill(pid, how)
+    os.waitpid(pid, 0)
     first, *after = json.loads(out.read_text())["rows"]
     assert first == ROW
     # The signal may have come when the next child was over.

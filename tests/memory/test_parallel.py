@@ -28,6 +28,7 @@ from pytest_lora.inspection.memory.meta_model import build
 from pytest_lora.inspection.parallel_files import read_parallel
 from pytest_lora.memory.setting import checked_setting
 from pytest_lora.strategies.shapes import TrainingShape, training_shapes
+from tests.forked import fork_ranks
 from tests.memory import sharded_ranks
 
 BASE: Any = LlamaConfig(
@@ -328,8 +329,11 @@ def test_configurations_of_accelerate_deepspeed_and_fsdp_are_read(tmp_path: Path
 
 
 @pytest.mark.lora_slow
-def test_two_ranks_allocate_what_is_predicted_and_train_as_one_process_does() -> None:
+def test_two_ranks_allocate_what_is_predicted_and_train_as_one_process_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """FSDP2 on the CPU with gloo, followed by the tracker of the prediction."""
+    fork_ranks(monkeypatch)
     ranks = run_distributed(sharded_ranks.measured_and_trained, sharded_ranks.RANKS)
     setting = checked_setting(dtype="float32", autocast=False, gpus=sharded_ranks.RANKS, strategy="fsdp2")
     setting = replace(setting, batch_size=sharded_ranks.BATCH, seq_len=sharded_ranks.LENGTH)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_forked
+
 LEFT_OUT = ("-p", "no:xdist", "-p", "no:cacheprovider")
 """Plugins that have no part in these tests."""
 OWN_FILTERS = ("-W", "default::pytest_lora.LoraHealthWarning")
@@ -21,7 +23,7 @@ def session(pytester: pytest.Pytester, mode: str, *args: str, workers: int = 1) 
     """Run pytest as it stands, in this process, or with workers of pytest-xdist."""
     if mode == "plain":
         return run(pytester, *args)
-    return pytester.runpytest_subprocess("-n", str(workers), *args)
+    return run_forked(pytester, "-n", str(workers), *args)
 
 
 def run(pytester: pytest.Pytester, *args: str) -> pytest.RunResult:

@@ -14,6 +14,7 @@ from pytest_lora import check_checkpoint
 from pytest_lora.bases.examples import folders
 from pytest_lora.rules import catalogue
 from pytest_lora.rules.checkpoint import GROUPS, group_of
+from tests.forked import run_forked
 from tests.namespace import Namespace
 from tests.plugin.sessions import MODES, run, session
 
@@ -230,7 +231,7 @@ def test_nothing_among_the_adapters_is_executed(adapters: Path, pytester: pytest
             (folder / name).write_text(EVIL)
         (folder / "pytest.ini").write_text(EVIL_INI)
     for result in (
-        pytester.runpytest_subprocess("--lora-adapters=adapters", "-n", "1"),
+        run_forked(pytester, "--lora-adapters=adapters", "-n", "1"),
         run(pytester, "--lora-adapters=adapters"),
         run(pytester, "--lora-adapters=adapters", "."),
     ):

@@ -12,6 +12,7 @@ from pytest_lora.plugin import baseline_gate as baseline_gate
 
 # Sessions in this process take modules out of sys.modules again, all but those that are there before.
 from pytest_lora.report.baseline import to_json
+from tests.forked import run_forked
 
 TESTS = """
 import os
@@ -88,7 +89,7 @@ def test_regressions_fail_the_session_side_by_side(
     monkeypatch.setenv(
         "NOW", "dict(codes=['LORA107', 'LORA109'], trainable=128, scaling=1.0, after=1.8, peak=1_100_000)"
     )
-    result = suite.runpytest_subprocess(GATE, *workers)
+    result = run_forked(suite, GATE, *workers)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=4, warnings=2)
     path = suite.path / "baseline.json"
@@ -152,7 +153,7 @@ def test_the_file_does_not_depend_on_order_or_workers(suite: pytest.Pytester) ->
     before = path.read_bytes()
     path.unlink()
     names = [f"test_it.py::{name}" for name in ("test_memory", "test_loss", "test_adapter")]
-    suite.runpytest_subprocess(GATE, "--lora-update-baseline", "-n", "2", *names)
+    run_forked(suite, GATE, "--lora-update-baseline", "-n", "2", *names)
     assert path.read_bytes() == before
     result = suite.runpytest_inprocess(*WARN, GATE, "--lora-update-baseline")
     assert section(result.outlines) == ["nothing changed", f"{path} stays as it is"]

@@ -10,6 +10,7 @@ import pytest
 from pytest_lora.findings import Finding, Report
 from pytest_lora.plugin.demo.conftest import DIAGNOSES, went_as_meant
 from pytest_lora.plugin.summary import PROPERTY
+from tests.forked import run_forked
 
 
 @pytest.mark.lora_slow
@@ -27,7 +28,7 @@ def test_demo_shows_five_diagnoses_and_touches_nothing_here(
     }
     for name, text in theirs.items():
         (place / name).write_text(text)
-    result = pytester.runpytest_subprocess("--lora-demo")
+    result = run_forked(pytester, "--lora-demo")
     assert result.ret == 0
     result.stdout.fnmatch_lines(
         [

@@ -10,6 +10,7 @@ import pytest
 
 from pytest_lora.findings import Report
 from pytest_lora.plugin.github import MOST, Annotation, annotated
+from tests.forked import run_forked
 from tests.plugin.test_session_report import ALLOWED, TESTS
 from tests.report.sample import MERGED, SCALING, SESSION, ran
 
@@ -63,7 +64,7 @@ def test_a_session_that_did_not_end_says_so(
     summary = pytester.path / "summary.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     pytester.makepyfile(test_it=tests)
-    pytester.runpytest_subprocess(*ALLOWED, *arguments)
+    run_forked(pytester, *ALLOWED, *arguments)
     if told is None:
         assert "This session" not in summary.read_text()
     else:

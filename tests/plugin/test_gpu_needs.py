@@ -8,6 +8,7 @@ import os
 import pytest
 
 from pytest_lora.plugin.session_options import LoraOptions
+from tests.forked import run_forked
 from tests.plugin.sessions import run
 from tests.plugin.simulated import CARD, GB, machine, named_machine, shared
 from tests.plugin.test_startup import ALONE
@@ -214,7 +215,7 @@ def test_a_required_session_that_ran_no_gpu_test_fails(
         result = run(pytester, f"test_{name}.py", "--lora-require-gpu")
         assert result.ret == pytest.ExitCode.TESTS_FAILED, name
         assert "ERROR: --lora-require-gpu: no GPU test ran" in result.outlines
-    result = pytester.runpytest_subprocess("--lora-require-gpu", "-n", "1")
+    result = run_forked(pytester, "--lora-require-gpu", "-n", "1")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert "ERROR: --lora-require-gpu: no GPU test ran" in result.outlines
 
@@ -225,7 +226,7 @@ def test_requiring_fails_an_empty_session_and_passes_one_that_ran(
     machine(monkeypatch, 24)
     pytester.makepyfile(test_it=TESTS)
     assert run(pytester, "--lora-require-gpu", "-k", "test_any").ret == 0
-    assert pytester.runpytest_subprocess("--lora-require-gpu", "-k", "test_any", "-n", "1").ret == 0
+    assert run_forked(pytester, "--lora-require-gpu", "-k", "test_any", "-n", "1").ret == 0
     assert run(pytester, "--lora-require-gpu", "-k", "nothing").ret == pytest.ExitCode.TESTS_FAILED
     assert run(pytester, "--lora-require-gpu", "--collect-only").ret == 0
 
@@ -406,7 +407,7 @@ def test_unmarked_tests_share_a_card_under_xdist(
         "@pytest.mark.lora(target_modules=['0'])\ndef test_own(lora_model): ...",
         test_built_in="def test_built_in(lora_model): ...",
     )
-    result = pytester.runpytest_subprocess("-n", "1", "test_own.py", "test_built_in.py")
+    result = run_forked(pytester, "-n", "1", "test_own.py", "test_built_in.py")
     result.assert_outcomes(passed=2)
     held = {e["who"]: e["shares"] for e in map(json.loads, log.read_text().splitlines())}
     assert held == {
@@ -452,7 +453,7 @@ def test_workers_of_every_machine_get_a_device_each(
         test_it="import pytest, time\n@pytest.mark.lora_gpu\n@pytest.mark.parametrize('n', range(4))\n"
         "def test_it(n): time.sleep(0.5)"
     )
-    result = pytester.runpytest_subprocess("-n", "2", "--lora-require-gpu", "--lora-gpu-report")
+    result = run_forked(pytester, "-n", "2", "--lora-require-gpu", "--lora-gpu-report")
     result.assert_outcomes(passed=4)
     assert {line.split()[1] for line in result.outlines if line.startswith("test_it.py::")} == devices
 

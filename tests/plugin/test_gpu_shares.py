@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pytest_lora.plugin.gpu import ledger, locks
 from pytest_lora.plugin.gpu.shares import Entry, may_begin
+from tests.forked import run_forked
 from tests.plugin.simulated import machine, shared
 
 TOTAL = 24
@@ -254,7 +255,7 @@ def test_a_session_says_what_is_wrong_with_the_folder(
     (pytester.path / "taken").touch()
     monkeypatch.setenv(ledger.FOLDER, str(pytester.path / "taken"))
     pytester.makepyfile("import pytest\n@pytest.mark.lora_gpu\ndef test_it(): ...")
-    result = pytester.runpytest_subprocess("-n", "1")
+    result = run_forked(pytester, "-n", "1")
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines([f"*taken cannot be used to share GPUs: *; set {ledger.FOLDER} to a folder"])
     result.stdout.no_fnmatch_line("*Traceback*")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from pytest_lora.plugin.gpu import hardware, ledger, locks, pins
+from tests.forked import run_forked
 from tests.plugin.sessions import example_command, run
 from tests.plugin.simulated import CARD, GB, machine, shared
 
@@ -245,7 +246,7 @@ def test_fifty_tests_of_eight_workers_never_take_more_than_four_devices_have(
     machine(monkeypatch, *[24] * 4)
     log = shared(monkeypatch, pytester.path)
     pytester.makepyfile(SUITE)
-    result = pytester.runpytest_subprocess("-n", "8", "--lora-require-gpu")
+    result = run_forked(pytester, "-n", "8", "--lora-require-gpu")
     result.assert_outcomes(passed=50)
     held = events(log)
     assert sum(event["event"] == "hold" for event in held) == 50
@@ -278,7 +279,7 @@ def test_a_failing_test_lets_its_devices_go(
         "@pytest.fixture\ndef broken(): assert 0\ndef test_error(broken): ...\n"
         "def test_dies(): os._exit(1)\ndef test_passes(): ..."
     )
-    result = pytester.runpytest_subprocess("-n", "2")
+    result = run_forked(pytester, "-n", "2")
     result.assert_outcomes(failed=2, errors=1, passed=1)
     assert max(replay(events(log), 24 * GB).values()) == 1
 
@@ -300,7 +301,7 @@ def base(card): return card.take(14 * 10**9)
 def test_it(request, base, n): note(request)
 """
     )
-    result = pytester.runpytest_subprocess("-n", "4", "--lora-require-gpu")
+    result = run_forked(pytester, "-n", "4", "--lora-require-gpu")
     result.assert_outcomes(passed=12)
     told = [json.loads(line)["worker"] for line in (pytester.path / "seen.log").read_text().splitlines()]
     assert len(set(told)) > 1, "one worker did all, so nothing was shown"
@@ -337,7 +338,7 @@ def test_the_example_workflow_runs_on_one_card_of_24_gb_with_a_7b(
         def test_of_the_cpu_job(): raise AssertionError
         """
     )
-    result = pytester.runpytest_subprocess(*example_command())
+    result = run_forked(pytester, *example_command())
     result.assert_outcomes(passed=10)
     kept: defaultdict[str, int] = defaultdict(int)
     for event in events(pytester.path / "holds.log"):
@@ -408,7 +409,7 @@ def test_waiting_is_not_counted_as_the_tests_time(
         "@pytest.mark.parametrize('n', range(2))\ndef test_it(n): time.sleep(0.5)"
     )
     started = time.monotonic()
-    result = pytester.runpytest_subprocess("-n", "2", "--lora-gpu-report")
+    result = run_forked(pytester, "-n", "2", "--lora-gpu-report")
     result.assert_outcomes(passed=2)
     assert time.monotonic() - started > 1.0
     rows = [line.split() for line in result.outlines if "::test_it[" in line]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pytest_lora.findings import Report
+from tests.forked import run_forked
 from tests.plugin.sessions import MODES, session
 
 ALLOWED = ("-W", "always::pytest_lora.LoraHealthWarning")
@@ -115,7 +116,7 @@ def test_the_report_of_a_killed_process_tells_how_far_it_came(pytester: pytest.P
         "from pytest_lora.plugin import session_report\nsession_report.WAIT = session_report.REST = 0\n"
     )
     pytester.makepyfile(test_it=TESTS + "\ndef test_kills():\n    os._exit(9)\n")
-    result = pytester.runpytest_subprocess("--lora-report=out.json", "--lora-report=out.html")
+    result = run_forked(pytester, "--lora-report=out.json", "--lora-report=out.html")
     assert result.ret == 9
     data = told(pytester)
     assert (data["state"], data["collected"]) == ("running", 8)
@@ -125,14 +126,14 @@ def test_the_report_of_a_killed_process_tells_how_far_it_came(pytester: pytest.P
 
 def test_a_process_that_dies_in_its_first_test_leaves_a_report(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_it="import os\ndef test_kills():\n    os._exit(9)\n")
-    assert pytester.runpytest_subprocess("--lora-report=out.json").ret == 9
+    assert run_forked(pytester, "--lora-report=out.json").ret == 9
     data = told(pytester)
     assert (data["state"], data["collected"], data["counts"]) == ("running", 1, {})
 
 
 def test_a_worker_that_dies_is_a_failure(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_it=TESTS + "\ndef test_kills():\n    os._exit(9)\n")
-    pytester.runpytest_subprocess("--lora-report=out.json", "-n", "1")
+    run_forked(pytester, "--lora-report=out.json", "-n", "1")
     found = by_name(told(pytester))
     assert found["test_kills"]["outcome"] == "failed"
     assert "crashed while running" in found["test_kills"]["message"]
@@ -248,7 +249,7 @@ def test_findings_are_in_the_page_of_pytest_html(
     pytest.importorskip("pytest_html")
     monkeypatch.delenv("PYTEST_ADDOPTS")  # which leaves pytest-html out
     pytester.makepyfile(test_it=TESTS)
-    pytester.runpytest_subprocess("--html=page.html", "--self-contained-html", "-n", "1")
+    run_forked(pytester, "--html=page.html", "--self-contained-html", "-n", "1")
     page = (pytester.path / "page.html").read_text()
     data = json.loads(html.unescape(page.partition('data-jsonblob="')[2].partition('"')[0]))
     told = {

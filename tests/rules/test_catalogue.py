@@ -13,6 +13,7 @@ from peft import LoraConfig
 import pytest_lora.rules
 from pytest_lora.bases.examples.models import TAKES_TOKEN_TYPES
 from pytest_lora.rules import Rule, catalogue
+from tests.forked import fork_ranks
 from tests.namespace import run
 
 SECTIONS = ("What it does", "Why is this bad?", "Example", "Use instead", "References")
@@ -31,8 +32,9 @@ FIELDS_OF_NEWER_PEFT = {"alora_invocation_tokens"}
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Examples about recipes write files where they run."""
+    """Examples about recipes write files where they run; of those with several processes each is a fork."""
     monkeypatch.chdir(tmp_path)
+    fork_ranks(monkeypatch)
 
 
 every_rule = pytest.mark.parametrize("known", catalogue(), ids=lambda r: f"{r.code}-{r.name}")

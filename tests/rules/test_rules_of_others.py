@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
+from contextlib import chdir
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+
+from tests.forked import run_forked
 
 PACKAGE = Path(__file__).parents[2] / "examples" / "own_rules"
 
@@ -37,22 +39,14 @@ def test_saved_adapters():
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example package, built and installed into a folder of its own."""
-    pytest.importorskip("hatchling")
+    build = pytest.importorskip("hatchling.build")
     source = tmp_path_factory.mktemp("source") / "own_rules"
     shutil.copytree(PACKAGE, source)
     target = tmp_path_factory.mktemp("installed")
-    command = [
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--target",
-        str(target),
-        str(source),
-    ]
-    subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
+    with chdir(source):
+        wheel = source / build.build_wheel(str(source))
+    with ZipFile(wheel) as archive:  # which is what installing a wheel of Python alone is
+        archive.extractall(target)
     return target
 
 
@@ -61,7 +55,7 @@ def run(
 ) -> pytest.RunResult:
     paths = [str(installed), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    return pytester.runpytest_subprocess(*arguments)
+    return run_forked(pytester, *arguments)
 
 
 def test_rules_of_another_package_are_rules(

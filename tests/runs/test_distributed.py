@@ -12,6 +12,7 @@ import torch
 from pytest_lora import RanksFailedError, assert_adapters_in_sync, run_distributed
 from pytest_lora.runs import distributed
 from tests import ranks
+from tests.forked import fork_ranks
 from tests.simulated_cuda import MACHINES, play
 
 pytestmark = pytest.mark.lora_slow
@@ -23,7 +24,9 @@ def failure(fn: object, **options: object) -> str:
     return str(caught.value)
 
 
-def test_the_traceback_of_the_failing_rank_is_told() -> None:
+def test_the_traceback_of_the_failing_rank_is_told_and_handlers_of_signals_are_what_they_were() -> None:
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(number) for number in names]
     told = failure(ranks.second_raises)
     assert told.startswith(
         "second_raises failed\n\nrank 1 of 2 raised:\nTraceback (most recent call last):\n"
@@ -31,16 +34,11 @@ def test_the_traceback_of_the_failing_rank_is_told() -> None:
     assert 'ranks.py", line' in told
     assert "\nZeroDivisionError: only the second" in told
     assert told.count("Traceback") == 1
-
-
-def test_handlers_of_signals_are_what_they_were() -> None:
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    before = [signal.getsignal(number) for number in names]
-    failure(ranks.second_raises)
     assert [signal.getsignal(number) for number in names] == before
 
 
-def test_a_rank_that_dies_is_told_before_those_that_miss_it() -> None:
+def test_a_rank_that_dies_is_told_before_those_that_miss_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_ranks(monkeypatch)
     told = failure(ranks.second_dies)
     assert re.match(
         r"second_dies failed\n\nrank 1 of 2 (died without raising|ended with exit code 7)(\n\n|$)", told
@@ -48,9 +46,10 @@ def test_a_rank_that_dies_is_told_before_those_that_miss_it() -> None:
     assert "Traceback" not in told
 
 
-def test_ranks_that_wait_for_ever_are_ended_and_say_where_they_were() -> None:
+def test_ranks_that_wait_for_ever_are_ended_and_say_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_ranks(monkeypatch)
     started = time.monotonic()
-    told = failure(ranks.second_never_comes, timeout=6)
+    told = failure(ranks.second_never_comes, timeout=3)
     assert time.monotonic() - started < 60
     assert "rank 1 of 2 did not end in time:\n" in told
     # A rank that began later than the other notices that this one is gone before its own time is up.
@@ -79,14 +78,16 @@ def test_functions_that_no_rank_can_import_are_refused() -> None:
             run_distributed(fn)  # type: ignore[arg-type]
 
 
+def test_every_rank_runs_and_returns() -> None:
+    assert run_distributed(ranks.who, 2, "gloo", args=["rank"]) == ["rank 0 of 2", "rank 1 of 2"]
+
+
 @pytest.fixture(scope="module")
 def told() -> list[dict[str, str]]:
-    """What two ranks are told of each model, and who they are."""
-    return run_distributed(ranks.every_verdict, 2, "gloo", args=["rank"])
-
-
-def test_every_rank_runs_and_returns(told: list[dict[str, str]]) -> None:
-    assert [rank["who"] for rank in told] == ["rank 0 of 2", "rank 1 of 2"]
+    """What two ranks are told of each model."""
+    with pytest.MonkeyPatch.context() as patch:
+        fork_ranks(patch)
+        return run_distributed(ranks.every_verdict)
 
 
 @pytest.mark.parametrize("model", ["in sync", "sharded"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import nn
 
 from pytest_lora.inspection.state import Keeper, Snapshot, keeper
 from pytest_lora.inspection.state.interrupts import Interrupts
+from tests.forked import outcome
 from tests.state.observed import Setup, amid_training, changed, observed
 
 ROOT = Path(__file__).parents[2]
@@ -42,15 +41,15 @@ def setup() -> Setup:
 
 
 INTERRUPTED = """
-import sys, warnings
+import warnings
 import torch
 from benchmarks import interrupts
 from tests.state.observed import amid_training
 
 warnings.simplefilter("ignore")
 torch.manual_seed(0)
-setup, times = amid_training(), int(sys.argv[2])
-found = interrupts.outcomes(interrupts.checks(setup)[sys.argv[1]], setup, times, seed=1)
+setup = amid_training()
+found = interrupts.outcomes(interrupts.checks(setup)[check], setup, times, seed=1)
 print([outcome for outcome in found if outcome.left])
 print(sum(outcome.interrupted for outcome in found))
 """
@@ -59,14 +58,7 @@ print(sum(outcome.interrupted for outcome in found))
 @pytest.mark.parametrize(("check", "times"), [("check_training", 20), ("check_merge", 5)])
 def test_interrupts_at_random_moments_leave_no_trace(check: str, times: int) -> None:
     """In a process of its own: an interrupt amid a lock of the standard library leaves that lock taken."""
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, check, str(times)],
-        env={**os.environ, "PYTHONPATH": paths},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = outcome(lambda: exec(INTERRUPTED, {"check": check, "times": times}), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     left, interrupted = done.stdout.splitlines()[-2:]
     assert left == "[]"

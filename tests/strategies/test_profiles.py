@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_forked
+
 PAGE = Path(__file__).parents[2] / "docs" / "property_tests.md"
 BASE = """
 from transformers import LlamaConfig
@@ -49,7 +51,7 @@ def test_the_first_example_runs_as_printed(
     monkeypatch.delenv("PYTEST_ADDOPTS")
     pytester.makeconftest(SLOW)
     pytester.makepyfile(BASE + first_example().replace("@settings(", "@settings(max_examples=12, "))
-    pytester.runpytest_subprocess().assert_outcomes(passed=1)
+    run_forked(pytester, forget=("hypothesis",)).assert_outcomes(passed=1)
 
 
 @pytest.mark.lora_slow
@@ -69,4 +71,5 @@ def test_a_profile_is_there_when_hypothesis_loads_it(
         """
     )
     monkeypatch.delenv("PYTEST_ADDOPTS")  # which leaves Hypothesis and xdist out of sessions inside tests
-    pytester.runpytest_subprocess("--hypothesis-profile=lora-ci", *workers).assert_outcomes(passed=1)
+    result = run_forked(pytester, "--hypothesis-profile=lora-ci", *workers, forget=("hypothesis",))
+    result.assert_outcomes(passed=1)
