@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from pytest_lora.assertions import stack_level
-from pytest_lora.expect import Expect
 from pytest_lora.facts.history import as_count
 from pytest_lora.findings import LoraHealthWarning
 from pytest_lora.inspection.model import carries_lora
@@ -22,6 +20,7 @@ from pytest_lora.runs.watch import BETWEEN, FIRST_STEPS, OnError, Watch
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from pytest_lora.expect import Expect
     from pytest_lora.facts.training import Objective
 
 
@@ -94,10 +93,9 @@ class LoraHealthCallback(TrainerCallback):
                 stacklevel=stack_level(*BETWEEN),
             )
             return
-        settings = {**self._settings, "expect": _meant(args, self._settings["expect"])}
         self.watch = Watch(
             total_steps=state.max_steps if state.max_steps > 0 else None,
-            **settings,
+            **self._settings,
             first_steps=self._model_steps,
         )
         self._latest = None
@@ -215,12 +213,6 @@ def _objective(args: Any) -> Objective:
         0,
     )
     return "DPO" if "DPOConfig" in names and published and not mixed else "preferences"
-
-
-def _meant(args: Any, expect: Expect | None) -> Expect | None:
-    """What the user states, and what is asked of TRL's trainer: that only completions are learned."""
-    asked = any(getattr(args, name, None) is True for name in ("completion_only_loss", "assistant_only_loss"))
-    return replace(expect or Expect(), completion_only=True) if asked else expect
 
 
 def _logged(state: TrainerState) -> tuple[list[float], dict[int, float]]:

@@ -50,7 +50,7 @@ def _used(batches: tuple[Any, ...], padding: int | None) -> tuple[set[int], set[
             if isinstance(mask, Tensor) and mask.shape == ids.shape
             else torch.ones_like(ids).bool()
         )
-        read |= set(ids[seen].unique().tolist())
+        read |= set(ids[seen].tolist())
         if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
-            aimed |= set(labels[labels != IGNORED].unique().tolist())
+            aimed |= set(labels[labels != IGNORED].tolist())
     return read - {padding}, aimed - {padding}

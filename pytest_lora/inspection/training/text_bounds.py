@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,9 +57,8 @@ def _filler(labels: Tensor, ids: Tensor) -> tuple[int | None, float]:
     other = labels[counted & (labels != ids)]
     if not len(other):
         return None, 0.0
-    tokens, numbers = other.unique(return_counts=True)
-    most = int(numbers.argmax())
-    return int(tokens[most]), int(numbers[most]) / int(counted.sum())
+    ((token, number),) = Counter(other.tolist()).most_common(1)
+    return token, number / int(counted.sum())
 
 
 def _started(labels: Tensor, start: int | None) -> int:
@@ -79,7 +79,7 @@ def _crossing(labels: Tensor, batch: Mapping[str, Any]) -> tuple[int, int]:
     # Padded positions often are all zero: a document counts on.
     begins[:, 1:-1] = (positions[:, 1:-1] == 0) & (positions[:, :-2] != 0) & (positions[:, 2:] == 1)
     found = labels[begins & (labels != IGNORED)]
-    return len(found), len(found.unique())
+    return len(found), len(set(found.tolist()))
 
 
 def _closed(

@@ -16,7 +16,7 @@ def texts_never_end(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]
     Looks for rows of a causal model whose texts end before the row does, so that nothing was cut off, and of which
     none ends with an `eos_token_id`. Where all end with one and the same token, that is taken for an end of their
     own. An info where prompts are masked, and a warning where `Expect(completion_only=True)` says that answers are
-    to be learned; `LoraHealthCallback` reads that from TRL's `completion_only_loss` and `assistant_only_loss`.
+    to be learned.
 
     ## Why is this bad?
     The model is never taught to stop and rambles on until the longest answer is reached. Some tokenizers write a
