@@ -14,7 +14,7 @@ from pytest_lora.facts.history import as_count
 from pytest_lora.findings import LoraHealthWarning
 from pytest_lora.inspection.model import carries_lora
 from pytest_lora.rules.selection import codes
-from pytest_lora.runs.trackers import PROJECT, Told
+from pytest_lora.runs.trackers import PROJECT, TrackedFindings
 from pytest_lora.runs.watch import BETWEEN, FIRST_STEPS, OnError, Watch
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ class LoraHealthCallback(TrainerCallback):
         project: str = PROJECT,
         folder: str = ".",
     ) -> None:
-        self._told = Told(trackers, project, folder)
+        self._tracked = TrackedFindings(trackers, project, folder)
         self._settings: dict[str, Any] = {
-            "listener": self._told,
+            "listener": self._tracked,
             "expect": expect,
             "select": codes("select", select),
             "ignore": codes("ignore", ignore),
@@ -175,7 +175,7 @@ class LoraHealthCallback(TrainerCallback):
         try:
             self._look(control, kwargs)
         finally:
-            self._told.close()
+            self._tracked.close()
 
     def _is_idle(self, what: str, state: TrainerState, logs: object = None) -> bool:
         """Whether there is nothing to note: no LoRA, or the same thing again, as a callback is told that was added
