@@ -15,6 +15,35 @@ LabelKind = Literal["causal", "sequence", "tokens", "classes"]
 
 
 @dataclass(frozen=True, slots=True)
+class TextBounds:
+    """Where the texts of a batch begin and end.
+
+    Attributes:
+        filler: The token that most labels of a causal model are which differ from the input at their place, or None.
+        filled: Its share of the labels that count.
+        started: Rows of a decoder's labels that begin with the token which the model puts before them.
+        start: That token, ``decoder_start_token_id``, or None.
+        crossing: Labels at the first token of a document behind another one in its row.
+        crossing_tokens: How many different tokens these are.
+        finished: Rows whose text ends before the row does, its last token a target.
+        closed: Rows, of those whose last token is a target, that have an end token there.
+        last_tokens: How many different tokens those rows end with.
+        prompted: Rows whose first tokens have no label, and later ones have.
+    """
+
+    filler: int | None
+    filled: float
+    started: int
+    start: int | None
+    crossing: int
+    crossing_tokens: int
+    finished: int
+    closed: int
+    last_tokens: int
+    prompted: int
+
+
+@dataclass(frozen=True, slots=True)
 class LabelFacts:
     """The labels of one batch.
 
@@ -44,6 +73,7 @@ class LabelFacts:
         double_starts: Rows that begin with two begin tokens (bos).
         still_positions: Rows whose ``position_ids`` are one and the same number throughout.
         visible: Share of labels that ``decoder_input_ids`` hold at their own position, so that the decoder reads them.
+        bounds: Where the texts begin and end.
     """
 
     batch: int
@@ -71,6 +101,7 @@ class LabelFacts:
     double_starts: int
     still_positions: int
     visible: float
+    bounds: TextBounds
 
 
 def named_batches(found: Iterable[LabelFacts]) -> str:

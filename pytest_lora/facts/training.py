@@ -14,7 +14,15 @@ from pytest_lora.facts.loss_drop import LossDrop as LossDrop
 from pytest_lora.facts.media import MediumFacts
 from pytest_lora.facts.model import ModelFacts
 from pytest_lora.facts.optimizer import OptimizerFacts, ScheduleFacts
-from pytest_lora.facts.steps import BaseChange, Failure, StepFacts, TensorFacts, UpdateFacts
+from pytest_lora.facts.steps import (
+    BaseChange,
+    EmptyRows,
+    Failure,
+    ShiftFacts,
+    StepFacts,
+    TensorFacts,
+    UpdateFacts,
+)
 
 Objective = Literal["", "texts", "DPO", "preferences", "policy"]
 """``"DPO"`` is its loss as it was published, ``"preferences"`` any other loss of chosen and rejected answers."""
@@ -55,6 +63,8 @@ class TrainingFacts:
         switched_off: Whether a forward pass ran with the adapters switched off, as a reference of the loss.
         alone: A text on its own against the same text in its batch, where one has company there.
         media: Images, videos and audio of each batch, where the model knows any.
+        shift: The first loss beside what the logits give with and without the shift, where that can be asked.
+        empty_rows: Tokens of the batches that the base has no values for.
     """
 
     model: ModelFacts
@@ -86,12 +96,19 @@ class TrainingFacts:
     without_graph: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
     alone: AloneFacts | None = None
+    shift: ShiftFacts | None = None
+    empty_rows: tuple[EmptyRows, ...] = ()
 
     @property
     def is_fresh(self) -> bool:
         """Whether every active adapter is still as it was made: ``lora_B`` zero."""
         layers = self.model.active_layers
         return bool(layers) and all(layer.b.zero for layer in layers)
+
+    @property
+    def shifts(self) -> bool:
+        """Whether the loss compares a label with what was predicted before it, as far as is known."""
+        return self.shift is None or not self.shift.forgotten
 
     @property
     def compares_answers(self) -> bool:

@@ -33,7 +33,7 @@ def initial_rows(survey: Survey, base: BaseFacts) -> Iterator[InitialRows]:
     inputs, outputs = base.input_embeddings, base.output_embeddings
     sides = [inputs, *([outputs] if outputs and inputs not in base.tied_to(outputs) else [])]
     for name in filter(None, sides):
-        weight = _readable(survey.modules.get(name))
+        weight = readable_weight(survey.modules.get(name))
         count = 0 if weight is None else _rows_at_the_mean(weight)
         if weight is not None and count:
             first = weight.shape[0] - count
@@ -41,7 +41,8 @@ def initial_rows(survey: Survey, base: BaseFacts) -> Iterator[InitialRows]:
             yield InitialRows(name, first, count, count == 1 and padding == first)
 
 
-def _readable(module: nn.Module | None) -> Tensor | None:
+def readable_weight(module: nn.Module | None) -> Tensor | None:
+    """The weight of an embedding or a head, where its rows can be read one by one; else None."""
     weight = getattr(module, "weight", None)
     if (
         not isinstance(weight, Tensor)

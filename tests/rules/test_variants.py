@@ -259,6 +259,39 @@ def test_only_stacked_experts_are_experts(part: nn.Module, told: bool) -> None:
     assert ("LORA129" in {f.code for f in report.findings}) == told
 
 
+class Mixture(nn.Module):
+    """Routed experts in two parameters, and one shared expert of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Module()
+        self.experts.gate_up_proj = nn.Parameter(torch.zeros(4, 64, 128))
+        self.experts.down_proj = nn.Parameter(torch.zeros(4, 64, 64))
+        self.shared = linears(up_proj=nn.Linear(64, 64), down_proj=nn.Linear(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("fields", "left"),
+    [
+        ({"target_modules": ["q_proj", "up_proj"]}, "1 fused parameters: experts.gate_up_proj"),
+        ({"target_modules": ["up_proj", "down_proj"]}, "2 fused parameters"),
+        ({"target_modules": ["q_proj"]}, None),
+        ({"target_modules": ["q_proj", "shared.up_proj", "shared.down_proj"]}, None),
+        ({"target_modules": ["up_proj"], "target_parameters": ["experts.gate_up_proj"]}, None),
+    ],
+)
+def test_names_of_fused_experts_that_match_another_module(fields: dict[str, Any], left: str | None) -> None:
+    report = check_config(LoraConfig(r=4, lora_alpha=8, **fields), Mixture())
+    assert [left in f.where for f in report.warnings if f.code == "LORA129"] == ([True] if left else [])
+
+
+@pytest.mark.parametrize(("rank", "alpha", "told"), [(128, 8, True), (64, 8, False), (256, 16, False)])
+def test_the_alpha_of_peft_at_a_high_rank(rank: int, alpha: int, told: bool) -> None:
+    base = nn.ModuleDict({"q_proj": nn.Linear(512, 512)})
+    report = check_config(LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj"]), base)
+    assert ("LORA102" in {f.code for f in report.warnings}) == told
+
+
 # ---------------------------------------------------------------------------------------------- initialisations
 
 

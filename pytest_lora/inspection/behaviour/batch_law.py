@@ -130,8 +130,14 @@ def _caches(root: nn.Module) -> bool:
 
 
 def _without_targets(batch: dict[str, Any], root: nn.Module) -> dict[str, Any]:
-    """The inputs; of an encoder-decoder the labels stay, from which it makes what its decoder reads."""
-    targets = {"num_items_in_batch"} if is_encoder_decoder(root) else {"num_items_in_batch", "labels"}
+    """The inputs, and labels that are none of a token.
+
+    Labels of whole rows stay, as some heads ask for them; and those of an encoder-decoder, which makes of them what its
+    decoder reads.
+    """
+    labels = batch.get("labels")
+    kept = is_encoder_decoder(root) or (isinstance(labels, Tensor) and labels.ndim == 1)
+    targets = {"num_items_in_batch"} if kept else {"num_items_in_batch", "labels"}
     return {name: value for name, value in batch.items() if name not in targets}
 
 

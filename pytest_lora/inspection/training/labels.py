@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.labels import IGNORED, LabelFacts, LabelKind
+from pytest_lora.inspection.training.text_bounds import text_bounds
 from pytest_lora.inspection.transformers_internals import reads_both_ways
 
 ALIKE = 0.95
@@ -32,6 +33,7 @@ class Vocabulary(NamedTuple):
     classes: int | None
     pad: int | None
     begin: int | None
+    decoder_start: int | None
     ends: tuple[int, ...]
     single_label: bool
     both_ways: bool
@@ -42,6 +44,7 @@ def vocabulary(root: nn.Module, base: BaseFacts) -> Vocabulary:
     config: Any = getattr(root, "config", None)
     pad = getattr(config, "pad_token_id", None)
     begin = getattr(config, "bos_token_id", None)
+    start = getattr(config, "decoder_start_token_id", None)
     end = getattr(config, "eos_token_id", None)
     ends = end if isinstance(end, (list, tuple)) else () if end is None else (end,)
     get = getattr(root, "get_output_embeddings", lambda: None)
@@ -60,6 +63,7 @@ def vocabulary(root: nn.Module, base: BaseFacts) -> Vocabulary:
         classes=classes if isinstance(classes, int) else None,
         pad=pad if isinstance(pad, int) else None,
         begin=begin if isinstance(begin, int) else None,
+        decoder_start=start if isinstance(start, int) else None,
         ends=tuple(int(e) for e in ends),
         # With one output and nothing said, transformers takes the labels for numbers.
         single_label=problem == "single_label_classification" or (problem is None and classes != 1),
@@ -144,6 +148,7 @@ def _facts(
         double_starts=_double_starts(ids, mask, words) if causal and ids is not None else 0,
         still_positions=_still_positions(batch),
         visible=_visible(labels, batch) if kind == "sequence" else 0.0,
+        bounds=text_bounds(kind, labels, ids, batch, ends=words.ends, start=words.decoder_start),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from pytest_lora.facts.optimizer import GroupFacts, Misshapen, Missing, OptimizerFacts, Part, ScheduleFacts
 from pytest_lora.inspection.base import dtype_name
@@ -211,3 +211,9 @@ def _foreseen(scheduler: Any) -> Iterator[tuple[int, float]]:
         except (ArithmeticError, LookupError, TypeError, ValueError):
             return
         yield step, max(rates)
+
+
+def default_optimizer(model: nn.Module, rate: float) -> Optimizer | None:
+    """The optimizer that a probe makes where it is given none; None where nothing trains."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return AdamW(trainable, lr=rate) if trainable else None

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import LabelFacts
 from pytest_lora.facts.optimizer import OptimizerFacts
-from pytest_lora.facts.steps import Failure, Phase, StepFacts
+from pytest_lora.facts.steps import Failure, Phase, ShiftFacts, StepFacts
 from pytest_lora.facts.training import TrainingFacts, unusual_inits
 from pytest_lora.inspection.behaviour.batch_law import batch_law
+from pytest_lora.inspection.behaviour.texts import pad_token
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.state import Keeper
@@ -29,12 +30,14 @@ from pytest_lora.inspection.training.batches import (
     take_batches,
 )
 from pytest_lora.inspection.training.circumstances import live_dropouts, repacked_layers, spoiled_inputs
+from pytest_lora.inspection.training.empty_rows import empty_rows
 from pytest_lora.inspection.training.failures import failure_of
 from pytest_lora.inspection.training.graph import Ran, how_it_runs
 from pytest_lora.inspection.training.labels import label_facts, vocabulary
 from pytest_lora.inspection.training.media import medium_facts
 from pytest_lora.inspection.training.optimizer import (
     as_float,
+    default_optimizer,
     optimizer_facts,
     param_groups,
     parameter_parts,
@@ -42,6 +45,7 @@ from pytest_lora.inspection.training.optimizer import (
 )
 from pytest_lora.inspection.training.plan import Plan
 from pytest_lora.inspection.training.rate import suitable_rate
+from pytest_lora.inspection.training.shift import Shift
 from pytest_lora.inspection.training.updates import Updates
 from pytest_lora.inspection.training.watch import Watch
 
@@ -109,7 +113,7 @@ class Probe:
         self._facts = model_facts(model)
         self._snapshot = tuple(since_snapshot(model, self._found, plan.base_snapshot or {}))
         self.rate = suitable_rate(self._facts.active_layers) if plan.rate is None else plan.rate
-        self._optimizer: Any = plan.optimizer or _default_optimizer(model, self.rate)
+        self._optimizer: Any = plan.optimizer or default_optimizer(model, self.rate)
         self._described = optimizer_facts(model, self._optimizer) if self._optimizer else _NO_OPTIMIZER
         self._schedule = schedule_facts(plan.scheduler, self._optimizer) if plan.scheduler else None
         self._batches: tuple[Any, ...] = ()
@@ -122,6 +126,7 @@ class Probe:
         self._steps: list[StepFacts] = []
         self._failure: Failure | None = None
         self._schedule_over = False
+        self._shift: ShiftFacts | None = None
         measured = plan.ranks or bool(unusual_inits(self._facts))
         self._updates = Updates(self._found, keeper) if measured and plan.steps else None
 
@@ -178,13 +183,13 @@ class Probe:
         plan = self._plan
         noting = partial(self._noting, number=number, batch=batch)
         scaler = plan.scaler if plan.scaler is not None and plan.scaler.is_enabled() else None
-        for p in self._model.parameters():
+        for p in (*self._model.parameters(), *(p for group in self._groups for p in group["params"])):
             p.grad = None
-        for group in self._groups:
-            for p in group["params"]:
-                p.grad = None
+        shift = Shift(self._found.root) if number == 1 else None
         with noting("forward pass"):
             loss = loss_of(self._model, self._batches[batch], plan.loss_fn)
+        if shift:
+            self._shift = shift.compared(loss, self._batches[batch], self._labels, batch)
         has_graph = loss.requires_grad
         if has_graph:
             with noting("backward pass"):
@@ -282,6 +287,8 @@ class Probe:
             updates=self._updates.facts(ranks=plan.ranks) if self._updates and self._steps else (),
             failure=self._failure,
             spoiled=tuple(spoiled_inputs(self._batches)),
+            shift=self._shift,
+            empty_rows=tuple(empty_rows(self._batches, found.modules, facts.base, pad_token(found.root))),
             optimizer_is_fresh=self._is_fresh,
             switched_off=self._switched_off and not any(layer.disabled for layer in facts.layers),
         )
@@ -290,8 +297,3 @@ class Probe:
 def _names(batches: tuple[Any, ...]) -> tuple[str, ...]:
     """Names of what some batches hold, each once."""
     return tuple(dict.fromkeys(str(n) for batch in batches if isinstance(batch, Mapping) for n in batch))
-
-
-def _default_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer | None:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trainable, lr=rate) if trainable else None

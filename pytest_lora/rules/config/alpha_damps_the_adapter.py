@@ -16,7 +16,8 @@ def alpha_damps_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
     ## What it does
     Computes the effective scaling of every adapted module (`alpha / r`, or `alpha / sqrt(r)` under
     rsLoRA, patterns applied) and looks for values below `Expect.min_scaling`. Below
-    `Expect.low_scaling` it is only mentioned.
+    `Expect.low_scaling` it is only mentioned, unless alpha is the 8 that PEFT takes where none is given and the
+    scaling is 1/16 or less.
 
     ## Why is this bad?
     The update and its gradients are both multiplied by the scaling. An alpha that was left from a
@@ -42,12 +43,19 @@ def alpha_damps_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
     for scaling in sorted({layer.scaling for layer in damped}):
         layers = [layer for layer in damped if layer.scaling == scaling]
         rank, alpha = layers[0].rank, layers[0].alpha
+        left = alpha == DEFAULT and scaling <= FAR_BELOW
         grave = scaling < expect.min_scaling
         yield Violation(
             where=grouped(layer.module for layer in layers),
-            observed=f"r={rank} with alpha={alpha:g}: the scaling is {scaling:.2g}",
+            observed=f"r={rank} with alpha={alpha:g}: the scaling is {scaling:.2g}"
+            + (", and 8 is PEFT's default for lora_alpha" if left else ""),
             expected=f"a scaling of at least {expect.min_scaling if grave else expect.low_scaling:g}, or a choice",
             fix=f"scale alpha with {'the root of r under rsLoRA' if layers[0].use_rslora else 'r'}: "
             f"{assigned(**scaled(facts.settings, layers[0].module, 2.0))} gives a scaling of 2",
-            severity="warning" if grave else "info",
+            severity="warning" if grave or left else "info",
         )
+
+
+DEFAULT, FAR_BELOW = 8, 1 / 16
+"""PEFT's ``lora_alpha`` where none is given, and half of ``Expect.low_scaling``: r=128, as reported to
+huggingface/lerobot (issue 3551)."""

@@ -10,15 +10,18 @@ from pytest_lora.rules.remedies import assigned
 
 @rule("LORA129", severity="info", needs=ConfigFacts)
 def fused_experts_are_left_out(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
-    """'all-linear' leaves out experts that are stored as fused parameters.
+    """Experts that are stored as fused parameters are left out, though the names of their projections are targets.
 
     ## What it does
     Looks for `target_modules="all-linear"` on a mixture of experts whose expert weights are one stacked
-    parameter each, and hold most of the base, while no `target_parameters` adapts them.
+    parameter each, and hold most of the base, while no `target_parameters` adapts them. That is an info. A warning is
+    a name such as `up_proj` or `down_proj` that the fused weights carry too, and that matches other modules only: a
+    shared expert, or the dense layers before the first mixture.
 
     ## Why is this bad?
     Newer transformers stores the experts of a layer as one parameter, which is no linear module. "all-
-    linear" then adapts attention alone. That can be meant; it did not use to be what the word does.
+    linear" then adapts attention alone. That can be meant; it did not use to be what the word does. With names, what
+    they match hides what they do not: the adapter trains, and the routed experts, most of the model, stand still.
 
     ## Example
     ```python
@@ -36,7 +39,9 @@ def fused_experts_are_left_out(facts: ConfigFacts, expect: Expect) -> Iterator[V
 
     ## References
     - https://huggingface.co/docs/peft/developer_guides/lora#targeting-nnparameter-directly
+    - https://github.com/unslothai/unsloth/pull/11014
     """
+    yield from _named_but_left(facts)
     if str(facts.settings.target_modules).lower() != "all-linear":
         return
     left = [p for p in facts.base.fused if p.name not in facts.adapted]
@@ -50,6 +55,38 @@ def fused_experts_are_left_out(facts: ConfigFacts, expect: Expect) -> Iterator[V
             expected="nothing, if attention alone was meant",
             fix=f"to adapt the experts too, set {assigned(**_experts_too(facts, names))}",
         )
+
+
+def _named_but_left(facts: ConfigFacts) -> Iterator[Violation]:
+    """Fused weights that carry the name of a target, which matches modules elsewhere."""
+    targets = facts.settings.target_modules
+    if isinstance(targets, str):
+        return
+    matched = {
+        t for t in targets or () if any(f".{layer.module}".endswith(f".{t}") for layer in facts.layers)
+    }
+    left = [p for p in facts.base.fused if p.name not in facts.adapted and _share_a_name(p.name, matched)]
+    if not left:
+        return
+    names = sorted({".".join(p.name.split(".")[-2:]) for p in left})
+    also = sorted(t for t in matched if any(_share_a_name(p.name, {t}) for p in left))
+    elsewhere = [f".{layer.module}" for layer in facts.layers]
+    instead = next(m for m in elsewhere if m.endswith(f".{also[0]}")).lstrip(".")
+    yield Violation(
+        where=f"{len(left)} fused parameters: {', '.join(names)}",
+        observed=f"{also} match {instead} and its like alone; the routed experts, "
+        f"{sum(p.numbers for p in left) / facts.base.parameters:.0%} of the base, are parameters and get no adapter",
+        expected="adapters on the experts too, or names that say which modules are meant",
+        fix=f"to adapt the experts, set {assigned(**_experts_too(facts, names))}; if they are to stay as they are, "
+        f"write more of the name: '{'.'.join(instead.split('.')[-2:])}'",
+        severity="warning",
+    )
+
+
+def _share_a_name(parameter: str, targets: set[str]) -> bool:
+    """Whether a fused weight is called like a target, or is several of them in one (`gate_up_proj`)."""
+    last = parameter.rpartition(".")[2]
+    return any(t == last or (t.endswith("_proj") and t[:-5] in last.split("_")) for t in targets)
 
 
 def _experts_too(facts: ConfigFacts, names: list[str]) -> dict[str, object]:

@@ -51,7 +51,7 @@ def labels_are_all_ignored(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
             "maximal length?",
             severity="error" if 2 * len(empty) >= len(facts.labels) else "warning",
         )
-    elif rows > 1 and 2 * ignored >= rows:
+    elif rows > 1 and ignored >= SHARE * rows:
         yield Violation(
             where="labels",
             observed=f"all labels are -100 in {ignored} of {rows} rows",
@@ -59,3 +59,7 @@ def labels_are_all_ignored(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
             fix="raise the maximal length so that answers are not cut off, or drop such rows",
             severity="warning",
         )
+
+
+SHARE = 0.25
+"""Rows without a label from which on a batch is much smaller than it was meant to be: TRL drops such rows."""

@@ -39,7 +39,7 @@ def labels_are_shifted_twice(facts: TrainingFacts, expect: Expect) -> Iterator[V
     ## References
     - https://huggingface.co/docs/transformers/tasks/language_modeling
     """
-    if facts.custom_loss:
+    if facts.custom_loss or not facts.shifts:
         return
     known = [k for k in facts.labels if k.kind == "causal" and k.labels >= ENOUGH and k.same < UNLIKE]
     ahead = [(k, k.ahead) for k in known if k.ahead >= ALIKE]

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pytest_lora.expect import Expect
+from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.rules import Violation, rule
+
+
+@rule("LORA369", severity="error", needs=TrainingFacts)
+def loss_is_not_shifted(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
+    """The loss compares each label with the prediction made from that very token.
+
+    ## What it does
+    Takes the logits that a causal model gave for the first loss, and computes the mean cross-entropy with the labels
+    at their own position and one position later. Where the loss is the first of these, and the labels are a copy of
+    the input, nothing was shifted. A loss that is neither is no finding.
+
+    ## Why is this bad?
+    A causal model reads a token before it is asked for it, so that this loss is lowest where the input is copied. It
+    falls fast, and generation repeats the last token. Most models shift labels themselves; a loss function of one's
+    own, and some models (`MBartForCausalLM`), do not, and label smoothing of older Trainers forgot it under PEFT.
+
+    ## Example
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+
+    def loss_fn(model, batch):
+        logits = model(input_ids=batch["input_ids"]).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+    report = check_training(model, batch, loss_fn=loss_fn)
+    ```
+
+    ## Use instead
+    ```python
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+
+    def loss_fn(model, batch):
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    report = check_training(model, batch, loss_fn=loss_fn)
+    ```
+
+    ## References
+    - https://github.com/huggingface/transformers/issues/27161
+    - https://github.com/huggingface/transformers/issues/27517
+    """
+    copied = [k for k in facts.labels if k.kind == "causal" and k.same >= ALIKE and not k.masked_inputs]
+    if facts.shift is None or facts.shifts or not copied:
+        return
+    yield Violation(
+        where="loss_fn" if facts.custom_loss else f"the loss of {facts.model.base.architecture}",
+        observed=f"the loss, {facts.shift.loss:.4g}, is that of labels and logits at the same position "
+        f"({facts.shift.in_place:.4g}); one position later it would be {facts.shift.ahead:.4g}: the model learns to "
+        "repeat its input, as nothing shifts the labels",
+        expected="the logits at position t against the label at position t + 1",
+        fix="shift in the loss: logits[:, :-1] against labels[:, 1:]"
+        if facts.custom_loss
+        else "this model does not shift labels itself: set batch['labels'] = torch.nn.functional.pad(batch['labels']"
+        "[:, 1:], (0, 1), value=-100)",
+    )
+
+
+ALIKE = 0.95
+"""Share of labels equal to the input at their place from which on they are a copy of it."""
