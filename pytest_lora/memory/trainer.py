@@ -11,6 +11,7 @@ from pytest_lora.values import shown
 _BY_ARGUMENTS = {
     "SFTConfig": "trl-sft",
     "DPOConfig": "trl-dpo",
+    "KTOConfig": "trl-kto",
     "RewardConfig": "trl-reward",
     "GRPOConfig": "trl-grpo",
 }

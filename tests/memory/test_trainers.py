@@ -138,6 +138,22 @@ def dpo(path: Path) -> tuple[Any, dict[str, Any]]:
     return trainer, {"input_ids": ids, "attention_mask": ones, "completion_mask": ones.clone()}
 
 
+def kto(path: Path) -> tuple[Any, dict[str, Any]]:
+    trainer = trl.KTOTrainer(
+        model=LlamaForCausalLM(BASE),
+        args=trl.KTOConfig(**plain(path)),
+        train_dataset=rows(prompt=["w5"] * 4, completion=["w6 w7"] * 4, label=[True, False] * 2),
+        processing_class=tokenizer(),
+        peft_config=CONFIG,
+    )
+    batch: dict[str, Any] = {"label": torch.tensor([True, False, True])}
+    for kind in ("", "KL_"):
+        ids = numbers(BATCH, LENGTH)
+        masks = {name: torch.ones_like(ids) for name in ("attention_mask", "completion_mask")}
+        batch.update({f"{kind}{name}": value for name, value in {"input_ids": ids, **masks}.items()})
+    return trainer, batch
+
+
 def reward(path: Path) -> tuple[Any, dict[str, Any]]:
     trainer = trl.RewardTrainer(
         model=LlamaForSequenceClassification(LlamaConfig(**{**BASE.to_dict(), "num_labels": 1})),
@@ -176,6 +192,7 @@ def grpo(path: Path) -> tuple[Any, dict[str, Any]]:
 REAL: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
     "trl-sft": sft,
     "trl-dpo": dpo,
+    "trl-kto": kto,
     "trl-reward": reward,
     "trl-grpo": grpo,
 }
@@ -268,6 +285,33 @@ def test_pairs_are_read_side_by_side() -> None:
     assert pairs.peak_allocated(2, 512) == pytest.approx(one.peak_allocated(4, 512), rel=0.05)
 
 
+def test_kto_reads_mismatched_completions_only_where_its_loss_asks_for_them(tmp_path: Path) -> None:
+    config = LoraConfig(r=8, target_modules=["q_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+
+    def of(**more: Any) -> Any:
+        args = trl.KTOConfig(**plain(tmp_path), **more)
+        return step_memory(config, SEVEN, args=args).flops(BATCH, 64)
+
+    plainly, by_apo = of(), of(loss_type="apo_zero_unpaired")
+    assert plainly.forward == pytest.approx(2 * by_apo.forward, rel=0.02), "four readings against two"
+    assert plainly.backward == by_apo.backward
+    ready = of(precompute_ref_log_probs=True)
+    assert ready.forward == pytest.approx(by_apo.forward, rel=0.02), "the KL term without a reference"
+
+
+def test_preference_trainers_turn_dropout_off(tmp_path: Path) -> None:
+    config = LoraConfig(r=8, target_modules=["q_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    off, on = (
+        step_memory(
+            config,
+            SEVEN,
+            args=trl.DPOConfig(**plain(tmp_path), disable_dropout=disable, gradient_checkpointing=False),
+        ).peak_allocated(2, 128)
+        for disable in (True, False)
+    )
+    assert on >= off + 8 * 4 * 128 * 256, "a byte a number of each adapted layer's input"
+
+
 def test_a_loop_of_ones_own_holds_its_outputs() -> None:
     loop = estimate_memory(CONFIG, SEVEN, trainer="loop", batch_size=4, seq_len=512)
     trainer = estimate_memory(CONFIG, SEVEN, trainer="transformers", batch_size=4, seq_len=512)
@@ -311,8 +355,8 @@ def test_the_arguments_of_the_trainer_of_transformers(tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_or_not_installed_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^args: the trainer of a KTOConfig is not known here; known are "):
-        estimate_memory(CONFIG, SEVEN, args=trl.KTOConfig(**plain(tmp_path)))
+    with pytest.raises(ValueError, match=r"^args: the trainer of a RLOOConfig is not known here; known are "):
+        estimate_memory(CONFIG, SEVEN, args=trl.RLOOConfig(**plain(tmp_path)))
     args = trl.SFTConfig(**plain(tmp_path))
     args.use_liger_kernel = True
     with pytest.raises(ValueError, match=r"Liger is not installed; pip install liger-kernel$"):

@@ -23,7 +23,7 @@ from pytest_lora.inspection.memory.parallel.model import Rank
 from pytest_lora.inspection.memory.parallel.strategies import distributed
 from pytest_lora.inspection.memory.remedies import excluded_by_peft
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
-from pytest_lora.inspection.memory.trainers import fuse_head
+from pytest_lora.inspection.memory.trainers import set_up
 from pytest_lora.inspection.memory.weights import Trained, Weight, loaded_weights, units_of
 from pytest_lora.inspection.peft_internals import freeze, store_adapter
 from pytest_lora.inspection.rehearsal import without_values
@@ -131,7 +131,7 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, together: int 
     store_adapter(adapted, getattr(torch, setting.adapter_dtype), magnitudes=not setting.by_trl)
     freeze(adapted, (*setting.frozen, *OPTIMIZERS[setting.optimizer].frozen))
     if setting.by_trl:
-        fuse_head(adapted_base(adapted), setting)
+        set_up(adapted, adapted_base(adapted), setting)
     unit_of = units_of(stacks)
     built = MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of))
     return built if setting.parallel is None else distributed(built, setting, setting.parallel)

@@ -65,6 +65,20 @@ def _dpo(setting: StepSetting) -> dict[str, Any]:
     return {**_pairs(setting), "completion_mask": _integers(2 * setting.batch_size, setting.seq_len)}
 
 
+def _kto(setting: StepSetting) -> dict[str, Any]:
+    """Completions, each with its label, and mismatched ones for the KL term (``DataCollatorForUnpairedPreference``)."""
+    shape = setting.batch_size, setting.seq_len
+    names = ["input_ids", "attention_mask", "completion_mask"]
+    if _estimates_kl(trainer_arguments(setting)):
+        names += [f"KL_{name}" for name in names]
+    return {**{name: _integers(*shape) for name in names}, "label": _integers(setting.batch_size).bool()}
+
+
+def _estimates_kl(arguments: Any) -> bool:
+    """As ``KTOTrainer`` decides it."""
+    return getattr(arguments, "loss_type", "") != "apo_zero_unpaired"
+
+
 def _grpo(setting: StepSetting) -> dict[str, Any]:
     """Completions with their prompts, after generation and scoring."""
     arguments = trainer_arguments(setting)
@@ -94,6 +108,7 @@ TRL: dict[str, TrainerKind] = {
         sequences=2,
         scored=("log_probs", "entropy", "mean_logits", "is_top1"),
     ),
+    "trl-kto": TrainerKind("KTOTrainer", "KTOConfig", _kto, scored=("log_probs", "entropy", "mean_logits")),
     "trl-reward": TrainerKind("RewardTrainer", "RewardConfig", _pairs, sequences=2),
     "trl-grpo": TrainerKind("GRPOTrainer", "GRPOConfig", _grpo, scored=("log_probs", "entropy")),
 }
@@ -127,13 +142,15 @@ def trainer_arguments(setting: StepSetting) -> Any:
     return SimpleNamespace(**values)
 
 
-def fuse_head(transformer: Any, setting: StepSetting) -> None:
-    """Give the base the fused head that the installed TRL gives it; older versions have none."""
+def set_up(adapted: nn.Module, transformer: Any, setting: StepSetting) -> None:
+    """Change a model as the installed trainer does: no dropout, a fused head; older versions have none."""
     kind = TRL[setting.trainer]
+    arguments = trainer_arguments(setting)
+    if getattr(arguments, "disable_dropout", False):
+        _utilities().disable_dropout_in_model(adapted)
     fuse = getattr(_utilities(), "add_fused_lm_head", None)
     if fuse is None or kind.scored is None:
         return
-    arguments = trainer_arguments(setting)
     more = {}
     if setting.trainer == "trl-grpo":
         more = {
@@ -177,6 +194,7 @@ def _trainer(kind: Any, model: nn.Module, arguments: Any, setting: StepSetting) 
         "router_aux_loss_coef": 0.0,
         "compute_loss_func": None,
         "label_smoother": None,
+        "calculate_KL": _estimates_kl(arguments),
         "precompute_ref_logps": getattr(arguments, "precompute_ref_log_probs", False),
         "loss_types": list(losses) if isinstance(losses, (list, tuple)) else losses,
         "loss_weights": weights or [1.0] * len(losses or ()),
