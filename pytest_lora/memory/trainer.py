@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+from pytest_lora.facts.memory import Evaluation
 from pytest_lora.values import shown
 
 _BY_ARGUMENTS = {
@@ -64,6 +65,11 @@ def read_arguments(args: Any) -> dict[str, Any]:
         "autocast": autocast or False,
         "empty_cache": values.get("torch_empty_cache_steps") is not None,
     }
+    strategy = values.get("eval_strategy", "no")
+    if getattr(strategy, "value", strategy) != "no":
+        found["evaluation"] = Evaluation(
+            values["per_device_eval_batch_size"], batches=values.get("eval_accumulation_steps")
+        )
     length = values.get("max_length")
     if length is not None:
         found["seq_len"] = length

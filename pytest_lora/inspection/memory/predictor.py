@@ -123,6 +123,8 @@ class Predictor:
             peak_phase=figures.peak_phase,
             peak_operation=figures.peak_operation,
             timeline=figures.timeline,
+            training_peak=figures.training_peak,
+            evaluation_peak=figures.evaluation_peak,
             paged=paged,
             cuda_context=CUDA_CONTEXT,
             flops=self.flops(*point),
@@ -229,6 +231,14 @@ def _unmodelled(setting: StepSetting, model: nn.Module, breakdown: Mapping[str, 
         yield Unmodelled("activations that are moved to the host are", "at most")
     if asked.get("use_liger_kernel"):
         yield Unmodelled("kernels of Liger that keep less for the backward are", "at most")
+    evaluation = setting.evaluation
+    held = evaluation is not None and evaluation.keeps != "loss" and setting.trainer != "trl-grpo"
+    if evaluation is not None and held and evaluation.batches is None:
+        yield Unmodelled(
+            f"{evaluation.keeps} of further batches of the evaluation, which stay on the GPU without "
+            "eval_accumulation_steps, are",
+            "at least",
+        )
     if setting.trainer == "trl-grpo":
         cache = _cache_of_generation(getattr(model, "config", None), setting)
         words = (

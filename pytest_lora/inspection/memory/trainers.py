@@ -62,7 +62,8 @@ def _pairs(setting: StepSetting) -> dict[str, Any]:
 
 def _dpo(setting: StepSetting) -> dict[str, Any]:
     """Chosen and rejected, one above the other (``DataCollatorForPreference``)."""
-    return {**_pairs(setting), "completion_mask": _integers(2 * setting.batch_size, setting.seq_len)}
+    pairs = {**_pairs(setting), "completion_mask": _integers(2 * setting.batch_size, setting.seq_len)}
+    return {**pairs, **_known_before(setting, "ref_chosen_logps", "ref_rejected_logps")}
 
 
 def _kto(setting: StepSetting) -> dict[str, Any]:
@@ -71,7 +72,16 @@ def _kto(setting: StepSetting) -> dict[str, Any]:
     names = ["input_ids", "attention_mask", "completion_mask"]
     if _estimates_kl(trainer_arguments(setting)):
         names += [f"KL_{name}" for name in names]
-    return {**{name: _integers(*shape) for name in names}, "label": _integers(setting.batch_size).bool()}
+    label = torch.empty(setting.batch_size, dtype=torch.bool, device=META)
+    batch = {**{name: _integers(*shape) for name in names}, "label": label}
+    return {**batch, **_known_before(setting, "ref_logps", "ref_KL_logps")}
+
+
+def _known_before(setting: StepSetting, *names: str) -> dict[str, torch.Tensor]:
+    """Log-probabilities of the reference, a number a sequence, where they are computed before the training."""
+    if not getattr(trainer_arguments(setting), "precompute_ref_log_probs", False):
+        return {}
+    return {name: torch.empty(setting.batch_size, device=META) for name in names}
 
 
 def _estimates_kl(arguments: Any) -> bool:
@@ -130,16 +140,20 @@ def _trl(name: str) -> Any:
 
 def trainer_arguments(setting: StepSetting) -> Any:
     """The arguments of a TRL trainer: its own defaults, and what was given."""
-    declared: Any = fields(_trl(TRL[setting.trainer].arguments))
-    values = {
+    values = {**_defaults(_trl(TRL[setting.trainer].arguments)), **dict(setting.args)}
+    if values.get("steps_per_generation", 0) is None:
+        values["steps_per_generation"] = setting.accumulation
+    return SimpleNamespace(**values)
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    """What a dataclass has where nothing is given."""
+    declared: Any = fields(kind)
+    return {
         f.name: f.default if f.default is not MISSING else f.default_factory()
         for f in declared
         if f.default is not MISSING or f.default_factory is not MISSING
     }
-    values.update(setting.args)
-    if values.get("steps_per_generation", 0) is None:
-        values["steps_per_generation"] = setting.accumulation
-    return SimpleNamespace(**values)
 
 
 def set_up(adapted: nn.Module, transformer: Any, setting: StepSetting) -> None:
@@ -175,6 +189,37 @@ def trl_loss(model: nn.Module, setting: StepSetting) -> torch.Tensor:
     return loss
 
 
+def prediction_step(
+    model: nn.Module, transformer: nn.Module, setting: StepSetting, batch: dict[str, Any] | None, keeps: str
+) -> tuple[Any, Any, Any]:
+    """Loss, logits and labels that the installed trainer takes from a batch of an evaluation.
+
+    Args:
+        model: What is called.
+        transformer: The base, whose class says what labels are.
+        setting: Trainer, and size of the batch.
+        batch: Of a trainer that is not of TRL.
+        keeps: As of ``Evaluation``.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    if setting.by_trl:
+        kind, arguments = _trl(TRL[setting.trainer].name), trainer_arguments(setting)
+        batch = TRL[setting.trainer].batch(setting)
+    else:
+        defaults = _defaults(transformers.TrainingArguments)
+        kind, arguments = transformers.Trainer, SimpleNamespace(**defaults, **_OF_ONE_GPU)
+    trainer = _trainer(kind, model, arguments, setting)
+    trainer.label_names = transformers.utils.find_labels(type(transformer))
+    loss, logits, labels = trainer.prediction_step(model, batch, prediction_loss_only=keeps == "loss")
+    if keeps == "predictions" and logits is not None:
+        logits = (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+    return loss, logits, labels
+
+
+_OF_ONE_GPU = {"device": META, "n_gpu": 1, "world_size": 1}
+"""What arguments find out."""
+
+
 def _trainer(kind: Any, model: nn.Module, arguments: Any, setting: StepSetting) -> Any:
     """A trainer that was never set up: no data, no processes; what its loss asks for is there."""
     losses = getattr(arguments, "loss_type", None)
@@ -205,6 +250,10 @@ def _trainer(kind: Any, model: nn.Module, arguments: Any, setting: StepSetting) 
         "_entropy_window_stats": None,
         "is_deepspeed_enabled": False,
         "is_fsdp_enabled": False,
+        "can_return_loss": False,
+        "model_accepts_loss_kwargs": False,
+        "_prepare_inputs": lambda inputs: inputs,
+        "compute_loss_context_manager": nullcontext,
     }
     made = object.__new__(kind)
     vars(made).update(known)
