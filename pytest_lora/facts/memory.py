@@ -75,6 +75,11 @@ class Quantization:
         return self.method in BITSANDBYTES
 
 
+Loss = Literal["full", "chunked", "liger", "cut"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
+Kernels = Literal["liger", "axolotl"]
+KERNELS: tuple[Kernels, ...] = get_args(Kernels)
+
 Kept = Literal["loss", "logits", "predictions"]
 EVALUATION_KEEPS: tuple[Kept, ...] = get_args(Kept)
 
@@ -129,6 +134,8 @@ class StepSetting:
         attention: Kernel of scaled dot product attention without a mask.
         parallel: How several GPUs share the step; None for one.
         evaluation: What is run between the steps; None for nothing.
+        loss: Whether all logits are held at once, or whose loss it is that holds them in part or not at all.
+        kernels: Whose fused kernels stand for the layers' own code; None for nobody's.
     """
 
     batch_size: int
@@ -155,6 +162,8 @@ class StepSetting:
     padding_free: bool = False
     parallel: Parallel | None = None
     evaluation: Evaluation | None = None
+    loss: Loss = "full"
+    kernels: Kernels | None = None
 
     @property
     def by_accelerate(self) -> bool:

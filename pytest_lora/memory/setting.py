@@ -11,9 +11,13 @@ from pytest_lora.facts.memory import (
     ATTENTION_KERNELS,
     BITSANDBYTES,
     EVALUATION_KEEPS,
+    KERNELS,
+    LOSSES,
     Attention,
     Checkpointing,
     Evaluation,
+    Kernels,
+    Loss,
     Quantization,
     StepSetting,
 )
@@ -100,6 +104,8 @@ def checked_setting(
     wrap: Sequence[str] = (),
     parallel: Any = None,
     evaluation: Evaluation | None = None,
+    loss: Loss | None = None,
+    kernels: Kernels | None = None,
 ) -> StepSetting:
     """The arguments of ``estimate_memory`` as facts; batch size and sequence length are left at 1.
 
@@ -164,9 +170,33 @@ def checked_setting(
         trainer=trainer,
         parallel=shared,
         evaluation=_evaluation(evaluation, sharded=shared is not None and shared.strategy in SHARDED),
+        loss=_loss(loss, kernels, trainer),
+        kernels=_kernels(kernels),
         args=() if args is None or not by_trl else loss_fields(args),
         **flags,
     )
+
+
+def _loss(given: Any, kernels: Any, trainer: str) -> Loss:
+    if trainer.startswith("trl-"):  # Liger's layers beside TRL's own head, as TRL sets them up
+        if given not in (None, "chunked"):
+            raise ValueError(
+                f"loss: {trainer!r} computes its own loss, in tiles of the logits; leave loss={given!r} out, or describe "
+                "the step with trainer='transformers'"
+            )
+        return "full"
+    if given is None:
+        return "liger" if kernels == "liger" else "full"
+    require_one_of("loss", given, LOSSES)
+    found: Loss = given
+    return found
+
+
+def _kernels(given: Any) -> Kernels | None:
+    if given is not None:
+        require_one_of("kernels", given, KERNELS)
+    found: Kernels | None = given
+    return found
 
 
 def _evaluation(given: Any, *, sharded: bool) -> Evaluation | None:

@@ -16,6 +16,8 @@ from torch import nn
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
 from pytest_lora.inspection.limited.patterns import require_matchable
+from pytest_lora.inspection.memory.fused_layers import fuse_layers
+from pytest_lora.inspection.memory.fused_losses import fuse_loss
 from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, Stack, cut_stacks
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
@@ -130,6 +132,10 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, together: int 
     adapted = _with_adapter(model, config, setting).train()
     store_adapter(adapted, getattr(torch, setting.adapter_dtype), magnitudes=not setting.by_trl)
     freeze(adapted, (*setting.frozen, *OPTIMIZERS[setting.optimizer].frozen))
+    if setting.loss != "full":
+        fuse_loss(adapted_base(adapted), setting)
+    if setting.kernels is not None:
+        fuse_layers(adapted, setting.kernels)
     if setting.by_trl:
         set_up(adapted, adapted_base(adapted), setting)
     unit_of = units_of(stacks)

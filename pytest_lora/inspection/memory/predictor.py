@@ -21,6 +21,8 @@ from pytest_lora.inspection.memory.compiled_replay import fastest_replay
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
 from pytest_lora.inspection.memory.dry_run import NotTracedError
 from pytest_lora.inspection.memory.estimate import StepShape
+from pytest_lora.inspection.memory.fused_layers import FORMULAS as LAYER_FORMULAS
+from pytest_lora.inspection.memory.fused_losses import FORMULAS as LOSS_FORMULAS
 from pytest_lora.inspection.memory.images import reads_images
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
 from pytest_lora.inspection.memory.operations import FlopsSurface
@@ -140,7 +142,10 @@ class Predictor:
 
     def _by_formula(self) -> tuple[str, ...]:
         rank = next(iter(self._models.values())).rank
-        return rank.by_formula if rank is not None else ()
+        shared = rank.by_formula if rank is not None else ()
+        loss = (LOSS_FORMULAS[self.setting.loss],) if self.setting.loss != "full" else ()
+        layers = LAYER_FORMULAS[self.setting.kernels] if self.setting.kernels else ()
+        return (*shared, *loss, *layers)
 
     def _reserved(self, shape: StepShape, sizes: NDArray[np.int64]) -> int:
         self._replays += 1
@@ -229,8 +234,8 @@ def _unmodelled(setting: StepSetting, model: nn.Module, breakdown: Mapping[str, 
         )
     if asked.get("activation_offloading"):
         yield Unmodelled("activations that are moved to the host are", "at most")
-    if asked.get("use_liger_kernel"):
-        yield Unmodelled("kernels of Liger that keep less for the backward are", "at most")
+    if setting.kernels == "liger":
+        yield Unmodelled("that Liger rotates queries and keys in place is", "at most")
     evaluation = setting.evaluation
     held = evaluation is not None and evaluation.keeps != "loss" and setting.trainer != "trl-grpo"
     if evaluation is not None and held and evaluation.batches is None:
