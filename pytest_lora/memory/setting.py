@@ -181,8 +181,8 @@ def _loss(given: Any, kernels: Any, trainer: str) -> Loss:
     if trainer.startswith("trl-"):  # Liger's layers beside TRL's own head, as TRL sets them up
         if given not in (None, "chunked"):
             raise ValueError(
-                f"loss: {trainer!r} computes its own loss, in tiles of the logits; leave loss={given!r} out, or describe "
-                "the step with trainer='transformers'"
+                f"loss: {trainer!r} computes its own loss, in tiles of the logits; leave loss={given!r} out, or "
+                "describe the step with trainer='transformers'"
             )
         return "full"
     if given is None:

@@ -354,13 +354,25 @@ def test_the_arguments_of_the_trainer_of_transformers(tmp_path: Path) -> None:
         estimate_memory(CONFIG, SEVEN, args=args)
 
 
-def test_what_is_not_known_or_not_installed_is_named(tmp_path: Path) -> None:
+def test_a_trainer_that_is_not_known_is_named(tmp_path: Path) -> None:
+    args = trl.RLOOConfig(**plain(tmp_path, num_generations=BATCH))
     with pytest.raises(ValueError, match=r"^args: the trainer of a RLOOConfig is not known here; known are "):
-        estimate_memory(CONFIG, SEVEN, args=trl.RLOOConfig(**plain(tmp_path)))
-    args = trl.SFTConfig(**plain(tmp_path))
-    args.use_liger_kernel = True
-    with pytest.raises(ValueError, match=r"Liger is not installed; pip install liger-kernel$"):
         estimate_memory(CONFIG, SEVEN, args=args)
+    for loss in ("full", "cut"):
+        with pytest.raises(ValueError, match=r"^loss: 'trl-sft' computes its own loss, in tiles"):
+            estimate_memory(CONFIG, SEVEN, trainer="trl-sft", loss=loss, **POINT)
+
+
+def test_liger_of_arguments_means_its_layers_and_in_the_trainer_its_loss(tmp_path: Path) -> None:
+    def found(kind: Any, **config: Any) -> tuple[Any, str]:
+        args = kind(**plain(tmp_path))
+        args.use_liger_kernel, args.liger_kernel_config = True, config or None
+        asked = estimate_memory(CONFIG, SEVEN, args=args, seq_len=64).setting
+        return asked.kernels, asked.loss
+
+    assert found(trl.SFTConfig) == ("liger", "full"), "beside TRL's own head"
+    assert found(TrainingArguments) == ("liger", "liger")
+    assert found(TrainingArguments, fused_linear_cross_entropy=False) == ("liger", "full")
 
 
 def test_what_generation_takes_is_a_lower_bound() -> None:
