@@ -96,9 +96,9 @@ def estimate_memory(
             ``args`` has it (``eval_strategy``, ``per_device_eval_batch_size``, ``eval_accumulation_steps``), keeping
             the loss.
         loss: ``"full"``: all logits at once, as models compute it. ``"chunked"``: the chunked
-            ``linear_cross_entropy`` of torch 2.13. ``"liger"``: Liger's fused linear cross entropy. ``"cut"``: cut cross
-            entropy (Axolotl's plugin). These three are computed from what their code keeps (``by_formula``). TRL has
-            its own, in tiles, and takes ``"chunked"`` alone.
+            ``linear_cross_entropy`` of torch 2.13. ``"liger"``: Liger's fused linear cross entropy. ``"cut"``: cut
+            cross entropy (Axolotl's plugin). These three are computed from what their code keeps (``by_formula``).
+            TRL has its own, in tiles, and takes ``"chunked"`` alone.
         kernels: Fused kernels of the layers: ``"liger"`` (RMSNorm, SwiGLU, and its loss unless ``loss="full"``) or
             ``"axolotl"`` (its LoRA kernels); they are computed like the loss.
         frozen: Parameters of the adapter that are not trained: ``["lora_A"]`` as in LoRA-FA, or whole names in
