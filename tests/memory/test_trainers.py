@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -381,6 +382,37 @@ def test_what_generation_takes_is_a_lower_bound() -> None:
     assert "keys and values take 16.0 MiB or more" in str(found), (
         "2 x 2 bytes x 8 layers x 256 wide x 2048 tokens"
     )
+
+
+def test_completions_of_all_steps_that_share_a_generation_are_made_at_once(tmp_path: Path) -> None:
+    def words(**more: Any) -> str:
+        args = trl.GRPOConfig(**plain(tmp_path, num_generations=BATCH, gradient_accumulation_steps=4, **more))
+        found = estimate_memory(CONFIG, SEVEN, args=args, batch_size=4, seq_len=512)
+        return "; ".join(part.what for part in found.unmodelled)
+
+    assert "keys and values take 64.0 MiB or more" in words(), "four times a batch of 16 MiB"
+    assert "keys and values take 32.0 MiB or more" in words(steps_per_generation=2)
+    assert words(use_vllm=True, vllm_mode="server") == ""
+    beside = words(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.25)
+    assert beside == "vLLM on the same GPU, which is given 25 % of the GPU, is"
+
+
+def test_float32_weights_under_autocast_are_kept_in_bfloat16_for_the_backward(tmp_path: Path) -> None:
+    config = LoraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM(BASE), config)
+    model.config.use_cache = False
+    ids = numbers(BATCH, LENGTH)
+    gc.collect()
+    with Allocations() as real:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        del loss
+    setting = checked_setting(dtype="float32", autocast="bfloat16", trainer="loop", outputs_held=False)
+    asked = replace(setting, batch_size=BATCH, seq_len=LENGTH)
+    peak, largest = peak_and_largest(dry_run.trace(build(BASE, config, asked, together=0), asked))
+    assert largest == real.largest
+    assert peak == pytest.approx(real.peak, rel=0.01)
 
 
 def test_what_is_moved_to_the_host_makes_an_upper_bound(tmp_path: Path) -> None:

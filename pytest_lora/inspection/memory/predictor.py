@@ -245,11 +245,7 @@ def _unmodelled(setting: StepSetting, model: nn.Module, breakdown: Mapping[str, 
             "at least",
         )
     if setting.trainer == "trl-grpo":
-        cache = _cache_of_generation(getattr(model, "config", None), setting)
-        words = (
-            f", whose keys and values take {format_bytes(cache)} or more beside the weights," if cache else ""
-        )
-        yield Unmodelled(f"generation{words} is", "at least")
+        yield from _generation(asked, getattr(model, "config", None), setting)
     shared = setting.parallel
     if shared is not None and shared.strategy in ("fsdp1", "fsdp2") and setting.accumulation > 1:
         # Every trained parameter is an adapter here; FSDP keeps a gradient in float32 at most.
@@ -264,8 +260,22 @@ def _unmodelled(setting: StepSetting, model: nn.Module, breakdown: Mapping[str, 
         )
 
 
+def _generation(asked: Mapping[str, Any], config: Any, setting: StepSetting) -> Iterator[Unmodelled]:
+    """What generates completions for GRPO: the model itself between steps, vLLM beside it, or a server elsewhere."""
+    if asked.get("use_vllm"):
+        if asked.get("vllm_mode") != "server":
+            share = asked.get("vllm_gpu_memory_utilization")
+            words = f", which is given {100 * share:g} % of the GPU," if share else ""
+            yield Unmodelled(f"vLLM on the same GPU{words} is", "at least")
+        return
+    batches = asked.get("steps_per_generation") or setting.accumulation
+    cache = batches * _cache_of_generation(config, setting)
+    words = f", whose keys and values take {format_bytes(cache)} or more beside the weights," if cache else ""
+    yield Unmodelled(f"generation{words} is", "at least")
+
+
 def _cache_of_generation(config: Any, setting: StepSetting) -> int:
-    """Bytes of keys and values of a whole batch of sequences, two bytes a number; 0 where they are not known."""
+    """Bytes of keys and values of a batch of sequences, two bytes a number; 0 where they are not known."""
     text = getattr(config, "text_config", config)
     layers, heads = (getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
     width = getattr(text, "hidden_size", None)

@@ -89,6 +89,9 @@ def _estimates_kl(arguments: Any) -> bool:
     return getattr(arguments, "loss_type", "") != "apo_zero_unpaired"
 
 
+_CORRECTED = "vllm_importance_sampling_correction"
+
+
 def _grpo(setting: StepSetting) -> dict[str, Any]:
     """Completions with their prompts, after generation and scoring."""
     arguments = trainer_arguments(setting)
@@ -104,6 +107,9 @@ def _grpo(setting: StepSetting) -> dict[str, Any]:
     }
     if arguments.beta:
         batch["ref_per_token_logps"] = torch.empty(rows, completion, device=META)
+    if getattr(arguments, "use_vllm", False) and getattr(arguments, _CORRECTED, False):
+        by_sequence = "sequence" in str(getattr(arguments, "vllm_importance_sampling_mode", ""))
+        batch["importance_sampling_ratio"] = torch.empty(rows, 1 if by_sequence else completion, device=META)
     if arguments.num_iterations > 1:
         batch["old_per_token_logps"] = torch.empty(rows, completion, device=META)
     return batch
