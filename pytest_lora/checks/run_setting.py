@@ -30,10 +30,6 @@ _STRATEGIES = {"fsdp": "fsdp1", "zero0": "ddp"}
 """Those of recipes by the names of ``estimate_memory``; accelerate and Trainer take FSDP1 unless they are told."""
 
 
-SAVED_BY = {"Axolotl": 1.25}
-"""What Axolotl's own LoRA kernels, on by themselves for lora and qlora, may save of a step: a fifth of its peak."""
-
-
 class JudgedRun(NamedTuple):
     """What is known of a run: what the report calls it, the findings, its card, and what could not be judged."""
 
@@ -263,16 +259,20 @@ def _estimate(
     facts: RecipeFacts, setting: RunSetting, config: LoraConfig, base: Any, cards: int
 ) -> MemoryEstimate | None:
     """The memory of a step of this run; None where the setting lacks something, or such a step cannot be traced."""
-    from pytest_lora.inspection.recipe.adapter import step_arguments
+    from pytest_lora.inspection.recipe.adapter import fused_arguments, step_arguments
     from pytest_lora.memory.estimate import estimate_memory
 
     arguments = step_arguments(setting, facts.base.dtype if facts.base else None)
-    try:
-        if arguments is None:
-            return None
-        return estimate_memory(config, base, **arguments, **_shared(setting, cards))
-    except (ValueError, LookupError, ArithmeticError):  # sizes that no allocator has
+    if arguments is None:
         return None
+    arguments |= _shared(setting, cards)
+    fused = fused_arguments(setting)
+    for more in (fused, {}) if fused else ({},):  # a base that no fused loss is for is estimated without
+        try:
+            return estimate_memory(config, base, **arguments, **more)
+        except (ValueError, LookupError, ArithmeticError):  # sizes that no allocator has
+            continue
+    return None
 
 
 def _memory(
@@ -304,9 +304,10 @@ def _shared(setting: RunSetting, cards: int) -> dict[str, Any]:
 
 
 def _may_fit(setting: RunSetting, estimate: MemoryEstimate, budget: int) -> bool:
-    """Whether a step may fit that plain PyTorch would not: less what the tool's own code is known to save."""
-    saved = estimate.breakdown.get("logits and loss", 0) if setting.loss.value == "chunked" else 0
-    return budget < estimate.peak_allocated <= budget * SAVED_BY.get(setting.tool, 1.0) + saved
+    """Whether a step may fit though it is estimated with all logits: the tool holds them in part or not at all."""
+    partly = setting.loss.value == "chunked" and estimate.setting.loss == "full"
+    saved = estimate.breakdown.get("logits and loss", 0) if partly else 0
+    return budget < estimate.peak_allocated <= budget + saved
 
 
 def _smaller(setting: RunSetting) -> str:

@@ -75,6 +75,35 @@ class Quantization:
         return self.method in BITSANDBYTES
 
 
+Loss = Literal["full", "chunked", "liger", "cut"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
+Kernels = Literal["liger", "axolotl"]
+KERNELS: tuple[Kernels, ...] = get_args(Kernels)
+
+Kept = Literal["loss", "logits", "predictions"]
+EVALUATION_KEEPS: tuple[Kept, ...] = get_args(Kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """An evaluation between the steps, as the Trainer runs it: without gradients, in batches of their own.
+
+    Attributes:
+        batch_size: Sequences (or pairs) in a batch: ``per_device_eval_batch_size``.
+        seq_len: Tokens in each; None for those of the training.
+        keeps: What stays on the GPU of each batch: ``"loss"`` alone, as without ``compute_metrics`` or with
+            ``prediction_loss_only=True``; ``"logits"``, as with ``compute_metrics``; ``"predictions"``, where
+            ``preprocess_logits_for_metrics`` makes one whole number a token of them.
+        batches: How many batches stay before they go to the host: ``eval_accumulation_steps``, or without that all of
+            the evaluation. None where that is not known, which makes the figures "at least" with logits.
+    """
+
+    batch_size: int
+    seq_len: int | None = None
+    keeps: Kept = "loss"
+    batches: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class StepSetting:
     """Everything about a training step, the base and the adapter aside, that decides its memory.
@@ -104,6 +133,9 @@ class StepSetting:
         workspace: Bytes of a workspace of cuBLAS, of which the forward has one and the backward another.
         attention: Kernel of scaled dot product attention without a mask.
         parallel: How several GPUs share the step; None for one.
+        evaluation: What is run between the steps; None for nothing.
+        loss: Whether all logits are held at once, or whose loss it is that holds them in part or not at all.
+        kernels: Whose fused kernels stand for the layers' own code; None for nobody's.
     """
 
     batch_size: int
@@ -129,6 +161,14 @@ class StepSetting:
     args: tuple[tuple[str, Hashable], ...] = ()
     padding_free: bool = False
     parallel: Parallel | None = None
+    evaluation: Evaluation | None = None
+    loss: Loss = "full"
+    kernels: Kernels | None = None
+
+    @property
+    def by_accelerate(self) -> bool:
+        """Whether accelerate prepares the model: under autocast it hands on all outputs in float32."""
+        return bool(self.autocast) and self.trainer != "loop"
 
     @property
     def by_trl(self) -> bool:
@@ -166,7 +206,7 @@ class MemoryEstimate:
         loaded: Allocated once the model is loaded, before the first step.
         after_step: Allocated between two steps: weights, quantization statistics, optimizer state.
         breakdown: Bytes by category at the peak; they add up to ``peak_allocated``.
-        peak_phase: ``"forward"``, ``"backward"`` or ``"optimizer"``.
+        peak_phase: ``"forward"``, ``"backward"``, ``"optimizer"`` or ``"evaluation"``.
         peak_operation: The operation whose result makes the peak.
         timeline: Peak of each stretch of the step, in order.
         paged: Optimizer state in unified memory, which the allocator does not count.
@@ -175,7 +215,9 @@ class MemoryEstimate:
         has_tokens: Whether the step has tokens at all; with images alone, their length means nothing.
         unmodelled: What is left out, which makes the figures a bound.
         over_ranks: With several GPUs the peaks of all of them together; 0 with one.
-        by_formula: Parts of a step on several GPUs that are computed, where the library's own code cannot run.
+        by_formula: Parts of a step that are computed, where the library's own code cannot run.
+        training_peak: The peak of the training steps alone.
+        evaluation_peak: The peak of the evaluation between them; 0 where none is asked for.
     """
 
     setting: StepSetting
@@ -196,6 +238,8 @@ class MemoryEstimate:
     unmodelled: tuple[Unmodelled, ...] = ()
     over_ranks: int = 0
     by_formula: tuple[str, ...] = ()
+    training_peak: int = 0
+    evaluation_peak: int = 0
 
     @property
     def bound(self) -> Literal["at least", "at most", "about"] | None:
@@ -222,9 +266,24 @@ class MemoryEstimate:
         size = f"batch {self.setting.batch_size}"
         return f"{size} x {self.setting.seq_len} tokens" if self.has_tokens else size
 
+    def _evaluated(self) -> str:
+        asked = self.setting.evaluation
+        if asked is None:
+            return ""
+        length = f" x {asked.seq_len} tokens" if asked.seq_len and self.has_tokens else ""
+        return f" and an evaluation by {asked.batch_size}{length}, which keeps the {asked.keeps},"
+
+    def _peaks(self) -> tuple[tuple[str, int], ...]:
+        if not self.evaluation_peak:
+            return (("peak allocated", self.peak_allocated),)
+        larger, smaller = ("training", self.training_peak), ("evaluation", self.evaluation_peak)
+        if smaller[1] > larger[1]:
+            larger, smaller = smaller, larger
+        return ((f"peak of the {smaller[0]}", smaller[1]), (f"peak allocated, of the {larger[0]}", larger[1]))
+
     def __str__(self) -> str:
         rows = [
-            ("peak allocated", self.peak_allocated),
+            *self._peaks(),
             *((f"  {name}", size) for name, size in self.breakdown.items()),
             ("peak reserved", self.peak_reserved),
             ("between steps", self.after_step),
@@ -240,7 +299,7 @@ class MemoryEstimate:
         width = max(len(name) for name, _ in rows)
         shared = f"; the fullest of {self.setting.parallel}" if self.setting.parallel else ""
         head = (
-            f"a training step of {self.architecture}, {self.batch}, "
+            f"a training step{self._evaluated()} of {self.architecture}, {self.batch}, "
             f"r={self.rank}{shared}; peak in the {self.peak_phase}, {self.peak_operation}"
         )
         return "\n".join(

@@ -8,7 +8,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 from pytest_lora.arguments import adapter_and_base, refusing
-from pytest_lora.facts.memory import Attention, Checkpointing
+from pytest_lora.facts.memory import Attention, Checkpointing, Evaluation, Kernels, Loss
 from pytest_lora.facts.parallel import Offload
 from pytest_lora.memory.setting import checked_setting
 
@@ -50,6 +50,9 @@ class StepArguments(TypedDict, total=False):
     reshard_after_forward: bool | None
     wrap: Sequence[str]
     parallel: Any
+    evaluation: Evaluation | None
+    loss: Loss | None
+    kernels: Kernels | None
 
 
 def names_settings(function: _Function) -> _Function:

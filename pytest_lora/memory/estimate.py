@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
 from pytest_lora.facts.operations import StepFlops
+from pytest_lora.facts.parallel import SHARDED
 from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.setting import checked_setting, declared_quantization, require_point
 from pytest_lora.memory.trainer import read_arguments
@@ -90,6 +91,16 @@ def estimate_memory(
         wrap: Classes of the layers that FSDP gathers as a whole; default: those that transformers names.
         parallel: An accelerate configuration or a DeepSpeed JSON as a path, or the mapping in it, or FSDP arguments;
             it says the five above.
+        evaluation: ``Evaluation(batch_size=8)``, which runs between the steps; with ``compute_metrics`` it has
+            ``keeps="logits"``. The larger of both is the peak, and the estimate says which. Default: none, or as
+            ``args`` has it (``eval_strategy``, ``per_device_eval_batch_size``, ``eval_accumulation_steps``), keeping
+            the loss.
+        loss: ``"full"``: all logits at once, as models compute it. ``"chunked"``: the chunked
+            ``linear_cross_entropy`` of torch 2.13. ``"liger"``: Liger's fused linear cross entropy. ``"cut"``: cut
+            cross entropy (Axolotl's plugin). These three are computed from what their code keeps (``by_formula``).
+            TRL has its own, in tiles, and takes ``"chunked"`` alone.
+        kernels: Fused kernels of the layers: ``"liger"`` (RMSNorm, SwiGLU, and its loss unless ``loss="full"``) or
+            ``"axolotl"`` (its LoRA kernels); they are computed like the loss.
         frozen: Parameters of the adapter that are not trained: ``["lora_A"]`` as in LoRA-FA, or whole names in
             the base. ``optimizer="lorafa"``, PEFT's own, freezes them by itself.
 
@@ -171,8 +182,16 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
             **{name: value for name, value in read.items() if name not in ("batch_size", "seq_len")},
             **given,
         }
-    checked = checked_setting(**given)
-    return StepMemory(_predictor(base, config, checked), config.r, _left_out(base))
+    left_out = _left_out(base)
+    if not setting.get("evaluation") and given.get("evaluation") and _is_sharded(given):
+        given["evaluation"] = None
+        left_out += (Unmodelled("the evaluation, where weights are cut over several GPUs, is", "at least"),)
+    return StepMemory(_predictor(base, config, checked_setting(**given)), config.r, left_out)
+
+
+def _is_sharded(given: Mapping[str, Any]) -> bool:
+    shared = checked_setting(**{**given, "evaluation": None}).parallel
+    return shared is not None and shared.strategy in SHARDED
 
 
 def _left_out(base: Any) -> tuple[Unmodelled, ...]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+from pytest_lora.facts.memory import Evaluation
 from pytest_lora.values import shown
 
 _BY_ARGUMENTS = {
     "SFTConfig": "trl-sft",
     "DPOConfig": "trl-dpo",
+    "KTOConfig": "trl-kto",
     "RewardConfig": "trl-reward",
     "GRPOConfig": "trl-grpo",
 }
@@ -50,8 +51,6 @@ def read_arguments(args: Any) -> dict[str, Any]:
     """
     trainer = trainer_of(args)
     values: dict[str, Any] = vars(args)
-    if values.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
-        raise ValueError("args: use_liger_kernel=True, but Liger is not installed; pip install liger-kernel")
     autocast = next((dtype for field, dtype in _DTYPES.items() if values.get(field)), "")
     found: dict[str, Any] = {
         "trainer": trainer,
@@ -63,6 +62,14 @@ def read_arguments(args: Any) -> dict[str, Any]:
         "autocast": autocast or False,
         "empty_cache": values.get("torch_empty_cache_steps") is not None,
     }
+    if values.get("use_liger_kernel"):
+        found["kernels"] = "liger"
+        found["loss"] = _loss_of_liger(values.get("liger_kernel_config") or {}, trainer)
+    strategy = values.get("eval_strategy", "no")
+    if getattr(strategy, "value", strategy) != "no":
+        found["evaluation"] = Evaluation(
+            values["per_device_eval_batch_size"], batches=values.get("eval_accumulation_steps")
+        )
     length = values.get("max_length")
     if length is not None:
         found["seq_len"] = length
@@ -70,6 +77,13 @@ def read_arguments(args: Any) -> dict[str, Any]:
     if packed or values.get("padding_free"):
         found["padding_free"] = True
     return found
+
+
+def _loss_of_liger(config: Mapping[str, Any], trainer: str) -> str | None:
+    """TRL keeps its own head beside Liger's layers; the Trainer takes Liger's unless it is told otherwise."""
+    if trainer != "transformers":
+        return None
+    return "liger" if config.get("fused_linear_cross_entropy", True) else "full"
 
 
 def _checkpointing(trainer: str, values: Mapping[str, Any]) -> bool | str:

@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -138,6 +139,22 @@ def dpo(path: Path) -> tuple[Any, dict[str, Any]]:
     return trainer, {"input_ids": ids, "attention_mask": ones, "completion_mask": ones.clone()}
 
 
+def kto(path: Path) -> tuple[Any, dict[str, Any]]:
+    trainer = trl.KTOTrainer(
+        model=LlamaForCausalLM(BASE),
+        args=trl.KTOConfig(**plain(path)),
+        train_dataset=rows(prompt=["w5"] * 4, completion=["w6 w7"] * 4, label=[True, False] * 2),
+        processing_class=tokenizer(),
+        peft_config=CONFIG,
+    )
+    batch: dict[str, Any] = {"label": torch.tensor([True, False, True])}
+    for kind in ("", "KL_"):
+        ids = numbers(BATCH, LENGTH)
+        masks = {name: torch.ones_like(ids) for name in ("attention_mask", "completion_mask")}
+        batch.update({f"{kind}{name}": value for name, value in {"input_ids": ids, **masks}.items()})
+    return trainer, batch
+
+
 def reward(path: Path) -> tuple[Any, dict[str, Any]]:
     trainer = trl.RewardTrainer(
         model=LlamaForSequenceClassification(LlamaConfig(**{**BASE.to_dict(), "num_labels": 1})),
@@ -176,6 +193,7 @@ def grpo(path: Path) -> tuple[Any, dict[str, Any]]:
 REAL: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
     "trl-sft": sft,
     "trl-dpo": dpo,
+    "trl-kto": kto,
     "trl-reward": reward,
     "trl-grpo": grpo,
 }
@@ -268,6 +286,33 @@ def test_pairs_are_read_side_by_side() -> None:
     assert pairs.peak_allocated(2, 512) == pytest.approx(one.peak_allocated(4, 512), rel=0.05)
 
 
+def test_kto_reads_mismatched_completions_only_where_its_loss_asks_for_them(tmp_path: Path) -> None:
+    config = LoraConfig(r=8, target_modules=["q_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+
+    def of(**more: Any) -> Any:
+        args = trl.KTOConfig(**plain(tmp_path), **more)
+        return step_memory(config, SEVEN, args=args).flops(BATCH, 64)
+
+    plainly, by_apo = of(), of(loss_type="apo_zero_unpaired")
+    assert plainly.forward == pytest.approx(2 * by_apo.forward, rel=0.02), "four readings against two"
+    assert plainly.backward == by_apo.backward
+    ready = of(precompute_ref_log_probs=True)
+    assert ready.forward == pytest.approx(by_apo.forward, rel=0.02), "the KL term without a reference"
+
+
+def test_preference_trainers_turn_dropout_off(tmp_path: Path) -> None:
+    config = LoraConfig(r=8, target_modules=["q_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    off, on = (
+        step_memory(
+            config,
+            SEVEN,
+            args=trl.DPOConfig(**plain(tmp_path), disable_dropout=disable, gradient_checkpointing=False),
+        ).peak_allocated(2, 128)
+        for disable in (True, False)
+    )
+    assert on >= off + 7 * 4 * 128 * 256, "a byte a number of the input of each layer but the last"
+
+
 def test_a_loop_of_ones_own_holds_its_outputs() -> None:
     loop = estimate_memory(CONFIG, SEVEN, trainer="loop", batch_size=4, seq_len=512)
     trainer = estimate_memory(CONFIG, SEVEN, trainer="transformers", batch_size=4, seq_len=512)
@@ -310,13 +355,25 @@ def test_the_arguments_of_the_trainer_of_transformers(tmp_path: Path) -> None:
         estimate_memory(CONFIG, SEVEN, args=args)
 
 
-def test_what_is_not_known_or_not_installed_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^args: the trainer of a KTOConfig is not known here; known are "):
-        estimate_memory(CONFIG, SEVEN, args=trl.KTOConfig(**plain(tmp_path)))
-    args = trl.SFTConfig(**plain(tmp_path))
-    args.use_liger_kernel = True
-    with pytest.raises(ValueError, match=r"Liger is not installed; pip install liger-kernel$"):
+def test_a_trainer_that_is_not_known_is_named(tmp_path: Path) -> None:
+    args = trl.RLOOConfig(**plain(tmp_path, num_generations=BATCH))
+    with pytest.raises(ValueError, match=r"^args: the trainer of a RLOOConfig is not known here; known are "):
         estimate_memory(CONFIG, SEVEN, args=args)
+    for loss in ("full", "cut"):
+        with pytest.raises(ValueError, match=r"^loss: 'trl-sft' computes its own loss, in tiles"):
+            estimate_memory(CONFIG, SEVEN, trainer="trl-sft", loss=loss, **POINT)
+
+
+def test_liger_of_arguments_means_its_layers_and_in_the_trainer_its_loss(tmp_path: Path) -> None:
+    def found(kind: Any, **config: Any) -> tuple[Any, str]:
+        args = kind(**plain(tmp_path))
+        args.use_liger_kernel, args.liger_kernel_config = True, config or None
+        asked = estimate_memory(CONFIG, SEVEN, args=args, seq_len=64).setting
+        return asked.kernels, asked.loss
+
+    assert found(trl.SFTConfig) == ("liger", "full"), "beside TRL's own head"
+    assert found(TrainingArguments) == ("liger", "liger")
+    assert found(TrainingArguments, fused_linear_cross_entropy=False) == ("liger", "full")
 
 
 def test_what_generation_takes_is_a_lower_bound() -> None:
@@ -325,6 +382,37 @@ def test_what_generation_takes_is_a_lower_bound() -> None:
     assert "keys and values take 16.0 MiB or more" in str(found), (
         "2 x 2 bytes x 8 layers x 256 wide x 2048 tokens"
     )
+
+
+def test_completions_of_all_steps_that_share_a_generation_are_made_at_once(tmp_path: Path) -> None:
+    def words(**more: Any) -> str:
+        args = trl.GRPOConfig(**plain(tmp_path, num_generations=BATCH, gradient_accumulation_steps=4, **more))
+        found = estimate_memory(CONFIG, SEVEN, args=args, batch_size=4, seq_len=512)
+        return "; ".join(part.what for part in found.unmodelled)
+
+    assert "keys and values take 64.0 MiB or more" in words(), "four times a batch of 16 MiB"
+    assert "keys and values take 32.0 MiB or more" in words(steps_per_generation=2)
+    assert words(use_vllm=True, vllm_mode="server") == ""
+    beside = words(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.25)
+    assert beside == "vLLM on the same GPU, which is given 25 % of the GPU, is"
+
+
+def test_float32_weights_under_autocast_are_kept_in_bfloat16_for_the_backward(tmp_path: Path) -> None:
+    config = LoraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM(BASE), config)
+    model.config.use_cache = False
+    ids = numbers(BATCH, LENGTH)
+    gc.collect()
+    with Allocations() as real:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        del loss
+    setting = checked_setting(dtype="float32", autocast="bfloat16", trainer="loop", outputs_held=False)
+    asked = replace(setting, batch_size=BATCH, seq_len=LENGTH)
+    peak, largest = peak_and_largest(dry_run.trace(build(BASE, config, asked, together=0), asked))
+    assert largest == real.largest
+    assert peak == pytest.approx(real.peak, rel=0.01)
 
 
 def test_what_is_moved_to_the_host_makes_an_upper_bound(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ def batch_for(model: nn.Module, setting: StepSetting) -> dict[str, Any]:
     name = _main_input(transformer)
     takes = inspect.signature(type(model).forward).parameters
     batch: dict[str, Any] = {}
+    if setting.padding_free and name == "input_ids":
+        return _in_one_row(setting, takes)
     if name == "input_ids" or ("input_ids" in takes and "pixel_values" in takes):
         batch["input_ids"] = _integers(setting.batch_size, setting.seq_len)
     if name != "input_ids":
@@ -43,6 +45,13 @@ def batch_for(model: nn.Module, setting: StepSetting) -> dict[str, Any]:
         batch["attention_mask"] = _integers(setting.batch_size, setting.seq_len)
     batch.update(_labels(type(model).__name__, setting))
     return batch
+
+
+def _in_one_row(setting: StepSetting, takes: Any) -> dict[str, Any]:
+    """All sequences one after the other, as ``DataCollatorWithFlattening`` gives them."""
+    shape = 1, setting.batch_size * setting.seq_len
+    names = [name for name in ("input_ids", "labels", "position_ids") if name in takes]
+    return {name: _integers(*shape) for name in names}
 
 
 def has_tokens(model: nn.Module) -> bool:

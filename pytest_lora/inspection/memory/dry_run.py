@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
-from pytest_lora.facts.memory import StepSetting
+from pytest_lora.facts.memory import Evaluation, StepSetting
 from pytest_lora.inspection.memory.batches import batch_for
 from pytest_lora.inspection.memory.cuda_kernels import cuda_kernels
 from pytest_lora.inspection.memory.layer_stacks import KEPT
@@ -28,8 +30,12 @@ from pytest_lora.inspection.memory.storage_tracker import (
     collected_late,
     quiet,
 )
-from pytest_lora.inspection.memory.trainers import fused_kernels, trl_loss
+from pytest_lora.inspection.memory.swapped import swapped
+from pytest_lora.inspection.memory.trainers import fused_kernels, prediction_step, trl_loss
 from pytest_lora.inspection.transformers_internals import masks_without_values
+
+EVALUATION = "evaluation"
+"""The phase of an evaluation."""
 
 
 class NotTracedError(ValueError):
@@ -55,13 +61,36 @@ class Trace:
     flops: Counter[tuple[int, str]]
 
 
-def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = False) -> Trace:
+def evaluated(built: MetaModel, setting: StepSetting, evaluation: Evaluation) -> Trace:
+    """Record an evaluation, up to its last batch.
+
+    Raises:
+        ValueError: As ``trace``.
+    """
+    setting = replace(
+        setting, batch_size=evaluation.batch_size, seq_len=evaluation.seq_len or setting.seq_len
+    )
+    built.model.eval()
+    try:
+        return trace(built, setting, evaluation=evaluation)
+    finally:
+        built.model.train()
+
+
+def trace(
+    built: MetaModel,
+    setting: StepSetting,
+    *,
+    gradients_held: bool = False,
+    evaluation: Evaluation | None = None,
+) -> Trace:
     """Record one micro-batch; the model's gradients are dropped again.
 
     Args:
         built: The model.
         setting: Batch size, sequence length, mask, and whether outputs are held.
         gradients_held: Whether the micro-batch adds to gradients of another one.
+        evaluation: What is recorded in its place: an evaluation.
 
     Raises:
         ValueError: The model does something that needs values; the message names it.
@@ -74,7 +103,10 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
     config = _text_config(built.transformer)
     autocast = getattr(torch, setting.autocast) if autocasts(setting) else None
     stand_ins = StandIns(
-        padded=setting.padding_mask, experts=_first_of(config, _EXPERTS), images=setting.images
+        padded=setting.padding_mask,
+        experts=_first_of(config, _EXPERTS),
+        images=setting.images,
+        logs=setting.by_trl,
     )
     tracker = StorageTracker(_first_of(config, ("vocab_size",)), stand_ins)
     for tensor in (*model.parameters(), *model.buffers()):
@@ -95,9 +127,14 @@ def trace(built: MetaModel, setting: StepSetting, *, gradients_held: bool = Fals
             masks_without_values(),
             cuda_kernels(autocast, setting.attention, tracker.count),
             fused_kernels(tracker.count) if setting.by_trl else nullcontext(),
+            outputs_in_float32(model) if setting.by_accelerate else nullcontext(),
             tracker.recorded(),
         ):
-            _step(built, model, setting, tracker)
+            if evaluation is not None:
+                tracker.phase = EVALUATION
+                _evaluate(built, model, setting, evaluation)
+            else:
+                _step(built, model, setting, tracker)
             for gradient in built.rank.gradients() if built.rank else ():
                 tracker.recategorize(gradient, "gradients")
     except TooLongError:
@@ -139,6 +176,41 @@ def _step(built: MetaModel, called: nn.Module, setting: StepSetting, tracker: St
     tracker.phase = "backward"
     loss.backward()
     tracker.unit = OUTSIDE
+
+
+def _evaluate(built: MetaModel, called: nn.Module, setting: StepSetting, evaluation: Evaluation) -> None:
+    """The first batch and the last one, to which all between have been added; then all of it is let go.
+
+    Batches are joined where they are kept: beside the old ones and the new one stand all of them together
+    (``EvalLoopContainer`` of transformers).
+    """
+    container: Any = importlib.import_module("transformers.trainer_pt_utils").EvalLoopContainer
+    kept = [container(), container()]
+    batches = evaluation.batches or 1
+    for earlier in (0, batches - 1)[: min(batches, 2)]:
+        batch = None if setting.by_trl else batch_for(built.transformer, setting)
+        loss, *found = prediction_step(called, built.transformer, setting, batch, evaluation.keeps)
+        for container, new in zip(kept, found, strict=True):
+            if new is not None:
+                if earlier:
+                    container.tensors = tree_map_only(torch.Tensor, _times(earlier), container.tensors)
+                container.add(new)
+        del loss, found, new, batch
+
+
+def _times(batches: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def repeated(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_empty(batches * tensor.shape[0], *tensor.shape[1:]) if tensor.dim() else tensor
+
+    return repeated
+
+
+@contextmanager
+def outputs_in_float32(model: nn.Module) -> Iterator[None]:
+    """Let a model's call hand on its outputs as accelerate prepares it to under autocast."""
+    convert: Any = importlib.import_module("accelerate.utils").convert_outputs_to_fp32
+    with swapped([(model, "forward", convert(model.forward))]):
+        yield
 
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

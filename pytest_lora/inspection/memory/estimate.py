@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pytest_lora.facts.memory import CATEGORIES, TimelinePoint
 from pytest_lora.inspection.memory.cuda_allocator import Replay, max_reserved, rounded
+from pytest_lora.inspection.memory.dry_run import EVALUATION
 from pytest_lora.inspection.memory.step import PHASES, Step
 from pytest_lora.inspection.memory.timeline import Timeline, expand
 
@@ -82,13 +83,17 @@ class StepShape:
         change = np.where(self._frees[index], -1, 1) * rounded(sizes)[storages]
         level = np.cumsum(change)
         peak = int(level.argmax())
+        trained = int(np.count_nonzero(index < self.step.trained))
+        evaluating = self._phases[index] == PHASES.index(EVALUATION)
         held = np.bincount(
             self._categories[storages[: peak + 1]], change[: peak + 1], minlength=len(CATEGORIES)
         )
         return Figures(
             peak_allocated=int(level[peak]),
             loaded=int(level[self._loaded - 1]),
-            after_step=int(level[-1]),
+            after_step=int(level[trained - 1]),
+            training_peak=int(level[~evaluating].max()),
+            evaluation_peak=int(level[evaluating].max(initial=0)),
             breakdown={c: int(b) for c, b in zip(CATEGORIES, held, strict=True) if b},
             peak_phase=PHASES[self._phases[index[peak]]],
             peak_operation=self.step.operations[storages[peak]],
@@ -115,6 +120,8 @@ class Figures:
     peak_allocated: int
     loaded: int
     after_step: int
+    training_peak: int
+    evaluation_peak: int
     breakdown: dict[str, int]
     peak_phase: str
     peak_operation: str

@@ -16,6 +16,8 @@ from torch import nn
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
 from pytest_lora.inspection.limited.patterns import require_matchable
+from pytest_lora.inspection.memory.fused_layers import fuse_layers
+from pytest_lora.inspection.memory.fused_losses import fuse_loss
 from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, Stack, cut_stacks
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
@@ -23,7 +25,7 @@ from pytest_lora.inspection.memory.parallel.model import Rank
 from pytest_lora.inspection.memory.parallel.strategies import distributed
 from pytest_lora.inspection.memory.remedies import excluded_by_peft
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
-from pytest_lora.inspection.memory.trainers import fuse_head
+from pytest_lora.inspection.memory.trainers import set_up
 from pytest_lora.inspection.memory.weights import Trained, Weight, loaded_weights, units_of
 from pytest_lora.inspection.peft_internals import freeze, store_adapter
 from pytest_lora.inspection.rehearsal import without_values
@@ -130,8 +132,12 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, together: int 
     adapted = _with_adapter(model, config, setting).train()
     store_adapter(adapted, getattr(torch, setting.adapter_dtype), magnitudes=not setting.by_trl)
     freeze(adapted, (*setting.frozen, *OPTIMIZERS[setting.optimizer].frozen))
+    if setting.loss != "full":
+        fuse_loss(adapted_base(adapted), setting)
+    if setting.kernels is not None:
+        fuse_layers(adapted, setting.kernels)
     if setting.by_trl:
-        fuse_head(adapted_base(adapted), setting)
+        set_up(adapted, adapted_base(adapted), setting)
     unit_of = units_of(stacks)
     built = MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of))
     return built if setting.parallel is None else distributed(built, setting, setting.parallel)

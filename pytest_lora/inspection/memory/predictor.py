@@ -21,6 +21,8 @@ from pytest_lora.inspection.memory.compiled_replay import fastest_replay
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
 from pytest_lora.inspection.memory.dry_run import NotTracedError
 from pytest_lora.inspection.memory.estimate import StepShape
+from pytest_lora.inspection.memory.fused_layers import FORMULAS as LAYER_FORMULAS
+from pytest_lora.inspection.memory.fused_losses import FORMULAS as LOSS_FORMULAS
 from pytest_lora.inspection.memory.images import reads_images
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
 from pytest_lora.inspection.memory.operations import FlopsSurface
@@ -123,6 +125,8 @@ class Predictor:
             peak_phase=figures.peak_phase,
             peak_operation=figures.peak_operation,
             timeline=figures.timeline,
+            training_peak=figures.training_peak,
+            evaluation_peak=figures.evaluation_peak,
             paged=paged,
             cuda_context=CUDA_CONTEXT,
             flops=self.flops(*point),
@@ -138,7 +142,10 @@ class Predictor:
 
     def _by_formula(self) -> tuple[str, ...]:
         rank = next(iter(self._models.values())).rank
-        return rank.by_formula if rank is not None else ()
+        shared = rank.by_formula if rank is not None else ()
+        loss = (LOSS_FORMULAS[self.setting.loss],) if self.setting.loss != "full" else ()
+        layers = LAYER_FORMULAS[self.setting.kernels] if self.setting.kernels else ()
+        return (*shared, *loss, *layers)
 
     def _reserved(self, shape: StepShape, sizes: NDArray[np.int64]) -> int:
         self._replays += 1
@@ -227,14 +234,18 @@ def _unmodelled(setting: StepSetting, model: nn.Module, breakdown: Mapping[str, 
         )
     if asked.get("activation_offloading"):
         yield Unmodelled("activations that are moved to the host are", "at most")
-    if asked.get("use_liger_kernel"):
-        yield Unmodelled("kernels of Liger that keep less for the backward are", "at most")
-    if setting.trainer == "trl-grpo":
-        cache = _cache_of_generation(getattr(model, "config", None), setting)
-        words = (
-            f", whose keys and values take {format_bytes(cache)} or more beside the weights," if cache else ""
+    if setting.kernels == "liger":
+        yield Unmodelled("that Liger rotates queries and keys in place is", "at most")
+    evaluation = setting.evaluation
+    held = evaluation is not None and evaluation.keeps != "loss" and setting.trainer != "trl-grpo"
+    if evaluation is not None and held and evaluation.batches is None:
+        yield Unmodelled(
+            f"{evaluation.keeps} of further batches of the evaluation, which stay on the GPU without "
+            "eval_accumulation_steps, are",
+            "at least",
         )
-        yield Unmodelled(f"generation{words} is", "at least")
+    if setting.trainer == "trl-grpo":
+        yield from _generation(asked, getattr(model, "config", None), setting)
     shared = setting.parallel
     if shared is not None and shared.strategy in ("fsdp1", "fsdp2") and setting.accumulation > 1:
         # Every trained parameter is an adapter here; FSDP keeps a gradient in float32 at most.
@@ -249,8 +260,22 @@ def _unmodelled(setting: StepSetting, model: nn.Module, breakdown: Mapping[str, 
         )
 
 
+def _generation(asked: Mapping[str, Any], config: Any, setting: StepSetting) -> Iterator[Unmodelled]:
+    """What generates completions for GRPO: the model itself between steps, vLLM beside it, or a server elsewhere."""
+    if asked.get("use_vllm"):
+        if asked.get("vllm_mode") != "server":
+            share = asked.get("vllm_gpu_memory_utilization")
+            words = f", which is given {100 * share:g} % of the GPU," if share else ""
+            yield Unmodelled(f"vLLM on the same GPU{words} is", "at least")
+        return
+    batches = asked.get("steps_per_generation") or setting.accumulation
+    cache = batches * _cache_of_generation(config, setting)
+    words = f", whose keys and values take {format_bytes(cache)} or more beside the weights," if cache else ""
+    yield Unmodelled(f"generation{words} is", "at least")
+
+
 def _cache_of_generation(config: Any, setting: StepSetting) -> int:
-    """Bytes of keys and values of a whole batch of sequences, two bytes a number; 0 where they are not known."""
+    """Bytes of keys and values of a batch of sequences, two bytes a number; 0 where they are not known."""
     text = getattr(config, "text_config", config)
     layers, heads = (getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
     width = getattr(text, "hidden_size", None)

@@ -23,10 +23,12 @@ class StandIns:
         padded: Whether batches hold padding.
         experts: Experts of a mixture, if the model is one.
         images: Images in each sequence, which is what a model counts when it asks the host for whole numbers.
+        logs: Whether a trainer asks for numbers to write them down; they are 0.
     """
 
-    def __init__(self, *, padded: bool, experts: int | None, images: int = 1) -> None:
+    def __init__(self, *, padded: bool, experts: int | None, images: int = 1, logs: bool = False) -> None:
         self._padded = padded
+        self._logs = logs
         self._images = images
         self._experts = experts
         self._asked = 0
@@ -67,10 +69,12 @@ class StandIns:
             held += [torch.empty_like(args[_PACKED_SCALES], dtype=torch.float32) for _ in range(2)]
         return [("bitsandbytes.dequantize_4bit in gemm_4bit", tensor) for tensor in held]
 
-    def _scalar(self, index: torch.Tensor) -> int | None:
+    def _scalar(self, index: torch.Tensor) -> float | None:
         """What raises if it is true is false; a loop over experts asks for the number of one: each in turn."""
         if index.dtype == torch.bool:
             return False
+        if self._logs and index.is_floating_point():
+            return 0.0
         if self._experts is None or index.is_floating_point():
             return None
         self._asked += 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.operations import NO_FLOPS, StepFlops
-from pytest_lora.inspection.memory.dry_run import Trace, trace
+from pytest_lora.inspection.memory.dry_run import EVALUATION, Trace, evaluated, trace
 from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT
 from pytest_lora.inspection.memory.meta_model import MetaModel
 from pytest_lora.inspection.memory.operations import whole_flops
@@ -15,7 +15,7 @@ from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 from pytest_lora.inspection.memory.weights import Trained
 
 LOAD, OPTIMIZER = "load", "optimizer"
-PHASES = (LOAD, "forward", "backward", OPTIMIZER)
+PHASES = (LOAD, "forward", "backward", OPTIMIZER, EVALUATION)
 THREADS = ("forward", "backward")
 """Phases whose products of matrices have a cuBLAS handle of their own, and with it a workspace that stays: the backward
 runs in a thread of autograd, and torch keeps a handle for each thread and a workspace for each handle and stream
@@ -31,7 +31,7 @@ class Step:
         sizes: Bytes by storage.
         categories, operations: By storage.
         phases: Phase of each event.
-        loaded, first: Number of events after loading, and after the first step.
+        loaded, first, trained: Number of events after loading, after the first step, and after the second.
         paged: Bytes of optimizer state outside of the allocator.
         copies: Inner units of the whole model by stack.
         workspaces: Bytes of those that cuBLAS has not allocated yet, by phase.
@@ -46,6 +46,7 @@ class Step:
     phases: list[str] = field(default_factory=list)
     loaded: int = 0
     first: int = 0
+    trained: int = 0
     paged: int = 0
     copies: dict[int, int] = field(default_factory=dict)
     workspaces: dict[str, int] = field(default_factory=dict)
@@ -112,6 +113,9 @@ def assemble(built: MetaModel, setting: StepSetting) -> Step:
             step.free(index, OPTIMIZER, homes[index])
         if first:
             step.first = len(step.events)
+    step.trained = len(step.events)
+    if setting.evaluation is not None:
+        step.play(evaluated(built, setting, setting.evaluation))
     return step
 
 

@@ -62,7 +62,34 @@ def _pairs(setting: StepSetting) -> dict[str, Any]:
 
 def _dpo(setting: StepSetting) -> dict[str, Any]:
     """Chosen and rejected, one above the other (``DataCollatorForPreference``)."""
-    return {**_pairs(setting), "completion_mask": _integers(2 * setting.batch_size, setting.seq_len)}
+    pairs = {**_pairs(setting), "completion_mask": _integers(2 * setting.batch_size, setting.seq_len)}
+    return {**pairs, **_known_before(setting, "ref_chosen_logps", "ref_rejected_logps")}
+
+
+def _kto(setting: StepSetting) -> dict[str, Any]:
+    """Completions, each with its label, and mismatched ones for the KL term (``DataCollatorForUnpairedPreference``)."""
+    shape = setting.batch_size, setting.seq_len
+    names = ["input_ids", "attention_mask", "completion_mask"]
+    if _estimates_kl(trainer_arguments(setting)):
+        names += [f"KL_{name}" for name in names]
+    label = torch.empty(setting.batch_size, dtype=torch.bool, device=META)
+    batch = {**{name: _integers(*shape) for name in names}, "label": label}
+    return {**batch, **_known_before(setting, "ref_logps", "ref_KL_logps")}
+
+
+def _known_before(setting: StepSetting, *names: str) -> dict[str, torch.Tensor]:
+    """Log-probabilities of the reference, a number a sequence, where they are computed before the training."""
+    if not getattr(trainer_arguments(setting), "precompute_ref_log_probs", False):
+        return {}
+    return {name: torch.empty(setting.batch_size, device=META) for name in names}
+
+
+def _estimates_kl(arguments: Any) -> bool:
+    """As ``KTOTrainer`` decides it."""
+    return getattr(arguments, "loss_type", "") != "apo_zero_unpaired"
+
+
+_CORRECTED = "vllm_importance_sampling_correction"
 
 
 def _grpo(setting: StepSetting) -> dict[str, Any]:
@@ -80,6 +107,9 @@ def _grpo(setting: StepSetting) -> dict[str, Any]:
     }
     if arguments.beta:
         batch["ref_per_token_logps"] = torch.empty(rows, completion, device=META)
+    if getattr(arguments, "use_vllm", False) and getattr(arguments, _CORRECTED, False):
+        by_sequence = "sequence" in str(getattr(arguments, "vllm_importance_sampling_mode", ""))
+        batch["importance_sampling_ratio"] = torch.empty(rows, 1 if by_sequence else completion, device=META)
     if arguments.num_iterations > 1:
         batch["old_per_token_logps"] = torch.empty(rows, completion, device=META)
     return batch
@@ -94,6 +124,7 @@ TRL: dict[str, TrainerKind] = {
         sequences=2,
         scored=("log_probs", "entropy", "mean_logits", "is_top1"),
     ),
+    "trl-kto": TrainerKind("KTOTrainer", "KTOConfig", _kto, scored=("log_probs", "entropy", "mean_logits")),
     "trl-reward": TrainerKind("RewardTrainer", "RewardConfig", _pairs, sequences=2),
     "trl-grpo": TrainerKind("GRPOTrainer", "GRPOConfig", _grpo, scored=("log_probs", "entropy")),
 }
@@ -115,25 +146,31 @@ def _trl(name: str) -> Any:
 
 def trainer_arguments(setting: StepSetting) -> Any:
     """The arguments of a TRL trainer: its own defaults, and what was given."""
-    declared: Any = fields(_trl(TRL[setting.trainer].arguments))
-    values = {
-        f.name: f.default if f.default is not MISSING else f.default_factory()
-        for f in declared
-        if f.default is not MISSING or f.default_factory is not MISSING
-    }
-    values.update(setting.args)
+    values = {**_defaults(_trl(TRL[setting.trainer].arguments)), **dict(setting.args)}
     if values.get("steps_per_generation", 0) is None:
         values["steps_per_generation"] = setting.accumulation
     return SimpleNamespace(**values)
 
 
-def fuse_head(transformer: Any, setting: StepSetting) -> None:
-    """Give the base the fused head that the installed TRL gives it; older versions have none."""
+def _defaults(kind: Any) -> dict[str, Any]:
+    """What a dataclass has where nothing is given."""
+    declared: Any = fields(kind)
+    return {
+        f.name: f.default if f.default is not MISSING else f.default_factory()
+        for f in declared
+        if f.default is not MISSING or f.default_factory is not MISSING
+    }
+
+
+def set_up(adapted: nn.Module, transformer: Any, setting: StepSetting) -> None:
+    """Change a model as the installed trainer does: no dropout, a fused head; older versions have none."""
     kind = TRL[setting.trainer]
+    arguments = trainer_arguments(setting)
+    if getattr(arguments, "disable_dropout", False):
+        _utilities().disable_dropout_in_model(adapted)
     fuse = getattr(_utilities(), "add_fused_lm_head", None)
     if fuse is None or kind.scored is None:
         return
-    arguments = trainer_arguments(setting)
     more = {}
     if setting.trainer == "trl-grpo":
         more = {
@@ -158,6 +195,37 @@ def trl_loss(model: nn.Module, setting: StepSetting) -> torch.Tensor:
     return loss
 
 
+def prediction_step(
+    model: nn.Module, transformer: nn.Module, setting: StepSetting, batch: dict[str, Any] | None, keeps: str
+) -> tuple[Any, Any, Any]:
+    """Loss, logits and labels that the installed trainer takes from a batch of an evaluation.
+
+    Args:
+        model: What is called.
+        transformer: The base, whose class says what labels are.
+        setting: Trainer, and size of the batch.
+        batch: Of a trainer that is not of TRL.
+        keeps: As of ``Evaluation``.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    if setting.by_trl:
+        kind, arguments = _trl(TRL[setting.trainer].name), trainer_arguments(setting)
+        batch = TRL[setting.trainer].batch(setting)
+    else:
+        defaults = _defaults(transformers.TrainingArguments)
+        kind, arguments = transformers.Trainer, SimpleNamespace(**defaults, **_OF_ONE_GPU)
+    trainer = _trainer(kind, model, arguments, setting)
+    trainer.label_names = transformers.utils.find_labels(type(transformer))
+    loss, logits, labels = trainer.prediction_step(model, batch, prediction_loss_only=keeps == "loss")
+    if keeps == "predictions" and logits is not None:
+        logits = (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+    return loss, logits, labels
+
+
+_OF_ONE_GPU = {"device": META, "n_gpu": 1, "world_size": 1}
+"""What arguments find out."""
+
+
 def _trainer(kind: Any, model: nn.Module, arguments: Any, setting: StepSetting) -> Any:
     """A trainer that was never set up: no data, no processes; what its loss asks for is there."""
     losses = getattr(arguments, "loss_type", None)
@@ -177,6 +245,7 @@ def _trainer(kind: Any, model: nn.Module, arguments: Any, setting: StepSetting) 
         "router_aux_loss_coef": 0.0,
         "compute_loss_func": None,
         "label_smoother": None,
+        "calculate_KL": _estimates_kl(arguments),
         "precompute_ref_logps": getattr(arguments, "precompute_ref_log_probs", False),
         "loss_types": list(losses) if isinstance(losses, (list, tuple)) else losses,
         "loss_weights": weights or [1.0] * len(losses or ()),
@@ -187,6 +256,10 @@ def _trainer(kind: Any, model: nn.Module, arguments: Any, setting: StepSetting) 
         "_entropy_window_stats": None,
         "is_deepspeed_enabled": False,
         "is_fsdp_enabled": False,
+        "can_return_loss": False,
+        "model_accepts_loss_kwargs": False,
+        "_prepare_inputs": lambda inputs: inputs,
+        "compute_loss_context_manager": nullcontext,
     }
     made = object.__new__(kind)
     vars(made).update(known)

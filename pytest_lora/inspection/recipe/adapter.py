@@ -90,6 +90,32 @@ def step_arguments(setting: RunSetting, base_dtype: str | None) -> dict[str, Any
     return arguments
 
 
+_OF_LIGER = {"kernels": "liger"}
+_FUSED = {
+    "liger_fused_linear_cross_entropy": {"loss": "liger"},
+    "cut_cross_entropy": {"loss": "cut"},
+    "plugins": {"loss": "cut"},
+    "enable_liger_kernel": _OF_LIGER,
+    "use_liger_kernel": _OF_LIGER,
+}
+"""What the key that decides the loss of a recipe means for ``estimate_memory``."""
+
+
+def fused_arguments(setting: RunSetting) -> dict[str, Any]:
+    """The fused kernels that a tool takes, as arguments of ``estimate_memory``; those that are known.
+
+    Axolotl takes its own by itself for lora and qlora: not in 8 bits, beside reinforcement learning or under FSDP1
+    (``check_auto_enable_lora_kernels`` in axolotl/utils/schemas/config.py).
+    """
+    loss = setting.loss
+    found: dict[str, Any] = dict(_FUSED.get(loss.key, {})) if loss.value == "chunked" else {}
+    whole = str(setting.strategy.value).removesuffix("_offload") not in ("fsdp", "zero3")
+    sft = setting.objective.value in (None, "sft")
+    if setting.tool == "Axolotl" and setting.quantization.value != "int8" and whole and sft:
+        found.setdefault("kernels", "axolotl")
+    return found
+
+
 def weights_at_least(setting: RunSetting, parameters: int, base_dtype: str | None) -> int:
     """Bytes that the weights of the base take at the least, whatever else the run holds."""
     dtype = setting.dtype.value or base_dtype or "bfloat16"

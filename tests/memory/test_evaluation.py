@@ -1,0 +1,151 @@
+"""An evaluation between the steps: what the installed trainer holds of its batches, beside the training's own peak."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from peft import get_peft_model
+from transformers import LlamaForCausalLM, TrainingArguments
+
+from pytest_lora import Evaluation, check_memory, estimate_memory, step_memory
+from pytest_lora.inspection.memory import dry_run
+from pytest_lora.inspection.memory.meta_model import build
+from pytest_lora.memory.setting import checked_setting
+from tests.memory.test_trainers import (
+    BASE,
+    BATCH,
+    CONFIG,
+    LENGTH,
+    POINT,
+    SEVEN,
+    VOCABULARY,
+    Allocations,
+    numbers,
+    peak_and_largest,
+    plain,
+)
+
+ROWS = 4
+LOGITS = ROWS * LENGTH * VOCABULARY * 4
+
+
+def real_evaluation(path: Path, batches: int, **more: Any) -> Allocations:
+    """``Trainer.evaluate`` on the CPU, of so many batches."""
+    trainer = transformers.Trainer(
+        model=get_peft_model(LlamaForCausalLM(BASE), CONFIG),
+        args=TrainingArguments(**plain(path), per_device_eval_batch_size=ROWS, disable_tqdm=True),
+        eval_dataset=[
+            {"input_ids": ids, "labels": ids.clone()} for ids in numbers(batches * ROWS, LENGTH).unbind()
+        ],
+        **more,
+    )
+    trainer.model.config.use_cache = False
+    gc.collect()
+    with Allocations() as real:
+        trainer.evaluate()
+    return real
+
+
+@pytest.mark.parametrize("keeps", ["loss", "logits", "predictions"])
+def test_an_evaluation_holds_what_a_real_one_holds(keeps: Any, tmp_path: Path) -> None:
+    batches = 3
+    more: dict[str, Any] = {} if keeps == "loss" else {"compute_metrics": lambda found: {}}
+    if keeps == "predictions":
+        more["preprocess_logits_for_metrics"] = lambda logits, labels: logits.argmax(dim=-1)
+    real = real_evaluation(tmp_path, batches, **more)
+    setting = checked_setting(dtype="float32", autocast=False, trainer="transformers")
+    asked = replace(setting, batch_size=1, seq_len=LENGTH)
+    evaluation = Evaluation(ROWS, keeps=keeps, batches=batches)
+    traced = dry_run.evaluated(build(BASE, CONFIG, asked, together=0), asked, evaluation)
+    peak, largest = peak_and_largest(traced)
+    assert largest == real.largest == (batches * LOGITS if keeps == "logits" else LOGITS)
+    assert peak == pytest.approx(real.peak, rel=0.01)
+    assert set(traced.phases) == {"evaluation"}
+
+
+def test_the_larger_of_both_is_the_peak_and_is_named() -> None:
+    small = estimate_memory(CONFIG, SEVEN, trainer="trl-sft", evaluation=Evaluation(1), **POINT)
+    assert (small.peak_allocated, small.peak_phase) == (small.training_peak, "backward")
+    assert 0 < small.evaluation_peak < small.training_peak
+    large = estimate_memory(CONFIG, SEVEN, trainer="trl-sft", evaluation=Evaluation(64), **POINT)
+    assert (large.peak_allocated, large.peak_phase) == (large.evaluation_peak, "evaluation")
+    assert large.training_peak == small.training_peak
+    assert large.after_step == small.after_step
+    assert "peak allocated, of the evaluation" in str(large)
+    assert "peak of the evaluation" in str(small)
+    none = estimate_memory(CONFIG, SEVEN, trainer="trl-sft", **POINT)
+    assert (none.peak_allocated, none.evaluation_peak) == (small.training_peak, 0)
+    assert "evaluation" not in str(none)
+
+
+def test_kept_logits_grow_with_the_batches_that_stay() -> None:
+    def peak(batches: int | None) -> Any:
+        asked = Evaluation(4, keeps="logits", batches=batches)
+        return estimate_memory(CONFIG, SEVEN, trainer="transformers", evaluation=asked, **POINT)
+
+    one = 4 * 512 * 128_000 * 4
+    assert peak(8).peak_allocated - peak(6).peak_allocated == pytest.approx(2 * 2 * one, rel=0.01)
+    assert peak(8).peak_allocated >= 16 * one, "in float32, as accelerate hands them on"
+    unknown = peak(None)
+    assert unknown.bound == "at least"
+    assert "without eval_accumulation_steps" in str(unknown)
+
+
+def test_whether_it_fits_is_judged_by_the_larger(tmp_path: Path) -> None:
+    args = TrainingArguments(
+        **plain(tmp_path), eval_strategy="steps", per_device_eval_batch_size=64, eval_accumulation_steps=2
+    )
+    found = estimate_memory(CONFIG, SEVEN, args=args, seq_len=64)
+    assert found.setting.evaluation == Evaluation(64, batches=2)
+    between = (found.training_peak + found.evaluation_peak) // 2
+    report = check_memory(
+        CONFIG, SEVEN, batch_size=BATCH, seq_len=64, args=args, budget=between, advise=False
+    )
+    assert [f.code for f in report.errors] == ["LORA502"]
+    assert "in the evaluation" in report.errors[0].observed
+    silent = TrainingArguments(**plain(tmp_path))
+    assert estimate_memory(CONFIG, SEVEN, args=silent, seq_len=64).evaluation_peak == 0
+
+
+@pytest.mark.lora_slow
+def test_many_points_of_one_evaluation_are_those_of_single_traces() -> None:
+    asked = Evaluation(6, keeps="logits", batches=2)
+    fitted = step_memory(CONFIG, BASE, trainer="transformers", evaluation=asked)
+    points = [(batch, length) for batch in (2, 3, 5) for length in (32, 48, 64, 96)]
+    found = {point: fitted.peak_allocated(*point) for point in points}
+    for point in points[-2:]:
+        alone = step_memory(CONFIG, BASE, trainer="transformers", evaluation=asked, workspace=8_519_681)
+        assert found[point] == pytest.approx(alone.peak_allocated(*point), rel=0.0005)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (8, TypeError, r"^evaluation must be an Evaluation\(batch_size=...\) or None, not 8"),
+        (Evaluation(0), ValueError, r"^evaluation.batch_size must be at least 1, not 0"),
+        (
+            Evaluation(1, keeps="all"),
+            ValueError,
+            r"^evaluation.keeps must be one of loss, logits, predictions",
+        ),  # type: ignore[arg-type]
+    ],
+)
+def test_a_wrong_evaluation_is_refused_by_its_part(given: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        estimate_memory(CONFIG, SEVEN, evaluation=given, **POINT)
+
+
+def test_where_weights_are_cut_an_evaluation_is_not_predicted_and_that_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^evaluation: it is not predicted where weights are cut"):
+        estimate_memory(
+            CONFIG, SEVEN, batch_size=1, seq_len=64, gpus=2, strategy="fsdp2", evaluation=Evaluation(1)
+        )
+    args = TrainingArguments(**plain(tmp_path), eval_strategy="epoch")
+    found = estimate_memory(CONFIG, SEVEN, args=args, seq_len=64, gpus=2, strategy="fsdp2")
+    assert found.bound == "at least"
+    assert "the evaluation, where weights are cut over several GPUs" in str(found)

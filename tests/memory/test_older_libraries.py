@@ -1,0 +1,215 @@
+"""Published peaks that present libraries do not reach: with what the libraries of that time did put in, they are met.
+
+Measured by fms-acceleration (``scripts/benchmarks/refs/a100_80gb.csv``) on an A100 and by PEFT's own benchmark
+(``method_comparison/MetaMathQA``) on an L40S. Nothing is fitted to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, LlamaConfig, MistralConfig, MixtralConfig
+
+from pytest_lora import MemoryEstimate, estimate_memory
+from pytest_lora.memory import estimate as kept
+
+NEW_EXPERTS = Version(transformers.__version__) >= Version("5")
+CLOSE = pytest.approx(1.0, abs=0.015)
+SHAPE = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+}
+MISTRAL: Any = MistralConfig(**SHAPE, tie_word_embeddings=False, sliding_window=4096)
+MIXTRAL: Any = MixtralConfig(
+    **SHAPE, tie_word_embeddings=False, num_local_experts=8, num_experts_per_tok=2, sliding_window=None
+)
+ADAPTER = LoraConfig(
+    task_type="CAUSAL_LM",
+    r=16,
+    lora_alpha=16,
+    lora_dropout=0.1,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+)
+
+
+def nf4() -> Any:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
+    )
+
+
+def step(base: Any, batch: int, *, packed: bool = False, prepared: bool = False) -> MemoryEstimate:
+    return estimate_memory(
+        ADAPTER,
+        base,
+        batch_size=batch,
+        seq_len=4096,
+        quantization=nf4() if packed else None,
+        prepare_for_kbit=prepared,
+        autocast=packed,
+        gradient_checkpointing="reentrant",
+    )
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Iterator[None]:
+    """Predictions are kept by base and setting, which do not say what a test has put in."""
+    kept._predictors.clear()
+    yield
+    kept._predictors.clear()
+
+
+@pytest.fixture
+def loss_before_450(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers before 4.50 shifted the logits, in float32, into a copy of their own."""
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
+        wide = logits.float()
+        shifted = wide[..., :-1, :].contiguous().view(-1, vocab_size)
+        return torch.nn.functional.cross_entropy(shifted, labels[..., 1:].reshape(-1))
+
+    monkeypatch.setitem(transformers.loss.loss_utils.LOSS_MAPPING, "ForCausalLM", loss)
+
+
+@pytest.fixture
+def rotary_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4.41 (Mixtral: to 4.45) kept cosines and sines of all positions in each layer."""
+
+    def keeping(before: Callable[..., None]) -> Callable[..., None]:
+        def made(self: Any, config: Any, *rest: Any, **named: Any) -> None:
+            before(self, config, *rest, **named)
+            width = config.hidden_size // config.num_attention_heads
+            for name in ("cosines", "sines"):
+                cache = torch.empty(config.max_position_embeddings, width)
+                self.register_buffer(name, cache, persistent=False)
+
+        return made
+
+    models = transformers.models
+    for kind in (
+        models.mistral.modeling_mistral.MistralAttention,
+        models.mixtral.modeling_mixtral.MixtralAttention,
+    ):
+        monkeypatch.setattr(kind, "__init__", keeping(kind.__init__))
+
+
+@pytest.fixture
+def inputs_kept_by_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes before 0.43.2 kept the input of each 4-bit product ("delete useless buffered activation" there)."""
+    functions = pytest.importorskip("bitsandbytes.autograd._functions")
+    multiply = functions.MatMul4Bit.forward
+
+    def keeping(ctx: Any, values: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        out: torch.Tensor = multiply(ctx, values, *rest, **named)
+        ctx.kept = values
+        return out
+
+    monkeypatch.setattr(functions.MatMul4Bit, "forward", staticmethod(keeping))
+
+
+@pytest.mark.lora_slow
+def test_the_loss_of_448() -> None:
+    measured = 38_742_912_512
+    assert step(MISTRAL, 8).peak_allocated / measured == pytest.approx(0.939, abs=0.005), "without it"
+
+
+@pytest.mark.usefixtures("loss_before_450")
+def test_the_loss_of_448_put_in() -> None:
+    found = step(MISTRAL, 8)
+    assert found.peak_allocated / 38_742_912_512 == CLOSE
+    assert found.after_step / 14_664_886_272 == CLOSE
+
+
+@pytest.mark.lora_slow
+def test_rotary_caches_and_kept_inputs_of_june_2024() -> None:
+    found = step(MISTRAL, 4, packed=True, prepared=True)
+    assert found.peak_allocated / 22_825_932_800 == pytest.approx(0.936, abs=0.005), "without them"
+    assert found.after_step / 5_368_221_184 == pytest.approx(0.900, abs=0.005)
+
+
+@pytest.mark.lora_slow
+@pytest.mark.skipif(
+    not NEW_EXPERTS, reason="with transformers 4.57 and bitsandbytes 0.46 the kept inputs come to 1.03"
+)
+@pytest.mark.usefixtures("rotary_caches", "inputs_kept_by_bitsandbytes")
+@pytest.mark.parametrize(
+    ("batch", "measured", "after"), [(4, 22_825_932_800, 5_368_221_184), (8, 40_278_956_032, 5_368_614_400)]
+)
+def test_rotary_caches_and_kept_inputs_of_june_2024_put_in(batch: int, measured: int, after: int) -> None:
+    found = step(MISTRAL, batch, packed=True, prepared=True)
+    assert found.peak_allocated / measured == CLOSE
+    assert found.after_step / after == pytest.approx(1.0, abs=0.0005)
+
+
+experts_of_their_own = pytest.mark.skipif(
+    NEW_EXPERTS, reason="transformers 5 fuses experts; before, each had layers"
+)
+
+
+@pytest.mark.lora_slow
+@experts_of_their_own
+@pytest.mark.usefixtures("loss_before_450")
+@pytest.mark.parametrize(("batch", "measured"), [(4, 36_731_843_072), (8, 48_770_183_680)])
+def test_mixtral_where_bitsandbytes_packs_its_experts(batch: int, measured: int) -> None:
+    found = step(MIXTRAL, batch, packed=True)
+    assert found.peak_allocated / measured == CLOSE
+    assert found.after_step / 24_664_501_248 == pytest.approx(1.0, abs=0.0005)
+
+
+@pytest.mark.lora_slow
+@experts_of_their_own
+@pytest.mark.usefixtures("rotary_caches")
+def test_mixtral_of_445() -> None:
+    assert step(MIXTRAL, 4, packed=True).peak_allocated / 36_218_023_424 == CLOSE
+
+
+@pytest.mark.lora_slow
+@experts_of_their_own
+@pytest.mark.usefixtures("rotary_caches", "inputs_kept_by_bitsandbytes")
+def test_mixtral_of_june_2024() -> None:
+    found = step(MIXTRAL, 4, packed=True, prepared=True)
+    assert found.peak_allocated / 46_475_660_288 == CLOSE
+
+
+@pytest.mark.lora_slow
+def test_lora_fa_of_january_2026_froze_its_first_factor() -> None:
+    base = LlamaConfig(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+        max_position_embeddings=131072,
+    )
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64, target_modules=["q_proj", "v_proj"])
+    setting: dict[str, Any] = {
+        "batch_size": 4,
+        "seq_len": 700,
+        "padding_mask": True,
+        "outputs_held": True,
+        "use_cache": True,
+        "autocast": False,
+        "empty_cache": True,
+    }
+    measured = {"2026-01": 20_206_059_520, "2026-07": 22_240_296_960}
+    frozen = estimate_memory(adapter, base, frozen=["lora_A"], **setting).peak_reserved
+    trained = estimate_memory(adapter, base, **setting).peak_reserved
+    assert frozen / measured["2026-01"] == CLOSE
+    assert trained / measured["2026-07"] == CLOSE
