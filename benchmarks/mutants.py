@@ -1,16 +1,16 @@
 """How many small errors in the code the tests notice.
 
-``python benchmarks/mutants.py --executed FOLDER [--number 200] [--seed 0] [--jobs 2] [--json PATH]`` draws mutants by
-a fixed seed from the rules, the facts, the inspection and the keeper, changes one operator or one number in each, and
-runs the tests that execute its line, as ``benchmarks/executed_lines.py`` recorded them in the folder: those of the
-nearest files first, until one fails. It prints the share that was killed and every one that survived. The libraries are
-imported once; each mutant is a forked process in which the one module is compiled from a changed tree, so that no file
-is written.
+``python benchmarks/mutants.py FOLDER [--number 200] [--seed 0] [--jobs 2] [--json PATH]`` draws mutants by a fixed seed
+from the rules, the facts, the inspection and the keeper, changes one operator or one number in each, and runs the tests
+that execute its line, the nearest files first, until one fails. Which those are ``benchmarks/executed_lines.py`` has
+recorded in the folder; an empty one is filled first, and one of other code is refused. It prints the share that was
+killed and every one that survived. The libraries are imported once; each mutant is a forked process in which the one
+module is compiled from a changed tree, so that no file is written.
 
 Time is processor time. A mutant that runs out of it is killed only where the same tests without it stay within a fifth
 of the limit. At the end every test that killed is run without a mutant: where it fails then too, it has shown nothing.
-With ``--json`` an ended run goes on where it stopped. Who finds that a survivor changes nothing writes the reason into
-that file, as ``equivalent``: it counts as survived all the same.
+With ``--json`` an ended run of the same code goes on where it stopped. Who finds that a survivor changes nothing writes
+the reason into that file, as ``equivalent``: it counts as survived all the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 
 from chosen_tests import chosen, nearest
 from drawn_mutants import ROOT, Mutant, drawn
-from executed_lines import QUIET, Executed
+from executed_lines import QUIET, Executed, record_all, sources
 
 SET_UP = 30
 """Seconds for imports, collection and fixtures that another test made when the lines were recorded."""
@@ -211,13 +211,13 @@ def killed(result: dict[str, Any]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--executed", type=Path, required=True)
+    parser.add_argument("folder", type=Path, help="what executed_lines.py recorded, or where to record it")
     parser.add_argument("--number", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument(
-        "--budget", type=float, default=60, help="recorded seconds of the tests of one mutant, at most"
+        "--budget", type=float, default=20, help="recorded seconds of the tests of one mutant, at most"
     )
     parser.add_argument(
         "--within", default="", help="only mutants whose path begins so: facts, inspection/state"
@@ -229,16 +229,17 @@ def main() -> None:
     )
     options = parser.parse_args()
     file: Path | None = options.json and options.json.absolute()
-    executed = Executed(options.executed.absolute())
+    folder: Path = options.folder.absolute()
     os.chdir(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    results = earlier(file)
+    if not any(folder.glob("*.json")):
+        record_all(folder, options.jobs)
+    executed = Executed(folder)
     for library in ("accelerate", "bitsandbytes", "hypothesis", "peft", "transformers", "_pytest.pytester"):
         importlib.import_module(library)
 
-    results: dict[str, dict[str, Any]] = {}
-    if file is not None and file.exists():
-        results = json.loads(file.read_text())["results"]
     again = {name for name, one in results.items() if not killed(one) and not one.get("equivalent")}
     every = drawn(options.number, options.seed)
     within = [m for m in every if m.path.startswith(f"pytest_lora/{options.within}")]
@@ -260,10 +261,31 @@ def main() -> None:
     print(f"{dead} of {len(results)} killed: {100 * dead / len(results):.1f} %")
 
 
+def earlier(file: Path | None) -> dict[str, dict[str, Any]]:
+    """The outcomes in a file that an ended run has left, if there is one.
+
+    Raises:
+        SystemExit: The file was written for other code.
+    """
+    if file is None or not file.exists():
+        return {}
+    written = json.loads(file.read_text())
+    if written.get("sources") != sources():
+        raise SystemExit(f"{file} is of other code than stands here now: move it away to begin anew")
+    found: dict[str, dict[str, Any]] = written["results"]
+    return found
+
+
 def write(file: Path | None, options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
     if file is not None:
         dead = sum(map(killed, results.values()))
-        summary = {"seed": options.seed, "drawn": options.number, "run": len(results), "killed": dead}
+        summary = {
+            "sources": sources(),
+            "seed": options.seed,
+            "drawn": options.number,
+            "run": len(results),
+            "killed": dead,
+        }
         file.write_text(json.dumps(summary | {"results": results}, indent=1) + "\n")
 
 
