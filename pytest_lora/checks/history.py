@@ -8,6 +8,7 @@ from pytest_lora.arguments import refusing, require_expect
 from pytest_lora.checks.judging import report_on
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.curves import history_curve
+from pytest_lora.facts.history import HistoryFacts, history_facts
 from pytest_lora.findings import Report
 from pytest_lora.rules.selection import codes
 
@@ -53,8 +54,6 @@ def diagnose_history(
         TypeError: An argument has the wrong type.
         ValueError: There are no training losses, a number is outside its range, or a code does not exist.
     """
-    from pytest_lora.facts.history import history_facts
-
     expect = require_expect(expect)
     select, ignore = codes("select", select), codes("ignore", ignore)
     facts = history_facts(
@@ -65,6 +64,13 @@ def diagnose_history(
         learning_rate=learning_rate,
         vocabulary_size=vocabulary_size,
     )
+    return judge_history(facts, expect, select, ignore)
+
+
+def judge_history(
+    facts: HistoryFacts, expect: Expect, select: Iterable[str] = (), ignore: Iterable[str] = ()
+) -> Report:
+    """The report on a history; see ``diagnose_history``."""
     count = len(facts.train)
     subject = f"history of {count} training loss{'es' if count > 1 else ''}"
     return report_on(subject, [facts], expect, select, ignore, (history_curve(subject, facts),))

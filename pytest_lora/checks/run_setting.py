@@ -87,7 +87,7 @@ def judged(
         asked = _expected(expect, setting, on_base)
         findings += [_placed(f, facts, setting) for f in judge([on_base], asked)]
     estimate = None
-    if budget is not None and config is not None and not any(f.code == "LORA650" for f in findings):
+    if budget is not None and config is not None and (facts.shard is None or facts.shard.fits):
         estimate = _estimate(facts, setting, config, known, cards)
         if estimate is not None:
             findings += _memory(facts, setting, estimate, budget, expect)

@@ -226,6 +226,11 @@ class Shard:
     budget: int
     gpus: int
 
+    @property
+    def fits(self) -> bool:
+        """Whether a card holds its part of the weights."""
+        return self.weights <= self.gpus * self.budget
+
 
 @dataclass(frozen=True, slots=True)
 class RecipeFacts:

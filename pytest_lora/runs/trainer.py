@@ -153,7 +153,7 @@ class LoraHealthCallback(TrainerCallback):
             logs = {"loss": logs["train_loss"]}
         if logs and logs.get("loss") == 0 and 0 < float(logs.get("grad_norm") or 0) < math.inf:
             # The loss of a policy gradient is zero on average, and that of a step may be rounded to zero.
-            self.watch.explained.add("LORA341")
+            self.watch.zero_has_gradient = True
         if logs and "loss" in logs:
             # Not args.logging_steps: losses may be logged by epoch, or by a share of the run.
             logged = state.global_step - self._unlogged

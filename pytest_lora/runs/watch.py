@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytest_lora.arguments import require_expect, require_trainers
 from pytest_lora.assertions import LoraHealthError, delivered, stack_level
-from pytest_lora.checks.history import diagnose_history
+from pytest_lora.checks.history import judge_history
 from pytest_lora.checks.model import check_model
 from pytest_lora.expect import Expect
-from pytest_lora.facts.history import as_count, as_number
+from pytest_lora.facts.history import as_count, as_number, history_facts
 from pytest_lora.findings import LoraHealthWarning, Report
 from pytest_lora.rules import judge
 from pytest_lora.rules.selection import codes, in_force, selected
@@ -46,7 +46,7 @@ class Watch:
 
     Attributes:
         reports: Every report that had something new, in order.
-        explained: Codes of findings that what is known of the run explains, so that they are not reported.
+        zero_has_gradient: Whether a loss of zero was seen to leave a gradient, as that of a policy gradient does.
         should_stop: Whether an error was found; for loops that end themselves under ``on_error="stop"``.
     """
 
@@ -67,7 +67,7 @@ class Watch:
         self.steps_per_loss = as_count("steps_per_loss", steps_per_loss)
         self.learning_rate: float | None = None
         self.reports: list[Report] = []
-        self.explained: set[str] = set()
+        self.zero_has_gradient = False
         self.should_stop = False
         self._expect = require_expect(expect)
         self._trained_with = self._expect
@@ -171,22 +171,19 @@ class Watch:
     def judge(self) -> None:
         """Judge the losses so far."""
         if self._train:
-            self._deliver(
-                diagnose_history(
-                    self._train,
-                    self._evals or None,
-                    total_steps=self.total_steps,
-                    steps_per_loss=self.steps_per_loss,
-                    learning_rate=self._rates if len(self._rates) == len(self._train) else self.learning_rate,
-                    expect=self._trained_with,
-                )
+            facts = history_facts(
+                self._train,
+                self._evals or None,
+                total_steps=self.total_steps,
+                steps_per_loss=self.steps_per_loss,
+                learning_rate=self._rates if len(self._rates) == len(self._train) else self.learning_rate,
+                zero_has_gradient=self.zero_has_gradient,
             )
+            self._deliver(judge_history(facts, self._trained_with))
 
     def _deliver(self, report: Report) -> None:
         found = selected(report.findings, self._select, self._ignore)
-        fresh = tuple(
-            f for f in found if (f.code, f.severity) not in self._known and f.code not in self.explained
-        )
+        fresh = tuple(f for f in found if (f.code, f.severity) not in self._known)
         if not fresh:
             return
         self._known.update((f.code, f.severity) for f in fresh)

@@ -19,6 +19,9 @@ from pytest_lora.bases import examples
 from pytest_lora.bases.examples import folders
 from pytest_lora.bases.examples.folders import configure, edit
 from pytest_lora.bases.examples.models import BASES, quantized
+from pytest_lora.inspection.checkpoint import checkpoint_facts
+from pytest_lora.inspection.checkpoint.fit import Base
+from pytest_lora.rules import judge
 from tests.namespace import Namespace
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -459,6 +462,9 @@ def test_a_tokenizer_with_more_tokens_than_rows(names: Namespace) -> None:
         "the tokenizer knows token 129, but the vocabulary of LlamaForCausalLM has only 128 rows, and the file adds "
         "none",
     )
+    for extended in (False, True):
+        facts = checkpoint_facts(path, Base(names["base"], may_be_extended=extended))
+        assert [found.code for found in judge([facts], Expect())] == ([] if extended else ["LORA434"])
 
 
 @pytest.mark.parametrize(

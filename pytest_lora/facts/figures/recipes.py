@@ -81,7 +81,7 @@ def recipe_card(
         note, fits = f"{setting.tool}'s own kernels take less, and it may fit", None
     elif peak is None and facts.shard is not None:
         peak = facts.shard.weights // facts.shard.gpus
-        note, fits = "the weights of the base alone", False if peak > facts.shard.budget else None
+        note, fits = "the weights of the base alone", None if facts.shard.fits else False
     return RecipeCard(
         facts.name, setting.tool, rows, tuple(_steps(setting, gpus)), peak, budget, gpus, fits, note
     )

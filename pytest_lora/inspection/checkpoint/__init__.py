@@ -117,7 +117,7 @@ def public_base(path: Path) -> Base | None:
     from pytest_lora.inspection.checkpoint.fit import Base
 
     try:
-        return Base(name)
+        return Base(name, may_be_extended=True)
     except ValueError:
         return None
 

@@ -44,8 +44,10 @@ class Base:
     """A base to compare adapters with, built once."""
 
     @leaves_no_trace
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: Any, *, may_be_extended: bool = False) -> None:
         """Take a live model, a ``PretrainedConfig``, or the path of a model folder or ``config.json``.
+
+        ``may_be_extended`` is a fact of every comparison with it, see ``Fit``.
 
         Raises:
             TypeError: ``base`` is none of these.
@@ -53,6 +55,7 @@ class Base:
         """
         given = model_or_config(base)
         self.config = None if isinstance(given, nn.Module) else given
+        self._may_be_extended = may_be_extended
         self._meant: dict[tuple[str, ...], Base] = {}
         self._look_at(resolve_base(given), base)
 
@@ -87,7 +90,13 @@ class Base:
 
     def fit(self, raw: dict[str, Any], tensors: tuple[TensorFacts, ...], keys: dict[str, Key]) -> Fit:
         """Compare an adapter; ``raw`` is its configuration, whose fields have been checked."""
-        plain = Fit(self.facts, self.name, None, read_by_load_adapter=self._reads_other_prefix(keys))
+        plain = Fit(
+            self.facts,
+            self.name,
+            None,
+            read_by_load_adapter=self._reads_other_prefix(keys),
+            may_be_extended=self._may_be_extended,
+        )
         try:
             config = lora_config(raw)
             settings = Settings.of(config)

@@ -13,7 +13,8 @@ def vocabulary_differs(facts: CheckpointFacts, expect: Expect) -> Iterator[Viola
 
     ## What it does
     Compares the rows of embeddings and output heads in the file with those of the base, and the tokens of a
-    tokenizer in the folder with both.
+    tokenizer in the folder with both. Where no base is given and the adapter's own name for it is that of a public
+    model, nothing is said: the vocabulary may have been extended for this adapter.
 
     ## Why is this bad?
     Loading fails with a size mismatch, or tokens have no row: an index error, or a token that means
@@ -34,7 +35,7 @@ def vocabulary_differs(facts: CheckpointFacts, expect: Expect) -> Iterator[Viola
     ## References
     - https://huggingface.co/docs/peft/developer_guides/troubleshooting#extending-the-vocabulary
     """
-    if facts.fit is None or facts.is_foreign:
+    if facts.fit is None or facts.is_foreign or facts.fit.may_be_extended:
         return
     base = facts.fit.base
     rows: dict[str, int] = {}

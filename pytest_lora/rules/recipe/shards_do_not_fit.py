@@ -77,7 +77,7 @@ def shards_do_not_fit(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]
     - ZeRO, section 5: https://arxiv.org/abs/1910.02054
     """
     shard = facts.shard
-    if shard is None or facts.setting is None or shard.weights <= shard.gpus * shard.budget:
+    if shard is None or facts.setting is None or shard.fits:
         return
     part = shard.weights / shard.gpus
     enough = -(-2 * shard.weights // shard.budget)
