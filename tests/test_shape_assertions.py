@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pytest_lora import LoraHealthError, assert_adapter_shapes, assert_alpha_ratio, assert_param_ratio
+from pytest_lora.inspection.properties import target_facts
 
 CONFIG = LlamaConfig(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=50,
@@ -313,14 +314,29 @@ def test_missing_and_unexpected_modules() -> None:
         "  --> 2 modules: model.layers.*.self_attn.k_proj\n"
         "  observed: missing: no adapter here\n"
         "  expected: one (targets=['q_proj', 'k_proj'])\n"
-        "  fix:      add them to target_modules, or take them out of targets\n"
+        "  fix:      add them to the adapter, target_modules=['q_proj', 'k_proj'], or take them out of the test, "
+        "targets=['q_proj', 'v_proj']\n"
         "\n"
         "error[LORA905]: adapted modules are not those named\n"
         "  --> 2 modules: model.layers.*.self_attn.v_proj\n"
         "  observed: unexpected: there is an adapter here\n"
         "  expected: none (targets=['q_proj', 'k_proj'])\n"
-        "  fix:      take them out of target_modules, or add them to targets"
+        "  fix:      take them out of the adapter, target_modules=['q_proj', 'k_proj'], or add them to the test, "
+        "targets=['q_proj', 'v_proj']"
     )
+
+
+def test_what_is_adapted_is_named_by_last_parts_where_these_are_enough() -> None:
+    first = ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.q_proj"]
+    facts = target_facts(adapted(target_modules=first), "all-linear")
+    assert facts.adapted == tuple(first)
+    assert target_facts(MODEL, "all-linear").adapted == ("q_proj", "v_proj")
+    with pytest.raises(
+        LoraHealthError, match=r"test, targets=\['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate"
+    ):
+        assert_adapter_shapes(adapted(target_modules="all-linear"), ["q_proj"])
+    with pytest.raises(LoraHealthError, match="test, by a regular expression"):
+        assert_adapter_shapes(adapted(target_modules=r".*(self_attn|layers\.0.mlp).*_proj"), ["q_proj"])
 
 
 def test_a_misspelt_target() -> None:

@@ -137,6 +137,7 @@ class ScheduleFacts:
         warm_up: Steps of its warm-up as it was made for (those of transformers say so), else None.
         planned: Optimizer steps in all that it was made for, else None.
         drives: Whether it sets the rate of the optimizer that trains.
+        call: What makes the same schedule for an ``optimizer``, in Python; None where its arguments cannot be read.
     """
 
     schedule: str
@@ -147,3 +148,4 @@ class ScheduleFacts:
     warm_up: int | None
     planned: int | None
     drives: bool
+    call: str | None = None

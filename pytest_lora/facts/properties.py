@@ -137,9 +137,11 @@ class TargetFacts:
         unknown: Names that fit no module, with the nearest names that do.
         missing: Modules that are named and not adapted.
         unexpected: Modules that are adapted and not named.
+        adapted: Names by which a test would mean what is adapted: last parts where these are enough.
     """
 
     targets: str
     unknown: tuple[tuple[str, tuple[str, ...]], ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    adapted: tuple[str, ...]

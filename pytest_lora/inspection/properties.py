@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -113,11 +113,19 @@ def target_facts(model: nn.Module, targets: str | tuple[str, ...]) -> TargetFact
         ),
         missing=tuple(name for name in meant if name not in adapted),
         unexpected=tuple(name for name in names if name in adapted and name not in set(meant)),
+        adapted=_named(adapted, names),
     )
 
 
+def _named(modules: Collection[str], names: Sequence[str]) -> tuple[str, ...]:
+    """The last parts of modules, or their whole names where others end so too."""
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in names if name in modules)
+    others = any(name.rpartition(".")[2] in leaves for name in names if name not in modules)
+    return tuple(name for name in names if name in modules) if others else tuple(leaves)
+
+
 def _meant(
-    found: Survey, adapted: Collection[str], names: Iterable[str], targets: str | tuple[str, ...]
+    found: Survey, adapted: Collection[str], names: Sequence[str], targets: str | tuple[str, ...]
 ) -> tuple[list[str], list[str]]:
     """The modules that the targets name, and the names among them that fit no module."""
     if isinstance(targets, str) and targets.lower() == "all-linear":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -181,7 +183,20 @@ def schedule_facts(scheduler: Any, optimizer: Any) -> ScheduleFacts:
         warm_up=_stated(inner, "num_warmup_steps"),
         planned=_stated(inner, "num_training_steps"),
         drives=_drives(inner, optimizer),
+        call=_call(type(inner), inner),
     )
+
+
+def _call(made: type, scheduler: Any) -> str | None:
+    """The call of a schedule of torch that keeps what it was made with under the names of its arguments."""
+    if made.__module__ != torch.optim.lr_scheduler.__name__:
+        return None
+    names = [name for name in inspect.signature(made).parameters if name not in ("optimizer", "last_epoch")]
+    values = {name: getattr(scheduler, name, None) for name in names}
+    if not all(isinstance(value, (int, float)) for value in values.values()):
+        return None
+    written = "".join(f", {name}={value!r}" for name, value in values.items())
+    return f"{made.__module__}.{made.__name__}(optimizer{written})"
 
 
 def _drives(scheduler: Any, optimizer: Any) -> bool:

@@ -6,6 +6,10 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.properties import TargetFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
+from pytest_lora.rules.remedies import assigned
+
+_FEW = 8
+"""Names that a line of a test still holds."""
 
 
 @rule("LORA905", severity="error", needs=TargetFacts)
@@ -39,17 +43,20 @@ def adapted_modules_are_not_those_named(facts: TargetFacts, expect: Expect) -> I
             f"perhaps {' or '.join(map(repr, similar))} was meant" if similar else f"correct {facts.targets}"
         )
         yield Violation(facts.targets, f"{word!r} names no module of the base", "a module", near)
+    # PEFT reads names and regular expressions as the test does.
+    of_peft = f"target_modules={facts.targets.removeprefix('targets=')}"
+    of_the_test = assigned(targets=facts.adapted) if len(facts.adapted) <= _FEW else "by a regular expression"
     if facts.missing:
         yield Violation(
             where=grouped(facts.missing),
             observed="missing: no adapter here",
             expected=f"one ({facts.targets})",
-            fix="add them to target_modules, or take them out of targets",
+            fix=f"add them to the adapter, {of_peft}, or take them out of the test, {of_the_test}",
         )
     if facts.unexpected:
         yield Violation(
             where=grouped(facts.unexpected),
             observed="unexpected: there is an adapter here",
             expected=f"none ({facts.targets})",
-            fix="take them out of target_modules, or add them to targets",
+            fix=f"take them out of the adapter, {of_peft}, or add them to the test, {of_the_test}",
         )

@@ -39,10 +39,11 @@ def scheduler_drives_another_optimizer(facts: TrainingFacts, expect: Expect) -> 
     - https://pytorch.org/docs/stable/optim.html#how-to-adjust-learning-rate
     """
     if facts.schedule is not None and not facts.schedule.drives:
+        anew = f", scheduler = {facts.schedule.call}" if facts.schedule.call else ""
         yield Violation(
             where=f"scheduler ({facts.schedule.schedule})",
             observed="the scheduler belongs to another optimizer: it sets the learning rate of that one, and the "
             f"{facts.optimizer.optimizer} that trains keeps its own",
             expected="a scheduler made from the optimizer that trains",
-            fix="make the scheduler after the optimizer, and anew whenever the optimizer is made anew",
+            fix=f"make the scheduler anew from the optimizer that trains{anew}, and again whenever that is made anew",
         )

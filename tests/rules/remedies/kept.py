@@ -67,9 +67,18 @@ def _of_config(config: LoraConfig, base: Any) -> set[str]:
 
 
 def _of_model(model: nn.Module) -> set[str]:
-    """The values of every adapter, whatever their dtype."""
+    """The values of every adapter, whatever their dtype; random ones that have learned nothing yet may be others."""
     own = {name: p for name, p in model.named_parameters() if _IS_SAVED.search(name) and not p.is_meta}
-    return {f"{_digest(values)} {_module(name)}" for name, values in own.items()}
+    return {
+        f"{'start' if _is_random_start(name, own) else _digest(values)} {_module(name)}"
+        for name, values in own.items()
+    }
+
+
+def _is_random_start(name: str, own: dict[str, nn.Parameter]) -> bool:
+    """Whether this is a ``lora_A`` whose ``lora_B`` is zero, as they are made."""
+    other = own.get(name.replace(".lora_A.", ".lora_B."))
+    return ".lora_A." in name and other is not None and not other.any()
 
 
 def _digest(values: torch.Tensor) -> str:
