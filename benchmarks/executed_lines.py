@@ -24,8 +24,9 @@ import coverage
 import pytest
 
 ROOT = Path(__file__).parents[1]
-QUIET = (
+OPTIONS = (
     "-q",
+    "--lora-slow",
     "--no-header",
     "-p",
     "no:cacheprovider",
@@ -91,7 +92,7 @@ def record(folder: Path, tests: list[str]) -> None:
     measured.set_option("run:relative_files", True)
     recorder = Recorder(measured)
     measured.start()
-    pytest.main([*tests, *QUIET], plugins=[recorder])
+    pytest.main([*tests, *OPTIONS], plugins=[recorder])
     measured.stop()
     measured.save()
     (folder / f"{name}.json").write_text(json.dumps({"sources": code, "seconds": recorder.passed()}))

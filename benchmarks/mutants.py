@@ -33,7 +33,7 @@ from typing import Any
 
 from chosen_tests import chosen, nearest
 from drawn_mutants import ROOT, Mutant, drawn
-from executed_lines import QUIET, Executed, record_all, sources
+from executed_lines import OPTIONS, Executed, record_all, sources
 
 SET_UP = 30
 """Seconds for imports, collection and fixtures that another test made when the lines were recorded."""
@@ -112,7 +112,7 @@ def outcome(mutant: Mutant | None, tests: list[str], every: bool = False) -> dic
     files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
     sessions = [[file] for file in files] if tests else nearest(mutant) if mutant else []
     for arguments in sessions:
-        given = [*arguments, *QUIET, *([] if every else ["-x"]), "-p", "no:randomly"]
+        given = [*arguments, *OPTIONS, *([] if every else ["-x"]), "-p", "no:randomly"]
         status = pytest.main(given, plugins=[only] if tests else [])
         if only.failed and not every:
             return {"outcome": "killed", "by": only.failed}
