@@ -127,8 +127,8 @@ def _flops(micro: list[Trace], copies: dict[int, int], accumulation: int) -> Ste
 
 
 def _homes(step: Step) -> dict[int, int]:
-    """The unit in which each storage was made."""
-    return {event: unit for event, unit in zip(step.events, step.units, strict=True) if event >= 0}
+    """The unit in which each storage was made, by its event."""
+    return dict(zip(step.events, step.units, strict=True))
 
 
 def _optimize(
