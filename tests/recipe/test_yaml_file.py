@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pytest_lora.inspection.recipe.yaml_file import BrokenError, read_yaml
 
@@ -61,3 +66,76 @@ def test_what_is_no_yaml_is_a_flaw_with_its_line(data: bytes, kind: str, line: i
     with pytest.raises(BrokenError) as error:
         read_yaml(data)
     assert (error.value.flaw.kind, error.value.flaw.line) == (kind, line)
+
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**6), 10**6),
+    st.floats(-1e6, 1e6),
+    st.text("abc01:-#'\" \n.~é", max_size=8),
+    st.sampled_from(["no", "1e-4", "0x1F", "017", "1_000", "2001-01-01", "null", "~", "<<", "="]),
+)
+names = st.text("abc_-01 ", min_size=1, max_size=6)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=30)
+@given(st.dictionaries(names, values, max_size=4), st.booleans())
+def test_what_pyyaml_writes_is_read_as_it_was(data: dict[str, Any], flow: bool) -> None:
+    text = yaml.safe_dump(data, default_flow_style=flow, allow_unicode=True)
+    file = read_yaml(text.encode())
+    assert file.root.unwrapped() == yaml.safe_load(text) == data
+    assert file.repeated == []
+    if not flow:
+        assert all(
+            file.lines[line - 1].lstrip("? ")[:1] in (name[0], "'", '"')
+            for name, line in file.root.lines.items()
+        )
+
+
+def flaw(data: bytes) -> tuple[str, int, str]:
+    with pytest.raises(BrokenError) as error:
+        read_yaml(data)
+    return error.value.flaw.kind, error.value.flaw.line, error.value.flaw.message
+
+
+def test_each_limit_is_reached_before_it_is_passed() -> None:
+    long = b"a: " + b"x" * (256 * 1024 - 4) + b"\n"
+    assert read_yaml(long).root.unwrapped()
+    assert flaw(long + b"\n") == ("limit", 1, "the file has 262145 bytes, more than 262144")
+    assert read_yaml(b"[" * 33 + b"]" * 33).root.items
+    assert flaw(b"[" * 34 + b"]" * 34) == ("limit", 1, "nested deeper than 32 levels")
+    assert read_yaml(b"[" + b"1,\n" * 19_999 + b"]").root.items
+    assert flaw(b"[" + b"1,\n" * 20_000 + b"]") == ("limit", 20_000, "more than 20000 values")
+    assert read_yaml(b"a: &a 1\nb: [" + b"*a, " * 200 + b"]").root.pairs
+    assert flaw(b"a: &a 1\nb: [" + b"*a, " * 201 + b"]") == ("limit", 2, "more than 200 aliases")
+    # Five values stand before the aliases, and each of these stands for a hundred and one.
+    many = b"a: &a [" + b"1, " * 100 + b"]\nb: ["
+    assert read_yaml(many + b"*a, " * 195 + b"]").root.pairs
+    assert flaw(many + b"*a, " * 199 + b"]") == ("limit", 2, "aliases that stand for more than 20000 values")
+
+
+def test_flaws_lie_in_the_lines_around() -> None:
+    assert flaw(b"a: 1\nb:\n\t- 1\n")[:2] == ("tab", 3)
+    assert flaw(b"a: 1\n\tb: [1\n")[:2] == ("tab", 2)
+    assert flaw(b"a: 1\n\nb: [1\nc: 2\n")[:2] == ("syntax", 4)
+    assert flaw(b"\n\na: \xff\n") == ("syntax", 3, "byte 5 is not UTF-8")
+    assert flaw(b"a: 1\nb: *nowhere\n")[:2] == ("syntax", 2)
+    assert read_yaml(b"\xef\xbb\xbfa: 1\n").root.unwrapped() == {"a": 1}
+    assert read_yaml(b"").root.unwrapped() is None
+    assert read_yaml(b"a: 1\n---\nb: 2\n").root.unwrapped() == {"a": 1}
+
+
+def test_keys_that_were_merged_and_stand_twice_are_repeated_once() -> None:
+    file = read_yaml(b"a: &x {p: 1}\nb:\n  <<: *x\n  p: 3\n  p: 4\n")
+    assert [(one.key, one.first, one.last) for one in file.repeated] == [("p", 4, 5)]
+    assert file.root.pairs is not None
+    assert file.root.pairs["b"].lines == {"p": 5}
+    merged = read_yaml(b"a: &x\n  p: 1\nb:\n  <<: *x\n  q: 2\n").root.pairs
+    assert merged is not None
+    assert merged["b"].lines == {"p": 2, "q": 5}
