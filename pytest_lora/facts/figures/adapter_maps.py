@@ -105,7 +105,7 @@ class _Steps:
         self._known: dict[tuple[str, str], list[TensorFacts]] = {}
         taken = training is not None and bool(training.steps)
         for tensor in training.tensors if training and taken else ():
-            if tensor.part in ("a", "b", "magnitude"):
+            if tensor.part in ("a", "b"):
                 self._known.setdefault((tensor.module, tensor.adapter), []).append(tensor)
         judged = training.unlearning if training and taken and training.judges_gradients else ()
         self._silent = {

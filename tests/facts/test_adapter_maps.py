@@ -1,0 +1,215 @@
+"""Maps of adapters from facts: what a cell shows, and which cells there are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pytest_lora.bases.examples.models import language_batch
+from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.facts.figures import LossCurve, adapter_maps
+from pytest_lora.facts.figures.adapter_maps import checkpoint_maps, model_maps, place
+from pytest_lora.facts.figures.curves import POINTS, history_curve
+from pytest_lora.facts.history import history_facts
+from pytest_lora.facts.saved_tensors import AdaptedModule, Key, TensorFacts, Values
+from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.inspection.training.plan import Plan
+from pytest_lora.inspection.training.probe import training_facts
+from tests.rules.training.setups import adapted
+
+
+@pytest.fixture(scope="module")
+def sound() -> TrainingFacts:
+    """Two steps of a small model with two layers."""
+    return training_facts(adapted(), language_batch(), Plan(steps=2, rate=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("module", "layer", "name"),
+    [
+        ("model.layers.0.self_attn.q_proj", "model.layers.0", "self_attn.q_proj"),
+        ("encoder.block.3.layer.1.wi", "encoder.block.3", "layer.1.wi"),
+        ("layers.2.mlp.experts.17.up_proj", "layers.2", "mlp.experts.*.up_proj"),
+        ("lm_head", "", "lm_head"),
+        ("model.embed_tokens", "", "model.embed_tokens"),
+        ("h.11", "", "h.11"),
+    ],
+)
+def test_modules_are_placed_by_layer_and_name(module: str, layer: str, name: str) -> None:
+    assert place(module) == (layer, name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({}, "live"),
+        ({"adapter": "other"}, "idle"),
+        ({"active": False}, "idle"),
+        ({"disabled": True}, "idle"),
+        ({"merged": True}, "idle"),
+        ({"scaling": 0.0}, "dead"),
+    ],
+)
+def test_the_state_of_a_cell(sound: TrainingFacts, changes: dict[str, Any], state: str) -> None:
+    layers = (replace(sound.model.layers[0], **changes), *sound.model.layers[1:])
+    facts = replace(sound.model, layers=layers, adapters=("default", "other"))
+    found = next(one for one in model_maps(facts) if one.adapter == changes.get("adapter", "default"))
+    assert found.states[0] == state
+    shown = next(one for one in model_maps(sound.model, sound) if one.adapter == "default")
+    assert shown.states == ("live",) * 4
+
+
+def test_cells_that_saw_no_gradient_are_dead_but_for_experts(sound: TrainingFacts) -> None:
+    first = sound.model.layers[0]
+    silent = tuple(replace(t, gradients=(0.0,)) if t.module == first.module else t for t in sound.tensors)
+    facts = replace(sound, tensors=silent)
+    assert model_maps(facts.model, facts)[0].states == ("dead", "live", "live", "live")
+    assert model_maps(facts.model)[0].states == ("live",) * 4
+    expert = replace(first, module="model.layers.0.experts.0.up_proj")
+    untaught = replace(facts, model=replace(facts.model, layers=(expert, *facts.model.layers[1:])))
+    row = model_maps(untaught.model, untaught)[0]
+    assert row.column("experts.*.up_proj", row.states)[0] == "live"
+    outside = replace(untaught, untouched=(expert.module,))
+    row = model_maps(outside.model, outside)[0]
+    assert row.column("experts.*.up_proj", row.states)[0] == "dead"
+
+
+def test_gradients_and_updates_are_of_both_factors(sound: TrainingFacts) -> None:
+    first = sound.model.layers[0]
+    parts = {"a": (3.0, 1, 4.0), "b": (4.0, 3, 2.0), "base": (90.0, 9, 90.0)}
+    tensors = tuple(
+        replace(
+            sound.tensors[0],
+            module=first.module,
+            part=part,
+            gradients=(9.0, gradient),
+            numbers=numbers,
+            moves=(9.0, move),
+        )
+        for part, (gradient, numbers, move) in parts.items()
+    )
+    (found,) = model_maps(sound.model, replace(sound, tensors=tensors))
+    assert found.gradients == (5.0, None, None, None)
+    assert found.updates == (float(f"{math.sqrt((16 + 3 * 4) / 4):.4g}"), None, None, None)
+    (none,) = model_maps(sound.model, replace(sound, tensors=tensors, steps=()))
+    assert none.gradients == none.updates == ()
+    still = tuple(replace(t, gradients=(), moves=()) for t in tensors)
+    (quiet,) = model_maps(sound.model, replace(sound, tensors=still))
+    assert (quiet.gradients[0], quiet.updates[0]) == (0.0, 0.0)
+
+
+def test_several_experts_are_one_cell_of_the_worst(sound: TrainingFacts) -> None:
+    first = sound.model.layers[0]
+    experts = tuple(
+        replace(first, module=f"model.layers.0.experts.{i}.up", rank=rank, scaling=scaling, merged=merged)
+        for i, (rank, scaling, merged) in enumerate([(8, 2.0, False), (4, 3.0, False), (16, 2.5, True)])
+    )
+    (found,) = model_maps(replace(sound.model, layers=experts))
+    place = found.columns.index("experts.*.up")
+    assert (found.states[place], found.ranks[place], found.scalings[place]) == ("idle", 4, 2.0)
+
+
+@pytest.mark.parametrize(("count", "shown"), [(8, 8), (9, 8)])
+def test_eight_adapters_are_shown_the_active_ones_first(sound: TrainingFacts, count: int, shown: int) -> None:
+    names = tuple(f"n{i}" for i in range(count))
+    layers = tuple(replace(sound.model.layers[0], adapter=name) for name in names)
+    maps = model_maps(replace(sound.model, layers=layers, adapters=names, active=names[-1:]))
+    assert len(maps) == shown
+    assert maps[0].adapter == names[-1]
+    assert len(model_maps(replace(sound.model, layers=layers[:1], adapters=names))) == 1
+
+
+def saved(modules: list[str], zero: bool = False) -> CheckpointFacts:
+    """A saved adapter of rank 2 on these modules."""
+    values = Values(0, 0, zero, rms=0.123456)
+    tensors = [
+        TensorFacts(f"base_model.model.{module}.lora_{part}.weight", "F32", (2, 2), values)
+        for module in modules
+        for part in "AB"
+    ]
+    pairs = zip(modules, tensors[::2], tensors[1::2], strict=True)
+    return CheckpointFacts(
+        name="it",
+        entries=(),
+        config=None,
+        weights="adapter_model.safetensors",
+        pickled=False,
+        tensors=tuple(tensors),
+        faults=(),
+        adapted=tuple(AdaptedModule(module, a, b, None, None) for module, a, b in pairs),
+        keys={tensor.name: Key.of(tensor.name) for tensor in tensors},
+    )
+
+
+GRID = [f"layers.{row}.{column}" for row in range(2) for column in ("q", "v")]
+
+
+@pytest.mark.parametrize(("most", "is_shown"), [(4, True), (3, False)])
+def test_names_of_a_file_that_form_no_map_are_not_shown(
+    monkeypatch: pytest.MonkeyPatch, most: int, is_shown: bool
+) -> None:
+    monkeypatch.setattr(adapter_maps, "MOST_CELLS", most)
+    assert bool(checkpoint_maps(saved(GRID))) is is_shown
+    assert not checkpoint_maps(saved([]))
+
+
+def test_a_file_is_a_map_with_the_size_of_its_updates() -> None:
+    (found,) = checkpoint_maps(saved([*GRID[:3], "layers.1.v.base_layer"]))
+    assert (found.rows, found.columns) == (("layers.0", "layers.1"), ("q", "v"))
+    assert found.base == "a base that is not given"
+    assert (found.ranks, found.scalings, found.updates) == ((2,) * 4, (None,) * 4, (0.1235,) * 4)
+    assert (found.trainable_parameters, found.total_parameters, found.percent, found.saved) == (
+        32,
+        0,
+        0.0,
+        True,
+    )
+    assert checkpoint_maps(saved(GRID, zero=True))[0].states == ("dead",) * 4
+    (part,) = checkpoint_maps(saved(GRID[:3]))
+    assert part.states == ("live", "live", "live", None)
+    assert checkpoint_maps(replace(saved(GRID), weights=None)) == ()
+
+
+# ------------------------------------------------------------------ curves
+
+
+@pytest.mark.parametrize(
+    ("count", "kept"), [(1, 1), (POINTS, POINTS), (POINTS + 1, None), (10 * POINTS, POINTS)]
+)
+def test_long_histories_keep_the_lowest_and_the_highest_of_each_stretch(count: int, kept: int | None) -> None:
+    losses = [2 + math.sin(i * i) for i in range(count)]
+    losses[count // 2] = math.nan
+    curve = history_curve("it", history_facts(losses))
+    assert len(curve.steps) <= POINTS + 1
+    assert kept is None or abs(len(curve.steps) - kept) <= 1
+    assert (count // 2 + 1) in curve.steps
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if finite:
+        assert (min(finite), max(finite)) == (
+            min(loss for loss in curve.losses if math.isfinite(loss)),
+            max(loss for loss in curve.losses if math.isfinite(loss)),
+        )
+    assert all(
+        curve.losses[i] == losses[step - 1] or math.isnan(curve.losses[i])
+        for i, step in enumerate(curve.steps)
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "drop"),
+    [
+        (4.0, 3.0, 0.25),
+        (4.0, 5.0, -0.25),
+        (0.0, 1.0, None),
+        (None, 1.0, None),
+        (4.0, None, None),
+        (4.0, math.nan, None),
+    ],
+)
+def test_the_drop_of_a_curve_is_relative(
+    before: float | None, after: float | None, drop: float | None
+) -> None:
+    assert LossCurve("it", (), (), (), (), (0, 1), before, after, None).drop == drop
