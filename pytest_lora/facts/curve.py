@@ -112,8 +112,8 @@ def trend(values: Sequence[float]) -> float:
     Standard normal where there is no trend, whatever the distribution of the noise (Mann, Econometrica 13, 1945;
     Kendall, Rank Correlation Methods, 1975). 0 below four values.
     """
-    width = -(-len(values) // _TREND_POINTS)
-    means = [fmean(values[i : i + width]) for i in range(0, len(values), width)] if width > 1 else values
+    width = max(1, -(-len(values) // _TREND_POINTS))
+    means = [fmean(values[i : i + width]) for i in range(0, len(values), width)]
     count = len(means)
     if count < 4:
         return 0.0

@@ -108,7 +108,7 @@ def assemble(built: MetaModel, setting: StepSetting) -> Step:
         homes = _homes(step)
         for repeated in micro[1:]:
             step.play(repeated)
-        _optimize(step, trained, setting, first=first)
+        _optimize(step, built, trained, setting, first=first)
         for index in gradients:
             step.free(index, OPTIMIZER, homes[index])
         if first:
@@ -133,6 +133,7 @@ def _homes(step: Step) -> dict[int, int]:
 
 def _optimize(
     step: Step,
+    built: MetaModel,
     trained: list[Trained],
     setting: StepSetting,
     *,
@@ -145,7 +146,7 @@ def _optimize(
         paged = kind.paged and parameter.numel >= PAGED_FROM
         states = state_bytes(setting.optimizer, parameter.shape, parameter.dtype) if first else ()
         if paged:
-            step.paged += sum(states) * _copies(step, unit)
+            step.paged += sum(states) * built.copies_of(unit)
         else:
             for size in states:
                 step.make(size, "optimizer", setting.optimizer, OPTIMIZER, unit)
@@ -156,9 +157,3 @@ def _optimize(
             temporaries.append((made, parameter.unit))
     for made, unit in temporaries:
         step.free(made, OPTIMIZER, unit)
-
-
-def _copies(step: Step, unit: int) -> int:
-    """How many layers of the whole model a parameter of a cut one stands for."""
-    stack, role = divmod(unit, KEPT)
-    return step.copies[stack] - 1 if unit >= 0 and role == FIRST_INNER else 1
