@@ -49,6 +49,7 @@ def base(**fields: Any) -> transformers.LlamaConfig:
         pytest.param(
             {"padding_mask": True, "autocast": True, "optimizer": "adamw_8bit", "empty_cache": True},
             id="padded",
+            marks=pytest.mark.lora_slow,
         ),
     ],
 )

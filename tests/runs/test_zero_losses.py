@@ -13,12 +13,11 @@ from pytest_lora.runs.watch import Watch
 from tests.runs.test_watch import trainer
 
 
-@pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.filterwarnings("ignore")
-def test_zeros_are_told_where_no_gradient_was_seen(tmp_path: Path, gradient: bool) -> None:
+def test_zeros_that_leave_a_gradient_are_not_told(tmp_path: Path) -> None:
     def zero(outputs: Any, labels: Any, **_: Any) -> torch.Tensor:
         loss = outputs.logits.logsumexp(-1).mean()
-        return loss - loss.detach() if gradient else loss * 0
+        return loss - loss.detach()
 
     callback = LoraHealthCallback()
     run = trainer(tmp_path, callback, max_steps=3)
@@ -26,7 +25,7 @@ def test_zeros_are_told_where_no_gradient_was_seen(tmp_path: Path, gradient: boo
     run.train()
     assert [loss["loss"] for loss in run.state.log_history[:3]] == [0, 0, 0]
     told = {finding.code for report in callback.watch.reports for finding in report.findings}
-    assert ("LORA341" in told) is not gradient
+    assert "LORA341" not in told
 
 
 def test_a_watch_tells_of_zeros() -> None:
