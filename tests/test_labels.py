@@ -17,7 +17,18 @@ PAD, BEGIN, END = 0, 1, 2
 
 
 def words(**changes: Any) -> Vocabulary:
-    usual = Vocabulary("CAUSAL_LM", 50, 50, 3, PAD, BEGIN, (END,), True, False)
+    usual = Vocabulary(
+        task="CAUSAL_LM",
+        rows=50,
+        outputs=50,
+        classes=3,
+        pad=PAD,
+        begin=BEGIN,
+        decoder_start=None,
+        ends=(END,),
+        single_label=True,
+        both_ways=False,
+    )
     return usual._replace(**changes)
 
 
