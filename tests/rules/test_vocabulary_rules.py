@@ -131,10 +131,10 @@ def test_tensors_of_another_kind_are_left_alone() -> None:
     from pytest_lora.inspection import vocabulary
 
     plain = nn.Linear(4, 8, bias=False)
-    assert vocabulary._readable(plain) is not None
+    assert vocabulary.readable_weight(plain) is not None
     sharded = nn.Module()
     sharded.weight = plain.weight.detach().as_subclass(Sharded)
-    assert vocabulary._readable(sharded) is None
+    assert vocabulary.readable_weight(sharded) is None
 
 
 def test_both_sides_of_a_tied_weight_are_an_info() -> None:
