@@ -15,3 +15,4 @@ from pytest_lora.facts import served as served
 from pytest_lora.facts import settings as settings
 from pytest_lora.facts import steps as steps
 from pytest_lora.facts import training as training
+from pytest_lora.facts import wrappers as wrappers
