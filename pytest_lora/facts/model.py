@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import ConfigFacts
@@ -165,7 +165,7 @@ class ModelFacts:
     stored_parameters: int
     duplicates: tuple[tuple[str, str], ...]
     reentrant_without_inputs: bool
-    wrappers: Wrappers = Wrappers()
+    wrappers: Wrappers = field(default_factory=Wrappers)
     colliding: tuple[CollidingName, ...] = ()
     trains_xlora: bool = False
     initial_rows: tuple[InitialRows, ...] = ()

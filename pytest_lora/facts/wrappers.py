@@ -25,18 +25,20 @@ class Reducer:
     Attributes:
         finds_unused: ``find_unused_parameters``: whether each step looks for weights that took no part in it.
         static_graph: Whether it was told that every step uses the same weights, whichever these are.
-        waits_for: Tensors whose gradients it waits for: those that required gradients when it was made.
-        trained: Tensors that it was given and that require gradients now.
-        idle: Names of those that belong to an adapter outside the forward pass.
+        unreduced: Names of tensors that it was given frozen and that require gradients now.
+        idle: Names of tensors whose gradients it waits for and that get none: frozen since, or of an adapter outside
+            the forward pass.
         reentrant: Whether gradient checkpointing inside of it is reentrant.
+        optional: Whether modules inside may take no part in a step that others take part in: experts, or towers for
+            other inputs than text.
     """
 
     finds_unused: bool
     static_graph: bool
-    waits_for: int
-    trained: int
+    unreduced: tuple[str, ...]
     idle: tuple[str, ...]
     reentrant: bool
+    optional: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,11 @@ def groups(model: nn.Module) -> Iterator[Group]:
                     yield _distributed(module, group)
 
 
+def is_divided(model: nn.Module) -> bool:
+    """Whether FSDP divides weights of a model among ranks, so that this process has no whole values or gradients."""
+    return any(group.ranks > 1 for group in groups(model))
+
+
 def _flat(owner: nn.Module, handle: Any) -> Group:
     flat = handle.flat_param
     own = flat._params or (None,) * len(flat._param_infos)
@@ -150,9 +155,9 @@ def _stand_in(group: Group, put: Any) -> None:
     for held, values in zip(group.held, _values(group, flat), strict=True):
         at = held.places[0]
         there = at.module._parameters.get(at.name)
-        if there is not None and values is not None and tuple(there.shape) == held.shape:
-            if there.dtype == held.dtype and any(there is one for one in held.known):
-                continue  # as it would be without FSDP
+        own = any(there is one for one in held.known) and values is not None
+        if own and there is not None and (tuple(there.shape), there.dtype) == (held.shape, held.dtype):
+            continue  # as it would be without FSDP
         data = torch.empty(held.shape, dtype=held.dtype, device="meta") if values is None else values
         stand_in = nn.Parameter(data, requires_grad=held.trained)
         for place in held.places:

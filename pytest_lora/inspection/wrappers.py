@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pytest_lora.facts.wrappers import LateAdapter, Reducer, Shard, Wrappers
@@ -22,6 +23,9 @@ from pytest_lora.inspection.peft_internals import (
 from pytest_lora.inspection.survey import Survey
 from pytest_lora.inspection.transformers_internals import checkpoints_reentrant
 
+_OTHER_INPUTS = re.compile(r"vision|visual|audio|image|video|encoder")
+"""In names of modules that a batch of texts alone may not enter."""
+
 
 def wrapper_facts(model: nn.Module, found: Survey) -> Wrappers:
     """What wraps a model, and how that fits what is adapted in it.
@@ -36,10 +40,10 @@ def wrapper_facts(model: nn.Module, found: Survey) -> Wrappers:
     if not sharded and not reducers:
         return Wrappers(late)
     names = {id(module): _clean(name) for name, module in model.named_modules()}
-    idle = tuple(_idle(found))
+    outside = {id(tensor) for tensor in _outside_the_forward(found)}
     return Wrappers(
         late=late,
-        reducers=tuple(_reducer(module, found, idle) for module in reducers),
+        reducers=tuple(_reducer(module, found, outside) for module in reducers),
         shards=tuple(_shard(group, names) for group in sharded),
         apart=tuple(_apart(found, sharded)),
         unseen=sum(_is_adapter(held, names) for group in sharded if group.ranks > 1 for held in group.held),
@@ -97,32 +101,30 @@ def _known_to_ddp(module: Any) -> set[int]:
     return ignored | {id(p) for p in module._module_parameters}
 
 
-def _reducer(module: Any, found: Survey, idle: tuple[tuple[str, int], ...]) -> Reducer:
-    """Facts on DDP, whose reducer is not to be asked for its tensors, but says in its log how many it has."""
-    given = {id(p) for p in module._module_parameters if p.requires_grad}
+def _reducer(module: Any, found: Survey, outside: set[int]) -> Reducer:
+    buckets = module.reducer._get_zeros_like_grad_buckets()
+    reduced = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
+    given = {id(p) for p in module._module_parameters}
+    named = list(module.module.named_parameters())
     return Reducer(
         finds_unused=bool(module.find_unused_parameters),
         static_graph=bool(module.static_graph),
-        waits_for=int(module._get_ddp_logging_data()["num_parameter_tensors"]),
-        trained=len(given),
-        idle=tuple(name for name, tensor in idle if tensor in given),
+        unreduced=tuple(n for n, p in named if p.requires_grad and id(p) in given - reduced),
+        idle=tuple(n for n, p in named if id(p) in reduced and (not p.requires_grad or id(p) in outside)),
         reentrant=any(map(checkpoints_reentrant, found.modules.values())),
+        optional=any("expert" in name or _OTHER_INPUTS.search(name) for name in found.modules),
     )
 
 
-def _idle(found: Survey) -> Iterator[tuple[str, int]]:
-    """Tensors that require gradients and belong to an adapter outside the forward pass, by module."""
-    for module, layer in found.lora.items():
-        for adapter in adapter_names(layer):
-            if adapter not in active_adapters(layer):
-                pair = factors(layer, adapter)
-                for tensor in (pair.a, pair.b, *(t for _, t in further_tensors(layer, adapter))):
-                    if tensor.requires_grad:
-                        yield module, id(tensor)
-    for module, wrapper in found.saved.items():
-        for adapter, copied in wrapper.modules_to_save.items():
-            if adapter not in active_adapters(wrapper):
-                yield from ((module, id(p)) for p in copied.parameters() if p.requires_grad)
+def _outside_the_forward(found: Survey) -> Iterator[Tensor]:
+    """What belongs to an adapter that takes no part in the forward pass."""
+    for layer in found.lora.values():
+        for adapter in set(adapter_names(layer)) - set(active_adapters(layer)):
+            pair = factors(layer, adapter)
+            yield from (pair.a, pair.b, *(tensor for _, tensor in further_tensors(layer, adapter)))
+    for wrapper in found.saved.values():
+        for adapter in set(wrapper.modules_to_save) - set(active_adapters(wrapper)):
+            yield from wrapper.modules_to_save[adapter].parameters()
 
 
 def _clean(name: str) -> str:
