@@ -92,11 +92,19 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         load_best_model_at_end=keys.flag("load_best_model_at_end", default=False),
         gpus=gpus,
         strategy=_strategy(keys, tree),
-        continues=keys.word("adapters"),
+        continues=_continues(keys),
         new_tokens=keys.value("new_special_tokens", read=lambda node: len(node.items or (node,))),
         scope=replace(frozen, value="language_model")
         if frozen.stated and frozen.value and not whole
         else Value(),
+    )
+
+
+def _continues(keys: Keys) -> Value:
+    """The adapter that is trained on; ms-swift refuses more than one."""
+    found = keys.names("adapters")
+    return replace(
+        found, value=found.value[0] if isinstance(found.value, tuple) and found.value else found.value
     )
 
 

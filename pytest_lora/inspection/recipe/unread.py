@@ -22,7 +22,7 @@ UNHEEDED = {"llamafactory": ("gradient_checkpointing",)}
 """Keys that are taken and change nothing where they are false, as another key decides."""
 
 NUMBERS = frozenset(
-    ["learning_rate", "lr", "lora_alpha", "lora_r", "lora_rank", "lora_dropout", "warmup_ratio", "weight_decay",
+    ["learning_rate", "lr", "lora_alpha", "r", "lora_r", "lora_rank", "lora_dropout", "warmup_ratio", "weight_decay",
      "num_train_epochs", "num_epochs", "max_steps", "warmup_steps", "micro_batch_size", "per_device_train_batch_size",
      "gradient_accumulation_steps", "sequence_len", "cutoff_len", "max_length", "max_seq_length", "max_grad_norm",
      "adam_beta1", "adam_beta2", "adam_epsilon", "adam_eps", "logging_steps", "save_steps", "eval_steps", "val_size",
@@ -59,6 +59,8 @@ FIELDS = (
 _TEXT_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 OWN_PLUGINS = {"pytest_lora.runs.axolotl": ("lora_health",)}
 """Keys that this package's own plugins bring."""
+
+_QUOTED = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
 _COMMA = re.compile(r"[-+]?\d+,\d+([eE][-+]?\d+)?")
 
@@ -153,6 +155,8 @@ def _wrong(name: str, node: Node, line: int, tool: ModuleType) -> WrongKind | No
             mended = _with_dot(text)
             became = f"the text {text!r}: YAML 1.1 reads a float only with a dot"
             return WrongKind(name, line, text, became, "a number", mended, True)
+        if tool.KEYS == "" and not node.plain and _QUOTED.fullmatch(text):
+            return WrongKind(name, line, text, f"the text {text!r}: it is quoted", "a number", text, True)
         if _COMMA.fullmatch(text):
             return WrongKind(
                 name, line, text, f"the text {text!r}", "a number with a dot", text.replace(",", "."), True
