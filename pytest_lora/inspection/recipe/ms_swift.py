@@ -46,10 +46,10 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
     gpus = _gpus(keys)
     kind = keys.word("rlhf_type", default="sft")
     targets = keys.names("target_modules", default="all-linear")
-    if targets.value in (("all-linear",), "all-linear"):
+    if keys.has("target_regex"):
+        targets = keys.names("target_regex")  # in place of target_modules, whatever those are
+    elif targets.value == ("all-linear",):
         targets = replace(targets, value="all-linear")
-    elif keys.has("target_regex"):
-        targets = keys.names("target_regex")
     frozen = keys.flag("freeze_vit", default=True)
     whole = targets.value == "all-linear"
     return RunSetting(

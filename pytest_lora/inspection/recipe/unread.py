@@ -18,6 +18,9 @@ from pytest_lora.inspection.recipe.yaml_file import Node, YamlFile
 DROPPED = {"axolotl": ("lora_exclude_modules",)}
 """Keys that the code would read, and that the schema does not let through."""
 
+LAUNCHED = {"trl": ("accelerate_config",)}
+"""Keys that the tool's launcher takes before anything else sees them (``trl/cli/accelerate_config.py``)."""
+
 UNHEEDED = {"llamafactory": ("gradient_checkpointing",)}
 """Keys that are taken and change nothing where they are false, as another key decides."""
 
@@ -46,7 +49,7 @@ PATHS = frozenset(
     ["base_model", "model_name_or_path", "model", "model_name", "model_id", "adapter_name_or_path", "adapters",
      "lora_model_dir", "resume_from_checkpoint", "dataset_dir", "deepspeed", "train_file", "dataset_name",
      "pretrained_model_name_or_path", "model_path", "data_files", "data_path", "dataset_prepared_path", "dataset",
-     "path", "tokenizer_name_or_path"]
+     "path", "tokenizer_name_or_path", "name"]
 )  # fmt: skip
 """Keys that take a path from which something is read."""
 
@@ -85,7 +88,12 @@ def unknown_keys(keys: Keys, tool: ModuleType, file: YamlFile) -> Iterator[Unkno
     for name, node, line in keys.numbered():
         if name in UNHEEDED.get(tool.KEYS, ()) and node.value is False:
             yield UnknownKey(name, line, _text(file, line, name), "dropped", None, "", False)
-        if name in known["keys"] or name in plugins or name.startswith(("_", "x-", ".")):
+        if (
+            name in known["keys"]
+            or name in LAUNCHED.get(tool.KEYS, ())
+            or name in plugins
+            or name.startswith(("_", "x-", "."))
+        ):
             continue
         if node.written == "" and node.items is None and node.pairs is None:
             continue  # left empty, it asks for nothing
@@ -143,9 +151,12 @@ def wrong_kinds(file: YamlFile, tool: ModuleType) -> Iterator[WrongKind]:
         waiting.extend(node.items or ())
         for name, value in (node.pairs or {}).items():
             waiting.append(value)
-            found = _wrong(name, value, node.lines.get(name, value.line), tool)
-            if found is not None:
-                yield found
+            line = node.lines.get(name, value.line)
+            listed = value.items or () if name in PATHS else ()
+            for one in (value, *listed):
+                found = _wrong(name, one, line if one is value else one.line or line, tool)
+                if found is not None:
+                    yield found
 
 
 def _wrong(name: str, node: Node, line: int, tool: ModuleType) -> WrongKind | None:
