@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.arguments import refusing, require_expect, require_trainers
-from pytest_lora.checks.judging import report_on, rules_of
+from pytest_lora.checks.judging import NotJudged, report_on, rules_of
 from pytest_lora.checks.training import PROBE_STEPS, check_training
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.adapter_maps import model_maps
@@ -18,6 +18,11 @@ from pytest_lora.rules.selection import codes
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
+
+    from pytest_lora.facts.model import ModelFacts
+
+NO_BATCH = "no batch given"
+"""Why the rules on training are silent."""
 
 
 @refusing
@@ -38,7 +43,9 @@ def check_model(
 
     Args:
         model: Anything with PEFT LoRA layers: a ``PeftModel``, a ``PeftMixedModel``, a transformers model
-            after ``add_adapter``, and these inside DDP, ``torch.compile`` or a value head.
+            after ``add_adapter``, and these inside DDP, FSDP, ``torch.compile`` or a value head. What wraps it is
+            judged too. No rank waits for another: of weights that FSDP divides, one rank sees shapes and no values,
+            and the report says so (``not_judged``).
         batches: One batch (a dict of tensors for ``model(**batch)``) or an iterable of batches to train on.
         steps: Optimizer steps to take on them, at least 1; 3 by default.
         optimizer: The optimizer that is going to train it, if there is one already.
@@ -69,7 +76,8 @@ def check_model(
         judged.append(optimizer_facts(model, optimizer))
     subject = f"{type(model).__name__} of {facts.base.title}"
     unseen = batches is None and expect.purpose == "train"
-    left = (("no batch given", rules_of("training")),) if unseen else ()
+    left: NotJudged = ((NO_BATCH, rules_of("training")),) if unseen else ()
+    left += unseen_values(facts)
     report = report_on(subject, judged, expect, select, ignore, model_maps(facts), of_model(facts), left)
     if batches is None:
         return report
@@ -79,6 +87,14 @@ def check_model(
     )
     findings = without_consequences((*report.findings, *trained.findings))
     return Report(subject, findings, trained.figures, report.measured)
+
+
+def unseen_values(facts: ModelFacts) -> NotJudged:
+    """What FSDP keeps from one process: values of tensors that it divides."""
+    if not facts.wrappers.unseen:
+        return ()
+    why = f"FSDP divides weights among {facts.wrappers.ranks} ranks"
+    return ((why, f"values and gradients of {facts.wrappers.unseen} adapter tensors"),)
 
 
 @refusing

@@ -20,3 +20,4 @@ from pytest_lora.facts import settings as settings
 from pytest_lora.facts import steps as steps
 from pytest_lora.facts import sweep as sweep
 from pytest_lora.facts import training as training
+from pytest_lora.facts import wrappers as wrappers

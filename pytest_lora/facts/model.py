@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.layer_state import Factor as Factor
 from pytest_lora.facts.layer_state import LayerState as LayerState
+from pytest_lora.facts.wrappers import Wrappers
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +101,6 @@ class TrainableBase:
 
 
 @dataclass(frozen=True, slots=True)
-class LateAdapter:
-    """An adapter that was put in after a wrapper was made, which does not know its parameters.
-
-    Attributes:
-        wrapper: ``"DistributedDataParallel"``, ``"FSDP"`` or ``"torch.compile"``.
-        parameters: Names of what it does not know.
-    """
-
-    wrapper: str
-    parameters: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class CollidingName:
     """An adapter whose name is also a part of the names of modules.
 
@@ -153,7 +141,7 @@ class ModelFacts:
         duplicates: Pairs of adapters that are active together and hold the same numbers wherever they are.
         reentrant_without_inputs: Reentrant gradient checkpointing is on and nothing makes its input require
             gradients, so that no gradient reaches an adapter inside.
-        late: Adapters that were put in after a wrapper was made.
+        wrappers: What wraps it to train in several processes, or to compile it.
         colliding: Adapters whose names are also names of modules.
         trains_xlora: Whether a classifier of X-LoRA trains, which weighs adapters that are frozen by design.
         initial_rows: Rows of the vocabulary that were added and never trained.
@@ -177,7 +165,7 @@ class ModelFacts:
     stored_parameters: int
     duplicates: tuple[tuple[str, str], ...]
     reentrant_without_inputs: bool
-    late: tuple[LateAdapter, ...] = ()
+    wrappers: Wrappers = field(default_factory=Wrappers)
     colliding: tuple[CollidingName, ...] = ()
     trains_xlora: bool = False
     initial_rows: tuple[InitialRows, ...] = ()

@@ -211,11 +211,31 @@ class BaseModel:
 
 @dataclass(frozen=True, slots=True)
 class SavedAdapter:
-    """An adapter folder that a recipe names: where, its rank, and the base it says it is for."""
+    """An adapter folder that a recipe names, as its ``adapter_config.json`` says; None for what that does not say.
+
+    Attributes:
+        path: The folder, as the recipe names it.
+        r: Its rank.
+        base: The base it says it is for.
+        kind: ``peft_type``: ``"LORA"``, ``"IA3"``, ...
+        alpha: ``lora_alpha``.
+        targets: Names of the modules that it adapts, or an expression for them.
+        saved: Modules that it holds in full (``modules_to_save``).
+        use_rslora: Whether its scaling is that of rsLoRA.
+        use_dora: Whether it is a DoRA.
+        same_shape: Whether the base it says it is for has the shape of that of the recipe, as far as both are known.
+    """
 
     path: str
     r: int | None
     base: str | None
+    kind: str | None = None
+    alpha: float | None = None
+    targets: tuple[str, ...] | str | None = None
+    saved: tuple[str, ...] | str = ()
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    same_shape: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

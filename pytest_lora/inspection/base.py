@@ -264,7 +264,8 @@ def _quantization(root: nn.Module, modules: dict[str, nn.Module]) -> Quantizatio
         if method == "4bit":
             compute_dtype: Any = module.compute_dtype
             compute[dtype_name(compute_dtype)] = None
-            packed = getattr(weight, "quant_state", None) is not None
+            # FSDP puts another parameter in the place of the weight; the layer keeps the state as well.
+            packed = any(getattr(held, "quant_state", None) is not None for held in (weight, module))
         else:
             packed = method != "8bit" or getattr(weight, "dtype", None) == torch.int8
             packed = packed or bool(getattr(getattr(module, "state", None), "has_fp16_weights", False))

@@ -10,11 +10,13 @@ from torch import nn
 
 from pytest_lora.facts.layer_state import LayerState
 from pytest_lora.facts.model import ModelFacts, SavedModule, TrainableBase, TrainedRows
+from pytest_lora.facts.wrappers import Wrappers
 from pytest_lora.inspection import transformers_internals
 from pytest_lora.inspection.adapter_names import colliding_names
 from pytest_lora.inspection.base import BaseParameter, base_facts, base_parameters, dtype_name
 from pytest_lora.inspection.bitsandbytes_internals import quantization_statistics
 from pytest_lora.inspection.config import live_config_facts
+from pytest_lora.inspection.fsdp_internals import whole_parameters
 from pytest_lora.inspection.layers import CPU_NUMBERS, UNREAD, layer_states, read_values
 from pytest_lora.inspection.parameters import count
 from pytest_lora.inspection.peft_internals import (
@@ -32,7 +34,7 @@ from pytest_lora.inspection.peft_internals import (
 from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey
 from pytest_lora.inspection.vocabulary import initial_rows
-from pytest_lora.inspection.wrappers import late_adapters
+from pytest_lora.inspection.wrappers import wrapper_facts
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
@@ -70,6 +72,12 @@ def model_facts(model: nn.Module) -> ModelFacts:
     found = survey(model)
     if not found.lora and not _is_unloaded(model, found):
         found = adapted_survey(model)
+    wrapped = wrapper_facts(model, found)
+    with whole_parameters(model):
+        return _facts(model, found, wrapped)
+
+
+def _facts(model: nn.Module, found: Survey, wrapped: Wrappers) -> ModelFacts:
     parameters = base_parameters(found)
     base = base_facts(found, parameters)
     configs = lora_configs(found.root)
@@ -103,7 +111,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
         stored_parameters=counted.stored,
         duplicates=_duplicates(found.lora),
         reentrant_without_inputs=transformers_internals.reentrant_without_inputs(found),
-        late=tuple(late_adapters(model)),
+        wrappers=wrapped,
         colliding=tuple(colliding_names(model, found)),
         trains_xlora=bool(found.lora) and trains_xlora(model),
         initial_rows=tuple(initial_rows(found, base)),
@@ -149,11 +157,19 @@ def _nonfinite(parameters: tuple[BaseParameter, ...]) -> Iterator[str]:
         budget -= parameter.numbers if on_cpu else 0
         if budget >= 0 or not on_cpu:
             readable.append(parameter)
-    tensors = {p.full_name: (p.tensor, *quantization_statistics(p.tensor)) for p in readable}
+    tensors = {
+        p.full_name: (*([] if _is_packed(p) else [p.tensor]), *quantization_statistics(p.tensor))
+        for p in readable
+    }
     values = read_values(tensor for group in tensors.values() for tensor in group)
     for name, group in tensors.items():
         if any(values.get(id(tensor), UNREAD).finite is False for tensor in group):
             yield name
+
+
+def _is_packed(parameter: BaseParameter) -> bool:
+    """Whether its bytes are other numbers than its dtype says: packed weights may be stored as floats for FSDP."""
+    return parameter.numbers != parameter.tensor.numel()
 
 
 def _duplicates(lora: dict[str, LoraLayer]) -> tuple[tuple[str, str], ...]:

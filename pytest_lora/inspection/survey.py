@@ -57,7 +57,7 @@ class Survey:
 
     def visit(self, module: nn.Module, name: str) -> None:
         """Walk down from ``module``, which the base calls ``name``."""
-        module = _uncompiled(module)
+        module = _unwrapped(module)
         if isinstance(module, LoraLayer):
             self._visit_lora(module, name)
         elif isinstance(module, ModulesToSaveWrapper):
@@ -82,9 +82,13 @@ class Survey:
         self.visit(layer.base_layer, name)
 
 
-def _uncompiled(module: nn.Module) -> nn.Module:
-    original = getattr(module, "_orig_mod", None)
-    return original if isinstance(original, nn.Module) else module
+_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What wrappers of parts of a model call what they hold: ``torch.compile``, FSDP, torch's checkpointing."""
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    inner = next((m for m in map(module._modules.get, _PARTS) if m is not None), None)
+    return module if inner is None else _unwrapped(inner)
 
 
 def survey(model: nn.Module) -> Survey:
@@ -100,11 +104,11 @@ def survey(model: nn.Module) -> Survey:
     root = outer
     while True:
         nested += isinstance(root, WRAPPERS)
-        inner = wrapped_base(_uncompiled(root))
+        inner = wrapped_base(_unwrapped(root))
         if inner is None:
             break
         root = inner
-    found = Survey(_uncompiled(root), nested)
+    found = Survey(_unwrapped(root), nested)
     found.visit(root, "")
     return found
 
@@ -122,7 +126,7 @@ def _outermost_adapted(model: nn.Module) -> nn.Module:
     if adapted is not None:
         return adapted
     while True:
-        model = _uncompiled(model)
+        model = _unwrapped(model)
         held = next(
             (WRAPPER_CLASSES[c.__name__] for c in type(model).__mro__ if c.__name__ in WRAPPER_CLASSES), ""
         )

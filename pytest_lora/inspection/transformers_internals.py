@@ -30,12 +30,12 @@ def reentrant_without_inputs(found: Survey) -> bool:
     (``torch.utils.checkpoint``). Either the embeddings train something themselves, or a hook makes their
     output require gradients: transformers' ``enable_input_require_grads`` and PEFT both register one.
     """
-    if not any(_checkpoints_reentrant(module) for module in found.modules.values()):
+    if not any(checkpoints_reentrant(module) for module in found.modules.values()):
         return False
     return not (_trains_embeddings(found) or _makes_inputs_require_grad(found.root))
 
 
-def _checkpoints_reentrant(module: nn.Module) -> bool:
+def checkpoints_reentrant(module: nn.Module) -> bool:
     """Whether a module checkpoints reentrantly, which is torch's default where nothing is said."""
     if not vars(module).get("gradient_checkpointing", False):
         return False

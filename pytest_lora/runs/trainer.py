@@ -28,8 +28,10 @@ class LoraHealthCallback(TrainerCallback):
     """Judge a real run: the model before it starts and after its first steps, the losses as they are logged.
 
     Gradients, learning rates and moves of the first steps are judged with the first loss that the Trainer logs after
-    them (``logging_steps``), in one process and without DeepSpeed: elsewhere no process sees whole gradients. The run
-    itself goes as it would without: no forward pass is added and no random number drawn.
+    them (``logging_steps``), but under DeepSpeed or FSDP on several ranks: there no process sees whole gradients, and
+    ``watch.not_judged`` says so. The run itself goes as it would without: no forward pass is added, no random number
+    drawn, and no rank waits for another. Every rank judges; the first one tells. Under DDP the Trainer shows its
+    callbacks the model inside of it, so that the wrapper is not judged.
 
     A model without LoRA layers is said to have none, once, and nothing of its run is judged.
 
@@ -114,8 +116,8 @@ class LoraHealthCallback(TrainerCallback):
         if self._is_idle("gradients", state):
             return
         optimizer = kwargs.get("optimizer")
-        # With several processes a gradient may be a shard, and DeepSpeed keeps it to itself.
-        if args.world_size == 1 and optimizer is not None and "DeepSpeed" not in type(optimizer).__name__:
+        # DeepSpeed keeps gradients to itself.
+        if optimizer is not None and "DeepSpeed" not in type(optimizer).__name__:
             self.watch.before_step(
                 kwargs["model"],
                 optimizer,

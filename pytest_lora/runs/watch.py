@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pytest_lora.arguments import require_expect, require_trainers
 from pytest_lora.assertions import LoraHealthError, delivered, stack_level
 from pytest_lora.checks.history import judge_history
-from pytest_lora.checks.model import check_model
+from pytest_lora.checks.model import NO_BATCH, check_model
 from pytest_lora.expect import Expect
 from pytest_lora.facts.history import as_count, as_number, history_facts
 from pytest_lora.findings import LoraHealthWarning, Report
@@ -47,6 +48,7 @@ class Watch:
     Attributes:
         reports: Every report that had something new, in order.
         zero_has_gradient: Whether a loss of zero was seen to leave a gradient, as that of a policy gradient does.
+        not_judged: What could not be judged, as pairs: why, and what; weights that FSDP divides among ranks, for one.
         should_stop: Whether an error was found; for loops that end themselves under ``on_error="stop"``.
     """
 
@@ -68,6 +70,7 @@ class Watch:
         self.learning_rate: float | None = None
         self.reports: list[Report] = []
         self.zero_has_gradient = False
+        self.not_judged: tuple[tuple[str, str], ...] = ()
         self.should_stop = False
         self._expect = require_expect(expect)
         self._trained_with = self._expect
@@ -121,6 +124,9 @@ class Watch:
     def look(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """Judge the model and its optimizer as they stand."""
         report = check_model(model, optimizer=optimizer, expect=self._expect)
+        # The batches come with the steps.
+        self.not_judged = tuple(left for left in report.not_judged if left[0] != NO_BATCH)
+        report = replace(report, not_judged=self.not_judged)
         self._trained_with = _with_adapter(self._expect, model)
         if optimizer is not None:
             rates = [group.get("lr") for group in optimizer.param_groups]
@@ -137,9 +143,10 @@ class Watch:
         objective: Objective = "",
     ) -> None:
         """Note the gradients of one of the first steps, right before the optimizer takes it."""
+        from pytest_lora.inspection.fsdp_internals import is_divided
         from pytest_lora.inspection.training import FirstSteps
 
-        if self._steps_to_note:
+        if self._steps_to_note and not is_divided(model):
             if self._first_steps is None:
                 self._first_steps = FirstSteps(model, optimizer, schedule, scaler, objective)
             self._first_steps.before_step()
@@ -184,21 +191,27 @@ class Watch:
     def _deliver(self, report: Report) -> None:
         found = selected(report.findings, self._select, self._ignore)
         fresh = tuple(f for f in found if (f.code, f.severity) not in self._known)
-        if not fresh:
+        if not fresh and (self.reports or not report.not_judged):
             return
         self._known.update((f.code, f.severity) for f in fresh)
         new = report.with_findings(fresh)
         self.reports.append(new)
         delivered.append(new)
-        if self._listener is not None:
+        if self._listener is not None and fresh and is_first_rank():
             self._listener(new, len(self._train) * self.steps_per_loss)
         self.should_stop |= bool(new.errors or (in_force().strict and new.warnings))
         for finding in (*new.errors, *new.warnings):
-            if finding.severity == "warning" or self._on_error != "raise":
+            if is_first_rank() and (finding.severity == "warning" or self._on_error != "raise"):
                 warnings.warn(str(finding), LoraHealthWarning, stacklevel=stack_level(*BETWEEN))
         grave = new.errors or (new.warnings if in_force().strict else ())
         if grave and self._on_error == "raise":
             raise LoraHealthError(new)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for its group: each rank judges, and the first one tells."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is None or not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _with_adapter(expect: Expect, model: nn.Module) -> Expect:

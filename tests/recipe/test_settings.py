@@ -196,3 +196,31 @@ def test_a_step_in_float32_runs_without_autocast(tmp_path: Path) -> None:
     dtypes = {d: replace(found, dtype=replace(found.dtype, value=d)) for d in ("float32", "bfloat16")}
     arguments = {dtype: step_arguments(one, None) or {} for dtype, one in dtypes.items()}
     assert arguments["float32"] == {**arguments["bfloat16"], "dtype": "float32", "autocast": False}
+
+
+def test_an_expression_of_swift_stands_in_place_of_its_names(tmp_path: Path) -> None:
+    regex = "target_regex: '.*\\.q_proj'\n"
+    assert setting(tmp_path, SWIFT + regex).target_modules.value == r".*\.q_proj"
+    both = setting(tmp_path, SWIFT + "target_modules: all-linear\n" + regex)
+    assert both.target_modules.key == "target_regex"
+
+
+def test_the_configuration_of_accelerate_is_a_key_of_trl(tmp_path: Path) -> None:
+    facts = read(tmp_path, TRL + "accelerate_config: zero2\n")
+    assert not facts.unknown
+    assert facts.setting is not None
+    assert facts.setting.strategy.value == "zero2"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (SWIFT.replace("data/train", "~/data/train"), "dataset"),
+        (OWN.replace("Qwen/Qwen2.5-7B", "~/models/a"), "name"),
+    ],
+    ids=["in a list", "of a base"],
+)
+def test_a_path_that_nobody_expands_is_told_at_its_line(tmp_path: Path, text: str, key: str) -> None:
+    (wrong,) = (one for one in read(tmp_path, text).wrong if one.written.startswith("~"))
+    assert wrong.key == key
+    assert "~" in text.splitlines()[wrong.line - 1]

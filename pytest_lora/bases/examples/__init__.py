@@ -47,7 +47,7 @@ _FUNCTIONS = {
         "write",
         "write_sparse",
     ),
-    "ranks": ("step_in_ddp", "step_without_synchronisation"),
+    "ranks": ("in_one_process", "step_in_ddp", "step_without_synchronisation"),
 }
 __all__ = sorted((*_MODELS, *(name for names in _FUNCTIONS.values() for name in names)))
 

@@ -52,7 +52,9 @@ def _llama_config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**fields)
 
 
-def quantized(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> nn.Module:
+def quantized(
+    model: nn.Module, compute_dtype: torch.dtype = torch.float32, storage: torch.dtype = torch.uint8
+) -> nn.Module:
     """The model with its linear layers, the head aside, packed to 4 bits in place."""
     bnb: Any = import_module("bitsandbytes")
 
@@ -60,10 +62,15 @@ def quantized(model: nn.Module, compute_dtype: torch.dtype = torch.float32) -> n
         if type(module) is not nn.Linear or name in ("lm_head", "score"):
             continue
         packed = bnb.nn.Linear4bit(
-            module.in_features, module.out_features, bias=False, compute_dtype=compute_dtype, quant_type="nf4"
+            module.in_features,
+            module.out_features,
+            bias=False,
+            compute_dtype=compute_dtype,
+            quant_type="nf4",
+            quant_storage=storage,
         )
         packed.weight = bnb.nn.Params4bit(
-            module.weight.data, requires_grad=False, quant_type="nf4", module=packed
+            module.weight.data, requires_grad=False, quant_type="nf4", quant_storage=storage, module=packed
         )
         model.get_submodule(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], packed.to("cpu"))
     vars(model)["is_loaded_in_4bit"] = True

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._C._distributed_c10d import HashStore
 
 R = TypeVar("R")
 
@@ -21,6 +22,17 @@ def step_in_ddp(check: Callable[[nn.Module], R]) -> R:
 def step_without_synchronisation(check: Callable[[nn.Module], R]) -> R:
     """Take a step on data that differs between the ranks, each for itself, and check the model."""
     return check(_stepped(_adapted()))
+
+
+def in_one_process(wrapper: Callable[..., R], model: nn.Module, **settings: Any) -> R:
+    """Wrap a model as a run on several GPUs does, in a process group of this process alone where there is none."""
+    if dist.is_initialized():
+        return wrapper(model, **settings)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        return wrapper(model, **settings)
+    finally:
+        dist.destroy_process_group()
 
 
 def _adapted() -> nn.Module:

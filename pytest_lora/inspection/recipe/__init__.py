@@ -6,11 +6,12 @@ The file and those beside it that it names are read and never executed; nothing 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
-from pytest_lora.facts.recipe import BaseModel, Flaw, RecipeFacts, RunSetting
+from pytest_lora.facts.recipe import BaseModel, Flaw, RecipeFacts, RunSetting, SavedAdapter
 from pytest_lora.inspection.recipe import axolotl, home_made, llamafactory, ms_swift, trl
 from pytest_lora.inspection.recipe.beside import Tree
 from pytest_lora.inspection.recipe.interpolation import resolved
@@ -26,6 +27,9 @@ SUFFIXES = (".yaml", ".yml", ".json")
 MOST_UNKNOWN = 60
 """Keys that nothing reads which are looked up among those that there are, at some milliseconds each: more than a rule
 tells of."""
+
+_SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads")
+"""Fields in which two bases agree that can carry one adapter."""
 
 _LIKELY = re.compile(
     rb"\b(lora_r|lora_rank|lora_alpha|finetuning_type|use_peft|tuner_type|adapter:\s*q?lora)\b"
@@ -93,10 +97,23 @@ def _facts(path: Path, file: YamlFile, tool: ModuleType, keys: Keys, base: str |
         setting=setting,
         base=None if named is None else base_model(str(named)),
         base_is_adapter=tree.adapter(setting.base.value),
-        continued=tree.adapter(continued) if isinstance(continued, str) else None,
+        continued=_continued(tree, continued, named),
         listed=_listed(keys, tool),
         conversational=_conversations(keys, tree, tool),
     )
+
+
+def _continued(tree: Tree, folder: object, base: object) -> SavedAdapter | None:
+    """The adapter folder that training goes on from, compared with the base as far as the shapes of both are known."""
+    from pytest_lora.inspection.public_bases import find_shape
+
+    found = tree.adapter(folder)
+    if found is None or not isinstance(found.base, str) or not isinstance(base, str):
+        return found
+    own, other = find_shape(base), find_shape(found.base)
+    if own is None or other is None:
+        return found
+    return replace(found, same_shape=all(own.text(field) == other.text(field) for field in _SIZES))
 
 
 def base_model(name: str) -> BaseModel | None:

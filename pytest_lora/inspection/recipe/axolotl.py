@@ -5,6 +5,7 @@ Source: ``axolotl/utils/schemas``, ``axolotl/loaders/model.py`` and ``axolotl/lo
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from pytest_lora.facts.recipe import UNKNOWN, RunSetting, Value
@@ -34,6 +35,9 @@ _ATTENTION = {
     "eager_attention": "eager",
 }
 _LOW_MEMORY = ("liger_fused_linear_cross_entropy", "cut_cross_entropy", "chunked_cross_entropy")
+
+_CHAT_MARK = re.compile(r"<\|.*\|>|\[/?INST\]|</?s>|</?think>")
+"""Tokens that chat templates use and that bases have."""
 
 
 def is_mine(keys: Keys) -> bool:
@@ -103,8 +107,22 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         load_best_model_at_end=keys.flag("load_best_model_at_end", default=False),
         strategy=_strategy(keys, tree),
         continues=keys.word("lora_model_dir"),
-        new_tokens=keys.value("tokens", read=lambda node: len(node.items or ())),
+        new_tokens=_new_tokens(keys),
     )
+
+
+def _new_tokens(keys: Keys) -> Value:
+    """How many tokens are added: ``tokens``, and ``additional_special_tokens`` that are no marks of a chat template.
+
+    Tokens such as ``<|im_end|>`` are in the vocabulary of most bases, and adding them once more adds none.
+    """
+    found = keys.value("tokens", read=lambda node: len(node.items or ()))
+    special = keys.node("special_tokens")
+    added = (special[1].pairs or {}).get("additional_special_tokens") if special else None
+    new = [one for one in (added.items or ()) if not _CHAT_MARK.fullmatch(str(one.written))] if added else []
+    if found.value or not new or added is None:
+        return found
+    return Value(len(new), f"line {added.line}", "additional_special_tokens", added.line)
 
 
 def _quantization(keys: Keys, adapter: str | None) -> Value:

@@ -78,11 +78,16 @@ class Tree:
         if not (place / _CONFIG).is_file() or (place / "config.json").is_file():
             return None
         config = self.mapping(f"{name}/{_CONFIG}")
-        rank, base = config.get("r"), config.get("base_model_name_or_path")
         return SavedAdapter(
-            str(name),
-            rank if isinstance(rank, int) and not isinstance(rank, bool) else None,
-            base if isinstance(base, str) else None,
+            path=str(name),
+            r=_of_kind(config, "r", int),
+            base=_of_kind(config, "base_model_name_or_path", str),
+            kind=_of_kind(config, "peft_type", str),
+            alpha=_of_kind(config, "lora_alpha", int, float),
+            targets=_named(config.get("target_modules")),
+            saved=_named(config.get("modules_to_save")) or (),
+            use_rslora=_of_kind(config, "use_rslora", bool),
+            use_dora=_of_kind(config, "use_dora", bool),
         )
 
     def base(self, name: object) -> Path | None:
@@ -110,6 +115,19 @@ class Tree:
             ):
                 return True
         return False
+
+
+def _of_kind(config: dict[str, Any], field: str, *kinds: type) -> Any:
+    """A field where it has one of these types; None elsewhere."""
+    value = config.get(field)
+    return value if type(value) in kinds else None
+
+
+def _named(value: object) -> tuple[str, ...] | str | None:
+    """Names of modules in a fixed order, or an expression."""
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return tuple(sorted(value))
+    return value if isinstance(value, str) else None
 
 
 def _counts(config: dict[str, Any]) -> Iterator[int]:

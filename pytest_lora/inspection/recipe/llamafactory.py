@@ -49,8 +49,8 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
     if alpha.value is None and not alpha.stated and rank.value is not None:
         alpha = Value(2 * rank.value, "2 x lora_rank", "lora_alpha")
     targets = keys.names("lora_target", default="all")
-    targets = replace(targets, value=comma_separated(targets.value))
-    if targets.value in ("all", ("all",)):
+    targets = replace(targets, value=_listed(comma_separated(targets.value)))  # never an expression
+    if targets.value == ("all",):
         targets = replace(targets, value="all-linear")
     tower = keys.flag("freeze_vision_tower", default=True)
     saved = keys.names("additional_target")
@@ -92,8 +92,22 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         save_steps=keys.number("save_steps", default=500),
         load_best_model_at_end=keys.flag("load_best_model_at_end", default=False),
         strategy=_strategy(keys, tree),
-        continues=keys.word("adapter_name_or_path"),
+        continues=_continues(keys, tree),
     )
+
+
+def _continues(keys: Keys, tree: Tree) -> Value:
+    """The adapter that is trained on: the last one, unless all are merged and a new one is made.
+
+    Adapters are not merged into a quantized base, under ZeRO-3 or by Unsloth (``model/adapter.py``), whatever
+    ``create_new_adapter`` says.
+    """
+    found = keys.names("adapter_name_or_path")
+    folders = _listed(comma_separated(found.value))
+    last = folders[-1] if isinstance(folders, tuple) and folders else None
+    kept = keys.has("quantization_bit") or keys.says("use_unsloth")
+    kept = kept or str(_strategy(keys, tree).value).startswith("zero3")
+    return replace(found, value=None if keys.says("create_new_adapter") and not kept else last)
 
 
 def _listed(value: object) -> object:

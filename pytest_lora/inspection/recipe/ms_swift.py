@@ -46,10 +46,10 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
     gpus = _gpus(keys)
     kind = keys.word("rlhf_type", default="sft")
     targets = keys.names("target_modules", default="all-linear")
-    if targets.value in (("all-linear",), "all-linear"):
+    if keys.has("target_regex"):
+        targets = keys.names("target_regex")  # in place of target_modules, whatever those are
+    elif targets.value == ("all-linear",):
         targets = replace(targets, value="all-linear")
-    elif keys.has("target_regex"):
-        targets = keys.names("target_regex")
     frozen = keys.flag("freeze_vit", default=True)
     whole = targets.value == "all-linear"
     return RunSetting(
@@ -92,11 +92,19 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         load_best_model_at_end=keys.flag("load_best_model_at_end", default=False),
         gpus=gpus,
         strategy=_strategy(keys, tree),
-        continues=keys.word("adapters"),
+        continues=_continues(keys),
         new_tokens=keys.value("new_special_tokens", read=lambda node: len(node.items or (node,))),
         scope=replace(frozen, value="language_model")
         if frozen.stated and frozen.value and not whole
         else Value(),
+    )
+
+
+def _continues(keys: Keys) -> Value:
+    """The adapter that is trained on; ms-swift refuses more than one."""
+    found = keys.names("adapters")
+    return replace(
+        found, value=found.value[0] if isinstance(found.value, tuple) and found.value else found.value
     )
 
 

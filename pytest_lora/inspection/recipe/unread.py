@@ -18,11 +18,14 @@ from pytest_lora.inspection.recipe.yaml_file import Node, YamlFile
 DROPPED = {"axolotl": ("lora_exclude_modules",)}
 """Keys that the code would read, and that the schema does not let through."""
 
+LAUNCHED = {"trl": ("accelerate_config",)}
+"""Keys that the tool's launcher takes before anything else sees them (``trl/cli/accelerate_config.py``)."""
+
 UNHEEDED = {"llamafactory": ("gradient_checkpointing",)}
 """Keys that are taken and change nothing where they are false, as another key decides."""
 
 NUMBERS = frozenset(
-    ["learning_rate", "lr", "lora_alpha", "lora_r", "lora_rank", "lora_dropout", "warmup_ratio", "weight_decay",
+    ["learning_rate", "lr", "lora_alpha", "r", "lora_r", "lora_rank", "lora_dropout", "warmup_ratio", "weight_decay",
      "num_train_epochs", "num_epochs", "max_steps", "warmup_steps", "micro_batch_size", "per_device_train_batch_size",
      "gradient_accumulation_steps", "sequence_len", "cutoff_len", "max_length", "max_seq_length", "max_grad_norm",
      "adam_beta1", "adam_beta2", "adam_epsilon", "adam_eps", "logging_steps", "save_steps", "eval_steps", "val_size",
@@ -46,7 +49,7 @@ PATHS = frozenset(
     ["base_model", "model_name_or_path", "model", "model_name", "model_id", "adapter_name_or_path", "adapters",
      "lora_model_dir", "resume_from_checkpoint", "dataset_dir", "deepspeed", "train_file", "dataset_name",
      "pretrained_model_name_or_path", "model_path", "data_files", "data_path", "dataset_prepared_path", "dataset",
-     "path", "tokenizer_name_or_path"]
+     "path", "tokenizer_name_or_path", "name"]
 )  # fmt: skip
 """Keys that take a path from which something is read."""
 
@@ -59,6 +62,8 @@ FIELDS = (
 _TEXT_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 OWN_PLUGINS = {"pytest_lora.runs.axolotl": ("lora_health",)}
 """Keys that this package's own plugins bring."""
+
+_QUOTED = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
 _COMMA = re.compile(r"[-+]?\d+,\d+([eE][-+]?\d+)?")
 
@@ -83,7 +88,12 @@ def unknown_keys(keys: Keys, tool: ModuleType, file: YamlFile) -> Iterator[Unkno
     for name, node, line in keys.numbered():
         if name in UNHEEDED.get(tool.KEYS, ()) and node.value is False:
             yield UnknownKey(name, line, _text(file, line, name), "dropped", None, "", False)
-        if name in known["keys"] or name in plugins or name.startswith(("_", "x-", ".")):
+        if (
+            name in known["keys"]
+            or name in LAUNCHED.get(tool.KEYS, ())
+            or name in plugins
+            or name.startswith(("_", "x-", "."))
+        ):
             continue
         if node.written == "" and node.items is None and node.pairs is None:
             continue  # left empty, it asks for nothing
@@ -141,9 +151,12 @@ def wrong_kinds(file: YamlFile, tool: ModuleType) -> Iterator[WrongKind]:
         waiting.extend(node.items or ())
         for name, value in (node.pairs or {}).items():
             waiting.append(value)
-            found = _wrong(name, value, node.lines.get(name, value.line), tool)
-            if found is not None:
-                yield found
+            line = node.lines.get(name, value.line)
+            listed = value.items or () if name in PATHS else ()
+            for one in (value, *listed):
+                found = _wrong(name, one, line if one is value else one.line or line, tool)
+                if found is not None:
+                    yield found
 
 
 def _wrong(name: str, node: Node, line: int, tool: ModuleType) -> WrongKind | None:
@@ -153,6 +166,8 @@ def _wrong(name: str, node: Node, line: int, tool: ModuleType) -> WrongKind | No
             mended = _with_dot(text)
             became = f"the text {text!r}: YAML 1.1 reads a float only with a dot"
             return WrongKind(name, line, text, became, "a number", mended, True)
+        if tool.KEYS == "" and not node.plain and _QUOTED.fullmatch(text):
+            return WrongKind(name, line, text, f"the text {text!r}: it is quoted", "a number", text, True)
         if _COMMA.fullmatch(text):
             return WrongKind(
                 name, line, text, f"the text {text!r}", "a number with a dot", text.replace(",", "."), True

@@ -40,7 +40,7 @@ def adapter_came_after_the_wrapper(facts: ModelFacts, expect: Expect) -> Iterato
     - https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html
     - https://huggingface.co/docs/peft/developer_guides/torch_compile
     """
-    for late in facts.late:
+    for late in facts.wrappers.late:
         compiled = late.wrapper == "torch.compile"
         if not compiled and expect.purpose != "train":
             continue

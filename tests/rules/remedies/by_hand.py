@@ -5,6 +5,8 @@ _LOADED_ELSEWHERE = "the example takes a base that is there already; cases that 
 _VALUES_ARE_LOST = "the values are lost; only a checkpoint of the user's has them"
 _ORDER = "two calls of the user's code have to change places, or one has to go"
 
+_WRAPPED_ANEW = "the model has to be wrapped anew, in a fresh process"
+
 _LOSS_FUNCTION = "the loss function, or the loop around it, is the user's own code"
 _DATA = "the code that makes the data is the user's own"
 
@@ -37,6 +39,14 @@ BY_HAND: dict[str, str] = {
     "LORA243": _FILE,
     "LORA244": _SET_BY_HAND,
     "LORA247": _ORDER,
+    "LORA249": _ORDER,
+    "LORA250": _ORDER,
+    "LORA251": _WRAPPED_ANEW,
+    "LORA252": _WRAPPED_ANEW,
+    "LORA253": _LOADED_ANEW,
+    "LORA254": _WRAPPED_ANEW,
+    "LORA255": _WRAPPED_ANEW,
+    "LORA256": _WRAPPED_ANEW,
     "LORA246": "the adapter has to be converted, or to get a base of its own",
     "LORA310": _VALUES_ARE_LOST,
     "LORA311": _LOSS_FUNCTION,
