@@ -97,24 +97,25 @@ def read_header(file: FileIO, size: int, name: str) -> list[Stored]:
 
 
 def _stored(key: str, value: Any, start: int, name: str) -> Stored:
-    label = shown(key)
     if len(key) > MAX_NAME:
-        raise _too_large(name, f"{label} is {len(key):,} characters long, and names of {MAX_NAME:,} are read")
+        raise _too_large(
+            name, f"{shown(key)} is {len(key):,} characters long, and names of {MAX_NAME:,} are read"
+        )
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
-        raise _fault(name, f"its header does not say dtype, shape and data_offsets of {label}")
+        raise _fault(name, f"its header does not say dtype, shape and data_offsets of {shown(key)}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _fault(name, f"{label} has the unknown dtype {shown(str(dtype))}")
+        raise _fault(name, f"{shown(key)} has the unknown dtype {shown(str(dtype))}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _fault(name, f"shape or data_offsets of {label} are no sizes")
+        raise _fault(name, f"shape or data_offsets of {shown(key)} are no sizes")
     bits = BITS[dtype]
     for length in shape:
         bits *= length
         if bits > 8 * MAX_SIZE:
-            raise _fault(name, f"{label} claims more numbers than any file can hold")
+            raise _fault(name, f"{shown(key)} claims more numbers than any file can hold")
     if (offsets[1] - offsets[0]) * 8 != bits:
         took = offsets[1] - offsets[0]
-        raise _fault(name, f"{label} takes {took:,} bytes, but its shape and dtype need {bits // 8:,}")
+        raise _fault(name, f"{shown(key)} takes {took:,} bytes, but its shape and dtype need {bits // 8:,}")
     return Stored(key, dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
@@ -134,11 +135,12 @@ def _require_seamless(stored: list[Stored], start: int, size: int, name: str) ->
 
 
 def _are_sizes(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) <= 64
-        and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MAX_SIZE for n in value)
-    )
+    if not isinstance(value, list) or len(value) > 64:
+        return False
+    for n in value:  # JSON has no other whole numbers than int
+        if type(n) is not int or not 0 <= n < MAX_SIZE:
+            return False
+    return True
 
 
 def shown(text: str, limit: int = 100) -> str:
