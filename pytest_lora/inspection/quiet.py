@@ -5,6 +5,7 @@ Imports none of them at once, as some speak when they are imported: bitsandbytes
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -51,3 +52,16 @@ def quiet_libraries() -> Iterator[None]:
                 logger.setLevel(level)
             if bars:
                 progress.enable_progress_bar()
+
+
+@contextmanager
+def collected_late() -> Iterator[None]:
+    """Keep the garbage collector from running: it would free storages at moments that differ from run to run, and go
+    through hundreds of thousands of facts again and again, which hold no circles."""
+    enabled = gc.isenabled()
+    try:
+        gc.disable()
+        yield
+    finally:
+        if enabled:
+            gc.enable()

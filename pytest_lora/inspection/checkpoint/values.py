@@ -15,7 +15,7 @@ import numpy as np
 from pytest_lora.facts.checkpoint import FileFault
 from pytest_lora.facts.saved_tensors import Values
 from pytest_lora.inspection.checkpoint.folder import UnreadableError
-from pytest_lora.inspection.checkpoint.header import Stored
+from pytest_lora.inspection.checkpoint.header import BITS, Stored
 from pytest_lora.inspection.checkpoint.marks import Marking, is_marked
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -24,6 +24,11 @@ CHUNK = 4 * 2**20
 
 MAX_BYTES = 2 * 2**30
 """Bytes of one adapter whose values are read: about a second of work. Rank 64 on all of Llama-2-70B is 1.7 GB."""
+
+
+MAX_FORMS = 4096
+"""Different shapes in one file, as each is looked at by itself. EVA, which gives each module a rank of its own, makes
+1,120 on Llama-2-70B."""
 
 
 class Layout(NamedTuple):
@@ -59,7 +64,7 @@ def read_values(file: FileIO, stored: list[Stored], name: str) -> tuple[dict[str
         What was seen, by tensor name, and the bytes of such tensors that were left out.
 
     Raises:
-        UnreadableError: The file ends before its header says.
+        UnreadableError: The file ends before its header says, or holds too many different shapes.
     """
     read = left_out = 0
     alike: dict[Form, list[Stored]] = {}
@@ -72,6 +77,10 @@ def read_values(file: FileIO, stored: list[Stored], name: str) -> tuple[dict[str
             continue
         read += size
         alike.setdefault(Form.of(tensor), []).append(tensor)
+    if len(alike) > MAX_FORMS:
+        raise UnreadableError(
+            FileFault(name, "size", f"its tensors are of more than {MAX_FORMS:,} different shapes and kinds")
+        )
     buffer = bytearray(CHUNK)
     found: dict[str, Values] = {}
     for form, tensors in alike.items():
@@ -100,8 +109,10 @@ class Form(NamedTuple):
     @classmethod
     def of(cls, tensor: Stored) -> Form:
         name, dtype, shape = tensor.name, tensor.dtype, tensor.shape
-        measured = dtype in LAYOUTS and any(part in name for part in PARTS_MEASURED)
-        marked = dtype in LAYOUTS and is_marked(name, shape, np.dtype(LAYOUTS[dtype].unsigned).itemsize, CHUNK)
+        measured = marked = False
+        if dtype in LAYOUTS and ".lora_" in name:
+            measured = name.find(PARTS_MEASURED[0]) >= 0 or name.find(PARTS_MEASURED[1]) >= 0
+            marked = is_marked(name, shape, _width(dtype), CHUNK)
         return cls(dtype, shape, tensor.end - tensor.begin, measured, marked)
 
 
@@ -115,7 +126,7 @@ def _values(
     marking = None
     step = CHUNK
     if form.marked:
-        marking = Marking(form.shape, np.dtype(LAYOUTS[form.dtype].unsigned).itemsize, count)
+        marking = Marking(form.shape, _width(form.dtype), count)
         step -= CHUNK % marking.row_bytes
     for offset in range(0, form.size, step):
         length = min(step, form.size - offset)
@@ -163,14 +174,19 @@ def _root_means(squares: np.ndarray[Any, np.dtype[np.float64]], form: Form) -> l
     """The roots of the means of squares; None where there are no numbers."""
     if not form.size:
         return [None] * len(squares)
-    means: list[float | None] = np.sqrt(
-        squares * np.dtype(LAYOUTS[form.dtype].unsigned).itemsize / form.size
-    ).tolist()
+    means: list[float | None] = np.sqrt(squares * _width(form.dtype) / form.size).tolist()
     return means
 
 
+def _width(dtype: str) -> int:
+    return BITS[dtype] // 8
+
+
 def _count(
-    raw: Bytes, dtype: str, nans: np.ndarray[Any, np.dtype[np.int64]], infinities: np.ndarray[Any, np.dtype[np.int64]]
+    raw: Bytes,
+    dtype: str,
+    nans: np.ndarray[Any, np.dtype[np.int64]],
+    infinities: np.ndarray[Any, np.dtype[np.int64]],
 ) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Add to the counts of each row, whose numbers are whole; gives which rows are zero."""
     if dtype in NAN_ONLY:

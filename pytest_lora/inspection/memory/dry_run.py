@@ -25,10 +25,10 @@ from pytest_lora.inspection.memory.storage_tracker import (
     OUTSIDE,
     NeedsValuesError,
     StorageTracker,
-    collected_late,
     quiet,
 )
 from pytest_lora.inspection.memory.trainers import fused_kernels, trl_loss
+from pytest_lora.inspection.quiet import collected_late
 from pytest_lora.inspection.transformers_internals import masks_without_values
 
 
