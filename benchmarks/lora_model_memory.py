@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        Path(place, "test_many.py").write_text(TESTS.replace("{tests}", str(options.tests)).replace("{small}", str(options.small)))
+        Path(place, "test_many.py").write_text(
+            TESTS.replace("{tests}", str(options.tests)).replace("{small}", str(options.small))
+        )
         command = [
             sys.executable,
             "-m",
