@@ -7,10 +7,37 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+class Alone:
+    """One thread at a time, which may come in again: what two change and put back in turn would stay as one had it.
+
+    That is so of the weights of a model that two threads check, and of functions that libraries (PEFT and accelerate
+    among them) put in the place of torch's for a while. Of a fork each side has its own.
+    """
+
+    def __init__(self) -> None:
+        self._renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+alone = Alone()
 
 
 @contextmanager
