@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from pytest_lora.sweep.rows import TrialKey, TrialRow
+from pytest_lora.values import in_short
 from pytest_lora.writing import add_json_line, is_json, write_whole
 
 FORMAT = "pytest-lora rank sweep 2"
@@ -138,7 +139,9 @@ class Journal:
             entry = json.loads(line)
             row = TrialRow.from_dict(entry.get("trial") or entry["before"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"journal: line {number} of {self.path} cannot be read: {error!r}") from error
+            raise ValueError(
+                f"journal: line {number} of {self.path} cannot be read: {in_short(error)}"
+            ) from error
         if row.failure is not None and row.failure.kind in ("worker died", "error"):
             return
         if "before" in entry:
