@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 LONGEST = 4000
@@ -37,6 +38,11 @@ def printable(text: str, longest: int = LONGEST) -> str:
         half = (longest - _ROOM) // 2
         text = _disarmed(f"{text[:half]} ... {len(text) - 2 * half} more characters ... {text[-half:]}")
     return text
+
+
+def json_text(value: object, *, indent: int | None = None, allow_nan: bool = True) -> str:
+    """JSON that does nothing where a log shows it, and reads as what it was: only ASCII, and no ``##[command]``."""
+    return json.dumps(value, indent=indent, allow_nan=allow_nan).replace("##", "#\\u0023")
 
 
 def file_id(name: str) -> str:

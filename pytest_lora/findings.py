@@ -11,7 +11,7 @@ from html import escape
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pytest_lora.cleaning import LONGEST_OF_A_FINDING, printable
+from pytest_lora.cleaning import LONGEST_OF_A_FINDING, json_text, printable
 from pytest_lora.facts.figures import Figure, from_plain, to_plain
 from pytest_lora.values import in_short, shown
 
@@ -61,7 +61,7 @@ class Finding:
     by_itself: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("where", "observed", "expected", "fix", "file"):
+        for name in ("code", "rule", "where", "observed", "expected", "fix", "file"):
             text = getattr(self, name)
             clean = printable(text, LONGEST_OF_A_FINDING)
             if clean is not text:
@@ -109,6 +109,10 @@ class Report:
         ordered = sorted(self.findings, key=lambda f: (SEVERITIES.index(f.severity), f.code))
         object.__setattr__(self, "findings", tuple(ordered))
         object.__setattr__(self, "subject", printable(self.subject))
+        object.__setattr__(self, "measured", tuple((printable(name), n) for name, n in self.measured))
+        object.__setattr__(
+            self, "not_judged", tuple((printable(why), printable(what)) for why, what in self.not_judged)
+        )
 
     def _of(self, severity: Severity) -> tuple[Finding, ...]:
         return tuple(f for f in self.findings if f.severity == severity)
@@ -132,9 +136,9 @@ class Report:
     def lines(self, limit: int | None = None) -> Iterator[str]:
         """Yield the report line by line, at most ``limit`` findings of it."""
         if not self.findings:
-            yield f"{self.subject}: healthy"
+            yield printable(f"{self.subject}: healthy")
             return
-        yield f"{self.subject}: {counted(f.severity for f in self.findings)}"
+        yield printable(f"{self.subject}: {counted(f.severity for f in self.findings)}")
         shown = self.findings[:limit]
         for finding in shown:
             yield ""
@@ -215,7 +219,7 @@ class Report:
             data["figures"] = [to_plain(one) for one in self.figures]
         if self.not_judged:
             data["not_judged"] = [{"why": why, "what": what} for why, what in self.not_judged]
-        return json.dumps(data)
+        return json_text(data)
 
     @classmethod
     def from_json(cls, text: str) -> Report:

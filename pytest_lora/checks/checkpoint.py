@@ -92,6 +92,15 @@ def judge_checkpoint(
     folder: Path, base: Base | None, expect: Expect, *, select: Iterable[str] = (), ignore: Iterable[str] = ()
 ) -> Report:
     """The report on one adapter folder; see ``check_checkpoint``."""
+    from pytest_lora.inspection.quiet import collected_late
+
+    with collected_late():
+        return _judged(folder, base, expect, select, ignore)
+
+
+def _judged(
+    folder: Path, base: Base | None, expect: Expect, select: Iterable[str], ignore: Iterable[str]
+) -> Report:
     from pytest_lora.inspection.checkpoint import checkpoint_facts, public_base
 
     public = public_base(folder) if base is None else None

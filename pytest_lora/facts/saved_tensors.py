@@ -16,6 +16,9 @@ WRAPPERS = {
 }
 """What wrappers call the model that they hold, and so put into the keys of its state dict."""
 
+_WITHIN = frozenset(WRAPPERS) - {"module"}
+"""Those that are told anywhere in a key: a base may call a part of itself ``module``."""
+
 _LORA = re.compile(
     r"^(?:(?P<module>.*)\.)?(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<kind>weight|bias))?$"
@@ -112,10 +115,9 @@ class Key:
     @classmethod
     def of(cls, name: str, own_module: bool = False) -> Key:
         """Take a key apart; ``own_module`` says that the base calls a part of itself ``module``."""
-        steps = name.split(".")
-        # "module" may be what a base calls a part of itself, so only at the top is it a wrapper's.
-        inside = tuple(step for step in steps if step.startswith("_") and step in WRAPPERS)
-        rest = ".".join(step for step in steps if step not in inside)
+        steps = name.split(".") if "_" in name else ()
+        inside = tuple(step for step in steps if step in _WITHIN)
+        rest = ".".join(step for step in steps if step not in _WITHIN) if inside else name
         prefixes, outside = 0, 0
         while True:
             if rest.startswith(PREFIX):
@@ -142,6 +144,11 @@ class Key:
         return cls(
             module, part, prefixes, wrappers, adapter, f"{PREFIX}{module}.{part}{ending}", is_cut, before
         )
+
+
+def target_of(module: str) -> str:
+    """The module that a configuration names: attention takes its out_proj along, under ``base_layer``."""
+    return module.partition(".base_layer.")[0].removesuffix(".base_layer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +183,8 @@ class AdaptedModule:
 
     @property
     def target(self) -> str:
-        """The module that a configuration names: attention takes its out_proj along, under ``base_layer``."""
-        return self.name.partition(".base_layer.")[0].removesuffix(".base_layer")
+        """The module that a configuration names."""
+        return target_of(self.name)
 
     @property
     def ranks_agree(self) -> bool:
@@ -205,7 +212,7 @@ class AdaptedModule:
     def zero_parts(self) -> tuple[str, ...]:
         """Which of its factors, and DoRA's magnitude, are all zero, as far as values were read."""
         parts = (("lora_B", self.b), ("lora_A", self.a), ("lora_magnitude_vector", self.magnitude))
-        return tuple(part for part, t in parts if t is not None and t.values is not None and t.values.zero)
+        return tuple([part for part, t in parts if t is not None and t.values is not None and t.values.zero])
 
     @property
     def holds_nothing(self) -> bool:

@@ -7,8 +7,10 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, TypeVar
+
+N = TypeVar("N")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,7 @@ class Settings:
 
     def rank_of(self, module: str) -> int:
         """The rank that this configuration gives a module."""
-        key = self.rank_key(module)
-        return self.r if key is None else dict(self.rank_pattern)[key]
+        return _decided(self.rank_pattern, module, self.r)
 
     def alpha_key(self, module: str) -> str | None:
         """The key of ``alpha_pattern`` that decides for this module: the first that matches, as in PEFT."""
@@ -66,8 +67,7 @@ class Settings:
 
     def alpha_of(self, module: str) -> float:
         """The alpha that this configuration gives a module."""
-        key = self.alpha_key(module)
-        return self.lora_alpha if key is None else dict(self.alpha_pattern)[key]
+        return _decided(self.alpha_pattern, module, self.lora_alpha)
 
     def scaling_of(self, module: str) -> float | None:
         """The scaling that this configuration gives a module; None where the rank is no rank."""
@@ -99,7 +99,7 @@ class Settings:
 
     def saves(self, module: str) -> bool:
         """Whether ``modules_to_save`` names a module or one around it."""
-        return any(is_named(part, name) for name in self.modules_to_save for part in _ancestors(module))
+        return any(_means(self.modules_to_save, part) for part in _ancestors(module))
 
     def skips_layer_of(self, module: str) -> bool:
         """Whether ``layers_to_transform`` leaves out the block that a module is in."""
@@ -114,6 +114,12 @@ def rewrites_base(init: object) -> bool:
     ``lora_ga_init`` write to the weight of the base layer.
     """
     return str(init).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+
+
+def _decided(pattern: tuple[tuple[str, N], ...], module: str, otherwise: N) -> N:
+    """What the first key that matches decides."""
+    key = deciding_key((key for key, _ in pattern), module) if pattern else None
+    return otherwise if key is None else dict(pattern)[key]
 
 
 def deciding_key(keys: Iterable[str], module: str) -> str | None:
@@ -148,10 +154,28 @@ def is_named(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
+class Names(tuple[str, ...]):
+    """Names in a LoraConfig list; thousands of them are asked about thousands of modules."""
+
+    @cached_property
+    def _distinct(self) -> frozenset[str]:
+        return frozenset(self)
+
+    def mean(self, module: str) -> bool:
+        """Whether one of them means this module, as ``is_named`` says."""
+        end: str | None = module
+        while end is not None:
+            if end in self._distinct:
+                return True
+            _, dot, rest = end.partition(".")
+            end = rest if dot else None
+        return False
+
+
 def _means(names: tuple[str, ...] | str | None, module: str) -> bool:
     if isinstance(names, str):
         return matches(names, module)
-    return any(is_named(module, name) for name in names or ())
+    return bool(names) and (names if isinstance(names, Names) else Names(names)).mean(module)
 
 
 def _ancestors(module: str) -> Iterator[str]:
@@ -161,17 +185,17 @@ def _ancestors(module: str) -> Iterator[str]:
         module = module.rpartition(".")[0]
 
 
-def _names(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(sorted(map(str, value or ())))
+def _names(value: Any) -> Names:
+    return Names((value,) if isinstance(value, str) else sorted(map(str, value or ())))
 
 
 def _names_or_pattern(value: Any) -> tuple[str, ...] | str | None:
     return value if value is None or isinstance(value, str) else _names(value)
 
 
-def _saved_names(value: Any) -> tuple[str, ...]:
+def _saved_names(value: Any) -> Names:
     # PEFT iterates over a bare string, letter by letter.
-    return tuple(value) if isinstance(value, str) else _names(value)
+    return Names(value) if isinstance(value, str) else _names(value)
 
 
 def _indices(value: Any) -> tuple[int, ...]:

@@ -5,11 +5,39 @@ Imports none of them at once, as some speak when they are imported: bitsandbytes
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+class Alone:
+    """One thread at a time, which may come in again: what two change and put back in turn would stay as one had it.
+
+    That is so of the weights of a model that two threads check, and of functions that libraries (PEFT and accelerate
+    among them) put in the place of torch's for a while. Of a fork each side has its own.
+    """
+
+    def __init__(self) -> None:
+        self._renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+alone = Alone()
 
 
 @contextmanager
@@ -51,3 +79,16 @@ def quiet_libraries() -> Iterator[None]:
                 logger.setLevel(level)
             if bars:
                 progress.enable_progress_bar()
+
+
+@contextmanager
+def collected_late() -> Iterator[None]:
+    """Keep the garbage collector from running: it would free storages at moments that differ from run to run, and go
+    through hundreds of thousands of facts again and again, which hold no circles."""
+    enabled = gc.isenabled()
+    try:
+        gc.disable()
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -21,6 +21,7 @@ from pytest_lora.inspection.peft_internals import (
     held_layer,
 )
 from pytest_lora.inspection.public_bases import config_by_name, is_name, read_config
+from pytest_lora.inspection.quiet import alone
 from pytest_lora.inspection.survey import survey
 from pytest_lora.values import require_path, shown
 
@@ -119,14 +120,15 @@ def build_on_meta(
 @contextmanager
 def without_initial_values() -> Iterator[None]:
     """Leave tensors on the meta device as they are where a module initialises them, which takes long."""
-    functions = {name: f for name, f in vars(init).items() if name.endswith("_") and callable(f)}
-    try:
-        for name, function in functions.items():
-            setattr(init, name, _sparing_meta(function))
-        yield
-    finally:
-        for name, function in functions.items():
-            setattr(init, name, function)
+    with alone:
+        functions = {name: f for name, f in vars(init).items() if name.endswith("_") and callable(f)}
+        try:
+            for name, function in functions.items():
+                setattr(init, name, _sparing_meta(function))
+            yield
+        finally:
+            for name, function in functions.items():
+                setattr(init, name, function)
 
 
 def _sparing_meta(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_lora.cleaning import printable
 from pytest_lora.plugin.gpu import report as gpu_report
 from pytest_lora.plugin.summary import reports_by_test
 from pytest_lora.report.baseline import (
@@ -100,7 +101,7 @@ class BaselineGate:
             if self._update
             else self._comparison(terminalreporter.config.get_verbosity() > 0)
         )
-        for line in lines:
+        for line in map(printable, lines):
             terminalreporter.write_line(line, red=line.endswith("regression"))
 
     def _update_lines(self) -> Iterator[str]:

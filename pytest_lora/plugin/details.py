@@ -6,6 +6,7 @@ import textwrap
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+from pytest_lora.cleaning import printable
 from pytest_lora.facts.figures.recipes import RecipeCard
 from pytest_lora.plugin.recipe_table import setting_lines
 
@@ -36,7 +37,7 @@ def lines(judged: dict[str, list[Report]], tests: Iterable[pytest.TestReport], w
         tests: The reports of pytest, which know how long each phase took.
         width: Of the terminal.
     """
-    for line in _lines(judged, tests, width):
+    for line in map(printable, _lines(judged, tests, width)):
         margin = " " * (len(line) - len(line.lstrip()))
         yield from textwrap.wrap(line, width, subsequent_indent=margin) if len(line) > width else [line]
 

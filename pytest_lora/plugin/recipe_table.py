@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_lora.cleaning import printable
 from pytest_lora.facts.figures.recipes import RecipeCard, recipe_card
 from pytest_lora.facts.recipe import RecipeFacts
 
@@ -28,7 +29,7 @@ def show(config: pytest.Config) -> int:
     path = config.invocation_params.dir / given
     if not path.is_file():
         raise pytest.UsageError(f"--lora-show-recipe: there is no file {given!r}")
-    print("\n".join(table(recipe_facts(path))))
+    print("\n".join(map(printable, table(recipe_facts(path)))))
     return int(pytest.ExitCode.OK)
 
 

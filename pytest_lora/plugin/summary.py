@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from pytest_lora.assertions import delivered
+from pytest_lora.cleaning import printable
 from pytest_lora.findings import SEVERITIES, Finding, Report, Severity, counted
 from pytest_lora.plugin import details
 from pytest_lora.plugin.details import cut
@@ -136,7 +137,7 @@ def subject_lines(judged: Collection[list[Report]], width: int = 80, shown: int 
     listed = [subject for subject in by_number if subject in worst][: 4 * shown] if several else by_number
     for subject in listed:
         told = f": healthy in {healthy[subject]} of {_plural(tests[subject], 'test')}"
-        yield cut(subject, width - len(told)) + told
+        yield printable(cut(subject, width - len(told)) + told)
     if several and len(worst) > len(listed):
         yield f"... and {_plural(len(worst) - len(listed), 'more subject')} with findings"
 

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
+from pytest_lora.cleaning import json_text, printable
+from pytest_lora.values import shown
+
+MOST = 2**63
+"""Of a quantity, whose unit may be bytes."""
+
 SCHEMA = 1
 """Version of the file's form."""
 
@@ -80,7 +86,14 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """Test, quantity, baseline, now, tolerance and verdict, as words."""
         tolerance = str(_tolerance(self.quantity))
-        return (self.test, self.quantity, _shown(self.before), _shown(self.now), tolerance, self.verdict)
+        return (
+            _in_line(self.test),
+            _in_line(self.quantity),
+            _shown(self.before),
+            _shown(self.now),
+            tolerance,
+            self.verdict,
+        )
 
 
 class BaselineError(ValueError):
@@ -140,7 +153,7 @@ def to_json(measurements: Measurements) -> str:
 
 
 def _json(value: Value | str) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json_text(value)
 
 
 def from_json(text: str) -> dict[str, dict[str, Value]]:
@@ -160,7 +173,7 @@ def from_json(text: str) -> dict[str, dict[str, Value]]:
         raise BaselineError("is no baseline of pytest-lora; name another file, or delete this one")
     if version != SCHEMA:
         raise BaselineError(
-            f"has version {version!r}, and this pytest-lora reads {SCHEMA}; delete it and write it anew with "
+            f"has version {shown(version)}, and this pytest-lora reads {SCHEMA}; delete it and write it anew with "
             "--lora-update-baseline"
         )
     tests = data.get("tests")
@@ -188,7 +201,8 @@ def diff(before: Measurements, after: Measurements) -> Iterator[str]:
         old, new = before.get(test, {}), after.get(test, {})
         for quantity in sorted({*old, *new}):
             if old.get(quantity) != new.get(quantity):
-                yield f"{test}  {quantity}: {_shown(old.get(quantity))} -> {_shown(new.get(quantity))}"
+                change = f"{_shown(old.get(quantity))} -> {_shown(new.get(quantity))}"
+                yield f"{_in_line(test)}  {_in_line(quantity)}: {change}"
 
 
 def _of_codes(before: tuple[str, ...], now: tuple[str, ...]) -> Verdict:
@@ -208,6 +222,10 @@ def _tolerance(quantity: str) -> Tolerance:
     return Tolerance(0.0, 0.0, "either")
 
 
+def _in_line(name: str) -> str:
+    return " ".join(printable(name).split())
+
+
 def _shown(value: Value | None) -> str:
     if value is None:
         return "-"
@@ -219,8 +237,9 @@ def _shown(value: Value | None) -> str:
 def _value(test: str, name: str, value: Any) -> Value:
     if isinstance(value, list) and all(isinstance(code, str) for code in value):
         return tuple(value)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, float) or (type(value) is int and abs(value) <= MOST):
         return value
     raise BaselineError(
-        f"has {value!r} as {name!r} of {test!r}, which is neither a number nor a list of codes"
+        f"has {shown(value)} as {shown(name)} of {shown(test)}, which is neither a number that is measured nor a list "
+        "of codes"
     )

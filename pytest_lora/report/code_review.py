@@ -8,7 +8,6 @@ GitLab's format is https://docs.gitlab.com/ci/testing/code_quality/#code-quality
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pytest_lora.cleaning import printable
+from pytest_lora.cleaning import json_text, printable
 from pytest_lora.findings import Finding, Severity
 from pytest_lora.report.rule_groups import rule_groups
 from pytest_lora.report.session import RanTest, Session
@@ -91,14 +90,14 @@ def gitlab_report(session: Session) -> str:
     issues = [
         {
             "description": _message(one.finding),
-            "check_name": printable(one.finding.code),
+            "check_name": one.finding.code,
             "fingerprint": _hash(one.fingerprint),
             "severity": GITLAB_SEVERITIES[one.finding.severity],
             "location": {"path": one.path, "lines": {"begin": one.line}},
         }
         for one in located(session)
     ]
-    return json.dumps(issues, indent=1) + "\n"
+    return json_text(issues, indent=1) + "\n"
 
 
 def sarif_report(session: Session) -> str:
@@ -126,7 +125,7 @@ def sarif_report(session: Session) -> str:
         "version": "2.1.0",
         "runs": [run],
     }
-    return json.dumps(log, indent=1) + "\n"
+    return json_text(log, indent=1) + "\n"
 
 
 def _descriptor(code: str, title: str, rule: Rule | None) -> dict[str, Any]:
@@ -154,7 +153,7 @@ def _result(one: Located, index: int) -> dict[str, Any]:
     absolute = Path(one.path).is_absolute()
     place = {"uri": _uri(Path(one.path))} if absolute else {"uri": _uri(Path(one.path)), "uriBaseId": ROOT}
     result: dict[str, Any] = {
-        "ruleId": printable(finding.code),
+        "ruleId": finding.code,
         "ruleIndex": index,
         "level": LEVELS[finding.severity],
         "message": {"text": _LINK.sub(r"\\\g<0>", _message(finding))},

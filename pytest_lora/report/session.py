@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from pytest_lora.cleaning import json_text
 from pytest_lora.findings import SEVERITIES, Finding, Report
 
 State = Literal["running", "finished", "interrupted", "crashed"]
@@ -177,7 +178,7 @@ class Session:
             dict(self.versions),
             dict(self.seeds),
         )
-        return json.dumps({"format": FORMAT, **data}, indent=1, allow_nan=False)
+        return json_text({"format": FORMAT, **data}, indent=1, allow_nan=False)
 
 
 def counted_tests(number: int) -> str:

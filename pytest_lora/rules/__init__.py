@@ -22,7 +22,15 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 from pytest_lora import facts as facts
 from pytest_lora.expect import Expect
 from pytest_lora.findings import SEVERITIES, Finding, Severity
-from pytest_lora.values import require_flag, require_items, require_one_of, require_text, shown
+from pytest_lora.values import (
+    in_short,
+    require_flag,
+    require_items,
+    require_one_of,
+    require_text,
+    require_whole,
+    shown,
+)
 
 F = TypeVar("F")
 
@@ -36,6 +44,10 @@ fix spells out all of them."""
 OnSaved = Literal["alone", "with_base", "refused", "merged"]
 """Where a rule on configurations also judges that of a saved adapter: from its folder alone and on a base; on a base
 only; on a base on which PEFT refuses the configuration, so that no keys were compared; on a base before a merge."""
+
+
+class RuleError(RuntimeError):
+    """A rule of another package, or the package, is broken; the message names it."""
 
 
 class Violation(NamedTuple):
@@ -98,10 +110,34 @@ class Rule:
         return (self.code, *self.aliases)
 
     def __call__(self, facts: object, expect: Expect) -> Iterator[Finding]:
+        try:
+            yield from self._found(facts, expect)
+        except GeneratorExit:
+            raise
+        except Exception as error:
+            home = self.judge.__module__
+            if home.startswith(f"{__name__}."):
+                raise
+            raise RuleError(
+                f"rule {self.code} ({self.name} in {home}) cannot be used: {type(error).__name__}: {in_short(error)}; "
+                "mend it, or uninstall the package that it comes from"
+            ) from error
+
+    def _found(self, facts: object, expect: Expect) -> Iterator[Finding]:
         violations = iter(self.judge(facts, expect))
         for number, violation in enumerate(islice(violations, MOST), 1):
             where, observed, expected, fix, severity, line, by_itself = violation
             said = severity or self.severity
+            require_one_of("severity", said, SEVERITIES)
+            for name, text in (
+                ("where", where),
+                ("observed", observed),
+                ("expected", expected),
+                ("fix", fix),
+            ):
+                require_text(name, text)
+            if line is not None:
+                require_whole("line", line, least=1)
             if number == MOST and next(violations, None) is not None:
                 observed = f"{observed}; and there are more like this"
             yield Finding(
@@ -238,9 +274,15 @@ def _load(folder: str) -> None:
 def _load_others() -> None:
     """Load the rules of other packages."""
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        found = entry.load()
-        for module in pkgutil.walk_packages(getattr(found, "__path__", ()), f"{found.__name__}."):
-            importlib.import_module(module.name)
+        try:
+            found = entry.load()
+            for module in pkgutil.walk_packages(getattr(found, "__path__", ()), f"{found.__name__}."):
+                importlib.import_module(module.name)
+        except (Exception, SystemExit) as error:
+            raise RuleError(
+                f"the rules of {entry.name} = {entry.value} (entry point group {ENTRY_POINTS}) cannot be loaded: "
+                f"{type(error).__name__}: {in_short(error)}; mend that package, or uninstall it"
+            ) from error
 
 
 def judge(

@@ -13,9 +13,13 @@ from typing import Any
 from filelock import FileLock
 
 from pytest_lora.sweep.rows import TrialKey, TrialRow
+from pytest_lora.values import in_short
 from pytest_lora.writing import add_json_line, is_json, write_whole
 
 FORMAT = "pytest-lora rank sweep 2"
+
+MOST_BYTES = 64 * 2**20
+"""Bytes of a journal; a trial takes about a thousand."""
 
 _STARTS = (b'{"trial": {', b'{"before": {')
 """How every line but the first begins."""
@@ -98,7 +102,9 @@ class Journal:
             self._written(lambda: write_whole(self.path, json.dumps(self._header) + "\n"))
             return
         with self.path.open("rb") if self.path.is_file() else BytesIO() as file:
-            line = file.readline()
+            line = file.readline(MOST_BYTES)
+        if self.path.is_file() and self.path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"journal: {self.path} has more than {MOST_BYTES:,} bytes; name another file")
         if not line or line != self._first:
             self._require_same(line)
             self._first = line
@@ -133,7 +139,9 @@ class Journal:
             entry = json.loads(line)
             row = TrialRow.from_dict(entry.get("trial") or entry["before"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"journal: line {number} of {self.path} cannot be read: {error!r}") from error
+            raise ValueError(
+                f"journal: line {number} of {self.path} cannot be read: {in_short(error)}"
+            ) from error
         if row.failure is not None and row.failure.kind in ("worker died", "error"):
             return
         if "before" in entry:

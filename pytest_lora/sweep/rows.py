@@ -6,9 +6,11 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
-from pytest_lora.findings import Finding
+from pytest_lora.findings import SEVERITIES, Finding
+from pytest_lora.values import require_one_of, require_real, require_text, require_whole
 
 TrialKey = tuple[int, float | None, int, float]
 """Rank, learning rate, seed, share of the full training."""
@@ -91,8 +93,19 @@ class TrialRow:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TrialRow:
-        """The row that ``to_dict`` gave."""
+        """The row that ``to_dict`` gave.
+
+        Raises:
+            TypeError, ValueError: It is none; the message has the field.
+        """
+        for name, value in data.items():
+            if name in _TAKEN and not (value is None and name in _MAY_LACK):
+                _TAKEN[name](name, value)
         failure = data.get("failure")
+        for finding in data.get("findings", ()):
+            require_one_of("severity", finding["severity"], SEVERITIES)
+        if failure:
+            require_one_of("kind", failure["kind"], FAILURE_KINDS)
         return cls(
             **data
             | {
@@ -101,6 +114,14 @@ class TrialRow:
                 "failure": Failure(**failure) if failure else None,
             }
         )
+
+
+_MAY_LACK = ("metric", "seconds", "flops", "peak_bytes", "trainable", "learning_rate", "scaling")
+_TAKEN: dict[str, Callable[[str, Any], object]] = {
+    **dict.fromkeys(("rank", "seed", "flops", "peak_bytes", "trainable"), partial(require_whole, most=2**80)),
+    **dict.fromkeys(("alpha", "metric", "seconds", "learning_rate", "scaling", "budget"), require_real),
+    **dict.fromkeys(("memory", "data", "device"), require_text),
+}
 
 
 @dataclass(frozen=True, slots=True)

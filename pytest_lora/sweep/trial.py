@@ -8,7 +8,6 @@ import importlib
 import math
 import random
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -34,9 +33,6 @@ LARGE = 2**26
 MakeModel = Callable[[], nn.Module]
 Train = Callable[[nn.Module, TrialPlan], Iterable[float] | None]
 Evaluate = Callable[[nn.Module], Any]
-
-_ONE_AT_A_TIME = threading.Lock()
-"""Trials of one process share its random state, so that threads have to take turns."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ def run_trial(job: Job) -> TrialRow:
 
     Whatever fails is in the row. Only what is no ``Exception``, such as ``KeyboardInterrupt``, is raised.
     """
-    with _ONE_AT_A_TIME, Keeper(), quiet_libraries():
+    with Keeper(), quiet_libraries():
         claim_gpu()
         row = job.plan.row()
         trial = _Trial(job, row)

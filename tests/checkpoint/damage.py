@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -331,12 +331,14 @@ def damaged(source: Path, target: Path, seed: int) -> tuple[str, ...]:
     return tuple(done)
 
 
-def asking_too_much(source: Path, target: Path, seed: int) -> tuple[str, ...]:
-    """Copy an adapter and let the copy ask for more than it should, in one way."""
+def asking_too_much(
+    source: Path, target: Path, seed: int, ways: Sequence[Damage] = EXCESSES
+) -> tuple[str, ...]:
+    """Copy an adapter and let the copy ask for more than it should, in one of these ways."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
     rng = random.Random(seed)
-    excess = rng.choice(EXCESSES)
+    excess = rng.choice(ways)
     excess(target, rng)
     return (excess.__name__,)
 

@@ -94,8 +94,9 @@ def _write(path: Path, config: dict[str, Any]) -> None:
 
 
 def many_tensors(path: Path, rng: random.Random) -> None:
-    """A header of thousands of tensors, under long, deep or strange names; their numbers are a hole."""
-    count = rng.choice((500, 2_000, 8_000, 20_000))
+    """A header of thousands of tensors, under long, deep or strange names, alike or each of a shape of its own;
+    their numbers are a hole."""
+    count = rng.choice((500, 2_000, 8_000, 20_000, 20_000, 50_000))
     length = rng.choice((0, 0, 40, 100_000 // count))
     odd = rng.choice(("", "", "\x1b[31m", "\n::add-mask::x", "." * 40, "\ud800", "é" * 10))
     form = rng.choice(
@@ -107,13 +108,17 @@ def many_tensors(path: Path, rng: random.Random) -> None:
             "{n}{p}",
         )
     )
+    differ = rng.random() < 0.3
     header: dict[str, Any] = {}
     at = 0
     for n in range(count):
         name = f"{odd}{'x' * length}{form.format(n=n // 2, p='AB'[n % 2])}"
         shape = [8, 4] if n % 2 == 0 else [4, 8]
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + 128]}
-        at += 128
+        if differ:
+            shape[n % 2] = 1 + n
+        size = 4 * shape[0] * shape[1]
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
     written = json.dumps(header).encode()
     with open(path / WEIGHTS, "wb") as file:
         file.write(len(written).to_bytes(8, "little") + written)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -16,15 +18,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig
 
-from pytest_lora import Expect, Finding, check_checkpoint
+from pytest_lora import Expect, Finding, Report, check_checkpoint
 from pytest_lora.bases.examples import folders
+from pytest_lora.inspection.checkpoint import values
 from pytest_lora.inspection.checkpoint.fit import _class_of_the_adapter
 from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
 from pytest_lora.inspection.checkpoint.header import read_header
-from tests.checkpoint.damage import PICKLE, damaged
+from tests.checkpoint.damage import ODD_VALUES, PICKLE, damaged
 from tests.namespace import Namespace
 
 pytestmark = pytest.mark.lora_slow
@@ -417,3 +421,61 @@ def test_the_class_of_the_adapter_is_built_where_it_fits_the_configuration(
     found, task_type = _class_of_the_adapter(config, {"auto_mapping": {"base_model_class": made}})
     assert (found.architectures, task_type) == (architectures, None)
     assert config.architectures == ["LlamaForCausalLM"]
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.lists(
+        st.sampled_from([(2, 3), (3, 2), (1, 1), (0, 2), (40, 3), (5,)]), min_size=1, max_size=12
+    ),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    rng=st.randoms(use_true_random=False),
+)
+def test_tensors_that_are_looked_at_together_are_seen_as_each_alone(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, rng: random.Random, names: Namespace
+) -> None:
+    numbers = (0.0, 0.0, 1.0, -2.0, float("inf"), float("nan"))
+    state = {
+        f"m{n}.lora_{rng.choice('AB')}.weight": torch.tensor(
+            [rng.choice(numbers[: rng.choice((2, 4, 6))]) for _ in range(math.prod(shape))], dtype=dtype
+        ).reshape(shape)
+        for n, shape in enumerate(shapes)
+    }
+    file = names.scratch / "x.safetensors"
+    save_file(state, file)
+    with pytest.MonkeyPatch.context() as patch, file.open("rb", buffering=0) as opened:
+        patch.setattr(values, "CHUNK", 64)  # several parts of one tensor, several tensors in one part
+        found, left = values.read_values(opened, read_header(opened, file.stat().st_size, "x"), "x")
+    assert not left
+    for name, tensor in state.items():
+        seen, wide = found[name], tensor.double()
+        assert (seen.nans, seen.infinities) == (int(wide.isnan().sum()), int(wide.isinf().sum()))
+        assert seen.zero == (not wide.any())
+        if ".lora_B" in name and wide.isfinite().all() and wide.numel():
+            assert seen.rms == pytest.approx(wide.pow(2).mean().sqrt().item())
+        if seen.marks:
+            assert seen.marks.rows == tuple((wide != 0).any(1).tolist())
+            assert seen.marks.columns == tuple((wide != 0).any(0).tolist())
+
+
+def test_more_shapes_than_an_adapter_has_are_not_looked_at(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(values, "MAX_FORMS", 1)
+    assert "more than 1 different shapes" in finding(path, "LORA401").observed
+
+
+def test_whatever_a_field_of_text_holds_is_judged(path: Path) -> None:
+    sound = (path / CONFIG).read_text()
+    for field in ("base_model_name_or_path", "task_type", "peft_type", "auto_mapping"):
+        for value in (
+            *ODD_VALUES,
+            "a/b",
+            "x" * 300,
+            "~nobody-of-this-name/x",
+            "meta-llama/Llama-2-7b-hf/" * 50,
+        ):
+            (path / CONFIG).write_bytes(
+                json.dumps({**json.loads(sound), field: value}).encode("utf-8", "surrogatepass")
+            )
+            assert Report.from_json(check_checkpoint(path).to_json())

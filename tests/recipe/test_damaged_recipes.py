@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -103,3 +104,13 @@ def test_of_thousands_of_unknown_keys_the_first_are_looked_up(tmp_path: Path) ->
     report = check_recipe(recipe)
     assert len(report.findings) < MOST_UNKNOWN
     assert any(f.observed.endswith("and there are more like this") for f in report.findings)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_nothing_is_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero"), tmp_path):
+        facts = recipe_facts(path)
+        assert facts.flaw is not None
+        assert facts.flaw.kind == "unreadable"

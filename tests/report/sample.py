@@ -215,7 +215,14 @@ def worded(text: str) -> Session:
         seeds=((text, text),),
         counts=((text, 3),),
         tests=(
-            ran("t", "failed", Report(text, (finding, named), shown), nodeid=text, file=text, gpu=gpu),
+            ran(
+                "t",
+                "failed",
+                Report(text, (finding, named), shown, ((text, 1),), ((text, text),)),
+                nodeid=text,
+                file=text,
+                gpu=gpu,
+            ),
             ran("t", "failed", nodeid=text, message=text),
             ran("t", "skipped", nodeid=text, gpu=dataclasses.replace(gpu, skipped=text)),
         ),

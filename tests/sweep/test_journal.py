@@ -95,6 +95,72 @@ def test_what_somebody_wrote_below_our_lines_is_left_alone(tmp_path: Path) -> No
     assert (tmp_path / "j").read_text() == text
 
 
+ODD = st.one_of(
+    *(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.just(10**400),
+        st.floats(),
+        st.text(max_size=3),
+        st.just("\x1b[2J"),
+    ),
+    *(st.lists(st.integers(), max_size=2), st.dictionaries(st.text(max_size=2), st.none(), max_size=2)),
+)
+NUMBERS = (
+    "rank",
+    "alpha",
+    "seed",
+    "metric",
+    "seconds",
+    "flops",
+    "peak_bytes",
+    "trainable",
+    "learning_rate",
+    "budget",
+)
+FAILED = {"kind": "error", "message": "m", "advice": "a"}
+FOUND = {**dict.fromkeys(("code", "rule", "where", "observed", "expected", "fix"), "x"), "severity": "info"}
+
+
+@PROPERTY
+@given(
+    name=st.sampled_from([*row(4).to_dict()]),
+    value=ODD,
+    inner=st.sampled_from(["kind", "message", "severity", "fix"]),
+)
+def test_whatever_another_wrote_into_a_row_is_a_row_or_names_the_line(
+    name: str, value: Any, inner: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("odd") / "j"
+    Journal(path, SETTINGS)
+    header = path.read_text()
+    nested = {"failure": {**FAILED, inner: value}, "findings": [{**FOUND, inner: value}]}
+    for one in (value, nested.get(name, value)):
+        path.write_text(header)
+        add_json_line(path, {"trial": {**row(4).to_dict(), name: one}})
+        try:
+            kept = Journal(path, SETTINGS).rows.values()
+        except ValueError as error:
+            if (
+                not str(error).startswith(f"journal: line 2 of {path} cannot be read: ")
+                or not str(error).isprintable()
+            ):
+                raise
+            continue
+        for each in kept:
+            numbers = [getattr(each, field) for field in NUMBERS]
+            assert all(number is None or float(number) is not None for number in numbers)
+            assert TrialRow.from_dict(json.loads(json.dumps(each.to_dict()))).rank == each.rank
+
+
+def test_more_than_a_journal_holds_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Journal(tmp_path / "j", SETTINGS).add(row(4))
+    monkeypatch.setattr(module, "MOST_BYTES", 200)
+    with pytest.raises(ValueError, match=r"^journal: .*j has more than 200 bytes; name another file$"):
+        Journal(tmp_path / "j", SETTINGS)
+
+
 def test_a_folder_and_a_device_are_no_journals(tmp_path: Path) -> None:
     for path in (tmp_path, Path(os.devnull)):
         with pytest.raises((ValueError, OSError), match=r"^journal: "):

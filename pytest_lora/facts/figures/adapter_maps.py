@@ -76,10 +76,11 @@ def checkpoint_maps(facts: CheckpointFacts) -> tuple[AdapterMap, ...]:
     """A map of a saved adapter; none where its file holds no LoRA that can be told apart, or names without order."""
     if not facts.is_judged:
         return ()
-    cells = [(one.name.removesuffix(".base_layer"), _saved(one, facts.settings)) for one in facts.adapted]
-    places = [place(module) for module, _ in cells]
-    if not cells or len({row for row, _ in places}) * len({column for _, column in places}) > MOST_CELLS:
+    modules = [one.name.removesuffix(".base_layer") for one in facts.adapted]
+    places = {place(module) for module in modules}
+    if not places or len({row for row, _ in places}) * len({column for _, column in places}) > MOST_CELLS:
         return ()
+    cells = [(name, _saved(one, facts.settings)) for name, one in zip(modules, facts.adapted, strict=True)]
     numbers = sum(tensor.numbers for tensor in facts.lora)
     if facts.fit is not None and not facts.is_foreign:
         base = facts.fit.base

@@ -20,7 +20,7 @@ from pytest_lora.facts.checkpoint import (
     FileFault,
 )
 from pytest_lora.facts.origins import OTHER_WEIGHTS
-from pytest_lora.facts.saved_tensors import PREFIX, AdaptedModule, Key, TensorFacts
+from pytest_lora.facts.saved_tensors import PREFIX, AdaptedModule, Key, TensorFacts, target_of
 from pytest_lora.inspection.checkpoint.config_file import MAX_CONFIG, config_file
 from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
 from pytest_lora.inspection.checkpoint.header import read_header
@@ -112,13 +112,13 @@ def public_base(path: Path) -> Base | None:
     reading = _Reading(Folder(path))
     raw = reading.config() or {}
     name = raw.get("base_model_name_or_path")
-    if not isinstance(name, str) or not is_name(name) or find_shape(name) is None:
+    if not isinstance(name, str) or find_shape(name) is None:
         return None
     from pytest_lora.inspection.checkpoint.fit import Base
 
     try:
-        return Base(name, may_be_extended=True)
-    except ValueError:
+        return Base(name, may_be_extended=True) if is_name(name) else None
+    except ValueError:  # also of a name that the system cannot look at
         return None
 
 
@@ -252,6 +252,5 @@ def _adapted(
             )
     settings = config.settings if config else None
     for module, held in parts.items():
-        adapted = AdaptedModule(module, held.get("A"), held.get("B"), held.get("magnitude_vector"), None)
-        rank = settings.rank_of(adapted.target) if settings else None
-        yield replace(adapted, configured_rank=rank)
+        rank = settings.rank_of(target_of(module)) if settings else None
+        yield AdaptedModule(module, held.get("A"), held.get("B"), held.get("magnitude_vector"), rank)

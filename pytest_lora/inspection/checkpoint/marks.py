@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,46 +17,54 @@ MOST_RANKS = 4096
 
 
 class Marking:
-    """Marks of one matrix whose bytes come in parts of whole rows.
+    """Marks of matrices of one shape, whose bytes come in parts of whole rows.
 
     Args:
         shape: Rows and columns.
         width: Bytes of a number.
+        count: Matrices.
     """
 
-    def __init__(self, shape: tuple[int, ...], width: int) -> None:
+    def __init__(self, shape: tuple[int, ...], width: int, count: int) -> None:
         self._columns = shape[1]
         self._width = width
-        self._rows: list[np.ndarray[tuple[Any, ...], np.dtype[np.bool_]]] = []
-        self._filled = np.zeros(min(shape[1], MOST_RANKS), bool)
+        self._rows = [np.zeros((count, 0), bool)]
+        self._filled = np.zeros((count, shape[1] if shape[1] <= MOST_RANKS else 0), bool)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
         return self._columns * self._width
 
-    def add(self, raw: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
-        """Look at the next rows."""
-        numbers = raw.view(f"u{self._width}").reshape(-1, self._columns)
-        self._rows.append(np.asarray(numbers.any(axis=1)))
+    def add(self, raw: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Look at the next rows of each matrix."""
+        numbers = raw.view(f"u{self._width}").reshape(len(raw), -1, self._columns)
+        self._rows.append(np.asarray(numbers.any(axis=2)))
         if self._columns <= MOST_RANKS:
-            self._filled |= numbers.any(axis=0)
+            self._filled |= numbers.any(axis=1)
 
-    def marks(self) -> Marks:
-        """What was seen."""
-        rows = np.concatenate(self._rows) if self._rows else np.zeros(0, bool)
-        zero = int(len(rows) - rows.sum())
-        is_block = not rows[:zero].any() or not rows[len(rows) - zero :].any()
-        few = len(rows) <= MOST_RANKS
-        return Marks(
-            rows=tuple(rows.tolist()) if few else (),
-            columns=tuple(self._filled.tolist()) if self._columns <= MOST_RANKS else (),
-            zero_rows=zero if is_block else 0,
-        )
+    def marks(self) -> Iterator[Marks]:
+        """What was seen of each."""
+        rows = np.concatenate(self._rows, axis=1)
+        known: dict[tuple[bytes, bytes], Marks] = {}  # most are alike, and each takes many objects
+        for own, filled in zip(rows, self._filled, strict=True):
+            key = own.tobytes(), filled.tobytes()
+            if key not in known:
+                known[key] = _marks(own, filled)
+            yield known[key]
 
 
-def marking(name: str, shape: tuple[int, ...], width: int, most: int) -> Marking | None:
-    """A marking for a factor whose rows fit into ``most`` bytes; None for what is none."""
-    if not _FACTOR.search(name) or len(shape) != 2 or not 0 < shape[1] * width <= most:
-        return None
-    return Marking(shape, width)
+def _marks(rows: np.ndarray[Any, np.dtype[np.bool_]], filled: np.ndarray[Any, np.dtype[np.bool_]]) -> Marks:
+    zero = int(len(rows) - rows.sum())
+    is_block = not rows[:zero].any() or not rows[len(rows) - zero :].any()
+    few = len(rows) <= MOST_RANKS
+    return Marks(
+        rows=tuple(rows.tolist()) if few else (),
+        columns=tuple(filled.tolist()),
+        zero_rows=zero if is_block else 0,
+    )
+
+
+def is_marked(name: str, shape: tuple[int, ...], width: int, most: int) -> bool:
+    """Whether this is a factor whose rows fit into ``most`` bytes."""
+    return len(shape) == 2 and 0 < shape[1] * width <= most and _FACTOR.search(name) is not None

@@ -6,21 +6,29 @@ whole numbers, so that bfloat16 and float8 need no torch, whose import takes sec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from io import FileIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pytest_lora.facts.checkpoint import FileFault
 from pytest_lora.facts.saved_tensors import Values
 from pytest_lora.inspection.checkpoint.folder import UnreadableError
-from pytest_lora.inspection.checkpoint.header import Stored
-from pytest_lora.inspection.checkpoint.marks import Marking, marking
+from pytest_lora.inspection.checkpoint.header import BITS, Stored
+from pytest_lora.inspection.checkpoint.marks import Marking, is_marked
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 CHUNK = 4 * 2**20
 
 MAX_BYTES = 2 * 2**30
 """Bytes of one adapter whose values are read: about a second of work. Rank 64 on all of Llama-2-70B is 1.7 GB."""
+
+
+MAX_FORMS = 4096
+"""Different shapes in one file, as each is looked at by itself. EVA, which gives each module a rank of its own, makes
+1,120 on Llama-2-70B."""
 
 
 class Layout(NamedTuple):
@@ -56,11 +64,10 @@ def read_values(file: FileIO, stored: list[Stored], name: str) -> tuple[dict[str
         What was seen, by tensor name, and the bytes of such tensors that were left out.
 
     Raises:
-        UnreadableError: The file ends before its header says.
+        UnreadableError: The file ends before its header says, or holds too many different shapes.
     """
-    found: dict[str, Values] = {}
     read = left_out = 0
-    buffer = bytearray(CHUNK)
+    alike: dict[Form, list[Stored]] = {}
     for tensor in sorted(stored, key=lambda t: (".lora_" not in t.name, t.begin)):
         if tensor.dtype not in LAYOUTS and tensor.dtype not in NAN_ONLY:
             continue
@@ -69,52 +76,87 @@ def read_values(file: FileIO, stored: list[Stored], name: str) -> tuple[dict[str
             left_out += size
             continue
         read += size
-        found[tensor.name] = _values(file, tensor, buffer, name)
+        alike.setdefault(Form.of(tensor), []).append(tensor)
+    if len(alike) > MAX_FORMS:
+        raise UnreadableError(
+            FileFault(name, "size", f"its tensors are of more than {MAX_FORMS:,} different shapes and kinds")
+        )
+    buffer = bytearray(CHUNK)
+    found: dict[str, Values] = {}
+    for form, tensors in alike.items():
+        at_once = max(1, CHUNK // max(1, form.size))
+        for start in range(0, len(tensors), at_once):
+            some = tensors[start : start + at_once]
+            found.update(zip([t.name for t in some], _values(file, form, some, buffer, name), strict=True))
     return found, left_out
 
 
-def _values(file: FileIO, tensor: Stored, buffer: bytearray, name: str) -> Values:
-    nans = infinities = 0
-    zero = True
-    squares = 0.0 if is_measured(tensor.name, tensor.dtype) else None
-    marked = marks_of(tensor.name, tensor.dtype, tensor.shape)
-    most = CHUNK - CHUNK % marked.row_bytes if marked else CHUNK
-    file.seek(tensor.begin)
-    left = tensor.end - tensor.begin
-    while left:
-        part = memoryview(buffer)[: min(left, most)]
-        filled = 0
-        # A read may give less than was asked for; numbers must not be torn apart.
-        while filled < len(part) and (count := file.readinto(part[filled:])):
-            filled += count
-        if filled < len(part):
-            raise UnreadableError(FileFault(name, "changed", "it became shorter while it was read"))
-        left -= filled
-        raw = np.frombuffer(buffer, np.uint8, filled)
-        seen = bits_like(raw, tensor.dtype)
-        if marked:
-            marked.add(raw)
-        nans, infinities, zero = nans + seen.nans, infinities + seen.infinities, zero and seen.zero
-        if squares is not None and not seen.zero:
-            squares += sum_of_squares(raw, tensor.dtype)
-    mean = root_mean(squares, tensor.end - tensor.begin, tensor.dtype)
-    return Values(nans, infinities, zero, mean, marked.marks() if marked else None)
+class Form(NamedTuple):
+    """What tensors that are looked at together have in common: thousands of small ones are a matter of numpy alone.
+
+    Attributes:
+        size: Bytes of one.
+        measured: Whether the size of its numbers is measured.
+        marked: Whether it is a factor whose rows and columns are looked at.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    measured: bool
+    marked: bool
+
+    @classmethod
+    def of(cls, tensor: Stored) -> Form:
+        name, dtype, shape = tensor.name, tensor.dtype, tensor.shape
+        measured = marked = False
+        if dtype in LAYOUTS and ".lora_" in name:
+            measured = name.find(PARTS_MEASURED[0]) >= 0 or name.find(PARTS_MEASURED[1]) >= 0
+            marked = is_marked(name, shape, _width(dtype), CHUNK)
+        return cls(dtype, shape, tensor.end - tensor.begin, measured, marked)
 
 
-def marks_of(name: str, dtype: str, shape: tuple[int, ...]) -> Marking | None:
-    """A marking for a tensor of this name, format and shape; None for what is no factor."""
-    return (
-        marking(name, shape, np.dtype(LAYOUTS[dtype].unsigned).itemsize, CHUNK) if dtype in LAYOUTS else None
-    )
+def _values(
+    file: FileIO, form: Form, tensors: list[Stored], buffer: bytearray, name: str
+) -> Iterator[Values]:
+    """What the numbers of tensors of one form are like, which fit into the buffer together or are one."""
+    count = len(tensors)
+    nans, infinities, squares = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count)
+    zero = np.ones(count, bool)
+    marking = None
+    step = CHUNK
+    if form.marked:
+        marking = Marking(form.shape, _width(form.dtype), count)
+        step -= CHUNK % marking.row_bytes
+    for offset in range(0, form.size, step):
+        length = min(step, form.size - offset)
+        view = memoryview(buffer)
+        for place, tensor in enumerate(tensors):
+            _fill(file, tensor.begin + offset, view[place * length : (place + 1) * length], name)
+        raw = np.frombuffer(buffer, np.uint8, count * length).reshape(count, length)
+        zeros = _count(raw, form.dtype, nans, infinities)
+        if marking is not None:
+            marking.add(raw)
+        if form.measured and not zeros.all():
+            squares += _squares(raw, form.dtype)
+        zero &= zeros
+    marks = iter(lambda: None, 0) if marking is None else marking.marks()
+    means = _root_means(squares, form) if form.measured else [None] * count
+    return map(Values, nans.tolist(), infinities.tolist(), zero.tolist(), means, marks)
 
 
-def is_measured(name: str, dtype: str) -> bool:
-    """Whether the size of a tensor of this name and format is measured."""
-    return dtype in LAYOUTS and any(part in name for part in PARTS_MEASURED)
+def _fill(file: FileIO, start: int, part: memoryview, name: str) -> None:
+    file.seek(start)
+    filled = 0
+    # A read may give less than was asked for; numbers must not be torn apart.
+    while filled < len(part) and (count := file.readinto(part[filled:])):
+        filled += count
+    if filled < len(part):
+        raise UnreadableError(FileFault(name, "changed", "it became shorter while it was read"))
 
 
-def sum_of_squares(raw: np.ndarray[tuple[int], np.dtype[np.uint8]], dtype: str) -> float:
-    """The sum of the squares of the numbers in some bytes, of a format in ``LAYOUTS``; NaN or infinite as they are."""
+def _squares(raw: Bytes, dtype: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The sums of the squares of the numbers of each row, of a format in ``LAYOUTS``; NaN or infinite as they are."""
     if dtype == "BF16":
         numbers = (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
     elif dtype == "F8_E5M2":
@@ -123,28 +165,40 @@ def sum_of_squares(raw: np.ndarray[tuple[int], np.dtype[np.uint8]], dtype: str) 
         numbers = raw.view({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype])
         numbers = numbers.astype(np.float32) if dtype == "F16" else numbers
     with np.errstate(all="ignore"):
-        return float(np.dot(numbers, numbers))
+        if len(numbers) == 1:  # the fastest there is
+            return np.array([np.dot(numbers[0], numbers[0])], np.float64)
+        return np.einsum("ij,ij->i", numbers, numbers).astype(np.float64)
 
 
-def root_mean(squares: float | None, size: int, dtype: str) -> float | None:
-    """The root of the mean of squares over so many bytes of a format; None where they were not measured."""
-    if squares is None or not size:
-        return None
-    return float(np.sqrt(squares * np.dtype(LAYOUTS[dtype].unsigned).itemsize / size))
+def _root_means(squares: np.ndarray[Any, np.dtype[np.float64]], form: Form) -> list[float | None]:
+    """The roots of the means of squares; None where there are no numbers."""
+    if not form.size:
+        return [None] * len(squares)
+    means: list[float | None] = np.sqrt(squares * _width(form.dtype) / form.size).tolist()
+    return means
 
 
-def bits_like(raw: np.ndarray[tuple[int], np.dtype[np.uint8]], dtype: str) -> Values:
-    """What the numbers in some bytes are like; their count is whole."""
+def _width(dtype: str) -> int:
+    return BITS[dtype] // 8
+
+
+def _count(
+    raw: Bytes,
+    dtype: str,
+    nans: np.ndarray[Any, np.dtype[np.int64]],
+    infinities: np.ndarray[Any, np.dtype[np.int64]],
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Add to the counts of each row, whose numbers are whole; gives which rows are zero."""
     if dtype in NAN_ONLY:
         magnitude = raw & np.uint8(0x7F)
-        return Values(int(np.count_nonzero(magnitude == NAN_ONLY[dtype])), 0, not magnitude.any())
+        nans += np.count_nonzero(magnitude == NAN_ONLY[dtype], axis=1)
+        return ~magnitude.any(axis=1)
     layout = LAYOUTS[dtype]
     bits = raw.view(layout.unsigned)
     magnitude_bits = bits & layout.unsigned(layout.exponent | layout.fraction)
     # The bits of infinity, taken as a whole number, are above those of any number and below those of any NaN.
-    highest = int(magnitude_bits.max(initial=0))
-    if highest < layout.exponent:
-        return Values(0, 0, highest == 0)
-    infinities = int(np.count_nonzero(magnitude_bits == layout.exponent))
-    nans = int(np.count_nonzero(magnitude_bits > layout.exponent))
-    return Values(nans, infinities, False)
+    highest = magnitude_bits.max(axis=1, initial=0)
+    if highest.max() >= layout.exponent:
+        infinities += np.count_nonzero(magnitude_bits == layout.exponent, axis=1)
+        nans += np.count_nonzero(magnitude_bits > layout.exponent, axis=1)
+    return highest == 0

@@ -39,9 +39,14 @@ class LimitedProcess:
     """One process for one piece of work after another. Of a fork each side has its own."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._renew_lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
+        if hasattr(os, "register_at_fork"):  # a thread that holds the lock is on one side only
+            os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
 
     def do(self, work: str, *arguments: Any, seconds: float = SECONDS) -> tuple[Any, float]:
         """Have work of ``worker.py`` done: what came of it, and the seconds of a processor that it took.

@@ -141,8 +141,8 @@ ALLOWED = {
     ("torch._utils", "_rebuild_parameter"): parameter,
 }
 KINDS = re.compile(r"[A-Za-z0-9]{1,20}Storage|[a-z0-9_]{1,24}")
-MOST = 100_000
-"""Tensors of one file."""
+MOST = 75_000
+"""Tensors of one file, as in safetensors files."""
 LONGEST = 1000
 """Characters of the name of one."""
 

@@ -27,11 +27,11 @@ from pytest_lora.inspection.memory.storage_tracker import (
     OUTSIDE,
     NeedsValuesError,
     StorageTracker,
-    collected_late,
     quiet,
 )
 from pytest_lora.inspection.memory.swapped import swapped
 from pytest_lora.inspection.memory.trainers import fused_kernels, prediction_step, trl_loss
+from pytest_lora.inspection.quiet import collected_late
 from pytest_lora.inspection.transformers_internals import masks_without_values
 
 EVALUATION = "evaluation"

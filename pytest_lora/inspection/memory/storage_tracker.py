@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import warnings
 import weakref
@@ -190,18 +189,6 @@ class StorageTracker:
         if self._vocab_size is not None and self._vocab_size in tensor.shape:
             return "logits and loss"
         return "activations"
-
-
-@contextmanager
-def collected_late() -> Iterator[None]:
-    """Keep the garbage collector from freeing storages at moments that differ from run to run."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

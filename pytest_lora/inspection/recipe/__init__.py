@@ -17,7 +17,7 @@ from pytest_lora.inspection.recipe.beside import Tree
 from pytest_lora.inspection.recipe.interpolation import resolved
 from pytest_lora.inspection.recipe.keys import Keys
 from pytest_lora.inspection.recipe.unread import unknown_keys, wrong_kinds
-from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, YamlFile, read_yaml
+from pytest_lora.inspection.recipe.yaml_file import BrokenError, YamlFile, read_yaml, start_of
 
 TOOLS = (axolotl, llamafactory, ms_swift, trl)
 """In the order in which they are asked; each knows its recipes by keys that no other has."""
@@ -44,9 +44,7 @@ def recipe_facts(path: Path, base: str | None = None) -> RecipeFacts:
         base: Name or path of the base, where the recipe's own is not to be taken.
     """
     try:
-        with path.open("rb") as opened:
-            data = opened.read(MAX_BYTES + 1)
-        file = read_yaml(data)
+        file = read_yaml(start_of(path))
     except OSError as error:
         return RecipeFacts(path.name, flaw=Flaw("unreadable", 1, str(error.strerror or error)))
     except BrokenError as error:
@@ -77,8 +75,7 @@ def recognised(file: YamlFile) -> tuple[ModuleType, Keys] | None:
 def is_likely(path: Path) -> bool:
     """Whether a file that may be no YAML speaks of LoRA in the words of a recipe."""
     try:
-        with path.open("rb") as opened:
-            return _LIKELY.search(opened.read(MAX_BYTES)) is not None
+        return _LIKELY.search(start_of(path)) is not None
     except OSError:
         return False
 

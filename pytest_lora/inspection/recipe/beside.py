@@ -12,7 +12,7 @@ from typing import Any
 
 from pytest_lora.facts.recipe import SavedAdapter, Value
 from pytest_lora.inspection.recipe.keys import Keys
-from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml
+from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml, start_of
 
 _CONFIG = "adapter_config.json"
 
@@ -52,10 +52,7 @@ class Tree:
         if place is None:
             return None
         try:
-            if not place.is_file():
-                return None
-            with place.open("rb") as file:
-                return file.read(MAX_BYTES)
+            return start_of(place)[:MAX_BYTES]
         except OSError:
             return None
 

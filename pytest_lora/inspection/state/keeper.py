@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from pytest_lora.findings import grouped
+from pytest_lora.inspection.quiet import alone
 from pytest_lora.inspection.state.interrupts import Interrupts
 from pytest_lora.inspection.state.process import SETTINGS, Process
 from pytest_lora.inspection.state.snapshot import Snapshot
@@ -40,6 +41,8 @@ class Keeper:
 
     What is kept is listed in ``KEPT``. Of optimizers, schedulers, scalers and the like it is all that they hold, and of
     hooks what they train. Signals that come while all this is taken or put back wait until it is done.
+
+    Threads are let in one after another.
 
     Without a model it costs a fraction of a millisecond. Models of up to 256 MiB are copied; of larger ones what
     training changes is, and a changed frozen weight is reported.
@@ -70,10 +73,13 @@ class Keeper:
         self._interrupts = Interrupts(Keeper.__enter__.__code__, Keeper.__exit__.__code__)
         self._snapshots: list[Snapshot] = []
         self._process: Process | None = None
+        self._is_alone = False
 
     def __enter__(self) -> Keeper:
         try:
             self._interrupts.hold()
+            alone.__enter__()
+            self._is_alone = True
             self._process = Process(self._generators)
             if self._model is not None:
                 snapshot = Snapshot(self._model, *self._others, to_train=True, values=self._values)
@@ -81,6 +87,7 @@ class Keeper:
                 self._snapshots.append(snapshot)
             self._interrupts.deliver(sys._getframe(1))
         except BaseException:
+            self._let_others_in()
             self._interrupts.release()
             self._interrupts.deliver(sys._getframe(1))
             raise
@@ -93,6 +100,7 @@ class Keeper:
             lost = [name for snapshot in reversed(self._snapshots) for name in snapshot.restore_all()]
             lost += self._process.restore() if self._process else []
         finally:
+            self._let_others_in()
             self._interrupts.release()
             self._snapshots.clear()
         try:
@@ -100,6 +108,11 @@ class Keeper:
                 _report(lost, error)
         finally:
             self._interrupts.deliver(sys._getframe(1))
+
+    def _let_others_in(self) -> None:
+        if self._is_alone:
+            self._is_alone = False
+            alone.__exit__()
 
     def keep(self, *others: object) -> None:
         """Keep something more from now on, such as batches that came out of an iterator."""

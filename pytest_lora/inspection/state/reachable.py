@@ -20,6 +20,10 @@ _CACHES = "transformers.cache_utils"
 """Keys and values of generation, which some models keep from call to call."""
 
 
+MOST_NAME = 300
+"""Characters of a name: what is linked a hundred thousand times would else have names of gigabytes."""
+
+
 class Reachable:
     """Objects, containers and tensors that can be reached from some values, each once.
 
@@ -49,6 +53,7 @@ class Reachable:
                 continue
             if id(found) not in self._seen:
                 self._seen.add(id(found))
+                where = where if len(where) <= MOST_NAME else f"{where[:MOST_NAME]}..."
                 self._alive.append(found)  # or another object may get its identity
                 waiting.extend(self._below(where, found))
 

@@ -80,6 +80,8 @@ def prepared(
     Gradients are on and empty, and 4-bit weights are never repacked.
     """
     adapted_survey(model)
+    if any(parameter.is_meta and parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model: its adapter is on the meta device and has no values; load its weights first")
     require_batches(batches, plan.loss_fn)
     with Keeper(model, *plan.kept, generators=generators_of(batches)) as keeper:
         keeper.clear_gradients()
