@@ -32,10 +32,8 @@ CATEGORIES = (
 )
 """What memory is held for, in the order in which it is shown."""
 
-
 AMPERE_WORKSPACE = 8_519_680
-"""Bytes of one workspace of cuBLAS on Ampere and Ada (``CUBLAS_WORKSPACE_CONFIG`` ``:4096:2:16:8``, which torch sets);
-on Hopper 32 MiB."""
+"""Bytes of one workspace of cuBLAS on Ampere and Ada (torch's ``CUBLAS_WORKSPACE_CONFIG``); on Hopper 32 MiB."""
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
 """Methods of bitsandbytes."""
@@ -101,7 +99,7 @@ class StepSetting:
         attention: Kernel of scaled dot product attention without a mask.
         parallel: How several GPUs share the step; None for one.
         evaluation: What is run between the steps; None for nothing.
-        loss, kernels: Whose loss and fused kernels run in the place of the model's own.
+        loss, kernels: Whose loss and fused kernels run in place of the model's own.
     """
 
     batch_size: int
@@ -133,7 +131,7 @@ class StepSetting:
 
     @property
     def by_accelerate(self) -> bool:
-        """Whether accelerate prepares the model: under autocast it hands on all outputs in float32."""
+        """Whether accelerate prepares the model, which under autocast hands on its outputs in float32."""
         return bool(self.autocast) and self.trainer != "loop"
 
     @property
@@ -182,7 +180,7 @@ class MemoryEstimate:
         unmodelled: What is left out, which makes the figures a bound.
         over_ranks: With several GPUs the peaks of all of them together; 0 with one.
         by_formula: Parts of a step that are computed, where the library's own code cannot run.
-        training_peak, evaluation_peak: Those of both alone; 0 where no evaluation is asked for.
+        training_peak, evaluation_peak: Those of both alone; 0 for no evaluation.
     """
 
     setting: StepSetting
