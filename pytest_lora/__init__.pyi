@@ -39,8 +39,8 @@ from pytest_lora.counting import RankTable as RankTable
 from pytest_lora.counting import count_parameters as count_parameters
 from pytest_lora.counting import rank_table as rank_table
 from pytest_lora.expect import Expect as Expect
-from pytest_lora.facts.memory import Evaluation as Evaluation
 from pytest_lora.facts.memory import MemoryEstimate as MemoryEstimate
+from pytest_lora.facts.memory_choices import Evaluation as Evaluation
 from pytest_lora.facts.operations import StepFlops as StepFlops
 from pytest_lora.findings import Finding as Finding
 from pytest_lora.findings import LoraHealthWarning as LoraHealthWarning

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from pytest_lora.facts.byte_sizes import format_bytes
+from pytest_lora.facts.memory_choices import Attention, Evaluation, Kernels, Loss, peak_rows
 from pytest_lora.facts.operations import NO_FLOPS, StepFlops
 from pytest_lora.facts.parallel import Parallel
 
@@ -31,15 +32,8 @@ CATEGORIES = (
 )
 """What memory is held for, in the order in which it is shown."""
 
-
 AMPERE_WORKSPACE = 8_519_680
-"""Bytes of one workspace of cuBLAS on Ampere and Ada (``CUBLAS_WORKSPACE_CONFIG`` ``:4096:2:16:8``, which torch sets);
-on Hopper 32 MiB."""
-
-Attention = Literal["math", "flash", "efficient", "cudnn"]
-ATTENTION_KERNELS: tuple[Attention, ...] = get_args(Attention)
-"""Kernels of scaled dot product attention, in the order of ``torch.nn.attention.SDPBackend``."""
-
+"""Bytes of one workspace of cuBLAS on Ampere and Ada (torch's ``CUBLAS_WORKSPACE_CONFIG``); on Hopper 32 MiB."""
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
 """Methods of bitsandbytes."""
@@ -75,35 +69,6 @@ class Quantization:
         return self.method in BITSANDBYTES
 
 
-Loss = Literal["full", "chunked", "liger", "cut"]
-LOSSES: tuple[Loss, ...] = get_args(Loss)
-Kernels = Literal["liger", "axolotl"]
-KERNELS: tuple[Kernels, ...] = get_args(Kernels)
-
-Kept = Literal["loss", "logits", "predictions"]
-EVALUATION_KEEPS: tuple[Kept, ...] = get_args(Kept)
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """An evaluation between the steps, as the Trainer runs it: without gradients, in batches of their own.
-
-    Attributes:
-        batch_size: Sequences (or pairs) in a batch: ``per_device_eval_batch_size``.
-        seq_len: Tokens in each; None for those of the training.
-        keeps: What stays on the GPU of each batch: ``"loss"`` alone, as without ``compute_metrics`` or with
-            ``prediction_loss_only=True``; ``"logits"``, as with ``compute_metrics``; ``"predictions"``, where
-            ``preprocess_logits_for_metrics`` makes one whole number a token of them.
-        batches: How many batches stay before they go to the host: ``eval_accumulation_steps``, or without that all of
-            the evaluation. None where that is not known, which makes the figures "at least" with logits.
-    """
-
-    batch_size: int
-    seq_len: int | None = None
-    keeps: Kept = "loss"
-    batches: int | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class StepSetting:
     """Everything about a training step, the base and the adapter aside, that decides its memory.
@@ -134,8 +99,7 @@ class StepSetting:
         attention: Kernel of scaled dot product attention without a mask.
         parallel: How several GPUs share the step; None for one.
         evaluation: What is run between the steps; None for nothing.
-        loss: Whether all logits are held at once, or whose loss it is that holds them in part or not at all.
-        kernels: Whose fused kernels stand for the layers' own code; None for nobody's.
+        loss, kernels: Whose loss and fused kernels run in place of the model's own.
     """
 
     batch_size: int
@@ -167,7 +131,7 @@ class StepSetting:
 
     @property
     def by_accelerate(self) -> bool:
-        """Whether accelerate prepares the model: under autocast it hands on all outputs in float32."""
+        """Whether accelerate prepares the model, which under autocast hands on its outputs in float32."""
         return bool(self.autocast) and self.trainer != "loop"
 
     @property
@@ -216,8 +180,7 @@ class MemoryEstimate:
         unmodelled: What is left out, which makes the figures a bound.
         over_ranks: With several GPUs the peaks of all of them together; 0 with one.
         by_formula: Parts of a step that are computed, where the library's own code cannot run.
-        training_peak: The peak of the training steps alone.
-        evaluation_peak: The peak of the evaluation between them; 0 where none is asked for.
+        training_peak, evaluation_peak: Those of both alone; 0 for no evaluation.
     """
 
     setting: StepSetting
@@ -266,24 +229,9 @@ class MemoryEstimate:
         size = f"batch {self.setting.batch_size}"
         return f"{size} x {self.setting.seq_len} tokens" if self.has_tokens else size
 
-    def _evaluated(self) -> str:
-        asked = self.setting.evaluation
-        if asked is None:
-            return ""
-        length = f" x {asked.seq_len} tokens" if asked.seq_len and self.has_tokens else ""
-        return f" and an evaluation by {asked.batch_size}{length}, which keeps the {asked.keeps},"
-
-    def _peaks(self) -> tuple[tuple[str, int], ...]:
-        if not self.evaluation_peak:
-            return (("peak allocated", self.peak_allocated),)
-        larger, smaller = ("training", self.training_peak), ("evaluation", self.evaluation_peak)
-        if smaller[1] > larger[1]:
-            larger, smaller = smaller, larger
-        return ((f"peak of the {smaller[0]}", smaller[1]), (f"peak allocated, of the {larger[0]}", larger[1]))
-
     def __str__(self) -> str:
         rows = [
-            *self._peaks(),
+            *peak_rows(self.evaluation_peak, self.training_peak, self.peak_allocated),
             *((f"  {name}", size) for name, size in self.breakdown.items()),
             ("peak reserved", self.peak_reserved),
             ("between steps", self.after_step),
@@ -297,9 +245,11 @@ class MemoryEstimate:
         left_out += [f"{part.bound} this: {part.what} not modelled" for part in self.unmodelled]
         left_out += [f"by formula: {part}" for part in self.by_formula]
         width = max(len(name) for name, _ in rows)
+        beside = self.setting.evaluation
+        evaluation = f" and {beside.in_words(with_tokens=self.has_tokens)}," if beside else ""
         shared = f"; the fullest of {self.setting.parallel}" if self.setting.parallel else ""
         head = (
-            f"a training step{self._evaluated()} of {self.architecture}, {self.batch}, "
+            f"a training step{evaluation} of {self.architecture}, {self.batch}, "
             f"r={self.rank}{shared}; peak in the {self.peak_phase}, {self.peak_operation}"
         )
         return "\n".join(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
 from pytest_lora.facts.operations import StepFlops
 from pytest_lora.facts.parallel import SHARDED
 from pytest_lora.memory.arguments import StepArguments, names_settings
+from pytest_lora.memory.identity import identity, what_takes_memory
 from pytest_lora.memory.setting import checked_setting, declared_quantization, require_point
 from pytest_lora.memory.trainer import read_arguments
 
@@ -252,41 +252,12 @@ def _predictor(base: Any, config: LoraConfig, setting: StepSetting) -> Predictor
 
     if not isinstance(base, PretrainedConfig):
         return Predictor(base, config, setting)
-    key = (_identity(base), type(config), _identity(_what_takes_memory(config)), setting)
+    key = (identity(base), type(config), identity(what_takes_memory(config)), setting)
     if key not in _predictors:
         if len(_predictors) >= _KEPT:
             del _predictors[next(iter(_predictors))]
         _predictors[key] = Predictor(copy.deepcopy(base), copy.deepcopy(config), setting)
     return _predictors[key]
-
-
-_SCALES = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
-"""The rank is asked for at each point; the others are numbers that a layer multiplies by."""
-
-
-def _what_takes_memory(config: LoraConfig) -> dict[str, Any]:
-    """The fields of an adapter that two steps must share to make the same storages."""
-    from pytest_lora.inspection.rehearsal import READ_WEIGHTS
-
-    fields = {name: value for name, value in vars(config).items() if name not in _SCALES}
-    fields["lora_dropout"] = bool(config.lora_dropout)
-    init = fields["init_lora_weights"]
-    if init in (True, False, "gaussian") or str(init).lower().startswith(READ_WEIGHTS):
-        fields["init_lora_weights"] = True
-    return fields
-
-
-def _identity(value: Any) -> Hashable:
-    """What tells one configuration from another: every attribute, private ones too (the attention, for one)."""
-    if isinstance(value, Mapping):
-        return frozenset((str(name), _identity(part)) for name, part in value.items())
-    if isinstance(value, (set, frozenset)):
-        return frozenset(map(_identity, value))
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_identity, value))
-    if hasattr(value, "__dict__") and not isinstance(value, (type, Enum)):
-        return type(value), _identity(vars(value))
-    return type(value), repr(value)
 
 
 def estimate_of_model(model: nn.Module, batch: Any) -> MemoryEstimate | None:

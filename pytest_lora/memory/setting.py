@@ -8,20 +8,14 @@ from typing import TYPE_CHECKING, Any
 from pytest_lora.facts.byte_sizes import parse_bytes
 from pytest_lora.facts.memory import (
     AMPERE_WORKSPACE,
-    ATTENTION_KERNELS,
     BITSANDBYTES,
-    EVALUATION_KEEPS,
-    KERNELS,
-    LOSSES,
-    Attention,
     Checkpointing,
-    Evaluation,
-    Kernels,
-    Loss,
     Quantization,
     StepSetting,
 )
+from pytest_lora.facts.memory_choices import ATTENTION_KERNELS, Attention, Evaluation, Kernels, Loss
 from pytest_lora.facts.parallel import SHARDED, Offload
+from pytest_lora.memory.choices import checked_evaluation, checked_kernels, checked_loss
 from pytest_lora.memory.parallel import checked_parallel
 from pytest_lora.memory.trainer import TRAINERS, loss_fields, trainer_of
 from pytest_lora.values import require_flag, require_one_of, require_whole, shown
@@ -169,52 +163,12 @@ def checked_setting(
         image_size=_image_size(image_size),
         trainer=trainer,
         parallel=shared,
-        evaluation=_evaluation(evaluation, sharded=shared is not None and shared.strategy in SHARDED),
-        loss=_loss(loss, kernels, trainer),
-        kernels=_kernels(kernels),
+        evaluation=checked_evaluation(evaluation, sharded=shared is not None and shared.strategy in SHARDED),
+        loss=checked_loss(loss, kernels, trainer),
+        kernels=checked_kernels(kernels),
         args=() if args is None or not by_trl else loss_fields(args),
         **flags,
     )
-
-
-def _loss(given: Any, kernels: Any, trainer: str) -> Loss:
-    if trainer.startswith("trl-"):  # Liger's layers beside TRL's own head, as TRL sets them up
-        if given not in (None, "chunked"):
-            raise ValueError(
-                f"loss: {trainer!r} computes its own loss, in tiles of the logits; leave loss={given!r} out, or "
-                "describe the step with trainer='transformers'"
-            )
-        return "full"
-    if given is None:
-        return "liger" if kernels == "liger" else "full"
-    require_one_of("loss", given, LOSSES)
-    found: Loss = given
-    return found
-
-
-def _kernels(given: Any) -> Kernels | None:
-    if given is not None:
-        require_one_of("kernels", given, KERNELS)
-    found: Kernels | None = given
-    return found
-
-
-def _evaluation(given: Any, *, sharded: bool) -> Evaluation | None:
-    if given is None:
-        return None
-    if not isinstance(given, Evaluation):
-        raise TypeError(f"evaluation must be an Evaluation(batch_size=...) or None, not {shown(given)}")
-    if sharded:
-        raise ValueError(
-            "evaluation: it is not predicted where weights are cut over several GPUs; leave it out, and give it for "
-            "one GPU or strategy='ddp'"
-        )
-    sizes = {"batch_size": given.batch_size, "seq_len": given.seq_len, "batches": given.batches}
-    for name, value in sizes.items():
-        if value is not None or name == "batch_size":
-            require_whole(f"evaluation.{name}", value, least=1, most=MOST_POINT.get(name, MOST_TOKENS))
-    require_one_of("evaluation.keeps", given.keeps, EVALUATION_KEEPS)
-    return given
 
 
 def _quantization(given: Any, dtype: str) -> Quantization | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from pytest_lora.facts.memory import Evaluation
+from pytest_lora.facts.memory_choices import Evaluation
 from pytest_lora.values import shown
 
 _BY_ARGUMENTS = {

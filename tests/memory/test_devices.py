@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from pytest_lora import check_memory, estimate_memory
-from pytest_lora.facts.memory import ATTENTION_KERNELS
+from pytest_lora.facts.memory_choices import ATTENTION_KERNELS
 from pytest_lora.inspection.memory import devices
 from tests.simulated_cuda import MACHINES, Machine, play
 

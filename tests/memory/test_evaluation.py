@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import transformers
@@ -36,7 +36,7 @@ LOGITS = ROWS * LENGTH * VOCABULARY * 4
 
 def real_evaluation(path: Path, batches: int, **more: Any) -> Allocations:
     """``Trainer.evaluate`` on the CPU, of so many batches."""
-    trainer = transformers.Trainer(
+    trainer: Any = transformers.Trainer(
         model=get_peft_model(LlamaForCausalLM(BASE), CONFIG),
         args=TrainingArguments(**plain(path), per_device_eval_batch_size=ROWS, disable_tqdm=True),
         eval_dataset=[
@@ -46,7 +46,8 @@ def real_evaluation(path: Path, batches: int, **more: Any) -> Allocations:
     )
     trainer.model.config.use_cache = False
     gc.collect()
-    with Allocations() as real:
+    real = Allocations()
+    with real:
         trainer.evaluate()
     return real
 
@@ -129,10 +130,10 @@ def test_many_points_of_one_evaluation_are_those_of_single_traces() -> None:
         (8, TypeError, r"^evaluation must be an Evaluation\(batch_size=...\) or None, not 8"),
         (Evaluation(0), ValueError, r"^evaluation.batch_size must be at least 1, not 0"),
         (
-            Evaluation(1, keeps="all"),
+            Evaluation(1, keeps=cast(Any, "all")),
             ValueError,
             r"^evaluation.keeps must be one of loss, logits, predictions",
-        ),  # type: ignore[arg-type]
+        ),
     ],
 )
 def test_a_wrong_evaluation_is_refused_by_its_part(given: Any, error: type[Exception], words: str) -> None:

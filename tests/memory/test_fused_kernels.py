@@ -121,7 +121,7 @@ def test_ligers_layers_keep_inputs_in_their_own_dtype() -> None:
 
 
 def test_an_upper_bound_fails_no_assertion() -> None:
-    sizes = {"batch_size": BATCH, "seq_len": LENGTH, "kernels": "liger", "advise": False}
+    sizes: dict[str, Any] = {"batch_size": BATCH, "seq_len": LENGTH, "kernels": "liger", "advise": False}
     peak = estimate_memory(ALL, BASE, batch_size=BATCH, seq_len=LENGTH, kernels="liger").peak_allocated
     report = check_memory(ALL, BASE, budget=peak - 1, **sizes)
     assert [finding.code for finding in report.findings] == ["LORA506"]
@@ -140,7 +140,7 @@ def test_each_loss_is_predicted_for_whole_models(loss: Any, method: Any) -> None
 
 
 def test_what_no_fused_loss_is_for_is_refused_by_name() -> None:
-    sizes = {"batch_size": BATCH, "seq_len": LENGTH}
+    sizes: dict[str, Any] = {"batch_size": BATCH, "seq_len": LENGTH}
     saved = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match=r"^loss: 'cut' "):
         estimate_memory(saved, BASE, loss="cut", **sizes)
@@ -148,9 +148,9 @@ def test_what_no_fused_loss_is_for_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"^loss: 'liger' is computed from the plain head"):
         estimate_memory(classifier, BASE, loss="liger", **sizes)
     with pytest.raises(ValueError, match=r"^loss must be one of full, chunked, liger, cut, not 'fused'"):
-        estimate_memory(ALL, BASE, loss="fused", **sizes)  # type: ignore[arg-type]
+        estimate_memory(ALL, BASE, loss="fused", **sizes)
     with pytest.raises(ValueError, match=r"^kernels must be one of liger, axolotl, not 'unsloth'"):
-        estimate_memory(ALL, BASE, kernels="unsloth", **sizes)  # type: ignore[arg-type]
+        estimate_memory(ALL, BASE, kernels="unsloth", **sizes)
 
 
 def test_sequences_without_padding_are_one_row() -> None:

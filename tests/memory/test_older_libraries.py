@@ -15,13 +15,14 @@ import transformers
 from packaging.version import Version
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, LlamaConfig, MistralConfig, MixtralConfig
+from transformers.loss import loss_utils
 
 from pytest_lora import MemoryEstimate, estimate_memory
 from pytest_lora.memory import estimate as kept
 
 NEW_EXPERTS = Version(transformers.__version__) >= Version("5")
 CLOSE = pytest.approx(1.0, abs=0.015)
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
@@ -44,7 +45,8 @@ ADAPTER = LoraConfig(
 
 
 def nf4() -> Any:
-    return BitsAndBytesConfig(
+    make: Any = BitsAndBytesConfig
+    return make(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -82,7 +84,7 @@ def loss_before_450(monkeypatch: pytest.MonkeyPatch) -> None:
         shifted = wide[..., :-1, :].contiguous().view(-1, vocab_size)
         return torch.nn.functional.cross_entropy(shifted, labels[..., 1:].reshape(-1))
 
-    monkeypatch.setitem(transformers.loss.loss_utils.LOSS_MAPPING, "ForCausalLM", loss)
+    monkeypatch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", loss)
 
 
 @pytest.fixture

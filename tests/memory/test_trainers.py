@@ -259,7 +259,7 @@ def test_a_step_allocates_what_a_real_one_does(
 SEVEN: Any = LlamaConfig(
     hidden_size=256, intermediate_size=512, num_attention_heads=4, num_hidden_layers=8, vocab_size=128_000
 )
-POINT = {"batch_size": 4, "seq_len": 512, "quantization": "nf4"}
+POINT: dict[str, Any] = {"batch_size": 4, "seq_len": 512, "quantization": "nf4"}
 
 
 def test_trl_never_holds_all_logits_and_the_trainer_does() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from pytest_lora.facts.memory import Attention
+from pytest_lora.facts.memory_choices import Attention
 from pytest_lora.inspection.memory.operations import attention_backward_flops, attention_flops
 from pytest_lora.inspection.memory.swapped import swapped
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pytest_lora.facts.memory import AMPERE_WORKSPACE, ATTENTION_KERNELS, Attention
+from pytest_lora.facts.memory import AMPERE_WORKSPACE
+from pytest_lora.facts.memory_choices import ATTENTION_KERNELS, Attention
 
 HOPPER_WORKSPACE = 32 * 2**20
 _ON_INSTINCT = 128 * 2**20

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from pytest_lora.facts.memory import Evaluation, StepSetting
+from pytest_lora.facts.memory import StepSetting
+from pytest_lora.facts.memory_choices import Evaluation
 from pytest_lora.inspection.memory.batches import batch_for
 from pytest_lora.inspection.memory.cuda_kernels import cuda_kernels
 from pytest_lora.inspection.memory.layer_stacks import KEPT
@@ -30,7 +31,8 @@ from pytest_lora.inspection.memory.storage_tracker import (
     quiet,
 )
 from pytest_lora.inspection.memory.swapped import swapped
-from pytest_lora.inspection.memory.trainers import fused_kernels, prediction_step, trl_loss
+from pytest_lora.inspection.memory.trainers import prediction_step, trl_loss
+from pytest_lora.inspection.memory.trl_kernels import fused_kernels
 from pytest_lora.inspection.quiet import collected_late
 from pytest_lora.inspection.transformers_internals import masks_without_values
 
