@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pytest_lora.facts.parallel import Offload, Parallel
-from pytest_lora.inspection.recipe.beside import on_host, zero_stage
+from pytest_lora.inspection.recipe.beside import (
+    FSDP_OF_ACCELERATE,
+    fsdp_version,
+    fsdp_version_of_arguments,
+    on_host,
+    zero_stage,
+)
 from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml
 
 _FSDP_OPTIONS = ("backward_prefetch", "forward_prefetch", "use_orig_params", "limit_all_gathers")
@@ -58,7 +64,9 @@ def read_parallel(given: Any, gpus: int | None) -> Parallel:
     if isinstance(given.get("zero_optimization"), Mapping):
         return _of_deepspeed(given, _count(gpus))
     if any(key.removeprefix("fsdp_") in _FSDP_KEYS for key in map(str, given)):
-        return _of_fsdp(given, _count(gpus))
+        by_accelerate = any(str(key).startswith("fsdp_") for key in given)
+        version = FSDP_OF_ACCELERATE if by_accelerate else fsdp_version_of_arguments()
+        return _of_fsdp(given, _count(gpus), version)
     raise ValueError(
         f"parallel: {name} is no accelerate configuration (it has no distributed_type), no DeepSpeed configuration "
         "(no zero_optimization), and holds no FSDP arguments"
@@ -97,7 +105,7 @@ def _of_accelerate(kind: str, given: Mapping[str, Any], gpus: int | None, folder
     if kind == "MULTI_GPU":
         return Parallel(count, "ddp")
     if kind == "FSDP":
-        return _of_fsdp(_mapping(given, "fsdp_config"), count)
+        return _of_fsdp(_mapping(given, "fsdp_config"), count, FSDP_OF_ACCELERATE)
     if kind == "DEEPSPEED":
         part = _mapping(given, "deepspeed_config")
         if part.get("deepspeed_config_file"):
@@ -131,10 +139,10 @@ _FSDP_KEYS = (
 )
 
 
-def _of_fsdp(given: Mapping[str, Any], gpus: int) -> Parallel:
-    """FSDP arguments with or without the prefix that accelerate gives them."""
+def _of_fsdp(given: Mapping[str, Any], gpus: int, version: int) -> Parallel:
+    """FSDP arguments with or without the prefix that accelerate gives them, and the version where they say none."""
     plain = {str(key).removeprefix("fsdp_"): value for key, value in given.items()}
-    version = 2 if str(plain.get("version", 1)) == "2" else 1
+    version = fsdp_version(given) or version
     sharding = str(plain.get("sharding_strategy") or "")
     if version == 1 and not sharding and isinstance(plain.get("reshard_after_forward"), str):
         sharding = plain["reshard_after_forward"]
