@@ -10,11 +10,17 @@ Offload = Literal["cpu", "optimizer"]
 
 OFFLOADED: tuple[Offload, ...] = get_args(Offload)
 
-STRATEGIES = ("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "fsdp1", "fsdp2", "hsdp", "zero1", "zero2", "zero3", "tp", "device_map")
 """Ways to share a step among GPUs."""
 
-SHARDED = ("fsdp1", "fsdp2", "zero3")
+FSDP = ("fsdp1", "fsdp2", "hsdp")
+"""Those of torch's fully sharded data parallelism."""
+
+SHARDED = (*FSDP, "zero3", "tp", "device_map")
 """Those that divide the weights of the base too."""
+
+MACHINE = 8
+"""GPUs among which ``hsdp`` divides where nothing else is said: those of one machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,8 @@ class Parallel:
             alone; None for nothing.
         reshard_after_forward: Whether gathered parameters of a layer are freed after its forward.
         wrap: Classes of the layers that are gathered as a whole; empty for those that transformers names.
+        shard_size: Under ``hsdp`` how many GPUs divide the weights; every group of so many has them all. 0 for the
+            others.
         options: Further settings of the strategy, by the names that its library gives them.
     """
 
@@ -36,6 +44,7 @@ class Parallel:
     offload: Offload | None = None
     reshard_after_forward: bool = True
     wrap: tuple[str, ...] = ()
+    shard_size: int = 0
     options: tuple[tuple[str, Hashable], ...] = ()
 
     def option(self, name: str, default: Any) -> Any:
@@ -44,4 +53,5 @@ class Parallel:
 
     def __str__(self) -> str:
         offloaded = f", {self.offload} offload" if self.offload else ""
-        return f"{self.gpus} GPUs, {self.strategy}{offloaded}"
+        groups = f" in groups of {self.shard_size}" if self.shard_size else ""
+        return f"{self.gpus} GPUs, {self.strategy}{groups}{offloaded}"

@@ -53,6 +53,7 @@ class StepShape:
         events = np.array(step.events, dtype=np.int64)
         self._storages = np.where(events < 0, ~events, events)
         self._frees = events < 0
+        self._streams = np.array(step.streams, dtype=np.int64)
         self._categories = np.array([CATEGORIES.index(c) for c in step.categories])
         self._phases = np.array([PHASES.index(p) for p in step.phases])
         self._second_step = int(np.flatnonzero(self.line.index >= step.first)[0])
@@ -63,8 +64,11 @@ class StepShape:
         """The most bytes allocated at once; ``sizes`` by storage, shape (storages,)."""
         return self._fast(rounded(sizes))
 
-    def peak_reserved(self, sizes: Integers, replay: Replay, *, emptied: bool) -> int:
-        """The most bytes that the allocator takes from the device; its cache may be emptied between steps."""
+    def peak_reserved(self, sizes: Integers, replay: Replay, *, emptied: bool, late: bool = False) -> int:
+        """The most bytes that the allocator takes from the device; its cache may be emptied between steps.
+
+        What other streams than that of the computation free may come late within a step; see ``max_reserved``.
+        """
         index = self.line.index
         return max_reserved(
             sizes,
@@ -73,6 +77,8 @@ class StepShape:
             self._frees[index],
             self._second_step if emptied else None,
             replay,
+            self._streams,
+            caught_up=self._second_step if late else None,
         )
 
     def figures(self, sizes: Integers) -> Figures:

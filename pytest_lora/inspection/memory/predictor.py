@@ -16,6 +16,7 @@ from torch import nn
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
 from pytest_lora.facts.operations import StepFlops
+from pytest_lora.facts.parallel import FSDP
 from pytest_lora.inspection.memory.batches import has_tokens
 from pytest_lora.inspection.memory.compiled_replay import fastest_replay
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
@@ -144,7 +145,9 @@ class Predictor:
         self._replays += 1
         soon = self._replays > COMPILE_AFTER or len(shape.line.index) > LONG
         replay = fastest_replay() if soon else plainly_replayed
-        return shape.peak_reserved(sizes, replay, emptied=self.setting.empty_cache)
+        shared = self.setting.parallel
+        late = shared is not None and shared.strategy == "fsdp1"
+        return shape.peak_reserved(sizes, replay, emptied=self.setting.empty_cache, late=late)
 
     def _at(self, point: Point) -> tuple[StepShape, NDArray[np.int64], int]:
         family = Family(point, self._thresholds)
@@ -236,9 +239,9 @@ def _unmodelled(setting: StepSetting, model: nn.Module, breakdown: Mapping[str, 
         )
         yield Unmodelled(f"generation{words} is", "at least")
     shared = setting.parallel
-    if shared is not None and shared.strategy in ("fsdp1", "fsdp2") and setting.accumulation > 1:
+    if shared is not None and shared.strategy in FSDP and setting.accumulation > 1:
         # Every trained parameter is an adapter here; FSDP keeps a gradient in float32 at most.
-        kept = _IN_FLOAT32 * shared.gpus * breakdown.get("adapters", 0)
+        kept = _IN_FLOAT32 * (shared.shard_size or shared.gpus) * breakdown.get("adapters", 0)
         yield Unmodelled("gradients that no_sync keeps whole between micro-batches are", "at least", kept)
     packed = setting.quantization
     if packed is not None and not packed.by_bitsandbytes:

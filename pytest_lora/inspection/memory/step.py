@@ -29,7 +29,7 @@ class Step:
     Attributes:
         events, units: As in a trace.
         sizes: Bytes by storage.
-        categories, operations: By storage.
+        categories, operations, streams: By storage.
         phases: Phase of each event.
         loaded, first: Number of events after loading, and after the first step.
         paged: Bytes of optimizer state outside of the allocator.
@@ -43,6 +43,7 @@ class Step:
     sizes: list[int] = field(default_factory=list)
     categories: list[str] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
+    streams: list[int] = field(default_factory=list)
     phases: list[str] = field(default_factory=list)
     loaded: int = 0
     first: int = 0
@@ -61,6 +62,7 @@ class Step:
         self.sizes.append(size)
         self.categories.append(category)
         self.operations.append(operation)
+        self.streams.append(0)
         self._event(index, phase, unit)
         return index
 
@@ -78,6 +80,7 @@ class Step:
         self.sizes += traced.sizes
         self.categories += traced.categories
         self.operations += traced.operations
+        self.streams += traced.streams
         left: dict[int, int] = {}
         for event, unit, phase in zip(traced.events, traced.units, traced.phases, strict=True):
             if phase in self.workspaces:

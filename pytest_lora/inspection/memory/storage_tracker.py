@@ -7,7 +7,7 @@ import logging
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -42,6 +42,8 @@ class StorageTracker:
         phases: The phase of each event.
         sizes: Bytes of each storage, before the allocator rounds them.
         categories, operations: What each storage holds, and what made it.
+        streams: The stream in which each storage was made, 0 for that of the computation.
+        running: Says which stream runs.
         flops: Floating-point operations by unit and phase.
     """
 
@@ -52,6 +54,8 @@ class StorageTracker:
         self.sizes: list[int] = []
         self.categories: list[str] = []
         self.operations: list[str] = []
+        self.streams: list[int] = []
+        self.running: Callable[[], int] = lambda: 0
         self.flops: Counter[tuple[int, str]] = Counter()
         self.unit = OUTSIDE
         self.phase = "forward"
@@ -170,6 +174,7 @@ class StorageTracker:
         self.sizes.append(size)
         self.operations.append(operation)
         self.categories.append(category)
+        self.streams.append(self.running())
         self._event(index)
         return index
 

@@ -19,6 +19,7 @@ _RANKS = {
     "ddp": ddp_rank,
     "fsdp1": fsdp1_rank,
     "fsdp2": fsdp2_rank,
+    "hsdp": fsdp2_rank,
     "zero1": zero_rank,
     "zero2": zero_rank,
     "zero3": zero_rank,
