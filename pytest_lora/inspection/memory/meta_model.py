@@ -20,7 +20,7 @@ from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, Stack,
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
 from pytest_lora.inspection.memory.parallel.model import Rank
-from pytest_lora.inspection.memory.parallel.strategies import distributed
+from pytest_lora.inspection.memory.parallel.strategies import before_adapters, distributed
 from pytest_lora.inspection.memory.remedies import excluded_by_peft
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 from pytest_lora.inspection.memory.trainers import fuse_head
@@ -126,6 +126,7 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, together: int 
     stacks = cut_stacks(model, together) if together and alike else []
     if setting.quantization is not None:
         _quantize(model, setting.quantization, setting)
+    before_adapters(model, setting)
     _prepare(model, setting)
     adapted = _with_adapter(model, config, setting).train()
     store_adapter(adapted, getattr(torch, setting.adapter_dtype), magnitudes=not setting.by_trl)

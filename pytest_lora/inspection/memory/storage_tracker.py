@@ -114,6 +114,8 @@ class StorageTracker:
         def dispatch(
             mode: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
+            if any(kind.__name__ == "DTensor" for kind in types):
+                return NotImplemented  # it takes itself apart into operations on what this rank holds
             return self._run(func, args, kwargs or {})
 
         mode: Any = type("Recording", (TorchDispatchMode,), {"__torch_dispatch__": dispatch})
