@@ -20,7 +20,7 @@ from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, Stack,
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
 from pytest_lora.inspection.memory.parallel.model import Rank
-from pytest_lora.inspection.memory.parallel.strategies import before_adapters, distributed
+from pytest_lora.inspection.memory.parallel.strategies import before_adapters, distributed, plan_of
 from pytest_lora.inspection.memory.remedies import excluded_by_peft
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 from pytest_lora.inspection.memory.trainers import fuse_head
@@ -52,6 +52,7 @@ class MetaModel:
         stacks: The repeated layers that were cut.
         unit_of: The unit of each parameter and buffer in them, by identity.
         weights: What is on the device once it is loaded, were it on one GPU.
+        plan: On which of several GPUs each module lies, where these differ.
         rank: The part of one of several GPUs.
     """
 
@@ -59,6 +60,7 @@ class MetaModel:
     stacks: list[Stack]
     unit_of: dict[int, int]
     weights: list[Weight]
+    plan: dict[str, int] | None = None
     rank: Rank | None = None
 
     @property
@@ -123,6 +125,7 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, together: int 
         model = _in_dtype(skeleton(model), dtype)
     alike = same_in_every_layer(config) and not any(_NUMBERED.search(name) for name in setting.frozen)
     _complete(model)
+    plan = plan_of(model, setting)
     stacks = cut_stacks(model, together) if together and alike else []
     if setting.quantization is not None:
         _quantize(model, setting.quantization, setting)
@@ -134,7 +137,7 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, together: int 
     if setting.by_trl:
         fuse_head(adapted_base(adapted), setting)
     unit_of = units_of(stacks)
-    built = MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of))
+    built = MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of), plan)
     return built if setting.parallel is None else distributed(built, setting, setting.parallel)
 
 

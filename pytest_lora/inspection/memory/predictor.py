@@ -128,7 +128,7 @@ class Predictor:
             cuda_context=CUDA_CONTEXT,
             flops=self.flops(*point),
             has_tokens=has_tokens(model),
-            over_ranks=figures.peak_allocated * self.setting.parallel.gpus if self.setting.parallel else 0,
+            over_ranks=shape.over_gpus(sizes, self.setting.parallel.gpus) if self.setting.parallel else 0,
             by_formula=self._by_formula(),
             unmodelled=tuple(
                 _unmodelled(

@@ -11,6 +11,7 @@ from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT
 from pytest_lora.inspection.memory.meta_model import MetaModel
 from pytest_lora.inspection.memory.operations import whole_flops
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, PAGED_FROM, state_bytes
+from pytest_lora.inspection.memory.parallel.placed import Placement
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 from pytest_lora.inspection.memory.weights import Trained
 
@@ -34,6 +35,7 @@ class Step:
         loaded, first: Number of events after loading, and after the first step.
         paged: Bytes of optimizer state outside of the allocator.
         copies: Inner units of the whole model by stack.
+        placement: Where layers lie on several GPUs, on which.
         workspaces: Bytes of those that cuBLAS has not allocated yet, by phase.
         flops: Floating-point operations of one of the two steps, of the whole model.
     """
@@ -49,6 +51,7 @@ class Step:
     first: int = 0
     paged: int = 0
     copies: dict[int, int] = field(default_factory=dict)
+    placement: Placement | None = None
     workspaces: dict[str, int] = field(default_factory=dict)
     flops: StepFlops = NO_FLOPS
 
@@ -96,6 +99,7 @@ class Step:
 def assemble(built: MetaModel, setting: StepSetting) -> Step:
     """Load the model, then run two optimizer steps: the first has no optimizer state yet."""
     step = Step(copies={stack.number: stack.copies for stack in built.stacks})
+    step.placement = None if built.rank is None else built.rank.placement
     for weight in built.held():
         step.make(weight.size, weight.category, "load", LOAD, weight.unit)
     step.workspaces = dict.fromkeys(THREADS, setting.workspace)

@@ -10,6 +10,7 @@ from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory.parallel.fsdp1 import fsdp1_rank
 from pytest_lora.inspection.memory.parallel.fsdp2 import fsdp2_rank
+from pytest_lora.inspection.memory.parallel.placed import placed_rank, planned
 from pytest_lora.inspection.memory.parallel.tensor_parallel import cut_by_plan, tensor_parallel_rank
 from pytest_lora.inspection.memory.parallel.whole import ddp_rank, zero_rank
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _RANKS = {
     "ddp": ddp_rank,
+    "device_map": placed_rank,
     "fsdp1": fsdp1_rank,
     "fsdp2": fsdp2_rank,
     "hsdp": fsdp2_rank,
@@ -42,6 +44,13 @@ def cuts_of(parallel: Parallel) -> tuple[int, ...]:
     FSDP1 gathers the parameters of a layer while the second one after it goes backward.
     """
     return (2, 4, 0) if parallel.strategy == "fsdp1" else (1, 2, 4, 0)
+
+
+def plan_of(model: nn.Module, setting: StepSetting) -> dict[str, int] | None:
+    """On which GPU each module of a whole base goes; None where all GPUs have the same."""
+    if setting.parallel is None or setting.parallel.strategy != "device_map":
+        return None
+    return planned(model, setting, setting.parallel.gpus)
 
 
 def before_adapters(model: nn.Module, setting: StepSetting) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.memory.parallel.model import Rank
+from pytest_lora.inspection.memory.parallel.model import Rank, nothing_around
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, StorageTracker
 from pytest_lora.inspection.memory.weights import Trained, Weight, loaded_weights
 
@@ -46,7 +46,7 @@ def ddp_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Rank
         trained,
         [*built.weights, *buckets],
         built.stacks,
-        _reduced_at_once(built.model) if views else _nothing_around,
+        _reduced_at_once(built.model) if views else nothing_around,
         by_formula=("buckets of DistributedDataParallel, as large as all gradients",),
         notices_gradients=not views,
     )
@@ -82,7 +82,7 @@ def zero_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Ran
         [] if parallel.offload else parts,
         held,
         built.stacks,
-        _reduced_at_once(built.model) if stage > 1 else _nothing_around,
+        _reduced_at_once(built.model) if stage > 1 else nothing_around,
         by_formula=(
             f"partitions, buckets{' and gathered parameters' if stage == 3 else ''} of ZeRO-{stage}, with DeepSpeed's "
             "defaults where nothing else is given",
@@ -152,10 +152,6 @@ def _gathered(total: int, largest: int, ahead: int, parallel: Parallel) -> int:
         for name in ("stage3_max_reuse_distance", "stage3_max_live_parameters")
     )
     return min(total, max(largest, reuse // 2 * _HALF) + ahead * _HALF)
-
-
-def _nothing_around(tracker: StorageTracker) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def _reduced_at_once(model: nn.Module) -> Callable[[StorageTracker], AbstractContextManager[None]]:
