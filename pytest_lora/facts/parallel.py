@@ -23,6 +23,11 @@ MACHINE = 8
 """GPUs among which ``hsdp`` divides where nothing else is said: those of one machine."""
 
 
+MEASURED_ON = {"ddp": 2, "fsdp1": 2, "fsdp2": 2, "zero3": 8}
+"""GPUs of the largest measured step that predictions were compared with, by strategy: published ones
+(``benchmarks/multi_gpu.py``); of FSDP2 two ranks on a CPU (``tests/memory/test_parallel.py``)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Parallel:
     """How several GPUs share a step.
@@ -50,6 +55,15 @@ class Parallel:
     def option(self, name: str, default: Any) -> Any:
         """A further setting, or its default."""
         return dict(self.options).get(name, default)
+
+    @property
+    def unmeasured(self) -> str:
+        """What no measurement stands behind; empty where one does."""
+        most = MEASURED_ON.get(self.strategy, 0)
+        if self.gpus <= most:
+            return ""
+        beyond = f" on more than {most} GPUs" if most else ""
+        return f"no measured step with {self.strategy}{beyond} was compared with such figures"
 
     def __str__(self) -> str:
         offloaded = f", {self.offload} offload" if self.offload else ""

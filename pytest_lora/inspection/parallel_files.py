@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,7 @@ def _count(gpus: Any) -> int:
 def _of_accelerate(kind: str, given: Mapping[str, Any], gpus: int | None, folder: Path) -> Parallel:
     count = gpus if gpus is not None else int(given.get("num_processes") or 1)
     if given.get("parallelism_config"):
-        raise ValueError(
-            "parallel: parallelism_config (tensor, context or hybrid parallelism) is not known; known are DDP, FSDP "
-            "and DeepSpeed's ZeRO"
-        )
+        return _of_dimensions(given)
     if kind == "NO":
         return Parallel(1, "ddp")
     if kind == "MULTI_GPU":
@@ -118,6 +116,28 @@ def _of_accelerate(kind: str, given: Mapping[str, Any], gpus: int | None, folder
     raise ValueError(
         f"parallel: distributed_type {kind} is not known; known are MULTI_GPU, FSDP, DEEPSPEED and NO"
     )
+
+
+def _of_dimensions(given: Mapping[str, Any]) -> Parallel:
+    """``accelerate.ParallelismConfig``: how many GPUs repeat, divide and cut the weights."""
+    said = _mapping(given, "parallelism_config")
+    plain = {str(key).removeprefix("parallelism_config_").removesuffix("_size"): said[key] for key in said}
+    sizes = {name: size for name in _DIMENSIONS if (size := int(plain.get(name) or 1)) > 1}
+    repeated, divided = sizes.get("dp_replicate", 1), sizes.get("dp_shard", 1)
+    if sizes.keys() == {"tp"}:
+        return Parallel(sizes["tp"], "tp")
+    if sizes.keys() <= {"dp_replicate"}:
+        return Parallel(repeated, "ddp")
+    if sizes.keys() <= {"dp_replicate", "dp_shard"}:
+        fsdp = _of_fsdp(_mapping(given, "fsdp_config"), repeated * divided, 2)
+        return replace(fsdp, strategy="hsdp", shard_size=divided) if repeated > 1 else fsdp
+    raise ValueError(
+        f"parallel: parallelism_config with {' and '.join(sizes)} is not known; known are tp alone, and dp_replicate "
+        "and dp_shard"
+    )
+
+
+_DIMENSIONS = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
 
 
 def _mapping(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -149,7 +169,8 @@ def _of_fsdp(given: Mapping[str, Any], gpus: int, version: int) -> Parallel:
     sharding = _SHARDING.get(sharding, sharding).upper()
     if sharding.startswith("HYBRID"):
         raise ValueError(
-            f"parallel: {sharding} is not known; known are FULL_SHARD, SHARD_GRAD_OP and NO_SHARD"
+            f"parallel: {sharding} of FSDP1 is not known; known are FULL_SHARD, SHARD_GRAD_OP and NO_SHARD, and "
+            'strategy="hsdp" of FSDP2'
         )
     wrap = plain.get("transformer_layer_cls_to_wrap") or ()
     names = wrap.split(",") if isinstance(wrap, str) else wrap

@@ -64,13 +64,15 @@ def _group(given: Any, strategy: str, read: int, gpus: int) -> int:
         require_whole("shard_size", given, least=2)
         if strategy != "hsdp":
             raise ValueError(
-                f"shard_size: {strategy} divides among all GPUs; strategy=\"hsdp\" divides in groups"
+                f'shard_size: {strategy} divides among all GPUs; strategy="hsdp" divides in groups'
             )
     if strategy != "hsdp" or gpus == 1:
         return 0
     size: int = given or read or min(MACHINE, gpus)
     if gpus % size:
-        raise ValueError(f"shard_size: {gpus} GPUs cannot be put in groups of {size}; give a divisor of {gpus}")
+        raise ValueError(
+            f"shard_size: {gpus} GPUs cannot be put in groups of {size}; give a divisor of {gpus}"
+        )
     return size
 
 
@@ -115,9 +117,7 @@ def _require_together(asked: Parallel) -> None:
                 f'offload: {asked.strategy} moves parameters and optimizer together; write offload="cpu"'
             )
     if asked.wrap and asked.strategy not in FSDP:
-        raise ValueError(
-            f"wrap: {asked.strategy} does not gather by layer classes; {', '.join(FSDP)} do"
-        )
+        raise ValueError(f"wrap: {asked.strategy} does not gather by layer classes; {', '.join(FSDP)} do")
     if not asked.reshard_after_forward and asked.strategy not in FSDP:
         raise ValueError(
             f"reshard_after_forward: {asked.strategy} has no such setting; {', '.join(FSDP)} have"

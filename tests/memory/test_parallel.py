@@ -55,7 +55,6 @@ def held(estimate: MemoryEstimate, *categories: str) -> int:
         ({"gpus": 0}, "gpus must be at least 1"),
         ({"gpus": 2.0}, "gpus must be a whole number"),
         ({"gpus": 2, "strategy": "zero4"}, "strategy must be one of ddp, fsdp1, fsdp2, .* did you mean"),
-        ({"gpus": 2, "strategy": "hsdp"}, "strategy must be one of"),
         ({"gpus": 2, "strategy": "ddp", "offload": "cpu"}, "offload: ddp keeps everything"),
         ({"gpus": 2, "strategy": "zero2", "offload": "cpu"}, 'offload: zero2 .* offload="optimizer"'),
         ({"gpus": 2, "strategy": "fsdp", "offload": "disk"}, "offload must be one of cpu, optimizer"),

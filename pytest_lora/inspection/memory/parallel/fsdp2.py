@@ -78,9 +78,10 @@ def as_accelerator(setting: StepSetting, parallel: Parallel) -> Any:
         ignored_modules=None,
         cpu_ram_efficient_loading=False,
     )
-    sizes, names = (parallel.gpus,), (_DIVIDED,)
-    if parallel.shard_size:
-        sizes, names = (parallel.gpus // parallel.shard_size, parallel.shard_size), (_REPEATED, _DIVIDED)
+    size = parallel.shard_size or parallel.gpus
+    grouped = bool(parallel.shard_size)
+    sizes = (parallel.gpus // size, size) if grouped else (size,)
+    names = (_REPEATED, _DIVIDED) if grouped else (_DIVIDED,)
     return SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin),
         torch_device_mesh={names: mesh.init_device_mesh("cpu", sizes, mesh_dim_names=names)},

@@ -100,8 +100,8 @@ def placed_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> R
             "adapter that differs from layer to layer) has none"
         )
     names = {id(module): name for name, module in built.transformer.named_modules()}
-    first = built.transformer.get_input_embeddings()
-    head = built.transformer.get_output_embeddings()
+    base: Any = built.transformer
+    first, head = base.get_input_embeddings(), base.get_output_embeddings()
     return Rank(
         built.model,
         built.trained(),

@@ -63,7 +63,9 @@ def _require_heads(model: Any, gpus: int) -> None:
     for heads in ("num_attention_heads", "num_key_value_heads"):
         count = getattr(config, heads, None)
         if isinstance(count, int) and count % gpus:
-            raise ValueError(f"gpus: tp gives each GPU whole heads, and {gpus} GPUs do not divide {heads}={count}")
+            raise ValueError(
+                f"gpus: tp gives each GPU whole heads, and {gpus} GPUs do not divide {heads}={count}"
+            )
 
 
 def tensor_parallel_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Rank:
