@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from pytest_lora.facts.config import ConfigFacts
     from pytest_lora.facts.memory import MemoryEstimate
 
-DIVIDING = ("fsdp", "zero3", "fsdp_offload", "zero3_offload")
+DIVIDING = ("fsdp1", "fsdp2", "zero3", "fsdp1_offload", "fsdp2_offload", "zero3_offload")
 """Strategies that divide the weights of the base among the cards; DDP and ZeRO 1 and 2 leave them whole on each."""
 
-_STRATEGIES = {"fsdp": "fsdp1", "zero0": "ddp"}
-"""Those of recipes by the names of ``estimate_memory``; accelerate and Trainer take FSDP1 unless they are told."""
+_STRATEGIES = {"zero0": "ddp"}
+"""Those of recipes by the names of ``estimate_memory``, where these differ."""
 
 
 class JudgedRun(NamedTuple):

@@ -244,6 +244,8 @@ class MemoryEstimate:
         ] * self.is_mostly_whole
         left_out += [f"{part.bound} this: {part.what} not modelled" for part in self.unmodelled]
         left_out += [f"by formula: {part}" for part in self.by_formula]
+        if self.setting.parallel is not None and self.setting.parallel.unmeasured:
+            left_out.append(f"without a measurement: {self.setting.parallel.unmeasured}")
         width = max(len(name) for name, _ in rows)
         beside = self.setting.evaluation
         evaluation = f" and {beside.in_words(with_tokens=self.has_tokens)}," if beside else ""

@@ -10,11 +10,22 @@ Offload = Literal["cpu", "optimizer"]
 
 OFFLOADED: tuple[Offload, ...] = get_args(Offload)
 
-STRATEGIES = ("ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "fsdp1", "fsdp2", "hsdp", "zero1", "zero2", "zero3", "tp", "device_map")
 """Ways to share a step among GPUs."""
 
-SHARDED = ("fsdp1", "fsdp2", "zero3")
+FSDP = ("fsdp1", "fsdp2", "hsdp")
+"""Those of torch's fully sharded data parallelism."""
+
+SHARDED = (*FSDP, "zero3", "tp", "device_map")
 """Those that divide the weights of the base too."""
+
+MACHINE = 8
+"""GPUs among which ``hsdp`` divides where nothing else is said: those of one machine."""
+
+
+MEASURED_ON = {"ddp": 2, "fsdp1": 2, "fsdp2": 2, "zero3": 8}
+"""GPUs of the largest measured step that predictions were compared with, by strategy: published ones
+(``benchmarks/multi_gpu.py``); of FSDP2 two ranks on a CPU (``tests/memory/test_parallel.py``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +39,8 @@ class Parallel:
             alone; None for nothing.
         reshard_after_forward: Whether gathered parameters of a layer are freed after its forward.
         wrap: Classes of the layers that are gathered as a whole; empty for those that transformers names.
+        shard_size: Under ``hsdp`` how many GPUs divide the weights; every group of so many has them all. 0 for the
+            others.
         options: Further settings of the strategy, by the names that its library gives them.
     """
 
@@ -36,12 +49,23 @@ class Parallel:
     offload: Offload | None = None
     reshard_after_forward: bool = True
     wrap: tuple[str, ...] = ()
+    shard_size: int = 0
     options: tuple[tuple[str, Hashable], ...] = ()
 
     def option(self, name: str, default: Any) -> Any:
         """A further setting, or its default."""
         return dict(self.options).get(name, default)
 
+    @property
+    def unmeasured(self) -> str:
+        """What no measurement stands behind; empty where one does."""
+        most = MEASURED_ON.get(self.strategy, 0)
+        if self.gpus <= most:
+            return ""
+        beyond = f" on more than {most} GPUs" if most else ""
+        return f"no measured step with {self.strategy}{beyond} was compared with such figures"
+
     def __str__(self) -> str:
         offloaded = f", {self.offload} offload" if self.offload else ""
-        return f"{self.gpus} GPUs, {self.strategy}{offloaded}"
+        groups = f" in groups of {self.shard_size}" if self.shard_size else ""
+        return f"{self.gpus} GPUs, {self.strategy}{groups}{offloaded}"

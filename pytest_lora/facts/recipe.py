@@ -128,8 +128,8 @@ class RunSetting:
         precision: ``"bf16"``, ``"fp16"``, or None for float32.
         objective: ``"sft"``, ``"dpo"``, ``"kto"``, ...
         gpus: How many take part.
-        strategy: ``"ddp"``, ``"zero1"`` to ``"zero3"``, ``"fsdp"``, the last two with ``"_offload"`` where weights lie
-            in the host's memory; None on one GPU.
+        strategy: ``"ddp"``, ``"zero1"`` to ``"zero3"``, ``"fsdp1"``, ``"fsdp2"``, the last three with ``"_offload"``
+            where weights lie in the host's memory; None on one GPU.
         loss_on: ``"all tokens"`` or ``"answers"``.
         loss: ``"full"`` where all logits are held, ``"chunked"`` where they are not.
         continues: Folder of the adapter that training goes on from.

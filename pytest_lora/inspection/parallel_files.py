@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pytest_lora.facts.parallel import Offload, Parallel
-from pytest_lora.inspection.recipe.beside import on_host, zero_stage
+from pytest_lora.inspection.recipe.beside import (
+    FSDP_OF_ACCELERATE,
+    fsdp_version,
+    fsdp_version_of_arguments,
+    on_host,
+    zero_stage,
+)
 from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml
 
 _FSDP_OPTIONS = ("backward_prefetch", "forward_prefetch", "use_orig_params", "limit_all_gathers")
@@ -58,7 +65,9 @@ def read_parallel(given: Any, gpus: int | None) -> Parallel:
     if isinstance(given.get("zero_optimization"), Mapping):
         return _of_deepspeed(given, _count(gpus))
     if any(key.removeprefix("fsdp_") in _FSDP_KEYS for key in map(str, given)):
-        return _of_fsdp(given, _count(gpus))
+        by_accelerate = any(str(key).startswith("fsdp_") for key in given)
+        version = FSDP_OF_ACCELERATE if by_accelerate else fsdp_version_of_arguments()
+        return _of_fsdp(given, _count(gpus), version)
     raise ValueError(
         f"parallel: {name} is no accelerate configuration (it has no distributed_type), no DeepSpeed configuration "
         "(no zero_optimization), and holds no FSDP arguments"
@@ -88,16 +97,13 @@ def _count(gpus: Any) -> int:
 def _of_accelerate(kind: str, given: Mapping[str, Any], gpus: int | None, folder: Path) -> Parallel:
     count = gpus if gpus is not None else int(given.get("num_processes") or 1)
     if given.get("parallelism_config"):
-        raise ValueError(
-            "parallel: parallelism_config (tensor, context or hybrid parallelism) is not known; known are DDP, FSDP "
-            "and DeepSpeed's ZeRO"
-        )
+        return _of_dimensions(given)
     if kind == "NO":
         return Parallel(1, "ddp")
     if kind == "MULTI_GPU":
         return Parallel(count, "ddp")
     if kind == "FSDP":
-        return _of_fsdp(_mapping(given, "fsdp_config"), count)
+        return _of_fsdp(_mapping(given, "fsdp_config"), count, FSDP_OF_ACCELERATE)
     if kind == "DEEPSPEED":
         part = _mapping(given, "deepspeed_config")
         if part.get("deepspeed_config_file"):
@@ -110,6 +116,28 @@ def _of_accelerate(kind: str, given: Mapping[str, Any], gpus: int | None, folder
     raise ValueError(
         f"parallel: distributed_type {kind} is not known; known are MULTI_GPU, FSDP, DEEPSPEED and NO"
     )
+
+
+def _of_dimensions(given: Mapping[str, Any]) -> Parallel:
+    """``accelerate.ParallelismConfig``: how many GPUs repeat, divide and cut the weights."""
+    said = _mapping(given, "parallelism_config")
+    plain = {str(key).removeprefix("parallelism_config_").removesuffix("_size"): said[key] for key in said}
+    sizes = {name: size for name in _DIMENSIONS if (size := int(plain.get(name) or 1)) > 1}
+    repeated, divided = sizes.get("dp_replicate", 1), sizes.get("dp_shard", 1)
+    if sizes.keys() == {"tp"}:
+        return Parallel(sizes["tp"], "tp")
+    if sizes.keys() <= {"dp_replicate"}:
+        return Parallel(repeated, "ddp")
+    if sizes.keys() <= {"dp_replicate", "dp_shard"}:
+        fsdp = _of_fsdp(_mapping(given, "fsdp_config"), repeated * divided, 2)
+        return replace(fsdp, strategy="hsdp", shard_size=divided) if repeated > 1 else fsdp
+    raise ValueError(
+        f"parallel: parallelism_config with {' and '.join(sizes)} is not known; known are tp alone, and dp_replicate "
+        "and dp_shard"
+    )
+
+
+_DIMENSIONS = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
 
 
 def _mapping(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -131,17 +159,18 @@ _FSDP_KEYS = (
 )
 
 
-def _of_fsdp(given: Mapping[str, Any], gpus: int) -> Parallel:
-    """FSDP arguments with or without the prefix that accelerate gives them."""
+def _of_fsdp(given: Mapping[str, Any], gpus: int, version: int) -> Parallel:
+    """FSDP arguments with or without the prefix that accelerate gives them, and the version where they say none."""
     plain = {str(key).removeprefix("fsdp_"): value for key, value in given.items()}
-    version = 2 if str(plain.get("version", 1)) == "2" else 1
+    version = fsdp_version(given) or version
     sharding = str(plain.get("sharding_strategy") or "")
     if version == 1 and not sharding and isinstance(plain.get("reshard_after_forward"), str):
         sharding = plain["reshard_after_forward"]
     sharding = _SHARDING.get(sharding, sharding).upper()
     if sharding.startswith("HYBRID"):
         raise ValueError(
-            f"parallel: {sharding} is not known; known are FULL_SHARD, SHARD_GRAD_OP and NO_SHARD"
+            f"parallel: {sharding} of FSDP1 is not known; known are FULL_SHARD, SHARD_GRAD_OP and NO_SHARD, and "
+            'strategy="hsdp" of FSDP2'
         )
     wrap = plain.get("transformer_layer_cls_to_wrap") or ()
     names = wrap.split(",") if isinstance(wrap, str) else wrap

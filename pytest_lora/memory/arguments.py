@@ -50,6 +50,7 @@ class StepArguments(TypedDict, total=False):
     offload: Offload | None
     reshard_after_forward: bool | None
     wrap: Sequence[str]
+    shard_size: int | None
     parallel: Any
     evaluation: Evaluation | None
     loss: Loss | None

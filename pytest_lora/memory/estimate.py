@@ -83,12 +83,15 @@ def estimate_memory(
             it; what is given here as well counts instead.
         padding_free: Whether the sequences of a batch are put into one row, as packing does.
         gpus: How many GPUs share the step; the figures are those of the fullest. Default: 1, or as ``parallel`` says.
-        strategy: How they share it: ``"ddp"`` (the default), ``"fsdp1"``, ``"fsdp2"`` (or ``"fsdp"``), ``"zero1"``,
-            ``"zero2"``, ``"zero3"``. FSDP runs as it is installed; what is by formula says so (``by_formula``).
+        strategy: How they share it: ``"ddp"`` (the default), ``"fsdp1"``, ``"fsdp2"`` (or ``"fsdp"``), ``"hsdp"``,
+            ``"zero1"``, ``"zero2"``, ``"zero3"``, ``"tp"`` (transformers' own tensor parallelism), ``"device_map"``
+            (``device_map="auto"``: layers one after the other over the GPUs). FSDP, tensor parallelism and the
+            planner of accelerate run as they are installed; what is by formula says so (``by_formula``).
         offload: What lies in the host's memory: ``"cpu"`` (parameters, gradients, optimizer; FSDP and ZeRO-3) or
             ``"optimizer"`` (ZeRO).
         reshard_after_forward: Whether FSDP frees the gathered parameters of a layer after its forward; default True.
         wrap: Classes of the layers that FSDP gathers as a whole; default: those that transformers names.
+        shard_size: Under ``"hsdp"`` how many GPUs divide the weights: a divisor of ``gpus``, default 8, a machine.
         parallel: An accelerate configuration or a DeepSpeed JSON as a path, or the mapping in it, or FSDP arguments;
             it says the five above.
         evaluation: ``Evaluation(batch_size=8)``, which runs between the steps; with ``compute_metrics`` it has

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pytest_lora.facts.parallel import OFFLOADED, STRATEGIES, Parallel
+from pytest_lora.facts.parallel import FSDP, MACHINE, OFFLOADED, STRATEGIES, Parallel
 from pytest_lora.values import require_one_of, require_whole, shown
 
 _ALSO = {"fsdp": "fsdp2"}
 """What people write for short."""
 
-_OFFLOADING = ("fsdp1", "fsdp2", "zero1", "zero2", "zero3")
+_OFFLOADING = (*FSDP, "zero1", "zero2", "zero3")
 """Strategies that can move parts to the host; ZeRO-1 and ZeRO-2 the optimizer alone."""
 
 
@@ -21,6 +21,7 @@ def checked_parallel(
     offload: Any,
     reshard_after_forward: Any,
     wrap: Sequence[str],
+    shard_size: Any,
     parallel: Any,
 ) -> Parallel | None:
     """The arguments of ``estimate_memory`` about several GPUs as facts; None for one GPU.
@@ -50,10 +51,29 @@ def checked_parallel(
         if reshard_after_forward is None
         else reshard_after_forward,
         wrap=_names(wrap) or read.wrap,
+        shard_size=_group(shard_size, known or read.strategy, read.shard_size, count or read.gpus),
         options=read.options,
     )
     _require_together(found)
     return None if found.gpus == 1 else found
+
+
+def _group(given: Any, strategy: str, read: int, gpus: int) -> int:
+    """How many GPUs divide the weights under ``hsdp``; 0 for other strategies."""
+    if given is not None:
+        require_whole("shard_size", given, least=2)
+        if strategy != "hsdp":
+            raise ValueError(
+                f'shard_size: {strategy} divides among all GPUs; strategy="hsdp" divides in groups'
+            )
+    if strategy != "hsdp" or gpus == 1:
+        return 0
+    size: int = given or read or min(MACHINE, gpus)
+    if gpus % size:
+        raise ValueError(
+            f"shard_size: {gpus} GPUs cannot be put in groups of {size}; give a divisor of {gpus}"
+        )
+    return size
 
 
 def _names(wrap: Any) -> tuple[str, ...]:
@@ -92,11 +112,13 @@ def _require_together(asked: Parallel) -> None:
             raise ValueError(
                 f'offload: {asked.strategy} divides no weights, so that they stay on the GPU; write offload="optimizer"'
             )
-        if asked.offload == "optimizer" and asked.strategy in ("fsdp1", "fsdp2"):
+        if asked.offload == "optimizer" and asked.strategy in FSDP:
             raise ValueError(
                 f'offload: {asked.strategy} moves parameters and optimizer together; write offload="cpu"'
             )
-    if asked.wrap and asked.strategy not in ("fsdp1", "fsdp2"):
-        raise ValueError(f"wrap: {asked.strategy} does not gather by layer classes; fsdp1 and fsdp2 do")
-    if not asked.reshard_after_forward and asked.strategy not in ("fsdp1", "fsdp2"):
-        raise ValueError(f"reshard_after_forward: {asked.strategy} has no such setting; fsdp1 and fsdp2 have")
+    if asked.wrap and asked.strategy not in FSDP:
+        raise ValueError(f"wrap: {asked.strategy} does not gather by layer classes; {', '.join(FSDP)} do")
+    if not asked.reshard_after_forward and asked.strategy not in FSDP:
+        raise ValueError(
+            f"reshard_after_forward: {asked.strategy} has no such setting; {', '.join(FSDP)} have"
+        )

@@ -14,7 +14,7 @@ from pytest_lora.facts.memory import (
     StepSetting,
 )
 from pytest_lora.facts.memory_choices import ATTENTION_KERNELS, Attention, Evaluation, Kernels, Loss
-from pytest_lora.facts.parallel import SHARDED, Offload
+from pytest_lora.facts.parallel import FSDP, SHARDED, Offload
 from pytest_lora.memory.choices import checked_evaluation, checked_kernels, checked_loss
 from pytest_lora.memory.parallel import checked_parallel
 from pytest_lora.memory.trainer import TRAINERS, loss_fields, trainer_of
@@ -96,6 +96,7 @@ def checked_setting(
     offload: Offload | None = None,
     reshard_after_forward: bool | None = None,
     wrap: Sequence[str] = (),
+    shard_size: int | None = None,
     parallel: Any = None,
     evaluation: Evaluation | None = None,
     loss: Loss | None = None,
@@ -117,9 +118,9 @@ def checked_setting(
     require_one_of("attention", attention, ATTENTION_KERNELS)
     require_one_of("optimizer", optimizer, tuple(OPTIMIZERS))
     packed = _quantization(quantization, dtype)
-    shared = checked_parallel(gpus, strategy, offload, reshard_after_forward, wrap, parallel)
+    shared = checked_parallel(gpus, strategy, offload, reshard_after_forward, wrap, shard_size, parallel)
     # FSDP divides what has one dtype: norms in float32 beside packed weights are refused.
-    by_fsdp = shared is not None and shared.strategy.startswith("fsdp")
+    by_fsdp = shared is not None and shared.strategy in FSDP
     kbit = packed is not None and (packed.by_bitsandbytes or packed.method == "gptq")
     kbit = kbit and not by_trl and not by_fsdp
     if adapter_dtype is None:  # TRL keeps adapters of QLoRA in bfloat16, PEFT in float32

@@ -11,6 +11,9 @@ from pytest_lora.facts.parallel import SHARDED
 MOST_CARDS = 64
 """GPUs up to which more of them are tried, each time twice as many."""
 
+_SHRINKING = ("fsdp1", "fsdp2", "zero3")
+"""Strategies under which every further GPU makes the part of each smaller."""
+
 Storage = tuple[str, dict[str, Any]]
 """A change of how something is stored: its words, and the settings that differ."""
 
@@ -29,7 +32,7 @@ def more_cards(estimate: MemoryEstimate) -> Iterator[Storage]:
     shared = estimate.setting.parallel
     if shared is None:
         return
-    strategy = shared.strategy if shared.strategy in SHARDED else "fsdp2"
+    strategy = shared.strategy if shared.strategy in _SHRINKING else "fsdp2"
     words = "" if strategy == shared.strategy else ' with strategy="fsdp"'
     gpus = 2 * shared.gpus
     while gpus <= MOST_CARDS:

@@ -56,7 +56,6 @@ def held(estimate: MemoryEstimate, *categories: str) -> int:
         ({"gpus": 0}, "gpus must be at least 1"),
         ({"gpus": 2.0}, "gpus must be a whole number"),
         ({"gpus": 2, "strategy": "zero4"}, "strategy must be one of ddp, fsdp1, fsdp2, .* did you mean"),
-        ({"gpus": 2, "strategy": "hsdp"}, "strategy must be one of"),
         ({"gpus": 2, "strategy": "ddp", "offload": "cpu"}, "offload: ddp keeps everything"),
         ({"gpus": 2, "strategy": "zero2", "offload": "cpu"}, 'offload: zero2 .* offload="optimizer"'),
         ({"gpus": 2, "strategy": "fsdp", "offload": "disk"}, "offload must be one of cpu, optimizer"),
@@ -273,6 +272,9 @@ def test_a_recipe_on_several_cards_is_estimated_as_it_shares_them(tmp_path: Path
     assert not codes(sharded, "40GiB"), "the weights alone are 129 GiB"
     assert codes(sharded, "18GiB"), "a part of them is 16 GiB, and a layer is gathered"
     assert not codes(sharded + "  fsdp_offload_params: true\n", "18GiB")
+    recipe.write_text(RECIPE + sharded + "  fsdp_version: 2\n")
+    (found,) = [f for f in check_recipe(recipe, gpus=8, budget="16500MiB").findings if f.code == "LORA501"]
+    assert "fullest of 8 GPUs, fsdp2" in found.where
 
 
 ACCELERATE = """

@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from pytest_lora.facts.recipe import RecipeFacts, RunSetting
 from pytest_lora.inspection.recipe import recipe_facts
 from pytest_lora.inspection.recipe.adapter import step_arguments
+from pytest_lora.inspection.recipe.beside import fsdp_version_of_arguments
 from pytest_lora.inspection.recipe.unread import known_keys
 
 AXOLOTL = "base_model: Qwen/Qwen2.5-7B\nadapter: lora\nlora_r: 16\nmicro_batch_size: 2\nlearning_rate: 1e-4\n"
@@ -111,7 +113,34 @@ def test_strategies_come_from_files_beside_the_recipe_and_from_names(tmp_path: P
     assert setting(tmp_path, SWIFT + "deepspeed: zero2\n").strategy.value == "zero2"
     accelerate = "distributed_type: FSDP\n"
     text = TRL + "accelerate_config: acc.yaml\n"
-    assert setting(tmp_path, text, acc__yaml=accelerate).strategy.value == "fsdp"
+    assert setting(tmp_path, text, acc__yaml=accelerate).strategy.value == "fsdp1"
+    second = accelerate + "fsdp_config: {fsdp_version: 2, fsdp_offload_params: true}\n"
+    assert setting(tmp_path, text, acc__yaml=second).strategy.value == "fsdp2_offload"
+
+
+@pytest.mark.parametrize(
+    ("text", "strategy"),
+    [
+        (AXOLOTL + "fsdp_config: {reshard_after_forward: true}\n", "fsdp1"),
+        (AXOLOTL + "fsdp_version: 2\nfsdp_config: {offload_params: true}\n", "fsdp2_offload"),
+        (AXOLOTL + "fsdp_config: {fsdp_version: 2}\n", "fsdp2"),
+        (AXOLOTL + "fsdp: [full_shard, auto_wrap]\nfsdp_config: {version: '2'}\n", "fsdp2"),
+        (FACTORY + "fsdp: full_shard auto_wrap\nfsdp_config: fsdp.json\n", "fsdp2"),
+        (FACTORY + "fsdp: full_shard offload\nfsdp_config: {version: 1}\n", "fsdp1_offload"),
+        (SWIFT + "fsdp: fsdp2\n", "fsdp2"),
+        (TRL + "accelerate_config: fsdp2\n", "fsdp2"),
+        (TRL + "accelerate_config: fsdp1\n", "fsdp1"),
+        (TRL + "fsdp: full_shard\n", f"fsdp{fsdp_version_of_arguments()}"),
+    ],
+)
+def test_the_version_of_fsdp_is_the_one_that_runs(tmp_path: Path, text: str, strategy: str) -> None:
+    assert setting(tmp_path, text, fsdp__json='{"fsdp_version": 2}').strategy.value == strategy
+
+
+def test_arguments_without_a_version_have_that_of_the_installed_transformers(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), fsdp="full_shard", fsdp_config={}, use_cpu=True)
+    said = getattr(arguments, "fsdp_plugin_args", None) or {}
+    assert said.get("fsdp_version", 1) == fsdp_version_of_arguments()
 
 
 def test_nothing_outside_the_folder_is_read(tmp_path: Path) -> None:

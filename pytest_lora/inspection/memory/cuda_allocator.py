@@ -4,12 +4,14 @@ The rules are those of torch's native allocator (c10/cuda/CUDACachingAllocator.c
 sizes are rounded to 512 bytes; up to 1 MiB comes from segments of 2 MiB, up to 10 MiB from segments of
 20 MiB, more from segments of its own rounded to 2 MiB; the smallest free block that is large enough is
 taken, the one at the lowest address first, and split where what remains is worth keeping; a freed block
-joins its free neighbours. Segments go back to the device only where the cache is emptied.
+joins its free neighbours. Segments go back to the device only where the cache is emptied. Each stream has
+blocks of its own.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -57,10 +59,13 @@ def max_reserved(
     frees: NDArray[np.bool_],
     emptied_before: int | None = None,
     replay: Replay = plainly_replayed,
+    streams: Integers | None = None,
+    *,
+    caught_up: int | None = None,
 ) -> int:
     """The most bytes reserved in a sequence of events.
 
-    Small storages and all others come from blocks of their own, which share nothing.
+    Small storages and all others come from blocks of their own, which share nothing; so do those of each stream.
 
     Args:
         sizes: Bytes of each storage, shape (storages,).
@@ -69,6 +74,9 @@ def max_reserved(
         frees: Whether the event frees the copy, shape (events,).
         emptied_before: The event before which the cache is emptied, if any.
         replay: How the events are replayed.
+        streams: The stream in which each storage is made, shape (storages,); None where all are of one.
+        caught_up: The event before which the device is done with all before it, where the host is ahead of it
+            otherwise and blocks of other streams than 0 are taken again late (``_put_off``); None where they are not.
     """
     units = rounded(sizes) // ROUNDING
     coarse = _coarseness(units, storages, frees)
@@ -76,11 +84,42 @@ def max_reserved(
     of_small = (units <= _SMALL)[storages]
     asked = np.where(frees, 0, units[storages] << _SHIFT)
     copies = int(instances.max(initial=-1)) + 1
+    of_stream = np.zeros(len(storages), dtype=np.int64) if streams is None else streams[storages]
     total = 0
-    for chosen, smallest_rest in ((of_small, 1), (~of_small, _SMALL + 1)):
-        emptied = _NEVER if emptied_before is None else int(np.count_nonzero(chosen[:emptied_before]))
-        total += replay(asked[chosen], instances[chosen], copies, smallest_rest << _SHIFT, emptied) * coarse
+    for stream in np.unique(of_stream):
+        for small, smallest_rest in ((True, 1), (False, _SMALL + 1)):
+            chosen = (of_small == small) & (of_stream == stream)
+            emptied = _NEVER if emptied_before is None else int(np.count_nonzero(chosen[:emptied_before]))
+            order = np.flatnonzero(chosen)
+            if caught_up is not None and stream:
+                order = order[_put_off(frees[order], int(np.count_nonzero(chosen[:caught_up])))]
+            total += replay(asked[order], instances[order], copies, smallest_rest << _SHIFT, emptied) * coarse
     return total * ROUNDING
+
+
+_IN_FLIGHT = 2
+"""Gathers after whose release the host waits (``torch.distributed.fsdp._limiter_utils._FreeEventQueue``)."""
+
+
+def _put_off(frees: NDArray[np.bool_], caught_up: int) -> Integers:
+    """The order in which events take effect where what is freed is still read on the device, shape (events,).
+
+    FSDP1 frees gathered parameters while the layer still runs (``record_stream``). Before it gathers again it waits
+    for the oldest release if two are on their way, so that the newest block cannot be taken yet.
+    """
+    order: list[int] = []
+    waiting: deque[int] = deque()
+    for event, free in enumerate(frees.tolist()):
+        if event == caught_up:
+            order += waiting
+            waiting.clear()
+        if free:
+            waiting.append(event)
+            continue
+        if len(waiting) >= _IN_FLIGHT:
+            order.append(waiting.popleft())
+        order.append(event)
+    return np.array([*order, *waiting], dtype=np.int64)
 
 
 def _coarseness(units: Integers, of_events: Integers, frees: NDArray[np.bool_]) -> int:

@@ -50,7 +50,7 @@ class Trace:
 
     Attributes:
         events, units, phases: By event; unit ``KEPT * n + i`` is unit ``i`` of the model's stack ``n``.
-        sizes, categories, operations: By storage.
+        sizes, categories, operations, streams: By storage.
         flops: Floating-point operations by unit and phase.
     """
 
@@ -60,6 +60,7 @@ class Trace:
     sizes: list[int]
     categories: list[str]
     operations: list[str]
+    streams: list[int]
     flops: Counter[tuple[int, str]]
 
 
@@ -159,6 +160,7 @@ def trace(
         tracker.sizes,
         tracker.categories,
         tracker.operations,
+        tracker.streams,
         tracker.flops,
     )
 

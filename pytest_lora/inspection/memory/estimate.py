@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytest_lora.facts.memory import CATEGORIES, TimelinePoint
+from pytest_lora.inspection.memory.cards import gpu_of_events
 from pytest_lora.inspection.memory.cuda_allocator import Replay, max_reserved, rounded
 from pytest_lora.inspection.memory.dry_run import EVALUATION
 from pytest_lora.inspection.memory.step import PHASES, Step
@@ -54,33 +55,74 @@ class StepShape:
         events = np.array(step.events, dtype=np.int64)
         self._storages = np.where(events < 0, ~events, events)
         self._frees = events < 0
+        self._streams = np.array(step.streams, dtype=np.int64)
         self._categories = np.array([CATEGORIES.index(c) for c in step.categories])
         self._phases = np.array([PHASES.index(p) for p in step.phases])
         self._second_step = int(np.flatnonzero(self.line.index >= step.first)[0])
         self._loaded = int(np.flatnonzero(self.line.index >= step.loaded)[0])
         self._fast = FastPeak(self.line, self._storages)
+        self._gpus = None if step.placement is None else self._gpu_of_events(step)
 
     def peak_allocated(self, sizes: Integers) -> int:
         """The most bytes allocated at once; ``sizes`` by storage, shape (storages,)."""
+        if self._gpus is not None:
+            return max(self._peaks(sizes))
         return self._fast(rounded(sizes))
 
-    def peak_reserved(self, sizes: Integers, replay: Replay, *, emptied: bool) -> int:
-        """The most bytes that the allocator takes from the device; its cache may be emptied between steps."""
+    def over_gpus(self, sizes: Integers, gpus: int) -> int:
+        """The peaks of all GPUs together."""
+        return sum(self._peaks(sizes)) if self._gpus is not None else gpus * self.peak_allocated(sizes)
+
+    def _gpu_of_events(self, step: Step) -> Integers:
+        phases = self._phases[self.line.index]
+        starts = np.flatnonzero(np.diff(phases, prepend=-1))
+        backward = phases == PHASES.index("backward")
+        assert step.placement is not None
+        return gpu_of_events(self.line, np.array(step.units), backward, starts, step.placement)
+
+    def _changes(self, sizes: Integers) -> Integers:
         index = self.line.index
+        change: Integers = np.where(self._frees[index], -1, 1) * rounded(sizes)[self._storages[index]]
+        return change
+
+    def _peaks(self, sizes: Integers) -> list[int]:
+        """The most bytes allocated at once on each of several GPUs."""
+        change = self._changes(sizes)
+        gpus = range(int(self._gpus.max()) + 1 if self._gpus is not None else 0)
+        return [int(np.cumsum(np.where(self._gpus == gpu, change, 0)).max()) for gpu in gpus]
+
+    def _counted(self, sizes: Integers) -> NDArray[np.bool_]:
+        """The events of the GPU that the figures are of."""
+        if self._gpus is None:
+            return np.ones(len(self.line.index), dtype=np.bool_)
+        counted: NDArray[np.bool_] = self._gpus == int(np.argmax(self._peaks(sizes)))
+        return counted
+
+    def peak_reserved(self, sizes: Integers, replay: Replay, *, emptied: bool, late: bool = False) -> int:
+        """The most bytes that the allocator takes from the device; its cache may be emptied between steps.
+
+        What other streams than that of the computation free may come late within a step; see ``max_reserved``.
+        """
+        counted = self._counted(sizes)
+        index = self.line.index[counted]
+        second = int(np.count_nonzero(counted[: self._second_step]))
         return max_reserved(
             sizes,
             self._storages[index],
-            self.line.instances,
+            self.line.instances[counted],
             self._frees[index],
-            self._second_step if emptied else None,
+            second if emptied else None,
             replay,
+            self._streams,
+            caught_up=second if late else None,
         )
 
     def figures(self, sizes: Integers) -> Figures:
         """Peak, what it is made of and when it comes."""
+        counted = self._counted(sizes)
         index = self.line.index
         storages = self._storages[index]
-        change = np.where(self._frees[index], -1, 1) * rounded(sizes)[storages]
+        change = np.where(counted, self._changes(sizes), 0)
         level = np.cumsum(change)
         peak = int(level.argmax())
         trained = int(np.count_nonzero(index < self.step.trained))

@@ -22,7 +22,7 @@ from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, Stack,
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
 from pytest_lora.inspection.memory.parallel.model import Rank
-from pytest_lora.inspection.memory.parallel.strategies import distributed
+from pytest_lora.inspection.memory.parallel.strategies import before_adapters, distributed, plan_of
 from pytest_lora.inspection.memory.remedies import excluded_by_peft
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 from pytest_lora.inspection.memory.trainers import set_up
@@ -54,6 +54,7 @@ class MetaModel:
         stacks: The repeated layers that were cut.
         unit_of: The unit of each parameter and buffer in them, by identity.
         weights: What is on the device once it is loaded, were it on one GPU.
+        plan: On which of several GPUs each module lies, where these differ.
         rank: The part of one of several GPUs.
     """
 
@@ -61,6 +62,7 @@ class MetaModel:
     stacks: list[Stack]
     unit_of: dict[int, int]
     weights: list[Weight]
+    plan: dict[str, int] | None = None
     rank: Rank | None = None
 
     @property
@@ -125,9 +127,11 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, together: int 
         model = _in_dtype(skeleton(model), dtype)
     alike = same_in_every_layer(config) and not any(_NUMBERED.search(name) for name in setting.frozen)
     _complete(model)
+    plan = plan_of(model, setting)
     stacks = cut_stacks(model, together) if together and alike else []
     if setting.quantization is not None:
         _quantize(model, setting.quantization, setting)
+    before_adapters(model, setting)
     _prepare(model, setting)
     adapted = _with_adapter(model, config, setting).train()
     store_adapter(adapted, getattr(torch, setting.adapter_dtype), magnitudes=not setting.by_trl)
@@ -139,7 +143,7 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, together: int 
     if setting.by_trl:
         set_up(adapted, adapted_base(adapted), setting)
     unit_of = units_of(stacks)
-    built = MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of))
+    built = MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of), plan)
     return built if setting.parallel is None else distributed(built, setting, setting.parallel)
 
 

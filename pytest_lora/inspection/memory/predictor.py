@@ -16,6 +16,7 @@ from torch import nn
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
 from pytest_lora.facts.operations import StepFlops
+from pytest_lora.facts.parallel import FSDP
 from pytest_lora.inspection.memory.batches import has_tokens
 from pytest_lora.inspection.memory.compiled_replay import fastest_replay
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
@@ -131,7 +132,7 @@ class Predictor:
             cuda_context=CUDA_CONTEXT,
             flops=self.flops(*point),
             has_tokens=has_tokens(model),
-            over_ranks=figures.peak_allocated * self.setting.parallel.gpus if self.setting.parallel else 0,
+            over_ranks=shape.over_gpus(sizes, self.setting.parallel.gpus) if self.setting.parallel else 0,
             by_formula=self._by_formula(),
             unmodelled=tuple(
                 _unmodelled(
@@ -151,7 +152,9 @@ class Predictor:
         self._replays += 1
         soon = self._replays > COMPILE_AFTER or len(shape.line.index) > LONG
         replay = fastest_replay() if soon else plainly_replayed
-        return shape.peak_reserved(sizes, replay, emptied=self.setting.empty_cache)
+        shared = self.setting.parallel
+        late = shared is not None and shared.strategy == "fsdp1"
+        return shape.peak_reserved(sizes, replay, emptied=self.setting.empty_cache, late=late)
 
     def _at(self, point: Point) -> tuple[StepShape, NDArray[np.int64], int]:
         family = Family(point, self._thresholds)
@@ -247,10 +250,15 @@ def _unmodelled(setting: StepSetting, model: nn.Module, breakdown: Mapping[str, 
     if setting.trainer == "trl-grpo":
         yield from _generation(asked, getattr(model, "config", None), setting)
     shared = setting.parallel
-    if shared is not None and shared.strategy in ("fsdp1", "fsdp2") and setting.accumulation > 1:
+    if shared is not None and shared.strategy in FSDP and setting.accumulation > 1:
         # Every trained parameter is an adapter here; FSDP keeps a gradient in float32 at most.
-        kept = _IN_FLOAT32 * shared.gpus * breakdown.get("adapters", 0)
+        kept = _IN_FLOAT32 * (shared.shard_size or shared.gpus) * breakdown.get("adapters", 0)
         yield Unmodelled("gradients that no_sync keeps whole between micro-batches are", "at least", kept)
+    if shared is not None and shared.strategy == "device_map":
+        moved = _moved_between_gpus(getattr(model, "config", None), setting)
+        yield Unmodelled(
+            "hidden states and logits that accelerate copies to another GPU are", "at least", moved
+        )
     packed = setting.quantization
     if packed is not None and not packed.by_bitsandbytes:
         yield Unmodelled(f"kernels of {packed.method} that unpack a weight in parts are", "at most")
@@ -284,6 +292,13 @@ def _cache_of_generation(config: Any, setting: StepSetting) -> int:
     groups: int = getattr(text, "num_key_value_heads", None) or heads
     each: int = getattr(text, "head_dim", None) or width // heads
     return 2 * 2 * layers * groups * each * setting.batch_size * setting.seq_len
+
+
+def _moved_between_gpus(config: Any, setting: StepSetting) -> int:
+    """Bytes of the logits and of hidden states with their gradient in float32, and of a workspace of cuBLAS."""
+    text = getattr(config, "text_config", config)
+    numbers = (getattr(text, "vocab_size", 0) or 0) + 2 * (getattr(text, "hidden_size", 0) or 0)
+    return 4 * numbers * setting.batch_size * setting.seq_len + setting.workspace
 
 
 def _thresholds(base: Any) -> list[int]:

@@ -11,6 +11,7 @@ from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT
 from pytest_lora.inspection.memory.meta_model import MetaModel
 from pytest_lora.inspection.memory.operations import whole_flops
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, PAGED_FROM, state_bytes
+from pytest_lora.inspection.memory.parallel.placed import Placement
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 from pytest_lora.inspection.memory.weights import Trained
 
@@ -29,11 +30,12 @@ class Step:
     Attributes:
         events, units: As in a trace.
         sizes: Bytes by storage.
-        categories, operations: By storage.
+        categories, operations, streams: By storage.
         phases: Phase of each event.
         loaded, first, trained: Number of events after loading, after the first step, and after the second.
         paged: Bytes of optimizer state outside of the allocator.
         copies: Inner units of the whole model by stack.
+        placement: Where layers lie on several GPUs, on which.
         workspaces: Bytes of those that cuBLAS has not allocated yet, by phase.
         flops: Floating-point operations of one of the two steps, of the whole model.
     """
@@ -43,12 +45,14 @@ class Step:
     sizes: list[int] = field(default_factory=list)
     categories: list[str] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
+    streams: list[int] = field(default_factory=list)
     phases: list[str] = field(default_factory=list)
     loaded: int = 0
     first: int = 0
     trained: int = 0
     paged: int = 0
     copies: dict[int, int] = field(default_factory=dict)
+    placement: Placement | None = None
     workspaces: dict[str, int] = field(default_factory=dict)
     flops: StepFlops = NO_FLOPS
 
@@ -62,6 +66,7 @@ class Step:
         self.sizes.append(size)
         self.categories.append(category)
         self.operations.append(operation)
+        self.streams.append(0)
         self._event(index, phase, unit)
         return index
 
@@ -79,6 +84,7 @@ class Step:
         self.sizes += traced.sizes
         self.categories += traced.categories
         self.operations += traced.operations
+        self.streams += traced.streams
         left: dict[int, int] = {}
         for event, unit, phase in zip(traced.events, traced.units, traced.phases, strict=True):
             if phase in self.workspaces:
@@ -94,6 +100,7 @@ class Step:
 def assemble(built: MetaModel, setting: StepSetting) -> Step:
     """Load the model, then run two optimizer steps: the first has no optimizer state yet."""
     step = Step(copies={stack.number: stack.copies for stack in built.stacks})
+    step.placement = None if built.rank is None else built.rank.placement
     for weight in built.held():
         step.make(weight.size, weight.category, "load", LOAD, weight.unit)
     step.workspaces = dict.fromkeys(THREADS, setting.workspace)

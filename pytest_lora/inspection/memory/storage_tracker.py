@@ -6,7 +6,7 @@ import logging
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -41,6 +41,8 @@ class StorageTracker:
         phases: The phase of each event.
         sizes: Bytes of each storage, before the allocator rounds them.
         categories, operations: What each storage holds, and what made it.
+        streams: The stream in which each storage was made, 0 for that of the computation.
+        running: Says which stream runs.
         flops: Floating-point operations by unit and phase.
     """
 
@@ -51,6 +53,8 @@ class StorageTracker:
         self.sizes: list[int] = []
         self.categories: list[str] = []
         self.operations: list[str] = []
+        self.streams: list[int] = []
+        self.running: Callable[[], int] = lambda: 0
         self.flops: Counter[tuple[int, str]] = Counter()
         self.unit = OUTSIDE
         self.phase = "forward"
@@ -109,6 +113,8 @@ class StorageTracker:
         def dispatch(
             mode: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
+            if any(kind.__name__ == "DTensor" for kind in types):
+                return NotImplemented  # it takes itself apart into operations on what this rank holds
             return self._run(func, args, kwargs or {})
 
         mode: Any = type("Recording", (TorchDispatchMode,), {"__torch_dispatch__": dispatch})
@@ -169,6 +175,7 @@ class StorageTracker:
         self.sizes.append(size)
         self.operations.append(operation)
         self.categories.append(category)
+        self.streams.append(self.running())
         self._event(index)
         return index
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 
 from pytest_lora.facts.recipe import UNKNOWN, RunSetting, Value
-from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy, fsdp_strategy
+from pytest_lora.inspection.recipe.beside import FSDP_OF_ACCELERATE, Tree, deepspeed_strategy, fsdp_strategy
 from pytest_lora.inspection.recipe.keys import Keys
 
 NAME = "Axolotl"
@@ -213,7 +213,7 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed")
     if deepspeed.value:
         return deepspeed_strategy(deepspeed, tree)
-    sharded = fsdp_strategy(keys, "fsdp_config", "fsdp", "fsdp_version")
+    sharded = fsdp_strategy(keys, "fsdp_config", "fsdp", "fsdp_version", version=FSDP_OF_ACCELERATE)
     if sharded is not None:
         return sharded
     if keys.has("tensor_parallel_size", "dp_shard_size"):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from pytest_lora.facts.recipe import SavedAdapter, Value
@@ -172,14 +175,72 @@ def on_host(zero: Mapping[str, Any], part: str) -> bool:
     return isinstance(given, Mapping) and str(given.get("device", "none")).lower() in ("cpu", "nvme")
 
 
-def fsdp_strategy(keys: Keys, *names: str) -> Value | None:
-    """FSDP, as the first of these keys of a recipe says; None where it has none of them."""
+FSDP_OF_ACCELERATE = 1
+"""``fsdp_version`` where nothing says it (``accelerate.FullyShardedDataParallelPlugin``); Axolotl has the same
+(``AxolotlInputConfig``: FSDP2 is what ``fsdp_version: 2`` asks for)."""
+
+
+def fsdp_strategy(
+    keys: Keys, *names: str, tree: Tree | None = None, version: int | None = None
+) -> Value | None:
+    """FSDP, as the first of these keys of a recipe says; None where it has none of them.
+
+    Args:
+        keys: The recipe.
+        names: Keys that say it.
+        tree: Where the file lies that ``fsdp_config`` may name.
+        version: Version that the tool takes where the recipe says none; None for that of ``TrainingArguments``.
+    """
     name = next((name for name in names if keys.has(name)), None)
     if name is None:
         return None
-    said = [keys.node(one) for one in ("fsdp", "fsdp_config", "fsdp_offload_params", "fsdp_cpu_offload")]
-    moved = any(_offloads(found[0], found[1].unwrapped()) for found in said if found is not None)
-    return Value(f"fsdp{OFFLOADED if moved else ''}", f"line {keys.lines[name]}", name, keys.lines[name])
+    plain = {key: keys.pairs[key].unwrapped() for key in _FSDP_KEYS if keys.has(key)}
+    if tree is not None and isinstance(plain.get("fsdp_config"), str):
+        plain["fsdp_config"] = tree.mapping(plain["fsdp_config"]) or plain["fsdp_config"]
+    moved = any(_offloads(key, value) for key, value in plain.items())
+    kind = fsdp_version(plain) or version or fsdp_version_of_arguments()
+    return Value(
+        f"fsdp{kind}{OFFLOADED if moved else ''}", f"line {keys.lines[name]}", name, keys.lines[name]
+    )
+
+
+_FSDP_KEYS = ("fsdp", "fsdp_config", "fsdp_version", "fsdp_offload_params", "fsdp_cpu_offload")
+
+
+def fsdp_version(said: Mapping[str, Any]) -> int | None:
+    """1 or 2, as FSDP arguments say it, by themselves or in their ``fsdp_config``; None where they do not."""
+    inner = said.get("fsdp_config")
+    for part in (said, inner if isinstance(inner, Mapping) else {}):
+        for name in ("fsdp_version", "version"):
+            if str(part.get(name, "")) in ("1", "2"):
+                return int(part[name])
+    # ms-swift knows a configuration by the name fsdp2 (swift/config/fsdp2.json).
+    return 2 if "fsdp2" in str(said.get("fsdp", "")).lower() else None
+
+
+_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+"""What ``TrainingArguments`` sets in the environment meanwhile."""
+
+
+@lru_cache(maxsize=1)
+def fsdp_version_of_arguments() -> int:
+    """The version that ``TrainingArguments`` of the installed transformers takes where nothing says it."""
+    from transformers import TrainingArguments
+
+    ask: Any = getattr(TrainingArguments, "_process_fsdp_args", None)
+    unset = type("Unset", (SimpleNamespace,), {"__getattr__": lambda self, name: False})
+    before = os.environ.get(_LOADING)
+    try:
+        said = ask(unset(fsdp=True, fsdp_config={}))
+    except (
+        Exception
+    ):  # no public function: it may want anything; where it is not there, nothing says a version
+        return FSDP_OF_ACCELERATE
+    finally:
+        os.environ.pop(_LOADING, None)
+        if before is not None:
+            os.environ[_LOADING] = before
+    return int(said.get("fsdp_version", FSDP_OF_ACCELERATE))
 
 
 def _offloads(name: str, value: Any) -> bool:
@@ -197,8 +258,9 @@ def strategy_of_accelerate(config: dict[str, Any]) -> str | None:
     kind = str(config.get("distributed_type", "")).upper()
     if kind == "FSDP":
         part = config.get("fsdp_config")
-        moved = isinstance(part, dict) and bool(part.get("fsdp_offload_params"))
-        return f"fsdp{OFFLOADED if moved else ''}"
+        said = part if isinstance(part, dict) else {}
+        version = fsdp_version(said) or FSDP_OF_ACCELERATE
+        return f"fsdp{version}{OFFLOADED if said.get('fsdp_offload_params') else ''}"
     if kind == "DEEPSPEED":
         part = config.get("deepspeed_config")
         stage = part.get("zero_stage") if isinstance(part, dict) else None
@@ -214,4 +276,5 @@ def strategy_by_name(name: object) -> str | None:
     for stage in "3210":
         if f"zero{stage}" in text or f"z{stage}" in text:
             return f"zero{stage}{moved if stage == '3' else ''}"
-    return f"fsdp{moved}" if "fsdp" in text else None
+    version = 2 if "fsdp2" in text or "fsdpv2" in text else FSDP_OF_ACCELERATE
+    return f"fsdp{version}{moved}" if "fsdp" in text else None

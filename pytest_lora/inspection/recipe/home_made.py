@@ -196,7 +196,7 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed", "deepspeed_config")
     if deepspeed.value:
         return deepspeed_strategy(deepspeed, tree)
-    sharded = fsdp_strategy(keys, "fsdp")
+    sharded = fsdp_strategy(keys, "fsdp", tree=tree)
     if sharded is not None:
         return sharded
     return Value(None, "", "deepspeed")

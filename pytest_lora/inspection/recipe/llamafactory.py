@@ -186,7 +186,7 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
     deepspeed = keys.word("deepspeed")
     if deepspeed.value:
         return deepspeed_strategy(deepspeed, tree)
-    sharded = fsdp_strategy(keys, "fsdp", "fsdp_config")
+    sharded = fsdp_strategy(keys, "fsdp", "fsdp_config", tree=tree)
     if sharded is not None:
         return sharded
     return Value("ddp", f"default of {NAME}", "deepspeed")

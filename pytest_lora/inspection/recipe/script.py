@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_lora.arguments import require_config
 from pytest_lora.facts.recipe import GIVEN, RecipeFacts, RunSetting, Value
 from pytest_lora.inspection.recipe import base_model
+from pytest_lora.inspection.recipe.beside import OFFLOADED, fsdp_version, fsdp_version_of_arguments
 from pytest_lora.values import shown
 
 if TYPE_CHECKING:
@@ -76,8 +77,10 @@ def script_facts(
 def _fsdp(args: Any) -> str | None:
     if not args.fsdp:
         return None
-    asked = f"{args.fsdp} {args.fsdp_config}".lower()
-    return "fsdp_offload" if "offload" in asked else "fsdp"
+    said = getattr(args, "fsdp_plugin_args", None) or args.fsdp_config or {}
+    version = fsdp_version(said) or fsdp_version_of_arguments()
+    moved = said.get("cpu_offload") or "offload" in f"{args.fsdp} {args.fsdp_config}".lower()
+    return f"fsdp{version}{OFFLOADED if moved else ''}"
 
 
 def _word(value: Any) -> str:

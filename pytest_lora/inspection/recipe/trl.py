@@ -185,7 +185,9 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
             "zero_stage",
             keys.lines["zero_stage"],
         )
-    sharded = fsdp_strategy(keys, "use_fsdp", "fsdp", "fsdp_config", "fsdp_version", "fsdp_sharding_strategy")
+    sharded = fsdp_strategy(
+        keys, "use_fsdp", "fsdp", "fsdp_config", "fsdp_version", "fsdp_sharding_strategy", tree=tree
+    )
     if sharded is not None:
         return sharded
     return Value("ddp", f"default of {NAME}", "accelerate_config")

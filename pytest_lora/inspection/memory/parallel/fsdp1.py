@@ -89,6 +89,7 @@ def _by_wrapper(stack: Stack, wrappers: dict[int, nn.Module]) -> Stack:
 def _arguments(fsdp: Any, built: MetaModel, setting: StepSetting, parallel: Parallel) -> dict[str, Any]:
     """As accelerate passes them to ``FullyShardedDataParallel`` (``Accelerator.prepare_model``)."""
     gathered = "FULL_SHARD" if parallel.reshard_after_forward else "SHARD_GRAD_OP"
+    gathered = str(parallel.option("sharding_strategy", gathered))
     prefetch = str(parallel.option("backward_prefetch", "BACKWARD_PRE")).upper()
     precision = None
     if setting.autocast:

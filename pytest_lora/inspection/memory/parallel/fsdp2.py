@@ -33,7 +33,8 @@ from pytest_lora.inspection.memory.weights import units_of
 if TYPE_CHECKING:
     from pytest_lora.inspection.memory.meta_model import MetaModel
 
-_DIMENSION = "dp_shard"
+_DIVIDED, _REPEATED = "dp_shard", "dp_replicate"
+"""Dimensions of the GPUs, as ``accelerate.ParallelismConfig`` calls them."""
 
 
 def fsdp2_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Rank:
@@ -77,10 +78,14 @@ def as_accelerator(setting: StepSetting, parallel: Parallel) -> Any:
         ignored_modules=None,
         cpu_ram_efficient_loading=False,
     )
+    size = parallel.shard_size or parallel.gpus
+    grouped = bool(parallel.shard_size)
+    sizes = (parallel.gpus // size, size) if grouped else (size,)
+    names = (_REPEATED, _DIVIDED) if grouped else (_DIVIDED,)
     return SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin),
-        torch_device_mesh={(_DIMENSION,): mesh.init_device_mesh("cpu", (parallel.gpus,))},
-        parallelism_config=SimpleNamespace(fsdp_dim_names=(_DIMENSION,)),
+        torch_device_mesh={names: mesh.init_device_mesh("cpu", sizes, mesh_dim_names=names)},
+        parallelism_config=SimpleNamespace(fsdp_dim_names=names),
         mixed_precision=setting.autocast or "no",
         is_main_process=False,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,16 @@ from pytest_lora.inspection.memory.weights import Trained, Weight
 
 if TYPE_CHECKING:
     from pytest_lora.inspection.memory.meta_model import MetaModel
+    from pytest_lora.inspection.memory.parallel.placed import Placement
 
 
 def _nothing() -> list[torch.Tensor]:
     return []
+
+
+def nothing_around(tracker: StorageTracker) -> AbstractContextManager[None]:
+    """What a step runs within that is shared without anything of its own."""
+    return nullcontext()
 
 
 @dataclass
@@ -35,6 +41,7 @@ class Rank:
         gradients: The gradients after a step.
         notices_gradients: Whether the model's own parameters get the gradients, and keep them.
         by_formula: Parts that are computed, and not run.
+        placement: Where layers lie on several GPUs, on which; the figures are then those of the fullest.
         warm: Whether a step has run: what is set up in the first one stays.
     """
 
@@ -46,6 +53,7 @@ class Rank:
     gradients: Callable[[], list[torch.Tensor]] = field(default=_nothing)
     by_formula: tuple[str, ...] = ()
     notices_gradients: bool = False
+    placement: Placement | None = None
     warm: bool = False
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,7 +43,10 @@ def fake_group(ranks: int) -> Iterator[None]:
 
 
 class _Stream:
-    """A queue of a device on which nothing runs."""
+    """A queue of a device on which nothing runs; the allocator keeps the blocks of each apart."""
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
 
     def wait_stream(self, *_: Any) -> None: ...
 
@@ -52,6 +56,21 @@ class _Stream:
         return event or _Event()
 
     def synchronize(self) -> None: ...
+
+
+_numbers = itertools.count()
+_computation = _Stream()
+_running = [_computation]
+"""The streams that were entered, the one that runs at last."""
+
+
+@contextmanager
+def _entered(stream: _Stream | None) -> Iterator[None]:
+    _running.append(_running[-1] if stream is None else stream)
+    try:
+        yield
+    finally:
+        _running.pop()
 
 
 class _Event:
@@ -71,8 +90,8 @@ class _Device:
 
     Stream = staticmethod(lambda *_, **__: _Stream())
     Event = staticmethod(lambda *_, **__: _Event())
-    current_stream = staticmethod(lambda *_: _Stream())
-    stream = staticmethod(lambda *_: nullcontext())
+    current_stream = staticmethod(lambda *_: _running[-1])
+    stream = staticmethod(_entered)
     current_device = staticmethod(lambda: 0)
     synchronize = staticmethod(lambda *_: None)
     is_available = staticmethod(lambda: True)
@@ -91,7 +110,7 @@ def meta_as_device() -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
         (torch, "meta", _Device),
         (torch._C, "_get_accelerator", lambda *_: META),
-        (torch.accelerator, "current_stream", lambda *_: _Stream()),
+        (torch.accelerator, "current_stream", lambda *_: _running[-1]),
         (first, "_need_to_materialize_module", lambda *_: (False, False)),
         (second, "_get_device_from_mesh", lambda mesh: META),
         (group, "_validate_no_meta_params", lambda self: None),
@@ -126,7 +145,11 @@ def outside(tracker: StorageTracker, home: Any, name: str) -> tuple[Any, str, An
 
 @contextmanager
 def resizes_followed(tracker: StorageTracker) -> Iterator[None]:
-    """``UntypedStorage.resize_`` is no operation that a dispatch mode sees; FSDP frees and refills storages with it."""
+    """``UntypedStorage.resize_`` is no operation that a dispatch mode sees; FSDP frees and refills storages with it.
+
+    Storages are made in the stream that runs.
+    """
+    tracker.running = lambda: _running[-1].number
     resize: Any = torch.UntypedStorage.resize_
 
     def resized(storage: torch.UntypedStorage, size: int) -> Any:

@@ -10,15 +10,22 @@ from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory.parallel.fsdp1 import fsdp1_rank
 from pytest_lora.inspection.memory.parallel.fsdp2 import fsdp2_rank
+from pytest_lora.inspection.memory.parallel.placed import placed_rank, planned
+from pytest_lora.inspection.memory.parallel.tensor_parallel import cut_by_plan, tensor_parallel_rank
 from pytest_lora.inspection.memory.parallel.whole import ddp_rank, zero_rank
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from pytest_lora.inspection.memory.meta_model import MetaModel
 
 _RANKS = {
     "ddp": ddp_rank,
+    "device_map": placed_rank,
     "fsdp1": fsdp1_rank,
     "fsdp2": fsdp2_rank,
+    "hsdp": fsdp2_rank,
+    "tp": tensor_parallel_rank,
     "zero1": zero_rank,
     "zero2": zero_rank,
     "zero3": zero_rank,
@@ -37,6 +44,23 @@ def cuts_of(parallel: Parallel) -> tuple[int, ...]:
     FSDP1 gathers the parameters of a layer while the second one after it goes backward.
     """
     return (2, 4, 0) if parallel.strategy == "fsdp1" else (1, 2, 4, 0)
+
+
+def plan_of(model: nn.Module, setting: StepSetting) -> dict[str, int] | None:
+    """On which GPU each module of a whole base goes; None where all GPUs have the same."""
+    if setting.parallel is None or setting.parallel.strategy != "device_map":
+        return None
+    return planned(model, setting, setting.parallel.gpus)
+
+
+def before_adapters(model: nn.Module, setting: StepSetting) -> None:
+    """What the way to share a step does to a base while it is loaded.
+
+    Raises:
+        ValueError: It cannot be done to this base; the message says why.
+    """
+    if setting.parallel is not None and setting.parallel.strategy == "tp":
+        cut_by_plan(model, setting, setting.parallel.gpus)
 
 
 def distributed(built: MetaModel, setting: StepSetting, parallel: Parallel) -> MetaModel:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.memory.parallel.model import Rank
+from pytest_lora.inspection.memory.parallel.model import Rank, nothing_around
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, StorageTracker
 from pytest_lora.inspection.memory.weights import Trained, Weight, loaded_weights
 
@@ -46,7 +46,7 @@ def ddp_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Rank
         trained,
         [*built.weights, *buckets],
         built.stacks,
-        _reduced_at_once(built.model) if views else _nothing_around,
+        _reduced_at_once(built.model) if views else nothing_around,
         by_formula=("buckets of DistributedDataParallel, as large as all gradients",),
         notices_gradients=not views,
     )
@@ -82,7 +82,7 @@ def zero_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Ran
         [] if parallel.offload else parts,
         held,
         built.stacks,
-        _reduced_at_once(built.model) if stage > 1 else _nothing_around,
+        _reduced_at_once(built.model) if stage > 1 else nothing_around,
         by_formula=(
             f"partitions, buckets{' and gathered parameters' if stage == 3 else ''} of ZeRO-{stage}, with DeepSpeed's "
             "defaults where nothing else is given",
@@ -113,7 +113,7 @@ def _divided(built: MetaModel, parallel: Parallel) -> Iterator[Weight]:
         if b.is_meta
     )
     small = _number(parallel, "stage3_param_persistence_threshold", PERSISTENT_UP_TO, 10 * _width(built))
-    gathered, largest = 0, 0
+    gathered, largest, repeated = 0, 0, 0
     for parameter in built.model.parameters():
         numel, width = parameter.numel(), parameter.dtype.itemsize
         unit = built.unit_of.get(id(parameter), OUTSIDE)
@@ -126,8 +126,10 @@ def _divided(built: MetaModel, parallel: Parallel) -> Iterator[Weight]:
             copies = built.copies_of(unit)
             gathered += numel * width * copies
             largest = max(largest, numel * width)
+            repeated = max(repeated, numel * width if unit != OUTSIDE else 0)
     ahead = _number(parallel, "stage3_prefetch_bucket_size", PREFETCH_BUCKET, int(0.9 * _width(built) ** 2))
-    yield Weight(_gathered(gathered, largest, ahead, parallel), "gathered parameters", OUTSIDE)
+    whole = _gathered(gathered, largest, repeated or largest, ahead, parallel)
+    yield Weight(whole, "gathered parameters", OUTSIDE)
 
 
 def _width(built: MetaModel) -> int:
@@ -141,21 +143,28 @@ def _number(parallel: Parallel, name: str, default: int, auto: int) -> int:
     return auto if given == "auto" and auto else default if given == "auto" else int(float(given))
 
 
-def _gathered(total: int, largest: int, ahead: int, parallel: Parallel) -> int:
+def _gathered(total: int, largest: int, repeated: int, ahead: int, parallel: Parallel) -> int:
     """Bytes that are whole at once, in 16 bits.
 
-    A parameter that is used again within the reuse distance stays. Where the forward turns into the backward every
-    parameter lies twice on that way, so that half of the distance is whole; and what is gathered ahead.
+    A parameter that is used again within the reuse distance stays. Where a forward turns into the backward, that of the
+    model or of a layer that is computed again, every parameter lies twice on that way, so that half of the distance is
+    whole. What is gathered ahead ends with the parameter that fills the bucket
+    (``PartitionedParameterCoordinator.fetch_sub_module``), and is copied out of the buffer that all ranks write into
+    (``AllGatherCoalescedHandle.wait``): it is there twice.
+
+    Args:
+        total: Bytes of all parameters that are divided.
+        largest: Bytes of the largest of them.
+        repeated: Bytes of the largest one in a layer.
+        ahead: Numbers that are gathered ahead.
+        parallel: The distances.
     """
     reuse = min(
         _number(parallel, name, REUSE_DISTANCE, REUSE_DISTANCE)
         for name in ("stage3_max_reuse_distance", "stage3_max_live_parameters")
     )
-    return min(total, max(largest, reuse // 2 * _HALF) + ahead * _HALF)
-
-
-def _nothing_around(tracker: StorageTracker) -> AbstractContextManager[None]:
-    return nullcontext()
+    bucket = min(total, ahead * _HALF + repeated) if ahead else 0
+    return min(total, max(largest, reuse // 2 * _HALF)) + 2 * bucket
 
 
 def _reduced_at_once(model: nn.Module) -> Callable[[StorageTracker], AbstractContextManager[None]]:
