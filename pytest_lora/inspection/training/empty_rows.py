@@ -25,10 +25,12 @@ def empty_rows(
     sides = (base.input_embeddings, read), (base.output_embeddings, aimed)
     for name, tokens in sides:
         weight = readable_weight(modules.get(name or ""))
-        if name is None or weight is None or not tokens:
+        if name is None or weight is None:
             continue
-        # A module that PEFT wraps or trains is judged by what it trains, and that is not zero for long.
-        rows = sorted(token for token in tokens if 0 <= token < len(weight))
+        kept_at_zero = getattr(modules[name], "padding_idx", None)
+        rows = sorted(token for token in tokens - {kept_at_zero} if 0 <= token < len(weight))
+        if not rows:
+            continue
         zero = ~weight[torch.tensor(rows, device=weight.device, dtype=torch.long)].any(dim=1)
         empty = tuple(token for token, is_zero in zip(rows, zero.tolist(), strict=True) if is_zero)
         # All rows zero: a model of which only shapes matter.

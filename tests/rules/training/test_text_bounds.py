@@ -143,7 +143,6 @@ NAMED: dict[str, tuple[Build, str, str]] = {
     "end": (lambda: ended(None, expect=Expect(completion_only=True)), "LORA374", "3 texts end before"),
     "mbart": (lambda: mbart(shifted=False), "LORA369", "does not shift labels itself"),
     "own loss": (lambda: own_loss(0), "LORA369", "logits[:, :-1] against labels[:, 1:]"),
-    "packed": (lambda: packed(None), "LORA368", "4 labels"),
     "whisper": (lambda: whisper(started=True), "LORA367", "begin with 5"),
     "prompt": (lambda: prompts_labelled(0), "LORA366", "the one token 0"),
     "rows": (zero_rows, "LORA375", "101, and they are targets"),
@@ -157,8 +156,6 @@ CLEAN: dict[str, Build] = {
     "mbart": lambda: mbart(shifted=True),
     "own loss": lambda: own_loss(1),
     "masked inputs": masked_inputs,
-    "begin tokens at seams": lambda: packed(1),
-    "masked seams": lambda: packed(None, masked=True),
     "whisper": lambda: whisper(started=False),
     "prompt": lambda: prompts_labelled(-100),
     "own loss of filled labels": lambda: prompts_labelled(0, loss_fn=of_inputs_alone),
@@ -186,6 +183,15 @@ def test_texts_that_never_end_are_mentioned_where_prompts_are_masked() -> None:
     model = adapted()
     model.config.eos_token_id = END
     assert "LORA374" not in {f.code for f in check_training(model, padded(None, prompts=False)).findings}
+
+
+@pytest.mark.parametrize(
+    ("first", "masked", "told"), [(None, False, True), (None, True, False), (1, False, False)]
+)
+def test_labels_at_the_seams_of_documents_are_mentioned(first: int | None, masked: bool, told: bool) -> None:
+    report = packed(first, masked=masked)
+    assert not [f for f in report.findings if f.severity != "info"], str(report)
+    assert any(f.code == "LORA368" and "4 labels" in f.observed for f in report.infos) == told
 
 
 def test_some_rows_without_labels() -> None:
