@@ -64,9 +64,10 @@ def without(batch: Batch, *names: str) -> Batch:
 
 
 def packed(**changes: Any) -> Batch:
-    """One row of three documents."""
+    """One row of three documents, of which none is to predict the next."""
     batch = language_batch(1, 24)
     positions = torch.cat([torch.arange(n) for n in (9, 8, 7)])[None]
+    batch["labels"] = batch["labels"].masked_fill(positions == 0, -100)
     return {**without(batch, "attention_mask"), "position_ids": positions, **changes}
 
 
@@ -395,3 +396,28 @@ def test_no_trace() -> None:
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(value, given[name]) for name, value in batch.items())
+
+
+class Pooler(nn.Module):
+    """A head of one's own on a decoder, which makes its loss of labels that it always asks for."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.net: Any = BASES["base"]().model
+        self.config = self.net.config
+        self.head = nn.Linear(self.config.hidden_size, 4)
+        self.counts = counts
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.net(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        places = torch.arange(1, attention_mask.shape[1] + 1)
+        last = attention_mask.sum(1) - 1 if self.counts else (attention_mask * places).argmax(1)
+        logits = self.head(hidden[torch.arange(len(hidden)), last])
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_head_of_ones_own_that_counts_tokens_pools_padding_on_the_left(counts: bool) -> None:
+    model = adapted(Pooler(counts))
+    report = check_training(model, classes(padded("left")), select=["LORA360"])
+    assert bool(report.errors) == counts, str(report)
