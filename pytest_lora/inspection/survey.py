@@ -87,8 +87,8 @@ _PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    inner = next((m for m in map(module._modules.get, _PARTS) if m is not None), None)
-    return module if inner is None else _unwrapped(inner)
+    held = next((name for name in _PARTS if name in module._modules), None)
+    return module if held is None else _unwrapped(getattr(module, held))
 
 
 def survey(model: nn.Module) -> Survey:

@@ -284,6 +284,15 @@ def test_one_process_alone_sees_values_also_after_an_evaluation(
     assert ("LORA207" in codes(wrap(broken))) == (wrap is not shard2)
 
 
+def test_what_a_forward_has_gathered_is_no_dtype_of_the_model(alone: None) -> None:
+    model = shard2(packed(BYTES), mp_policy=MixedPrecisionPolicy(param_dtype=BF16))
+    before = model_facts(model).base.float_dtypes
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert model.base_model.model.lm_head.weight.dtype == BF16, "the root stays gathered"
+    assert model_facts(model).base.float_dtypes == before == ("float32",)
+
+
 def test_an_adapter_that_comes_after_fsdp_is_told_also_after_a_forward(alone: None) -> None:
     model = shard2(adapted())
     model.add_adapter("late", config())

@@ -51,6 +51,6 @@ def gradients_are_ready_twice(facts: ModelFacts, expect: Expect) -> Iterator[Vio
                 where="DistributedDataParallel",
                 observed="find_unused_parameters=True around reentrant gradient checkpointing: the first step raises",
                 expected="checkpointing that is not reentrant, or no search for unused weights",
-                fix='call model.gradient_checkpointing_enable({"use_reentrant": False}) before the model is wrapped, '
-                "or leave find_unused_parameters out",
+                fix="enable checkpointing with use_reentrant False before the model is wrapped, or leave "
+                "find_unused_parameters out",
             )

@@ -82,6 +82,7 @@ def _is_random_start(name: str, own: dict[str, nn.Parameter]) -> bool:
 
 
 def _digest(values: torch.Tensor) -> str:
+    values = getattr(values, "to_local", lambda: values)()  # FSDP's, of which a process has a part
     return sha256(values.detach().float().cpu().numpy().tobytes()).hexdigest()[:8]
 
 
