@@ -81,12 +81,11 @@ def lora_expect(request: pytest.FixtureRequest) -> Expect:
 @pytest.fixture
 def _lora_base_guard(request: pytest.FixtureRequest) -> Iterator[Guarded]:
     """The shared base under watch: put back after the test, which is named if it damaged the base."""
-    from pytest_lora.plugin import free_memory, shared_base
+    from pytest_lora.plugin import shared_base
 
     guarded = shared_base.enter(request)
     yield guarded
     damage = guarded.leave(request)
-    free_memory.after_a_test()
     if damage:
         pytest.fail(damage, pytrace=False)
 
