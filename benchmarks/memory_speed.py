@@ -72,6 +72,7 @@ def measured(shape: str, rounds: int) -> dict[str, float]:
     allocated = [rate(step.peak_allocated, points) for _ in range(rounds)]
     rate(step.peak_reserved, points[: predictor.COMPILE_AFTER + 1])
     reserved = [rate(step.peak_reserved, points[:20]) for _ in range(rounds)]
+    whole = [rate(step.estimate, points[:20]) for _ in range(rounds)]
     predictor.fastest_replay = lambda: predictor.plainly_replayed
     plain = [rate(step.peak_reserved, points[:20]) for _ in range(rounds)]
     return {
@@ -79,6 +80,7 @@ def measured(shape: str, rounds: int) -> dict[str, float]:
         "fitting_seconds": fitting,
         "allocated_per_second": statistics.median(allocated),
         "reserved_per_second": statistics.median(reserved),
+        "estimates_per_second": statistics.median(whole),
         "reserved_per_second_without_numba": statistics.median(plain),
     }
 
@@ -124,7 +126,8 @@ def main() -> None:
             f"{shape:4s} first {row['first_seconds']:.2f} s (bound {FIRST_BUDGET:g}), "
             f"fit {row['fitting_seconds']:.2f} s once, then {row['allocated_per_second']:,.0f} allocated peaks "
             f"a second (bound {ALLOCATED_BUDGET:,}), {row['reserved_per_second']:.0f} reserved "
-            f"(bound {RESERVED_BUDGET}; {row['reserved_per_second_without_numba']:.0f} without numba)"
+            f"(bound {RESERVED_BUDGET}; {row['reserved_per_second_without_numba']:.0f} without numba), "
+            f"{row['estimates_per_second']:.0f} whole estimates (bound {RESERVED_BUDGET})"
         )
     if chosen.json:
         names = ("torch", "transformers", "peft", "bitsandbytes", "numba")

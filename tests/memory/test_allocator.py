@@ -126,6 +126,7 @@ def test_it_is_compiled_only_where_many_are_asked(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(predictor, "fastest_replay", lambda: as_if_compiled)
     monkeypatch.setattr(predictor, "COMPILE_AFTER", 1)
+    monkeypatch.setattr(predictor.Predictor, "_replays", 0)
     memory = predictor.Predictor(small(), adapter(), StepSetting(1, 1))
     first = memory.estimate(2, 32, 8)
     assert not used

@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig
 from benchmarks.memory_cases import CASES, GIB, adapter_of, base_of, setting_of
 from pytest_lora import MemoryEstimate, StepMemory, estimate_memory, largest_that_fits, step_memory
 from pytest_lora.facts.memory import Quantization, StepSetting
-from pytest_lora.inspection.memory import predictor
+from pytest_lora.inspection.memory import surfaces
 from pytest_lora.inspection.memory.predictor import Predictor, _cache_of_generation
 from pytest_lora.inspection.skeleton import without_initial_values
 
@@ -153,11 +153,12 @@ def test_a_few_layers_stand_for_the_whole_step(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(20, 28))
 def test_corner_points_stand_for_any_other(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     base, config, setting, point = configuration(seed)
-    monkeypatch.setattr(predictor, "FIT_AFTER", 0)
+    monkeypatch.setattr(surfaces, "FIT_AFTER", 0)
     memory = step_memory(config, base, **setting)
+    memory.peak_allocated(2, 33, 8)
     interpolated = memory.estimate(*point)
     config.r = point[2]
-    monkeypatch.setattr(predictor, "FIT_AFTER", 10**6)
+    monkeypatch.setattr(surfaces, "FIT_AFTER", 10**6)
     traced = Predictor(base, config, interpolated.setting).estimate(*point)
     assert interpolated.peak_allocated == pytest.approx(traced.peak_allocated, rel=0.001)
     assert interpolated.peak_reserved == pytest.approx(traced.peak_reserved, rel=0.001)

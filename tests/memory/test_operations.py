@@ -13,9 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 from pytest_lora import estimate_memory
 from pytest_lora.facts.operations import StepFlops, format_flops
 from pytest_lora.inspection.memory import storage_tracker
-from pytest_lora.inspection.memory.operations import FlopsSurface, flops_of, whole_flops
+from pytest_lora.inspection.memory.operations import (
+    FlopsSurface,
+    flops_of,
+    require_like_inner_units,
+    times_played,
+)
 from pytest_lora.inspection.memory.predictor import Predictor
-from pytest_lora.inspection.memory.sizes import Family
 from pytest_lora.inspection.memory.timeline import NotRepeatingError
 from pytest_lora.memory.setting import checked_setting
 
@@ -158,12 +162,12 @@ def test_a_70b_costs_six_operations_a_parameter_and_token_but_for_the_weights_gr
 
 def test_many_points_give_what_one_trace_gives() -> None:
     point = (5, 201, 7)
-    family = Family(point, [])
     predictor = Predictor(base(2, "eager"), adapter(), checked_setting())
-    assert predictor._fit(family)
-    surface = predictor._flops[family.key]
-    assert predictor.flops(*point) == surface(point)
-    assert surface(point) == predictor._trace(point)[1].flops
+    for asked in ((2, 33, 4), (3, 50, 6)):
+        predictor.flops(*asked)
+    found = predictor.flops(*point)
+    assert point not in predictor._traced
+    assert found == predictor._trace(point).step.flops
 
 
 def test_a_polynomial_that_gives_no_whole_number_is_none() -> None:
@@ -179,16 +183,18 @@ def test_a_polynomial_that_gives_no_whole_number_is_none() -> None:
 
 
 def test_inner_layers_that_differ_stand_for_nobody() -> None:
-    counts = {
-        (-1, "forward"): 5,
-        (2, "forward"): 7,
-        (3, "forward"): 7,
-        (3, "backward"): 2,
-        (2, "backward"): 2,
-    }
-    assert whole_flops(counts, {0: 10}) == StepFlops(5 + 70, 20)
+    counts = [
+        (-1, "forward", 5),
+        (2, "forward", 3),
+        (2, "forward", 4),
+        (3, "forward", 7),
+        (3, "backward", 2),
+        (2, "backward", 2),
+    ]
+    require_like_inner_units(counts, {0: 10})
+    assert [times_played(unit, {0: 10}) for unit in (-1, 0, 1, 2, 3, 4)] == [1, 1, 1, 9, 1, 1]
     with pytest.raises(NotRepeatingError, match="different amounts"):
-        whole_flops({**counts, (3, "forward"): 8}, {0: 10})
+        require_like_inner_units([*counts, (3, "forward", 1)], {0: 10})
 
 
 def test_own_formulas_are_torchs_where_it_has_one() -> None:

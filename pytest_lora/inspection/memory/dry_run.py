@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -51,7 +50,7 @@ class Trace:
     Attributes:
         events, units, phases: By event; unit ``KEPT * n + i`` is unit ``i`` of the model's stack ``n``.
         sizes, categories, operations, streams: By storage.
-        flops: Floating-point operations by unit and phase.
+        flops: Unit, phase and floating-point operations of what computes, in order.
     """
 
     events: list[int]
@@ -61,7 +60,7 @@ class Trace:
     categories: list[str]
     operations: list[str]
     streams: list[int]
-    flops: Counter[tuple[int, str]]
+    flops: list[tuple[int, str, int]]
 
 
 def evaluated(built: MetaModel, setting: StepSetting, evaluation: Evaluation) -> Trace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +32,9 @@ class KnownResults:
         if not _makes_new(func):
             return func(*args, **kwargs)
         try:
-            key = (func, torch.get_default_dtype(), _described(args), _described(tuple(kwargs.items())))
+            # By its id, as torch computes an operation's hash in Python; it stays, as `_makes_new` keeps it.
+            named = _described(tuple(kwargs.items())) if kwargs else ()
+            key = (id(func), torch.get_default_dtype(), _described(args), named)
             known = self._known.get(key)
         except (_UnknownError, TypeError):
             return func(*args, **kwargs)
@@ -51,7 +52,7 @@ class KnownResults:
 def _described(value: Any) -> Any:
     """What decides the result's shape, of an argument or several; 1, 1.0 and True are not the same."""
     if isinstance(value, torch.Tensor):
-        if value.device != _META:
+        if not value.is_meta:
             raise _UnknownError
         return value.shape, value.stride(), value.dtype
     if isinstance(value, (tuple, list)):
@@ -59,9 +60,18 @@ def _described(value: Any) -> Any:
     return type(value), value
 
 
-@cache
+_MAKES_NEW: dict[int, tuple[Any, bool]] = {}
+
+
 def _makes_new(func: Any) -> bool:
     """Whether an operation gives neither views nor what it was given, changed in place."""
+    known = _MAKES_NEW.get(id(func))
+    if known is None:
+        known = _MAKES_NEW[id(func)] = func, _is_fresh(func)
+    return known[1]
+
+
+def _is_fresh(func: Any) -> bool:
     schema = func._schema
     aliases = any(part.alias_info is not None for part in (*schema.arguments, *schema.returns))
     return not aliases and func is not torch.ops.aten._unsafe_view.default

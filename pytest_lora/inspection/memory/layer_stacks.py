@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,39 +34,55 @@ class Stack:
     number: int
 
 
-def cut_stacks(model: nn.Module, together: int = 1) -> list[Stack]:
+def cut_stacks(
+    model: nn.Module, together: int = 1, mark: Callable[[str], Hashable] | None = None
+) -> list[Stack]:
     """Take the inner layers of long runs of like layers out of a model; what stays keeps its name.
 
     Args:
         model: It is changed.
         together: Layers that count as one, at least: where a layer holds what one further away frees.
+        mark: What else tells one module from another, by its name: whether it will be adapted, for one.
     """
     stacks: list[Stack] = []
-    for layers in list(_outermost_lists(model)):
-        start, period, count = _longest_run([_signature(layer) for layer in layers], together)
-        if count <= KEPT:
-            continue
+    for path, layers in list(_outermost_lists(model)):
         names = list(layers._modules)
-        unit_names = [
-            names[start + i * period : start + (i + 1) * period] for i in (0, 1, 2, count - 2, count - 1)
-        ]
-        for name in names[start + 3 * period : start + (count - 2) * period]:
-            del layers._modules[name]
-        units = tuple(tuple(layers.get_submodule(name) for name in unit) for unit in unit_names)
-        stacks.append(Stack(units, count - 3, len(stacks)))
+        kinds = [_signature(layer, f"{path}.{name}", mark) for name, layer in zip(names, layers, strict=True)]
+        for start, period, count in _runs(kinds, together):
+            unit_names = [
+                names[start + i * period : start + (i + 1) * period] for i in (0, 1, 2, count - 2, count - 1)
+            ]
+            for name in names[start + 3 * period : start + (count - 2) * period]:
+                del layers._modules[name]
+            units = tuple(tuple(layers.get_submodule(name) for name in unit) for unit in unit_names)
+            stacks.append(Stack(units, count - 3, len(stacks)))
     return stacks
 
 
-def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
-    for child in module.children():
+def _outermost_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
         if isinstance(child, nn.ModuleList):  # what it holds, experts for one, is not cut
-            yield child
+            yield inner, child
         else:
-            yield from _outermost_lists(child)
+            yield from _outermost_lists(child, inner)
 
 
-def _signature(layer: nn.Module) -> tuple[Any, ...]:
-    """What tells one layer from another but for its index: modules, shapes, and plain attributes."""
+def _runs(kinds: list[Any], together: int) -> Iterator[tuple[int, int, int]]:
+    """``(start, period, count)`` of the runs that are worth a cut, the longest and those on both sides of it."""
+    start, period, count = _longest_run(kinds, together)
+    if count <= KEPT:
+        return
+    end = start + period * count
+    yield from _runs(kinds[:start], together)
+    yield start, period, count
+    yield from ((end + after, width, units) for after, width, units in _runs(kinds[end:], together))
+
+
+def _signature(
+    layer: nn.Module, path: str = "", mark: Callable[[str], Hashable] | None = None
+) -> tuple[Any, ...]:
+    """What tells one layer from another but for its index: modules, shapes, plain attributes, and marks."""
     return tuple(
         (
             name,
@@ -74,6 +90,7 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
             tuple((n, p.shape, p.dtype) for n, p in module._parameters.items() if p is not None),
             tuple((n, b.shape, b.dtype) for n, b in module._buffers.items() if b is not None),
             tuple((n, v) for n, v in vars(module).items() if isinstance(v, _PLAIN) and n not in _INDICES),
+            mark(f"{path}.{name}" if name else path) if mark is not None else None,
         )
         for name, module in layer.named_modules()
     )

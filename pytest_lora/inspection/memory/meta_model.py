@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import nn
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
 from pytest_lora.inspection.limited.patterns import require_matchable
+from pytest_lora.inspection.memory.adapted_layers import is_numbered, marks, same_in_every_layer
 from pytest_lora.inspection.memory.fused_layers import fuse_layers
 from pytest_lora.inspection.memory.fused_losses import fuse_loss
 from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, Stack, cut_stacks
@@ -40,9 +40,6 @@ from pytest_lora.inspection.transformers_internals import kept_whole, quantized_
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-_LAYER_FIELDS = ("layers_to_transform", "layer_replication", "rank_pattern")
-_NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -125,10 +122,9 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, together: int 
                 f"base: a step can be run of transformers models, not of a {type(model).__name__}"
             )
         model = _in_dtype(skeleton(model), dtype)
-    alike = same_in_every_layer(config) and not any(_NUMBERED.search(name) for name in setting.frozen)
     _complete(model)
     plan = plan_of(model, setting)
-    stacks = cut_stacks(model, together) if together and alike else []
+    stacks = _cut(model, config, setting, together) if together else []
     if setting.quantization is not None:
         _quantize(model, setting.quantization, setting)
     before_adapters(model, setting)
@@ -164,16 +160,14 @@ def _complete(model: nn.Module) -> None:
             setattr(transformer.config, name, 0)
 
 
-def same_in_every_layer(config: LoraConfig) -> bool:
-    """Whether a configuration cannot tell one layer from another by its number."""
-    if isinstance(config.exclude_modules, str):
-        return False
-    names = [config.exclude_modules, config.target_modules, config.modules_to_save, config.target_parameters]
-    if any(getattr(config, field, None) for field in _LAYER_FIELDS):
-        return False
-    if isinstance(config.target_modules, str):
-        return config.target_modules == "all-linear"
-    return not any(_NUMBERED.search(name) for group in names for name in group or ())
+def _cut(model: nn.Module, config: LoraConfig, setting: StepSetting, together: int) -> list[Stack]:
+    """Take layers out that are adapted like their neighbours."""
+    mark = marks(config)
+    if mark is None or any(map(is_numbered, setting.frozen)):
+        return []
+    if not same_in_every_layer(config):
+        require_matchable(config, dict(model.named_modules()))
+    return cut_stacks(model, together, mark)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cache
@@ -20,8 +21,8 @@ from pytest_lora.facts.operations import StepFlops
 from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, LAST_INNER
 from pytest_lora.inspection.memory.timeline import NotRepeatingError
 
-Counts = Mapping[tuple[int, str], int]
-"""Operations by unit of a cut stack and phase."""
+Counts = Sequence[tuple[int, str, int]]
+"""Unit of a cut stack, phase, and operations of what computes."""
 
 _MM: Any = torch.ops.aten.mm.default
 _torch_forward: Any = sdpa_flop_count
@@ -76,9 +77,15 @@ def _formulas() -> dict[Any, Any]:
     return formulas
 
 
-@cache
+_KNOWN: dict[int, tuple[Any, Any]] = {}
+"""Operations by their id, which they keep as they are kept here, and their formulas: torch hashes them in Python."""
+
+
 def _formula_of(func: Any) -> Any:
-    return _formulas().get(func.overloadpacket)
+    known = _KNOWN.get(id(func))
+    if known is None:
+        known = _KNOWN[id(func)] = func, _formulas().get(func.overloadpacket)
+    return known[1]
 
 
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
@@ -115,26 +122,31 @@ def _for_each_query(
     return (key.shape[0], heads, *key.shape[2:]), (value.shape[0], heads, *value.shape[2:])
 
 
-def whole_flops(counts: Counts, copies: Mapping[int, int]) -> StepFlops:
-    """Operations of a micro-batch of the whole model, from those of a cut one.
+def times_played(unit: int, copies: Mapping[int, int]) -> int:
+    """How many units of the whole model one that was run stands for.
 
     Args:
-        counts: By unit and phase.
+        unit: ``KEPT * stack + i`` for unit ``i`` of a stack, negative outside.
         copies: Inner units of the whole model by stack, of which two were run.
+    """
+    stack, role = divmod(unit, KEPT)
+    return copies[stack] - 1 if unit >= 0 and stack in copies and role == FIRST_INNER else 1
+
+
+def require_like_inner_units(counts: Counts, copies: Mapping[int, int]) -> None:
+    """Refuse a micro-batch whose two inner units do not compute the same amount.
 
     Raises:
-        NotRepeatingError: The two inner units do not compute the same amount.
+        NotRepeatingError: They do not.
     """
-    totals = {"forward": 0, "backward": 0}
-    for (unit, phase), count in counts.items():
-        stack, role = divmod(unit, KEPT)
-        inner = unit >= 0 and stack in copies
-        if inner and role in (FIRST_INNER, LAST_INNER):
-            other = FIRST_INNER + LAST_INNER - role
-            if counts.get((KEPT * stack + other, phase)) != count:
+    totals: Counter[tuple[int, str]] = Counter()
+    for unit, phase, count in counts:
+        totals[unit, phase] += count
+    for stack in copies:
+        for phase in ("forward", "backward"):
+            inner = (totals[KEPT * stack + role, phase] for role in (FIRST_INNER, LAST_INNER))
+            if len(set(inner)) > 1:
                 raise NotRepeatingError(f"inner layers of stack {stack} compute different amounts")
-        totals[phase] += count * (copies[stack] - 1 if inner and role == FIRST_INNER else 1)
-    return StepFlops(**totals)
 
 
 class FlopsSurface:

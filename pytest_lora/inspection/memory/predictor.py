@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from pytest_lora.facts.byte_sizes import format_bytes
@@ -26,12 +23,13 @@ from pytest_lora.inspection.memory.fused_layers import FORMULAS as LAYER_FORMULA
 from pytest_lora.inspection.memory.fused_losses import FORMULAS as LOSS_FORMULAS
 from pytest_lora.inspection.memory.images import reads_images
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
-from pytest_lora.inspection.memory.operations import FlopsSurface
+from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.parallel.strategies import cuts_of
 from pytest_lora.inspection.memory.patience import limited, require_few
-from pytest_lora.inspection.memory.sizes import Family, Point, Surface, check_point, fitted, grid
+from pytest_lora.inspection.memory.sizes import Family, Point
 from pytest_lora.inspection.memory.step import Step, assemble
 from pytest_lora.inspection.memory.storage_tracker import quiet
+from pytest_lora.inspection.memory.surfaces import Answer, Surfaces, Traced, answer_of
 from pytest_lora.inspection.memory.timeline import NotRepeatingError
 from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.transformers_internals import runs_images_without_values
@@ -42,14 +40,8 @@ if TYPE_CHECKING:
 CUDA_CONTEXT = 512 * 2**20
 """Bytes that CUDA's context takes on the device beside the allocator; 0.4 to 0.6 GiB is usual."""
 
-TOLERANCE = 0.0005
-"""Share of the bytes by which an interpolated step may differ from a traced one."""
-
-FIT_AFTER = 6
-"""Points that are traced one by one before a surface is fitted, which takes a dozen traces."""
-
 WORTH_FITTING = 3.0
-"""Seconds of a trace up to which a dozen of them is worth the wait."""
+"""Seconds of the processor for a trace up to which further ones for a surface are worth the wait."""
 
 LONG = 200_000
 """Events from which the compiled replay of the allocator is worth loading at once."""
@@ -76,50 +68,51 @@ class Predictor:
         TypeError, ValueError: See ``meta_model.build``.
     """
 
+    _replays = 0
+    """Of all predictors: compiling is worth it once for all of them."""
+
     def __init__(self, base: Any, config: LoraConfig, setting: StepSetting) -> None:
         self.setting = setting
         self._base = base
         self._config = config
         self._thresholds = _thresholds(base)
+        self._shares = _shares(setting)
         self._models: dict[int, MetaModel] = {}
-        self._traced: dict[Point, tuple[StepShape, Step]] = {}
-        self._surfaces: dict[Any, tuple[StepShape, Surface] | None] = {}
-        self._flops: dict[Any, FlopsSurface] = {}
-        self._asked: Counter[Any] = Counter()
-        self._replays = 0
-        self._slowest = 0.0
+        self._traced: dict[Point, Traced] = {}
+        self._surfaces = Surfaces(self._family, self._traced, self._trace, self._step, _numbers(base))
+        self._quickest = float("inf")  # the first trace imports what it needs
         self._cuts = iter(_CUTS if setting.parallel is None else cuts_of(setting.parallel))
         self._together = next(self._cuts)
 
+    def _family(self, point: Point) -> Family:
+        return Family(point, self._thresholds, self._shares)
+
     def peak_allocated(self, batch_size: int, seq_len: int, rank: int) -> int:
         """Bytes that ``torch.cuda.max_memory_allocated`` would give."""
-        shape, sizes, _ = self._at((batch_size, seq_len, rank))
-        return shape.peak_allocated(sizes)
+        found = self._at((batch_size, seq_len, rank))
+        return found.shape.peak_allocated(found.sizes)
 
     def peak_reserved(self, batch_size: int, seq_len: int, rank: int) -> int:
         """Bytes that ``torch.cuda.max_memory_reserved`` would give."""
-        shape, sizes, _ = self._at((batch_size, seq_len, rank))
-        return self._reserved(shape, sizes)
+        return self._reserved(self._at((batch_size, seq_len, rank)))
 
     def flops(self, batch_size: int, seq_len: int, rank: int) -> StepFlops:
         """Floating-point operations of one optimizer step."""
         point = (batch_size, seq_len, rank)
-        surface = self._flops.get(Family(point, self._thresholds).key)
-        found = None if surface is None or point in self._traced else surface(point)
-        return found or self._trace(point)[1].flops
+        return self._at(point).flops or self._trace(point).step.flops
 
     def estimate(self, batch_size: int, seq_len: int, rank: int) -> MemoryEstimate:
         """Everything about one step."""
         point = (batch_size, seq_len, rank)
-        shape, sizes, paged = self._at(point)
-        figures = shape.figures(sizes)
+        found = self._at(point)
+        figures = found.shape.figures(found.sizes)
         model = next(iter(self._models.values())).transformer
         return MemoryEstimate(
             setting=replace(self.setting, batch_size=batch_size, seq_len=seq_len),
             architecture=type(model).__name__,
             rank=point[2],
             peak_allocated=figures.peak_allocated,
-            peak_reserved=self._reserved(shape, sizes),
+            peak_reserved=self._reserved(found),
             after_step=figures.after_step,
             loaded=figures.loaded,
             breakdown=figures.breakdown,
@@ -128,11 +121,13 @@ class Predictor:
             timeline=figures.timeline,
             training_peak=figures.training_peak,
             evaluation_peak=figures.evaluation_peak,
-            paged=paged,
+            paged=found.paged,
             cuda_context=CUDA_CONTEXT,
-            flops=self.flops(*point),
+            flops=found.flops or self.flops(*point),
             has_tokens=has_tokens(model),
-            over_ranks=shape.over_gpus(sizes, self.setting.parallel.gpus) if self.setting.parallel else 0,
+            over_ranks=found.shape.over_gpus(found.sizes, self.setting.parallel.gpus)
+            if self.setting.parallel
+            else 0,
             by_formula=self._by_formula(),
             unmodelled=tuple(
                 _unmodelled(
@@ -148,72 +143,52 @@ class Predictor:
         layers = LAYER_FORMULAS[self.setting.kernels] if self.setting.kernels else ()
         return (*shared, *loss, *layers)
 
-    def _reserved(self, shape: StepShape, sizes: NDArray[np.int64]) -> int:
-        self._replays += 1
-        soon = self._replays > COMPILE_AFTER or len(shape.line.index) > LONG
+    def _reserved(self, found: Answer) -> int:
+        Predictor._replays += 1
+        soon = Predictor._replays > COMPILE_AFTER or len(found.shape.line.index) > LONG
         replay = fastest_replay() if soon else plainly_replayed
         shared = self.setting.parallel
         late = shared is not None and shared.strategy == "fsdp1"
-        return shape.peak_reserved(sizes, replay, emptied=self.setting.empty_cache, late=late)
+        return found.shape.peak_reserved(found.sizes, replay, emptied=self.setting.empty_cache, late=late)
 
-    def _at(self, point: Point) -> tuple[StepShape, NDArray[np.int64], int]:
-        family = Family(point, self._thresholds)
-        surface = self._surfaces.get(family.key)
-        if surface is None and point not in self._traced:
-            self._asked[family.key] += 1
-            if self._asked[family.key] > FIT_AFTER and self._slowest < WORTH_FITTING:
-                surface = self._fit(family)
-        if surface is not None:
-            shape, fit = surface
-            sizes = fit(point)
-            return shape, sizes[:-1], int(sizes[-1])
-        shape, step = self._trace(point)
-        return shape, np.array(step.sizes), step.paged
+    def _at(self, point: Point) -> Answer:
+        if point not in self._traced:
+            # Losses in chunks make as many as there are tokens for.
+            if self._quickest < WORTH_FITTING and self.setting.loss == "full":
+                self._surfaces.learn(point)
+            found = self._surfaces(point)
+            if found is not None and point not in self._traced:
+                return found
+        return answer_of(self._trace(point))
 
-    def _fit(self, family: Family) -> tuple[StepShape, Surface] | None:
-        if family.key not in self._surfaces:
-            steps: dict[Point, Step] = {}
-
-            def sizes_at(point: Point) -> tuple[Any, NDArray[np.int64]]:
-                step = steps[point] = self._step(point)
-                return (step.events, step.units), np.array([*step.sizes, step.paged])
-
-            found = fitted(family, sizes_at, TOLERANCE)
-            shape = None if found is None else StepShape(next(iter(steps.values())))
-            self._surfaces[family.key] = None if found is None or shape is None else (shape, found[1])
-            if found is not None:
-                counted = FlopsSurface(grid(family), [steps[point].flops for point in grid(family)])
-                if counted(check_point(family)) == steps[check_point(family)].flops:
-                    self._flops[family.key] = counted
-        return self._surfaces[family.key]
-
-    def _trace(self, point: Point) -> tuple[StepShape, Step]:
+    def _trace(self, point: Point) -> Traced:
         if point not in self._traced:
             try:
                 step = self._step(point)
-                shape = StepShape(step)
+                known = next((known for known in self._traced.values() if known.is_like(step)), None)
+                traced = Traced(StepShape(step) if known is None else known.shape, step)
             except (NotRepeatingError, NotTracedError):  # some models count their layers, or address them
                 if not self._together or not any(built.stacks for built in self._models.values()):
                     raise
                 self._together = next(self._cuts)
                 self._models.clear()
                 return self._trace(point)
-            self._traced[point] = shape, step
+            self._traced[point] = traced
         return self._traced[point]
 
     def _step(self, point: Point) -> Step:
         batch_size, seq_len, rank = point
         setting = replace(self.setting, batch_size=batch_size, seq_len=seq_len)
-        since = time.monotonic()
         model = self._base if isinstance(self._base, nn.Module) else None
         # The step runs on the meta device, so the values of a live model are out of its reach.
         with Keeper(model, values=False):
             built = self._model(rank)
             what = f"a step of {type(built.transformer).__name__}, batch {batch_size} x {seq_len}, r={rank}"
+            since = time.thread_time()  # on a busy machine a trace is not longer, it only waits
             with limited(what):
                 step = assemble(built, setting)
         require_few(what, step.whole_length())
-        self._slowest = max(self._slowest, time.monotonic() - since)
+        self._quickest = min(self._quickest, time.thread_time() - since)
         return step
 
     def _model(self, rank: int) -> MetaModel:
@@ -299,6 +274,26 @@ def _moved_between_gpus(config: Any, setting: StepSetting) -> int:
     text = getattr(config, "text_config", config)
     numbers = (getattr(text, "vocab_size", 0) or 0) + 2 * (getattr(text, "hidden_size", 0) or 0)
     return 4 * numbers * setting.batch_size * setting.seq_len + setting.workspace
+
+
+def _shares(setting: StepSetting) -> int:
+    """What a rank must be a multiple of, for sizes to be products of it; 0 where no two ranks are alike.
+
+    FSDP2 divides the first dimension of every parameter, the rank of half the adapter, and rounds up. Optimizers in 8
+    bits keep the state of small parameters in 32, and page that of large ones; ZeRO-3 keeps small ones whole.
+    """
+    shared = setting.parallel
+    small = shared is not None and shared.strategy == "zero3"
+    if small or OPTIMIZERS[setting.optimizer].paged or "8bit" in setting.optimizer:
+        return 0
+    return shared.gpus if shared is not None and shared.strategy == "fsdp2" else 1
+
+
+def _numbers(base: Any) -> set[int]:
+    """Whole numbers of a configuration: widths, and the size of the vocabulary."""
+    config = getattr(base, "config", base)
+    parts = (config, getattr(config, "text_config", None))
+    return {n for part in parts if part is not None for n in vars(part).values() if isinstance(n, int)}
 
 
 def _thresholds(base: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,18 +66,41 @@ def check_point(family: Family) -> Point:
 class Family:
     """Points at which a step makes the same storages, so that only their sizes differ.
 
-    With one sequence, or rank one, some copies are left out; beyond a sliding window a mask is made.
+    With one sequence, one token, or rank one, some copies are left out; beyond a sliding window a mask is made.
+
+    Args:
+        point: One of the points.
+        thresholds: Sequence lengths from which something changes.
+        shares: Ranks are divided among so many GPUs; those that cannot be are a family for themselves. 0: each rank is.
     """
 
-    def __init__(self, point: Point, thresholds: Sequence[int]) -> None:
+    def __init__(self, point: Point, thresholds: Sequence[int], shares: int = 1) -> None:
         batch, length, rank = point
         self.single_batch = batch == 1
         self.rank_one = rank == 1
-        low = max((t for t in thresholds if t <= length), default=2)
-        high = min((t for t in thresholds if t > length), default=low + 10**6)
+        self.shares = shares
+        self.alone = rank if not shares or rank % shares else 0
+        low = max((t for t in thresholds if t <= length), default=2) if length > 1 else 1
+        high = min((t for t in thresholds if t > length), default=low + 10**6) if length > 1 else 2
+        self.between = low, high
         stride = max(1, min(64, (high - low) // 5))
         self.lengths = [low + stride * step for step in range(1, 5)]
-        self.key = (self.single_batch, self.rank_one, low)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """What families have in common whose steps may be alike."""
+        return self.between[0], self.alone
+
+    @property
+    def key(self) -> tuple[bool, bool, int, int]:
+        """What tells it from other families."""
+        return self.single_batch, self.rank_one, *self.reach
+
+    def widest(self) -> Family:
+        """The family within the same reach with several sequences, and ranks above one."""
+        other = copy.copy(self)
+        other.single_batch = other.rank_one = False
+        return other
 
 
 def fitted(

@@ -9,7 +9,7 @@ from pytest_lora.facts.operations import NO_FLOPS, StepFlops
 from pytest_lora.inspection.memory.dry_run import EVALUATION, Trace, evaluated, trace
 from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT
 from pytest_lora.inspection.memory.meta_model import MetaModel
-from pytest_lora.inspection.memory.operations import whole_flops
+from pytest_lora.inspection.memory.operations import require_like_inner_units, times_played
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, PAGED_FROM, state_bytes
 from pytest_lora.inspection.memory.parallel.placed import Placement
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
@@ -38,6 +38,7 @@ class Step:
         placement: Where layers lie on several GPUs, on which.
         workspaces: Bytes of those that cuBLAS has not allocated yet, by phase.
         flops: Floating-point operations of one of the two steps, of the whole model.
+        counted: What they are the sum of: phase, how often, and operations at once, in order.
     """
 
     events: list[int] = field(default_factory=list)
@@ -55,6 +56,7 @@ class Step:
     placement: Placement | None = None
     workspaces: dict[str, int] = field(default_factory=dict)
     flops: StepFlops = NO_FLOPS
+    counted: list[tuple[str, int, int]] = field(default_factory=list)
 
     def whole_length(self) -> int:
         """Events of the whole model, where those of an inner unit count for every copy."""
@@ -108,7 +110,7 @@ def assemble(built: MetaModel, setting: StepSetting) -> Step:
     micro = [trace(built, setting)]
     if setting.accumulation > 1:
         micro.append(trace(built, setting, gradients_held=True))
-    step.flops = _flops(micro, step.copies, setting.accumulation)
+    step.flops, step.counted = _flops(micro, step.copies, setting.accumulation)
     trained = built.trained()
     for first in (True, False):
         gradients = list(step.play(micro[0]).values())
@@ -126,11 +128,18 @@ def assemble(built: MetaModel, setting: StepSetting) -> Step:
     return step
 
 
-def _flops(micro: list[Trace], copies: dict[int, int], accumulation: int) -> StepFlops:
+def _flops(
+    micro: list[Trace], copies: dict[int, int], accumulation: int
+) -> tuple[StepFlops, list[tuple[str, int, int]]]:
     """Of the first micro-batch, and of the others, which are all like the second."""
-    first, *others = (whole_flops(traced.flops, copies) for traced in micro)
-    more = others[0] if others else NO_FLOPS
-    return StepFlops(*(one + (accumulation - 1) * other for one, other in zip(first, more, strict=True)))
+    counted: list[tuple[str, int, int]] = []
+    for traced, times in zip(micro, (1, accumulation - 1), strict=False):
+        require_like_inner_units(traced.flops, copies)
+        counted += [(phase, times * times_played(unit, copies), count) for unit, phase, count in traced.flops]
+    totals = {"forward": 0, "backward": 0}
+    for phase, times, count in counted:
+        totals[phase] += times * count
+    return StepFlops(**totals), counted
 
 
 def _homes(step: Step) -> dict[int, int]:

@@ -119,7 +119,7 @@ class _Expansion:
         made, freed = instances[~frees], instances[frees]
         when_made = np.full(self.total, len(instances), dtype=np.int64)
         when_made[made] = np.flatnonzero(~frees)
-        twice = len(np.unique(made)) < len(made) or len(np.unique(freed)) < len(freed)
+        twice = any(np.bincount(ones, minlength=1).max() > 1 for ones in (made, freed))
         if twice or (when_made[freed] > np.flatnonzero(frees)).any():
             raise NotRepeatingError("a layer frees what another one holds")
 
