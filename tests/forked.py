@@ -5,6 +5,7 @@ For tests that say nothing about what is imported when. The package itself is lo
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -74,6 +75,7 @@ def fork(work: Callable[[], int]) -> int:
     pid = os.fork()
     if pid:
         return pid
+    gc.freeze()  # what is here is not thrown away in the fork as well
     status = 1
     try:
         status = work()
@@ -131,5 +133,11 @@ def fork_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the ranks of ``run_distributed`` be forks, not new interpreters."""
     from torch.distributed.launcher import api
 
-    made = api.LaunchConfig
-    monkeypatch.setattr(api, "LaunchConfig", lambda **fields: made(**{**fields, "start_method": "fork"}))
+    real = api.LaunchConfig
+
+    def made(**fields: Any) -> Any:
+        gc.collect()
+        gc.freeze()  # a store of ranks that are gone, thrown away by a fork, would wait for a thread that it has not
+        return real(**{**fields, "start_method": "fork"})
+
+    monkeypatch.setattr(api, "LaunchConfig", made)

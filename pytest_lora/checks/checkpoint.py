@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from pytest_lora.arguments import refusing, require_config, require_expect
 from pytest_lora.checks.judging import report_on, reported
 from pytest_lora.expect import Expect
+from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.figures.adapter_maps import checkpoint_maps
 from pytest_lora.facts.measures import of_checkpoint
 from pytest_lora.facts.served import served_checkpoint
 from pytest_lora.findings import Report
-from pytest_lora.rules import Rule, catalogue, judge
+from pytest_lora.rules import Rule, judge, rules_for
 from pytest_lora.rules.selection import codes
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def judge_checkpoint(
 
 def _compared() -> str:
     """How many rules need a base, in words."""
-    number = sum(rule.on_saved not in (None, "alone") for rule in catalogue())
+    number = sum(rule.on_saved not in (None, "alone") for rule in rules_for(ConfigFacts))
     return f"{number} config rules"
 
 

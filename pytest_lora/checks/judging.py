@@ -8,17 +8,16 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.figures import Figure
 from pytest_lora.facts.measures import Measures
 from pytest_lora.findings import Finding, Report
-from pytest_lora.rules import catalogue, judge
+from pytest_lora.rules import judge, number_of_rules
 from pytest_lora.rules.selection import selected
 
 NotJudged = tuple[tuple[str, str], ...]
 """Pairs: why something could not be judged, and what."""
 
 
-def rules_of(*stages: str) -> str:
+def rules_of(stage: str) -> str:
     """How many rules a stage has, in words: ``"41 training rules"``."""
-    number = sum(rule.stage in stages for rule in catalogue())
-    return f"{number} {stages[0]} rules"
+    return f"{number_of_rules(stage)} {stage} rules"
 
 
 def report_on(

@@ -161,18 +161,9 @@ def rule(
                     f"rule {name!r}: its name or its code {code} is already that of {known.name!r}"
                 )
         doc = inspect.cleandoc(judge.__doc__)
+        stage = _stage(judge, needs)
         _registered[code] = Rule(
-            code,
-            name,
-            severity,
-            needs,
-            _stage(judge, needs),
-            doc,
-            judge,
-            former,
-            on_saved,
-            passing,
-            causes,
+            code, name, severity, needs, stage, doc, judge, former, on_saved, passing, causes
         )
         return judge
 
@@ -181,20 +172,75 @@ def rule(
 
 def _stage(judge: Judge[Any], needs: type) -> str:
     """The folder of a rule of this package; elsewhere the module of its facts, as in ``pytest_lora.facts.model``."""
-    home = judge.__module__ if judge.__module__.startswith(f"{__name__}.") else f"{needs.__module__}."
+    home = judge.__module__ if _is_own(judge) else f"{needs.__module__}."
     return home.rsplit(".", 2)[1]
+
+
+def _is_own(judge: Judge[Any]) -> bool:
+    return judge.__module__.startswith(f"{__name__}.")
+
+
+_HOMES = {
+    "loss_drop": "training",
+    "optimizer": "training",
+    "properties": "behaviour",
+    "resumption": "behaviour",
+    "served": "checkpoint",
+}
+"""Modules of facts whose rules are in the folder of another name."""
 
 
 @cache
 def catalogue() -> tuple[Rule, ...]:
     """Every rule, ordered by code: those of this package, and those of others."""
-    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
+    for folder in pkgutil.iter_modules(__path__):
+        if folder.ispkg:
+            _load(folder.name)
+    _load_others()
+    return tuple(_registered[code] for code in sorted(_registered))
+
+
+@cache
+def rules_for(facts: type) -> tuple[Rule, ...]:
+    """The rules that judge facts of this class, ordered by code; no others are loaded."""
+    home = _home(facts)
+    if home is None:
+        known = catalogue()
+    else:
+        _load(home)
+        _load_others()
+        known = tuple(_registered[code] for code in sorted(_registered))
+    return tuple(rule for rule in known if issubclass(facts, rule.needs))
+
+
+def number_of_rules(stage: str) -> int:
+    """How many rules a stage has, of which none is loaded for that: one a file."""
+    own = sum(1 for _ in pkgutil.iter_modules([f"{path}/{stage}" for path in __path__]))
+    _load_others()
+    foreign = (rule for rule in _registered.values() if not _is_own(rule.judge))
+    return own + sum(rule.stage == stage for rule in foreign)
+
+
+def _home(facts: type) -> str | None:
+    """The folder of the rules on facts of this class; None where they may be anywhere."""
+    package, _, module = facts.__module__.rpartition(".")
+    return _HOMES.get(module, module) if package == "pytest_lora.facts" else None
+
+
+@cache
+def _load(folder: str) -> None:
+    """Load the rules of a folder, if there is one of that name."""
+    for module in pkgutil.iter_modules([f"{path}/{folder}" for path in __path__]):
+        importlib.import_module(f"{__name__}.{folder}.{module.name}")
+
+
+@cache
+def _load_others() -> None:
+    """Load the rules of other packages."""
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         found = entry.load()
         for module in pkgutil.walk_packages(getattr(found, "__path__", ()), f"{found.__name__}."):
             importlib.import_module(module.name)
-    return tuple(_registered[code] for code in sorted(_registered))
 
 
 def judge(
@@ -211,7 +257,7 @@ def judge(
         LookupError: No rule needs one of the facts, so that nothing would have been judged.
     """
     for fact in facts:
-        fitting = [known for known in catalogue() if isinstance(fact, known.needs)]
+        fitting = rules_for(type(fact))
         if not fitting:
             raise LookupError(f"no rule judges {type(fact).__name__}; its module was imported twice")
         for known in fitting:
@@ -223,7 +269,9 @@ def without_consequences(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """The findings less those that an error among them explains, so that one mistake is told once."""
     told = tuple(findings)
     causes = {finding.rule for finding in told if finding.severity == "error"}
-    explained = {known.code for known in catalogue() if not causes.isdisjoint(known.because_of)}
+    said = {finding.code for finding in told}
+    known = _registered if said <= _registered.keys() else {rule.code: rule for rule in catalogue()}
+    explained = {code for code in said & known.keys() if not causes.isdisjoint(known[code].because_of)}
     return tuple(finding for finding in told if finding.by_itself or finding.code not in explained)
 
 

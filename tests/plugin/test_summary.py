@@ -8,7 +8,6 @@ import pytest
 
 from pytest_lora.findings import Report
 from pytest_lora.plugin.summary import SHOWN_FIGURES
-from tests.forked import run_forked
 from tests.plugin.sessions import MODES, run, session
 
 REPORTS = """
@@ -177,7 +176,7 @@ def test_strict_mode(pytester: pytest.Pytester, how: list[str]) -> None:
         + "\ndef test_two_warnings():\n"
         + "    assert_healthy(('LORA107', 'warning', 'first'), ('LORA107', 'warning', 'second'))\n"
     )
-    result = run_forked(pytester, *how, "-k", "fails_too or with_an_info or two_warnings")
+    result = pytester.runpytest_subprocess(*how, "-k", "fails_too or with_an_info or two_warnings")
     result.assert_outcomes(failed=2, passed=1, deselected=5)
     result.stdout.fnmatch_lines(
         [

@@ -12,8 +12,8 @@ from peft import LoraConfig
 
 import pytest_lora.rules
 from pytest_lora.bases.examples.models import TAKES_TOKEN_TYPES
-from pytest_lora.rules import Rule, catalogue
-from tests.forked import fork_ranks
+from pytest_lora.rules import Rule, catalogue, rules_for
+from tests.forked import fork_ranks, outcome
 from tests.namespace import run
 
 SECTIONS = ("What it does", "Why is this bad?", "Example", "Use instead", "References")
@@ -105,3 +105,24 @@ def test_each_rule_is_one_function_in_a_file_of_its_name() -> None:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
         ]
         assert public == [file.stem]
+
+
+@every_rule
+def test_rules_are_found_by_the_facts_that_they_judge(known: Rule) -> None:
+    assert known in rules_for(known.needs)
+
+
+def test_a_check_loads_the_rules_of_its_facts_alone() -> None:
+    loaded = outcome(lambda: exec(LOADS, {})).stdout.split()
+    assert loaded == ["config", "True"]
+
+
+LOADS = """
+import sys
+from pytest_lora import rules
+from pytest_lora.facts.config import ConfigFacts
+rules.rules_for(ConfigFacts)
+print(*{name.split(".")[2] for name in sys.modules if name.startswith("pytest_lora.rules.") and name.count(".") == 3})
+stages = {rule.stage for rule in rules.catalogue()}
+print(all(rules.number_of_rules(s) == sum(r.stage == s for r in rules.catalogue()) for s in stages))
+"""
