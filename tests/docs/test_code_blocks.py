@@ -30,7 +30,6 @@ from pytest_lora.assertions import delivered
 from pytest_lora.plugin.options import TABLE
 from tests.docs import preamble
 from tests.docs.blocks import ROOT, Block, blocks
-from tests.forked import fork_ranks
 
 ALL = tuple(blocks())
 OUTPUT = ("", "text")
@@ -112,7 +111,6 @@ def run_pytest(place: Path, *args: str, plugins: tuple[object, ...] = ()) -> int
         patch.delenv("PYTEST_ADDOPTS", raising=False)
         patch.setenv("COLUMNS", "120")
         patch.setenv("HF_HUB_OFFLINE", "1")
-        fork_ranks(patch)
         code = int(pytest.main(["-p", "no:cacheprovider", *args], plugins=plugins))
     settings.load_profile(profile)
     delivered.clear()
