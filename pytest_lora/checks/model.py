@@ -62,7 +62,6 @@ def check_model(
         ValueError: A code does not exist, or ``steps`` is out of its range or without batches.
     """
     from pytest_lora.inspection.model import model_facts
-    from pytest_lora.inspection.training import optimizer_facts
 
     expect = require_expect(expect)
     select, ignore = codes("select", select), codes("ignore", ignore)
@@ -73,6 +72,8 @@ def check_model(
     judged: list[object] = [facts, *(c for c in facts.configs if c.adapter in facts.active)]
     # With batches the steps look at the optimizer, but only once is to be heard.
     if optimizer is not None and batches is None:
+        from pytest_lora.inspection.training import optimizer_facts
+
         judged.append(optimizer_facts(model, optimizer))
     subject = f"{type(model).__name__} of {facts.base.title}"
     unseen = batches is None and expect.purpose == "train"

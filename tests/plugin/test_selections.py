@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from pytest_lora.bases.examples import folders, models
+from tests.forked import run_forked
 
 CHECKS = """
     import pytest
@@ -45,7 +48,8 @@ def test_options_and_ini_reach_every_check(
     pytester: pytest.Pytester, arguments: list[str], failing: set[str]
 ) -> None:
     pytester.makepyfile(CHECKS)
-    result = pytester.runpytest(*arguments, "-W", "always::pytest_lora.LoraHealthWarning")
+    start = partial(run_forked, pytester) if "-n" in arguments else pytester.runpytest
+    result = start(*arguments, "-W", "always::pytest_lora.LoraHealthWarning")
     names = {"test_error", "test_warning", "test_check"}
     assert {
         name for name in names if "FAILED" in "".join(line for line in result.outlines if name in line)
