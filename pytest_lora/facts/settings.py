@@ -175,7 +175,9 @@ class Names(tuple[str, ...]):
 def _means(names: tuple[str, ...] | str | None, module: str) -> bool:
     if isinstance(names, str):
         return matches(names, module)
-    return bool(names) and (names if isinstance(names, Names) else Names(names)).mean(module)
+    if not names:
+        return False
+    return (names if isinstance(names, Names) else Names(names)).mean(module)
 
 
 def _ancestors(module: str) -> Iterator[str]:

@@ -236,17 +236,19 @@ def catalogue() -> tuple[Rule, ...]:
     return tuple(_registered[code] for code in sorted(_registered))
 
 
-@cache
 def rules_for(facts: type) -> tuple[Rule, ...]:
     """The rules that judge facts of this class, ordered by code; no others are loaded."""
-    home = _home(facts)
+    return tuple(rule for rule in _rules_at(_home(facts)) if issubclass(facts, rule.needs))
+
+
+@cache
+def _rules_at(home: str | None) -> tuple[Rule, ...]:
+    """What is loaded once the rules of a folder are, ordered by code; all rules for None."""
     if home is None:
-        known = catalogue()
-    else:
-        _load(home)
-        _load_others()
-        known = tuple(_registered[code] for code in sorted(_registered))
-    return tuple(rule for rule in known if issubclass(facts, rule.needs))
+        return catalogue()
+    _load(home)
+    _load_others()
+    return tuple(_registered[code] for code in sorted(_registered))
 
 
 def number_of_rules(stage: str) -> int:

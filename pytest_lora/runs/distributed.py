@@ -79,7 +79,6 @@ def run_distributed(
     given = require_items("args", args, "a list of arguments")
     if backend == "nccl":
         _require_gpus(world_size)
-    from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -87,7 +86,9 @@ def run_distributed(
     with tempfile.TemporaryDirectory() as folder:
         # The launcher's own way to a free port looks through the sources of the whole call stack for its log, which
         # takes seconds where many modules are loaded. Of this port it takes the server that is there.
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        store = importlib.import_module("torch.distributed").TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True
+        )
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

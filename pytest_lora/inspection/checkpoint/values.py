@@ -167,7 +167,10 @@ def _squares(raw: Bytes, dtype: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     with np.errstate(all="ignore"):
         if len(numbers) == 1:  # the fastest there is
             return np.array([np.dot(numbers[0], numbers[0])], np.float64)
-        return np.einsum("ij,ij->i", numbers, numbers).astype(np.float64)
+        squares: np.ndarray[Any, np.dtype[np.float64]] = np.einsum("ij,ij->i", numbers, numbers).astype(
+            np.float64
+        )
+        return squares
 
 
 def _root_means(squares: np.ndarray[Any, np.dtype[np.float64]], form: Form) -> list[float | None]:
@@ -192,7 +195,8 @@ def _count(
     if dtype in NAN_ONLY:
         magnitude = raw & np.uint8(0x7F)
         nans += np.count_nonzero(magnitude == NAN_ONLY[dtype], axis=1)
-        return ~magnitude.any(axis=1)
+        highest = magnitude.max(axis=1, initial=0)
+        return np.asarray(highest == 0, np.bool_)
     layout = LAYOUTS[dtype]
     bits = raw.view(layout.unsigned)
     magnitude_bits = bits & layout.unsigned(layout.exponent | layout.fraction)
@@ -201,4 +205,4 @@ def _count(
     if highest.max() >= layout.exponent:
         infinities += np.count_nonzero(magnitude_bits == layout.exponent, axis=1)
         nans += np.count_nonzero(magnitude_bits > layout.exponent, axis=1)
-    return highest == 0
+    return np.asarray(highest == 0, np.bool_)
