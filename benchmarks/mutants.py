@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from chosen_tests import chosen, nearest
-from drawn_mutants import ROOT, Mutant, drawn
+from drawn_mutants import PARTS, ROOT, Mutant, drawn
 from executed_lines import OPTIONS, Executed, record_all, sources
 
 SET_UP = 30
@@ -277,16 +277,22 @@ def earlier(file: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def write(file: Path | None, options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
-    if file is not None:
-        dead = sum(map(killed, results.values()))
-        summary = {
-            "sources": sources(),
-            "seed": options.seed,
-            "drawn": options.number,
-            "run": len(results),
-            "killed": dead,
-        }
-        file.write_text(json.dumps(summary | {"results": results}, indent=1) + "\n")
+    if file is None:
+        return
+    parts: dict[str, dict[str, int]] = {part: {"killed": 0, "run": 0} for part in PARTS}
+    for name, one in results.items():
+        of_part = parts[name.split("/")[1]]
+        of_part["run"] += 1
+        of_part["killed"] += killed(one)
+    summary = {
+        "sources": sources(),
+        "seed": options.seed,
+        "drawn": options.number,
+        "run": len(results),
+        "killed": sum(map(killed, results.values())),
+        "of": parts,
+    }
+    file.write_text(json.dumps(summary | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
