@@ -1,0 +1,200 @@
+"""A base as facts, on modules of a few numbers: shapes, names, heads, and rows that were added."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pytest_lora.facts.base import BaseFacts
+from pytest_lora.facts.model import InitialRows
+from pytest_lora.inspection import vocabulary
+from pytest_lora.inspection.base import base_facts, base_parameters, logical_shape, quantization_of, task_of
+from pytest_lora.inspection.survey import survey
+from pytest_lora.inspection.vocabulary import initial_rows
+
+
+def facts_of(model: nn.Module) -> BaseFacts:
+    found = survey(model)
+    return base_facts(found, base_parameters(found))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Linear(3, 5), (3, 5)),
+        (nn.Embedding(7, 4), (7, 4)),
+        (nn.Conv2d(3, 6, 2), (3, 6)),
+        (nn.MultiheadAttention(4, 2), (4, 12)),
+        (Conv1D(5, 3), (3, 5)),
+        (nn.LayerNorm(4), None),
+        (SimpleNamespace(in_features=3, out_features=5, qweight=0), (3, 5)),
+        (SimpleNamespace(in_features=3, out_features=5, W_q=0), (3, 5)),
+        (SimpleNamespace(in_features=3, out_features=5), None),
+        (SimpleNamespace(in_features=3, out_features="5", weight=0), None),
+    ],
+)
+def test_what_lora_can_adapt_has_a_shape(module: Any, shape: tuple[int, int] | None) -> None:
+    assert logical_shape(module) == shape
+
+
+@pytest.mark.parametrize(
+    ("module", "method"),
+    [
+        (nn.Linear(2, 2), None),
+        (SimpleNamespace(qweight=0), "gptq or awq"),
+        (SimpleNamespace(W_q=0), "hqq"),
+        (SimpleNamespace(), None),
+    ],
+)
+def test_methods_of_quantization(module: Any, method: str | None) -> None:
+    assert quantization_of(module) == method
+
+
+@pytest.mark.parametrize(
+    ("architecture", "encodes", "task"),
+    [
+        ("LlamaForCausalLM", False, "CAUSAL_LM"),
+        ("GPT2LMHeadModel", False, "CAUSAL_LM"),
+        ("BertForSequenceClassification", False, "SEQ_CLS"),
+        ("BertForTokenClassification", False, "TOKEN_CLS"),
+        ("BertForQuestionAnswering", False, "QUESTION_ANS"),
+        ("T5ForConditionalGeneration", True, "SEQ_2_SEQ_LM"),
+        ("LlavaForConditionalGeneration", False, None),
+        ("BertModel", False, None),
+    ],
+)
+def test_tasks_by_the_names_of_classes(architecture: str, encodes: bool, task: str | None) -> None:
+    assert task_of(architecture, SimpleNamespace(is_encoder_decoder=encodes)) == task
+    assert task_of(architecture, None) == (None if encodes else task)
+
+
+def layer() -> nn.Module:
+    return nn.ModuleDict({"q": nn.Linear(4, 4, bias=False), "experts": nn.ModuleList([nn.Linear(4, 2)] * 1)})
+
+
+class ToyForCausalLM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.layers = nn.ModuleList(layer() for _ in range(3))
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+        self.experts = nn.ParameterDict(
+            {"up": nn.Parameter(torch.ones(2, 4, 8)), "one": nn.Parameter(torch.ones(1, 4, 8))}
+        )
+        self.positions = nn.Parameter(torch.ones(2, 4, 8, dtype=torch.bfloat16))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def test_a_toy_in_facts() -> None:
+    found = facts_of(ToyForCausalLM())
+    assert (found.architecture, found.task_type) == ("ToyForCausalLM", "CAUSAL_LM")
+    assert (found.input_embeddings, found.output_embeddings, found.vocab_size) == ("embed", "head", 9)
+    assert found.tied == (("embed", "head"),)
+    assert found.layer_indices == (0, 1, 2)
+    assert found.parameters == 9 * 4 + 3 * (16 + 8 + 2) + 64 + 32 + 64
+    assert found.has_biases
+    assert found.float_dtypes == ("float32", "bfloat16")
+    assert [(one.name, one.numbers) for one in found.fused] == [("experts.up", 64)]
+    assert (found.heads, found.quantization, found.device_types) == ((), None, ("cpu",))
+    assert {module.name for module in found.modules} >= {"embed", "head", "layers.2.q", "layers.0.experts.0"}
+    plain = facts_of(nn.Sequential(nn.Linear(2, 2, bias=False)))
+    assert (plain.has_biases, plain.input_embeddings, plain.vocab_size, plain.tied) == (False, None, None, ())
+
+
+class ToyForSequenceClassification(nn.Module):
+    base_model_prefix = "body"
+
+    def __init__(self, std: float = 0.02, bias: float = 0.0) -> None:
+        super().__init__()
+        self.body = nn.Linear(50, 50)
+        self.score = nn.Linear(50, 100)
+        self.dropout = nn.Dropout()
+        nn.init.constant_(self.score.bias, bias)
+        weights = torch.linspace(-1, 1, self.score.weight.numel()).reshape(self.score.weight.shape)
+        self.score.weight.data = weights / weights.std() * std
+
+
+@pytest.mark.parametrize(
+    ("off", "bias", "fresh"),
+    [
+        (0.0, 0.0, True),
+        (4.9, 0.0, True),
+        (-4.9, 0.0, True),
+        (5.1, 0.0, False),
+        (-5.1, 0.0, False),
+        (0.0, 1e-6, False),
+    ],
+)
+def test_a_head_is_fresh_within_five_deviations_of_its_deviation(
+    off: float, bias: float, fresh: bool
+) -> None:
+    std = 0.02 * (1 + off / math.sqrt(2 * 5000))
+    (head,) = facts_of(ToyForSequenceClassification(std, bias)).heads
+    assert (head.name, head.fresh) == ("score", fresh)
+    (unknown,) = facts_of(ToyForSequenceClassification(std, bias).to("meta")).heads
+    assert unknown.fresh is None
+
+
+# ------------------------------------------------------------------ rows that were added
+
+
+def rows(count: int, added: int, off: float = 0.0, seed: int = 0) -> torch.Tensor:
+    """Trained rows, and added ones at their mean, off by a share of the spread."""
+    torch.manual_seed(seed)
+    old = torch.randn(count, 32)
+    spread = (old - old.mean(0)).square().mean().sqrt()
+    return torch.cat([old, (old.mean(0) + off * spread).expand(added, 32)])
+
+
+def initial(weight: torch.Tensor, pad: int | None = None) -> list[InitialRows]:
+    model = ToyForCausalLM()
+    model.embed = nn.Embedding.from_pretrained(weight, freeze=False)
+    model.head = nn.Linear(4, 9)
+    model.config = SimpleNamespace(pad_token_id=pad)
+    found = survey(model)
+    inputs = [
+        one for one in initial_rows(found, base_facts(found, base_parameters(found))) if one.module == "embed"
+    ]
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("weight", "pad", "found"),
+    [
+        (rows(600, 0), None, None),
+        (rows(600, 1), None, (600, 1, False)),
+        (rows(600, 1), 600, (600, 1, True)),
+        (rows(600, 2), 601, (600, 2, False)),
+        (rows(600, 5, off=0.009), None, (600, 5, False)),
+        (rows(600, 5, off=0.012), None, None),
+        (torch.ones(6, 32), None, None),
+        (torch.zeros(6, 32), None, None),
+        (rows(1, 1), None, None),
+    ],
+)
+def test_added_rows_lie_at_the_mean(weight: torch.Tensor, pad: int | None, found: Any) -> None:
+    seen = [(one.first, one.count, one.padding) for one in initial(weight, pad)]
+    assert seen == ([] if found is None else [found])
+
+
+def test_rows_are_read_by_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "CHUNK", 4)
+    monkeypatch.setattr(vocabulary, "SAMPLE", 16)
+    for added in (3, 4, 5, 9):
+        (found,) = initial(rows(40, added))
+        assert (found.first, found.count) == (40, added)
+    assert vocabulary.readable_weight(SimpleNamespace(weight=torch.ones(4, 4).long())) is None  # type: ignore[arg-type]
+    assert vocabulary.readable_weight(nn.Embedding(1, 4)) is None
+    assert vocabulary.readable_weight(nn.Embedding(2, 4)) is not None
