@@ -164,10 +164,8 @@ def initial(weight: torch.Tensor, pad: int | None = None) -> list[InitialRows]:
     model.head = nn.Linear(4, 9)
     model.config = SimpleNamespace(pad_token_id=pad)
     found = survey(model)
-    inputs = [
-        one for one in initial_rows(found, base_facts(found, base_parameters(found))) if one.module == "embed"
-    ]
-    return inputs
+    every = initial_rows(found, base_facts(found, base_parameters(found)))
+    return [one for one in every if one.module == "embed"]
 
 
 @pytest.mark.parametrize(
