@@ -158,7 +158,8 @@ def test_a_jump_lies_after_the_first_tenth_and_is_followed_by_nine_losses(
 @pytest.mark.parametrize(("size", "seen"), [(0.76, True), (0.74, False)])
 def test_a_jump_is_three_quarters_of_the_rise(size: float, seen: bool) -> None:
     climb = [1 + size + (1 - size) * i / 30 for i in range(31)]
-    assert (jump([1.0] * 30 + [1 + size] * 6 + climb) is not None) is seen
+    losses = [1.0] * 30 + [1 + size] * 6 + climb
+    assert (jump([2 * loss for loss in losses]) is not None) is seen
 
 
 @pytest.mark.parametrize(("size", "seen"), [(6.1, True), (5.9, False)])

@@ -64,6 +64,7 @@ def test_steps_and_shares_are_counted_from_the_first_loss() -> None:
     assert [facts.step(i) for i in (0, 1, 9)] == [10, 20, 100]
     assert facts.steps == 90
     assert facts.share_seen == 0.45
+    assert history_facts([2.0, 2.0]).steps == 2
     assert history_facts([2.0]).share_seen is None
     assert history_facts([2.0], vocabulary_size=256).chance == math.log(256)
     assert history_facts([2.0]).chance is None

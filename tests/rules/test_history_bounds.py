@@ -317,6 +317,7 @@ def test_a_loss_blows_up_at_once(usable: tuple[float, ...], curve: Any, is_told:
         ({"lowest": level(2), "end": level(6.01, 0.79)}, "error"),
         ({"lowest": level(2), "end": level(6.01, 0.81)}, None),
         ({"lowest": level(2), "end": level(6.01), "start": level(10, 3.9)}, "error"),
+        ({"lowest": level(2, 0.0), "end": level(6.01), "start": level(10, 4.0)}, None),
         ({"lowest": level(2), "end": level(6.01), "start": level(10, 4.1)}, None),
     ],
 )

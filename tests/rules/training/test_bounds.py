@@ -83,7 +83,7 @@ SMALL = {"gradients": (1.0,), "numbers": 100, "held": True, "part": "b"}
         ({"rates": (0.0,) * 2}, None),
         # Gradients of 0.1 a number: what eps leaves of a step is 0.1 / (0.1 + eps), and counts below a tenth.
         ({"rates": (1e-6,) * 2, "groups": {"eps": 1.1}, "tensors": SMALL}, "warning: eps=1.1 outweighs"),
-        ({"rates": (1e-6,) * 2, "groups": {"eps": 0.89}, "tensors": SMALL}, None),
+        ({"rates": (9.9e-7,) * 2, "groups": {"eps": 0.9}, "tensors": SMALL}, None),
         ({"rates": (1.3e-6,) * 2, "groups": {"eps": 1.1}, "tensors": SMALL}, None),
         ({"rates": (1e-6,) * 2, "groups": {"eps": 1.1}, "tensors": {**SMALL, "held": False}}, None),
         ({"rates": (1e-6,) * 2, "groups": {"eps": 1.1}, "tensors": SMALL, "optimizer": "Lion"}, None),
