@@ -18,7 +18,7 @@ from pytest_lora.inspection.checkpoint import values
 from pytest_lora.inspection.checkpoint.config_file import config_file, lora_config
 from pytest_lora.inspection.checkpoint.folder import UnreadableError
 from pytest_lora.inspection.checkpoint.header import read_header
-from pytest_lora.inspection.checkpoint.marks import Marking, marking
+from pytest_lora.inspection.checkpoint.marks import Marking, is_marked
 from pytest_lora.inspection.checkpoint.values import read_values
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
@@ -92,7 +92,7 @@ def test_parts_of_a_factor_that_hold_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "is_marked"),
+    ("name", "shape", "marked"),
     [
         ("m.lora_A.weight", (4, 8), True),
         ("m.lora_B", (4, 8), True),
@@ -103,16 +103,16 @@ def test_parts_of_a_factor_that_hold_nothing(tmp_path: Path) -> None:
         ("m.lora_A.weight", (4, 17), False),
     ],
 )
-def test_only_factors_whose_rows_fit_are_marked(name: str, shape: tuple[int, ...], is_marked: bool) -> None:
-    assert (marking(name, shape, 4, 64) is not None) is is_marked
+def test_only_factors_whose_rows_fit_are_marked(name: str, shape: tuple[int, ...], marked: bool) -> None:
+    assert is_marked(name, shape, 4, 64) is marked
 
 
 @pytest.mark.parametrize(("size", "kept"), [(4096, True), (4097, False)])
 def test_marks_are_of_as_many_places_as_there_are_ranks(size: int, kept: bool) -> None:
     for shape in ((size, 2), (2, size)):
-        one = Marking(shape, 1)
-        one.add(np.ones(2 * size, np.uint8))
-        found = one.marks()
+        one = Marking(shape, 1, 1)
+        one.add(np.ones((1, 2 * size), np.uint8))
+        (found,) = one.marks()
         assert (found.rows == (True,) * shape[0]) is (kept or shape[0] == 2)
         assert (found.columns == (True,) * shape[1]) is (kept or shape[1] == 2)
 

@@ -132,6 +132,10 @@ def test_linear_names_leave_out_the_head() -> None:
     assert linear_names(Model()) == ["c_attn", "q"]
 
 
+FSDP = "fsdp1"
+"""What accelerate takes where no version is said."""
+
+
 @pytest.mark.parametrize(
     ("name", "strategy"),
     [
@@ -140,8 +144,9 @@ def test_linear_names_leave_out_the_head() -> None:
         ("zero2_offload", "zero2"),
         ("ds_z1_config.json", "zero1"),
         ("z0", "zero0"),
-        ("fsdp2", "fsdp"),
-        ("fsdp_offload", "fsdp_offload"),
+        ("fsdp2", "fsdp2"),
+        ("fsdp", FSDP),
+        ("fsdp_offload", f"{FSDP}_offload"),
         ("none", None),
     ],
 )
@@ -158,10 +163,11 @@ ZERO = {"distributed_type": "DEEPSPEED"}
         ({}, None),
         ({"distributed_type": "MULTI_GPU"}, "ddp"),
         ({"distributed_type": "NO"}, None),
-        ({"distributed_type": "fsdp"}, "fsdp"),
-        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_offload_params": True}}, "fsdp_offload"),
-        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_offload_params": False}}, "fsdp"),
-        ({"distributed_type": "FSDP", "fsdp_config": "x"}, "fsdp"),
+        ({"distributed_type": "fsdp"}, FSDP),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_offload_params": True}}, f"{FSDP}_offload"),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_offload_params": False}}, FSDP),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}, "fsdp2"),
+        ({"distributed_type": "FSDP", "fsdp_config": "x"}, FSDP),
         ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 0}}, "zero0"),
         ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 4}}, None),
         ({"distributed_type": "DEEPSPEED", "deepspeed_config": None}, None),
