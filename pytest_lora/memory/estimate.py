@@ -186,7 +186,8 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
             **given,
         }
     left_out = _left_out(base)
-    if not setting.get("evaluation") and given.get("evaluation") and _is_sharded(given):
+    by_args = setting.get("evaluation") is None and given.get("evaluation") is not None
+    if by_args and _is_sharded(given):
         given["evaluation"] = None
         left_out += (Unmodelled("the evaluation, where weights are cut over several GPUs, is", "at least"),)
     return StepMemory(_predictor(base, config, checked_setting(**given)), config.r, left_out)
