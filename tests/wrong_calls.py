@@ -210,6 +210,7 @@ ASSERTIONS = {
 }  # fmt: skip
 
 OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "Evaluation": lambda: {"batch_size": 4},
     "Expect": dict,
     "LoraHealthCallback": dict,
     "StepMemory.estimate": lambda: dict(STEP),

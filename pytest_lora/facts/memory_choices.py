@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from pytest_lora.values import require_one_of, require_whole
+
 Attention = Literal["math", "flash", "efficient", "cudnn"]
 ATTENTION_KERNELS: tuple[Attention, ...] = get_args(Attention)
 """Kernels of scaled dot product attention, in the order of ``torch.nn.attention.SDPBackend``."""
@@ -16,6 +18,8 @@ KERNELS: tuple[Kernels, ...] = get_args(Kernels)
 
 Kept = Literal["loss", "logits", "predictions"]
 EVALUATION_KEEPS: tuple[Kept, ...] = get_args(Kept)
+_MOST = {"batch_size": 2**28, "seq_len": 2**24, "batches": 2**28}
+"""As of a training step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +34,22 @@ class Evaluation:
             ``preprocess_logits_for_metrics`` makes one whole number a token of them.
         batches: How many batches stay before they go to the host: ``eval_accumulation_steps``, or without that all of
             the evaluation. None where that is not known, which makes the figures "at least" with logits.
+
+    Raises:
+        TypeError, ValueError: A value has the wrong type, or is out of its range; the message names it.
     """
 
     batch_size: int
     seq_len: int | None = None
     keeps: Kept = "loss"
     batches: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {"batch_size": self.batch_size, "seq_len": self.seq_len, "batches": self.batches}
+        for name, value in sizes.items():
+            if value is not None or name == "batch_size":
+                require_whole(name, value, least=1, most=_MOST[name])
+        require_one_of("keeps", self.keeps, EVALUATION_KEEPS)
 
     def in_words(self, *, with_tokens: bool = True) -> str:
         """``"an evaluation by 8 x 512 tokens, which keeps the loss"``."""
