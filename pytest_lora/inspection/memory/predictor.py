@@ -19,11 +19,11 @@ from pytest_lora.inspection.memory.compiled_replay import fastest_replay
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
 from pytest_lora.inspection.memory.dry_run import NotTracedError
 from pytest_lora.inspection.memory.estimate import StepShape
+from pytest_lora.inspection.memory.families import numbers_of, shares_of, thresholds_of
 from pytest_lora.inspection.memory.fused_layers import FORMULAS as LAYER_FORMULAS
 from pytest_lora.inspection.memory.fused_losses import FORMULAS as LOSS_FORMULAS
 from pytest_lora.inspection.memory.images import reads_images
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
-from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.parallel.strategies import cuts_of
 from pytest_lora.inspection.memory.patience import limited, require_few
 from pytest_lora.inspection.memory.sizes import Family, Point
@@ -53,8 +53,6 @@ of a 7B."""
 _CUTS = (1, 0)
 """Layers that are cut at once, in the order in which they are tried: none at last."""
 
-_WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window")
-
 
 class Predictor:
     """Predicts: the first points asked are traced, further ones of the same kind are interpolated.
@@ -75,11 +73,11 @@ class Predictor:
         self.setting = setting
         self._base = base
         self._config = config
-        self._thresholds = _thresholds(base)
-        self._shares = _shares(setting)
+        self._thresholds = thresholds_of(base)
+        self._shares = shares_of(setting)
         self._models: dict[int, MetaModel] = {}
         self._traced: dict[Point, Traced] = {}
-        self._surfaces = Surfaces(self._family, self._traced, self._trace, self._step, _numbers(base))
+        self._surfaces = Surfaces(self._family, self._traced, self._trace, self._step, numbers_of(base))
         self._quickest = float("inf")  # the first trace imports what it needs
         self._cuts = iter(_CUTS if setting.parallel is None else cuts_of(setting.parallel))
         self._together = next(self._cuts)
@@ -274,33 +272,3 @@ def _moved_between_gpus(config: Any, setting: StepSetting) -> int:
     text = getattr(config, "text_config", config)
     numbers = (getattr(text, "vocab_size", 0) or 0) + 2 * (getattr(text, "hidden_size", 0) or 0)
     return 4 * numbers * setting.batch_size * setting.seq_len + setting.workspace
-
-
-def _shares(setting: StepSetting) -> int:
-    """What a rank must be a multiple of, for sizes to be products of it; 0 where no two ranks are alike.
-
-    FSDP2 divides the first dimension of every parameter, the rank of half the adapter, and rounds up. Optimizers in 8
-    bits keep the state of small parameters in 32, and page that of large ones; ZeRO-3 keeps small ones whole.
-    """
-    shared = setting.parallel
-    small = shared is not None and shared.strategy == "zero3"
-    if small or OPTIMIZERS[setting.optimizer].paged or "8bit" in setting.optimizer:
-        return 0
-    return shared.gpus if shared is not None and shared.strategy == "fsdp2" else 1
-
-
-def _numbers(base: Any) -> set[int]:
-    """Whole numbers of a configuration: widths, and the size of the vocabulary."""
-    config = getattr(base, "config", base)
-    parts = (config, getattr(config, "text_config", None))
-    return {n for part in parts if part is not None for n in vars(part).values() if isinstance(n, int)}
-
-
-def _thresholds(base: Any) -> list[int]:
-    """Sequence lengths from which a model attends in another way."""
-    config = getattr(base, "config", base)
-    found: set[int] = set()
-    for part in (config, getattr(config, "text_config", None)):
-        values = (getattr(part, name, None) for name in _WINDOWS)
-        found |= {value for value in values if isinstance(value, int) and value > 1}
-    return sorted(found)
