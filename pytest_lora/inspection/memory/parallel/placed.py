@@ -53,11 +53,7 @@ def planned(model: nn.Module, setting: StepSetting, gpus: int) -> dict[str, int]
     """
     planner: Any = importlib.import_module("accelerate.utils")
     base: Any = model
-    whole = {
-        name: getattr(torch, setting.dtype)
-        for name, _ in model.named_parameters()
-        if _is_whole(name, base, setting)
-    }
+    whole = dict.fromkeys(_whole(base, setting), getattr(torch, setting.dtype))
     sizes = {
         "no_split_module_classes": list(base._no_split_modules or ()),
         "dtype": _stored(planner, setting),
@@ -72,13 +68,17 @@ def planned(model: nn.Module, setting: StepSetting, gpus: int) -> dict[str, int]
     return found
 
 
-def _is_whole(name: str, base: Any, setting: StepSetting) -> bool:
-    """Whether a weight is not quantized."""
+def _whole(base: Any, setting: StepSetting) -> list[str]:
+    """The weights that are not quantized, by name; none where nothing is."""
     if setting.quantization is None:
-        return False
-    module = base.get_submodule(name.rpartition(".")[0])
+        return []
     skipped = kept_whole(base, list(setting.quantization.skip_modules) or None)
-    return not isinstance(module, nn.Linear) or any(part in name for part in skipped)
+    packed = {
+        f"{name}.weight"
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in skipped)
+    }
+    return [name for name, _ in base.named_parameters() if name not in packed]
 
 
 def _stored(planner: Any, setting: StepSetting) -> Any:
