@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import LlamaForCausalLM, MixtralConfig
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from pytest_lora import estimate_memory
 from pytest_lora.facts.memory import MemoryEstimate
@@ -18,8 +17,9 @@ from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory.cuda_allocator import max_reserved
 from pytest_lora.inspection.parallel_files import read_parallel
 from pytest_lora.memory.setting import checked_setting
-from tests.memory.test_parallel import BASE, LORA, estimated, held
+from tests.memory.test_parallel import BASE, estimated, held
 
+SHORT = LlamaConfig(**{**BASE.to_dict(), "num_hidden_layers": 4})
 LORA_OF_ATTENTION = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
@@ -122,14 +122,7 @@ def test_layers_lie_on_the_gpus_where_accelerate_places_them() -> None:
     assert spread.bound == "at least"
     assert spread.peak_reserved >= spread.peak_allocated
     with pytest.raises(ValueError, match="strategy: device_map is followed by layers that are alike"):
-        estimate_memory(
-            replace(LORA, rank_pattern={"layers.0.self_attn.q_proj": 4}),
-            BASE,
-            batch_size=1,
-            seq_len=8,
-            gpus=2,
-            strategy="device_map",
-        )
+        estimated(SHORT, gpus=2, strategy="device_map")
 
 
 MIXTURE: Any = MixtralConfig(

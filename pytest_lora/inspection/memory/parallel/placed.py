@@ -96,8 +96,8 @@ def placed_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> R
     """
     if not built.stacks or built.plan is None:
         raise ValueError(
-            "strategy: device_map is followed by layers that are alike, six or more in a row, and this base (or an "
-            "adapter that differs from layer to layer) has none"
+            "strategy: device_map is followed by layers that are alike, six or more in a row, and this base with this "
+            "adapter has none"
         )
     names = {id(module): name for name, module in built.transformer.named_modules()}
     base: Any = built.transformer
