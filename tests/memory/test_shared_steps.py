@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
