@@ -53,11 +53,7 @@ def planned(model: nn.Module, setting: StepSetting, gpus: int) -> dict[str, int]
     """
     planner: Any = importlib.import_module("accelerate.utils")
     base: Any = model
-    whole = {
-        name: getattr(torch, setting.dtype)
-        for name, _ in model.named_parameters()
-        if _is_whole(name, base, setting)
-    }
+    whole = dict.fromkeys(_whole(base, setting), getattr(torch, setting.dtype))
     sizes = {
         "no_split_module_classes": list(base._no_split_modules or ()),
         "dtype": _stored(planner, setting),
@@ -72,13 +68,17 @@ def planned(model: nn.Module, setting: StepSetting, gpus: int) -> dict[str, int]
     return found
 
 
-def _is_whole(name: str, base: Any, setting: StepSetting) -> bool:
-    """Whether a weight is not quantized."""
+def _whole(base: Any, setting: StepSetting) -> list[str]:
+    """The weights that are not quantized, by name; none where nothing is."""
     if setting.quantization is None:
-        return False
-    module = base.get_submodule(name.rpartition(".")[0])
+        return []
     skipped = kept_whole(base, list(setting.quantization.skip_modules) or None)
-    return not isinstance(module, nn.Linear) or any(part in name for part in skipped)
+    packed = {
+        f"{name}.weight"
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in skipped)
+    }
+    return [name for name, _ in base.named_parameters() if name not in packed]
 
 
 def _stored(planner: Any, setting: StepSetting) -> Any:
@@ -96,8 +96,8 @@ def placed_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> R
     """
     if not built.stacks or built.plan is None:
         raise ValueError(
-            "strategy: device_map is followed by layers that are alike, six or more in a row, and this base (or an "
-            "adapter that differs from layer to layer) has none"
+            "strategy: device_map is followed by layers that are alike, six or more in a row, and this base with this "
+            "adapter has none"
         )
     names = {id(module): name for name, module in built.transformer.named_modules()}
     base: Any = built.transformer
