@@ -17,6 +17,7 @@ from torch import nn
 
 import pytest_lora
 from pytest_lora.arguments import is_meant
+from pytest_lora.inspection.state.reachable import Reachable
 from tests.state.observed import plain
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -245,3 +246,25 @@ def test_what_the_users_own_code_raises_goes_on_with_a_note() -> None:
     with pytest.raises(LookupError, match="of the user") as caught:
         pytest_lora.check_training(model, batch())
     assert "batches: the model raised this for one of ['x', 'labels']" in caught.value.__notes__
+
+
+def test_an_adapter_without_values_is_refused_before_it_is_trained() -> None:
+    model = adapted().to("meta")
+    for check in (pytest_lora.check_training, pytest_lora.check_loss_decreases):
+        with pytest.raises(ValueError, match=r"^model: its adapter is on the meta device and has no values"):
+            check(model, batch())
+
+
+def test_names_of_what_is_linked_a_thousand_times_stay_short() -> None:
+    model = adapted()
+    first: list[Any] = []
+    last = first
+    for _ in range(5_000):
+        last.append([])
+        last = last[0]
+    found = Reachable()
+    found.add("model.linked", first)
+    assert max(map(len, vars(found._containers))) < 400
+    assert len(vars(found._containers)) == 5_001
+    model.linked = first
+    assert not pytest_lora.check_training(model, batch(), steps=1).errors

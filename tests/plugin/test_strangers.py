@@ -97,3 +97,12 @@ def test_ids_of_strangers_are_those_of_their_folders(strangers: Path, pytester: 
     result = session(pytester, "plain", "--collect-only", "-q", "--lora-adapters=adapters")
     ids = {line.partition("::")[0] for line in result.outlines if line.endswith("::values")}
     assert ids == {f"adapters/{file_id(name)}/adapter_config.json" for name in FOLDERS}
+
+
+def test_the_setting_of_a_stranger_is_shown_without_a_raw_character(
+    strangers: Path, pytester: pytest.Pytester
+) -> None:
+    for recipe in (strangers / "recipes").iterdir():
+        result = session(pytester, "plain", f"--lora-show-recipe={recipe}")
+        assert "a recipe of Axolotl" in result.stdout.str()
+        assert is_harmless(result.stdout.str())

@@ -22,11 +22,12 @@ odd = st.one_of(
     st.lists(st.text(max_size=2), max_size=2),
     st.text(max_size=9),
 )
+words = st.text(max_size=3)
 violations = st.one_of(
     odd,
     st.builds(Violation, odd, odd, odd, odd, odd, odd, st.booleans()),
+    st.builds(Violation, words, words, words, words, st.sampled_from([None, "info", "fatal", 3]), odd),
     st.tuples(odd, odd),
-    st.tuples(*[odd] * 8),
 )
 
 
