@@ -39,7 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"use_rslora": True, "target_modules": r"(.*\.)?(k_proj|down_proj)", "rank_pattern": {"k_proj": 3}},
         {"outputs_held": True},
     ),
-    "LoftQ's adapter, modules to save": (
+    "PiSSA, modules to save": (
         "llama",
         {"init_lora_weights": "pissa", "target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
         {"padding_mask": True, "accumulation": 2},
