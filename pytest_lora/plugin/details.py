@@ -39,7 +39,11 @@ def lines(judged: dict[str, list[Report]], tests: Iterable[pytest.TestReport], w
     """
     for line in map(printable, _lines(judged, tests, width)):
         margin = " " * (len(line) - len(line.lstrip()))
-        yield from textwrap.wrap(line, width, subsequent_indent=margin) if len(line) > width else [line]
+        # A broken word could begin a line with what a CI service takes for a command.
+        whole = textwrap.TextWrapper(
+            width, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False
+        )
+        yield from whole.wrap(line) if len(line) > width else [line]
 
 
 def _lines(judged: dict[str, list[Report]], tests: Iterable[pytest.TestReport], width: int) -> Iterator[str]:

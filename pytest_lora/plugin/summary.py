@@ -153,7 +153,13 @@ def left_lines(judged: dict[str, list[Report]], width: int = 80) -> Iterator[str
         for (why, what), of in sorted(tests.items(), key=lambda pair: -len(pair[1]))
     ]
     if parts:
-        yield from textwrap.wrap(f"not judged: {'; '.join(parts)}", width, subsequent_indent="  ")
+        yield from textwrap.wrap(
+            f"not judged: {'; '.join(parts)}",
+            width,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
 
 
 def rule_lines(

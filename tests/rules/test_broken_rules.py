@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pytest_lora import Expect, Finding, Report, check_config, rules
 from pytest_lora.bases.examples import llama_7b
-from pytest_lora.rules import Rule, RuleError, Violation, catalogue
+from pytest_lora.rules import Rule, RuleError, Violation
 
 odd = st.one_of(
     st.none(),
@@ -58,8 +58,8 @@ def raising(facts: object, expect: Expect) -> Iterator[Violation]:
 
 
 def test_a_check_names_the_rule_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = (*catalogue(), made(raising))
-    monkeypatch.setattr(rules, "catalogue", lambda: known)
+    fitting = rules.rules_for
+    monkeypatch.setattr(rules, "rules_for", lambda facts: (*fitting(facts), made(raising)))
     from peft import LoraConfig
 
     with pytest.raises(
@@ -85,4 +85,4 @@ def test_a_package_that_cannot_be_loaded_is_named(
     entry = importlib.metadata.EntryPoint("acme", f"broken_{told.lower()}", rules.ENTRY_POINTS)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
     with pytest.raises(RuleError, match=rf"^the rules of acme = broken_\w+ \(.*\) cannot be loaded: {told}"):
-        catalogue.__wrapped__()
+        rules._load_others.__wrapped__()

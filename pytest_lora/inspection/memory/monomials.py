@@ -60,7 +60,12 @@ def further_points(first: Point, family: Family, avoided: Container[int] = ()) -
         point = batches[i % len(batches)], lengths[i % len(lengths)] if lengths else 0, ranks[i % len(ranks)]
         moved = [one != other for one, other in zip(first, point, strict=True)]
         fixed = len(batches) == 1, low == 1, len(ranks) == 1
-        if lengths and all(map(max, moved, fixed)) and _kinds_by_ratio(first, point) is not None:
+        if (
+            lengths
+            and any(moved)
+            and all(map(max, moved, fixed))
+            and _kinds_by_ratio(first, point) is not None
+        ):
             yield point
 
 
