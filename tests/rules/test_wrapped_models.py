@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -176,6 +178,10 @@ def test_the_search_for_unused_weights_is_an_info_and_left_alone_with_experts(al
 # ---------------------------------------------------------------------------------------- FSDP
 
 
+ONLY_BYTES_ON_CPU = Version(bitsandbytes.__version__) < Version("0.47")
+"""Whether bitsandbytes dequantizes nothing else on a CPU, so that no step can be taken."""
+
+
 @pytest.mark.parametrize(
     ("wrap", "storage", "faulty"),
     [
@@ -194,6 +200,8 @@ def test_packed_weights_that_fsdp_would_cast_are_told(
     lowered = storage != F32 or faulty
     model = wrap(packed(storage, BF16 if lowered else F32))
     assert ("LORA253" in codes(model)) == faulty
+    if storage != BYTES and ONLY_BYTES_ON_CPU:
+        return
     if faulty:
         with pytest.raises(RuntimeError, match="shape"):
             step(model)
