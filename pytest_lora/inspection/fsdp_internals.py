@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from pytest_lora.inspection.survey import every_module
 
 HOLDS = "_fsdp_wrapped_module"
 """What the first FSDP calls the module that it wraps; a part of every name below it."""
@@ -61,12 +63,12 @@ class Group(NamedTuple):
     held: tuple[Held, ...]
 
 
-def groups(model: nn.Module) -> Iterator[Group]:
-    """The groups of both kinds of FSDP in a model, in the order of its modules."""
+def groups(modules: Iterable[nn.Module]) -> Iterator[Group]:
+    """The groups of both kinds of FSDP among the modules of a model, in their order."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, fsdp.FullyShardedDataParallel):
             handle = getattr(module, "_handle", None)
             if handle is not None:
@@ -80,7 +82,7 @@ def groups(model: nn.Module) -> Iterator[Group]:
 
 def is_divided(model: nn.Module) -> bool:
     """Whether FSDP divides weights of a model among ranks, so that this process has no whole values or gradients."""
-    return any(group.ranks > 1 for group in groups(model))
+    return any(group.ranks > 1 for group in groups(every_module(model)))
 
 
 def _flat(owner: nn.Module, handle: Any) -> Group:
@@ -115,7 +117,7 @@ def _distributed(owner: nn.Module, group: Any) -> Group:
 
 
 @contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[None]:
+def whole_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Parameters of the first FSDP at their places with their whole shapes, for the time being.
 
     It leaves a part in one dimension there, or what is no parameter. Where one process has the numbers they are
@@ -130,7 +132,7 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
         where[name] = value
 
     try:
-        for group in groups(model):
+        for group in groups(modules):
             if group.version == 1:
                 _stand_in(group, put)
             else:

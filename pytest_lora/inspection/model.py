@@ -32,7 +32,7 @@ from pytest_lora.inspection.peft_internals import (
     trains_xlora,
 )
 from pytest_lora.inspection.state import leaves_no_trace
-from pytest_lora.inspection.survey import Survey, survey
+from pytest_lora.inspection.survey import Survey, every_module, survey
 from pytest_lora.inspection.vocabulary import initial_rows
 from pytest_lora.inspection.wrappers import wrapper_facts
 
@@ -72,8 +72,9 @@ def model_facts(model: nn.Module) -> ModelFacts:
     found = survey(model)
     if not found.lora and not _is_unloaded(model, found):
         found = adapted_survey(model)
-    wrapped = wrapper_facts(model, found)
-    with whole_parameters(model):
+    modules = tuple(every_module(model))
+    wrapped = wrapper_facts(model, modules, found)
+    with whole_parameters(modules):
         return _facts(model, found, wrapped)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -89,6 +90,18 @@ _PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def _unwrapped(module: nn.Module) -> nn.Module:
     held = next((name for name in _PARTS if name in module._modules), None)
     return module if held is None else _unwrapped(getattr(module, held))
+
+
+def every_module(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model as ``model.modules()`` gives them, without a generator for each depth, which is slow."""
+    seen: set[int] = set()
+    further: list[nn.Module | None] = [model]
+    while further:
+        module = further.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            further.extend(reversed(module._modules.values()))
 
 
 def survey(model: nn.Module) -> Survey:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,23 +20,24 @@ from pytest_lora.inspection.peft_internals import (
     factors,
     further_tensors,
 )
-from pytest_lora.inspection.survey import Survey
+from pytest_lora.inspection.survey import Survey, every_module
 from pytest_lora.inspection.transformers_internals import checkpoints_reentrant
 
 _OTHER_INPUTS = re.compile(r"vision|visual|audio|image|video|encoder")
 """In names of modules that a batch of texts alone may not enter."""
 
 
-def wrapper_facts(model: nn.Module, found: Survey) -> Wrappers:
+def wrapper_facts(model: nn.Module, modules: Sequence[nn.Module], found: Survey) -> Wrappers:
     """What wraps a model, and how that fits what is adapted in it.
 
     Args:
         model: The model, with all that wraps it.
+        modules: Its modules, as ``every_module`` gives them.
         found: What one walk over it found.
     """
-    sharded = tuple(groups(model))
-    late = tuple(late_adapters(model, sharded))
-    reducers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    sharded = tuple(groups(modules))
+    reducers = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    late = tuple(_late_adapters(model, sharded, reducers))
     if not sharded and not reducers:
         return Wrappers(late)
     names = {id(module): _clean(name) for name, module in model.named_modules()}
@@ -50,22 +51,30 @@ def wrapper_facts(model: nn.Module, found: Survey) -> Wrappers:
     )
 
 
-def late_adapters(model: nn.Module, sharded: Iterable[Group] | None = None) -> Iterator[LateAdapter]:
+def late_adapters(model: nn.Module) -> Iterator[LateAdapter]:
     """Adapters that were put in after something wrapped the model, so that the wrapper does not know them.
 
     DDP keeps a list of the parameters that it was made with, the first FSDP puts them into flat ones, the second makes
     them distributed tensors. Around a compiled model, PEFT saves keys with the name of the compiled one in them.
     """
+    modules = tuple(every_module(model))
+    reducers = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    return _late_adapters(model, tuple(groups(modules)), reducers)
+
+
+def _late_adapters(
+    model: nn.Module, sharded: Sequence[Group], reducers: Iterable[DistributedDataParallel]
+) -> Iterator[LateAdapter]:
     yield from _on_a_compiled_model(model)
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel):
-            known = _known_to_ddp(module)
-            yield from _missed(
-                "DistributedDataParallel", (n for n, p in _adapters(module) if id(p) not in known)
-            )
-    found = tuple(groups(model) if sharded is None else sharded)
-    places = {(id(place.module), place.name) for group in found for one in group.held for place in one.places}
-    inside = {id(module) for group in found for module in group.owner.modules()}
+    for module in reducers:
+        known = _known_to_ddp(module)
+        yield from _missed("DistributedDataParallel", (n for n, p in _adapters(module) if id(p) not in known))
+    if not sharded:
+        return
+    places = {
+        (id(place.module), place.name) for group in sharded for one in group.held for place in one.places
+    }
+    inside = {id(module) for group in sharded for module in group.owner.modules()}
     yield from _missed(
         "FSDP",
         (

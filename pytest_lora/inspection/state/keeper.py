@@ -17,6 +17,7 @@ from pytest_lora.inspection.quiet import alone
 from pytest_lora.inspection.state.interrupts import Interrupts
 from pytest_lora.inspection.state.process import SETTINGS, Process
 from pytest_lora.inspection.state.snapshot import Snapshot
+from pytest_lora.inspection.survey import every_module
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -154,9 +155,7 @@ def leaves_no_trace(check: Callable[P, R]) -> Callable[P, R]:
     @wraps(check)
     def kept(*args: P.args, **kwargs: P.kwargs) -> R:
         models = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
-        parts = [
-            part for model in models for part in model.modules() if isinstance(part, ParametrizationList)
-        ]
+        parts = [part for m in models for part in every_module(m) if isinstance(part, ParametrizationList)]
         with Keeper(nn.ModuleList(parts) if parts else None):
             return check(*args, **kwargs)
 
