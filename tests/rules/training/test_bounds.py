@@ -28,7 +28,7 @@ def sound() -> TrainingFacts:
     return training_facts(adapted(), language_batch(), Plan(steps=2, rate=1e-3))
 
 
-def says(rule: str, facts: TrainingFacts, beginning: str | None) -> None:
+def says(rule: str, facts: object, beginning: str | None) -> None:
     """Hold what a rule says to a severity and the first words that it sees, or to nothing."""
     judge = find(rule)
     assert judge is not None
@@ -410,3 +410,33 @@ def test_a_group_without_a_rate(
     steps = tuple(replace(step, rates=(1e-3, rate)) for step, rate in zip(facts.steps, rates, strict=True))
     facts = replace(facts, steps=steps, optimizer=replace(facts.optimizer, groups=(group, other)))
     says("learning_rate_is_zero", facts, beginning)
+
+
+# ------------------------------------------------------------- LORA371, LORA306
+
+PAIRS = {"optimizer_given": True, "objective": "preferences"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "beginning"),
+    [
+        ({**PAIRS, "rates": (1e-4, 1e-4)}, "info: a learning rate of 0.0001 for chosen against rejected"),
+        ({**PAIRS, "rates": (9.9e-5, 9.9e-5)}, None),
+        ({**PAIRS, "rates": (1e-4, 1e-4), "optimizer_given": False}, None),
+        ({**PAIRS, "rates": (1e-4, 1e-4), "optimizer": "SGD"}, None),
+        ({**PAIRS, "rates": (1e-4, 1e-4), "objective": "texts"}, None),
+    ],
+)
+def test_a_rate_of_fine_tuning_for_preferences(
+    sound: TrainingFacts, changes: Any, beginning: str | None
+) -> None:
+    says("learning_rate_is_too_high_for_preferences", changed(sound, **changes), beginning)
+
+
+@pytest.mark.parametrize(
+    ("decay", "beginning"),
+    [(5.0, "warning: "), (4.99, None)],
+)
+def test_a_decay_that_erases(sound: TrainingFacts, decay: float, beginning: str | None) -> None:
+    slow = {"weight_decay": decay, "lr": 1e-6}
+    says("weight_decay_erases_the_adapter", changed(sound, groups=slow).optimizer, beginning)
