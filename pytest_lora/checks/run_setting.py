@@ -311,11 +311,11 @@ def _may_fit(setting: RunSetting, estimate: MemoryEstimate, budget: int) -> bool
 
 
 def _smaller(setting: RunSetting) -> str:
-    """The keys of the recipe that make a step smaller."""
+    """The keys of the recipe that make a step smaller, and do not yet."""
     keys = [
-        setting.gradient_checkpointing.key,
-        setting.batch_size.key,
+        *([] if setting.gradient_checkpointing.value else [setting.gradient_checkpointing.key]),
+        *([] if setting.batch_size.value == 1 else [setting.batch_size.key]),
         setting.seq_len.key,
-        setting.quantization.key,
+        *([] if setting.quantization.value else [setting.quantization.key]),
     ]
     return "here: " + ", ".join(f"`{key}`" for key in keys if key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pytest_lora.facts.byte_sizes import format_bytes
-from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts
+from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts, StepSetting
 from pytest_lora.facts.parallel import SHARDED
 
 _INDENT = "\n            "
@@ -56,7 +56,7 @@ def largest_parts(estimate: MemoryEstimate, categories: Iterable[str] | None = N
 def advice(facts: MemoryFacts) -> str:
     """The smallest change that fits, what else was tried, and whether the rank matters."""
     if not facts.alternatives:
-        return "run it again with advise=True, the default, to see what would fit"
+        return _untried(facts.estimate.setting)
     fitting = [a for a in facts.alternatives if a.peak_allocated <= facts.budget]
     first = (
         f"{fitting[0].change}: {format_bytes(fitting[0].peak_allocated)}"
@@ -64,6 +64,18 @@ def advice(facts: MemoryFacts) -> str:
         else "none of the changes tried is enough; take a larger GPU, a smaller base, or several GPUs"
     )
     return _INDENT.join((first, *_rank_words(facts), "what if:", *_rows(facts)))
+
+
+def _untried(setting: StepSetting) -> str:
+    """What could help, where no change was tried."""
+    changes = [
+        *(["a smaller batch_size"] if setting.batch_size > 1 else []),
+        "a shorter seq_len",
+        *([] if setting.gradient_checkpointing else ["gradient_checkpointing=True"]),
+        *([] if setting.quantization else ['quantization="nf4"']),
+    ]
+    named = f"{', '.join(changes[:-1])} or {changes[-1]}" if len(changes) > 1 else changes[0]
+    return f"take {named}; check_memory, unless advise=False, says how much each one saves"
 
 
 def _rank_words(facts: MemoryFacts) -> list[str]:

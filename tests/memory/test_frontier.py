@@ -82,7 +82,14 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exceptio
 def test_without_advice_nothing_else_is_estimated() -> None:
     report = check_memory(BASE, CONFIG, batch_size=64, seq_len=4096, budget="2GiB", advise=False)
     assert [f.code for f in report.errors] == ["LORA502"]
-    assert report.errors[0].fix == "run it again with advise=True, the default, to see what would fit"
+    assert report.errors[0].fix == (
+        'take a smaller batch_size, a shorter seq_len, gradient_checkpointing=True or quantization="nf4"; '
+        "check_memory, unless advise=False, says how much each one saves"
+    )
+    least = {"batch_size": 1, "seq_len": 4096, "gradient_checkpointing": True, "quantization": "nf4"}
+    budget = estimate_memory(BASE, CONFIG, **least).peak_allocated - 2**20  # type: ignore[arg-type]
+    report = check_memory(BASE, CONFIG, **least, budget=budget, advise=False)  # type: ignore[arg-type]
+    assert [f.fix.partition(";")[0] for f in report.errors] == ["take a shorter seq_len"]
     with pytest.raises(TypeError, match="advise must be True or False"):
         assert_fits_memory(BASE, CONFIG, batch_size=1, seq_len=1, budget="2GiB", advise=1)  # type: ignore[arg-type]
 
