@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,3 +214,30 @@ def test_adapters_that_are_tied_are_told_where_they_will_be_merged() -> None:
         not torch.allclose(before, after, atol=1e-3)
     )
     assert not findings("tied_base", merged, trainable_token_indices=[126, 127])
+
+
+@pytest.mark.parametrize(
+    ("text", "repaired"),
+    [
+        (r"self_attn\.(q|v)_proj", r"(.*\.)?(self_attn\.(q|v)_proj)"),
+        (r"^.*\.(q|v)$", r"(.*\.(q|v))\w*"),
+        ("(?i)(q|v)_proj", None),  # folding cases makes wide classes, which take long to compile
+        ("(a+)+_proj", None),  # takes for ever on what it does not match
+        ("[\u0100-\u9fa5]q_proj", None),
+        (r".*.*.*.*.*q_proj", None),
+        ("q_proj|" * 40, None),
+    ],
+)
+def test_only_plain_patterns_are_tried_in_other_forms(
+    monkeypatch: pytest.MonkeyPatch, text: str, repaired: str | None
+) -> None:
+    from pytest_lora.rules.config import target_matches_nothing as module
+
+    asked: list[str] = []
+    compiled = module.compiled
+    monkeypatch.setattr(module, "compiled", lambda pattern: asked.append(pattern) or compiled(pattern))
+    names = [f"model.layers.{number}.self_attn.{leaf}_proj" for number in (0, 1) for leaf in "qv"]
+    modules = tuple(SimpleNamespace(name=name, is_linear=True) for name in names)
+    facts: Any = SimpleNamespace(base=SimpleNamespace(modules=modules, module_names=names))
+    assert module._repaired(text, facts) == repaired
+    assert bool(asked) == (text in (r"self_attn\.(q|v)_proj", r"^.*\.(q|v)$"))

@@ -196,8 +196,20 @@ def _text_fix(text: str, facts: ConfigFacts) -> str:
     return f"the pattern fits no whole name; {_any(facts)}"
 
 
+_PLAIN = re.compile(r"(?!.*\(\?)(?!.*\)[*+])[\w.|()\[\]*+?\\^$, -]{1,200}", re.ASCII)
+"""Patterns that may be tried in other forms here: a stranger's may take for ever to compile, or to match."""
+
+_MOST_REPEATS = 4
+"""Repeats in such a pattern; the time to match grows by the length of a name with each."""
+
+_MOST_PATTERNS = 20
+"""Patterns of a list that are tried."""
+
+
 def _repaired(text: str, facts: ConfigFacts) -> str | None:
     """The pattern made to fit whole names of linear modules, and of nothing else."""
+    if not _PLAIN.fullmatch(text) or text.count("*") + text.count("+") > _MOST_REPEATS:
+        return None
     core = text.strip("^$").removeprefix("base_model.model.").removeprefix(r"base_model\.model\.")
     linear = {module.name for module in facts.base.modules if module.is_linear}
     for pattern in (core, rf"(.*\.)?({core})", rf"({core})\w*", rf".*({core})", rf".*({core})\w*"):
@@ -210,6 +222,7 @@ def _repaired(text: str, facts: ConfigFacts) -> str | None:
 
 def _joined(patterns: list[str], names: tuple[str, ...], facts: ConfigFacts) -> str:
     """Patterns of a list and the names beside them as one regular expression, as far as they match."""
-    repaired = [pattern for text in patterns if (pattern := _repaired(text, facts))]
+    tried = patterns[:_MOST_PATTERNS]
+    repaired = [pattern for text in tried if (pattern := _repaired(text, facts))]
     plain = [rf"(.*\.)?({'|'.join(map(re.escape, names))})"] if names else []
     return assigned(target_modules="|".join((*plain, *repaired))) if repaired or plain else _any(facts)
