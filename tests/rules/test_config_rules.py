@@ -241,3 +241,16 @@ def test_only_plain_patterns_are_tried_in_other_forms(
     facts: Any = SimpleNamespace(base=SimpleNamespace(modules=modules, module_names=names))
     assert module._repaired(text, facts) == repaired
     assert bool(asked) == (text in (r"self_attn\.(q|v)_proj", r"^.*\.(q|v)$"))
+
+
+@pytest.mark.parametrize("text", ["(?i)(q", "[\u0100-\u9fa5](q", "q|" * 200 + "("])
+def test_only_plain_patterns_are_compiled_to_see_whether_they_are_none(text: str) -> None:
+    from pytest_lora.rules.config.peft_refuses_the_config import _broken_pattern
+
+    def settings(text: str) -> Any:
+        return SimpleNamespace(
+            rank_pattern=((text, 8),), alpha_pattern=(), target_modules=("q",), exclude_modules=None
+        )
+
+    assert _broken_pattern(settings("(q")) == ("rank_pattern", "(q")
+    assert _broken_pattern(settings(text)) is None

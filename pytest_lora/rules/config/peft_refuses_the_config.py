@@ -238,7 +238,15 @@ def _broken_pattern(settings: Settings) -> tuple[str, str] | None:
     for field in ("target_modules", "exclude_modules"):
         value = getattr(settings, field)
         written += [(field, value)] if isinstance(value, str) else []
-    return next(((field, text) for field, text in written if compiled(text) is None), None)
+    looked_at = [(field, text) for field, text in written if _PLAIN.fullmatch(text)][:_MOST_PATTERNS]
+    return next(((field, text) for field, text in looked_at if compiled(text) is None), None)
+
+
+_PLAIN = re.compile(r"(?!.*\(\?)[\x20-\x7e]{0,200}", re.ASCII)
+"""Patterns that are compiled here to see whether they are none: a stranger's may take for ever."""
+
+_MOST_PATTERNS = 20
+"""Such patterns that are looked at."""
 
 
 def _is_there(name: str, facts: ConfigFacts) -> bool:
