@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -113,8 +114,9 @@ class ForkedIO:
         def worker() -> int:
             os.dup2(to_worker[0], 0)
             os.dup2(from_worker[1], 1)
-            for descriptor in (*to_worker, *from_worker, *_ends_of_workers):
-                os.close(descriptor)
+            for descriptor in {*to_worker, *from_worker, *_ends_of_workers}:
+                with suppress(OSError):  # that of a worker that died is closed already
+                    os.close(descriptor)
             begin_anew()
             exec(args[-1], {"__name__": "__main__"})
             return 0
