@@ -10,6 +10,9 @@ from typing import Literal
 IGNORED = -100
 """The label that ``torch.nn.functional.cross_entropy`` leaves out by default."""
 
+COPIED = 0.95
+"""Share of labels equal to the input at their place, or at the next one, from which on they are a copy of it."""
+
 LabelKind = Literal["causal", "sequence", "tokens", "classes"]
 """Next-token labels that the model shifts itself, labels of a decoder, one class a token, one class a row."""
 

@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_lora.facts.labels import IGNORED, LabelFacts
+from pytest_lora.facts.labels import COPIED, IGNORED, LabelFacts
 from pytest_lora.facts.steps import ShiftFacts
-
-ALIKE = 0.95
-"""Share of labels equal to the input at their place, or at the next one, from which on they are a copy of it."""
 
 
 class Shift:
@@ -40,7 +37,7 @@ class Shift:
         if (
             known is None
             or known.kind != "causal"
-            or max(known.same, known.ahead) < ALIKE
+            or max(known.same, known.ahead) < COPIED
             or self._calls != 1
         ):
             return None

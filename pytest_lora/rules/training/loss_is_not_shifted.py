@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.labels import COPIED
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
@@ -47,7 +48,7 @@ def loss_is_not_shifted(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
     - https://github.com/huggingface/transformers/issues/27161
     - https://github.com/huggingface/transformers/issues/27517
     """
-    copied = [k for k in facts.labels if k.kind == "causal" and k.same >= ALIKE and not k.masked_inputs]
+    copied = [k for k in facts.labels if k.kind == "causal" and k.same >= COPIED and not k.masked_inputs]
     if facts.shift is None or facts.shifts or not copied:
         return
     yield Violation(
@@ -61,7 +62,3 @@ def loss_is_not_shifted(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
         else "this model does not shift labels itself: set batch['labels'] = torch.nn.functional.pad(batch['labels']"
         "[:, 1:], (0, 1), value=-100)",
     )
-
-
-ALIKE = 0.95
-"""Share of labels equal to the input at their place from which on they are a copy of it."""
