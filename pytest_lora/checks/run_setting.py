@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_lora.checks.judging import NotJudged, rules_of
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.recipes import RecipeCard, recipe_card
+from pytest_lora.facts.parallel import OFFLOAD_ENDING, divides_weights
 from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard, Value
 from pytest_lora.findings import Finding
 from pytest_lora.rules import judge
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
     from pytest_lora.facts.config import ConfigFacts
     from pytest_lora.facts.memory import MemoryEstimate
-
-DIVIDING = ("fsdp1", "fsdp2", "zero3", "fsdp1_offload", "fsdp2_offload", "zero3_offload")
-"""Strategies that divide the weights of the base among the cards; DDP and ZeRO 1 and 2 leave them whole on each."""
 
 _STRATEGIES = {"zero0": "ddp"}
 """Those of recipes by the names of ``estimate_memory``, where these differ."""
@@ -77,7 +75,7 @@ def judged(
     on_base = None if config is None else _config_facts(config, known, whole)
     if on_base is not None:
         facts = _with_base(facts, on_base)
-    divided = cards > 1 and setting.strategy.value in DIVIDING
+    divided = cards > 1 and divides_weights(setting.strategy.value)
     moved = str(setting.strategy.value).endswith("_offload")
     unsized = setting.seq_len.value is None or setting.batch_size.value is None
     if budget is not None and not moved and (divided or unsized):
@@ -298,8 +296,8 @@ def _shared(setting: RunSetting, cards: int) -> dict[str, Any]:
     named = setting.strategy.value
     if cards == 1 or not isinstance(named, str):
         return {}
-    strategy = named.removesuffix("_offload")
-    offload = "cpu" if named.endswith("_offload") else None
+    strategy = named.removesuffix(OFFLOAD_ENDING)
+    offload = "cpu" if named.endswith(OFFLOAD_ENDING) else None
     return {"gpus": cards, "strategy": _STRATEGIES.get(strategy, strategy), "offload": offload}
 
 

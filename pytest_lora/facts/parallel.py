@@ -19,6 +19,15 @@ FSDP = ("fsdp1", "fsdp2", "hsdp")
 SHARDED = (*FSDP, "zero3", "tp", "device_map")
 """Those that divide the weights of the base too."""
 
+OFFLOAD_ENDING = "_offload"
+"""What ends the name of a recipe's strategy that leaves weights in the host's memory."""
+
+
+def divides_weights(strategy: str | None) -> bool:
+    """Whether this strategy of a recipe divides the weights of the base among the cards."""
+    return str(strategy).removesuffix(OFFLOAD_ENDING) in SHARDED
+
+
 MACHINE = 8
 """GPUs among which ``hsdp`` divides where nothing else is said: those of one machine."""
 

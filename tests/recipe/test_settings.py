@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from pytest_lora.facts.recipe import RecipeFacts, RunSetting
 from pytest_lora.inspection.recipe import recipe_facts
-from pytest_lora.inspection.recipe.adapter import step_arguments
+from pytest_lora.inspection.recipe.adapter import fused_arguments, step_arguments
 from pytest_lora.inspection.recipe.beside import fsdp_version_of_arguments
 from pytest_lora.inspection.recipe.unread import known_keys
 
@@ -218,6 +218,22 @@ def test_axolotl_checkpoints_with_reentry_but_for_preferences(
 def test_only_values_of_numbers_are_judged_as_numbers(tmp_path: Path) -> None:
     text = OWN.replace("1e-4", "2e-4") + "run_name: 1e-4\nnote: 1,5\n"
     assert [(one.key, one.written) for one in read(tmp_path, text).wrong] == [("learning_rate", "2e-4")]
+
+
+@pytest.mark.parametrize(
+    ("more", "kernels"),
+    [
+        ("", {"kernels": "axolotl"}),
+        ("fsdp_config:\n  fsdp_version: 1\n", {}),
+        ("fsdp_config:\n  fsdp_version: 2\n", {}),
+        ("fsdp_config:\n  fsdp_version: 1\n  fsdp_offload_params: true\n", {}),
+        ("rl: dpo\n", {}),
+    ],
+)
+def test_axolotl_takes_its_kernels_where_weights_are_whole(
+    tmp_path: Path, more: str, kernels: dict[str, str]
+) -> None:
+    assert fused_arguments(setting(tmp_path, AXOLOTL + more)) == kernels
 
 
 def test_a_step_in_float32_runs_without_autocast(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from pytest_lora.facts.parallel import divides_weights
 from pytest_lora.facts.recipe import RunSetting
 
 if TYPE_CHECKING:
@@ -105,11 +106,12 @@ def fused_arguments(setting: RunSetting) -> dict[str, Any]:
     """The fused kernels that a tool takes, as arguments of ``estimate_memory``; those that are known.
 
     Axolotl takes its own by itself for lora and qlora: not in 8 bits, beside reinforcement learning or under FSDP1
-    (``check_auto_enable_lora_kernels`` in axolotl/utils/schemas/config.py).
+    (``check_auto_enable_lora_kernels`` in axolotl/utils/schemas/config.py). They are left out wherever the weights are
+    divided, so that the estimate is not below the step.
     """
     loss = setting.loss
     found: dict[str, Any] = dict(_FUSED.get(loss.key, {})) if loss.value == "chunked" else {}
-    whole = str(setting.strategy.value).removesuffix("_offload") not in ("fsdp", "zero3")
+    whole = not divides_weights(setting.strategy.value)
     sft = setting.objective.value in (None, "sft")
     if setting.tool == "Axolotl" and setting.quantization.value != "int8" and whole and sft:
         found.setdefault("kernels", "axolotl")
