@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from pytest_lora.facts.checkpoint import CheckpointFacts
-from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.figures.adapter_maps import place
-from pytest_lora.facts.loss_drop import LossDrop
-from pytest_lora.facts.memory import MemoryEstimate
-from pytest_lora.facts.model import ModelFacts
+
+if TYPE_CHECKING:
+    from pytest_lora.facts.checkpoint import CheckpointFacts
+    from pytest_lora.facts.config import ConfigFacts
+    from pytest_lora.facts.loss_drop import LossDrop
+    from pytest_lora.facts.memory import MemoryEstimate
+    from pytest_lora.facts.model import ModelFacts
 
 Measures = tuple[tuple[str, int | float], ...]
 """Pairs of a name and a number."""

@@ -8,18 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.checkpoint import CheckpointFacts
-from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.figures import AdapterMap, CellState
 from pytest_lora.facts.layer_state import LayerState
-from pytest_lora.facts.model import ModelFacts
-from pytest_lora.facts.saved_tensors import AdaptedModule
-from pytest_lora.facts.settings import Settings
-from pytest_lora.facts.steps import TensorFacts
-from pytest_lora.facts.training import TrainingFacts
+
+if TYPE_CHECKING:
+    from pytest_lora.facts.checkpoint import CheckpointFacts
+    from pytest_lora.facts.config import ConfigFacts
+    from pytest_lora.facts.model import ModelFacts
+    from pytest_lora.facts.saved_tensors import AdaptedModule
+    from pytest_lora.facts.settings import Settings
+    from pytest_lora.facts.steps import TensorFacts
+    from pytest_lora.facts.training import TrainingFacts
 
 SHOWN_ADAPTERS = 8
 """Maps of one model; of more adapters the active ones come first."""

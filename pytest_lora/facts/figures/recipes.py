@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Value
+if TYPE_CHECKING:
+    from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Value
 
 
 @dataclass(frozen=True, slots=True)
