@@ -10,7 +10,6 @@ from pytest_lora.checks.judging import report_on
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.adapter_maps import config_maps
 from pytest_lora.facts.measures import of_config
-from pytest_lora.facts.served import served_config
 from pytest_lora.findings import Report
 from pytest_lora.rules.selection import codes
 
@@ -58,5 +57,9 @@ def check_config(
     select, ignore = codes("select", select), codes("ignore", ignore)
     facts = config_facts(config, base)
     subject = f"LoraConfig on {facts.base.title}"
-    judged: list[object] = [facts] if expect.serve is None else [facts, served_config(facts)]
+    judged: list[object] = [facts]
+    if expect.serve is not None:
+        from pytest_lora.facts.served import served_config  # most adapters are judged without a server
+
+        judged.append(served_config(facts))
     return report_on(subject, judged, expect, select, ignore, config_maps(facts), of_config(facts))

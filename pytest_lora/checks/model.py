@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_lora.arguments import refusing, require_expect, require_trainers
 from pytest_lora.checks.judging import NotJudged, report_on, rules_of
-from pytest_lora.checks.training import PROBE_STEPS, check_training
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.adapter_maps import model_maps
 from pytest_lora.facts.measures import of_model
@@ -82,6 +81,11 @@ def check_model(
     report = report_on(subject, judged, expect, select, ignore, model_maps(facts), of_model(facts), left)
     if batches is None:
         return report
+    from pytest_lora.checks.training import (
+        PROBE_STEPS,
+        check_training,
+    )  # what is only looked at takes no steps
+
     taken = PROBE_STEPS if steps is None else steps
     trained = check_training(
         model, batches, optimizer=optimizer, steps=taken, expect=expect, select=select, ignore=ignore

@@ -11,10 +11,8 @@ import importlib.metadata
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from types import ModuleType
 
-# Facts are loaded with the rules, not by the first rule: code that takes modules out of ``sys.modules``
-# again (pytest's own pytester does) would else leave rules that know no fact of later checks.
-from pytest_lora import facts as facts
 from pytest_lora.expect import Expect
 from pytest_lora.findings import Finding
 from pytest_lora.rules.registry import Rule as Rule
@@ -37,14 +35,9 @@ _HOMES = {
 """Modules of facts whose rules are in the folder of another name."""
 
 
-@cache
 def catalogue() -> tuple[Rule, ...]:
     """Every rule, ordered by code: those of this package, and those of others."""
-    for folder in pkgutil.iter_modules(__path__):
-        if folder.ispkg:
-            _load(folder.name)
-    _load_others()
-    return tuple(registered[code] for code in sorted(registered))
+    return _rules_at(None)
 
 
 def rules_for(facts: type) -> tuple[Rule, ...]:
@@ -52,12 +45,25 @@ def rules_for(facts: type) -> tuple[Rule, ...]:
     return tuple(rule for rule in _rules_at(_home(facts)) if issubclass(facts, rule.needs))
 
 
-@cache
 def _rules_at(home: str | None) -> tuple[Rule, ...]:
     """What is loaded once the rules of a folder are, ordered by code; all rules for None."""
-    if home is None:
-        return catalogue()
-    _load(home)
+    folders = _folders()
+    wanted = folders if home is None else [home] if home in folders else []
+    # Code that takes modules out of ``sys.modules`` again, as pytest's own pytester does, has rules and facts imported
+    # anew: the packages of today decide, so that rules and facts are of one import.
+    return _loaded(tuple(importlib.import_module(f"{__name__}.{folder}") for folder in wanted))
+
+
+@cache
+def _folders() -> list[str]:
+    return [folder.name for folder in pkgutil.iter_modules(__path__) if folder.ispkg]
+
+
+@cache
+def _loaded(packages: tuple[ModuleType, ...]) -> tuple[Rule, ...]:
+    for package in packages:
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{module.name}")
     _load_others()
     return tuple(registered[code] for code in sorted(registered))
 
@@ -74,13 +80,6 @@ def _home(facts: type) -> str | None:
     """The folder of the rules on facts of this class; None where they may be anywhere."""
     package, _, module = facts.__module__.rpartition(".")
     return _HOMES.get(module, module) if package == "pytest_lora.facts" else None
-
-
-@cache
-def _load(folder: str) -> None:
-    """Load the rules of a folder, if there is one of that name."""
-    for module in pkgutil.iter_modules([f"{path}/{folder}" for path in __path__]):
-        importlib.import_module(f"{__name__}.{folder}.{module.name}")
 
 
 @cache

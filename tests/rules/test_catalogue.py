@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 import pytest_lora.rules
 from pytest_lora.bases.examples.models import TAKES_TOKEN_TYPES
@@ -126,3 +128,28 @@ print(*{name.split(".")[2] for name in sys.modules if name.startswith("pytest_lo
 stages = {rule.stage for rule in rules.catalogue()}
 print(all(rules.number_of_rules(s) == sum(r.stage == s for r in rules.catalogue()) for s in stages))
 """
+
+
+def test_rules_fit_facts_that_were_imported_anew() -> None:
+    """pytest's own pytester takes what was imported within out of ``sys.modules`` again; what came before stays."""
+
+    def checked_twice() -> None:
+        from pytest_lora import check_config, check_training
+        from pytest_lora.bases.examples import base, batch
+
+        config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"])
+        check_config(config, base)
+        model: Any = get_peft_model(base, config)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        before = dict(sys.modules)
+        seen = []
+        for _ in range(2):
+            seen.append([finding.code for finding in check_training(model, batch).findings])
+            sys.modules.clear()
+            sys.modules.update(before)
+        assert seen[0]
+        assert seen[0] == seen[1]
+
+    done = outcome(checked_twice)
+    assert done.returncode == 0, done.stderr
