@@ -73,6 +73,11 @@ class FusedParameter:
     name: str
     numbers: int
 
+    def stands_for(self, target: str) -> bool:
+        """Whether it is called like a target, or is several of them in one (``gate_up_proj`` for ``up_proj``)."""
+        last = self.name.rpartition(".")[2]
+        return target == last or (target.endswith("_proj") and target[:-5] in last.split("_"))
+
 
 @dataclass(frozen=True, slots=True)
 class BaseFacts:

@@ -187,7 +187,9 @@ def _name_matches(
         "target_parameters": written.target_parameters,
     }
     adapted = [layer.module for layer in layers]
+    made = set(applied.target_parameters) - set(written.target_parameters)
     rewritten = set(applied.target_parameters) != set(written.target_parameters)
+    fused = tuple(module for module in adapted if any(is_named(module, name) for name in made))
     wanted = {name for names in lists.values() if names and not isinstance(names, str) for name in names}
     by_suffix = _by_suffix(dict.fromkeys([*base.module_names, *adapted]), wanted)
     parameters_by_suffix = _by_suffix(dict.fromkeys(parameters), set(written.target_parameters))
@@ -200,6 +202,8 @@ def _name_matches(
         for name in names or ():
             # PEFT maps names of modules that transformers has since fused to their parameters.
             if rewritten and name not in (getattr(applied, field) or ()):
+                if fused:
+                    yield NameMatch(field, name, fused)
                 continue
             modules = tuple(by_suffix.get(name, ()))
             if field == "target_parameters":

@@ -13,7 +13,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 import pytest_lora.rules
-from pytest_lora.bases.examples.models import TAKES_TOKEN_TYPES
+from pytest_lora.bases.examples.models import FUSED_BY_PEFT, TAKES_TOKEN_TYPES
 from pytest_lora.rules import Rule, catalogue, rules_for
 from tests.forked import fork_ranks, outcome
 from tests.namespace import run
@@ -64,6 +64,8 @@ def code(known: Rule, title: str) -> str:
             pytest.skip(f"this version of PEFT has no {field}")
     if "mm_token_type_ids" in block[1] and not TAKES_TOKEN_TYPES:
         pytest.skip("this version of transformers has no mm_token_type_ids")
+    if "shared_experts)" in block[1] and not FUSED_BY_PEFT:
+        pytest.skip("this version of PEFT takes no names of modules for fused experts")
     return block[1]
 
 

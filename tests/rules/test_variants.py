@@ -14,7 +14,7 @@ import torch
 from packaging.version import Version
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pytest_lora import (
     Expect,
@@ -27,6 +27,7 @@ from pytest_lora import (
     check_model,
     check_training,
 )
+from pytest_lora.bases.examples.models import FUSED_BY_PEFT, made
 from pytest_lora.inspection.model import model_facts
 from pytest_lora.inspection.transformers_internals import READS_OTHER_PREFIXES, TIES_WHAT_DIFFERS
 
@@ -283,6 +284,47 @@ class Mixture(nn.Module):
 def test_names_of_fused_experts_that_match_another_module(fields: dict[str, Any], left: str | None) -> None:
     report = check_config(LoraConfig(r=4, lora_alpha=8, **fields), Mixture())
     assert [left in f.where for f in report.warnings if f.code == "LORA129"] == ([True] if left else [])
+
+
+@pytest.mark.skipif(
+    not FUSED_BY_PEFT, reason="this version of PEFT takes no names of modules for fused experts"
+)
+@pytest.mark.parametrize(
+    ("targets", "left"),
+    [
+        (["o_proj", "gate_proj", "up_proj", "down_proj"], 6),
+        (["o_proj", "down_proj"], 2),
+        ("all-linear", 6),
+        (r".*\.(o_proj|gate_proj|up_proj|down_proj)", 6),
+        (["o_proj"], 0),
+        (["o_proj", "kv_b_proj"], 0),
+    ],
+)
+def test_names_that_peft_takes_for_fused_experts_alone(targets: Any, left: int) -> None:
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM")
+    found = [f.where for f in check_config(config, made("shared_experts")).findings if f.code == "LORA138"]
+    assert [int(where.partition(" ")[0]) for where in found] == ([left] if left else [])
+
+
+@pytest.mark.skipif(
+    not FUSED_BY_PEFT, reason="this version of PEFT takes no names of modules for fused experts"
+)
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"]}, True),
+        ({"target_modules": ["o_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}, False),
+        (
+            {"target_modules": ["o_proj", "down_proj"], "exclude_modules": r".*mlp\.down_proj|.*shared.*"},
+            False,
+        ),
+    ],
+)
+def test_a_model_that_carries_adapters_on_fused_experts(fields: dict[str, Any], told: bool) -> None:
+    """PEFT leaves its own form of the configuration; the joint rank of two projections tells where it is from."""
+    config = LoraConfig(r=2, lora_alpha=4, task_type="CAUSAL_LM", **fields)
+    model: Any = get_peft_model(AutoModelForCausalLM.from_config(made("shared_experts")), config)
+    assert ("LORA138" in {f.code for f in check_model(model).findings}) == told
 
 
 @pytest.mark.parametrize(("rank", "alpha", "told"), [(128, 8, True), (64, 8, False), (256, 16, False)])

@@ -33,6 +33,7 @@ _MODELS = (
     "llama_7b",
     "gptq_7b",
     "fused_moe",
+    "shared_experts",
 )
 _FUNCTIONS = {
     "models": ("adapter", "quantized"),

@@ -14,42 +14,25 @@ from transformers import (
     CLIPVisionConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    GptOssConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
-    PretrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from pytest_lora.bases.examples.configs import CONFIGS, llama_config
+from pytest_lora.bases.examples.configs import FUSED_BY_PEFT as FUSED_BY_PEFT
+from pytest_lora.bases.examples.configs import LAYERS as LAYERS
+from pytest_lora.bases.examples.configs import VOCABULARY as VOCABULARY
+from pytest_lora.bases.examples.configs import WIDTH as WIDTH
 from pytest_lora.bases.examples.folders import save_adapter, scratch
-
-LAYERS = 2
-WIDTH = 64
-VOCABULARY = 128
 
 BASE_FIELDS = {"num_hidden_layers", "hidden_size", "vocab_size"}
 """Fields of LlamaConfig that ``adapter`` takes in an example."""
-
-
-def _llama_config(**changes: Any) -> LlamaConfig:
-    fields: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        **changes,
-    }
-    return LlamaConfig(**fields)
 
 
 def quantized(
@@ -142,7 +125,7 @@ def image_text_base() -> nn.Module:
         patch_size=8,
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=_llama_config(), image_seq_length=4, vision_feature_layer=-1
+        vision_config=vision, text_config=llama_config(), image_seq_length=4, vision_feature_layer=-1
     )
     config.image_token_id = PLACEHOLDER
     return LlavaForConditionalGeneration(config)
@@ -212,14 +195,14 @@ def _with_placeholders(rows: int) -> dict[str, torch.Tensor]:
 
 def _classifier() -> nn.Module:
     build: Any = LlamaForSequenceClassification
-    model: nn.Module = build(_llama_config(num_labels=3))
+    model: nn.Module = build(llama_config(num_labels=3))
     return model
 
 
 BASES: dict[str, Callable[[], nn.Module]] = {
-    "base": lambda: LlamaForCausalLM(_llama_config()),
-    "base_4bit": lambda: quantized(LlamaForCausalLM(_llama_config())),
-    "tied_base": lambda: LlamaForCausalLM(_llama_config(tie_word_embeddings=True)),
+    "base": lambda: LlamaForCausalLM(llama_config()),
+    "base_4bit": lambda: quantized(LlamaForCausalLM(llama_config())),
+    "tied_base": lambda: LlamaForCausalLM(llama_config(tie_word_embeddings=True)),
     "classifier_base": _classifier,
     "moe_base": lambda: MixtralForCausalLM(
         MixtralConfig(
@@ -253,29 +236,6 @@ BATCHES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
 }
 
 
-def _llama_in_gptq() -> PretrainedConfig:
-    """Llama-2-7B as its quantized checkpoints describe themselves."""
-    config = LlamaConfig()
-    vars(config)["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
-    return config
-
-
-CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama_7b": LlamaConfig,  # its defaults are Llama-2-7B
-    "gptq_7b": _llama_in_gptq,
-    "fused_moe": lambda: GptOssConfig(
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        head_dim=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=8,
-        vocab_size=1000,
-    ),
-}
-
-
 def made(name: str) -> Any:
     """A fresh base, batch or configuration, from a fixed seed; random states stay as they are.
 
@@ -302,5 +262,5 @@ def adapter(on: nn.Module | None = None, *, folder: Path | None = None, **fields
     changes = {name: fields.pop(name) for name in BASE_FIELDS & fields.keys()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        base = LlamaForCausalLM(_llama_config(**changes)) if on is None else on
+        base = LlamaForCausalLM(llama_config(**changes)) if on is None else on
         return save_adapter(scratch() if folder is None else folder, base, **fields)

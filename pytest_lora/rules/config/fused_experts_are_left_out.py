@@ -65,11 +65,11 @@ def _named_but_left(facts: ConfigFacts) -> Iterator[Violation]:
     matched = {
         t for t in targets or () if any(f".{layer.module}".endswith(f".{t}") for layer in facts.layers)
     }
-    left = [p for p in facts.base.fused if p.name not in facts.adapted and _share_a_name(p.name, matched)]
+    left = [p for p in facts.base.fused if p.name not in facts.adapted and any(map(p.stands_for, matched))]
     if not left:
         return
     names = sorted({".".join(p.name.split(".")[-2:]) for p in left})
-    also = sorted(t for t in matched if any(_share_a_name(p.name, {t}) for p in left))
+    also = sorted(t for t in matched if any(p.stands_for(t) for p in left))
     elsewhere = [f".{layer.module}" for layer in facts.layers]
     instead = next(m for m in elsewhere if m.endswith(f".{also[0]}")).lstrip(".")
     yield Violation(
@@ -81,12 +81,6 @@ def _named_but_left(facts: ConfigFacts) -> Iterator[Violation]:
         f"write more of the name: '{'.'.join(instead.split('.')[-2:])}'",
         severity="warning",
     )
-
-
-def _share_a_name(parameter: str, targets: set[str]) -> bool:
-    """Whether a fused weight is called like a target, or is several of them in one (`gate_up_proj`)."""
-    last = parameter.rpartition(".")[2]
-    return any(t == last or (t.endswith("_proj") and t[:-5] in last.split("_")) for t in targets)
 
 
 def _experts_too(facts: ConfigFacts, names: list[str]) -> dict[str, object]:

@@ -45,6 +45,11 @@ CONFIGURATIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("LORA104", "fused_moe", {"target_modules": ["down_proj"]}),
     ("LORA104", "fused_moe", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_proj"]}),
     ("LORA104", "base", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}),
+    (
+        "LORA104",
+        "shared_experts",
+        {"target_modules": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+    ),
     ("LORA105", "base", {"layers_to_transform": [9]}),
     ("LORA106", "base", {"target_modules": "all-linear", "exclude_modules": ["mlp", "lm_head"]}),
     ("LORA106", "base", {"exclude_modules": "mlp"}),
