@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from pytest_lora import Expect
 from pytest_lora.facts.recipe import (
     BaseModel,
     RecipeFacts,
@@ -18,9 +17,9 @@ from pytest_lora.facts.recipe import (
     Value,
     WrongKind,
 )
-from pytest_lora.rules import find
 from pytest_lora.rules.recipe_words import at
 from pytest_lora.rules.recipe_words import said as in_words
+from tests.rules.saying import says, told
 
 
 def v(value: Any, line: int | None = 7, **more: Any) -> Value:
@@ -33,18 +32,6 @@ def v(value: Any, line: int | None = 7, **more: Any) -> Value:
 def facts(tool: str = "TRL", known: dict[str, Any] | None = None, **values: Any) -> RecipeFacts:
     keyed = {name: replace(value, key=value.key or name) for name, value in values.items()}
     return RecipeFacts("recipe.yaml", tool, setting=RunSetting(tool, **keyed), **(known or {}))
-
-
-def says(rule: str, given: RecipeFacts, *beginnings: str) -> None:
-    """Hold what a rule says to a severity and the first words of what it sees or advises, in order, or to nothing."""
-    judge = find(rule)
-    assert judge is not None
-    found = list(judge(given, Expect()))
-    assert len(found) == len(beginnings), found
-    for one, words in zip(found, beginnings, strict=True):
-        severity, _, observed = words.partition(": ")
-        assert one.severity == severity
-        assert observed in one.observed or one.fix.startswith(observed), str(one)
 
 
 def base(parameters: int = 7_000_000_000, dtype: str | None = "bfloat16") -> BaseModel:
@@ -169,9 +156,9 @@ def warm_up(**values: Any) -> RecipeFacts:
         (warm_up(max_steps=20, warmup_steps=19), None),
         (warm_up(max_steps=19, warmup_steps=20), "info: write `warmup_steps: 1`"),
         (warm_up(max_steps=60, warmup_steps=60), "error: write `warmup_steps: 3`"),
+        (warm_up(max_steps=1, warmup_steps=1), "info: write `warmup_steps: 1`"),
         (warm_up(max_steps=-1, warmup_steps=20), None),
         (warm_up(max_steps=0, warmup_steps=20), None),
-        (warm_up(max_steps=0.5, warmup_steps=0.6), None),
         (warm_up(max_steps=20, warmup_steps=0), None),
         (warm_up(max_steps=20), None),
         (warm_up(warmup_ratio=1), "error: a warm-up of 1 times the run never ends"),
@@ -356,9 +343,7 @@ ITS_BASE = "the base that the adapter was trained on"
 )  # fmt: skip
 def test_a_folder_of_an_adapter_as_base(tool: str, change: dict[str, Any], rank: Value, fix: str) -> None:
     given = facts(tool, known={"base_is_adapter": replace(SAVED, **change)}, base=v("out"), r=rank)
-    judge = find("adapter_folder_is_the_base")
-    assert judge is not None
-    assert [one.fix for one in judge(given, Expect())] == [fix]
+    assert [one.fix for one in told("adapter_folder_is_the_base", given)] == [fix]
     says("adapter_folder_is_the_base", replace(given, setting=None))
     says("adapter_folder_is_the_base", replace(given, base_is_adapter=None))
 
