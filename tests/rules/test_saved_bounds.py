@@ -396,9 +396,9 @@ def test_another_method(facts: CheckpointFacts, serve: Any, words: list[str]) ->
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
-        (configured(ONE, init_lora_weights="pissa_niter_4"), ["info: was not converted"]),
-        (configured(ONE, init_lora_weights="loftq"), ["info: publish the base that LoftQ quantized"]),
-        (configured(ONE, init_lora_weights="corda"), ["info: path_initial_model_for_weight_conversion"]),
+        (configured(ONE, init_lora_weights="pissa_niter_4"), ["warning: was not converted"]),
+        (configured(ONE, init_lora_weights="loftq"), ["warning: publish the base that LoftQ quantized"]),
+        (configured(ONE, init_lora_weights="corda"), ["warning: path_initial_model_for_weight_conversion"]),
         (configured(ONE, init_lora_weights="pissa"), []),
         (configured(ONE, init_lora_weights="olora"), []),
         (configured(ONE, init_lora_weights="gaussian"), []),
@@ -578,10 +578,10 @@ def sized_b(rms: float | None, alpha: float = 2, **values: Any) -> CheckpointFac
         (sized_b(30.0), []),
         (
             sized_b(30.1),
-            ["error: lora_B is too large in 1 of 2 modules: its values, scaling applied, are about 30 in"],
+            ["warning: lora_B is too large in 1 of 2 modules: its values, scaling applied, are about 30 in"],
         ),
-        (sized_b(15.1, 4), ["error: too large"]),
-        (sized_b(15.1, -4), ["error: too large"]),
+        (sized_b(15.1, 4), ["warning: too large"]),
+        (sized_b(15.1, -4), ["warning: too large"]),
         (sized_b(14.9, 4), []),
         (sized_b(99.0, nans=1), []),
         (sized_b(99.0, infinities=1), []),
@@ -703,8 +703,8 @@ IN_IT = "weights of the base model beside the adapter"
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
-        (extra(f"{Q}.base_layer.weight", 4, 2), [f"warning: contains 1 {IN_IT}, 50% of its numbers"]),
-        (extra(f"{Q}.weight"), [f"warning: 1 {IN_IT}"]),
+        (extra(f"{Q}.base_layer.weight", 4, 2), [f"error: contains 1 {IN_IT}, 50% of its numbers"]),
+        (extra(f"{Q}.weight"), [f"error: 1 {IN_IT}"]),
         (extra("norm.weight"), [f"info: 1 {IN_IT}"]),
         (extra("lm_head.weight"), []),
         (extra("x.token_adapter.delta"), []),
@@ -814,11 +814,11 @@ LOST = f"{P}model.layers.1.q.lora_A.weight"
     [
         (
             fitted(ONE, compared=True, missing=(LOST, LOST)),
-            ["warning: no adapter keys for 1 of 2 adapted modules"],
+            ["error: no adapter keys for 1 of 2 adapted modules"],
         ),
         (
             fitted(ONE, compared=True, missing=(LOST,)),
-            ["warning: load it on the base that it was trained on, or save"],
+            ["error: load it on the base that it was trained on, or save"],
         ),
         (fitted(ONE, compared=True, missing=(f"{P}model.layers.1.q.weight",)), []),
         (fitted(TWO, compared=True, missing=(LOST,)), []),
