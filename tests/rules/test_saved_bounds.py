@@ -8,33 +8,14 @@ from typing import Any
 import pytest
 
 from pytest_lora import Expect
-from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.checkpoint import CheckpointFacts, Entry, FileFault, Fit, Misfit
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, Marks, TensorFacts, Values
 from pytest_lora.rules.remedies import name_in_keys
 from tests.facts.test_adapter_maps import saved
+from tests.rules.made import BASE
 from tests.rules.saying import says, told
 from tests.rules.test_checkpoint_bounds import configured, with_tensors
 
-BASE = BaseFacts(
-    architecture="Llama",
-    task_type=None,
-    modules=(),
-    module_names=("model.layers.0.q", "model.layers.1.q", "embed", "lm_head"),
-    parameters=100,
-    layer_indices=(0, 1),
-    heads=(),
-    tied=(),
-    input_embeddings="embed",
-    output_embeddings="lm_head",
-    vocab_size=100,
-    has_biases=False,
-    float_dtypes=(),
-    device_types=(),
-    quantization=None,
-    carries_adapter=False,
-    fused=(),
-)
 Q = "model.layers.0.q"
 ONE = configured(saved([Q]))
 TWO = configured(saved([Q, "model.layers.1.q"]))
