@@ -79,7 +79,7 @@ def warm_up_is_longer_than_the_run(facts: RecipeFacts, expect: Expect) -> Iterat
     if setting is None:
         return
     steps, ratio, limit = setting.warmup_steps, setting.warmup_ratio, setting.max_steps
-    if limit.value and limit.value > 0 and steps.value and steps.value >= max(limit.value, 1):
+    if limit.value and steps.value and steps.value >= limit.value > 0:
         yield about(
             facts,
             steps,
