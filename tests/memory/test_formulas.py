@@ -181,7 +181,16 @@ def test_a_storage_lies_where_it_was_made() -> None:
     assert found.tolist() == [3, 2, 1, 0, 0, 1, 2, 3]
     made = Timeline((), -line.weights, line.index, line.instances[::-1].copy(), line.layers)
     # All are made in the backward, which begins at the head and ends before the layers.
-    assert gpu_of_events(made, units, backward, np.array([0, 4]), placement).tolist() == [3, 2, 1, 0, 0, 1, 2, 3]
+    assert gpu_of_events(made, units, backward, np.array([0, 4]), placement).tolist() == [
+        3,
+        2,
+        1,
+        0,
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_what_accelerate_moves_and_generation_caches() -> None:
@@ -308,7 +317,14 @@ def test_states_of_optimizers() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "width", "words", "chunk"),
-    [(8, 64, 64, 8), (8, 64, 65, 4), (100, 64, 640, 16), (1, 64, 6400, 1), (9, 64, 64, 16), (1000, 8, 4096, 2)],
+    [
+        (8, 64, 64, 8),
+        (8, 64, 65, 4),
+        (100, 64, 640, 16),
+        (1, 64, 6400, 1),
+        (9, 64, 64, 16),
+        (1000, 8, 4096, 2),
+    ],
 )
 def test_tokens_of_a_chunk_of_liger(rows: int, width: int, words: int, chunk: int) -> None:
     assert liger_chunk(rows, width, words) == chunk

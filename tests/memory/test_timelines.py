@@ -89,7 +89,9 @@ def test_a_step_of_five_layers_tells_that_of_all(first: int, second: int) -> Non
     events, units, like, _ = trace
     line = expand(events, units, {0: first - 3, 1: second - 3}, like)
     whole = list(played(first, second))
-    assert named(line, trace) == [(name.rstrip("0123456789"), freed, layer) for name, freed, _, layer in whole]
+    assert named(line, trace) == [
+        (name.rstrip("0123456789"), freed, layer) for name, freed, _, layer in whole
+    ]
     # The same storage wherever it is the same in a trace of all layers.
     of: dict[str, int] = {}
     for instance, (name, *_) in zip(line.instances.tolist(), whole, strict=True):
