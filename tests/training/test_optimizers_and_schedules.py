@@ -142,7 +142,7 @@ def test_numbers_of_groups() -> None:
     assert (group.parts, group.dtypes) == (("a",), ("float32",))
     (adam,) = optimizer_facts(model, torch.optim.Adam([a], lr=0.5, eps=1e-3)).groups
     assert (adam.eps, adam.initial_lr) == (1e-3, None)
-    with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, not object"):
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, not object"):
         param_groups(object())
     assert part_of("a.bias", nn.Parameter(torch.zeros(1)), {}) == "bias"
     assert part_of("a.bias", torch.zeros(1), {}) == "base"

@@ -23,6 +23,7 @@ from pytest_lora.inspection.training.batches import (
 from pytest_lora.inspection.training.circumstances import live_dropouts, spoiled_inputs
 from pytest_lora.inspection.training.empty_rows import _used, empty_rows
 from pytest_lora.inspection.training.failures import failure_of
+from pytest_lora.inspection.training.graph import Calls, Ran
 from pytest_lora.inspection.training.media import grids_disagree, medium_facts, placeholders_of
 from pytest_lora.inspection.training.shift import Shift, _mean
 from pytest_lora.inspection.training.text_bounds import text_bounds
@@ -456,6 +457,42 @@ def test_only_the_first_line_of_an_error_is_kept() -> None:
     found = failure_of(error, "forward pass", nn.Module(), {"input_ids": torch.ones(4)}, step=1, index=0)
     assert found is not None
     assert (len(found.message), found.length, found.positions) == (300, None, None)
+
+
+class Layer(nn.Module):
+    disable_adapters = False
+
+    def forward(self, values: Any = None) -> Any:
+        return values
+
+
+def test_how_layers_were_run() -> None:
+    layers = {name: Layer() for name in ("graph", "both", "without", "cut", "empty", "named", "never")}
+    calls = Calls()
+    calls.watch(layers)
+    one = torch.ones(1)
+    layers["graph"](one)
+    with torch.no_grad():
+        layers["both"](one)
+        layers["without"](one)
+    layers["both"](one)
+    with torch.no_grad():
+        layers["both"](one)
+    torch.utils.checkpoint.checkpoint(layers["cut"], one, use_reentrant=True)
+    layers["empty"](torch.ones(0))
+    layers["named"](values=one)
+    assert calls.ran == {
+        "graph": Ran.WITH_GRAPH,
+        "both": Ran.WITH_GRAPH,
+        "without": Ran.WITHOUT_GRAPH,
+        "cut": Ran.CUT,
+        "named": Ran.WITH_GRAPH,
+    }
+    assert not calls.switched_off
+    layers["never"].disable_adapters = True
+    layers["never"](one)
+    layers["graph"](one)
+    assert calls.switched_off
 
 
 # ---------------------------------------------------------------------------------- batches
