@@ -76,6 +76,12 @@ def test_an_emptied_cache_gives_back_what_is_whole() -> None:
     assert reserved((0, 512), (1, 30 * MIB), (1, 0), (2, 512), (3, 32 * MIB), emptied_before=3) == 34 * MIB
 
 
+def test_only_other_streams_are_freed_late() -> None:
+    events = (0, 20 * MIB), (0, 0), (1, 20 * MIB)
+    for stream, most in ((0, 20 * MIB), (1, 40 * MIB)):
+        assert reserved(*events, streams=np.array([stream] * 2), caught_up=3) == most
+
+
 def test_random_traces_keep_the_rules() -> None:
     for seed in range(25):
         events, emptied_before = random_trace(seed)

@@ -76,6 +76,12 @@ def test_the_largest_rate_of_all_groups_counts() -> None:
     assert schedule_facts(LambdaLR(optimizer, [lambda step: 5.0, lambda step: 1.0]), optimizer).peak == 2.5
 
 
+def test_a_schedule_that_multiplies_is_no_function_of_the_step() -> None:
+    optimizer = sgd()
+    made = torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.5)
+    assert schedule_facts(made, optimizer).peak is None
+
+
 def test_what_a_schedule_was_made_for() -> None:
     optimizer = sgd()
 
@@ -175,15 +181,21 @@ def test_what_an_optimizer_holds() -> None:
     assert optimizer_facts(model, wrapper).optimizer == "SGD"
 
 
-def test_an_inactive_adapter_is_not_missing() -> None:
-    model = adapted()
+@pytest.mark.parametrize(
+    "fields", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}]
+)
+def test_an_inactive_adapter_is_not_missing(fields: dict[str, Any]) -> None:
+    model = adapted(**fields)
     config = model.peft_config["default"]
     model.add_adapter("other", config)
     for name, parameter in model.named_parameters():
         if "other" in name:
             parameter.requires_grad_(True)
     mine = [p for n, p in model.named_parameters() if p.requires_grad and "other" not in n]
-    assert optimizer_facts(model, torch.optim.SGD(mine, lr=0.1)).missing == ()
+    found = optimizer_facts(model, torch.optim.SGD(mine, lr=0.1))
+    assert found.missing == ()
+    assert set(found.groups[0].parts) >= {"a", "b"}
+    assert len(optimizer_facts(model, sgd()).missing) == len(mine)
 
 
 @pytest.mark.parametrize(
