@@ -25,6 +25,7 @@ from pytest_lora.inspection.behaviour.batch_law import (
 )
 from pytest_lora.inspection.behaviour.combination import _beyond
 from pytest_lora.inspection.behaviour.copies import _main_tensor, distance, identical, largest
+from pytest_lora.inspection.behaviour.laws import _deviation_from_linear, _near
 from pytest_lora.inspection.behaviour.merge import _allowed, _restored
 from pytest_lora.inspection.behaviour.texts import Text, _run, mask_of, pad_token, texts_of
 
@@ -391,3 +392,39 @@ def test_what_no_matrix_of_a_rank_can_hold() -> None:
     assert _beyond(update, 1) == pytest.approx(5.0)
     assert _beyond(update, 2) == pytest.approx(3.0)
     assert _beyond(update, 3) == 0.0
+
+
+class Scaled:
+    """A layer whose effect is its scaling times a half, and a little of the scaling's square."""
+
+    def __init__(self, curved: float) -> None:
+        self.scaling, self.on, self.curved = {"default": 2.0}, True, curved
+
+    def enable_adapters(self, on: bool) -> None:
+        self.on = on
+
+    def output(self) -> Tensor:
+        scaling = self.scaling["default"]
+        return torch.tensor([3.0 + (0.5 * scaling + self.curved * scaling**2 if self.on else 0.0)])
+
+
+def test_doubling_the_scaling_doubles_the_effect() -> None:
+    def off(curved: float) -> float | None:
+        layer = Scaled(curved)
+        found = _deviation_from_linear(SimpleNamespace(name="a", layer=layer, output=layer.output))  # type: ignore[arg-type]
+        assert (layer.scaling, layer.on) == ({"default": 2.0}, True)
+        return found
+
+    # Of 5, two thousandths of a percent: 8 times the curve is what doubling adds beside.
+    assert off(0.0) is None
+    assert off(0.9e-3 / 8) is None
+    assert off(1.1e-3 / 8) == pytest.approx(1.1e-3, rel=1e-2)
+
+
+def test_what_is_near() -> None:
+    second = torch.tensor([2.0, 8.0])
+    assert _near(second.clone(), second)
+    assert _near(second + torch.tensor([7.9e-4, 0.0]), second)
+    assert not _near(second + torch.tensor([8.2e-4, 0.0]), second)
+    assert _near(second + torch.tensor([15e-4, 0.0]), second, steps=2.0)
+    assert not _near(torch.tensor([1]), torch.tensor([2]))
