@@ -32,7 +32,7 @@ def pack_weights(model: nn.Module, kept: list[str], setting: StepSetting) -> Non
     quantization = setting.quantization or Quantization("fp8")
     stored = _STORED[quantization.method]
     for name, module in list(model.named_modules()):
-        if any(part == name or name.endswith(f".{part}") or f"{part}." in f"{name}." for part in kept):
+        if any(f"{part}." in f"{name}." for part in kept):
             continue
         if quantization.method != "mxfp4" and type(module) is nn.Linear:
             model.set_submodule(name, _PackedLinear(module, stored, quantization, dtype))

@@ -68,8 +68,8 @@ class _Expansion:
         self.events = np.array(events, dtype=np.int64)
         self.storage = np.where(self.events < 0, ~self.events, self.events)
         self.copies = copies
-        changes = np.flatnonzero(np.diff(units, prepend=units[0] - 1, append=units[-1] - 1))
-        self.segments = [(units[low], int(low), int(high)) for low, high in pairwise(changes)]
+        changes = [0, *(np.flatnonzero(np.diff(units)) + 1).tolist(), len(units)]
+        self.segments = [(units[low], low, high) for low, high in pairwise(changes)]
         self.home = np.full(len(like), -1, dtype=np.int64)
         made = self.events >= 0
         self.home[self.events[made]] = np.array(units, dtype=np.int64)[made]
@@ -143,13 +143,14 @@ class _Expansion:
     def _partner(self, position: int) -> tuple[int, int, int]:
         """The segment of the other inner unit, which must follow and do the same."""
         unit, low, high = self.segments[position]
-        other, next_low, next_high = (*self.segments, (-1, 0, 0))[position + 1]
-        if not self._is_inner(other) or unit // KEPT != other // KEPT or high - low != next_high - next_low:
-            raise NotRepeatingError("inner layers of a stack do not run one after the other and alike")
-        return other, next_low, next_high
+        for other, next_low, next_high in self.segments[position + 1 : position + 2]:
+            alike = unit // KEPT == other // KEPT and high - low == next_high - next_low
+            if alike and self._is_inner(other):
+                return other, next_low, next_high
+        raise NotRepeatingError("inner layers of a stack do not run one after the other and alike")
 
     def _is_inner(self, unit: int) -> bool:
-        return unit >= 0 and unit // KEPT in self.copies and unit % KEPT in (FIRST_INNER, LAST_INNER)
+        return unit // KEPT in self.copies and unit % KEPT in (FIRST_INNER, LAST_INNER)
 
     def _part(self, stretch: _Stretch) -> _Part:
         index = np.arange(stretch.low, stretch.high)

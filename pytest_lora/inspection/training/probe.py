@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import LabelFacts
@@ -32,7 +32,7 @@ from pytest_lora.inspection.training.batches import (
 from pytest_lora.inspection.training.circumstances import live_dropouts, repacked_layers, spoiled_inputs
 from pytest_lora.inspection.training.empty_rows import empty_rows
 from pytest_lora.inspection.training.failures import failure_of
-from pytest_lora.inspection.training.graph import Ran, how_it_runs
+from pytest_lora.inspection.training.graph import Calls, Ran
 from pytest_lora.inspection.training.labels import label_facts, vocabulary
 from pytest_lora.inspection.training.media import medium_facts
 from pytest_lora.inspection.training.optimizer import (
@@ -120,8 +120,7 @@ class Probe:
         self._schedule = schedule_facts(plan.scheduler, self._optimizer) if plan.scheduler else None
         self._batches: tuple[Any, ...] = ()
         self._labels: tuple[LabelFacts, ...] = ()
-        self._touched: dict[str, Ran] = {}
-        self._switched_off = False
+        self._calls = Calls()
         self._is_fresh = plan.optimizer is not None and not any(plan.optimizer.state.values())
         held = {id(p) for group in self._groups for p in group["params"]}
         self._watch = Watch(model, parameter_parts(self._found), held)
@@ -153,9 +152,7 @@ class Probe:
         """Take the steps."""
         if not self.runnable:
             return
-        for name, layer in self._found.lora.items():
-            module: Any = layer
-            module.register_forward_pre_hook(self._toucher(name))
+        self._calls.watch(self._found.lora)
         for index in range(self._plan.steps):
             batch = index % len(self._batches)
             try:
@@ -170,15 +167,6 @@ class Probe:
         if self._plan.loss_fn is not None or self._failure is not None:
             return None
         return batch_law(self._model, self._found.root, self._batches[: len(self._steps)])
-
-    def _toucher(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def note(module: Any, arguments: Any) -> None:
-            self._switched_off |= bool(module.disable_adapters)
-            first = arguments[0] if arguments else None
-            if not isinstance(first, Tensor) or first.numel():
-                self._touched[name] = max(self._touched.get(name, Ran.CUT), how_it_runs())
-
-        return note
 
     def _step(self, number: int, batch: int) -> bool:
         """Take one step; False if no further one can be taken."""
@@ -273,13 +261,13 @@ class Probe:
             custom_loss=plan.loss_fn is not None,
             steps=tuple(self._steps),
             tensors=self._watch.facts(),
-            untouched=tuple(n for n in found.lora if n not in self._touched) if self._steps else (),
+            untouched=tuple(n for n in found.lora if n not in self._calls.ran) if self._steps else (),
             labels=self._labels,
             batches=given,
             inputs=inputs,
             later_inputs=tuple(n for n in _names(self._batches[used:]) if n not in inputs),
-            without_graph=tuple(n for n, ran in self._touched.items() if ran < Ran.WITH_GRAPH),
-            cut=tuple(n for n, ran in self._touched.items() if ran == Ran.CUT),
+            without_graph=tuple(n for n, ran in self._calls.ran.items() if ran < Ran.WITH_GRAPH),
+            cut=tuple(n for n, ran in self._calls.ran.items() if ran == Ran.CUT),
             media=tuple(medium_facts(self._batches, found.root)),
             history=tuple(float(loss) for loss in plan.history),
             changes=(*self._snapshot, *since_probe(found, self._keeper)),
@@ -292,7 +280,7 @@ class Probe:
             shift=self._shift,
             empty_rows=tuple(empty_rows(self._batches, found.modules, facts.base, pad_token(found.root))),
             optimizer_is_fresh=self._is_fresh,
-            switched_off=self._switched_off and not any(layer.disabled for layer in facts.layers),
+            switched_off=self._calls.switched_off and not any(layer.disabled for layer in facts.layers),
         )
 
 
