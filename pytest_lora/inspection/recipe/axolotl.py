@@ -206,7 +206,9 @@ def _kernels(keys: Keys, adapter: str | None) -> Value:
     if given:
         line = keys.lines[given[0]]
         return Value(all(map(keys.says, _KERNELS)), f"line {line}", given[0], line)
-    other = keys.has("rl") or keys.says("trust_remote_code") or (adapter == "lora" and keys.says("load_in_8bit"))
+    other = (
+        keys.has("rl") or keys.says("trust_remote_code") or (adapter == "lora" and keys.says("load_in_8bit"))
+    )
     return Value(not other, f"default of {NAME}", _KERNELS[0])
 
 
