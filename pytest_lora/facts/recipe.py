@@ -132,6 +132,7 @@ class RunSetting:
             where weights lie in the host's memory; None on one GPU.
         loss_on: ``"all tokens"`` or ``"answers"``.
         loss: ``"full"`` where all logits are held, ``"chunked"`` where they are not.
+        kernels: Whether the tool's own fused kernels for LoRA run; None where it has none.
         continues: Folder of the adapter that training goes on from.
         new_tokens: How many tokens are added.
         scope: Part of the base that adapters may touch, as it is called in module names.
@@ -163,6 +164,7 @@ class RunSetting:
     packing: Value = UNKNOWN
     attention: Value = UNKNOWN
     loss: Value = UNKNOWN
+    kernels: Value = UNKNOWN
     gradient_checkpointing: Value = UNKNOWN
     optimizer: Value = UNKNOWN
     learning_rate: Value = UNKNOWN

@@ -8,10 +8,12 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 
@@ -92,3 +94,36 @@ def collected_late() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+_EXPLAINER = "hypothesis.internal.scrutineer"
+"""Where Hypothesis looks which lines a failing example runs, from its first failure on."""
+
+
+@contextmanager
+def unexplained() -> Iterator[None]:
+    """Keep Hypothesis from noting the lines that run: they are none of the test's, and take three times as long so.
+
+    Tracers of others, a debugger or coverage, stay.
+    """
+    before = sys.gettrace()
+    if type(getattr(before, "__self__", None)).__module__ == _EXPLAINER:
+        with _put_back(sys.settrace, before, None):
+            yield
+        return
+    monitoring: Any = getattr(sys, "monitoring", None)  # Python 3.12 and newer
+    tools = [n for n in range(6) if monitoring.get_tool(n) == "scrutineer"] if monitoring else []
+    if not tools:
+        yield
+        return
+    with _put_back(partial(monitoring.set_events, tools[0]), monitoring.get_events(tools[0]), 0):
+        yield
+
+
+@contextmanager
+def _put_back(put: Callable[[Any], object], before: Any, meanwhile: Any) -> Iterator[None]:
+    put(meanwhile)
+    try:
+        yield
+    finally:
+        put(before)

@@ -33,6 +33,8 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 _DROPOUTS = (0.0, 0.05, 0.1)
 _BOOLEANS = st.booleans()
+_INDEX = st.integers(0, 2**16 - 1)
+"""Of a list whose length differs from example to example: one choice, also where there is but one value."""
 _LIMITS = Expect()
 DEFAULT_ALPHA = 8
 """``LoraConfig().lora_alpha``, which is left out where it is meant."""
@@ -154,13 +156,21 @@ def _sampled(values: Iterable[Any]) -> st.SearchStrategy[Any]:
 
 @cache
 def several(values: tuple[Any, ...]) -> st.SearchStrategy[list[Any]]:
-    """A few different ones of some values.
+    """A few different ones of some values, the fewest and first ones the simplest.
 
-    Not by ``unique=True``: its choices mean something else once one before them is gone, and lists of the
-    wrong values stay.
+    As many choices whatever is drawn, one for each value: an example whose parts keep their places shrinks, and is
+    varied, in half as many tries as lists would take.
     """
-    several = st.lists(_sampled_from(values), min_size=1, max_size=len(values))
-    return several.map(lambda drawn: list(dict.fromkeys(drawn)))
+    last_ones_first = st.tuples(_sampled_from(values), *(_BOOLEANS for _ in values))
+
+    def chosen(drawn: tuple[Any, ...]) -> list[Any]:
+        return [
+            value
+            for value, taken in zip(values, reversed(drawn[1:]), strict=True)
+            if taken or value == drawn[0]
+        ]
+
+    return last_ones_first.map(chosen)
 
 
 def drawn_choice(draw: Draw, space: SearchSpace) -> Choice:
@@ -189,15 +199,20 @@ def _kind(draw: Draw, space: SearchSpace, choice: Choice) -> Kind:
     return Kind(rslora, dora, init)
 
 
+_STRIDES = (1, 2, 3, 4)
+
+
 def _layers(draw: Draw, space: SearchSpace, choice: Choice) -> list[int] | None:
-    """Numbers for ``layers_to_transform``, which PEFT takes beside a list of names alone."""
+    """Numbers for ``layers_to_transform``, which PEFT takes beside a list of names alone: one, some in a row, or each
+    second to fourth."""
     known = space.base_targets.blocks
     if not known:
         return None
-    block, way = draw(_sampled(known)), draw(_sampled(("one", "some", "all")))
-    drawn = {block, *draw(several(known))} if way == "some" else {block}
+    first, way = draw(_sampled(range(len(known)))), draw(_sampled(("one", "some", "all")))
+    many, stride = draw(_sampled(range(1, len(known) + 1))), draw(_sampled(_STRIDES))
     if way == "all" or isinstance(choice.written, str):
         return None
+    drawn = {*known[first :: stride if way == "some" else 1][: many if way == "some" else 1]}
     shared = frozenset.intersection(*(target.layers for target in choice.targets))
     return sorted(shared & drawn) or None
 
@@ -242,27 +257,29 @@ def _patterns(
 ) -> dict[str, Any]:
     """A rank or an alpha of its own for one target, its scaling near that of the others."""
     way = draw(_sampled((None, "rank_pattern", "alpha_pattern")))
-    if way is None or choice.written == "all-linear":
-        return {}
-    target = draw(_sampled(choice.targets))
+    target, index = choice.targets[draw(_INDEX) % len(choice.targets)], draw(_INDEX)
     usual = scaling(alpha, rank, kind.rslora)
+    values: list[int] = []
 
     def near(value: float) -> bool:
         spread = max(value, usual) / min(value, usual)
         return _sound(value, kind.rslora) and spread <= _LIMITS.max_scaling_spread
 
+    if choice.written == "all-linear":
+        way = None
     if way == "rank_pattern":
         ranks = space.ranks_for(target.size, even=kind.even)
         values = [r for r in ranks if r != rank and near(scaling(alpha, r, kind.rslora))]
-    else:
+    elif way == "alpha_pattern":
         alphas = dict.fromkeys(_alphas(rank, *_ALPHAS))
         values = [a for a in alphas if a != alpha and near(scaling(a, rank, kind.rslora))]
-    return {way: {target.name: draw(_sampled(values))}} if values else {}
+    return {way: {target.name: values[index % len(values)]}} if way is not None and values else {}
 
 
 def _saved(draw: Draw, base_targets: BaseTargets, choice: Choice, fields: dict[str, Any]) -> dict[str, Any]:
-    if not base_targets.saveable or not draw(_BOOLEANS):
+    if not base_targets.saveable:
         return {}
+    wanted, drawn = draw(_BOOLEANS), draw(several(base_targets.saveable))
     targeted = {target.name for target in choice.targets}
-    chosen = [name for name in draw(several(base_targets.saveable)) if name not in targeted]
+    chosen = [name for name in drawn if wanted and name not in targeted]
     return {"modules_to_save": [*fields.get("modules_to_save", ()), *chosen]} if chosen else {}

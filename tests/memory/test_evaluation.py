@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 import transformers
-from peft import get_peft_model
-from transformers import LlamaForCausalLM, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainingArguments
 
 from pytest_lora import Evaluation, check_memory, estimate_memory, step_memory
 from pytest_lora.inspection.memory import dry_run
@@ -28,6 +28,8 @@ from tests.memory.test_trainers import (
     numbers,
     peak_and_largest,
     plain,
+    rows,
+    tokenizer,
 )
 
 ROWS = 4
@@ -144,3 +146,48 @@ def test_where_weights_are_cut_an_evaluation_is_not_predicted_and_that_is_said(t
     found = estimate_memory(CONFIG, SEVEN, args=args, seq_len=64, gpus=2, strategy="fsdp2")
     assert found.bound == "at least"
     assert "the evaluation, where weights are cut over several GPUs" in str(found)
+
+
+@pytest.mark.lora_slow
+@pytest.mark.parametrize("keeps", ["loss", "logits"])
+def test_an_evaluation_of_rewards_holds_what_a_real_one_holds(keeps: Any, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", minversion="1.16")
+    batches, config = 2, LoraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="SEQ_CLS")
+    texts = [" ".join(["w5"] * (LENGTH - 1))] * (batches * ROWS)  # TRL adds the last token
+    arguments = {"per_device_eval_batch_size": ROWS, "disable_tqdm": True, "eval_strategy": "epoch"}
+    trainer = trl.RewardTrainer(
+        model=LlamaForSequenceClassification(LlamaConfig(**{**BASE.to_dict(), "num_labels": 1})),
+        args=trl.RewardConfig(**plain(tmp_path), **arguments),
+        train_dataset=rows(chosen=["w6 w7"] * 4, rejected=["w8"] * 4),
+        eval_dataset=rows(chosen=texts, rejected=texts),
+        processing_class=tokenizer(),
+        peft_config=config,
+        **({} if keeps == "loss" else {"compute_metrics": lambda found: {}}),
+    )
+    trainer.model.config._attn_implementation = "eager"
+    trainer.model.config.use_cache = False
+    assert next(iter(trainer.get_eval_dataloader()))["input_ids"].shape == (2 * ROWS, LENGTH)
+    gc.collect()
+    real = Allocations()
+    with real:
+        trainer.evaluate()
+
+    setting = checked_setting(args=trainer.args, dtype="float32", autocast=False)
+    asked = replace(setting, batch_size=BATCH, seq_len=LENGTH)
+    evaluation = Evaluation(ROWS, keeps=keeps, batches=batches)
+    traced = dry_run.evaluated(build(BASE, config, asked, together=0), asked, evaluation)
+    peak, largest = peak_and_largest(traced)
+    assert largest == real.largest
+    assert peak == pytest.approx(real.peak, rel=0.01)
+
+
+def test_an_evaluation_of_rewards_stands_beside_the_step(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", minversion="1.16")
+    arguments = trl.RewardConfig(**plain(tmp_path), per_device_eval_batch_size=64, eval_strategy="epoch")
+    scored = LoraConfig(r=8, target_modules=["q_proj"], task_type="SEQ_CLS")
+    found = estimate_memory(scored, SEVEN, args=arguments, seq_len=512)
+    without = estimate_memory(scored, SEVEN, args=trl.RewardConfig(**plain(tmp_path)), seq_len=512)
+    assert found.training_peak == without.peak_allocated
+    assert found.peak_allocated == found.evaluation_peak > found.training_peak
+    alone = step_memory(scored, SEVEN, args=arguments)
+    assert alone.estimate(2, 512).evaluation_peak == found.evaluation_peak, "whatever the step's own batch"

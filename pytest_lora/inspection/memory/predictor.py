@@ -31,6 +31,7 @@ from pytest_lora.inspection.memory.step import Step, assemble
 from pytest_lora.inspection.memory.storage_tracker import quiet
 from pytest_lora.inspection.memory.surfaces import Answer, Surfaces, Traced, answer_of
 from pytest_lora.inspection.memory.timeline import NotRepeatingError
+from pytest_lora.inspection.quiet import collected_late, unexplained
 from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.transformers_internals import runs_images_without_values
 
@@ -85,20 +86,24 @@ class Predictor:
     def _family(self, point: Point) -> Family:
         return Family(point, self._thresholds, self._shares)
 
+    @unexplained()
     def peak_allocated(self, batch_size: int, seq_len: int, rank: int) -> int:
         """Bytes that ``torch.cuda.max_memory_allocated`` would give."""
         found = self._at((batch_size, seq_len, rank))
         return found.shape.peak_allocated(found.sizes)
 
+    @unexplained()
     def peak_reserved(self, batch_size: int, seq_len: int, rank: int) -> int:
         """Bytes that ``torch.cuda.max_memory_reserved`` would give."""
         return self._reserved(self._at((batch_size, seq_len, rank)))
 
+    @unexplained()
     def flops(self, batch_size: int, seq_len: int, rank: int) -> StepFlops:
         """Floating-point operations of one optimizer step."""
         point = (batch_size, seq_len, rank)
         return self._at(point).flops or self._trace(point).step.flops
 
+    @unexplained()
     def estimate(self, batch_size: int, seq_len: int, rank: int) -> MemoryEstimate:
         """Everything about one step."""
         point = (batch_size, seq_len, rank)
@@ -179,7 +184,7 @@ class Predictor:
         setting = replace(self.setting, batch_size=batch_size, seq_len=seq_len)
         model = self._base if isinstance(self._base, nn.Module) else None
         # The step runs on the meta device, so the values of a live model are out of its reach.
-        with Keeper(model, values=False):
+        with Keeper(model, values=False), collected_late():
             built = self._model(rank)
             what = f"a step of {type(built.transformer).__name__}, batch {batch_size} x {seq_len}, r={rank}"
             since = time.thread_time()  # on a busy machine a trace is not longer, it only waits

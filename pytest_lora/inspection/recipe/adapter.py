@@ -105,15 +105,12 @@ _FUSED = {
 def fused_arguments(setting: RunSetting) -> dict[str, Any]:
     """The fused kernels that a tool takes, as arguments of ``estimate_memory``; those that are known.
 
-    Axolotl takes its own by itself for lora and qlora: not in 8 bits, beside reinforcement learning or under FSDP1
-    (``check_auto_enable_lora_kernels`` in axolotl/utils/schemas/config.py). They are left out wherever the weights are
-    divided, so that the estimate is not below the step.
+    Axolotl's own are left out wherever the weights are divided, so that the estimate is not below the step.
     """
     loss = setting.loss
     found: dict[str, Any] = dict(_FUSED.get(loss.key, {})) if loss.value == "chunked" else {}
     whole = not divides_weights(setting.strategy.value)
-    sft = setting.objective.value in (None, "sft")
-    if setting.tool == "Axolotl" and setting.quantization.value != "int8" and whole and sft:
+    if setting.kernels.value and setting.quantization.value != "int8" and whole:
         found.setdefault("kernels", "axolotl")
     return found
 

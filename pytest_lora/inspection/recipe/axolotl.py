@@ -34,6 +34,7 @@ _ATTENTION = {
     "flex_attention": "flex_attention",
     "eager_attention": "eager",
 }
+_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 _LOW_MEMORY = ("liger_fused_linear_cross_entropy", "cut_cross_entropy", "chunked_cross_entropy")
 
 _CHAT_MARK = re.compile(r"<\|.*\|>|\[/?INST\]|</?s>|</?think>")
@@ -92,6 +93,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         packing=keys.flag("sample_packing", default=False),
         attention=_attention(keys),
         loss=_loss(keys),
+        kernels=_kernels(keys, kind),
         gradient_checkpointing=_checkpointing(keys),
         optimizer=keys.word("optimizer", default="adamw_torch_fused"),
         learning_rate=keys.number("learning_rate"),
@@ -191,6 +193,23 @@ def _loss(keys: Keys) -> Value:
     if any("cut_cross_entropy" in str(one) for one in plugins):
         return Value("chunked", f"line {keys.lines['plugins']}", "plugins", keys.lines["plugins"])
     return Value("full", f"default of {NAME}")
+
+
+def _kernels(keys: Keys, adapter: str | None) -> Value:
+    """Whether all of its kernels for LoRA run, which it takes by itself where no key says anything about one.
+
+    A key that is set leaves the others at false, and in 8 bits, beside reinforcement learning and with code of the
+    checkpoint's own none is taken by itself (``check_auto_enable_lora_kernels`` in axolotl/utils/schemas/config.py). The
+    kernel of embeddings is not modelled.
+    """
+    given = [name for name in (*_KERNELS, "lora_embedding_kernel") if keys.has(name)]
+    if given:
+        line = keys.lines[given[0]]
+        return Value(all(map(keys.says, _KERNELS)), f"line {line}", given[0], line)
+    other = (
+        keys.has("rl") or keys.says("trust_remote_code") or (adapter == "lora" and keys.says("load_in_8bit"))
+    )
+    return Value(not other, f"default of {NAME}", _KERNELS[0])
 
 
 def _checkpointing(keys: Keys) -> Value:
