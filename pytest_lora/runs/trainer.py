@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -16,8 +17,10 @@ from pytest_lora.inspection.model import carries_lora
 from pytest_lora.rules.selection import codes
 from pytest_lora.runs.trackers import PROJECT, TrackedFindings
 from pytest_lora.runs.watch import BETWEEN, FIRST_STEPS, OnError, Watch
+from pytest_lora.runs.wrappers import CalledThrough
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     from pytest_lora.expect import Expect
@@ -31,7 +34,7 @@ class LoraHealthCallback(TrainerCallback):
     them (``logging_steps``), but under DeepSpeed or FSDP on several ranks: there no process sees whole gradients, and
     ``watch.not_judged`` says so. The run itself goes as it would without: no forward pass is added, no random number
     drawn, and no rank waits for another. Every rank judges; the first one tells. Under DDP the Trainer shows its
-    callbacks the model inside of it, so that the wrapper is not judged.
+    callbacks the model inside of it; the wrapper is judged when it first calls that, and at the later times.
 
     A model without LoRA layers is said to have none, once, and nothing of its run is judged.
 
@@ -80,6 +83,8 @@ class LoraHealthCallback(TrainerCallback):
         self._begun_at = self._unlogged = 0
         self._latest: tuple[str, int, object] | None = None
         self._judges = True
+        self._called: CalledThrough | None = None
+        self._wrapper: nn.Module | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,6 +111,8 @@ class LoraHealthCallback(TrainerCallback):
         self._unlogged = 0 if losses else state.global_step
         self.watch.recall(losses, evals)
         self._look(control, kwargs)
+        self._wrapper = None
+        self._called = CalledThrough(kwargs["model"], partial(self._judge_wrapper, control, kwargs))
         # The schedule has set the rate of the first step by now, which a warm-up makes small.
         self.watch.learning_rate = float(args.learning_rate)
 
@@ -177,6 +184,9 @@ class LoraHealthCallback(TrainerCallback):
         try:
             self._look(control, kwargs)
         finally:
+            if self._called is not None:
+                self._called.forget()
+            self._called = self._wrapper = None
             self._tracked.close()
 
     def _is_idle(self, what: str, state: TrainerState, logs: object = None) -> bool:
@@ -187,9 +197,15 @@ class LoraHealthCallback(TrainerCallback):
         before, self._latest = self._latest, (what, state.global_step, logs)
         return before is not None and before[:2] == self._latest[:2] and before[2] is logs
 
+    def _judge_wrapper(self, control: TrainerControl, kwargs: dict[str, Any], wrapper: nn.Module) -> None:
+        """Before the first backward, which torch may refuse."""
+        self._wrapper = wrapper
+        self._look(control, kwargs)
+
     def _look(self, control: TrainerControl, kwargs: dict[str, Any]) -> None:
         rate = self.watch.learning_rate
-        self.watch.look(kwargs["model"], kwargs.get("optimizer"))
+        model = kwargs["model"] if self._wrapper is None else self._wrapper
+        self.watch.look(model, kwargs.get("optimizer"))
         self.watch.learning_rate = rate
         self._stop_if_asked(control)
 

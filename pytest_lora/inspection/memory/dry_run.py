@@ -97,8 +97,8 @@ def trace(
     Raises:
         ValueError: The model does something that needs values; the message names it.
     """
-    if built.rank is not None and not built.rank.warm:
-        built.rank.warm = True
+    if built.rank is not None and built.rank.first_differs:
+        built.rank.first_differs = False
         trace(built, setting)
     model = built.model if built.rank is None else built.rank.called
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -127,6 +127,7 @@ def trace(
             quiet(),
             collected_late(),
             masks_without_values(),
+            without_marks(),
             cuda_kernels(autocast, setting.attention, tracker.count),
             fused_kernels(tracker.count) if setting.by_trl else nullcontext(),
             outputs_in_float32(model) if setting.by_accelerate else nullcontext(),
@@ -206,6 +207,14 @@ def _times(batches: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return tensor.new_empty(batches * tensor.shape[0], *tensor.shape[1:]) if tensor.dim() else tensor
 
     return repeated
+
+
+@contextmanager
+def without_marks() -> Iterator[None]:
+    """Ranges for torch's profiler, which FSDP marks everywhere, are operations too: a third of its trace."""
+    marks: Any = importlib.import_module("torch.autograd.profiler").record_function
+    with swapped([(marks, "__enter__", lambda self: self), (marks, "__exit__", lambda *_: None)]):
+        yield
 
 
 @contextmanager

@@ -199,7 +199,8 @@ class Predictor:
             config = copy.copy(self._config)
             config.r = rank
             with quiet():
-                self._models = {rank: build(self._base, config, self.setting, together=self._together)}
+                built = build(self._base, config, self.setting, together=self._together)
+            self._models = dict([*self._models.items()][-1:]) | {rank: built}
         return self._models[rank]
 
 

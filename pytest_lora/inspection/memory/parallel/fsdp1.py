@@ -51,6 +51,7 @@ def fsdp1_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Ra
             called = kind(built.model, **arguments)
         except ValueError as error:
             raise ValueError(f"strategy: FSDP1 refuses this model: {error}{_remedy(setting)}") from error
+        _gathered_once(called)
     wrappers = {id(module.module): module for module in called.modules() if isinstance(module, kind)}
     stacks = [_by_wrapper(stack, wrappers) for stack in built.stacks]
     unit_of = units_of(stacks)
@@ -66,6 +67,20 @@ def fsdp1_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Ra
         lambda: gradients_of(called),
         by_formula=(OFFLOAD_FORMULA,) if parallel.offload else (),
     )
+
+
+def _gathered_once(called: Any) -> None:
+    """After the first step layers keep views of what was gathered, and PEFT reads their dtype before it is again."""
+    runtime: Any = importlib.import_module("torch.distributed.fsdp._runtime_utils")
+    training: Any = importlib.import_module("torch.distributed.fsdp._common_utils").HandleTrainingState
+    runtime._lazy_init(called, called)
+    for state in called._all_fsdp_states:
+        handle = state._handle
+        if handle is not None:
+            handle._training_state = training.FORWARD
+            runtime._unshard(state, handle, state._unshard_stream, state._pre_unshard_stream)
+            runtime._reshard(state, handle, True)
+            handle._training_state = training.IDLE
 
 
 def _remedy(setting: StepSetting) -> str:

@@ -44,6 +44,9 @@ def fsdp2_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Ra
     without_state = swapped([(built.model, "state_dict", dict)])
     with fake_group(parallel.gpus), meta_as_device(), without_state:
         called = prepare(as_accelerator(setting, parallel), built.model)
+        for module in _sharded(called):  # what is made for the first gathering is kept, and filled again
+            module.unshard()
+            module.reshard()
     unit_of = units_of(built.stacks)
     weights, trained = shards(called, built, unit_of), trained_shards(called, unit_of)
     if parallel.offload:
@@ -57,6 +60,11 @@ def fsdp2_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Ra
         lambda: gradients_of(called),
         by_formula=(OFFLOAD_FORMULA,) if parallel.offload else (),
     )
+
+
+def _sharded(called: torch.nn.Module) -> list[Any]:
+    kind: Any = importlib.import_module("torch.distributed.fsdp").FSDPModule
+    return [module for module in called.modules() if isinstance(module, kind)]
 
 
 def as_accelerator(setting: StepSetting, parallel: Parallel) -> Any:

@@ -42,7 +42,7 @@ class Rank:
         notices_gradients: Whether the model's own parameters get the gradients, and keep them.
         by_formula: Parts that are computed, and not run.
         placement: Where layers lie on several GPUs, on which; the figures are then those of the fullest.
-        warm: Whether a step has run: what is set up in the first one stays.
+        first_differs: Whether the next step is the first one, and not like those after it.
     """
 
     called: nn.Module
@@ -54,7 +54,7 @@ class Rank:
     by_formula: tuple[str, ...] = ()
     notices_gradients: bool = False
     placement: Placement | None = None
-    warm: bool = False
+    first_differs: bool = False
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -79,6 +79,7 @@ def tensor_parallel_rank(built: MetaModel, setting: StepSetting, parallel: Paral
         built.stacks,
         partial(_around, parallel.gpus),
         lambda: gradients_of(built.model),
+        first_differs=True,
     )
 
 
