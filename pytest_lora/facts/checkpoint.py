@@ -215,11 +215,8 @@ class CheckpointFacts:
         """Tensors whose keys PEFT does not recognise for what stands before or in them."""
         if not self.is_judged or (self.fit is not None and self.fit.loads):
             return ()
-        return tuple(t for t in self.lora if self._is_misnamed(self.key(t)))
-
-    def _is_misnamed(self, key: Key) -> bool:
-        strange = key.wrappers or key.tool_name or key.is_cut or key.adapter not in ("", "default")
-        return key.prefixes != 1 or bool(strange)
+        keys = self.keys
+        return tuple([t for t in self.lora if _is_misnamed(keys[t.name])])
 
     @cached_property
     def is_foreign(self) -> bool:
@@ -241,13 +238,21 @@ class CheckpointFacts:
         return self.keys[tensor.name]
 
     @cached_property
+    def lora_numbers(self) -> int:
+        """How many numbers the LoRA factors hold."""
+        return sum(tensor.numbers for tensor in self.lora)
+
+    @cached_property
     def plain(self) -> tuple[TensorFacts, ...]:
         """Tensors that are no LoRA factors: heads, tokens, biases, or weights of the base."""
-        return tuple(t for t in self.tensors if not self.key(t).part and ".lora_" not in t.name)
+        keys = self.keys
+        return tuple([t for t in self.tensors if not keys[t.name].part and ".lora_" not in t.name])
 
     @cached_property
     def lora(self) -> tuple[TensorFacts, ...]:
         """The LoRA factors and what belongs to them."""
+        if not self.plain:
+            return self.tensors
         plain = set(map(id, self.plain))
         return tuple(t for t in self.tensors if id(t) not in plain)
 
@@ -292,6 +297,11 @@ class CheckpointFacts:
     def holds(self, module: str) -> bool:
         """Whether a plain tensor belongs to a module of this name (its last parts are enough)."""
         return any(_owns(module, self.key(tensor)) for tensor in self.plain)
+
+
+def _is_misnamed(key: Key) -> bool:
+    strange = key.wrappers or key.tool_name or key.is_cut or key.adapter not in ("", "default")
+    return key.prefixes != 1 or bool(strange)
 
 
 def _owns(module: str, key: Key) -> bool:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from pytest_lora.facts.memory import MemoryEstimate
     from pytest_lora.facts.model import ModelFacts
 
+MOST_KINDS = 1_000
+"""Kinds of modules whose scalings are told one by one; names of a file without any order are as many kinds."""
+
 Measures = tuple[tuple[str, int | float], ...]
 """Pairs of a name and a number."""
 
@@ -43,7 +46,7 @@ def of_checkpoint(facts: CheckpointFacts) -> Measures:
     """Saved parameters, and the scaling of every kind of module."""
     if not facts.is_judged or not facts.adapted:
         return ()
-    saved = (f"saved parameters with {facts.name}", sum(tensor.numbers for tensor in facts.lora))
+    saved = (f"saved parameters with {facts.name}", facts.lora_numbers)
     settings = facts.settings
     if settings is None:
         return (saved,)
@@ -66,10 +69,13 @@ def of_drop(drop: LossDrop) -> Measures:
 
 
 def _scalings(adapter: str, scaled: Iterable[tuple[str, float]]) -> Iterator[tuple[str, float]]:
-    """The scaling of each kind of module, the smallest and the largest where they differ."""
+    """The scaling of each kind of module, the smallest and the largest where they differ; of all at once where there
+    are more kinds than anyone compares."""
     kinds: dict[str, set[float]] = {}
     for module, scaling in scaled:
         kinds.setdefault(place(module)[1], set()).add(scaling)
+    if len(kinds) > MOST_KINDS:
+        kinds = {"all modules": set().union(*kinds.values())}
     for kind, values in kinds.items():
         name = f"scaling of {kind} in {adapter}"
         if len(values) == 1:

@@ -118,17 +118,24 @@ def rewrites_base(init: object) -> bool:
 
 def _decided(pattern: tuple[tuple[str, N], ...], module: str, otherwise: N) -> N:
     """What the first key that matches decides."""
-    key = deciding_key((key for key, _ in pattern), module) if pattern else None
+    if not pattern:
+        return otherwise
+    key = deciding_key((key for key, _ in pattern), module)
     return otherwise if key is None else dict(pattern)[key]
 
 
 def deciding_key(keys: Iterable[str], module: str) -> str | None:
     """The first key of a rank or alpha pattern that matches a module (``peft.utils.get_pattern_key``)."""
     for key in keys:
-        pattern = compiled(rf"(.*\.)?({key})$")
+        pattern = _of_end(key)
         if pattern is not None and pattern.match(module):
             return key
     return None
+
+
+@lru_cache(maxsize=4096)
+def _of_end(key: str) -> re.Pattern[str] | None:
+    return compiled(rf"(.*\.)?({key})$")
 
 
 @lru_cache(maxsize=4096)

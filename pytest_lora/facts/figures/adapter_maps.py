@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 SHOWN_ADAPTERS = 8
 """Maps of one model; of more adapters the active ones come first."""
 
-_LAYER = re.compile(r"^((?:[^.]+\.)*?\d+)\.(.+)$")
+_LAYER = re.compile(r"\d(?<![^.]\d)\d*(?=\..)", re.DOTALL)
+"""The number of a layer: the first part of digits alone, with something after it."""
+
 _EXPERT = re.compile(r"\bexperts\.\d+\b")
 
 MOST_CELLS = 20_000
@@ -83,7 +85,7 @@ def checkpoint_maps(facts: CheckpointFacts) -> tuple[AdapterMap, ...]:
     if not places or len({row for row, _ in places}) * len({column for _, column in places}) > MOST_CELLS:
         return ()
     cells = [(name, _saved(one, facts.settings)) for name, one in zip(modules, facts.adapted, strict=True)]
-    numbers = sum(tensor.numbers for tensor in facts.lora)
+    numbers = facts.lora_numbers
     if facts.fit is not None and not facts.is_foreign:
         base = facts.fit.base
         mapped = _mapped(base, base.title, facts.name, cells, numbers, base.parameters + numbers)
@@ -190,9 +192,9 @@ def _mapped(
 @lru_cache(8192)
 def place(module: str) -> tuple[str, str]:
     """The layer that a module is in, and its name there."""
-    name = _EXPERT.sub("experts.*", module)
-    found = _LAYER.match(name)
-    return (found[1], found[2]) if found else ("", name)
+    name = _EXPERT.sub("experts.*", module) if "experts." in module else module
+    found = _LAYER.search(name)
+    return (name[: found.end()], name[found.end() + 1 :]) if found else ("", name)
 
 
 def _stack(row: str) -> str:

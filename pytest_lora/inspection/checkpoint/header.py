@@ -7,9 +7,9 @@ and a JSON object, is read here, with the library's own rules on top: no gaps, n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from io import FileIO
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from pytest_lora.facts.checkpoint import FileFault
 from pytest_lora.inspection.checkpoint.folder import UnreadableError, exactly
@@ -54,8 +54,7 @@ BITS = {
 """Dtypes of the format (``safetensors::tensor::Dtype``) and their bits."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """A tensor and the bytes of the file that hold it."""
 
     name: str
@@ -91,10 +90,39 @@ def read_header(file: FileIO, size: int, name: str) -> list[Stored]:
         raise _too_large(name, f"its header names more than {MAX_TENSORS:,} tensors")
     named = parse_object(content, name)
     named.pop("__metadata__", None)
-    stored = [_stored(key, value, 8 + length, name) for key, value in named.items()]
-    stored.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    sound = _all_stored(named, 8 + length)
+    stored = sound or [_stored(key, value, 8 + length, name) for key, value in named.items()]
+    stored.sort(key=lambda tensor: tensor[3:])
     _require_seamless(stored, 8 + length, size, name)
     return stored
+
+
+def _all_stored(named: dict[str, Any], start: int) -> list[Stored] | None:
+    """All tensors at once, where there is nothing wrong with any; None where ``_stored`` has to say what is."""
+    try:
+        rows = [(key, v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for key, v in named.items()]
+    except (TypeError, KeyError):
+        return None
+    if set(map(len, rows)) != {5} or {type(n) for row in rows for n in chain(row[2], row[3:])} - {int}:
+        return None
+    if max(map(len, named), default=0) > MAX_NAME or not {type(row[1]) for row in rows} <= {str}:
+        return None
+    needed = {form: _bits(*form) for form in {row[1:3] for row in rows}}
+    if not all(0 <= b <= e < MAX_SIZE and (e - b) * 8 == needed[d, shape] for _, d, shape, b, e in rows):
+        return None
+    return [Stored(key, dtype, shape, start + b, start + e) for key, dtype, shape, b, e in rows]
+
+
+def _bits(dtype: str, shape: tuple[int, ...]) -> int | None:
+    """What tensors of this shape take; None where nothing can be of it."""
+    if dtype not in BITS or not _are_sizes(list(shape)):
+        return None
+    bits = BITS[dtype]
+    for length in shape:
+        bits *= length
+        if bits > 8 * MAX_SIZE:
+            return None
+    return bits
 
 
 def _stored(key: str, value: Any, start: int, name: str) -> Stored:
@@ -109,11 +137,9 @@ def _stored(key: str, value: Any, start: int, name: str) -> Stored:
         raise _fault(name, f"{shown(key)} has the unknown dtype {shown(str(dtype))}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _fault(name, f"shape or data_offsets of {shown(key)} are no sizes")
-    bits = BITS[dtype]
-    for length in shape:
-        bits *= length
-        if bits > 8 * MAX_SIZE:
-            raise _fault(name, f"{shown(key)} claims more numbers than any file can hold")
+    bits = _bits(dtype, tuple(shape))
+    if bits is None:
+        raise _fault(name, f"{shown(key)} claims more numbers than any file can hold")
     if (offsets[1] - offsets[0]) * 8 != bits:
         took = offsets[1] - offsets[0]
         raise _fault(name, f"{shown(key)} takes {took:,} bytes, but its shape and dtype need {bits // 8:,}")

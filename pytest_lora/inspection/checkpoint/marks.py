@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,11 @@ class Marking:
     def marks(self) -> Iterator[Marks]:
         """What was seen of each."""
         rows = np.concatenate(self._rows, axis=1)
+        if np.array_equal(rows, np.broadcast_to(rows[:1], rows.shape)) and np.array_equal(
+            self._filled, np.broadcast_to(self._filled[:1], self._filled.shape)
+        ):
+            yield from repeat(_marks(rows[0], self._filled[0]), len(rows))
+            return
         known: dict[tuple[bytes, bytes], Marks] = {}  # most are alike, and each takes many objects
         for own, filled in zip(rows, self._filled, strict=True):
             key = own.tobytes(), filled.tobytes()

@@ -7,7 +7,10 @@ whole numbers, so that bfloat16 and float8 need no torch, whose import takes sec
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from io import FileIO
+from itertools import chain, repeat
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,7 +71,10 @@ def read_values(file: FileIO, stored: list[Stored], name: str) -> tuple[dict[str
     """
     read = left_out = 0
     alike: dict[Form, list[Stored]] = {}
-    for tensor in sorted(stored, key=lambda t: (".lora_" not in t.name, t.begin)):
+    in_order = sorted(stored, key=itemgetter(3))
+    factors = [tensor for tensor in in_order if ".lora_" in tensor.name]
+    others = [tensor for tensor in in_order if ".lora_" not in tensor.name] if len(factors) < len(stored) else []
+    for tensor in chain(factors, others):
         if tensor.dtype not in LAYOUTS and tensor.dtype not in NAN_ONLY:
             continue
         size = tensor.end - tensor.begin
@@ -108,12 +114,18 @@ class Form(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Stored) -> Form:
-        name, dtype, shape = tensor.name, tensor.dtype, tensor.shape
+        name, dtype, shape, begin, end = tensor
+        at = name.find(".lora_")
         measured = marked = False
-        if dtype in LAYOUTS and ".lora_" in name:
-            measured = name.find(PARTS_MEASURED[0]) >= 0 or name.find(PARTS_MEASURED[1]) >= 0
-            marked = is_marked(name, shape, _width(dtype), CHUNK)
-        return cls(dtype, shape, tensor.end - tensor.begin, measured, marked)
+        if at >= 0 and dtype in LAYOUTS:
+            # What a key begins with is its own, what it ends with is that of many.
+            measured, marked = _looked_at(name[at:] if len(name) - at < 100 else name, shape, _width(dtype))
+        return cls(dtype, shape, end - begin, measured, marked)
+
+
+@lru_cache(4096)
+def _looked_at(name: str, shape: tuple[int, ...], width: int) -> tuple[bool, bool]:
+    return any(part in name for part in PARTS_MEASURED), is_marked(name, shape, width, CHUNK)
 
 
 def _values(
@@ -140,7 +152,7 @@ def _values(
         if form.measured and not zeros.all():
             squares += _squares(raw, form.dtype)
         zero &= zeros
-    marks = iter(lambda: None, 0) if marking is None else marking.marks()
+    marks = repeat(None, count) if marking is None else marking.marks()
     means = _root_means(squares, form) if form.measured else [None] * count
     return map(Values, nans.tolist(), infinities.tolist(), zero.tolist(), means, marks)
 

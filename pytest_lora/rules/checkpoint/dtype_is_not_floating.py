@@ -36,7 +36,7 @@ def dtype_is_not_floating(facts: CheckpointFacts, expect: Expect) -> Iterator[Vi
     """
     if not facts.is_judged:
         return
-    whole = [t for t in facts.lora if not t.dtype.startswith(("F", "BF")) and t.numbers]
+    whole = [t for t in facts.lora if not t.dtype.startswith(("F", "BF")) and 0 not in t.shape]
     if whole:
         kinds = ", ".join(sorted({t.dtype for t in whole}))
         yield Violation(

@@ -39,9 +39,12 @@ def key_prefix_is_wrong(facts: CheckpointFacts, expect: Expect) -> Iterator[Viol
     - https://github.com/vllm-project/vllm/issues/34186
     - https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
-    groups: dict[tuple[str, str], list[str]] = {}
+    alike: dict[tuple[object, ...], list[str]] = {}
     for tensor in facts.misnamed:
-        groups.setdefault(_diagnosis(facts.key(tensor)), []).append(tensor.name)
+        alike.setdefault(_seen(facts.key(tensor)), []).append(tensor.name)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for names in alike.values():
+        groups.setdefault(_diagnosis(facts.keys[names[0]]), []).extend(names)
     for (seen, fix), names in groups.items():
         yield Violation(
             where=f"{facts.weights} in {facts.name}",
@@ -66,6 +69,12 @@ def _as_peft(key: Key) -> str:
         return key.peft_name
     module = key.module.partition(f".{key.tool_name}")[0]
     return f"{PREFIX}{module}.{_IN_PEFT[key.tool_name]}.weight"
+
+
+def _seen(key: Key) -> tuple[object, ...]:
+    """All of a key that a diagnosis is made of."""
+    end = key.peft_name.endswith(".weight")
+    return key.tool_name, end, key.wrappers, key.before[:60], key.prefixes, key.is_cut, key.adapter
 
 
 def _diagnosis(key: Key) -> tuple[str, str]:

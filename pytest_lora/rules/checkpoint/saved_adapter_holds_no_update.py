@@ -43,16 +43,16 @@ def saved_adapter_holds_no_update(facts: CheckpointFacts, expect: Expect) -> Ite
         return
     yield from _empty_weights(facts)
     whole = [
-        m for m in facts.adapted if m.a and m.b and m.a.numbers and m.b.numbers and m.a.values and m.b.values
+        m for m in facts.adapted if m.a and m.b and 0 not in m.a.shape + m.b.shape and m.a.values and m.b.values
     ]
     dead = [m for m in whole if m.holds_nothing]
     if not dead:
         return
-    alive = {starred(m.name) for m in whole if not m.holds_nothing}
-    blocks = {_block(m.name) for m in whole if not m.holds_nothing} - {""}
-    beside = [m for m in dead if starred(m.name) in alive or _block(m.name) in blocks]
     kind: Severity | None = None
     if len(dead) < len(whole):
+        alive = {starred(m.name) for m in whole if not m.holds_nothing}
+        blocks = {_block(m.name) for m in whole if not m.holds_nothing} - {""}
+        beside = [m for m in dead if starred(m.name) in alive or _block(m.name) in blocks]
         unused = all(any(part in m.name for part in _LEFT_OUT) for m in beside)
         kind = "info" if unused else "warning"
     part = dead[0].zero_parts[0]

@@ -38,8 +38,8 @@ def tensor_is_empty(facts: CheckpointFacts, expect: Expect) -> Iterator[Violatio
     """
     if not facts.is_judged:
         return
-    empty = [t for t in facts.tensors if t.numbers == 0]
-    flat = [t for t in facts.lora if t.numbers and _is_factor(facts.key(t)) and len(t.shape) < 2]
+    empty = [t for t in facts.tensors if 0 in t.shape]
+    flat = [t for t in facts.lora if len(t.shape) < 2 and 0 not in t.shape and _is_factor(facts.key(t))]
     for found, all_of_them, words in (
         (empty, f"{len(facts.tensors)} tensors", "empty"),
         (flat, f"{len(facts.lora)} adapter tensors", "flat"),
