@@ -104,7 +104,7 @@ def test_interpolations_are_followed_so_many_times_and_only_to_values() -> None:
     pairs = found.pairs or {}
     assert (pairs["a1"].value, pairs["a1"].line) == (3, 2)
     assert pairs["a0"].value == "${a1}"
-    text = "x: &x [1, '${b.c}', ${b.d}, ${b}, ${x}]\nb: {c: 2}\nagain: *x\nother: ${b.c.d}\nmore: a ${b.c}\n"
+    text = "x: &x [1, '${b.c}', '${b.d}', '${b}', '${x}']\nb: {c: 2}\nagain: *x\nother: ${b.c.d}\nmore: a ${b.c}\n"
     assert resolved(read_yaml(text.encode()).root).unwrapped() == {
         "x": [1, 2, "${b.d}", "${b}", "${x}"],
         "b": {"c": 2},

@@ -37,7 +37,9 @@ def setting(text: str, folder: Path = Path("nowhere")) -> RunSetting:
 def values(found: RunSetting) -> dict[str, Any]:
     """Every value that is not None."""
     every = {name: getattr(found, name) for name in found.__slots__}
-    return {name: one.value for name, one in every.items() if isinstance(one, Value) and one.value is not None}
+    return {
+        name: one.value for name, one in every.items() if isinstance(one, Value) and one.value is not None
+    }
 
 
 AXOLOTL = "base_model: a/b\nadapter: lora\n"
