@@ -123,7 +123,8 @@ def test_folders_within_and_names_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert len(checkpoint_facts(tmp_path).within) == 3
     assert checkpoint_facts(tmp_path / "empty").within == ()
-    assert checkpoint_facts(tmp_path).names_itself is False
+    found = checkpoint_facts(tmp_path)
+    assert (found.names_itself, found.unread, found.tensors) == (False, 0, ())
     for name, itself in (
         (str(tmp_path), True),
         (f"{tmp_path}/a/..", True),
