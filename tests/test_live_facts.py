@@ -23,6 +23,7 @@ from pytest_lora.inspection.peft_internals import (
     freeze,
     further_tensors,
     own_code,
+    own_geometry,
     store_adapter,
 )
 from pytest_lora.inspection.survey import survey
@@ -49,7 +50,11 @@ def first(model: nn.Module) -> LoraLayer:
 def test_what_a_layer_trains_beside_its_factors(fields: dict[str, Any], names: list[str]) -> None:
     base = nn.Sequential(nn.Linear(4, 6))
     model = adapted(base, **{**fields, "target_modules": ["0"]})
-    assert [name for name, _ in further_tensors(first(model), "default")] == names
+    layer: Any = first(model)
+    assert [name for name, _ in further_tensors(layer, "default")] == names
+    assert not own_geometry(layer, "default")
+    layer.lora_variant["default"] = object()
+    assert own_geometry(layer, "default")
     (state,) = layer_states(survey(model).lora)
     assert state.parameters == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
 

@@ -165,7 +165,7 @@ def test_a_jump_is_three_quarters_of_the_rise(size: float, seen: bool) -> None:
 @pytest.mark.parametrize(("outliers", "seen"), [(2, True), (3, False)])
 def test_two_outliers_are_no_part_of_the_rise(outliers: int, seen: bool) -> None:
     losses = step(1.0, 30, 100)
-    losses[2 : 2 + outliers] = [-3.0] * outliers
+    losses[3 : 3 + outliers] = [-3.0] * outliers
     assert (jump(losses) is not None) is seen
 
 

@@ -131,7 +131,7 @@ def _plugin_keys(keys: Keys, known: dict[str, Any]) -> frozenset[str] | None:
     every = {**known.get("plugins", {}), **OWN_PLUGINS}
     plugins = keys.names("plugins").value if keys.has("plugins") else ()
     for plugin in (plugins,) if isinstance(plugins, str) else plugins or ():
-        home = plugin.rpartition(".")[0] or plugin
+        home = plugin.rpartition(".")[0]
         brought = next((own for name, own in every.items() if home.startswith(name)), None)
         if brought is None:
             return None
