@@ -9,25 +9,34 @@ from drawn_mutants import ROOT, Mutant
 from executed_lines import Executed
 
 NEAREST = (
-    ("facts/figures", ("tests/report",)),
-    ("facts/checkpoint", ("tests/rules/test_checkpoint_rules.py", "tests/checkpoint")),
-    ("facts/saved_", ("tests/rules/test_checkpoint_rules.py", "tests/checkpoint")),
+    ("facts/figures", ("tests/facts/test_adapter_maps.py", "tests/report")),
+    (
+        "facts/checkpoint",
+        ("tests/facts/test_saved.py", "tests/rules/test_checkpoint_rules.py", "tests/checkpoint"),
+    ),
+    (
+        "facts/saved_",
+        ("tests/facts/test_saved.py", "tests/rules/test_checkpoint_rules.py", "tests/checkpoint"),
+    ),
+    ("facts/served", ("tests/facts/test_saved.py", "tests/rules/test_serving_rules.py")),
     ("facts/resumption", ("tests/checkpoint/test_resumable.py",)),
     ("facts/behaviour", ("tests/behaviour",)),
     ("facts/properties", ("tests/test_shape_assertions.py", "tests/test_update_ranks.py")),
-    ("facts/sweep", ("tests/sweep/test_gate.py", "tests/sweep/test_choice.py")),
+    ("facts/sweep", ("tests/facts/test_sweep.py", "tests/sweep/test_gate.py", "tests/sweep/test_choice.py")),
     ("facts/memory", ("tests/rules/test_memory_rules.py", "tests/memory")),
     ("facts/byte_sizes", ("tests/memory/test_byte_sizes.py", "tests/memory/test_frontier.py")),
     ("facts/number_tables", ("tests/test_counting.py", "tests/memory/test_frontier.py")),
-    ("facts/history", ("tests/rules/test_history_rules.py",)),
-    ("facts/curve", ("tests/rules/test_history_rules.py",)),
+    ("facts/history", ("tests/facts/test_history.py", "tests/rules/test_history_rules.py")),
+    ("facts/curve", ("tests/facts/test_curve.py", "tests/rules/test_history_rules.py")),
     ("facts/measures", ("tests/plugin/test_baseline_gate.py", "tests/report")),
     ("facts/recipe", ("tests/recipe", "tests/rules/test_recipe_rules.py")),
-    ("facts/", ("tests/rules", "tests/test_training.py", "tests/test_training_trace.py")),
+    ("facts/", ("tests/facts", "tests/rules", "tests/test_training.py", "tests/test_training_trace.py")),
     ("inspection/state", ("tests/state",)),
     ("inspection/behaviour", ("tests/behaviour", "tests/strategies/test_lifecycle.py")),
     ("inspection/checkpoint", ("tests/checkpoint", "tests/rules/test_checkpoint_rules.py")),
+    ("inspection/limited", ("tests/test_worker.py", "tests/test_limited.py")),
     ("inspection/memory", ("tests/memory",)),
+    ("inspection/parallel_files", ("tests/recipe/test_parallel_files.py", "tests/memory/test_parallel.py")),
     ("inspection/recipe", ("tests/recipe",)),
     ("inspection/resumption", ("tests/checkpoint/test_resumable.py",)),
     ("inspection/properties", ("tests/test_shape_assertions.py",)),
@@ -38,7 +47,14 @@ NEAREST = (
     ),
     (
         "inspection/",
-        ("tests/rules", "tests/test_counting.py", "tests/test_random_configs.py", "tests/test_training.py"),
+        (
+            "tests/test_asking_peft.py",
+            "tests/test_base_facts.py",
+            "tests/rules",
+            "tests/test_counting.py",
+            "tests/test_random_configs.py",
+            "tests/test_training.py",
+        ),
     ),
 )
 """Tests of a part of the package, the nearest first; those that mention a rule's code or name come before."""

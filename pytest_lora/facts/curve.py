@@ -133,7 +133,7 @@ def jump(losses: Sequence[float]) -> Jump | None:
         return None
     at, before, after = found
     # The index of the highest difference may be one off where the noise is large; nothing depends on it.
-    low, high = min(smoothed(losses[:at], 2 * few - 1)), max(smoothed(losses[at:], 2 * few - 1))
+    low, high = min(smoothed(losses[:at], few + 2)), max(smoothed(losses[at:], few + 2))
     if after - before < max(_JUMP_NOISE * noise(losses), _JUMP_DONE * (high - low)):
         return None
     return Jump(at, before, after, trend(losses[at:]))

@@ -50,7 +50,7 @@ def frontier(points: Sequence[tuple[float, float]], maximise: bool) -> tuple[int
     """
     best: list[int] = []
     for place in sorted(
-        range(len(points)), key=lambda n: (points[n][0], -points[n][1] * (1 if maximise else -1))
+        range(len(points)), key=lambda n: (points[n][0], -points[n][1] if maximise else points[n][1])
     ):
         metric, last = points[place][1], points[best[-1]][1] if best else None
         if last is None or (metric > last if maximise else metric < last):

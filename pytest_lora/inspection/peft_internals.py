@@ -144,7 +144,7 @@ def further_tensors(layer: LoraLayer, adapter: str) -> Iterator[tuple[str, Tenso
     The magnitude of DoRA, the diagonal of KaSA, the left singular vectors of AdaLoRA, a bias of ``lora_B``.
     """
     beside = layer.lora_bias.get(adapter) or is_adalora(layer)
-    for name in layer.adapter_layer_names:
+    for name in dict.fromkeys(layer.adapter_layer_names):  # PEFT 0.21 has the magnitude of DoRA there twice
         if name in _FACTORS and not (beside and name == "lora_B"):
             continue
         held: Any = getattr(layer, name, None)

@@ -81,7 +81,7 @@ def refused_merge(config: LoraConfig, layers: Iterable[tuple[LoraLayer, int]]) -
         if kind.merge is BaseTunerLayer.merge:
             return NotImplementedError(f"{kind.__name__} has no merge")
     convolutions = (layer for layer, _ in layers if "Conv" in type(layer).__name__)
-    grouped = any(getattr(layer.get_base_layer(), "groups", 1) > 1 for layer in convolutions)
+    grouped = any(getattr(layer.get_base_layer(), "groups", 1) != 1 for layer in convolutions)
     fields = ("lora_bias", "alora_invocation_tokens", *_VARIANTS)
     if not (grouped or any(_sets(config, name) for name in fields)):
         return None
@@ -157,7 +157,7 @@ def _small_layers(layers: Iterable[tuple[LoraLayer, int]], *, whole: bool) -> It
         inputs, outputs = shape if whole else (min(size, rank + 1) for size in shape)
         prepared = hasattr(base, _GRADIENT)
         biased = any(getattr(base, name, None) is not None for name in ("bias", "in_proj_bias"))
-        key = (type(base), inputs, outputs, getattr(base, "groups", 1), rank, prepared, biased)
+        key = (type(base), inputs, outputs, getattr(base, "groups", None), rank, prepared, biased)
         if key not in seen:
             seen.add(key)
             small = _small(base, inputs, outputs, biased)

@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 
 from pytest_lora.bases.examples.models import language_batch
+from pytest_lora.facts.alternatives import Alternative
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.facts.figures import LossCurve, adapter_maps
 from pytest_lora.facts.figures.adapter_maps import checkpoint_maps, model_maps, place
-from pytest_lora.facts.figures.curves import POINTS, history_curve
+from pytest_lora.facts.figures.curves import POINTS, history_curve, memory_budget
+from pytest_lora.facts.figures.recipes import recipe_card
 from pytest_lora.facts.history import history_facts
+from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts, Quantization, StepSetting
+from pytest_lora.facts.memory_choices import Evaluation, peak_rows
+from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard, Value
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, TensorFacts, Values
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.inspection.training.plan import Plan
@@ -213,3 +218,124 @@ def test_the_drop_of_a_curve_is_relative(
     before: float | None, after: float | None, drop: float | None
 ) -> None:
     assert LossCurve("it", (), (), (), (), (0, 1), before, after, None).drop == drop
+
+
+# ------------------------------------------------------------------ budgets
+
+
+def test_a_step_against_the_memory_there_is() -> None:
+    setting = StepSetting(4, 2048, Quantization("nf4"), gradient_checkpointing=True)
+    names = {"base weights": 3, "adapters": 0}
+    estimate = MemoryEstimate(setting, "Model", 8, 100, 120, 3, 4, names, "forward", "matmul", (), 0, 0)
+    tried = tuple(Alternative((f"change {peak}",), peak, 1) for peak in (99, 100, 101))
+    found = memory_budget(MemoryFacts(estimate, 100, tried))
+    assert found.title == (
+        "Model, batch 4 x 2048 tokens, r=8, base in nf4, adamw_torch, gradient checkpointing"
+    )
+    assert (found.breakdown, found.fits, found.peak_at) == ((("base weights", 3),), True, "forward, matmul")
+    assert (found.peak_allocated, found.peak_reserved, found.budget) == (100, 120, 100)
+    assert [(one.change, one.fits) for one in found.what_if] == [
+        ("change 99", True),
+        ("change 100", True),
+        ("change 101", False),
+    ]
+    assert not replace(found, budget=99).fits
+    plain = replace(estimate, setting=StepSetting(1, 8, dtype="float16"), has_tokens=False)
+    assert memory_budget(MemoryFacts(plain, 100)).title == "Model, batch 1, r=8, base in float16, adamw_torch"
+
+
+def test_the_share_of_what_is_trained() -> None:
+    (found,) = checkpoint_maps(saved(GRID))
+    assert replace(found, trainable_parameters=3, total_parameters=60).percent == 5.0
+    assert found.column("v", found.ranks) == (2, 2)
+
+
+# ------------------------------------------------------------------ recipes
+
+
+def a_recipe(**values: Any) -> RecipeFacts:
+    setting = RunSetting("TRL", **{name: Value(value, "line 1") for name, value in values.items()})
+    return RecipeFacts("a.yaml", tool="TRL", setting=setting)
+
+
+@pytest.mark.parametrize(
+    ("values", "gpus", "steps"),
+    [
+        ({"batch_size": 2}, 1, [("sequences a step", "2 (2 x 1 accumulated)")]),
+        ({"batch_size": 200, "accumulation": 4, "seq_len": 512}, 2,
+         [("sequences a step", "1,600 (200 x 4 accumulated x 2 GPUs)"), ("tokens a step, at most", "819,200")]),
+        ({"batch_size": "x", "seq_len": 512}, 1, []),
+        ({"batch_size": 2, "accumulation": "x"}, 1, []),
+        ({"max_steps": 1000, "epochs": 3.0}, 1, [("optimizer steps", "1,000")]),
+        ({"max_steps": 1, "epochs": 3.0}, 1, [("optimizer steps", "1")]),
+        ({"max_steps": 0, "epochs": 1.5}, 1, [("epochs", "1.5")]),
+        ({"max_steps": -1, "epochs": 3}, 1, [("epochs", "3")]),
+        ({"warmup_steps": 10, "warmup_ratio": 0.1}, 1, [("warm-up", "10 steps")]),
+        ({"warmup_steps": 0, "warmup_ratio": 0.1}, 1, [("warm-up", "0.1 of the steps")]),
+        ({"warmup_ratio": 0.0}, 1, []),
+    ],
+)  # fmt: skip
+def test_what_the_step_of_a_recipe_is_made_of(
+    values: dict[str, Any], gpus: int, steps: list[tuple[str, str]]
+) -> None:
+    card = recipe_card(a_recipe(**values), gpus)
+    assert card is not None
+    assert (list(card.steps), card.gpus) == (steps, gpus)
+
+
+@pytest.mark.parametrize(
+    ("peak", "budget", "shard", "may_fit", "seen"),
+    [
+        (None, None, None, False, (None, None, "")),
+        (5, None, None, False, (5, None, "")),
+        (None, 5, None, False, (None, None, "")),
+        (5, 5, None, False, (5, True, "")),
+        (6, 5, None, False, (6, False, "")),
+        (6, 5, None, True, (6, None, "TRL's own kernels take less, and it may fit")),
+        (None, 5, Shard(20, 5, 4), False, (5, None, "the weights of the base alone")),
+        (None, 5, Shard(21, 5, 4), False, (5, False, "the weights of the base alone")),
+        (6, 5, Shard(20, 5, 4), False, (6, False, "")),
+    ],
+)
+def test_whether_a_recipe_fits(peak: Any, budget: Any, shard: Any, may_fit: bool, seen: Any) -> None:
+    card = recipe_card(replace(a_recipe(), shard=shard), 4, peak, budget, may_fit=may_fit)
+    assert card is not None
+    assert (card.peak, card.fits, card.note) == seen
+    assert recipe_card(RecipeFacts("a.yaml")) is None
+
+
+def test_values_in_a_card_and_the_scaling_of_a_run() -> None:
+    card = recipe_card(a_recipe(r=8, lora_alpha=0.00001, target_modules=("q", "v"), dtype=None))
+    assert card is not None
+    assert [(row.name, row.value) for row in card.rows] == [
+        ("dtype", "-"), ("r", "8"), ("lora_alpha", "1e-05"), ("target_modules", "q, v"),
+    ]  # fmt: skip
+    for values, scaling in (
+        ({"r": 4, "lora_alpha": 8}, 2.0),
+        ({"r": 4, "lora_alpha": 8, "use_rslora": True}, 4.0),
+        ({"r": 1, "lora_alpha": 8}, 8.0),
+        ({"r": 0, "lora_alpha": 8}, None),
+        ({"r": None, "lora_alpha": 8}, None),
+        ({"r": 4, "lora_alpha": None}, None),
+    ):
+        setting = a_recipe(**values).setting
+        assert setting is not None
+        assert setting.scaling == scaling
+
+
+def test_an_evaluation_in_words_and_beside_the_training() -> None:
+    assert Evaluation(8, 512).in_words() == "an evaluation by 8 x 512 tokens, which keeps the loss"
+    assert Evaluation(8, 512).in_words(with_tokens=False) == "an evaluation by 8, which keeps the loss"
+    assert Evaluation(8).in_words() == "an evaluation by 8, which keeps the loss"
+    for name, most in (("batch_size", 2**28), ("seq_len", 2**24), ("batches", 2**28)):
+        for value, fine in ((1, True), (most, True), (0, False), (most + 1, False)):
+            if fine:
+                assert Evaluation(**{"batch_size": 1, name: value})
+            else:
+                with pytest.raises(ValueError, match=f"^{name} must be"):
+                    Evaluation(**{"batch_size": 1, name: value})
+    with pytest.raises(TypeError, match=r"^batch_size must be"):
+        Evaluation(None)  # type: ignore[arg-type]
+    assert peak_rows(0, 3, 5) == (("peak allocated", 5),)
+    assert peak_rows(4, 3, 5) == (("peak of the training", 3), ("peak allocated, of the evaluation", 4))
+    assert peak_rows(3, 4, 5) == (("peak of the evaluation", 3), ("peak allocated, of the training", 4))

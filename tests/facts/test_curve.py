@@ -162,6 +162,13 @@ def test_a_jump_is_three_quarters_of_the_rise(size: float, seen: bool) -> None:
     assert (jump([2 * loss for loss in losses]) is not None) is seen
 
 
+@pytest.mark.parametrize(("outliers", "seen"), [(2, True), (3, False)])
+def test_two_outliers_are_no_part_of_the_rise(outliers: int, seen: bool) -> None:
+    losses = step(1.0, 30, 100)
+    losses[3 : 3 + outliers] = [-3.0] * outliers
+    assert (jump(losses) is not None) is seen
+
+
 @pytest.mark.parametrize(("size", "seen"), [(6.1, True), (5.9, False)])
 def test_a_jump_stands_out_of_the_noise(size: float, seen: bool) -> None:
     batches = [2.0, 2.1, 1.9] * 20  # any three in a row have a median of 2

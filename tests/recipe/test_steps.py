@@ -145,6 +145,7 @@ FSDP = "fsdp1"
         ("ds_z1_config.json", "zero1"),
         ("z0", "zero0"),
         ("fsdp2", "fsdp2"),
+        ("fsdp_v2", "fsdp2"),
         ("fsdp", FSDP),
         ("fsdp_offload", f"{FSDP}_offload"),
         ("none", None),
@@ -173,6 +174,7 @@ ZERO = {"distributed_type": "DEEPSPEED"}
         ({"distributed_type": "DEEPSPEED", "deepspeed_config": None}, None),
         ({**ZERO, "deepspeed_config": {"zero_stage": 3, "offload_param_device": "cpu"}}, "zero3_offload"),
         ({**ZERO, "deepspeed_config": {"zero_stage": 3, "offload_param_device": "none"}}, "zero3"),
+        ({**ZERO, "deepspeed_config": {"zero_stage": 1}}, "zero1"),
         ({**ZERO, "deepspeed_config": {"zero_stage": 2, "offload_param_device": "cpu"}}, "zero2"),
     ],
 )  # fmt: skip

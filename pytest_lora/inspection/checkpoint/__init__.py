@@ -4,6 +4,7 @@ imported or executed, no link out of them is followed, nothing is fetched, and t
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pytest_lora.inspection.checkpoint.fit import Base
 
 TOKENIZER = ("added_tokens.json", "tokenizer_config.json")
+_ID = re.compile(r"[0-9]{1,11}")
 
 
 def folder_of(path: str | os.PathLike[str]) -> Path:
@@ -206,7 +208,7 @@ def _is_folder(name: str | None, folder: Folder) -> bool:
 
 
 def _id(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else None
+    return int(text) if _ID.fullmatch(text) else None
 
 
 def _has_own_module(tensors: tuple[TensorFacts, ...], raw: dict[str, Any] | None, base: Base | None) -> bool:

@@ -81,8 +81,8 @@ def matched(expression: str, names: Iterable[str], match: Callable[[str, str], o
             return
 
 
-def shortened(texts: list[str], names: list[str]) -> None:
-    """Shorten a list as PEFT does before it injects (``_find_minimal_target_modules``)."""
+def shortened(texts: list[str], names: list[str]) -> set[str]:
+    """A list shortened as PEFT does before it injects (``_find_minimal_target_modules``)."""
     ends, distinct = tuple("." + text for text in texts), set(texts)
     rest = [name for name in names if name not in distinct and not name.endswith(ends)]
     others = {end for name in rest for end in endings(name)}
@@ -94,6 +94,7 @@ def shortened(texts: list[str], names: list[str]) -> None:
             if not any(text.endswith("." + one) for one in kept):
                 kept.add(end)
                 break
+    return kept
 
 
 def endings(name: str) -> list[str]:

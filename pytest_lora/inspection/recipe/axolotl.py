@@ -128,22 +128,20 @@ def _new_tokens(keys: Keys) -> Value:
 
 
 def _quantization(keys: Keys, adapter: str | None) -> Value:
-    four, eight = keys.node("load_in_4bit"), keys.node("load_in_8bit")
-    in_4, in_8 = keys.says("load_in_4bit"), keys.says("load_in_8bit")
+    in_4 = keys.says("load_in_4bit")
     if adapter == "qlora":
         if in_4 or keys.says("gptq"):
             return Value("nf4", f"line {keys.lines['adapter']}", "adapter", keys.lines["adapter"])
         why = "Axolotl stops: adapter: qlora requires load_in_4bit: true"
-        line = keys.lines["adapter"] if four is None else keys.lines["load_in_4bit"]
+        line = keys.lines["load_in_4bit" if keys.has("load_in_4bit") else "adapter"]
         return Value(None, f"default of {NAME}", "load_in_4bit", line, "adapter: qlora (4 bits)", why)
-    if in_4 and four is not None:
+    if in_4:
         why = "Axolotl quantizes to 4 bits only under adapter: qlora"
         line = keys.lines["load_in_4bit"]
         return Value(None, f"line {line}", "load_in_4bit", line, "load_in_4bit: true (4-bit weights)", why)
-    if in_8 and eight is not None:
+    if adapter == "lora" and keys.says("load_in_8bit"):
         line = keys.lines["load_in_8bit"]
-        if adapter == "lora":
-            return Value("int8", f"line {line}", "load_in_8bit", line)
+        return Value("int8", f"line {line}", "load_in_8bit", line)
     return Value(None, f"default of {NAME}", "load_in_4bit")
 
 

@@ -104,7 +104,7 @@ class Tree:
         data = self.read(name)
         if data is None:
             return False
-        for line in data.split(b"\n", 2)[:2]:
+        for line in data.split(b"\n")[:2]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
@@ -263,8 +263,9 @@ def strategy_of_accelerate(config: dict[str, Any]) -> str | None:
         return f"fsdp{version}{OFFLOADED if said.get('fsdp_offload_params') else ''}"
     if kind == "DEEPSPEED":
         part = config.get("deepspeed_config")
-        stage = part.get("zero_stage") if isinstance(part, dict) else None
-        moved = stage == 3 and part is not None and part.get("offload_param_device") in ("cpu", "nvme")
+        said = part if isinstance(part, dict) else {}
+        stage = said.get("zero_stage")
+        moved = stage == 3 and said.get("offload_param_device") in ("cpu", "nvme")
         return f"zero{stage}{OFFLOADED if moved else ''}" if stage in (0, 1, 2, 3) else None
     return "ddp" if kind == "MULTI_GPU" else None
 

@@ -48,7 +48,7 @@ def flattened(root: Node) -> Keys:
                     "alpha": "lora_alpha",
                     "dropout": "lora_dropout",
                 }.get(name, name)
-                if plain != name and not lora:
+                if not lora:
                     plain = name
                 if block in ("model", "base") and name in ("name", "id", "path"):
                     plain = "model_name"

@@ -48,14 +48,11 @@ class Keys:
         found = self.node(name)
         return found is not None and flag(found[1]) is True
 
-    def value(
-        self, *names: str, read: Callable[[Node], Any], default: Any = None, source: str | None = None
-    ) -> Value:
+    def value(self, *names: str, read: Callable[[Node], Any], default: Any = None) -> Value:
         """The value of the first of these keys, or the tool's default."""
         found = self.node(*names)
         if found is None:
-            where = source if source is not None else "" if default is None else f"default of {self.tool}"
-            return Value(default, where, names[0])
+            return Value(default, "" if default is None else f"default of {self.tool}", names[0])
         name, node = found
         line = self.lines.get(name, node.line)
         if node.plain and _INTERPOLATED.search(node.written):
@@ -90,11 +87,10 @@ class Keys:
 
 def number(node: Node) -> float | None:
     """A finite number, or None."""
-    value = node.value
-    if isinstance(value, bool) or value is None:
+    if isinstance(node.value, bool):
         return None
     try:
-        found = float(value)
+        found = float(node.value)
     except (TypeError, ValueError, OverflowError):
         return None
     return found if math.isfinite(found) else None

@@ -35,7 +35,7 @@ _LORA = (
     "use_dora",
 )
 _BLOCKS = ("lora", "peft", "peft_config", "lora_config")
-_RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "grpo": 1e-6, "rloo": 1e-6, "reward": 1e-4}
+_RATES = {"sft": 2e-5, "dpo": 1e-6, "grpo": 1e-6}
 _PREFERENCE = (
     "beta",
     "loss_weights",
@@ -111,7 +111,7 @@ def _adapter(keys: Keys) -> Value:
     switch = keys.flag("use_peft", default=False)
     if switch.value:
         return replace(switch, value="lora")
-    wanted = keys.node(*_LORA) or next(filter(None, (keys.node(name) for name in _BLOCKS)), None)
+    wanted = keys.node(*_LORA, *_BLOCKS)
     asked = "a LoRA adapter" if wanted is None else wanted[0]
     line = switch.line or (None if wanted is None else keys.lines.get(wanted[0]))
     why = "without use_peft: true TRL ignores every lora_* key and trains all weights"

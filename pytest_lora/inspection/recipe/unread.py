@@ -107,7 +107,7 @@ def _text(file: YamlFile, line: int, name: str) -> str:
 def _misspelt(keys: Keys, file: YamlFile) -> Iterator[UnknownKey]:
     """Keys of a recipe of one's own that are nearly a field of LoRA that it does not have."""
     for name, _, line in keys.numbered():
-        near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.88)
+        near = difflib.get_close_matches(name, FIELDS, cutoff=0.88)
         if name not in FIELDS and near and not keys.has(near[0]):
             yield UnknownKey(name, line, _text(file, line, name), "unknown", near[0], "", False)
 
@@ -120,7 +120,7 @@ def _unknown(
         return UnknownKey(name, line, text, "dropped", None, "", False)
     kind: UnknownKind = "renamed" if meant else "removed" if since else "block" if node.pairs else "unknown"
     if meant is None and not since:
-        near = difflib.get_close_matches(name, known["keys"], n=1, cutoff=0.8)
+        near = difflib.get_close_matches(name, known["keys"], cutoff=0.8)
         meant = near[0] if near else None
     # With a command of its own TRL passes unknown keys to accelerate, which stops; its scripts drop them.
     return UnknownKey(name, line, text, kind, meant, since, tool.STOPS_AT_UNKNOWN)
@@ -131,7 +131,7 @@ def _plugin_keys(keys: Keys, known: dict[str, Any]) -> frozenset[str] | None:
     every = {**known.get("plugins", {}), **OWN_PLUGINS}
     plugins = keys.names("plugins").value if keys.has("plugins") else ()
     for plugin in (plugins,) if isinstance(plugins, str) else plugins or ():
-        home = plugin.rpartition(".")[0] or plugin
+        home = plugin.rpartition(".")[0]
         brought = next((own for name, own in every.items() if home.startswith(name)), None)
         if brought is None:
             return None
@@ -172,19 +172,7 @@ def _wrong(name: str, node: Node, line: int, tool: ModuleType) -> WrongKind | No
             return WrongKind(
                 name, line, text, f"the text {text!r}", "a number with a dot", text.replace(",", "."), True
             )
-    if (
-        name in NUMBERS
-        and node.items
-        and len(node.items) == 2
-        and all(str(i.written).isdigit() for i in node.items)
-    ):
-        return None
-    if (
-        name in WORDS
-        and isinstance(node.value, bool)
-        and node.plain
-        and text.lower() in ("no", "off", "yes", "on")
-    ):
+    if name in WORDS and isinstance(node.value, bool) and text.lower() in ("no", "off", "yes", "on"):
         became = f"the bool {str(node.value).lower()}: YAML 1.1 reads a bare {text} so"
         return WrongKind(name, line, text, became, "a word", f'"{text}"', tool.KEYS != "axolotl")
     if name in PATHS and isinstance(node.value, str) and text.startswith("~"):

@@ -1,0 +1,98 @@
+"""A saved adapter beside a configuration that is to go on from it: every difference that is told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+
+from pytest_lora.facts.checkpoint import CheckpointFacts, FileFault
+from pytest_lora.facts.config import LayerFacts
+from pytest_lora.facts.resumption import FieldChange, RankChange, ResumptionFacts
+from pytest_lora.inspection.checkpoint.config_file import config_file
+from pytest_lora.inspection.resumption import resumption_facts
+from tests.facts.test_adapter_maps import saved
+
+
+def of(modules: tuple[str, ...] = ("a.q", "b.q"), **fields: Any) -> CheckpointFacts:
+    usual = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
+    return replace(saved(list(modules)), config=config_file({**usual, **fields}, None))
+
+
+def told(facts: CheckpointFacts, layers: Any = None, **fields: Any) -> dict[str, Any]:
+    """What differs, by its name."""
+    usual = {"r": 2, "lora_alpha": 4, "target_modules": ["q"]}
+    found = resumption_facts(facts, LoraConfig(**{**usual, **fields}), layers)
+    empty = ResumptionFacts(found.name, found.weights)
+    names = ("unusable", "ranks", "gone", "new", "alpha", "base", "fields")
+    return {n: getattr(found, n) for n in names if getattr(found, n) != getattr(empty, n)}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "differs"),
+    [
+        ({}, {}, {}),
+        ({}, {"r": 4}, {"ranks": (RankChange(4, 2, ("a.q", "b.q")),)}),
+        ({}, {"rank_pattern": {"a.q": 1}}, {"ranks": (RankChange(1, 2, ("a.q",)),)}),
+        ({}, {"lora_alpha": 8}, {"alpha": ("a.q", 8.0, 4.0)}),
+        ({}, {"alpha_pattern": {"b.q": 8}}, {"alpha": ("b.q", 8.0, 4.0)}),
+        ({}, {"target_modules": ["v"]}, {"gone": ("a.q", "b.q"), "new": ("v",)}),
+        ({}, {"target_modules": ["q", "v"]}, {"new": ("v",)}),
+        ({}, {"target_modules": ["a.q"]}, {"gone": ("b.q",)}),
+        ({}, {"target_modules": r"a\.q"}, {"gone": ("b.q",)}),
+        ({}, {"target_modules": "all-linear"}, {}),
+        ({}, {"target_modules": None}, {}),
+        ({}, {"exclude_modules": ["b.q"]}, {"gone": ("b.q",)}),
+        ({"exclude_modules": ["x"]}, {"exclude_modules": ["y"]},
+         {"fields": (FieldChange("exclude_modules", "['y']", "['x']"),)}),
+        ({"exclude_modules": []}, {}, {}),
+        ({}, {"use_rslora": True}, {"fields": (FieldChange("use_rslora", "True", "False"),)}),
+        ({"use_dora": True}, {}, {"fields": (FieldChange("use_dora", "False", "True"),)}),
+        ({}, {"bias": "all"}, {"fields": (FieldChange("bias", "'all'", "'none'"),)}),
+        ({"modules_to_save": ["score"]}, {}, {}),
+        ({"modules_to_save": ["norm", "score"]}, {"modules_to_save": ["classifier", "norm"]}, {}),
+        ({"modules_to_save": ["norm"]}, {}, {"fields": (FieldChange("modules_to_save", "[]", "['norm']"),)}),
+        ({}, {"modules_to_save": ["norm"]}, {"fields": (FieldChange("modules_to_save", "['norm']", "[]"),)}),
+        ({"layers_to_transform": [1, 0]}, {"layers_to_transform": [0, 1]}, {}),
+        ({"layers_to_transform": [0]}, {"layers_to_transform": [1]},
+         {"fields": (FieldChange("layers_to_transform", "[1]", "[0]"),)}),
+        ({"base_model_name_or_path": "x"}, {"base_model_name_or_path": "y"}, {"base": ("y", "x")}),
+        ({"base_model_name_or_path": "x"}, {"base_model_name_or_path": "x"}, {}),
+        ({}, {"base_model_name_or_path": "y"}, {}),
+        ({"base_model_name_or_path": "x"}, {}, {}),
+        ({"target_parameters": ["p"]}, {"target_parameters": ["o"]}, {"gone": ("p",), "new": ("o",)}),
+        ({"target_parameters": ["p"]}, {}, {"gone": ("p",)}),
+        ({"target_parameters": ["p"]}, {"target_parameters": ["p"], "r": 1}, {}),
+        ({"target_parameters": ["p"]}, {"target_parameters": ["p"], "r": 4},
+         {"ranks": (RankChange(4, 2, ("a.q", "b.q")),)}),
+        ({}, {"r": 1}, {"ranks": (RankChange(1, 2, ("a.q", "b.q")),)}),
+    ],
+)  # fmt: skip
+def test_what_differs(before: dict[str, Any], now: dict[str, Any], differs: dict[str, Any]) -> None:
+    assert told(of(**before), **now) == differs
+
+
+def test_modules_of_a_base_tell_what_is_adapted() -> None:
+    def layer(module: str) -> LayerFacts:
+        return LayerFacts(module, "Linear", "default", 2, 2, 1, 1, 2, 4.0, 2.0, False, False, 0.0, 8)
+
+    assert told(of(), [layer("a.q"), layer("b.q")], target_modules="all-linear") == {}
+    assert told(of(), [layer("c.q"), layer("a.q"), layer("a.v")], target_modules=["q"]) == {
+        "gone": ("b.q",),
+        "new": ("a.v", "c.q"),
+    }
+    assert told(of(exclude_modules=["x"]), [layer("a.q"), layer("b.q")]) == {}
+    assert told(of(), []) == {"gone": ("a.q", "b.q")}
+
+
+def test_what_nothing_can_go_on_from() -> None:
+    nothing = "the folder holds no readable LoRA adapter"
+    assert told(saved(["a.q"])) == {"unusable": nothing}
+    assert told(replace(of(), adapted=())) == {"unusable": nothing}
+    assert told(replace(of(), weights=None)) == {"unusable": nothing}
+    assert told(of(peft_type="IA3")) == {"unusable": "peft_type IA3"}
+    fault = FileFault("adapter_model.safetensors", "format", "it is cut off")
+    assert told(replace(of(), faults=(fault,))) == {"unusable": "adapter_model.safetensors: it is cut off"}
+    assert told(replace(of(), faults=(replace(fault, file="other"),))) == {}

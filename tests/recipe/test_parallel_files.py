@@ -1,0 +1,120 @@
+"""Configurations of accelerate, DeepSpeed and FSDP as a way to share a step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_lora.facts.parallel import Parallel
+from pytest_lora.inspection.parallel_files import read_parallel
+from pytest_lora.inspection.recipe.beside import fsdp_version_of_arguments
+
+FSDP = f"fsdp{fsdp_version_of_arguments()}"
+
+
+def accelerate(kind: str, **more: Any) -> dict[str, Any]:
+    return {"distributed_type": kind, **more}
+
+
+def dimensions(fsdp: Any = None, **sizes: Any) -> dict[str, Any]:
+    return accelerate("FSDP", parallelism_config=sizes, fsdp_config=fsdp)
+
+
+def zero(**options: Any) -> dict[str, Any]:
+    return {"zero_optimization": options}
+
+
+CPU = {"device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "wanted"),
+    [
+        (accelerate("MULTI_GPU"), None, Parallel(1, "ddp")),
+        (accelerate("MULTI_GPU", num_processes=4), None, Parallel(4, "ddp")),
+        (accelerate("MULTI_GPU", num_processes=4), 2, Parallel(2, "ddp")),
+        (accelerate("no", num_processes=4), 4, Parallel(1, "ddp")),
+        (accelerate("FSDP", num_processes=2), None, Parallel(2, "fsdp1")),
+        (accelerate("FSDP", fsdp_config={"fsdp_version": 2}), 2, Parallel(2, "fsdp2")),
+        (accelerate("DEEPSPEED"), 2, Parallel(2, "zero2")),
+        (accelerate("DEEPSPEED", deepspeed_config={"zero_stage": 3, "offload_param_device": "cpu"}), 2,
+         Parallel(2, "zero3", offload="cpu")),
+        (accelerate("DEEPSPEED", deepspeed_config={"zero_stage": 1, "offload_optimizer_device": "cpu"}), 2,
+         Parallel(2, "zero1", offload="optimizer")),
+        (zero(stage=0), 2, Parallel(2, "ddp")),
+        (zero(stage=1), 2, Parallel(2, "zero1")),
+        (zero(stage=2, offload_param=CPU), 2, Parallel(2, "zero2")),
+        (zero(stage=3, offload_optimizer=CPU, reduce_bucket_size=5, overlap_comm=False, other=1), 2,
+         Parallel(2, "zero3", offload="optimizer", options=(("overlap_comm", False), ("reduce_bucket_size", 5)))),
+        (zero(stage=3, reduce_bucket_size=None), 2, Parallel(2, "zero3")),
+        ({"fsdp_sharding_strategy": "2"}, 2, Parallel(2, "fsdp1", reshard_after_forward=False)),
+        ({"fsdp_sharding_strategy": "full_shard"}, 2, Parallel(2, "fsdp1")),
+        ({"fsdp_sharding_strategy": 3}, 2, Parallel(2, "ddp")),
+        ({"fsdp_reshard_after_forward": "shard_grad_op"}, 2, Parallel(2, "fsdp1", reshard_after_forward=False)),
+        ({"fsdp_reshard_after_forward": False}, 2, Parallel(2, "fsdp1")),
+        ({"fsdp_version": 2, "fsdp_reshard_after_forward": False}, 2,
+         Parallel(2, "fsdp2", reshard_after_forward=False)),
+        ({"fsdp_version": 2, "fsdp_reshard_after_forward": "FALSE"}, 2,
+         Parallel(2, "fsdp2", reshard_after_forward=False)),
+        ({"fsdp_version": 2, "fsdp_reshard_after_forward": "SHARD_GRAD_OP"}, 2, Parallel(2, "fsdp2")),
+        ({"fsdp_version": 2, "fsdp_offload_params": True}, 2, Parallel(2, "fsdp2", offload="cpu")),
+        ({"fsdp_version": 2, "fsdp_cpu_offload": True}, 2, Parallel(2, "fsdp2", offload="cpu")),
+        ({"fsdp_version": 2, "fsdp_transformer_layer_cls_to_wrap": "A, B"}, 2, Parallel(2, "fsdp2", wrap=("A", "B"))),
+        ({"fsdp_version": 2, "fsdp_transformer_layer_cls_to_wrap": ["A"]}, 2, Parallel(2, "fsdp2", wrap=("A",))),
+        ({"fsdp_use_orig_params": True, "fsdp_forward_prefetch": None}, 2,
+         Parallel(2, "fsdp1", options=(("use_orig_params", True),))),
+        ({"cpu_offload": True}, 2, Parallel(2, FSDP, offload="cpu")),
+        (dimensions(dp_replicate_size=2), None, Parallel(2, "ddp")),
+        (dimensions(parallelism_config_dp_replicate_size=2, dp_shard_size=1), None, Parallel(2, "ddp")),
+        (dimensions(dp_shard_size=4), None, Parallel(4, "fsdp2")),
+        (dimensions(dp_replicate_size=2, dp_shard_size=4), None, Parallel(8, "hsdp", shard_size=4)),
+        (dimensions(tp_size=2), None, Parallel(2, "tp")),
+        (dimensions(tp_size=1), None, Parallel(1, "ddp")),
+    ],
+)  # fmt: skip
+def test_how_a_configuration_shares_a_step(given: dict[str, Any], gpus: int | None, wanted: Parallel) -> None:
+    assert read_parallel(given, gpus) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "words"),
+    [
+        (accelerate("TPU"), 2, "distributed_type TPU is not known"),
+        (accelerate("FSDP", fsdp_config="x"), 2, "fsdp_config must be a mapping, not 'x'"),
+        (zero(stage=4), 2, "no stage from 0 to 3, but 4"),
+        (zero(), 2, "no stage from 0 to 3, but None"),
+        (zero(stage=2), None, "give gpus="),
+        ({"fsdp_version": 2}, None, "give gpus="),
+        ({"fsdp_sharding_strategy": "4"}, 2, "HYBRID_SHARD of FSDP1 is not known"),
+        ({"zero_optimization": 3}, 2, "no DeepSpeed configuration"),
+        ({"learning_rate": 1}, 2, "it is no accelerate configuration"),
+        (dimensions(tp_size=2, dp_shard_size=2), None, "with dp_shard and tp is not known"),
+        (dimensions(cp_size=2), None, "with cp is not known"),
+    ],
+)
+def test_what_shares_no_step(given: dict[str, Any], gpus: int | None, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        read_parallel(given, gpus)
+
+
+def test_configurations_in_files(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(zero(stage=3)))
+    (tmp_path / "a.yaml").write_text(
+        "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {deepspeed_config_file: ds.json}\n"
+    )
+    assert read_parallel(tmp_path / "a.yaml", None) == Parallel(2, "zero3")
+    assert read_parallel(str(tmp_path / "ds.json"), 3) == Parallel(3, "zero3")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    (tmp_path / "broken.json").write_text("{")
+    for name, words in (
+        ("none", "there is no file"),
+        ("list.yaml", "no mapping"),
+        ("broken.json", "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_parallel(tmp_path / name, 2)
+    with pytest.raises(TypeError, match="parallel must be the path"):
+        read_parallel(3, 2)
