@@ -17,6 +17,7 @@ from pytest_lora.facts.saved_tensors import Values
 from pytest_lora.inspection.checkpoint.folder import UnreadableError
 from pytest_lora.inspection.checkpoint.header import BITS, Stored
 from pytest_lora.inspection.checkpoint.marks import Marking, is_marked
+from pytest_lora.inspection.checkpoint.small import Small
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -123,6 +124,7 @@ def _values(
     count = len(tensors)
     nans, infinities, squares = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count)
     zero = np.ones(count, bool)
+    small = Small(count) if form.measured and form.dtype == "F16" else None
     marking = None
     step = CHUNK
     if form.marked:
@@ -137,12 +139,15 @@ def _values(
         zeros = _count(raw, form.dtype, nans, infinities)
         if marking is not None:
             marking.add(raw)
+        if small is not None:
+            small.add(raw)
         if form.measured and not zeros.all():
             squares += _squares(raw, form.dtype)
         zero &= zeros
     marks = iter(lambda: None, 0) if marking is None else marking.marks()
     means = _root_means(squares, form) if form.measured else [None] * count
-    return map(Values, nans.tolist(), infinities.tolist(), zero.tolist(), means, marks)
+    underflow = [None] * count if small is None else small.shares(form.size // 2)
+    return map(Values, nans.tolist(), infinities.tolist(), zero.tolist(), means, marks, underflow)
 
 
 def _fill(file: FileIO, start: int, part: memoryview, name: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.batch_law import AloneFacts
-from pytest_lora.facts.labels import LabelFacts
+from pytest_lora.facts.labels import LabelFacts, WholeTargets
 from pytest_lora.facts.optimizer import OptimizerFacts
 from pytest_lora.facts.steps import Failure, Phase, ShiftFacts, StepFacts
 from pytest_lora.facts.training import TrainingFacts, unusual_inits
@@ -48,6 +48,7 @@ from pytest_lora.inspection.training.rate import suitable_rate
 from pytest_lora.inspection.training.shift import Shift
 from pytest_lora.inspection.training.updates import Updates
 from pytest_lora.inspection.training.watch import Watch
+from pytest_lora.inspection.training.whole_targets import whole_targets
 
 
 def training_facts(model: nn.Module, batches: Any, plan: Plan) -> TrainingFacts:
@@ -111,6 +112,7 @@ class Probe:
         self._schedule = schedule_facts(plan.scheduler, self._optimizer) if plan.scheduler else None
         self._batches: tuple[Any, ...] = ()
         self._labels: tuple[LabelFacts, ...] = ()
+        self._whole: tuple[WholeTargets, ...] = ()
         self._passed = Passed()
         self._is_fresh = plan.optimizer is not None and not any(plan.optimizer.state.values())
         held = {id(p) for group in self._groups for p in group["params"]}
@@ -127,6 +129,7 @@ class Probe:
     def take(self, batches: tuple[Any, ...]) -> None:
         """Take the batches for the steps, and look at their labels."""
         self._batches = batches
+        self._whole = tuple(whole_targets(batches, self._found.root, self._facts.base))
         self._labels = tuple(label_facts(batches, vocabulary(self._found.root, self._facts.base)))
 
     @property
@@ -165,10 +168,7 @@ class Probe:
         return BatchLaw(self._model, self._found.root, used).compared()
 
     def _law_of(self, number: int, batch: int) -> BatchLaw | None:
-        """The law asked of the last forward pass, as the model may keep something of a text alone: positions, caches.
-
-        Another batch is asked after all steps where this one has nothing to compare.
-        """
+        """The law, asked of the last forward pass: the model may keep something of a text alone (positions, caches)."""
         if number != self._plan.steps or self._plan.loss_fn is not None:
             return None
         law = BatchLaw(self._model, self._found.root, {batch: self._batches[batch]})
@@ -288,6 +288,7 @@ class Probe:
             failure=self._failure,
             spoiled=tuple(spoiled_inputs(self._batches)),
             shift=self._shift,
+            whole_targets=self._whole,
             empty_rows=tuple(empty_rows(self._batches, found.modules, facts.base, pad_token(found.root))),
             optimizer_is_fresh=self._is_fresh,
             switched_off=self._passed.switched_off and not any(layer.disabled for layer in facts.layers),
