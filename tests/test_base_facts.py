@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.model import InitialRows
 from pytest_lora.inspection import vocabulary
-from pytest_lora.inspection.base import base_facts, base_parameters, logical_shape, quantization_of, task_of
+from pytest_lora.inspection.base import base_facts, base_parameters, quantization_of, task_of
+from pytest_lora.inspection.shapes import logical_shape
 from pytest_lora.inspection.survey import survey
 from pytest_lora.inspection.vocabulary import initial_rows
 

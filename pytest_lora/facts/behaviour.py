@@ -49,6 +49,9 @@ class MergeFacts:
         damaged: Tensors that unmerging did not restore.
         restored_steps: Rounding steps within which a tensor counts as restored.
         left_over: Tensors of the base that differ after ``unload()``.
+        unchanged: Share of the numbers of adapted weights that the merge left as they were though the update there is
+            not zero; None where that was not measured.
+        dtypes: Dtypes of those weights.
     """
 
     refusal: str | None = None
@@ -60,6 +63,8 @@ class MergeFacts:
     damaged: tuple[str, ...] = ()
     restored_steps: int = 0
     left_over: tuple[str, ...] = ()
+    unchanged: float | None = None
+    dtypes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,6 +107,21 @@ class LabelFacts:
     bounds: TextBounds
 
 
+@dataclass(frozen=True, slots=True)
+class WholeTargets:
+    """Labels of a classifier with one output, which transformers takes for numbers, that are whole numbers.
+
+    Attributes:
+        batch: Index of the batch.
+        rows: Rows of the batch.
+        values: The labels, each once, the smallest first.
+    """
+
+    batch: int
+    rows: int
+    values: tuple[int, ...]
+
+
 def named_batches(found: Iterable[LabelFacts]) -> str:
     """The batches that these labels belong to, the first eight of them, in words."""
     return "batches " + ", ".join(str(known.batch) for known in islice(found, 8))

@@ -55,6 +55,8 @@ class Values(NamedTuple):
         zero: Whether all are zero.
         rms: Their root mean square; None where it was not measured, which it is of ``lora_B`` alone.
         marks: Which parts of ``lora_A`` or ``lora_B`` hold anything; None of other tensors.
+        underflow: Share of zeros, and share of the other numbers that lie below the smallest normal one of float16;
+            None where it was not measured, which it is of ``lora_B`` in float16 alone.
     """
 
     nans: int
@@ -62,6 +64,7 @@ class Values(NamedTuple):
     zero: bool
     rms: float | None = None
     marks: Marks | None = None
+    underflow: tuple[float, float] | None = None
 
 
 class TensorFacts(NamedTuple):

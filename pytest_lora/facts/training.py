@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pytest_lora.facts.batch_law import AloneFacts
-from pytest_lora.facts.labels import LabelFacts
+from pytest_lora.facts.labels import LabelFacts, WholeTargets
 from pytest_lora.facts.layer_state import LayerState
 from pytest_lora.facts.loss_drop import LossDrop as LossDrop
 from pytest_lora.facts.media import MediumFacts
@@ -65,6 +65,8 @@ class TrainingFacts:
         media: Images, videos and audio of each batch, where the model knows any.
         shift: The first loss beside what the logits give with and without the shift, where that can be asked.
         empty_rows: Tokens of the batches that the base has no values for.
+        whole_targets: Whole numbers as labels of a classifier with one output.
+        total_steps: Optimizer steps that the run is to take, where it says so.
     """
 
     model: ModelFacts
@@ -98,12 +100,19 @@ class TrainingFacts:
     alone: AloneFacts | None = None
     shift: ShiftFacts | None = None
     empty_rows: tuple[EmptyRows, ...] = ()
+    whole_targets: tuple[WholeTargets, ...] = ()
+    total_steps: int | None = None
 
     @property
     def is_fresh(self) -> bool:
         """Whether every active adapter is still as it was made: ``lora_B`` zero."""
         layers = self.model.active_layers
         return bool(layers) and all(layer.b.zero for layer in layers)
+
+    @property
+    def known_steps(self) -> int | None:
+        """Optimizer steps of the whole run: those that its schedule was made for, or that it says it takes."""
+        return (self.schedule.planned if self.schedule else None) or self.total_steps
 
     @property
     def shifts(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from pytest_lora.facts.base import BaseFacts, BaseModule, FusedParameter, Quantization, TaskHead
+from pytest_lora.facts.base import BaseFacts, BaseModule, FusedParameter, Quantization
+from pytest_lora.inspection.heads import task_heads
+from pytest_lora.inspection.shapes import logical_shape
 from pytest_lora.inspection.survey import Survey
 
 TASKS = {
@@ -24,9 +25,6 @@ TASKS = {
     "LMHeadModel": "CAUSAL_LM",
 }
 """PEFT task types by the ending of a transformers class name (``peft.TaskType``)."""
-
-HEADED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Regression|RewardModel)")
-"""Transformers classes that put a newly made task head on a pretrained body."""
 
 
 PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -51,27 +49,6 @@ def quantization_of(module: nn.Module) -> str | None:
     if hasattr(module, "qweight"):
         return "gptq or awq"
     return "hqq" if hasattr(module, "W_q") else None
-
-
-def logical_shape(module: nn.Module) -> tuple[int, int] | None:
-    """``(in_features, out_features)`` of a module that LoRA can adapt, before any packing; else None."""
-    if isinstance(module, nn.Embedding):
-        return module.num_embeddings, module.embedding_dim
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return module.in_channels, module.out_channels
-    if isinstance(module, nn.MultiheadAttention):
-        return module.embed_dim, 3 * module.embed_dim
-    if type(module).__name__ == "Conv1D":
-        weight: Any = module.weight
-        return int(weight.shape[0]), int(weight.shape[1])
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(sizes[0], int) and isinstance(sizes[1], int) and _has_weight(module):
-        return sizes[0], sizes[1]
-    return None
-
-
-def _has_weight(module: nn.Module) -> bool:
-    return any(hasattr(module, name) for name in ("weight", "qweight", "W_q"))
 
 
 class BaseParameter(NamedTuple):
@@ -134,7 +111,7 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
         module_names=tuple(name for name in modules if name),
         parameters=sum(p.numbers for p in parameters),
         layer_indices=_layer_indices(modules),
-        heads=tuple(_task_heads(root, modules, output_embeddings)),
+        heads=tuple(task_heads(root, modules, output_embeddings)),
         tied=_tied_modules(modules),
         input_embeddings=input_embeddings,
         output_embeddings=output_embeddings,
@@ -218,36 +195,6 @@ def _tied_modules(modules: dict[str, nn.Module]) -> tuple[tuple[str, ...], ...]:
         if isinstance(weight, nn.Parameter):
             owners.setdefault(id(weight), []).append(name)
     return tuple(tuple(group) for group in owners.values() if len(group) > 1)
-
-
-def _task_heads(root: nn.Module, modules: dict[str, nn.Module], output: str | None) -> Iterator[TaskHead]:
-    if not HEADED.search(type(root).__name__):
-        return
-    body = getattr(root, "base_model_prefix", "")
-    for name in [n for n in modules if n and "." not in n and n not in (body, output)]:
-        inside = [m for n, m in modules.items() if n == name or n.startswith(f"{name}.")]
-        linear = [m for m in inside if logical_shape(m)]
-        if linear:
-            yield TaskHead(name, _all_fresh(linear, getattr(_config(root), "initializer_range", 0.02)))
-
-
-def _all_fresh(modules: list[nn.Module], std: float) -> bool | None:
-    verdicts = [_is_fresh(module, std) for module in modules]
-    return None if None in verdicts else all(verdicts)
-
-
-def _is_fresh(module: nn.Module, std: float) -> bool | None:
-    """Whether weights still look like ``N(0, std)`` with a zero bias, as transformers initialises heads.
-
-    The sample deviation of n normal numbers scatters by ``std / sqrt(2 n)``; five of these are allowed.
-    """
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if not isinstance(weight, torch.Tensor) or weight.device.type == "meta" or not weight.is_floating_point():
-        return None
-    if isinstance(bias, torch.Tensor) and bool(bias.detach().any()):
-        return False
-    deviation = float(weight.detach().float().std())
-    return abs(deviation - std) <= 5 * std / math.sqrt(2 * weight.numel())
 
 
 def _quantization(root: nn.Module, modules: dict[str, nn.Module]) -> Quantization | None:

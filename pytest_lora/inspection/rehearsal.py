@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_lora.inspection.base import logical_shape
 from pytest_lora.inspection.peft_internals import (
     BaseTunerLayer,
     LoraConfig,
     LoraLayer,
     fused_parameter,
 )
+from pytest_lora.inspection.shapes import logical_shape
 
 READ_WEIGHTS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga", "mica")
 """Initialisations that compute with base weights; they change values only, so that the structure does without."""

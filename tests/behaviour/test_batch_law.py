@@ -275,11 +275,11 @@ def test_remedies_of_documents_that_see_each_other() -> None:
 # ---------------------------------------------------------------------------------------- silence
 
 
-CALLS: list[tuple[int, bool]] = []
-
-
 class Counting(nn.Module):
     """Notes for each call of a language model how many rows it has, and whether it trains."""
+
+    calls: list[tuple[int, bool]]
+    sizes: list[int]
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -287,7 +287,8 @@ class Counting(nn.Module):
 
     def forward(self, **batch: Tensor) -> Any:
         batch.pop("use_cache", None)
-        CALLS.append((len(batch["input_ids"]), self.training))
+        Counting.calls.append((len(batch["input_ids"]), self.training))
+        Counting.sizes.append(batch["input_ids"].numel())
         return self.inner(**batch)
 
 
@@ -298,10 +299,14 @@ def in_a_trainer(base: nn.Module) -> nn.Module:
     return base
 
 
-def calls_of(batches: Any, **how: Any) -> list[tuple[int, bool]]:
-    CALLS.clear()
-    check_training(adapted(Counting(in_a_trainer(BASES["base"]()))), batches, **how)
-    return CALLS
+def calls_of(
+    batches: Any, sizes: list[int] | None = None, lora_dropout: float = 0.0, **how: Any
+) -> list[tuple[int, bool]]:
+    Counting.calls, Counting.sizes = [], [] if sizes is None else sizes
+    check_training(
+        adapted(Counting(in_a_trainer(BASES["base"]())), lora_dropout=lora_dropout), batches, **how
+    )
+    return Counting.calls
 
 
 def test_the_cache_lets_documents_see_each_other() -> None:
@@ -312,10 +317,34 @@ def test_the_cache_lets_documents_see_each_other() -> None:
     assert not check_training(adapted(in_a_trainer(base)), packed()).findings
 
 
-@pytest.mark.parametrize("batch", [padded("left"), packed()], ids=["padding", "documents"])
-def test_two_rows_are_run_more_and_no_gradient(batch: Batch) -> None:
+@pytest.mark.parametrize(
+    ("batch", "more"),
+    [(language_batch(4, 16), 0), (padded("left"), 1), (padded(), 1), (packed(), 1)],
+    ids=["plain", "padded on the left", "padded on the right", "documents"],
+)
+def test_one_forward_pass_more_at_most_and_no_backward(
+    batch: Batch, more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backwards: list[Any] = []
+    backward = Tensor.backward
+    monkeypatch.setattr(Tensor, "backward", lambda loss, **how: backwards.append(0) or backward(loss, **how))
     rows = len(batch["input_ids"])
-    assert calls_of(batch) == [(rows, True)] * 3 + [(1, False)] * 2
+    assert calls_of(batch) == [(rows, True)] * 3 + [(1, False)] * more
+    assert len(backwards) == 3
+
+
+@pytest.mark.parametrize("batch", [padded("left"), packed()], ids=["padding", "documents"])
+def test_where_dropout_is_live_the_row_is_run_again_and_both_are_no_more_than_the_batch(batch: Batch) -> None:
+    sizes: list[int] = []
+    rows = len(batch["input_ids"])
+    assert calls_of(batch, sizes, lora_dropout=0.5) == [(rows, True)] * 3 + [(1, False)] * 2
+    assert sum(sizes[3:]) <= batch["input_ids"].numel()
+
+
+def test_the_text_of_a_step_that_is_not_the_last() -> None:
+    batches = [padded("left"), language_batch(4, 16)]
+    assert calls_of(batches) == [(4, True)] * 3 + [(1, False)]
+    assert calls_of(batches, steps=2) == [(4, True)] * 2 + [(1, False)] * 2
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,10 @@ def test_only_values_of_numbers_are_judged_as_numbers(tmp_path: Path) -> None:
         ("load_in_8bit: true\n", {}),
         ("lora_qkv_kernel: false\nlora_mlp_kernel: false\nlora_o_kernel: false\n", {}),
         ("lora_qkv_kernel: true\n", {}),
-        ("lora_qkv_kernel: true\nlora_mlp_kernel: true\nlora_o_kernel: true\nrl: dpo\n", {"kernels": "axolotl"}),
+        (
+            "lora_qkv_kernel: true\nlora_mlp_kernel: true\nlora_o_kernel: true\nrl: dpo\n",
+            {"kernels": "axolotl"},
+        ),
     ],
 )
 def test_axolotl_takes_its_kernels_where_weights_are_whole(

@@ -87,9 +87,7 @@ def trains_what_torch_refuses(folder: str) -> list[str]:
         disable_tqdm=True, ddp_find_unused_parameters=True, gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": True},
     )  # fmt: skip
-    trainer = Trainer(
-        adapted(), args, train_dataset=rows, callbacks=[LoraHealthCallback(select=["LORA251"])]
-    )
+    trainer = Trainer(adapted(), args, train_dataset=rows, callbacks=[LoraHealthCallback(select=["LORA251"])])
 
     def train() -> None:
         with suppress(RuntimeError):

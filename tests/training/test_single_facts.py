@@ -23,7 +23,7 @@ from pytest_lora.inspection.training.batches import (
 from pytest_lora.inspection.training.circumstances import live_dropouts, spoiled_inputs
 from pytest_lora.inspection.training.empty_rows import _used, empty_rows
 from pytest_lora.inspection.training.failures import failure_of
-from pytest_lora.inspection.training.graph import Calls, Ran
+from pytest_lora.inspection.training.graph import Passed, Ran
 from pytest_lora.inspection.training.media import grids_disagree, medium_facts, placeholders_of
 from pytest_lora.inspection.training.shift import Shift, _mean
 from pytest_lora.inspection.training.text_bounds import text_bounds
@@ -468,8 +468,8 @@ class Layer(nn.Module):
 
 def test_how_layers_were_run() -> None:
     layers = {name: Layer() for name in ("graph", "both", "without", "cut", "empty", "named", "never")}
-    calls = Calls()
-    calls.watch(layers)
+    calls = Passed()
+    calls.follow(layers)
     one = torch.ones(1)
     layers["graph"](one)
     with torch.no_grad():

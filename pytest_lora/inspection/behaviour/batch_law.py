@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pytest_lora.facts.batch_law import AloneFacts
-from pytest_lora.inspection.behaviour.copies import TOLERANCES, largest, output_of
+from pytest_lora.inspection.behaviour.copies import TOLERANCES, largest, main_tensor, output_of
 from pytest_lora.inspection.behaviour.texts import (
     PACKED,
     Text,
@@ -28,58 +28,115 @@ from pytest_lora.inspection.quiet import quiet_libraries
 from pytest_lora.inspection.state.precision import without_tf32
 
 
-def batch_law(model: nn.Module, root: nn.Module, batches: tuple[Any, ...]) -> AloneFacts | None:
-    """Run the shortest text of the first batch that has company in its row, with it and without.
+class BatchLaw:
+    """Compares a text alone with the same text in its batch, around a training step that runs the batch anyway.
 
-    Two rows are run at most, without gradients: no more than a forward pass of a batch of two. To be called where a
-    keeper puts back what a model notes of its calls.
-
-    Args:
-        model: What is called.
-        root: The base, whose configuration is read.
-        batches: Batches for ``model(**batch)``; of those without padding and packed documents nothing is asked.
-
-    Returns:
-        Both results compared; None where no text has company, or the model cannot be run or compared that way.
+    The step gives one of the results where dropout and the like have no part in it. Else, and where the two are apart,
+    the row is run once more in evaluation mode. To be used where a keeper puts back hooks and what a model notes of its
+    calls.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return None  # the other ranks would have to run along, and their rows may have no padding
-    found = next((text for text in texts_of(batches, root) if text is not None), None)
-    if found is None or _is_of_its_length(root, found.length):
-        return None
-    batch = on_device(_given(batches[found.batch]), device_of(model))
-    with quiet_libraries(), without_tf32(), _evaluation(model), _uncompiled(), torch.no_grad():
+
+    def __init__(self, model: nn.Module, root: nn.Module, batches: Mapping[int, Any]) -> None:
+        """Look for a text with company, and note what the model gives for it from now on.
+
+        Args:
+            model: What is called.
+            root: The base, whose configuration is read.
+            batches: Batches for ``model(**batch)`` by their index; of those without padding and packed documents
+                nothing is asked.
+        """
+        self._model, self._root = model, root
+        self._text = self._find(batches)
+        self._batch: Any = batches[self._text.batch] if self._text else None
+        self._result: Tensor | None = None
+        self._handle = model.register_forward_hook(self._note) if self._text else None
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is a text to compare."""
+        return self._text is not None
+
+    def _find(self, batches: Mapping[int, Any]) -> Text | None:
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return None  # the other ranks would have to run along, and their rows may have no padding
+        found = next((text for text in texts_of(batches, self._root) if text is not None), None)
+        return None if found is None or _is_of_its_length(self._root, found.length) else found
+
+    def _note(self, module: nn.Module, arguments: Any, output: Any) -> None:
         try:
-            together, alone = _in_company(batch, found, root), _alone(batch, found, root)
-            first, second = output_of(model, together), output_of(model, alone)
-            apart, tolerance = _apart(first, second, found), _tolerance(model, second)
-            if apart is None or tolerance is None or not second.isfinite().all():
-                return None
-            if apart > tolerance and _relative(first, output_of(model, together)) > tolerance:
-                return None  # the model gives something else at every call
-            cached = apart <= tolerance and found.company == "documents" and _caches(root)
-            if cached:
-                apart = _apart(output_of(model, {**together, "use_cache": True}), second, found) or 0.0
-        except Exception:  # whatever a model raises for what it does not take
+            result = main_tensor(output)
+        except (ValueError, TypeError):
+            return
+        if self._text and result.shape[0] == len(self._batch["input_ids"]):
+            self._result = result[self._text.row : self._text.row + 1].detach().clone()
+
+    def compared(self) -> AloneFacts | None:
+        """Run the text alone, without gradients, and end to look.
+
+        Returns:
+            Both results compared; None where no text has company, or the model cannot be run or compared that way.
+        """
+        if self._handle is None or self._text is None:
             return None
-    return AloneFacts(
-        batch=found.batch,
-        row=found.row,
-        tokens=found.stop - found.start,
-        company=found.company,
-        side="both" if found.start and found.stop < found.length else "left" if found.start else "right",
-        pooled=first.shape == second.shape and not is_encoder_decoder(root),
-        apart=apart,
-        tolerance=tolerance,
-        mask=mask_of(batch, found),
-        positions="position_ids" in batch,
-        filler=found.filler,
-        pad=pad_token(root),
-        cached=cached,
-    )
+        self._handle.remove()
+        model, found = self._model, self._text
+        batch = on_device(_given(self._batch), device_of(model))
+        with quiet_libraries(), without_tf32(), _evaluation(model), _uncompiled(), torch.no_grad():
+            try:
+                return self._compared(batch, found, output_of(model, _alone(batch, found, self._root)))
+            except Exception:  # whatever a model raises for what it does not take
+                return None
 
+    def _compared(self, batch: dict[str, Any], found: Text, alone: Tensor) -> AloneFacts | None:
+        tolerance = _tolerance(self._model, alone)
+        if tolerance is None or not alone.isfinite().all():
+            return None
+        if self._result is not None:
+            apart = _apart(self._result, alone, found)
+            if apart is not None and apart <= tolerance:
+                return self._facts(batch, found, self._result.shape == alone.shape, apart, tolerance)
+        together = _in_company(batch, found, self._root)
+        cached = found.company == "documents" and _caches(self._root)
+        first = output_of(self._model, {**together, "use_cache": True} if cached else together)
+        apart = _apart(first, alone, found)
+        if apart is None:
+            return None
+        if cached and apart > tolerance:
+            first, with_cache = output_of(self._model, together), apart
+            apart = _apart(first, alone, found) or 0.0
+            if apart <= tolerance:
+                return self._facts(
+                    batch, found, first.shape == alone.shape, with_cache, tolerance, cached=True
+                )
+        if apart > tolerance and _relative(first, output_of(self._model, together)) > tolerance:
+            return None  # the model gives something else at every call
+        return self._facts(batch, found, first.shape == alone.shape, apart, tolerance)
 
-# ---------------------------------------------------------------------------------------- texts
+    def _facts(
+        self,
+        batch: dict[str, Any],
+        found: Text,
+        alike: bool,
+        apart: float,
+        tolerance: float,
+        *,
+        cached: bool = False,
+    ) -> AloneFacts:
+        return AloneFacts(
+            batch=found.batch,
+            row=found.row,
+            tokens=found.stop - found.start,
+            company=found.company,
+            side="both" if found.start and found.stop < found.length else "left" if found.start else "right",
+            pooled=alike and not is_encoder_decoder(self._root),
+            apart=apart,
+            tolerance=tolerance,
+            mask=mask_of(batch, found),
+            positions="position_ids" in batch,
+            filler=found.filler,
+            pad=pad_token(self._root),
+            cached=cached,
+        )
 
 
 # ---------------------------------------------------------------------------------------- inputs

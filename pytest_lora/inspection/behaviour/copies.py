@@ -159,10 +159,15 @@ def output_of(model: nn.Module, batch: Any) -> Tensor:
             result = model(*batch)
         else:
             result = model(batch)
-    return _main_tensor(result)
+    return main_tensor(result)
 
 
-def _main_tensor(result: Any) -> Tensor:
+def main_tensor(result: Any) -> Tensor:
+    """The logits, or the first tensor, of what a model gave.
+
+    Raises:
+        ValueError: There is none.
+    """
     if isinstance(result, Tensor):
         return result
     values: dict[Any, Any] = dict(result) if isinstance(result, Mapping) else dict(enumerate(result))

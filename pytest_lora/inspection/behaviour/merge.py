@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.behaviour import MergeFacts
+from pytest_lora.inspection.base import dtype_name
 from pytest_lora.inspection.behaviour.copies import (
     TOLERANCES,
     adapted_copy,
@@ -87,6 +88,7 @@ def _merged(
         return replace(facts, refusal=str(error), unmerged=unmerged)
     merged = output_of(adapted, batch)
     sizes = {n: largest(t) for n, t in adapted.state_dict().items() if n in before and t.is_floating_point()}
+    unchanged, dtypes = _rounded_away(layers, before)
     for layer in layers.values():
         layer.unmerge()
     quantized = tuple(n for n, layer in layers.items() if _is_quantized(layer))
@@ -100,7 +102,35 @@ def _merged(
         effect=distance(expected, without),
         tolerance=_allowed(layers, expected, tolerance),
         damaged=damaged,
+        unchanged=unchanged,
+        dtypes=dtypes,
     )
+
+
+def _rounded_away(layers: dict[str, Any], before: dict[str, Tensor]) -> tuple[float | None, tuple[str, ...]]:
+    """Share of the numbers that merging left as they were though they have an update, and the dtypes they are of.
+
+    Of plain LoRA on matrices; variants such as DoRA write the whole weight anew.
+    """
+    kept = updated = 0
+    dtypes: set[str] = set()
+    for name, layer in layers.items():
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        old = before.get(f"{name}.base_layer.weight")
+        if old is None or weight is None or weight.ndim != 2 or weight.shape != old.shape:
+            continue
+        if not weight.is_floating_point() or getattr(layer, "lora_variant", None):
+            continue
+        if any(getattr(layer, "use_dora", {}).values()):
+            continue
+        update = sum(layer.get_delta_weight(adapter).float() for adapter in layer.merged_adapters)
+        if not isinstance(update, Tensor) or update.shape != weight.shape:
+            continue
+        moved = update.cpu() != 0
+        kept += int((moved & (weight.detach().cpu() == old)).sum())
+        updated += int(moved.sum())
+        dtypes.add(dtype_name(weight.dtype))
+    return (kept / updated if updated else None), tuple(sorted(dtypes))
 
 
 def _allowed(

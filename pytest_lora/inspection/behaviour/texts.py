@@ -36,9 +36,9 @@ class Text(NamedTuple):
     filler: int | None
 
 
-def texts_of(batches: tuple[Any, ...], root: nn.Module) -> Iterator[Text | None]:
+def texts_of(batches: Mapping[int, Any], root: nn.Module) -> Iterator[Text | None]:
     """A text of each batch of a known form that has company; None for one in which no text has."""
-    for index, batch in enumerate(batches):
+    for index, batch in batches.items():
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         known = _TEXT | PACKED | (_DECODER if is_encoder_decoder(root) else set())
         if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_meta and set(batch) <= known:
@@ -53,11 +53,16 @@ def _restarts(ids: Tensor, batch: Mapping[str, Any]) -> bool:
 
 
 def _packed(index: int, ids: Tensor, batch: Mapping[str, Any]) -> Text | None:
-    """The first document that stands behind another one."""
+    """The first document that stands behind another one: as much of it as lets both runs fit into the row.
+
+    Nothing is cut where lengths are counted through the whole batch.
+    """
     length = ids.shape[1]
     for row, positions in enumerate(batch["position_ids"].tolist()):
         starts = [t for t in range(length) if positions[t] == 0]
         for start, stop in zip(starts, [*starts[1:], length], strict=True):
+            if not set(batch) & PACKED:
+                stop = min(stop, start + max(_LEAST, (length - start) // 2))
             counts = positions[start:stop] == list(range(stop - start))
             text = Text(index, row, start, stop, length, "documents", None)
             if start and counts and stop - start >= _LEAST and mask_of(batch, text, inside=True) != "hides":

@@ -190,7 +190,9 @@ def _wrapper(wanted: frozenset[str], unused: tuple[str, ...]) -> str:
 def _loads(injected: nn.Module, tensors: tuple[TensorFacts, ...]) -> bool:
     """Whether PEFT finds a place for every tensor and a tensor for every place, as it converts old formats."""
     # A tensor without numbers is made once for each shape.
-    made = {shape: torch.empty(shape, dtype=torch.float32, device="meta") for shape in {t.shape for t in tensors}}
+    made = {
+        shape: torch.empty(shape, dtype=torch.float32, device="meta") for shape in {t.shape for t in tensors}
+    }
     state = {t.name: made[t.shape] for t in tensors}
     try:
         with warnings.catch_warnings():

@@ -20,6 +20,7 @@ from pytest_lora.facts.saved_tensors import Values
 from pytest_lora.inspection.checkpoint.folder import UnreadableError
 from pytest_lora.inspection.checkpoint.header import BITS, Stored
 from pytest_lora.inspection.checkpoint.marks import Marking, is_marked
+from pytest_lora.inspection.checkpoint.small import Small
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -73,7 +74,9 @@ def read_values(file: FileIO, stored: list[Stored], name: str) -> tuple[dict[str
     alike: dict[Form, list[Stored]] = {}
     in_order = sorted(stored, key=itemgetter(3))
     factors = [tensor for tensor in in_order if ".lora_" in tensor.name]
-    others = [tensor for tensor in in_order if ".lora_" not in tensor.name] if len(factors) < len(stored) else []
+    others = (
+        [tensor for tensor in in_order if ".lora_" not in tensor.name] if len(factors) < len(stored) else []
+    )
     for tensor in chain(factors, others):
         if tensor.dtype not in LAYOUTS and tensor.dtype not in NAN_ONLY:
             continue
@@ -135,6 +138,7 @@ def _values(
     count = len(tensors)
     nans, infinities, squares = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count)
     zero = np.ones(count, bool)
+    small = Small(count) if form.measured and form.dtype == "F16" else None
     marking = None
     step = CHUNK
     if form.marked:
@@ -149,12 +153,15 @@ def _values(
         zeros = _count(raw, form.dtype, nans, infinities)
         if marking is not None:
             marking.add(raw)
+        if small is not None:
+            small.add(raw)
         if form.measured and not zeros.all():
             squares += _squares(raw, form.dtype)
         zero &= zeros
     marks = repeat(None, count) if marking is None else marking.marks()
     means = _root_means(squares, form) if form.measured else [None] * count
-    return map(Values, nans.tolist(), infinities.tolist(), zero.tolist(), means, marks)
+    underflow = [None] * count if small is None else small.shares(form.size // 2)
+    return map(Values, nans.tolist(), infinities.tolist(), zero.tolist(), means, marks, underflow)
 
 
 def _fill(file: FileIO, start: int, part: memoryview, name: str) -> None:

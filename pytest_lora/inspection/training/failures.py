@@ -32,6 +32,14 @@ _WORDS: dict[str, FailureKind] = {
 """Words of torch and transformers, and what they say; the first that fit count."""
 
 
+class StepError(Exception):
+    """A step raised, for a reason that is known."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
 def failure_of(
     error: Exception, phase: Phase, model: nn.Module, batch: Any, *, step: int, index: int
 ) -> Failure | None:

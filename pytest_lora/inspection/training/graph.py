@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 from typing import Any
@@ -19,6 +20,53 @@ class Ran(IntEnum):
     CUT = 0
     WITHOUT_GRAPH = 1
     WITH_GRAPH = 2
+
+
+class Passed:
+    """Notes which adapted modules take part in forward passes, and how.
+
+    Attributes:
+        ran: How each of them was run at best, by its name; those that were not are missing.
+        switched_off: Whether one was run with its adapters switched off.
+    """
+
+    def __init__(self) -> None:
+        self.ran: dict[str, Ran] = {}
+        self.switched_off = False
+        self._looks = True
+
+    def follow(self, layers: Mapping[str, Any]) -> None:
+        """Begin to note; the hooks go where the keeper puts back all hooks."""
+        for name, layer in layers.items():
+            layer.register_forward_pre_hook(self._toucher(name))
+
+    @contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """Passes inside are no part of the training."""
+        self._looks = False
+        try:
+            yield
+        finally:
+            self._looks = True
+
+    def without(self, layers: Iterable[str]) -> tuple[str, ...]:
+        """Those of some modules that were not run."""
+        return tuple(name for name in layers if name not in self.ran)
+
+    def at_most(self, how: Ran) -> tuple[str, ...]:
+        """Modules that were run so at best."""
+        return tuple(name for name, ran in self.ran.items() if ran <= how)
+
+    def _toucher(self, name: str) -> Callable[[nn.Module, Any], None]:
+        def note(module: Any, arguments: Any) -> None:
+            if not self._looks:
+                return
+            self.switched_off |= bool(module.disable_adapters)
+            first = arguments[0] if arguments else None
+            if not isinstance(first, Tensor) or first.numel():
+                self.ran[name] = max(self.ran.get(name, Ran.CUT), how_it_runs())
+
+        return note
 
 
 def how_it_runs() -> Ran:
@@ -38,30 +86,3 @@ def how_it_runs() -> Ran:
 
 
 _CHECKPOINTED = checkpoint.CheckpointFunction.forward.__code__
-
-
-class Calls:
-    """How each of some LoRA layers was run, the most that was seen, and whether one was with adapters switched off.
-
-    Attributes:
-        ran: By the layer's name; one that was not called, or with nothing in its batch, is not there.
-        switched_off: Whether a layer ran while its adapters were disabled.
-    """
-
-    def __init__(self) -> None:
-        self.ran: dict[str, Ran] = {}
-        self.switched_off = False
-
-    def watch(self, layers: Mapping[str, Any]) -> None:
-        """Begin to look; the hooks go where the keeper puts back all hooks."""
-        for name, layer in layers.items():
-            layer.register_forward_pre_hook(self._noting(name))
-
-    def _noting(self, name: str) -> Callable[[nn.Module, Any], None]:
-        def note(module: Any, arguments: Any) -> None:
-            self.switched_off |= bool(module.disable_adapters)
-            first = arguments[0] if arguments else None
-            if not isinstance(first, Tensor) or first.numel():
-                self.ran[name] = max(self.ran.get(name, Ran.CUT), how_it_runs())
-
-        return note

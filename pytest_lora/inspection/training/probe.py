@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.batch_law import AloneFacts
-from pytest_lora.facts.labels import LabelFacts
+from pytest_lora.facts.labels import LabelFacts, WholeTargets
 from pytest_lora.facts.optimizer import OptimizerFacts
 from pytest_lora.facts.steps import Failure, Phase, ShiftFacts, StepFacts
 from pytest_lora.facts.training import TrainingFacts, unusual_inits
-from pytest_lora.inspection.behaviour.batch_law import batch_law
+from pytest_lora.inspection.behaviour.batch_law import BatchLaw
 from pytest_lora.inspection.behaviour.texts import pad_token
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.inspection.model import adapted_survey, model_facts
@@ -31,8 +31,8 @@ from pytest_lora.inspection.training.batches import (
 )
 from pytest_lora.inspection.training.circumstances import live_dropouts, repacked_layers, spoiled_inputs
 from pytest_lora.inspection.training.empty_rows import empty_rows
-from pytest_lora.inspection.training.failures import failure_of
-from pytest_lora.inspection.training.graph import Calls, Ran
+from pytest_lora.inspection.training.failures import StepError, failure_of
+from pytest_lora.inspection.training.graph import Passed, Ran
 from pytest_lora.inspection.training.labels import label_facts, vocabulary
 from pytest_lora.inspection.training.media import medium_facts
 from pytest_lora.inspection.training.optimizer import (
@@ -48,6 +48,7 @@ from pytest_lora.inspection.training.rate import suitable_rate
 from pytest_lora.inspection.training.shift import Shift
 from pytest_lora.inspection.training.updates import Updates
 from pytest_lora.inspection.training.watch import Watch
+from pytest_lora.inspection.training.whole_targets import whole_targets
 
 
 def training_facts(model: nn.Module, batches: Any, plan: Plan) -> TrainingFacts:
@@ -67,7 +68,6 @@ def training_facts(model: nn.Module, batches: Any, plan: Plan) -> TrainingFacts:
         probe.take(taken)
         probe.run()
         facts = probe.facts(given)
-        # Last of all, as the model may keep something of it: positions, counters, caches.
         return replace(facts, alone=probe.batch_law()) if facts.steps else facts
 
 
@@ -96,14 +96,6 @@ _NO_OPTIMIZER = OptimizerFacts(optimizer="AdamW", held=(), missing=(), frozen=0,
 """Of a model in which nothing is to be trained."""
 
 
-class _StepError(Exception):
-    """A step raised, for a reason that is known."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
-
-
 class Probe:
     """Some steps on a model and what is seen on the way."""
 
@@ -120,7 +112,8 @@ class Probe:
         self._schedule = schedule_facts(plan.scheduler, self._optimizer) if plan.scheduler else None
         self._batches: tuple[Any, ...] = ()
         self._labels: tuple[LabelFacts, ...] = ()
-        self._calls = Calls()
+        self._whole: tuple[WholeTargets, ...] = ()
+        self._passed = Passed()
         self._is_fresh = plan.optimizer is not None and not any(plan.optimizer.state.values())
         held = {id(p) for group in self._groups for p in group["params"]}
         self._watch = Watch(model, parameter_parts(self._found), held)
@@ -128,12 +121,15 @@ class Probe:
         self._failure: Failure | None = None
         self._schedule_over = False
         self._shift: ShiftFacts | None = None
+        self._law: BatchLaw | None = None
+        self._alone: AloneFacts | None = None
         measured = plan.ranks or bool(unusual_inits(self._facts))
         self._updates = Updates(self._found, keeper) if measured and plan.steps else None
 
     def take(self, batches: tuple[Any, ...]) -> None:
         """Take the batches for the steps, and look at their labels."""
         self._batches = batches
+        self._whole = tuple(whole_targets(batches, self._found.root, self._facts.base))
         self._labels = tuple(label_facts(batches, vocabulary(self._found.root, self._facts.base)))
 
     @property
@@ -152,13 +148,13 @@ class Probe:
         """Take the steps."""
         if not self.runnable:
             return
-        self._calls.watch(self._found.lora)
+        self._passed.follow(self._found.lora)
         for index in range(self._plan.steps):
             batch = index % len(self._batches)
             try:
                 if not self._step(index + 1, batch):
                     break
-            except _StepError as failed:
+            except StepError as failed:
                 self._failure = failed.failure
                 break
 
@@ -166,7 +162,17 @@ class Probe:
         """A text alone against the same text in its batch, where the model itself makes the loss."""
         if self._plan.loss_fn is not None or self._failure is not None:
             return None
-        return batch_law(self._model, self._found.root, self._batches[: len(self._steps)])
+        if self._law is not None:
+            return self._alone
+        used = dict(enumerate(self._batches[: len(self._steps)]))
+        return BatchLaw(self._model, self._found.root, used).compared()
+
+    def _law_of(self, number: int, batch: int) -> BatchLaw | None:
+        """The law, asked of the last forward pass: the model may keep something of a text alone (positions, caches)."""
+        if number != self._plan.steps or self._plan.loss_fn is not None:
+            return None
+        law = BatchLaw(self._model, self._found.root, {batch: self._batches[batch]})
+        return law if law.asks else None
 
     def _step(self, number: int, batch: int) -> bool:
         """Take one step; False if no further one can be taken."""
@@ -176,6 +182,7 @@ class Probe:
         for p in (*self._model.parameters(), *(p for group in self._groups for p in group["params"])):
             p.grad = None
         shift = Shift(self._found.root) if number == 1 else None
+        self._law = self._law_of(number, batch)
         with noting("forward pass"):
             loss = loss_of(self._model, self._batches[batch], plan.loss_fn)
         if shift:
@@ -184,6 +191,9 @@ class Probe:
         if has_graph:
             with noting("backward pass"):
                 (scaler.scale(loss) if scaler else loss).backward()
+        if self._law:
+            with self._passed.looking_away():
+                self._alone = self._law.compared()
         unscaled = not scaler or not has_graph or self._unscale(scaler)
         self._steps.append(
             StepFacts(
@@ -216,7 +226,7 @@ class Probe:
             failure = failure_of(error, phase, self._found.root, given, step=number, index=batch)
             if failure is None:
                 raise
-            raise _StepError(failure) from error
+            raise StepError(failure) from error
 
     def _unscale(self, scaler: Any) -> bool:
         """Divide gradients by the loss scale; False where torch refuses to, as for float16 weights."""
@@ -261,13 +271,13 @@ class Probe:
             custom_loss=plan.loss_fn is not None,
             steps=tuple(self._steps),
             tensors=self._watch.facts(),
-            untouched=tuple(n for n in found.lora if n not in self._calls.ran) if self._steps else (),
+            untouched=self._passed.without(found.lora) if self._steps else (),
             labels=self._labels,
             batches=given,
             inputs=inputs,
             later_inputs=tuple(n for n in _names(self._batches[used:]) if n not in inputs),
-            without_graph=tuple(n for n, ran in self._calls.ran.items() if ran < Ran.WITH_GRAPH),
-            cut=tuple(n for n, ran in self._calls.ran.items() if ran == Ran.CUT),
+            without_graph=self._passed.at_most(Ran.WITHOUT_GRAPH),
+            cut=self._passed.at_most(Ran.CUT),
             media=tuple(medium_facts(self._batches, found.root)),
             history=tuple(float(loss) for loss in plan.history),
             changes=(*self._snapshot, *since_probe(found, self._keeper)),
@@ -278,9 +288,10 @@ class Probe:
             failure=self._failure,
             spoiled=tuple(spoiled_inputs(self._batches)),
             shift=self._shift,
+            whole_targets=self._whole,
             empty_rows=tuple(empty_rows(self._batches, found.modules, facts.base, pad_token(found.root))),
             optimizer_is_fresh=self._is_fresh,
-            switched_off=self._calls.switched_off and not any(layer.disabled for layer in facts.layers),
+            switched_off=self._passed.switched_off and not any(layer.disabled for layer in facts.layers),
         )
 
 

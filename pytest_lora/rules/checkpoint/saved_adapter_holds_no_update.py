@@ -43,7 +43,9 @@ def saved_adapter_holds_no_update(facts: CheckpointFacts, expect: Expect) -> Ite
         return
     yield from _empty_weights(facts)
     whole = [
-        m for m in facts.adapted if m.a and m.b and 0 not in m.a.shape + m.b.shape and m.a.values and m.b.values
+        m
+        for m in facts.adapted
+        if m.a and m.b and 0 not in m.a.shape + m.b.shape and m.a.values and m.b.values
     ]
     dead = [m for m in whole if m.holds_nothing]
     if not dead:

@@ -15,6 +15,9 @@ loss rose, 0.004. On the built-in base 0.013 lowers the loss by a tenth."""
 SETS_A_COURSE = 50
 """Steps from which on a run is meant to get somewhere: the shortest recipes in wide use take 60."""
 
+LONG = 1_000
+"""A run below ``SETS_A_COURSE`` may try out the recipe of a longer one, which is judged by so many steps."""
+
 TOLD_ALREADY = 1e-7
 """Below, LORA305 says that no number of steps gets anywhere."""
 
@@ -31,8 +34,9 @@ def learning_rate_is_of_full_fine_tuning(facts: TrainingFacts, expect: Expect) -
 
     ## What it does
     A step of Adam moves each number of `lora_B` by about the rate, and so changes the output of its module by
-    `rate * scaling * sqrt(r / 3)` of its input. Times the optimizer steps that the schedule was made for (50 or more),
-    that is how far a new adapter can get. Below 1 % it is a warning, unless the losses so far fell. Where the number
+    `rate * scaling * sqrt(r / 3)` of its input. Times the optimizer steps that the schedule was made for, or that a
+    `Trainer` is to take, that is how far a new adapter can get; fewer than 50 steps may try out a longer recipe and
+    count as 1,000. Below 1 % it is a warning, unless the losses so far fell. Where the number
     of steps is not known, the default rates of transformers (5e-5) and TRL's SFT (2e-5) are an info. Preference tuning
     and reinforcement learning go by other rates and are not judged.
 
@@ -65,7 +69,7 @@ def learning_rate_is_of_full_fine_tuning(facts: TrainingFacts, expect: Expect) -
     rate = facts.peak_rate
     if not _judged(facts) or not TOLD_ALREADY < rate < math.inf:
         return
-    planned = facts.schedule.planned if facts.schedule else None
+    planned = facts.known_steps
     known_as = next((name for default, name in DEFAULTS.items() if math.isclose(rate, default)), None)
     if planned is None and known_as:
         yield Violation(
@@ -75,16 +79,17 @@ def learning_rate_is_of_full_fine_tuning(facts: TrainingFacts, expect: Expect) -
             fix="set lr=2e-4 (learning_rate of a Trainer), unless this one was found by trying",
             severity="info",
         )
-    if planned is None or planned < SETS_A_COURSE:
+    if planned is None:
         return
+    steps = planned if planned >= SETS_A_COURSE else max(planned, LONG)
     strength = max(abs(one.scaling) * math.sqrt(one.rank / 3) for one in facts.model.active_layers)
-    reach = rate * planned * strength
+    reach = rate * steps * strength
     if reach < MOVES_NOTHING:
         default = f", the default of {known_as}," if known_as else ""
         yield Violation(
             where=f"optimizer ({facts.optimizer.optimizer})",
-            observed=f"{planned} steps at a learning rate of {rate:g}{default} change the output of a module by "
-            f"{reach:.2%} of its input at most: the adapter gets nowhere",
+            observed=f"{_told(planned, steps)} at a learning rate of {rate:g}{default} change the output of a module "
+            f"by {reach:.2%} of its input at most: the adapter gets nowhere",
             expected=f"{MOVES_NOTHING:.0%} or more, as LoRA takes about ten times the rate of full fine-tuning",
             fix=f"set the learning rate higher: lr={max(2e-4, _needed(rate, reach)):.1g}",
         )
@@ -100,6 +105,10 @@ def _judged(facts: TrainingFacts) -> bool:
     return (
         trained and facts.is_fresh and not facts.history_fell and not other and not unusual_inits(facts.model)
     )
+
+
+def _told(planned: int, steps: int) -> str:
+    return f"{planned} steps" if steps == planned else f"{planned} steps, and even {steps:,},"
 
 
 def _needed(rate: float, reach: float) -> float:

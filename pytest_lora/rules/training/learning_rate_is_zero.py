@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.facts.training import TRIED_OUT, TrainingFacts
 from pytest_lora.findings import Severity
 from pytest_lora.rules import Violation, rule
 
@@ -15,7 +15,8 @@ def learning_rate_is_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     ## What it does
     Looks at the learning rate of every real step, and of a `LambdaLR` at later ones too. A first step at
     zero is how a warm-up begins, unless losses that do not fall show that the scheduler is never stepped. A
-    schedule that has come to its end after the loss fell has done its work.
+    schedule that has come to its end after the loss fell has done its work. One that comes to it while a fifth or
+    more of the steps that a `Trainer` or `watch_training(total_steps=...)` is to take are still ahead is a warning.
 
     ## Why is this bad?
     At a rate of zero nothing changes. It comes from a schedule made for zero steps, for epochs but
@@ -53,8 +54,32 @@ def learning_rate_is_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
             fix="call scheduler.step() after every optimizer.step(), not once an epoch",
             severity="warning",
         )
+    elif _ends_before(facts):
+        yield from _over_too_soon(facts)
     else:
         yield from _in_some_groups(facts)
+
+
+LEFT = 0.2
+"""Share of a run at a rate of zero that no recipe asks for: cool-downs at zero are a few steps long."""
+
+
+def _ends_before(facts: TrainingFacts) -> bool:
+    ends, total = facts.schedule.ends if facts.schedule else None, facts.total_steps
+    return bool(ends and total and total >= TRIED_OUT and ends <= (1 - LEFT) * total)
+
+
+def _over_too_soon(facts: TrainingFacts) -> Iterator[Violation]:
+    schedule, total = facts.schedule, facts.total_steps
+    if schedule is not None and schedule.ends is not None and total is not None:
+        yield Violation(
+            where=f"scheduler ({schedule.schedule})",
+            observed=f"the learning rate is 0 from step {schedule.ends} on, in a run of {total}: the last "
+            f"{total - schedule.ends} steps change nothing",
+            expected="a learning rate above 0 until training ends",
+            fix=f"make the schedule for the optimizer steps of this run: num_training_steps={total}",
+            severity="warning",
+        )
 
 
 def _everywhere(facts: TrainingFacts) -> Iterator[Violation]:
