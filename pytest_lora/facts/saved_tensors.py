@@ -120,7 +120,7 @@ class Key(NamedTuple):
     @classmethod
     def of(cls, name: str, own_module: bool = False) -> Key:
         """Take a key apart; ``own_module`` says that the base calls a part of itself ``module``."""
-        rest, inside = name, ()
+        rest, inside = name, tuple[str, ...]()
         if "_module" in name or "_orig_mod" in name:
             steps = name.split(".")
             inside = tuple(step for step in steps if step in _WITHIN)
