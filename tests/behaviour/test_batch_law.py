@@ -23,9 +23,9 @@ from pytest_lora.bases.examples.models import (
     BASES,
     VOCABULARY,
     WIDTH,
-    _llama_config,
     image_text_batch,
     language_batch,
+    llama_config,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -83,7 +83,7 @@ def classes(batch: Batch) -> Batch:
 
 
 def classifier(pad: int | None) -> nn.Module:
-    return LlamaForSequenceClassification(_llama_config(num_labels=3, pad_token_id=pad))
+    return LlamaForSequenceClassification(llama_config(num_labels=3, pad_token_id=pad))
 
 
 def bert(**changes: Any) -> nn.Module:
@@ -173,7 +173,7 @@ FAULTS: dict[str, tuple[Callable[[], Report], str, str]] = {
     ),
     "mask of ones over padding that the model does not know": (
         lambda: check_training(
-            adapted(LlamaForCausalLM(_llama_config(pad_token_id=None))),
+            adapted(LlamaForCausalLM(llama_config(pad_token_id=None))),
             {**padded("left", 9), "attention_mask": torch.ones(4, 16).long()},
         ),
         "padding (token 9) is attended to, as attention_mask is 1 there",
@@ -181,7 +181,7 @@ FAULTS: dict[str, tuple[Callable[[], Report], str, str]] = {
     ),
     "no mask over padding that the model does not know": (
         lambda: check_training(
-            adapted(LlamaForCausalLM(_llama_config(pad_token_id=None))),
+            adapted(LlamaForCausalLM(llama_config(pad_token_id=None))),
             without(padded("left", 9), "attention_mask"),
         ),
         "as attention_mask is missing",
@@ -407,7 +407,7 @@ def test_silent_where_the_model_cannot_be_asked(
 
 def test_positions_rescaled_beyond_a_length_are_meant() -> None:
     rope: dict[str, Any] = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    config = _llama_config(max_position_embeddings=8)
+    config = llama_config(max_position_embeddings=8)
     for field in ("rope_scaling", "rope_parameters"):
         if hasattr(config, field):
             setattr(config, field, rope)

@@ -13,13 +13,11 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
-    get_constant_schedule,
-    get_linear_schedule_with_warmup,
 )
 
 from pytest_lora import Report, check_checkpoint, check_merge, check_model, check_training, watch_training
 from pytest_lora.bases import examples
-from pytest_lora.bases.examples.models import WIDTH, _llama_config
+from pytest_lora.bases.examples.models import WIDTH, llama_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -44,7 +42,7 @@ def adapted(base: nn.Module, **changes: Any) -> Any:
 
 
 def judged_labels(labels: Tensor, num_labels: int = 1, **config: Any) -> dict[str, str]:
-    base = LlamaForSequenceClassification(_llama_config(num_labels=num_labels, pad_token_id=0, **config))
+    base = LlamaForSequenceClassification(llama_config(num_labels=num_labels, pad_token_id=0, **config))
     batch = {**examples.batch, "labels": labels}
     return severities(check_training(adapted(base, task_type="SEQ_CLS"), batch))
 
@@ -71,7 +69,7 @@ class Reward(nn.Module):
 
     def __init__(self, outputs: int = 1, name: str = "v_head") -> None:
         super().__init__()
-        self.config = _llama_config()
+        self.config = llama_config()
         self.model = LlamaModel(self.config)
         self.add_module(name, nn.Linear(WIDTH, outputs, bias=False))
         self.head = name
@@ -131,7 +129,7 @@ def test_files_that_hold_what_was_trained() -> None:
 
 
 def merged(size: float, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> dict[str, str]:
-    model = adapted(LlamaForCausalLM(_llama_config()).to(dtype), init_lora_weights=False, **changes)
+    model = adapted(LlamaForCausalLM(llama_config()).to(dtype), init_lora_weights=False, **changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

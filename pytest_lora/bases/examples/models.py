@@ -24,11 +24,12 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from pytest_lora.bases.examples.configs import CONFIGS, llama_config
+from pytest_lora.bases.examples.configs import CONFIGS
 from pytest_lora.bases.examples.configs import FUSED_BY_PEFT as FUSED_BY_PEFT
 from pytest_lora.bases.examples.configs import LAYERS as LAYERS
 from pytest_lora.bases.examples.configs import VOCABULARY as VOCABULARY
 from pytest_lora.bases.examples.configs import WIDTH as WIDTH
+from pytest_lora.bases.examples.configs import llama_config as llama_config
 from pytest_lora.bases.examples.folders import save_adapter, scratch
 
 BASE_FIELDS = {"num_hidden_layers", "hidden_size", "vocab_size"}
