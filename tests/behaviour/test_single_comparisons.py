@@ -24,7 +24,7 @@ from pytest_lora.inspection.behaviour.batch_law import (
     _without_targets,
 )
 from pytest_lora.inspection.behaviour.combination import _beyond
-from pytest_lora.inspection.behaviour.copies import _main_tensor, distance, identical, largest
+from pytest_lora.inspection.behaviour.copies import distance, identical, largest, main_tensor
 from pytest_lora.inspection.behaviour.laws import _deviation_from_linear, _near
 from pytest_lora.inspection.behaviour.merge import _allowed, _restored
 from pytest_lora.inspection.behaviour.texts import Text, _run, mask_of, pad_token, texts_of
@@ -347,12 +347,12 @@ def test_large_tensors_are_compared_piece_by_piece(monkeypatch: pytest.MonkeyPat
 
 def test_the_tensor_that_is_compared() -> None:
     first, second, loss = torch.ones(1), torch.ones(2), torch.tensor(0.5)
-    assert _main_tensor(first) is first
-    assert _main_tensor({"loss": loss, "other": second, "logits": first}) is first
-    assert _main_tensor({"loss": loss, "other": second, "last_hidden_state": first}) is first
-    assert _main_tensor((loss, second, first)) is second
+    assert main_tensor(first) is first
+    assert main_tensor({"loss": loss, "other": second, "logits": first}) is first
+    assert main_tensor({"loss": loss, "other": second, "last_hidden_state": first}) is first
+    assert main_tensor((loss, second, first)) is second
     with pytest.raises(ValueError, match="gives no tensor"):
-        _main_tensor({"loss": loss, "text": "a"})
+        main_tensor({"loss": loss, "text": "a"})
 
 
 def layer(dtype: torch.dtype) -> Any:
