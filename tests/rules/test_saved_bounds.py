@@ -475,7 +475,7 @@ def test_keys_that_are_there_twice() -> None:
         (of(module("q"), use_dora=True), ["error: lora_magnitude_vector is missing in 1 of 1"]),
         (of(module("q", b=None), use_dora=True), ["error: lora_B is missing in 1 of 1"]),
         (of(module("q", a=None), use_dora=True), ["error: lora_A is missing in 1 of 1"]),
-        (of(replace(module("q"), magnitude=tensor("q.lora_magnitude_vector", 8)), use_dora=True), []),
+        (of(module("q")._replace(magnitude=tensor("q.lora_magnitude_vector", 8)), use_dora=True), []),
         (of(module("q")), []),
         (unjudged(of(module("q", b=None))), []),
         (fitted(of(module("q", b=None))), []),
@@ -525,7 +525,7 @@ def test_ranks(facts: CheckpointFacts, words: list[str]) -> None:
         (plain(ONE, tensor("head.weight", 0)), ["error: 1 of 3 tensors are empty (shape 0)"]),
         (of(module("q", (2,))), ["error: 1 of 2 adapter tensors are flat (shape 2)"]),
         (of(module("q", (0,))), ["error: 1 of 2 tensors are empty (shape 0)"]),
-        (of(replace(module("q"), magnitude=tensor("q.lora_magnitude_vector", 8))), []),
+        (of(module("q")._replace(magnitude=tensor("q.lora_magnitude_vector", 8))), []),
         (key_facts(f"{P}q.lora_A.weight"), []),
         (replace(key_facts(), tensors=()), []),
         (unjudged(plain(ONE, tensor("head.weight", 0))), []),
@@ -581,7 +581,7 @@ def dead(name: str, **more: Any) -> AdaptedModule:
     return module(name, zero=True, **more)
 
 
-NO_MAGNITUDE = replace(module("q"), magnitude=tensor("q.lora_magnitude_vector", 8, zero=True))
+NO_MAGNITUDE = module("q")._replace(magnitude=tensor("q.lora_magnitude_vector", 8, zero=True))
 NOTHING = "the adapter changes nothing there"
 
 
@@ -900,7 +900,7 @@ def misfit(
 
 HEADED = configured(RANKED, modules_to_save=["head"])
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
-OTHER = configured(replace(ONE, adapted=(replace(module(Q), configured_rank=4),)))
+OTHER = configured(replace(ONE, adapted=(module(Q)._replace(configured_rank=4),)))
 PACKED = configured(replace(ONE, adapted=(module(Q, (4, 8), (8, 4)),)), target_parameters=["experts"])
 
 
