@@ -623,8 +623,8 @@ def marked(name: str, rows: int = 0, idle: tuple[int, ...] = (), *, size: int = 
     assert made.b is not None
     of_a = Marks((True,) * 4, (True,) * 8, 0)
     of_b = Marks((True,) * size, tuple(i not in idle for i in range(4)), rows)
-    a, b = (replace(t, values=replace(t.values, marks=m)) for t, m in ((made.a, of_a), (made.b, of_b)))  # type: ignore[type-var]
-    return replace(made, a=a, b=b)
+    a, b = (t._replace(values=t.values._replace(marks=m)) for t, m in ((made.a, of_a), (made.b, of_b)))
+    return made._replace(a=a, b=b)
 
 
 @pytest.mark.parametrize(
@@ -847,7 +847,7 @@ def test_layers_of_tensors_that_nothing_looks_for() -> None:
 
 
 TARGETED = saved([Q, "model.layers.1.v"])
-MAGNITUDE = replace(TARGETED, adapted=(replace(TARGETED.adapted[0], magnitude=tensor("m", 2)),))
+MAGNITUDE = replace(TARGETED, adapted=(TARGETED.adapted[0]._replace(magnitude=tensor("m", 2)),))
 DROPPED = "match no name in target_modules (or its layers): they would be dropped"
 
 
