@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
-from pytest_lora.facts.saved_tensors import WRAPPERS
+from pytest_lora.facts.saved_tensors import WRAPPERS, Key
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, name_in_keys
@@ -57,7 +57,7 @@ def tensors_are_not_used(facts: CheckpointFacts, expect: Expect) -> Iterator[Vio
         return
     known = set(fit.base.module_names)
     held = {key.peft_name: key.module for key in facts.keys.values()}
-    modules = list(dict.fromkeys(held[name] for name in unused))
+    modules = list(dict.fromkeys(held[name] if name in held else Key.of(name).module for name in unused))
     foreign = [m for m in modules if m not in known]
     if foreign:
         yield Violation(
