@@ -356,3 +356,17 @@ def test_two_ranks_allocate_what_is_predicted_and_train_as_one_process_does(
         for name, weight in alone.items():
             assert torch.allclose(shards[name], weight, atol=1e-6), name
     assert any((alone[name] - start[name]).abs().max() > 1e-3 for name in alone), "something was learned"
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2", "hsdp", "tp"])
+def test_the_step_that_is_traced_is_none_of_the_first_ones_own(strategy: str) -> None:
+    asked = checked_setting(gpus=4, strategy=strategy, gradient_checkpointing=True)
+    built = build(BASE, LORA, asked)
+    setting = replace(asked, batch_size=1, seq_len=64)
+    first, second = (dry_run.trace(built, setting) for _ in range(2))
+    assert (first.events, first.operations, first.categories) == (
+        second.events,
+        second.operations,
+        second.categories,
+    )
+    assert not [name for name in first.operations if name.startswith("profiler")]

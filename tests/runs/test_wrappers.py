@@ -38,7 +38,8 @@ def told(call: Callable[..., Any], *given: Any, **named: Any) -> list[str]:
 @pytest.fixture
 def alone() -> Iterator[None]:
     """A process group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group: Any = dist
+    group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
