@@ -14,7 +14,7 @@ from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.facts.figures import LossCurve, adapter_maps
 from pytest_lora.facts.figures.adapter_maps import checkpoint_maps, model_maps, place
 from pytest_lora.facts.figures.curves import POINTS, history_curve, memory_budget
-from pytest_lora.facts.figures.recipes import recipe_card
+from pytest_lora.facts.figures.recipes import RecipeCard, recipe_card
 from pytest_lora.facts.history import history_facts
 from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts, Quantization, StepSetting
 from pytest_lora.facts.memory_choices import Evaluation, peak_rows
@@ -240,6 +240,12 @@ def test_a_step_against_the_memory_there_is() -> None:
         ("change 101", False),
     ]
     assert not replace(found, budget=99).fits
+    assert (estimate.over_ranks, estimate.training_peak, estimate.evaluation_peak) == (0, 0, 0)
+    assert (estimate.bound, estimate.is_mostly_whole) == (None, True)
+    packed = replace(
+        estimate, breakdown={"base weights": 3, "quantized base weights": 2, "parameter shards": 1}
+    )
+    assert not packed.is_mostly_whole
     plain = replace(estimate, setting=StepSetting(1, 8, dtype="float16"), has_tokens=False)
     assert memory_budget(MemoryFacts(plain, 100)).title == "Model, batch 1, r=8, base in float16, adamw_torch"
 
@@ -302,6 +308,7 @@ def test_whether_a_recipe_fits(peak: Any, budget: Any, shard: Any, may_fit: bool
     assert card is not None
     assert (card.peak, card.fits, card.note) == seen
     assert recipe_card(RecipeFacts("a.yaml")) is None
+    assert RecipeCard("a", "TRL", (), ()).gpus == 1
 
 
 def test_values_in_a_card_and_the_scaling_of_a_run() -> None:
