@@ -226,6 +226,7 @@ def test_the_drop_of_a_curve_is_relative(
 def test_a_step_against_the_memory_there_is() -> None:
     setting = StepSetting(4, 2048, Quantization("nf4"), gradient_checkpointing=True)
     assert setting.workspace == 1024 * (2 * 4096 + 8 * 16)  # CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8
+    assert (setting.images, setting.accumulation, Quantization("awq").bits) == (1, 1, 4)
     names = {"base weights": 3, "adapters": 0}
     estimate = MemoryEstimate(setting, "Model", 8, 100, 120, 3, 4, names, "forward", "matmul", (), 0, 0)
     tried = tuple(Alternative((f"change {peak}",), peak, 1) for peak in (99, 100, 101))
