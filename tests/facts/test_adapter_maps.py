@@ -16,7 +16,7 @@ from pytest_lora.facts.figures.adapter_maps import checkpoint_maps, model_maps, 
 from pytest_lora.facts.figures.curves import POINTS, history_curve, memory_budget
 from pytest_lora.facts.figures.recipes import RecipeCard, recipe_card
 from pytest_lora.facts.history import history_facts
-from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts, Quantization, StepSetting
+from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts, Quantization, StepSetting, Unmodelled
 from pytest_lora.facts.memory_choices import Evaluation, peak_rows
 from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard, Value
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, TensorFacts, Values
@@ -248,6 +248,12 @@ def test_a_step_against_the_memory_there_is() -> None:
         estimate, breakdown={"base weights": 3, "quantized base weights": 2, "parameter shards": 1}
     )
     assert not packed.is_mostly_whole
+    assert replace(estimate, breakdown={"base weights": 1}).is_mostly_whole
+    assert not replace(estimate, breakdown={}).is_mostly_whole
+    bounds = [Unmodelled("a", "at least"), Unmodelled("b", "at least"), Unmodelled("c", "at most")]
+    assert [replace(estimate, unmodelled=tuple(bounds[:count])).bound for count in (1, 2, 3)] == [
+        "at least", "at least", "about",
+    ]  # fmt: skip
     plain = replace(estimate, setting=StepSetting(1, 8, dtype="float16"), has_tokens=False)
     assert memory_budget(MemoryFacts(plain, 100)).title == "Model, batch 1, r=8, base in float16, adamw_torch"
 
