@@ -23,7 +23,10 @@ NEAREST = (
     ("facts/behaviour", ("tests/behaviour",)),
     ("facts/properties", ("tests/test_shape_assertions.py", "tests/test_update_ranks.py")),
     ("facts/sweep", ("tests/facts/test_sweep.py", "tests/sweep/test_gate.py", "tests/sweep/test_choice.py")),
-    ("facts/memory", ("tests/rules/test_memory_rules.py", "tests/memory")),
+    (
+        "facts/memory",
+        ("tests/facts/test_adapter_maps.py", "tests/rules/test_memory_rules.py", "tests/memory"),
+    ),
     ("facts/byte_sizes", ("tests/memory/test_byte_sizes.py", "tests/memory/test_frontier.py")),
     ("facts/number_tables", ("tests/test_counting.py", "tests/memory/test_frontier.py")),
     ("facts/history", ("tests/facts/test_history.py", "tests/rules/test_history_rules.py")),

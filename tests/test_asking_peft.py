@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pytest_lora.facts.base import BaseFacts
@@ -20,6 +20,8 @@ from pytest_lora.inspection.factor_fill import FULL, fills
 from pytest_lora.inspection.fsdp_internals import Group, Held, Place
 from pytest_lora.inspection.layers import read_values
 from pytest_lora.inspection.parameters import count, stored_in_4bit
+from pytest_lora.inspection.peft_internals import BaseTunerLayer
+from pytest_lora.inspection.rehearsal import refused_merge
 from pytest_lora.inspection.survey import survey
 
 # ------------------------------------------------------------------ factors
@@ -219,6 +221,40 @@ def test_a_configuration_on_a_toy_in_facts() -> None:
     assert refused.patterns == ()
     with pytest.raises(TypeError, match=r"config must be a peft\.LoraConfig, not dict"):
         config_facts({}, Toy())  # type: ignore[arg-type]
+
+
+def merges(base: nn.Module, config: LoraConfig) -> bool:
+    """Whether PEFT merges the adapter."""
+    try:
+        get_peft_model(base, config).merge_and_unload()  # type: ignore[arg-type]
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(4, 6),
+        lambda: nn.Linear(4, 6, bias=False),
+        lambda: nn.Conv2d(4, 6, 3),
+        lambda: nn.Conv2d(4, 6, 3, groups=2),
+        lambda: nn.Embedding(9, 4),
+        lambda: nn.MultiheadAttention(4, 2),
+    ],
+    ids=["linear", "without a bias", "convolution", "in groups", "embedding", "attention"],
+)
+def test_what_peft_refuses_to_merge_is_told(make: Any, lora_bias: bool) -> None:
+    config = LoraConfig(r=2, target_modules=["0"], lora_bias=lora_bias)
+    found = config_facts(config, nn.Sequential(make()))
+    if found.refusal is None:
+        assert (found.merge_refusal is None) is merges(nn.Sequential(make()), config)
+
+
+def test_a_kind_of_layer_without_a_merge() -> None:
+    layer: Any = type("NoMerge", (), {"merge": BaseTunerLayer.merge})()
+    assert str(refused_merge(LoraConfig(), [(layer, 2)])) == "NoMerge has no merge"
 
 
 # ------------------------------------------------------------------ exclusions

@@ -34,8 +34,10 @@ def initial_rows(survey: Survey, base: BaseFacts) -> Iterator[InitialRows]:
     sides = [inputs, *([outputs] if outputs and inputs not in base.tied_to(outputs) else [])]
     for name in filter(None, sides):
         weight = readable_weight(survey.modules.get(name))
-        count = 0 if weight is None else _rows_at_the_mean(weight)
-        if weight is not None and count:
+        if weight is None:
+            continue
+        count = _rows_at_the_mean(weight)
+        if count:
             first = weight.shape[0] - count
             padding = getattr(getattr(survey.root, "config", None), "pad_token_id", None)
             yield InitialRows(name, first, count, count == 1 and padding == first)

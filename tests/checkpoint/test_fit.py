@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from transformers import LlamaConfig
 
 from pytest_lora.facts.fit import Fit
 from pytest_lora.facts.saved_tensors import Key, TensorFacts
@@ -13,6 +14,10 @@ from pytest_lora.inspection.checkpoint.fit import Base
 from tests.test_asking_peft import Toy
 
 P = "base_model.model."
+TINY = LlamaConfig(
+    vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2, architectures=["LlamaForCausalLM"],
+)  # fmt: skip
 RAW = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
 A, B = (f"{P}layers.0.q_proj.lora_{part}.weight" for part in "AB")
 
@@ -138,3 +143,46 @@ def test_adapters_of_a_model_with_another_prefix(
         held = {f"{P}{module}.lora_A.weight": (2, 4), f"{P}other.weight": (2, 2)}
         assert fit(known, held).read_by_load_adapter is (reads and switch)
     assert not fit(known, {f"{P}other.weight": (2, 2)}).read_by_load_adapter
+
+
+# ------------------------------------------------------------------ the class that an adapter is for
+
+
+PLAIN, CLASSIFIER, TAGGER = (
+    "LlamaForCausalLM",
+    "LlamaForSequenceClassification",
+    "LlamaForTokenClassification",
+)
+
+
+@pytest.mark.parametrize(
+    ("raw", "held", "architecture", "labels"),
+    [
+        ({"task_type": "CAUSAL_LM"}, {}, PLAIN, None),
+        ({}, {}, PLAIN, None),
+        ({"task_type": "SEQ_CLS"}, {}, CLASSIFIER, 2),
+        ({"task_type": "SEQ_CLS"}, {"score.weight": (5, 8), "norm.weight": (3, 8), "score.bias": (4,)}, CLASSIFIER, 5),
+        ({"task_type": "SEQ_CLS"}, {"score.lora_A.weight": (7, 8)}, CLASSIFIER, 2),
+        ({"task_type": "SEQ_CLS"}, {"score.dense.weight": (8, 8), "score.out.weight": (3, 8)}, CLASSIFIER, 3),
+        ({"auto_mapping": {"base_model_class": TAGGER}}, {"score.weight": (5, 8)}, TAGGER, 5),
+        ({"auto_mapping": {"base_model_class": TAGGER}}, {}, TAGGER, 2),
+        ({"auto_mapping": {"base_model_class": PLAIN}}, {"score.weight": (5, 8)}, PLAIN, None),
+        ({"auto_mapping": {"base_model_class": "BertModel"}}, {}, PLAIN, None),
+        ({"auto_mapping": "x"}, {}, PLAIN, None),
+    ],
+)  # fmt: skip
+def test_the_class_that_an_adapter_means(
+    raw: dict[str, Any], held: dict[str, tuple[int, ...]], architecture: str, labels: int | None
+) -> None:
+    named = {f"{P}{name}": shape for name, shape in held.items()}
+    tensors = tuple(TensorFacts(name, "F32", shape) for name, shape in named.items())
+    keys = {name: Key.of(name) for name in named}
+    given = Base(TINY)
+    meant = given.meant_by(raw, tensors, keys)
+    assert meant.facts.architecture == architecture
+    heads = [module.out_features for module in meant.facts.modules if module.name == "score"]
+    assert heads == ([] if labels is None else [labels])
+    assert given.meant_by(raw, tensors, keys) is meant
+    live = Base(Toy())
+    assert live.meant_by(raw, tensors, keys) is live
+    assert TINY.architectures == [PLAIN]

@@ -14,9 +14,9 @@ from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.facts.figures import LossCurve, adapter_maps
 from pytest_lora.facts.figures.adapter_maps import checkpoint_maps, model_maps, place
 from pytest_lora.facts.figures.curves import POINTS, history_curve, memory_budget
-from pytest_lora.facts.figures.recipes import recipe_card
+from pytest_lora.facts.figures.recipes import RecipeCard, recipe_card
 from pytest_lora.facts.history import history_facts
-from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts, Quantization, StepSetting
+from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts, Quantization, StepSetting, Unmodelled
 from pytest_lora.facts.memory_choices import Evaluation, peak_rows
 from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard, Value
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, TensorFacts, Values
@@ -225,6 +225,8 @@ def test_the_drop_of_a_curve_is_relative(
 
 def test_a_step_against_the_memory_there_is() -> None:
     setting = StepSetting(4, 2048, Quantization("nf4"), gradient_checkpointing=True)
+    assert setting.workspace == 1024 * (2 * 4096 + 8 * 16)  # CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8
+    assert (setting.images, setting.accumulation, Quantization("awq").bits) == (1, 1, 4)
     names = {"base weights": 3, "adapters": 0}
     estimate = MemoryEstimate(setting, "Model", 8, 100, 120, 3, 4, names, "forward", "matmul", (), 0, 0)
     tried = tuple(Alternative((f"change {peak}",), peak, 1) for peak in (99, 100, 101))
@@ -240,6 +242,18 @@ def test_a_step_against_the_memory_there_is() -> None:
         ("change 101", False),
     ]
     assert not replace(found, budget=99).fits
+    assert (estimate.over_ranks, estimate.training_peak, estimate.evaluation_peak) == (0, 0, 0)
+    assert (estimate.bound, estimate.is_mostly_whole) == (None, True)
+    packed = replace(
+        estimate, breakdown={"base weights": 3, "quantized base weights": 2, "parameter shards": 1}
+    )
+    assert not packed.is_mostly_whole
+    assert replace(estimate, breakdown={"base weights": 1}).is_mostly_whole
+    assert not replace(estimate, breakdown={}).is_mostly_whole
+    bounds = [Unmodelled("a", "at least"), Unmodelled("b", "at least"), Unmodelled("c", "at most")]
+    assert [replace(estimate, unmodelled=tuple(bounds[:count])).bound for count in (1, 2, 3)] == [
+        "at least", "at least", "about",
+    ]  # fmt: skip
     plain = replace(estimate, setting=StepSetting(1, 8, dtype="float16"), has_tokens=False)
     assert memory_budget(MemoryFacts(plain, 100)).title == "Model, batch 1, r=8, base in float16, adamw_torch"
 
@@ -302,6 +316,7 @@ def test_whether_a_recipe_fits(peak: Any, budget: Any, shard: Any, may_fit: bool
     assert card is not None
     assert (card.peak, card.fits, card.note) == seen
     assert recipe_card(RecipeFacts("a.yaml")) is None
+    assert RecipeCard("a", "TRL", (), ()).gpus == 1
 
 
 def test_values_in_a_card_and_the_scaling_of_a_run() -> None:

@@ -166,6 +166,7 @@ def test_a_jump_is_three_quarters_of_the_rise(size: float, seen: bool) -> None:
 def test_two_outliers_are_no_part_of_the_rise(outliers: int, seen: bool) -> None:
     losses = step(1.0, 30, 100)
     losses[3 : 3 + outliers] = [-3.0] * outliers
+    losses[60] = 6.0
     assert (jump(losses) is not None) is seen
 
 

@@ -85,6 +85,11 @@ def test_operations_are_written_with_three_digits(count: float, text: str) -> No
     assert tuple(NO_FLOPS) == (0, 0)
 
 
+def test_ranks_that_vllm_takes() -> None:
+    vllm = SERVERS["vllm"]
+    assert (vllm.ranks, vllm.default_rank) == ((1, 8, 16, 32, 64, 128, 256, 320, 512), 16)
+
+
 @pytest.mark.parametrize("name", SERVERS)
 def test_limits_on_ranks_rise_by_little(name: str) -> None:
     server = SERVERS[name]

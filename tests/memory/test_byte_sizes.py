@@ -30,6 +30,16 @@ def test_whole_bytes_are_what_they_are(size: int) -> None:
     assert parse_bytes(size, "budget") == parse_bytes(f"{size} B", "budget") == size
 
 
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(0, "at least 1 byte"), (-1, "at least 1 byte"), (2**50 + 1, "at most a thousand TiB")],
+)
+def test_sizes_are_a_byte_to_a_thousand_tebibytes(size: int, words: str) -> None:
+    assert (parse_bytes(1, "budget"), parse_bytes("1024TiB", "budget")) == (1, 1_125_899_906_842_624)
+    with pytest.raises(ValueError, match=f"budget must be {words}"):
+        parse_bytes(size, "budget")
+
+
 @given(st.decimals("0.001", 1000, places=3), st.sampled_from(sorted(set(UNITS) - {"B"})))
 def test_fractions_are_exact_to_the_byte(number: object, unit: str) -> None:
     thousandths = int(str(number).replace(".", ""))

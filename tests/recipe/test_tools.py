@@ -62,7 +62,8 @@ SHARED = {
 DEFAULTS = {
     AXOLOTL: {
         **SHARED, "double_quant": True, "dtype": "bfloat16", "precision": "bf16", "lora_dropout": 0.0, "batch_size": 1,
-        "accumulation": 1, "seq_len": 512, "loss": "full", "gradient_checkpointing": False, "schedule": "cosine",
+        "accumulation": 1, "seq_len": 512, "loss": "full", "kernels": True,
+        "gradient_checkpointing": False, "schedule": "cosine",
         "epochs": 1.0,
     },
     FACTORY: {
@@ -103,11 +104,17 @@ CHANGES = [
     (AXOLOTL, "special_tokens: {additional_special_tokens: ['<|im_end|>']}", {}),
     (AXOLOTL, "special_tokens: {pad_token: x}", {}),
     (AXOLOTL, "tokens: [x, y]\nspecial_tokens: {additional_special_tokens: [mine]}", {"new_tokens": 2}),
-    (AXOLOTL, "load_in_8bit: true", {"quantization": "int8", "dtype": "float16"}),
+    (AXOLOTL, "load_in_8bit: true", {"quantization": "int8", "dtype": "float16", "kernels": False}),
     (AXOLOTL, "load_in_8bit: false", {}),
     (AXOLOTL.replace("lora", "qlora"), "load_in_4bit: true", {"quantization": "nf4"}),
     (AXOLOTL.replace("lora", "qlora"), "gptq: true", {"quantization": "nf4"}),
     (AXOLOTL.replace("lora", "qlora"), "load_in_8bit: true", {"dtype": "float16"}),
+    (AXOLOTL, "rl: dpo", {"objective": "dpo", "kernels": False}),
+    (AXOLOTL, "trust_remote_code: true", {"kernels": False}),
+    (AXOLOTL, "trust_remote_code: false", {}),
+    (AXOLOTL, "lora_mlp_kernel: true", {"kernels": False}),
+    (AXOLOTL, "lora_embedding_kernel: false", {"kernels": False}),
+    (AXOLOTL, "rl: dpo\nlora_mlp_kernel: true\nlora_qkv_kernel: true\nlora_o_kernel: true", {"objective": "dpo"}),
     (AXOLOTL, "bf16: auto", {}),
     (AXOLOTL, "bf16: full", {}),
     (AXOLOTL, "bfloat16: true", {}),
