@@ -131,7 +131,7 @@ class Watch:
         if optimizer is not None:
             rates = [group.get("lr") for group in optimizer.param_groups]
             self.learning_rate = max((float(r) for r in rates if r), default=self.learning_rate)
-        self._deliver(report)
+        self.deliver(report)
 
     def before_step(
         self,
@@ -148,7 +148,9 @@ class Watch:
 
         if self._steps_to_note and not is_divided(model):
             if self._first_steps is None:
-                self._first_steps = FirstSteps(model, optimizer, schedule, scaler, objective)
+                self._first_steps = FirstSteps(
+                    model, optimizer, schedule, scaler, objective, self.total_steps
+                )
             self._first_steps.before_step()
 
     def after_step(self) -> None:
@@ -169,7 +171,7 @@ class Watch:
         if all(loss * 0 == 0 and loss != 0 for loss in losses):
             facts = seen.facts(losses)
             subject = f"first {seen.count} steps of {facts.model.base.architecture}"
-            self._deliver(Report(subject, tuple(judge([facts], self._expect))))
+            self.deliver(Report(subject, tuple(judge([facts], self._expect))))
 
     def forget_first_steps(self) -> None:
         """Let go of the copies of what trains; no further step is noted."""
@@ -186,9 +188,10 @@ class Watch:
                 learning_rate=self._rates if len(self._rates) == len(self._train) else self.learning_rate,
                 zero_has_gradient=self.zero_has_gradient,
             )
-            self._deliver(judge_history(facts, self._trained_with))
+            self.deliver(judge_history(facts, self._trained_with))
 
-    def _deliver(self, report: Report) -> None:
+    def deliver(self, report: Report) -> None:
+        """Tell what is new in a report."""
         found = selected(report.findings, self._select, self._ignore)
         fresh = tuple(f for f in found if (f.code, f.severity) not in self._known)
         if not fresh and (self.reports or not report.not_judged):
