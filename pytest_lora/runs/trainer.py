@@ -222,6 +222,7 @@ class LoraHealthCallback(TrainerCallback):
         rows, expect = int(args.train_batch_size), self._settings["expect"] or Expect()
         own = has_own_loss(self)
         report = report_on_rows(kwargs["model"], loader, rows, objective, expect, custom_loss=own)
+        self.watch.rows_not_judged = report.not_judged
         self.watch.not_judged = (*self.watch.not_judged, *report.not_judged)
         self.watch.deliver(report)
         self._stop_if_asked(control)

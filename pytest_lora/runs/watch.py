@@ -49,6 +49,7 @@ class Watch:
         reports: Every report that had something new, in order.
         zero_has_gradient: Whether a loss of zero was seen to leave a gradient, as that of a policy gradient does.
         not_judged: What could not be judged, as pairs: why, and what; weights that FSDP divides among ranks, for one.
+        rows_not_judged: Those of them that are about the training data.
         should_stop: Whether an error was found; for loops that end themselves under ``on_error="stop"``.
     """
 
@@ -71,6 +72,7 @@ class Watch:
         self.reports: list[Report] = []
         self.zero_has_gradient = False
         self.not_judged: tuple[tuple[str, str], ...] = ()
+        self.rows_not_judged: tuple[tuple[str, str], ...] = ()
         self.should_stop = False
         self._expect = require_expect(expect)
         self._trained_with = self._expect
@@ -125,7 +127,8 @@ class Watch:
         """Judge the model and its optimizer as they stand."""
         report = check_model(model, optimizer=optimizer, expect=self._expect)
         # The batches come with the steps.
-        self.not_judged = tuple(left for left in report.not_judged if left[0] != NO_BATCH)
+        left = tuple(left for left in report.not_judged if left[0] != NO_BATCH)
+        self.not_judged = (*left, *self.rows_not_judged)
         report = replace(report, not_judged=self.not_judged)
         self._trained_with = _with_adapter(self._expect, model)
         if optimizer is not None:

@@ -96,7 +96,7 @@ def test_the_head_of_a_reward_model_that_stays_frozen(name: str) -> None:
 def test_heads_that_are_trained_or_none() -> None:
     by_hand = adapted(Reward())
     by_hand.base_model.model.v_head.requires_grad_(True)
-    assert not check_model(by_hand).findings, "set to train by hand"
+    assert "LORA112" not in severities(check_model(by_hand)), "set to train by hand"
     before = Reward()
     with torch.no_grad():
         before.v_head.weight.add_(0.05 * torch.randn(1, WIDTH))
