@@ -180,6 +180,7 @@ def linear(steps: int) -> Callable[[Any], Any]:
 
 def test_a_schedule_that_ends_before_the_run() -> None:
     assert first_steps(linear(50), 100) == {"LORA303": "warning"}
+    assert first_steps(linear(700), 1000) == {"LORA303": "warning"}
     assert not first_steps(linear(100), 100), "as advised"
     assert not first_steps(linear(50), 55), "a cool-down"
     assert not first_steps(linear(50), None), "a run of unknown length"
