@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from pytest_lora.assertions import stack_level
+from pytest_lora.expect import Expect
 from pytest_lora.facts.history import as_count
 from pytest_lora.findings import LoraHealthWarning
 from pytest_lora.inspection.model import carries_lora
 from pytest_lora.rules.selection import codes
+from pytest_lora.runs.rows import has_own_loss, report_on_rows
 from pytest_lora.runs.trackers import PROJECT, TrackedFindings
 from pytest_lora.runs.watch import BETWEEN, FIRST_STEPS, OnError, Watch
 from pytest_lora.runs.wrappers import CalledThrough
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from pytest_lora.expect import Expect
     from pytest_lora.facts.training import Objective
 
 
@@ -32,9 +33,13 @@ class LoraHealthCallback(TrainerCallback):
 
     Gradients, learning rates and moves of the first steps are judged with the first loss that the Trainer logs after
     them (``logging_steps``), but under DeepSpeed or FSDP on several ranks: there no process sees whole gradients, and
-    ``watch.not_judged`` says so. The run itself goes as it would without: no forward pass is added, no random number
-    drawn, and no rank waits for another. Every rank judges; the first one tells. Under DDP the Trainer shows its
-    callbacks the model inside of it; the wrapper is judged when it first calls that, and at the later times.
+    ``watch.not_judged`` says so. Before the first step, the first rows of the training data are judged as the loader's
+    collator makes them: eight, or a batch where that is more. They are read by index, beside the loader and the user's
+    iterator; a stream is not read, and ``watch.not_judged`` says so.
+
+    The run itself goes as it would without: no forward pass is added, no random number drawn, and no rank waits for
+    another. Every rank judges; the first one tells. Under DDP the Trainer shows its callbacks the model inside of it;
+    the wrapper is judged when it first calls that, and at the later times.
 
     A model without LoRA layers is said to have none, once, and nothing of its run is judged.
 
@@ -111,6 +116,7 @@ class LoraHealthCallback(TrainerCallback):
         self._unlogged = 0 if losses else state.global_step
         self.watch.recall(losses, evals)
         self._look(control, kwargs)
+        self._look_at_rows(args, control, kwargs)
         self._wrapper = None
         self._called = CalledThrough(kwargs["model"], partial(self._judge_wrapper, control, kwargs))
         # The schedule has set the rate of the first step by now, which a warm-up makes small.
@@ -207,6 +213,18 @@ class LoraHealthCallback(TrainerCallback):
         model = kwargs["model"] if self._wrapper is None else self._wrapper
         self.watch.look(model, kwargs.get("optimizer"))
         self.watch.learning_rate = rate
+        self._stop_if_asked(control)
+
+    def _look_at_rows(self, args: TrainingArguments, control: TrainerControl, kwargs: dict[str, Any]) -> None:
+        objective, loader = _objective(args), kwargs.get("train_dataloader")
+        if objective == "policy" or loader is None:
+            return  # its rows are prompts; what is trained on is written during the run
+        rows, expect = int(args.train_batch_size), self._settings["expect"] or Expect()
+        own = has_own_loss(self)
+        report = report_on_rows(kwargs["model"], loader, rows, objective, expect, custom_loss=own)
+        self.watch.rows_not_judged = report.not_judged
+        self.watch.not_judged = (*self.watch.not_judged, *report.not_judged)
+        self.watch.deliver(report)
         self._stop_if_asked(control)
 
     def _stop_if_asked(self, control: TrainerControl) -> None:

@@ -49,6 +49,7 @@ class Watch:
         reports: Every report that had something new, in order.
         zero_has_gradient: Whether a loss of zero was seen to leave a gradient, as that of a policy gradient does.
         not_judged: What could not be judged, as pairs: why, and what; weights that FSDP divides among ranks, for one.
+        rows_not_judged: Those of them that are about the training data.
         should_stop: Whether an error was found; for loops that end themselves under ``on_error="stop"``.
     """
 
@@ -71,6 +72,7 @@ class Watch:
         self.reports: list[Report] = []
         self.zero_has_gradient = False
         self.not_judged: tuple[tuple[str, str], ...] = ()
+        self.rows_not_judged: tuple[tuple[str, str], ...] = ()
         self.should_stop = False
         self._expect = require_expect(expect)
         self._trained_with = self._expect
@@ -125,13 +127,14 @@ class Watch:
         """Judge the model and its optimizer as they stand."""
         report = check_model(model, optimizer=optimizer, expect=self._expect)
         # The batches come with the steps.
-        self.not_judged = tuple(left for left in report.not_judged if left[0] != NO_BATCH)
+        left = tuple(left for left in report.not_judged if left[0] != NO_BATCH)
+        self.not_judged = (*left, *self.rows_not_judged)
         report = replace(report, not_judged=self.not_judged)
         self._trained_with = _with_adapter(self._expect, model)
         if optimizer is not None:
             rates = [group.get("lr") for group in optimizer.param_groups]
             self.learning_rate = max((float(r) for r in rates if r), default=self.learning_rate)
-        self._deliver(report)
+        self.deliver(report)
 
     def before_step(
         self,
@@ -148,7 +151,9 @@ class Watch:
 
         if self._steps_to_note and not is_divided(model):
             if self._first_steps is None:
-                self._first_steps = FirstSteps(model, optimizer, schedule, scaler, objective)
+                self._first_steps = FirstSteps(
+                    model, optimizer, schedule, scaler, objective, self.total_steps
+                )
             self._first_steps.before_step()
 
     def after_step(self) -> None:
@@ -169,7 +174,7 @@ class Watch:
         if all(loss * 0 == 0 and loss != 0 for loss in losses):
             facts = seen.facts(losses)
             subject = f"first {seen.count} steps of {facts.model.base.architecture}"
-            self._deliver(Report(subject, tuple(judge([facts], self._expect))))
+            self.deliver(Report(subject, tuple(judge([facts], self._expect))))
 
     def forget_first_steps(self) -> None:
         """Let go of the copies of what trains; no further step is noted."""
@@ -186,9 +191,10 @@ class Watch:
                 learning_rate=self._rates if len(self._rates) == len(self._train) else self.learning_rate,
                 zero_has_gradient=self.zero_has_gradient,
             )
-            self._deliver(judge_history(facts, self._trained_with))
+            self.deliver(judge_history(facts, self._trained_with))
 
-    def _deliver(self, report: Report) -> None:
+    def deliver(self, report: Report) -> None:
+        """Tell what is new in a report."""
         found = selected(report.findings, self._select, self._ignore)
         fresh = tuple(f for f in found if (f.code, f.severity) not in self._known)
         if not fresh and (self.reports or not report.not_judged):

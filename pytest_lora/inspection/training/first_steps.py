@@ -34,16 +34,24 @@ class FirstSteps:
         schedule: Its learning-rate schedule, or None.
         scaler: Whether a GradScaler scales the loss.
         objective: What the trainer trains for.
+        total_steps: Optimizer steps that the run is to take, where that is known.
 
     Raises:
         TypeError: The model carries no LoRA layers, or the optimizer has no ``param_groups``.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, schedule: Any, scaler: bool, objective: Objective = ""
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        schedule: Any,
+        scaler: bool,
+        objective: Objective = "",
+        total_steps: int | None = None,
     ) -> None:
         found = adapted_survey(model)
         self._objective: Objective = objective
+        self._total_steps = total_steps
         self._is_fresh = not any(getattr(optimizer, "state", {}).values())
         self._optimizer = optimizer
         self._schedule = schedule
@@ -101,4 +109,5 @@ class FirstSteps:
             repacked=self._repacked,
             objective=self._objective,
             optimizer_is_fresh=self._is_fresh,
+            total_steps=self._total_steps,
         )

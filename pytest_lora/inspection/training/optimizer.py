@@ -220,7 +220,8 @@ def _foreseen(scheduler: Any) -> Iterator[tuple[int, float]]:
     functions = getattr(scheduler, "lr_lambdas", None)
     if not functions or type(scheduler).__name__ != "LambdaLR":
         return
-    for step in HORIZON:
+    planned = _stated(scheduler, "num_training_steps")
+    for step in sorted({*HORIZON, *([planned] if planned else [])}):
         try:
             rates = [rate * float(f(step)) for rate, f in zip(scheduler.base_lrs, functions, strict=True)]
         except (ArithmeticError, LookupError, TypeError, ValueError):

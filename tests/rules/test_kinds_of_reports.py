@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,15 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
+    get_constant_schedule,
+    get_linear_schedule_with_warmup,
 )
 
-from pytest_lora import Report, check_checkpoint, check_merge, check_model, check_training, watch_training
+from pytest_lora import Expect, Report, check_checkpoint, check_merge, check_model, check_training
 from pytest_lora.bases import examples
 from pytest_lora.bases.examples.models import WIDTH, llama_config
+from pytest_lora.inspection.training import FirstSteps
+from pytest_lora.rules import judge
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -90,7 +96,7 @@ def test_the_head_of_a_reward_model_that_stays_frozen(name: str) -> None:
 def test_heads_that_are_trained_or_none() -> None:
     by_hand = adapted(Reward())
     by_hand.base_model.model.v_head.requires_grad_(True)
-    assert not check_model(by_hand).findings, "set to train by hand"
+    assert "LORA112" not in severities(check_model(by_hand)), "set to train by hand"
     before = Reward()
     with torch.no_grad():
         before.v_head.weight.add_(0.05 * torch.randn(1, WIDTH))
@@ -151,17 +157,39 @@ def test_merges_that_keep_it() -> None:
 # ------------------------------------------------------------------------------- rates
 
 
-def watched(schedule: Any, total: int | None, lr: float = 1e-3) -> dict[str, str]:
+def first_steps(
+    schedule: Callable[[Any], Any], total: int | None, lr: float = 1e-3, loss: float = 5.0
+) -> dict[str, str]:
+    """What is said of three steps of a run that is to take so many."""
     model = adapted(examples.base)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     scheduler = schedule(optimizer)
-    with watch_training(model, optimizer, total_steps=total) as watch:
-        watch.schedule = scheduler
-        for _ in range(3):
-            loss = model(**examples.batch).loss
-            torch.autograd.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-            watch.log(loss.item())
-    return {finding.code: finding.severity for report in watch.reports for finding in report.findings}
+    torch.autograd.backward(model(**examples.batch).loss)
+    seen = FirstSteps(model, optimizer, scheduler, False, "texts", total)
+    for _ in range(3):
+        seen.before_step()
+        optimizer.step()
+        seen.after_step()
+        scheduler.step()
+    return {finding.code: finding.severity for finding in judge([seen.facts([loss] * 3)], Expect())}
+
+
+def linear(steps: int) -> Callable[[Any], Any]:
+    return partial(get_linear_schedule_with_warmup, num_warmup_steps=0, num_training_steps=steps)
+
+
+def test_a_schedule_that_ends_before_the_run() -> None:
+    assert first_steps(linear(50), 100) == {"LORA303": "warning"}
+    assert first_steps(linear(700), 1000) == {"LORA303": "warning"}
+    assert not first_steps(linear(100), 100), "as advised"
+    assert not first_steps(linear(50), 55), "a cool-down"
+    assert not first_steps(linear(50), None), "a run of unknown length"
+    assert not first_steps(get_constant_schedule, 100), "no end"
+
+
+def test_a_rate_that_moves_nothing_in_few_steps() -> None:
+    assert first_steps(linear(20), 20, 1e-6) == {"LORA370": "warning"}
+    assert first_steps(get_constant_schedule, 63, 1e-6) == {"LORA370": "warning"}, "the run says its steps"
+    assert not first_steps(linear(20), 20, 2e-4), "as advised"
+    assert not first_steps(linear(20), 20, 2e-5), "a recipe for thousands of steps tried out"
+    assert not first_steps(get_constant_schedule, 20_000, 1e-6), "so many steps get somewhere"
