@@ -151,7 +151,7 @@ def test_what_a_mask_says_of_a_text() -> None:
     assert said(rows([1, 1, 1, 1], [0, 1, 1, 1]), inside=True) == "shows"
     assert said(rows([1, 1, 1, 1], [1, 1, 0, 1]), inside=True) == "hides"
     assert pad_token(PLAIN) == 0
-    assert pad_token(SimpleNamespace(config=SimpleNamespace(pad_token_id="0"))) is None  # type: ignore[arg-type]
+    assert pad_token(SimpleNamespace(config=SimpleNamespace(pad_token_id="0"))) is None
 
 
 # ---------------------------------------------------------------------------------- inputs
@@ -167,11 +167,11 @@ class Root(nn.Module):
 
 
 class Caching(Root):
-    def forward(self, input_ids: Any, use_cache: Any = None) -> None: ...  # type: ignore[override]
+    def forward(self, input_ids: Any, use_cache: Any = None) -> None: ...
 
 
 class Strict(Root):
-    def forward(self, input_ids: Any) -> None: ...  # type: ignore[override]
+    def forward(self, input_ids: Any) -> None: ...
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ class Scaled:
 def test_doubling_the_scaling_doubles_the_effect() -> None:
     def off(curved: float) -> float | None:
         layer = Scaled(curved)
-        found = _deviation_from_linear(SimpleNamespace(name="a", layer=layer, output=layer.output))  # type: ignore[arg-type]
+        found = _deviation_from_linear(SimpleNamespace(name="a", layer=layer, output=layer.output))
         assert (layer.scaling, layer.on) == ({"default": 2.0}, True)
         return found
 

@@ -191,7 +191,7 @@ def test_a_tensor_gets_its_memory_and_its_settings_back() -> None:
     hooked = state(tensor)
     handle.remove()
     hooked.restore_settings()
-    assert list(tensor._backward_hooks.values()) == [print]  # type: ignore[union-attr]
+    assert list(tensor._backward_hooks.values()) == [print]
     kept.restore_settings()
     assert not tensor._backward_hooks
 
@@ -449,7 +449,7 @@ def test_what_is_followed() -> None:
 
     assert reached(by_default) == (["x"], ["x.inner"])
     holder = Other(trained)
-    holder.method = lambda: None  # type: ignore[attr-defined]
+    holder.method = lambda: None
     assert reached(Other.__init__.__get__(holder))[0] == ["x"]
     found = Reachable()
     found.add("x", [tensor])
