@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 from peft import LoraConfig
 from transformers import LlamaConfig
 
@@ -31,8 +32,13 @@ def base(layers: int = 1) -> Any:
 LORA = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
 """Two factors of 256 numbers a layer."""
 
-EMBEDDED, LAYER, NORMS, ROTARY = 2 * 320 * 64, 4 * 64 * 64 + 3 * 64 * 128, 3 * 64, 64
-"""Numbers of embedding and head, of the matrices of a layer, of all norms; bytes of the rotary frequencies."""
+EMBEDDED, LAYER, NORMS = 2 * 320 * 64, 4 * 64 * 64 + 3 * 64 * 128, 3 * 64
+"""Numbers of embedding and head, of the matrices of a layer, of all norms."""
+
+FREQUENCIES = [32] * (2 if int(transformers.__version__.partition(".")[0]) > 4 else 1)
+"""Bytes of the buffers of rotary frequencies; transformers 5 registers the original ones too."""
+
+ROTARY = sum(FREQUENCIES)
 
 WHOLE = {"embeddings and head": 2 * EMBEDDED, "base weights": 2 * (LAYER + NORMS) + ROTARY}
 
@@ -173,7 +179,9 @@ def rounded(*sizes: int) -> int:
 def test_the_step_of_a_tiny_base_by_hand() -> None:
     config = LoraConfig(r=64, target_modules=["q_proj"], task_type="CAUSAL_LM")
     factor = 64 * 64 * 4
-    weights = rounded(*[2 * 20480] * 2, *[2 * 4096] * 4, *[2 * 8192] * 3, *[128] * 3, 32, 32) + 2 * factor
+    weights = (
+        rounded(*[2 * 20480] * 2, *[2 * 4096] * 4, *[2 * 8192] * 3, *[128] * 3, *FREQUENCIES) + 2 * factor
+    )
     workspaces, states, square_roots, gradients = 2 * 8_519_680, 4 * factor, 2 * factor, 2 * factor
     found = estimate_memory(config, base(), batch_size=1, seq_len=2, optimizer="adamw_torch")
     assert found.loaded == weights
