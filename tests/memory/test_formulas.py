@@ -15,7 +15,7 @@ from torch import nn
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.facts.operations import StepFlops
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.memory import operations
+from pytest_lora.inspection.memory import devices, operations, optimizers
 from pytest_lora.inspection.memory.adapted_layers import is_numbered, marks, same_in_every_layer
 from pytest_lora.inspection.memory.cards import _filled, gpu_of_events
 from pytest_lora.inspection.memory.devices import _attention
@@ -26,7 +26,7 @@ from pytest_lora.inspection.memory.known_results import KnownResults, _is_of_its
 from pytest_lora.inspection.memory.operations import FlopsSurface, require_like_inner_units, times_played
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, state_bytes
 from pytest_lora.inspection.memory.packed_weights import _STORED, pack_weights
-from pytest_lora.inspection.memory.parallel import placed
+from pytest_lora.inspection.memory.parallel import placed, whole
 from pytest_lora.inspection.memory.parallel.placed import Placement, _gpu_of, _whole
 from pytest_lora.inspection.memory.parallel.strategies import autocasts, cuts_of
 from pytest_lora.inspection.memory.parallel.whole import _gathered, _number, _part, _width
@@ -135,6 +135,14 @@ def test_what_zero_3_holds_whole_at_once(
     sizes: tuple[int, int, int, int], given: dict[str, int], whole: int
 ) -> None:
     assert _gathered(*sizes, options(**given)) == whole
+
+
+def test_numbers_that_others_have_fixed() -> None:
+    """DeepSpeed's defaults, bitsandbytes' pages, and workspaces of cuBLAS and hipBLAS."""
+    assert (whole.REDUCE_BUCKET, whole.PREFETCH_BUCKET) == (500_000_000, 50_000_000)
+    assert (whole.PERSISTENT_UP_TO, whole.REUSE_DISTANCE) == (100_000, 1_000_000_000)
+    assert optimizers.PAGED_FROM == 100_000
+    assert (devices.HOPPER_WORKSPACE, devices._ON_INSTINCT) == (33_554_432, 134_217_728)
 
 
 def test_the_width_of_a_base() -> None:

@@ -200,6 +200,8 @@ def test_the_step_of_a_tiny_base_by_hand() -> None:
         0 if NEW else 2 * 8 * 2
     )  # transformers 4 multiplies eight frequencies with positions as matrices
     assert found.flops.forward == forward
-    plain = estimate_memory(config, base(), batch_size=1, seq_len=2, optimizer="sgd", accumulation=3)
-    assert plain.after_step == weights + workspaces
-    assert plain.flops.forward == 3 * forward
+    for accumulation in (2, 3):
+        asked: dict[str, Any] = {"batch_size": 1, "seq_len": 2, "accumulation": accumulation}
+        plain = estimate_memory(config, base(), optimizer="sgd", **asked)
+        assert plain.after_step == weights + workspaces
+        assert plain.flops.forward == accumulation * forward
