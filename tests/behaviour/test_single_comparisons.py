@@ -39,7 +39,7 @@ def rows(*values: list[int]) -> Tensor:
 
 
 def text_of(batch: dict[str, Any], root: Any = PLAIN) -> Text | None:
-    (found,) = texts_of((batch,), root)
+    (found,) = texts_of({0: batch}, root)
     return found
 
 
@@ -123,11 +123,11 @@ def test_batches_of_other_forms_have_no_texts() -> None:
         {"input_ids": ids.to("meta")},
         {"input_ids": ids, "pixel_values": ids},
     ]
-    assert list(texts_of((*known, [ids], {"input_ids": ids.tolist()}), PLAIN)) == []
+    assert list(texts_of(dict(enumerate([*known, [ids], {"input_ids": ids.tolist()}])), PLAIN)) == []
     decoded = {"input_ids": ids, "decoder_input_ids": ids}
-    assert list(texts_of((decoded,), PLAIN)) == []
+    assert list(texts_of({0: decoded}, PLAIN)) == []
     both: Any = SimpleNamespace(config=SimpleNamespace(pad_token_id=0, is_encoder_decoder=True))
-    assert len(list(texts_of((decoded,), both))) == 1
+    assert len(list(texts_of({0: decoded}, both))) == 1
     counting = {"input_ids": ids, "position_ids": rows([0, 1, 2, 3, 4])}
     found = text_of(counting)
     assert found is not None
