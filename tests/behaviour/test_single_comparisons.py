@@ -101,7 +101,8 @@ def test_padding_that_no_mask_tells(
     ("positions", "mask", "span"),
     [
         ([[0, 1, 2, 0, 1]], None, (0, 3, 5)),
-        ([[0, 1, 0, 1, 2, 0]], None, (0, 2, 5)),
+        ([[0, 1, 0, 1, 2, 0]], None, (0, 2, 4)),  # as much as fits into the row once more
+        ([[0, 1, 0, 1, 2, 3, 4, 5]], None, (0, 2, 5)),
         ([[0, 1, 2, 3, 0]], None, None),
         ([[0, 1, 0, 0, 0]], None, None),
         ([[0, 1, 2, 0, 2]], None, None),
