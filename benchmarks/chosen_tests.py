@@ -46,7 +46,13 @@ NEAREST = (
     ("inspection/ranks", ("tests/runs/test_distributed.py",)),
     (
         "inspection/training",
-        ("tests/test_training.py", "tests/test_training_trace.py", "tests/test_update_ranks.py", "tests"),
+        (
+            "tests/training",
+            "tests/test_training.py",
+            "tests/test_training_trace.py",
+            "tests/test_update_ranks.py",
+            "tests",
+        ),
     ),
     (
         "inspection/",

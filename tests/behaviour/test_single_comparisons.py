@@ -39,7 +39,7 @@ def rows(*values: list[int]) -> Tensor:
 
 
 def text_of(batch: dict[str, Any], root: Any = PLAIN) -> Text | None:
-    (found,) = texts_of((batch,), root)
+    (found,) = texts_of({0: batch}, root)
     return found
 
 
@@ -101,7 +101,8 @@ def test_padding_that_no_mask_tells(
     ("positions", "mask", "span"),
     [
         ([[0, 1, 2, 0, 1]], None, (0, 3, 5)),
-        ([[0, 1, 0, 1, 2, 0]], None, (0, 2, 5)),
+        ([[0, 1, 0, 1, 2, 0]], None, (0, 2, 4)),  # as much as fits into the row once more
+        ([[0, 1, 0, 1, 2, 3, 4, 5]], None, (0, 2, 5)),
         ([[0, 1, 2, 3, 0]], None, None),
         ([[0, 1, 0, 0, 0]], None, None),
         ([[0, 1, 2, 0, 2]], None, None),
@@ -123,11 +124,11 @@ def test_batches_of_other_forms_have_no_texts() -> None:
         {"input_ids": ids.to("meta")},
         {"input_ids": ids, "pixel_values": ids},
     ]
-    assert list(texts_of((*known, [ids], {"input_ids": ids.tolist()}), PLAIN)) == []
+    assert list(texts_of(dict(enumerate([*known, [ids], {"input_ids": ids.tolist()}])), PLAIN)) == []
     decoded = {"input_ids": ids, "decoder_input_ids": ids}
-    assert list(texts_of((decoded,), PLAIN)) == []
+    assert list(texts_of({0: decoded}, PLAIN)) == []
     both: Any = SimpleNamespace(config=SimpleNamespace(pad_token_id=0, is_encoder_decoder=True))
-    assert len(list(texts_of((decoded,), both))) == 1
+    assert len(list(texts_of({0: decoded}, both))) == 1
     counting = {"input_ids": ids, "position_ids": rows([0, 1, 2, 3, 4])}
     found = text_of(counting)
     assert found is not None
@@ -151,7 +152,7 @@ def test_what_a_mask_says_of_a_text() -> None:
     assert said(rows([1, 1, 1, 1], [0, 1, 1, 1]), inside=True) == "shows"
     assert said(rows([1, 1, 1, 1], [1, 1, 0, 1]), inside=True) == "hides"
     assert pad_token(PLAIN) == 0
-    assert pad_token(SimpleNamespace(config=SimpleNamespace(pad_token_id="0"))) is None  # type: ignore[arg-type]
+    assert pad_token(SimpleNamespace(config=SimpleNamespace(pad_token_id="0"))) is None
 
 
 # ---------------------------------------------------------------------------------- inputs
@@ -167,11 +168,11 @@ class Root(nn.Module):
 
 
 class Caching(Root):
-    def forward(self, input_ids: Any, use_cache: Any = None) -> None: ...  # type: ignore[override]
+    def forward(self, input_ids: Any, use_cache: Any = None) -> None: ...
 
 
 class Strict(Root):
-    def forward(self, input_ids: Any) -> None: ...  # type: ignore[override]
+    def forward(self, input_ids: Any) -> None: ...
 
 
 @pytest.mark.parametrize(
@@ -411,7 +412,7 @@ class Scaled:
 def test_doubling_the_scaling_doubles_the_effect() -> None:
     def off(curved: float) -> float | None:
         layer = Scaled(curved)
-        found = _deviation_from_linear(SimpleNamespace(name="a", layer=layer, output=layer.output))  # type: ignore[arg-type]
+        found = _deviation_from_linear(SimpleNamespace(name="a", layer=layer, output=layer.output))
         assert (layer.scaling, layer.on) == ({"default": 2.0}, True)
         return found
 

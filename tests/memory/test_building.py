@@ -13,7 +13,7 @@ from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.facts.memory_choices import Evaluation
 from pytest_lora.inspection.memory import dry_run, fused_layers, meta_model
 from pytest_lora.inspection.memory.dry_run import _entering, _evaluate, _first_of, _times
-from pytest_lora.inspection.memory.live_model import _commonest, left_out
+from pytest_lora.inspection.memory.live_model import _commonest, described, left_out
 from pytest_lora.inspection.memory.meta_model import _bitsandbytes_config, _hint, _prepare
 from pytest_lora.inspection.memory.remedies import _modules_at, _own_layers, excluded_by_peft, remedy
 
@@ -171,6 +171,7 @@ def test_the_dtype_of_most_numbers() -> None:
     assert of((3, torch.float16), (2, torch.float32), (2, torch.float32)) == torch.float32
     assert of((9, torch.uint8), (1, torch.bfloat16)) == torch.bfloat16
     assert of((9, torch.uint8)) == torch.float32
+    assert described(Transformer(), 1, 2) is None  # it carries no adapter
     assert left_out(nn.Linear(1, 1)) == ()
     compiled: Any = nn.Linear(1, 1)
     compiled._compiled_call_impl = print

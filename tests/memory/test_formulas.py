@@ -15,9 +15,10 @@ from torch import nn
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.facts.operations import StepFlops
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.memory import operations
+from pytest_lora.inspection.memory import devices, operations, optimizers
 from pytest_lora.inspection.memory.adapted_layers import is_numbered, marks, same_in_every_layer
 from pytest_lora.inspection.memory.cards import _filled, gpu_of_events
+from pytest_lora.inspection.memory.devices import _attention
 from pytest_lora.inspection.memory.families import numbers_of, shares_of, thresholds_of
 from pytest_lora.inspection.memory.fused_losses import liger_chunk
 from pytest_lora.inspection.memory.images import image_edges, images_for
@@ -25,9 +26,10 @@ from pytest_lora.inspection.memory.known_results import KnownResults, _is_of_its
 from pytest_lora.inspection.memory.operations import FlopsSurface, require_like_inner_units, times_played
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, state_bytes
 from pytest_lora.inspection.memory.packed_weights import _STORED, pack_weights
-from pytest_lora.inspection.memory.parallel.placed import Placement, _gpu_of
+from pytest_lora.inspection.memory.parallel import placed, whole
+from pytest_lora.inspection.memory.parallel.placed import Placement, _gpu_of, _whole
 from pytest_lora.inspection.memory.parallel.strategies import autocasts, cuts_of
-from pytest_lora.inspection.memory.parallel.whole import _gathered, _number, _part
+from pytest_lora.inspection.memory.parallel.whole import _gathered, _number, _part, _width
 from pytest_lora.inspection.memory.predictor import _cache_of_generation, _moved_between_gpus
 from pytest_lora.inspection.memory.stand_ins import StandIns, _ctc_loss, _grouped_mm, _masked, _split
 from pytest_lora.inspection.memory.step import Step, _flops
@@ -133,6 +135,50 @@ def test_what_zero_3_holds_whole_at_once(
     sizes: tuple[int, int, int, int], given: dict[str, int], whole: int
 ) -> None:
     assert _gathered(*sizes, options(**given)) == whole
+
+
+def test_numbers_that_others_have_fixed() -> None:
+    """DeepSpeed's defaults, bitsandbytes' pages, and workspaces of cuBLAS and hipBLAS."""
+    assert (whole.REDUCE_BUCKET, whole.PREFETCH_BUCKET) == (500_000_000, 50_000_000)
+    assert (whole.PERSISTENT_UP_TO, whole.REUSE_DISTANCE) == (100_000, 1_000_000_000)
+    assert optimizers.PAGED_FROM == 100_000
+    assert (devices.HOPPER_WORKSPACE, devices._ON_INSTINCT) == (33_554_432, 134_217_728)
+
+
+def test_the_width_of_a_base() -> None:
+    def width(**fields: Any) -> int:
+        built: Any = SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(**fields)))
+        return _width(built)
+
+    assert (width(), width(hidden_size=None), width(hidden_size=7)) == (0, 0, 7)
+    assert width(hidden_size=7, text_config=SimpleNamespace(hidden_size=9)) == 9
+
+
+def test_which_weights_the_planner_takes_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    base: Any = nn.Module()
+    base.inner, base.head, base.norm = nn.Linear(2, 2), nn.Linear(2, 2, bias=False), nn.LayerNorm(2)
+    asked: list[Any] = []
+    monkeypatch.setattr(placed, "kept_whole", lambda base, skipped: asked.append(skipped) or ["head"])
+    packed = StepSetting(1, 1, quantization=Quantization("nf4", skip_modules=("a",)))
+    assert _whole(base, packed) == ["inner.bias", "head.weight", "norm.weight", "norm.bias"]
+    _whole(base, StepSetting(1, 1, quantization=Quantization("nf4")))
+    assert asked == [["a"], None]
+    assert _whole(base, StepSetting(1, 1)) == []
+    planner = SimpleNamespace(CustomDtype=SimpleNamespace(INT4="int4"))
+    for method, stored in (("nf4", "int4"), ("gptq", "int4"), ("int8", torch.int8), ("fp8", torch.int8)):
+        assert placed._stored(planner, StepSetting(1, 1, quantization=Quantization(method))) == stored
+    assert placed._stored(planner, StepSetting(1, 1, dtype="float16")) == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("chosen", "kernel"),
+    [(0, "math"), (1, "flash"), (2, "efficient"), (3, "cudnn"), (4, "flash"), (9, "flash")],
+)
+def test_the_kernel_of_attention_that_torch_chooses(
+    monkeypatch: pytest.MonkeyPatch, chosen: int, kernel: str
+) -> None:
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args, **how: chosen)
+    assert _attention("cpu") == kernel
 
 
 def test_layers_that_are_cut_at_once_and_who_casts() -> None:

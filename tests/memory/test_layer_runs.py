@@ -63,7 +63,7 @@ def left(model: Holder) -> list[int]:
 
 def test_the_inner_layers_are_taken_out() -> None:
     model = Holder([nn.Linear(2, 2) for _ in range(9)])
-    layers: Any = list(model.inner.layers)  # type: ignore[arg-type]
+    layers: Any = list(model.inner.layers)
     (stack,) = cut_stacks(model)
     assert left(model) == [0, 1, 2, 7, 8]
     assert (stack.copies, stack.number) == (6, 0)
@@ -72,7 +72,7 @@ def test_the_inner_layers_are_taken_out() -> None:
 
 def test_pairs_of_layers_are_taken_out_together() -> None:
     model = Holder([nn.Linear(2, 2 + i % 2) for i in range(14)])
-    layers: Any = list(model.inner.layers)  # type: ignore[arg-type]
+    layers: Any = list(model.inner.layers)
     (stack,) = cut_stacks(model)
     assert left(model) == [0, 1, 2, 3, 4, 5, 10, 11, 12, 13]
     assert stack.copies == 4

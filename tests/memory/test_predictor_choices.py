@@ -52,7 +52,7 @@ class Model:
     def trace(self, point: Point) -> Traced:
         if point not in self.traced:
             self.kept += 1
-            self.traced[point] = Traced("shape", self.step(point))  # type: ignore[arg-type]
+            self.traced[point] = Traced("shape", self.step(point))
         return self.traced[point]
 
     def step_of_grid(self, point: Point) -> Step:
@@ -175,6 +175,12 @@ def test_figures_of_a_step() -> None:
     assert shape.peak_allocated(sizes) == figures.peak_allocated
     assert shape.over_gpus(sizes, 3) == 3 * figures.peak_allocated
     assert shape.peak_reserved(sizes, plainly_replayed, emptied=False) == 2 * 2**20
+    # Were the weight alone on a second GPU, the figures would be those of the first, which is fuller.
+    shape._gpus = np.where(shape._storages[shape.line.index] == weight, 1, 0)
+    assert shape.peak_allocated(sizes) == 2 * 512 + 9216
+    assert shape.over_gpus(sizes, 2) == 2 * 512 + 9216 + 1024
+    assert shape.figures(sizes).breakdown == {"optimizer": 1024, "logits and loss": 9216}
+    assert shape.figures(sizes).loaded == 0
 
 
 # ---------------------------------------------------------------------------------- choices
@@ -195,7 +201,7 @@ def undecided(quickest: float, **setting: Any) -> tuple[Predictor, list[Point]]:
     values |= {
         "_surfaces": Asked(),
         "_trace": lambda point: Traced("s", SimpleNamespace(sizes=[1], paged=0, flops=2)),
-    }  # type: ignore[arg-type]
+    }
     vars(made).update(values)
     return made, learned
 
@@ -235,7 +241,7 @@ def test_when_the_compiled_replay_is_used(
     shape: Any = SimpleNamespace(
         line=SimpleNamespace(index=range(events)), peak_reserved=lambda sizes, replay, **how: (replay, how)
     )
-    replay, how = made._reserved(SimpleNamespace(shape=shape, sizes=[1]))  # type: ignore[arg-type,misc]
+    replay, how = made._reserved(SimpleNamespace(shape=shape, sizes=[1]))
     assert (replay == "compiled") is compiled
     assert how == {"emptied": True, "late": late}
     assert Predictor._replays == replays + 1

@@ -54,6 +54,7 @@ def played(*stacks: int) -> Iterator[tuple[str, bool, int, int]]:
         for i in range(layers):
             yield f"{stack} gradient {i}", True, -1, -1
     yield "inputs", True, -1, -1
+    yield "late", False, -1, -1
 
 
 Trace = tuple[list[int], list[int], list[object], list[str]]
@@ -103,10 +104,11 @@ def test_a_step_of_five_layers_tells_that_of_all(first: int, second: int) -> Non
     kinds = dict(zip(names, sizes.tolist(), strict=True))
     for name in names:  # inner layers are alike
         kinds[name] = kinds[name.replace(" 3", " 2")]
-    sizes = np.array([kinds[name] for name in names])
     storages = np.array([max(event, ~event) for event in events])
-    changes = np.where(np.array(events)[line.index] < 0, -1, 1) * sizes[storages[line.index]]
-    assert FastPeak(line, storages)(sizes) == int(np.cumsum(changes).max())
+    for late in (1, 10**6):  # a peak amid the step, and one behind all that is freed for many layers at once
+        sizes = np.array([late if name == "late" else kinds[name] for name in names])
+        changes = np.where(np.array(events)[line.index] < 0, -1, 1) * sizes[storages[line.index]]
+        assert FastPeak(line, storages)(sizes) == int(np.cumsum(changes).max())
 
 
 def test_the_blocks_of_a_step() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import signal
+import sys
 from collections import OrderedDict, UserDict, UserList, deque
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,7 @@ from pytest_lora.inspection.state.attributes import (
     values_of,
 )
 from pytest_lora.inspection.state.interrupts import Interrupts
+from pytest_lora.inspection.state.process import _Handlers, _write_handlers
 from pytest_lora.inspection.state.reachable import MOST_NAME, Reachable, _is_stateful, _trains
 from pytest_lora.inspection.state.tensors import (
     _SMALL_BYTES,
@@ -191,7 +194,7 @@ def test_a_tensor_gets_its_memory_and_its_settings_back() -> None:
     hooked = state(tensor)
     handle.remove()
     hooked.restore_settings()
-    assert list(tensor._backward_hooks.values()) == [print]  # type: ignore[union-attr]
+    assert list(tensor._backward_hooks.values()) == [print]
     kept.restore_settings()
     assert not tensor._backward_hooks
 
@@ -355,6 +358,13 @@ def test_the_order_of_what_is_registered_is_kept() -> None:
     assert len(held.changed()) == 1
 
 
+def test_a_child_under_another_name_is_another() -> None:
+    module = nn.Sequential(OrderedDict(a=nn.Linear(1, 1)))
+    kept = Attributes.of("x", module)
+    module._modules["b"] = module._modules.pop("a")
+    assert [entry[:2] for entry in kept.replaced_entries(module)] == [("_modules", "a"), ("_modules", "b")]
+
+
 @pytest.mark.parametrize(
     ("container", "before"),
     [
@@ -449,7 +459,7 @@ def test_what_is_followed() -> None:
 
     assert reached(by_default) == (["x"], ["x.inner"])
     holder = Other(trained)
-    holder.method = lambda: None  # type: ignore[attr-defined]
+    holder.method = lambda: None
     assert reached(Other.__init__.__get__(holder))[0] == ["x"]
     found = Reachable()
     found.add("x", [tensor])
@@ -490,6 +500,26 @@ def test_what_steps_change() -> None:
     kept = type("Cache", (), {"__module__": "transformers.cache_utils"})()
     assert _is_stateful(kept)
     assert _is_stateful(type("State", (), {"__module__": "bitsandbytes.functional"})())
+
+
+# ---------------------------------------------------------------------------------- process
+
+
+def test_handlers_of_a_library_that_is_imported_meanwhile_stay() -> None:
+    torch_s, nowhere_s = (logging.getLogger(name) for name in ("torch.of_a_test", "nowhere.of_a_test"))
+    before = [_Handlers.of(logger) for logger in (torch_s, nowhere_s, logging.root)]
+    assert [one.is_loaded for one in before] == [True, False, True]
+    handler = logging.NullHandler()
+    for logger in (torch_s, nowhere_s):
+        logger.addHandler(handler)
+        logger.propagate = False
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sys.modules, "nowhere", SimpleNamespace())
+        _write_handlers(before)
+    assert (torch_s.handlers, torch_s.propagate) == ([], True)
+    assert (nowhere_s.handlers, nowhere_s.propagate) == ([handler], False)
+    _write_handlers(before)
+    assert (nowhere_s.handlers, nowhere_s.propagate) == ([], True)
 
 
 # ---------------------------------------------------------------------------------- signals

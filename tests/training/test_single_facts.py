@@ -554,4 +554,4 @@ def test_the_loss_of_a_batch() -> None:
     with pytest.raises(NoLossError, match=r"not a tensor of shape \(2,\) and torch.float32"):
         loss_of(Gives(None), None, lambda model, batch: torch.ones(2))
     with pytest.raises(NoLossError, match="must return a scalar tensor, not 3"):
-        loss_of(Gives(None), None, lambda model, batch: 3)  # type: ignore[arg-type,return-value]
+        loss_of(Gives(None), None, lambda model, batch: 3)
