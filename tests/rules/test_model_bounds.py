@@ -1214,3 +1214,18 @@ def test_the_right_percentage() -> None:
         "reported_percent_is_wrong", model(STATE, total_parameters=0), Expect(reported_percent=5.0)
     )
     assert found.expected == "1000 %: 10 trainable of 0 parameters"
+
+
+@pytest.mark.parametrize(
+    ("rule", "facts"),
+    [
+        ("trained_dtypes_differ_in_a_shard", {**TWO_DTYPES, "version": 2}),
+        ("frozen_weights_get_gradients", SHARES),
+        ("packed_weights_are_cast", {"gathered_as": "bfloat16", "packed_as": ("float32",)}),
+    ],
+)
+def test_the_name_of_a_group(rule: str, facts: dict[str, Any]) -> None:
+    assert [told(rule, shard(name=name, **facts))[0].where for name in ("", "layers.0")] == [
+        "the model",
+        "layers.0",
+    ]
