@@ -1064,9 +1064,9 @@ Q2 = target("q", "layers.0.q", "layers.1.q")
 
 
 def naming(
-    *names: Any, known: dict[str, Any] | None = None, layers: Any = (layer(),), **fields: Any
+    *names: Any, known: dict[str, Any] | None = None, layers: Any = None, **fields: Any
 ) -> ConfigFacts:
-    return config(*layers, known={"names": names, **(known or {})}, **fields)
+    return config(*(layers or (layer(),)), known={"names": names, **(known or {})}, **fields)
 
 
 @pytest.mark.parametrize(

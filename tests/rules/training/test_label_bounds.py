@@ -371,3 +371,24 @@ def test_a_decay(sound: TrainingFacts, group: Any, expect: Any, words: list[str]
     says("weight_decay_erases_the_adapter", facts, *words, expect=Expect(**expect))
     fixes = [one.fix for one in told("weight_decay_erases_the_adapter", facts, Expect(**expect))]
     assert all(("and lr=" in fix) is ("and lr=" in words[0]) for fix in fixes)
+
+
+def test_clipping_under_the_default_eps(sound: TrainingFacts) -> None:
+    for limit, is_told in ((9e-9, True), (2e-8, False)):
+        facts = changed(sound, groups={"eps": None}, max_grad_norm=limit)
+        (tensor, *_) = facts.tensors
+        facts = replace(facts, tensors=(replace(tensor, numbers=1, held=True, trainable=True),))
+        says("gradients_are_clipped_away", facts, *(["warning: next to nothing is left"] if is_told else []))
+
+
+def test_a_loss_of_zero(sound: TrainingFacts) -> None:
+    zero = changed(sound, losses=(0.0, 0.0), norms=(0.0, 0.0))
+    says("loss_is_exactly_zero", replace(zero, labels=(known(),)), "error: exactly 0 at all 2 steps")
+    says("loss_is_exactly_zero", replace(zero, labels=(known(labels=0),)))
+    says("loss_is_exactly_zero", replace(changed(sound, losses=(0.0, 1.0)), labels=(known(),)))
+
+
+def test_classes_of_the_first_batch_that_knows_them(sound: TrainingFacts) -> None:
+    labels = (known(kind="classes", limit=None), known(kind="classes", limit=4))
+    facts = changed(sound, losses=(1.0, 1.0), labels=labels, history=(3.0, 3.0), batches=3)
+    says("loss_is_summed", facts, "error: the sum over 3 accumulation steps")
