@@ -86,3 +86,36 @@ def test_a_package_that_cannot_be_loaded_is_named(
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
     with pytest.raises(RuleError, match=rf"^the rules of acme = broken_\w+ \(.*\) cannot be loaded: {told}"):
         rules._load_others.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "aliases"),
+    [
+        ("loss_is_summed", "ACME900", ()),
+        ("acme_loss", "LORA325", ()),
+        ("acme_loss", "ACME900", ["LORA325"]),
+    ],
+)
+def test_a_name_or_a_code_that_is_taken(name: str, code: str, aliases: list[str]) -> None:
+    assert rules.find("LORA325") is not None
+
+    def own(facts: object, expect: Expect) -> Iterator[Violation]:
+        """Doc."""
+        yield from ()
+
+    own.__name__ = name
+    with pytest.raises(
+        ValueError, match=f"rule '{name}': its name or its code {code} is already that of 'loss_is_summed'"
+    ):
+        rules.rule(code, severity="error", needs=object, aliases=aliases)(own)
+
+
+def test_rules_on_facts_of_others_may_be_anywhere() -> None:
+    from pytest_lora.facts.config import ConfigFacts
+    from pytest_lora.facts.optimizer import OptimizerFacts
+
+    assert [rules._home(facts) for facts in (ConfigFacts, OptimizerFacts, Rule)] == [
+        "config",
+        "training",
+        None,
+    ]

@@ -652,6 +652,12 @@ def test_factors_of_which_a_part_is_there(
     says("saved_factors_are_filled_in_part", facts, *words, expect=Expect(**expect))
 
 
+def test_modules_of_which_a_part_is_there() -> None:
+    facts = of(marked("0.q", 4), marked("0.v", 4), marked("0.k", 6))
+    (found,) = told("saved_factors_are_filled_in_part", facts)
+    assert found.where.endswith("2 modules: 0.q, 0.v")
+
+
 # ------------------------------------------------------------------ what is saved in full
 
 

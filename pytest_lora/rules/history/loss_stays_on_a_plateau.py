@@ -119,9 +119,8 @@ def _found(facts: HistoryFacts, curve: CurveFacts) -> str | None:
         return None
     if _flat(curve):
         return f"the loss began at {start:.4g} and has not fallen by {_FALL:.0%}: it is {end:.4g}"
-    first = facts.evals[0].loss if facts.evals else 0.0
     if facts.evals_are_flat and curve.trend > _FELL and _too_little(curve.fall, start):
-        last = facts.evals[-1].loss
+        first, last = facts.evals[0].loss, facts.evals[-1].loss
         return f"the evaluation loss moved by less than {EVAL_FLAT:.0%}, from {first:.4g} to {last:.4g}"
     return _no_better(facts, curve)
 
