@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from pytest_lora.facts.alternatives import Alternative
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory_choices import Attention, Evaluation, Kernels, Loss, peak_rows
-from pytest_lora.facts.operations import NO_FLOPS, StepFlops
+from pytest_lora.facts.operations import NO_FLOPS, StepFlops, operation_in_words
 from pytest_lora.facts.parallel import Parallel
 
 Checkpointing = bool | Literal["reentrant"]
@@ -230,6 +230,13 @@ class MemoryEstimate:
         size = f"batch {self.setting.batch_size}"
         return f"{size} x {self.setting.seq_len} tokens" if self.has_tokens else size
 
+    @property
+    def peak_in_words(self) -> str:
+        """``"backward of layer 31: matrix product"``."""
+        at = next((p.layer for p in self.timeline if p.peak == self.peak_allocated), None)
+        layer = "" if at is None else f" of layer {at}"
+        return f"{self.peak_phase}{layer}: {operation_in_words(self.peak_operation)}"
+
     def __str__(self) -> str:
         rows = [
             *peak_rows(self.evaluation_peak, self.training_peak, self.peak_allocated),
@@ -253,7 +260,7 @@ class MemoryEstimate:
         shared = f"; the fullest of {self.setting.parallel}" if self.setting.parallel else ""
         head = (
             f"a training step{evaluation} of {self.architecture}, {self.batch}, "
-            f"r={self.rank}{shared}; peak in the {self.peak_phase}, {self.peak_operation}"
+            f"r={self.rank}{shared}; peak in the {self.peak_in_words}"
         )
         return "\n".join(
             (head, *(f"{name.ljust(width)}  {format_bytes(size):>10s}" for name, size in rows), *left_out)
