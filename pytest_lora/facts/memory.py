@@ -181,7 +181,8 @@ class MemoryEstimate:
         unmodelled: What is left out, which makes the figures a bound.
         over_ranks: With several GPUs the peaks of all of them together; 0 with one.
         by_formula: Parts of a step that are computed, where the library's own code cannot run.
-        training_peak, evaluation_peak: Those of both alone; 0 for no evaluation.
+        training_peak: That of the training alone; 0 for no evaluation.
+        evaluation_peak: That of the evaluation alone; 0 for none.
     """
 
     setting: StepSetting
