@@ -61,7 +61,8 @@ SHARED = {
 }
 DEFAULTS = {
     AXOLOTL: {
-        **SHARED, "double_quant": True, "dtype": "bfloat16", "precision": "bf16", "lora_dropout": 0.0, "batch_size": 1,
+        **SHARED, "kernels": True, "double_quant": True, "dtype": "bfloat16", "precision": "bf16", "lora_dropout": 0.0,
+        "batch_size": 1,
         "accumulation": 1, "seq_len": 512, "loss": "full", "gradient_checkpointing": False, "schedule": "cosine",
         "epochs": 1.0,
     },
@@ -103,11 +104,11 @@ CHANGES = [
     (AXOLOTL, "special_tokens: {additional_special_tokens: ['<|im_end|>']}", {}),
     (AXOLOTL, "special_tokens: {pad_token: x}", {}),
     (AXOLOTL, "tokens: [x, y]\nspecial_tokens: {additional_special_tokens: [mine]}", {"new_tokens": 2}),
-    (AXOLOTL, "load_in_8bit: true", {"quantization": "int8", "dtype": "float16"}),
+    (AXOLOTL, "load_in_8bit: true", {"quantization": "int8", "dtype": "float16", "kernels": False}),
     (AXOLOTL, "load_in_8bit: false", {}),
-    (AXOLOTL.replace("lora", "qlora"), "load_in_4bit: true", {"quantization": "nf4"}),
-    (AXOLOTL.replace("lora", "qlora"), "gptq: true", {"quantization": "nf4"}),
-    (AXOLOTL.replace("lora", "qlora"), "load_in_8bit: true", {"dtype": "float16"}),
+    (AXOLOTL.replace("lora", "qlora"), "load_in_4bit: true", {"adapter": "qlora", "quantization": "nf4"}),
+    (AXOLOTL.replace("lora", "qlora"), "gptq: true", {"adapter": "qlora", "quantization": "nf4"}),
+    (AXOLOTL.replace("lora", "qlora"), "load_in_8bit: true", {"adapter": "qlora", "dtype": "float16"}),
     (AXOLOTL, "bf16: auto", {}),
     (AXOLOTL, "bf16: full", {}),
     (AXOLOTL, "bfloat16: true", {}),
