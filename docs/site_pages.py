@@ -284,7 +284,7 @@ def _in_repository(uri: str, link: str) -> str | None:
 
 def _is_page(target: str) -> bool:
     """Whether the site has it anyway: the home page, pages and pictures."""
-    return target == "README.md" or (target.startswith("docs/") and target.endswith((".md", ".png")))
+    return target == "README.md" or (target.startswith("docs/") and target.endswith((".md", ".png", ".svg")))
 
 
 def site_uri(target: str) -> str:

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _adapters(paths: Iterable[str]) -> list[str]:
     """Folders that may hold adapters, none of them within another."""
-    from pytest_lora.plugin.adapter_items import KNOWN_BY
+    from pytest_lora.plugin.file_nodes import KNOWN_BY
 
     folders = {Path(p).parent if Path(p).name in KNOWN_BY else Path(p) for p in map(os.path.abspath, paths)}
     tops = [one for one in sorted(folders) if one.is_dir() and not folders & {*one.parents}]
@@ -81,7 +81,7 @@ def _adapters(paths: Iterable[str]) -> list[str]:
 
 def _recipes(paths: Iterable[str], *, if_any: bool) -> list[str]:
     """Recipes, and folders that may hold some."""
-    from pytest_lora.plugin.adapter_items import KNOWN_BY
+    from pytest_lora.plugin.file_nodes import KNOWN_BY
     from pytest_lora.plugin.recipe_items import is_recipe
 
     places = dict.fromkeys(Path(p) for p in map(os.path.abspath, paths) if Path(p).name not in KNOWN_BY)

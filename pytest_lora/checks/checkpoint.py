@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.arguments import refusing, require_config, require_expect
-from pytest_lora.checks.judging import report_on, reported
+from pytest_lora.checks.judging import NAMES_A_BASE, report_on, reported
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.figures.adapter_maps import checkpoint_maps
@@ -111,7 +111,7 @@ def _judged(
     findings += () if served is None else judge([served], expect)
     subject = f"adapter {facts.name}"
     named = subject if facts.fit is None else f"{subject} on {facts.fit.base.title}"
-    left = () if facts.fit is not None else (("no base given or known", _compared()),)
+    left = () if facts.fit is not None else ((f"no base given or known; {NAMES_A_BASE}", _compared()),)
     return reported(named, findings, select, ignore, checkpoint_maps(facts), of_checkpoint(facts), left)
 
 

@@ -14,6 +14,9 @@ from pytest_lora.rules.selection import selected
 NotJudged = tuple[tuple[str, str], ...]
 """Pairs: why something could not be judged, and what."""
 
+NAMES_A_BASE = "base=, --lora-base or ini lora_bases names one"
+"""What to do where a base is not known."""
+
 
 def rules_of(stage: str) -> str:
     """How many rules a stage has, in words: ``"41 training rules"``."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_lora.checks.judging import NotJudged, rules_of
+from pytest_lora.checks.judging import NAMES_A_BASE, NotJudged, rules_of
+from pytest_lora.checks.recipe_notation import placed, smaller_step
 from pytest_lora.checks.run_base import adapter_of, facts_on_base, known_base
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.recipes import RecipeCard, recipe_card
 from pytest_lora.facts.parallel import OFFLOAD_ENDING, divides_weights
-from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard, Value
+from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard
 from pytest_lora.findings import Finding
 from pytest_lora.rules import judge
 
@@ -67,7 +67,7 @@ def judged(
     no_card = () if budget is not None else (("no card given", rules_of("memory")),)
     if known is None:
         subject = f"{subject} (not compared with its base: {setting.base.value} is not known)"
-        left = (("base not known", rules_of("config")), *no_card)
+        left = ((f"base not known; {NAMES_A_BASE}", rules_of("config")), *no_card)
         return JudgedRun(subject, list(judge([facts], expect)), recipe_card(facts, cards, None, budget), left)
     config = config or adapter_of(setting, known)
     whole = expect.param_ratio is not None
@@ -82,7 +82,7 @@ def judged(
     findings = list(judge([facts], expect))
     if on_base is not None:
         asked = _expected(expect, setting, on_base)
-        findings += [_placed(f, facts, setting) for f in judge([on_base], asked)]
+        findings += [placed(f, facts, setting) for f in judge([on_base], asked)]
     estimate = None
     if budget is not None and config is not None and (facts.shard is None or facts.shard.fits):
         estimate = _estimate(facts, setting, config, known, cards)
@@ -128,45 +128,6 @@ def _expected(expect: Expect, setting: RunSetting, on_base: ConfigFacts) -> Expe
     return replace(expect, **changes) if changes else expect
 
 
-_FIELDS: tuple[tuple[str, str], ...] = (
-    ("target_modules", "target_modules"),
-    ("target_parameters", "target_parameters"),
-    ("modules_to_save", "modules_to_save"),
-    ("exclude_modules", "exclude_modules"),
-    ("new_tokens", "new_tokens"),
-    ("rank_exceeds", "r"),
-    ("lora_alpha", "lora_alpha"),
-    ("alpha", "lora_alpha"),
-    ("scaling", "lora_alpha"),
-    ("rank", "r"),
-    ("dropout", "lora_dropout"),
-    ("bias", "bias"),
-)
-
-
-def _placed(finding: Finding, facts: RecipeFacts, setting: RunSetting) -> Finding:
-    """A finding on the configuration at the line of the recipe that it comes from."""
-    text = f"{finding.rule} {finding.where} {finding.fix}"
-    field = next((name for word, name in _FIELDS if re.search(rf"\b{word}|{word}\b", text)), "target_modules")
-    value: Value = getattr(setting, field)
-    if not value.stated and field == "lora_alpha":
-        value = replace(value, line=setting.r.line)
-    if not value.stated and setting.modules_to_save.stated and "save" in finding.rule:
-        value = setting.modules_to_save
-    place = f"{facts.name}:{value.line}" if value.line else facts.name
-    here = f"`{value.key}`" + ("" if value.stated else f" ({value.source})" if value.source else "")
-    observed = finding.observed
-    if "ParamWrapper" in observed:
-        observed += ": the experts of this base are fused parameters and no modules, which names of them mean"
-    return replace(
-        finding,
-        observed=observed,
-        where=f"{place}: {value.key or field} ({finding.where})",
-        fix=f"{finding.fix}; in this recipe {field} is {here}",
-        line=value.line,
-    )
-
-
 def _estimate(
     facts: RecipeFacts, setting: RunSetting, config: LoraConfig, base: Any, cards: int
 ) -> MemoryEstimate | None:
@@ -200,7 +161,7 @@ def _memory(
         yield replace(
             finding,
             where=f"{facts.name}:{line}: {finding.where}" if line else f"{facts.name}: {finding.where}",
-            fix=f"{finding.fix} ({_smaller(setting)})",
+            fix=smaller_step(finding.fix, setting),
             line=line,
         )
 
@@ -220,14 +181,3 @@ def _may_fit(setting: RunSetting, estimate: MemoryEstimate, budget: int) -> bool
     partly = setting.loss.value == "chunked" and estimate.setting.loss == "full"
     saved = estimate.breakdown.get("logits and loss", 0) if partly else 0
     return budget < estimate.peak_allocated <= budget + saved
-
-
-def _smaller(setting: RunSetting) -> str:
-    """The keys of the recipe that make a step smaller, and do not yet."""
-    keys = [
-        *([] if setting.gradient_checkpointing.value else [setting.gradient_checkpointing.key]),
-        *([] if setting.batch_size.value == 1 else [setting.batch_size.key]),
-        setting.seq_len.key,
-        *([] if setting.quantization.value else [setting.quantization.key]),
-    ]
-    return "here: " + ", ".join(f"`{key}`" for key in keys if key)

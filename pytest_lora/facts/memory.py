@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from pytest_lora.facts.alternatives import Alternative
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory_choices import Attention, Evaluation, Kernels, Loss, peak_rows
-from pytest_lora.facts.operations import NO_FLOPS, StepFlops
+from pytest_lora.facts.operations import NO_FLOPS, StepFlops, operation_in_words
 from pytest_lora.facts.parallel import Parallel
 
 Checkpointing = bool | Literal["reentrant"]
@@ -181,7 +181,8 @@ class MemoryEstimate:
         unmodelled: What is left out, which makes the figures a bound.
         over_ranks: With several GPUs the peaks of all of them together; 0 with one.
         by_formula: Parts of a step that are computed, where the library's own code cannot run.
-        training_peak, evaluation_peak: Those of both alone; 0 for no evaluation.
+        training_peak: That of the training alone; 0 for no evaluation.
+        evaluation_peak: That of the evaluation alone; 0 for none.
     """
 
     setting: StepSetting
@@ -230,6 +231,13 @@ class MemoryEstimate:
         size = f"batch {self.setting.batch_size}"
         return f"{size} x {self.setting.seq_len} tokens" if self.has_tokens else size
 
+    @property
+    def peak_in_words(self) -> str:
+        """``"backward of layer 31: matrix product"``."""
+        at = next((p.layer for p in self.timeline if p.peak == self.peak_allocated), None)
+        layer = "" if at is None else f" of layer {at}"
+        return f"{self.peak_phase}{layer}: {operation_in_words(self.peak_operation)}"
+
     def __str__(self) -> str:
         rows = [
             *peak_rows(self.evaluation_peak, self.training_peak, self.peak_allocated),
@@ -253,7 +261,7 @@ class MemoryEstimate:
         shared = f"; the fullest of {self.setting.parallel}" if self.setting.parallel else ""
         head = (
             f"a training step{evaluation} of {self.architecture}, {self.batch}, "
-            f"r={self.rank}{shared}; peak in the {self.peak_phase}, {self.peak_operation}"
+            f"r={self.rank}{shared}; peak in the {self.peak_in_words}"
         )
         return "\n".join(
             (head, *(f"{name.ljust(width)}  {format_bytes(size):>10s}" for name, size in rows), *left_out)

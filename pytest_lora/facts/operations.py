@@ -36,3 +36,33 @@ def format_flops(count: float) -> str:
         if count >= 0.9995 * size:
             return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:,.0f} {unit}"
     return f"{count:.0f} FLOP"
+
+
+_IN_WORDS = (
+    ("log_softmax", "log-softmax of the loss over the vocabulary"),
+    ("nll_loss", "cross entropy of the loss"),
+    ("scaled_dot_product", "attention"),
+    ("softmax", "softmax of attention scores"),
+    ("dequantize", "unpacking of a quantized weight"),
+    ("to_copy", "cast to another dtype"),
+    ("adam", "step of the optimizer"),
+    ("foreach", "step of the optimizer"),
+    ("silu", "activation function"),
+    ("gelu", "activation function"),
+    ("sigmoid", "activation function"),
+    ("embedding", "embedding of the tokens"),
+    ("norm", "norm"),
+    ("dropout", "dropout"),
+    ("cat", "joining of tensors"),
+    ("mm", "matrix product"),
+    ("mul", "product, number by number"),
+    ("add", "sum, number by number"),
+)
+"""What operations of PyTorch do, by a part of their names; the first that fits counts."""
+
+
+def operation_in_words(name: str) -> str:
+    """``"log-softmax of the loss over the vocabulary"``; another operation by its name, less what PyTorch adds."""
+    plain = name.split(".")[1] if name.count(".") else name
+    found = next((words for part, words in _IN_WORDS if part in plain), "")
+    return found or plain.strip("_").replace("_", " ")

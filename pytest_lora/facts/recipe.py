@@ -121,7 +121,7 @@ class RunSetting:
     Attributes:
         tool: Name of the tool (``"Axolotl"``).
         base: Name or path of the base model.
-        adapter: ``"lora"``, or None where all weights are trained.
+        adapter: ``"lora"``, or as the tool calls it (``"qlora"``); None where all weights are trained.
         quantization: ``"nf4"``, ``"fp4"``, ``"int8"``, another method, or None.
         double_quant: Whether the constants of the quantization are quantized too.
         dtype: Dtype in which the base is loaded.

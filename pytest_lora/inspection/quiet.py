@@ -46,8 +46,8 @@ alone = Alone()
 def warnings_only_warn() -> Iterator[None]:
     """Where a session makes errors of warnings, those of libraries that we call for the user are shown instead.
 
-    They are about calls of ours (a name that transformers is going to drop, say), and no test of the user's could mend
-    them.
+    They are about calls of ours, and no test of the user's could mend them. What libraries are going to change, as in a
+    name of transformers that PEFT still asks for, is not shown either.
     """
     module: Any = warnings
     with warnings.catch_warnings():
@@ -56,6 +56,8 @@ def warnings_only_warn() -> Iterator[None]:
         module.filters[:] = [
             ("default", *rest) if action == "error" else (action, *rest) for action, *rest in before
         ]
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
         yield
 
 

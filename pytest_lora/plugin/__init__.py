@@ -47,9 +47,13 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
     if any(name in arg for arg in args for name in ADAPTER_FILES):
         from pytest_lora.plugin import adapter_items
 
-        adapter_items.refuse_code_beside(args)
+        adapter_items.refuse_code_beside_adapters(args)
+    if any(arg.endswith("::recipe") for arg in args):
+        from pytest_lora.plugin import recipe_items
+
+        recipe_items.refuse_code_beside_recipes(args)
     if "PYTEST_XDIST_WORKER" in os.environ:
-        from pytest_lora.plugin.session_options import asks_for_gpus
+        from pytest_lora.plugin.gpu_settings import asks_for_gpus
 
         if asks_for_gpus(early_config):
             from pytest_lora.plugin.gpu import pins

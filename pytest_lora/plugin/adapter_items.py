@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lora.cleaning import file_id, printable
-from pytest_lora.plugin.file_nodes import node_id, shown_path, unread
+from pytest_lora.cleaning import file_id
+from pytest_lora.plugin.file_nodes import (
+    KNOWN_BY,
+    named_adapters,
+    node_id,
+    refuse_code_beside,
+    shown_path,
+    unread,
+)
 from pytest_lora.plugin.item_reports import deliver, failure_text
 from pytest_lora.plugin.options import ADAPTER_FILES
 from pytest_lora.plugin.session_options import options_of
@@ -27,14 +34,8 @@ if TYPE_CHECKING:
     from pytest_lora.findings import Report
     from pytest_lora.inspection.checkpoint.fit import Base
 
-KNOWN_BY = (*ADAPTER_FILES, "adapter_model.bin", "pytorch_lora_weights.safetensors")
-"""Files that make a folder one with an adapter; the first that is there gives the items their names."""
-
 MAX_DEPTH = 32
 """Folders within folders that are searched."""
-
-CODE = ("conftest.py", "__init__.py")
-"""Files beside an argument that pytest itself imports."""
 
 KEPT = 8
 """Reports that are kept for the other items of their adapters; xdist may run these in turns."""
@@ -76,7 +77,7 @@ def in_folders(session: pytest.Session, folders: Iterable[str]) -> Iterator[pyte
             yield from session.genitems(adapters.directory(place, session))
 
 
-def refuse_code_beside(args: Sequence[str]) -> None:
+def refuse_code_beside_adapters(args: Sequence[str]) -> None:
     """Stop before pytest imports code that lies beside an adapter named on the command line.
 
     Raises:
@@ -84,16 +85,8 @@ def refuse_code_beside(args: Sequence[str]) -> None:
     """
     for arg in args:
         path = Path(arg.partition("::")[0])
-        if path.name not in ADAPTER_FILES:
-            continue
-        for name in CODE:
-            if os.path.lexists(path.parent / name):
-                raise pytest.UsageError(
-                    printable(
-                        f"{path.parent / name} lies beside {path.name}, and pytest would run it; "
-                        f"--lora-adapters={path.parent} checks the adapter and runs nothing"
-                    )
-                )
+        if path.name in KNOWN_BY:
+            refuse_code_beside(path, f"--lora-adapters={path.parent}", "the adapter")
 
 
 class Adapters:
@@ -102,6 +95,7 @@ class Adapters:
     def __init__(self, config: pytest.Config, folders: tuple[Path, ...]) -> None:
         self.config = config
         self.folders = frozenset(folders)
+        self._named = named_adapters(config, folders)
         self._base: Base | None = None
         self._reports: OrderedDict[Path, Report] = OrderedDict()
 
@@ -128,7 +122,8 @@ class Adapters:
 
     def _unnamed(self, session: pytest.Session) -> Iterator[pytest.Collector]:
         for folder in sorted(self.folders):
-            if not session.isinitpath(folder):
+            named = session.isinitpath(folder) or any(one.is_relative_to(folder) for one in self._named)
+            if not named:
                 yield self.directory(folder, session)
 
     def directory(

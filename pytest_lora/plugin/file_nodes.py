@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_lora.cleaning import file_id, printable
 from pytest_lora.findings import Finding, LoraHealthWarning
+from pytest_lora.plugin.options import ADAPTER_FILES
+
+if TYPE_CHECKING:
+    import pytest
+
+
+KNOWN_BY = (*ADAPTER_FILES, "adapter_model.bin", "pytorch_lora_weights.safetensors")
+"""Files that make a folder one with an adapter; the first that is there gives the items their names."""
+
+CODE = ("conftest.py", "__init__.py")
+"""Files beside an argument that pytest itself imports."""
 
 
 def node_id(path: Path, root: Path, top: Path) -> str:
@@ -23,6 +37,88 @@ def shown_path(path: Path, root: Path, top: Path) -> Path:
 def _divided(path: Path, root: Path, top: Path) -> tuple[Path, str]:
     start = root if path.is_relative_to(root) else top.parent
     return start, "/".join(map(file_id, path.relative_to(start).parts)) or "."
+
+
+def may_be_recipe(name: str) -> bool:
+    """Whether a file of this name is one to look into for a recipe."""
+    from pytest_lora.inspection.recipe import SUFFIXES
+
+    return name not in ADAPTER_FILES and name.endswith(SUFFIXES)
+
+
+def named_adapters(config: pytest.Config, folders: Iterable[Path]) -> frozenset[Path]:
+    """The files of adapters in these folders that the command line names."""
+    return frozenset(file for file in _named_files(config, folders) if file.name in KNOWN_BY)
+
+
+def named_recipes(config: pytest.Config, places: Iterable[Path]) -> frozenset[Path]:
+    """The files in these places that the command line names, as far as they may be recipes."""
+    places = tuple(places)
+    return frozenset(
+        file for file in _named_files(config, places) if file in places or may_be_recipe(file.name)
+    )
+
+
+def _named_files(config: pytest.Config, tops: Iterable[Path]) -> frozenset[Path]:
+    """The files in these folders that the command line names, by path or by node id, and no folder above them.
+
+    Ids of what lies outside of the root, or has an escape in its name, are no paths; such an argument becomes one.
+    """
+    if config.args_source is not config.ArgsSource.ARGS:
+        return frozenset()
+    home, tops = config.invocation_params.dir, tuple(tops)
+    for number, arg in enumerate(config.args):
+        path, colons, names = arg.partition("::")
+        if colons and not os.path.lexists(home / path):
+            found = next(filter(None, (_path_of(path, config.rootpath, top) for top in tops)), None)
+            config.args[number] = f"{found}{colons}{names}" if found else arg
+    given = [Path(os.path.realpath(home / arg.partition("::")[0])) for arg in config.args]
+    folders = {path for path in given if os.path.isdir(path)}
+    return frozenset(
+        path
+        for path in given
+        if os.path.isfile(path)
+        and folders.isdisjoint(path.parents)
+        and any(path.is_relative_to(top) for top in tops)
+    )
+
+
+def _path_of(identifier: str, root: Path, top: Path) -> Path | None:
+    """The path in a folder of which this is the node id, if there is one."""
+    path = root if top.is_relative_to(root) else top.parent
+    for part in identifier.split("/"):
+        try:
+            names = os.listdir(path)
+        except OSError:
+            return None
+        name = next((name for name in names if file_id(name) == part), None)
+        if name is None:
+            return None
+        path /= name
+    return path if path.is_relative_to(top) else None
+
+
+def refuse_code_beside(path: Path, flag: str, checked: str) -> None:
+    """Stop before pytest imports code that lies beside a file named on the command line.
+
+    Args:
+        path: The file.
+        flag: What names it without running anything.
+        checked: What that then checks, in words.
+
+    Raises:
+        pytest.UsageError: There is such code.
+    """
+    for name in CODE:
+        if os.path.lexists(path.parent / name):
+            import pytest
+
+            raise pytest.UsageError(
+                printable(
+                    f"{path.parent / name} lies beside {path.name}, and pytest would run it; {flag} checks "
+                    f"{checked} and runs nothing"
+                )
+            )
 
 
 def is_strict(finding: Finding, place: str) -> bool:

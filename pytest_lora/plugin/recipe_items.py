@@ -12,13 +12,22 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_lora.cleaning import file_id
-from pytest_lora.plugin.file_nodes import node_id, place_of_warning, shown_path
+from pytest_lora.plugin.file_nodes import (
+    may_be_recipe,
+    named_recipes,
+    node_id,
+    place_of_warning,
+    refuse_code_beside,
+    shown_path,
+)
 from pytest_lora.plugin.item_reports import deliver, failure_text
-from pytest_lora.plugin.options import ADAPTER_FILES
 from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterator, Sequence
+
+ITEM = "recipe"
+"""Name of the item of a recipe."""
 
 MAX_DEPTH = 16
 """Folders within folders that are searched."""
@@ -32,11 +41,23 @@ def enable(config: pytest.Config, places: tuple[Path, ...]) -> None:
     config.pluginmanager.register(Recipes(config, places), "lora-recipe-items")
 
 
+def refuse_code_beside_recipes(args: Sequence[str]) -> None:
+    """Stop before pytest imports code that lies beside a recipe named on the command line.
+
+    Raises:
+        pytest.UsageError: There is such code.
+    """
+    for path, _, name in (arg.partition("::") for arg in args):
+        if name == ITEM:
+            refuse_code_beside(Path(path), f"--lora-recipes={path}", "the recipe")
+
+
 class Recipes:
     """The hooks of a session with recipes."""
 
     def __init__(self, config: pytest.Config, places: tuple[Path, ...]) -> None:
         self.config, self.places = config, places
+        self.named = named_recipes(config, places)
         self.files = self.recipes = 0
 
     @pytest.hookimpl(wrapper=True)
@@ -46,16 +67,32 @@ class Recipes:
         """Put the recipes beside what is named on the command line."""
         report = yield
         if isinstance(collector, pytest.Session) and report.passed:
-            report.result = [*report.result, *(self._place(collector, place) for place in self.places)]
+            whole = [place for place in self.places if not self._named_in(place)]
+            report.result = [*report.result, *(self._place(collector, place) for place in whole)]
         return report
+
+    def _named_in(self, place: Path) -> bool:
+        return any(file.is_relative_to(place) for file in self.named)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
         """Take folders of recipes out of pytest's hands, which would import a conftest.py among them."""
-        if path not in self.places:
+        if path not in self.places or self._named_in(path):
             return None
         nothing: pytest.Collector = Nothing.from_parent(parent, name=path.name, path=path)
         return nothing
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        """Collect a recipe that is named on the command line."""
+        file = file_path.resolve() if parent.session.isinitpath(file_path) else file_path
+        if file not in self.named:
+            return None
+        top = next(place for place in self.places if file.is_relative_to(place))
+        recipe: pytest.Collector = RecipeFile.from_parent(
+            parent, path=file_path, nodeid=node_id(file, self.config.rootpath, top), recipes=self, top=top
+        )
+        return recipe
 
     def _place(self, session: pytest.Session, place: Path) -> pytest.Collector:
         collector: pytest.Collector = RecipePlace.from_parent(
@@ -81,15 +118,16 @@ class Recipes:
             self.files += 1
             if number == told and len(files) > PROGRESS_FROM:
                 told = self._progress(number, len(files))
-            if not is_recipe(file, named=file == parent.path):
-                continue
-            self.recipes += 1
-            start = self.config.rootpath, parent.path
-            item = RecipeItem.from_parent(
-                parent, name="recipe", path=file, nodeid=f"{node_id(file, *start)}::recipe"
-            )
-            item.shown = shown_path(file, *start)
-            yield item
+            if is_recipe(file, named=file == parent.path):
+                yield self.item(file, parent, parent.path)
+
+    def item(self, file: Path, parent: pytest.Collector, top: Path) -> pytest.Item:
+        """The item of a recipe in a folder that was named."""
+        self.recipes += 1
+        start = self.config.rootpath, top
+        item = RecipeItem.from_parent(parent, name=ITEM, path=file, nodeid=f"{node_id(file, *start)}::{ITEM}")
+        item.shown = shown_path(file, *start)
+        return item
 
     def _progress(self, number: int, files: int) -> int:
         """Say how far it is; on a terminal in one line, elsewhere ever more rarely.
@@ -119,6 +157,20 @@ class RecipePlace(pytest.Collector):
     def collect(self) -> Iterator[pytest.Item]:
         """Yield an item for each recipe."""
         return self.recipes.items(self)
+
+
+class RecipeFile(pytest.File):
+    """A recipe that is named on the command line."""
+
+    def __init__(self, *, recipes: Recipes, top: Path, **others: Any) -> None:
+        super().__init__(**others)
+        self.recipes, self.top = recipes, top
+
+    def collect(self) -> Iterator[pytest.Item]:
+        """Yield the item, unless the file is YAML and no recipe."""
+        self.recipes.files += 1
+        if is_recipe(self.path, named=True):
+            yield self.recipes.item(self.path.resolve(), self, self.top)
 
 
 class Nothing(pytest.Collector):
@@ -169,8 +221,6 @@ class RecipeItem(pytest.Item):
 
 
 def _files(place: Path, depth: int = 0) -> Iterator[Path]:
-    from pytest_lora.inspection.recipe import SUFFIXES
-
     if place.is_file():
         yield place
         return
@@ -183,9 +233,7 @@ def _files(place: Path, depth: int = 0) -> Iterator[Path]:
         if entry.is_dir(follow_symlinks=False):
             if depth < MAX_DEPTH and not entry.name.startswith("."):
                 yield from _files(place / entry.name, depth + 1)
-        elif entry.name in ADAPTER_FILES:
-            continue
-        elif entry.name.endswith(SUFFIXES) and entry.is_file(follow_symlinks=False):
+        elif may_be_recipe(entry.name) and entry.is_file(follow_symlinks=False):
             yield place / entry.name
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from pytest_lora.plugin.gpu_settings import MOST_DIGITS, device_of, gpus_per_worker
+from pytest_lora.plugin.places import adapter_folders, beside_ini, hub_hint, placed, recipe_places, shown
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ class LoraOptions:
         env = os.environ.get("RUN_SLOW", "").lower() in ("1", "yes", "true", "on", "y")
         return cls(
             model=_model_folder(config),
-            adapters=tuple(_adapter_folders(config)),
-            recipes=tuple(_recipe_places(config)),
+            adapters=adapter_folders(config),
+            recipes=recipe_places(config),
             card=_card(config),
             base=_base(config),
             bases=dict(_named_base(config, line) for line in config.getini("lora_bases")),
@@ -86,7 +88,7 @@ class LoraOptions:
             ignore=_codes(config, "ignore"),
             strict=bool(config.getoption("lora_strict") or config.getini("lora_strict")),
             slow=bool(config.getoption("lora_slow") or config.getini("lora_slow") or env),
-            device=_device(config.getoption("lora_device")),
+            device=device_of(config.getoption("lora_device")),
             require_gpu=config.getoption("lora_require_gpu"),
             gpu_report=config.getoption("lora_gpu_report"),
             gpus_per_worker=gpus_per_worker(config),
@@ -132,7 +134,7 @@ def _model_folder(config: pytest.Config) -> Path | None:
     if folder is None:
         return None
     if not folder.is_dir():
-        hint = _hub_hint(config.getoption("lora_model") or "") or "; models are never downloaded"
+        hint = hub_hint(config.getoption("lora_model") or "") or "; models are never downloaded"
         raise pytest.UsageError(f"{source}: there is no folder {str(folder)!r}{hint}")
     if not (folder / "config.json").is_file():
         raise pytest.UsageError(
@@ -152,7 +154,7 @@ def _base(config: pytest.Config) -> Path | str | None:
     if not path.exists() and is_name(given) and (given in names or find_shape(given) is not None):
         return given
     raise pytest.UsageError(
-        f"{source}: {str(path)!r} is no model folder and no config.json, and {_shown(given)} is no public model that "
+        f"{source}: {str(path)!r} is no model folder and no config.json, and {shown(given)} is no public model that "
         "is known"
     )
 
@@ -160,30 +162,21 @@ def _base(config: pytest.Config) -> Path | str | None:
 def _named_base(config: pytest.Config, line: str) -> tuple[str, Path]:
     name, equals, place = (part.strip() for part in line.partition("="))
     if not (name and equals and place):
-        raise pytest.UsageError(f"ini lora_bases: {_shown(line)} is not NAME = PATH")
-    path = _placed("ini lora_bases", _beside_ini(config), place)
+        raise pytest.UsageError(f"ini lora_bases: {shown(line)} is not NAME = PATH")
+    path = placed("ini lora_bases", beside_ini(config), place)
     if not (path.is_file() or (path / "config.json").is_file()):
         raise pytest.UsageError(f"ini lora_bases: {str(path)!r} is no model folder and no config.json")
     return name, path
 
 
-def _adapter_folders(config: pytest.Config) -> Iterator[Path]:
-    for flag in config.getoption("lora_adapters"):
-        yield _folder_of_adapters("--lora-adapters", config.invocation_params.dir, flag)
-    if config.getoption("lora_adapters") or config.args_source is config.ArgsSource.ARGS:
-        return
-    for line in config.getini("lora_adapters"):
-        yield _folder_of_adapters("ini lora_adapters", _beside_ini(config), line)
-
-
 def _report_file(config: pytest.Config, given: str) -> Path:
     from pytest_lora.report import FORMATS, format_of
 
-    path = _placed("--lora-report", config.invocation_params.dir, given)
+    path = placed("--lora-report", config.invocation_params.dir, given)
     if not format_of(path.name):
-        raise pytest.UsageError(f"--lora-report: {_shown(given)} must end in {', '.join(sorted(FORMATS))}")
+        raise pytest.UsageError(f"--lora-report: {shown(given)} must end in {', '.join(sorted(FORMATS))}")
     if path.is_dir():
-        raise pytest.UsageError(f"--lora-report: {_shown(given)} is a folder; name a file")
+        raise pytest.UsageError(f"--lora-report: {shown(given)} is a folder; name a file")
     return path
 
 
@@ -193,26 +186,10 @@ def _baseline_file(config: pytest.Config) -> Path | None:
         if config.getoption("lora_update_baseline"):
             raise pytest.UsageError("--lora-update-baseline: say which file, with --lora-baseline FILE")
         return None
-    path = _placed("--lora-baseline", config.invocation_params.dir, given)
+    path = placed("--lora-baseline", config.invocation_params.dir, given)
     if path.is_dir() or not path.parent.is_dir():
-        raise pytest.UsageError(f"--lora-baseline: {_shown(given)} must be a file in a folder that exists")
+        raise pytest.UsageError(f"--lora-baseline: {shown(given)} must be a file in a folder that exists")
     return path
-
-
-def _recipe_places(config: pytest.Config) -> Iterator[Path]:
-    flags = config.getoption("lora_recipes")
-    for flag in flags:
-        yield _recipe_place("--lora-recipes", config.invocation_params.dir, flag)
-    if not flags and config.args_source is not config.ArgsSource.ARGS:
-        for line in config.getini("lora_recipes"):
-            yield _recipe_place("ini lora_recipes", _beside_ini(config), line)
-
-
-def _recipe_place(source: str, where: Path, given: str) -> Path:
-    place = _placed(source, where, given)
-    if not place.exists():
-        raise pytest.UsageError(f"{source}: there is no file or folder {str(place)!r}{_hub_hint(given)}")
-    return place.resolve()
 
 
 _CARD = re.compile(r"(?:(\d{1,6})\s*[xX]\s*)?(\S.*)")
@@ -228,80 +205,24 @@ def _card(config: pytest.Config) -> tuple[int, str | None]:
     match = _CARD.fullmatch(given.strip())
     source = "--lora-card" if config.getoption("lora_card") else "ini lora_card"
     if match is None or not int(match[1] or 1):
-        raise pytest.UsageError(f"{source}: {_shown(given)} is no memory of cards; write 24GiB or 8x80GiB")
+        raise pytest.UsageError(f"{source}: {shown(given)} is no memory of cards; write 24GiB or 8x80GiB")
     try:
         parse_bytes(match[2], "size")
     except (TypeError, ValueError) as error:
-        raise pytest.UsageError(f"{source}: {_shown(given)} is no memory of cards: {error}") from error
+        raise pytest.UsageError(f"{source}: {shown(given)} is no memory of cards: {error}") from error
     return int(match[1] or 1), match[2]
-
-
-def _folder_of_adapters(source: str, where: Path, given: str) -> Path:
-    folder = _placed(source, where, given)
-    if not folder.is_dir():
-        hint = _hub_hint(given) or "; adapters are never downloaded"
-        raise pytest.UsageError(f"{source}: there is no folder {str(folder)!r}{hint}")
-    return folder.resolve()
-
-
-def _hub_hint(given: str) -> str:
-    from pytest_lora.arguments import hub_hint  # a worker of xdist reads no more than it needs
-
-    return hub_hint(given)
-
-
-def _placed(source: str, home: Path, given: str) -> Path:
-    """A path as it was written, relative to a folder.
-
-    Raises:
-        pytest.UsageError: The system cannot look at it: it is too long, say, or has a NUL.
-    """
-    try:
-        path = home / Path(given).expanduser()
-        path.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # the last for a home that there is not
-        raise pytest.UsageError(f"{source}: {_shown(given)} is no path: {_shown(str(error))}") from error
-    return path
 
 
 def _path(config: pytest.Config, name: str) -> tuple[str, Path | None]:
     """Where a path is set, and the path: the flag is relative to where pytest was called, ini to its own folder."""
     if flag := config.getoption(f"lora_{name}"):
-        return f"--lora-{name}", _placed(f"--lora-{name}", config.invocation_params.dir, flag)
+        return f"--lora-{name}", placed(f"--lora-{name}", config.invocation_params.dir, flag)
     if ini := config.getini(f"lora_{name}"):
-        return f"ini lora_{name}", _placed(f"ini lora_{name}", _beside_ini(config), ini)
+        return f"ini lora_{name}", placed(f"ini lora_{name}", beside_ini(config), ini)
     return "", None
 
 
-def _beside_ini(config: pytest.Config) -> Path:
-    return config.inipath.parent if config.inipath else config.rootpath
-
-
-def _device(text: str) -> str:
-    kind, colon, index = text.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "xpu", "mps") or (
-        colon and not (kind == "cuda" and index.isdecimal())
-    ):
-        raise pytest.UsageError(f"--lora-device: {_shown(text)} is none of auto, cpu, cuda, cuda:N, xpu, mps")
-    return text
-
-
-def gpus_per_worker(config: pytest.Config) -> int:
-    """The ini value; 0 if it is not set.
-
-    Raises:
-        pytest.UsageError: It is no number.
-    """
-    text = config.getini("lora_gpus_per_worker") or "0"
-    if not text.isdecimal() or len(text) > MOST_DIGITS:
-        raise pytest.UsageError(f"ini lora_gpus_per_worker: {_shown(text)} is no number of GPUs")
-    return int(text)
-
-
 RANKS = (4, 8, 16)
-
-MOST_DIGITS = 6
-"""Of a number of GPUs or a rank."""
 
 
 def _ranks(config: pytest.Config) -> tuple[int, ...]:
@@ -314,25 +235,7 @@ def _ranks(config: pytest.Config) -> tuple[int, ...]:
             sound = all(part.isdecimal() and len(part) <= MOST_DIGITS and int(part) for part in parts)
             if not sound or len(set(parts)) < len(parts):
                 raise pytest.UsageError(
-                    f"{source}: {_shown(text)} are no ranks; write different ones, as in 4,8,16"
+                    f"{source}: {shown(text)} are no ranks; write different ones, as in 4,8,16"
                 )
             return tuple(map(int, parts))
     return RANKS
-
-
-def asks_for_gpus(early_config: pytest.Config) -> bool:
-    """Whether the command line or the ini file shows, before anything is imported, that there are GPU tests.
-
-    Raises:
-        pytest.UsageError: There is no such device.
-    """
-    flags = early_config.known_args_namespace
-    device = _device(flags.lora_device)
-    asked = flags.lora_require_gpu or flags.lora_gpu_report or early_config.getini("lora_gpus_per_worker")
-    return device.startswith("cuda") or bool(device == "auto" and asked)
-
-
-def _shown(value: object) -> str:
-    from pytest_lora.values import shown  # not where a session starts that has nothing to refuse
-
-    return shown(value)

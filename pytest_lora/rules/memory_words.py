@@ -8,6 +8,7 @@ from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts, StepSetting
 from pytest_lora.facts.parallel import SHARDED
 
+_KBIT = "prepare_model_for_kbit_training"
 _INDENT = "\n            "
 _NAMED = 3
 _FROZEN = ("base weights", "quantized base weights", "quantization statistics", "embeddings and head")
@@ -19,7 +20,8 @@ def step_in_words(estimate: MemoryEstimate) -> str:
     stored = asked.dtype
     if asked.quantization is not None:
         double = " with double quantization" if asked.quantization.double_quant else ""
-        stored = f"{asked.quantization.method}{double}, else {asked.dtype}"
+        rest = f"float32 by {_KBIT}" if asked.prepare_for_kbit else asked.dtype
+        stored = f"{asked.quantization.method}{double}, else {rest}"
     shared = f", the fullest of {asked.parallel}" if asked.parallel else ""
     return (
         f"a step of {estimate.architecture}{shared}, {estimate.batch}, r={estimate.rank}, "
@@ -51,6 +53,17 @@ def largest_parts(estimate: MemoryEstimate, categories: Iterable[str] | None = N
     parts = [(name, estimate.breakdown[name]) for name in chosen if name in estimate.breakdown]
     largest = sorted(parts, key=lambda part: -part[1])[:_NAMED]
     return ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
+
+
+def in_float32(estimate: MemoryEstimate) -> str:
+    """Why a quantized base may need more than one in 16 bits, where that is so; else empty.
+
+    PEFT's ``prepare_model_for_kbit_training`` casts every parameter of 16 bits that is not packed to float32
+    (``peft.utils.other``), and the hidden states follow the embeddings.
+    """
+    if not estimate.setting.prepare_for_kbit or estimate.setting.dtype == "float32":
+        return ""
+    return f"; {_KBIT} casts embeddings, norms and head to float32, and hidden states and logits follow them"
 
 
 def advice(facts: MemoryFacts) -> str:

@@ -249,11 +249,13 @@ def watch_training(
     What the optimizer's first two steps show, gradients among it, is judged with the first loss after them.
 
     Example:
+        ```python
         with watch_training(model, optimizer, total_steps=len(batches)) as watch:
             for batch in batches:
                 loss = model(**batch).loss
                 ...
                 watch.log(loss)
+        ```
 
     Args:
         model: The model with its adapters; looked at, never run.

@@ -49,7 +49,7 @@ class LoraLifecycle(RuleBasedStateMachine):
     After each step every adapter gives what it gave last and the base what it gave at first: bit for bit, or within
     rounding once something was merged. And ``check_model`` finds no error. In between, the base is packed to 4 bits
     under its adapters, and the laws of ``assert_lora_laws`` are held. Your own model takes its place in three
-    lines::
+    lines:
 
         class OwnLifecycle(LoraLifecycle):
             def make_base(self):

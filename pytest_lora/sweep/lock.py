@@ -33,7 +33,8 @@ class RankLock:
         verdicts: What each rule said.
         unsettled: What the evidence did not settle.
         data: The slice that the trials were trained on.
-        settings, versions: Those of the sweep.
+        settings: Those of the sweep.
+        versions: Those of the sweep.
         evidence: The sweep, without the losses of its trials, as ``SweepResult.to_json`` writes it.
     """
 

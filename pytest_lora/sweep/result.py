@@ -70,7 +70,7 @@ class SweepResult:
             min_gain: Gain of a doubling that pays, as a share of the metric's size.
 
         Returns:
-            The rank, every rule's verdict, the runner-up, and What the evidence does not settle.
+            The rank, every rule's verdict, the runner-up, and what the evidence does not settle.
 
         Raises:
             TypeError: A threshold is no number.

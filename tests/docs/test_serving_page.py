@@ -25,7 +25,7 @@ def sections() -> Iterator[str]:
     for name, server in SERVERS.items():
         link = f"[{server.repository}](https://github.com/{server.repository})"
         yield f"### `{name}`: {server.name}"
-        yield f"{link}: {server.source}"
+        yield f"{link}: {server.source}".replace("__", r"\_\_")
         yield "| | | |\n| --- | --- | --- |"
         yield from (
             f"| {NAMES[feature]} | {treatment.outcome} | it {treatment.reason} |"

@@ -112,6 +112,23 @@ def test_one_adapter_is_named_on_the_command_line(adapters: Path, pytester: pyte
     )
 
 
+def test_an_id_that_was_printed_can_be_run_again(adapters: Path, pytester: pytest.Pytester) -> None:
+    named = "adapters/rank/adapter_config.json::shapes"
+    for flags in (["--lora-adapters=adapters"], ["-o", "lora_adapters=adapters"], []):
+        result = run(pytester, *flags, named)
+        result.assert_outcomes(failed=1)
+        result.stdout.fnmatch_lines([f"FAILED {named} - *"])
+    (adapters / "sound/adapter_model.safetensors").rename(adapters / "sound/other")
+    (adapters / "sound/adapter_config.json").rename(adapters / "sound/adapter_model.bin")
+    known_by = "adapters/sound/adapter_model.bin::files"
+    run(pytester, "-o", "lora_adapters=adapters", known_by).assert_outcomes(passed=1, warnings=1)
+    away = pytester.mkdir("away")
+    adapters.rename(away / "adapters")
+    pytester.mkdir("here").joinpath("pytest.ini").write_text("[pytest]\n")
+    os.chdir(pytester.path / "here")
+    run(pytester, f"--lora-adapters={away / 'adapters'}", named).assert_outcomes(failed=1)
+
+
 def test_a_folder_named_on_the_command_line_holds_adapters_where_it_holds_no_test(
     adapters: Path, pytester: pytest.Pytester
 ) -> None:

@@ -380,3 +380,12 @@ def test_the_file_of_the_base_is_mapped_so_that_workers_share_it(monkeypatch: py
     tiny.load_tiny()
     assert mapped
     assert all(mapped)
+
+
+def test_what_libraries_are_going_to_change_is_not_shown_where_the_adapter_is_made(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.makepyfile("def test_it(lora_model): assert lora_model.peft_config")
+    result = run(pytester, "-W", "error::FutureWarning", "-W", "error::DeprecationWarning")
+    result.assert_outcomes(passed=1)
+    result.stdout.no_fnmatch_line("*FutureWarning*")

@@ -102,3 +102,46 @@ def test_wrong_values_are_usage_errors(pytester: pytest.Pytester, args: list[str
     assert any(
         line.startswith(f"ERROR: {message.format(path=pytester.path)}") for line in result.stderr.lines
     )
+
+
+def test_an_id_that_was_printed_can_be_run_again(
+    configs: Path, pytester: pytest.Pytester, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (failed,) = [line.split()[1] for line in run(pytester, "--lora-recipes=configs/asks.yml").outlines
+                 if line.startswith("FAILED")]  # fmt: skip
+    assert failed == "configs/asks.yml::recipe"
+    inner = "configs/inner/typo.yaml::recipe"
+    for flags in (["--lora-recipes=configs"], ["-o", "lora_recipes=configs"]):
+        result = run(pytester, *flags, failed)
+        result.assert_outcomes(failed=1)
+        result.stdout.fnmatch_lines([f"FAILED {failed} - *"])
+        run(pytester, *flags, failed, inner).assert_outcomes(failed=1, passed=1, warnings=1)
+        run(pytester, *flags, "configs/inner/typo.yaml").assert_outcomes(passed=1, warnings=1)
+    pytester.makepyfile("def test_plain(): ...")
+    run(pytester, "-o", "lora_recipes=configs", "test_an_id_that_was_printed_can_be_run_again.py").assert_outcomes(
+        passed=1
+    )  # fmt: skip
+    run(pytester, "--lora-recipes=configs", "configs").assert_outcomes(passed=2, failed=2, warnings=1)
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "recipes"
+    elsewhere.mkdir()
+    (elsewhere / "of\u202eme.yml").write_text(RECIPE)
+    (elsewhere / "other.yml").write_text(RECIPE)
+    (outside, _) = [
+        line
+        for line in run(pytester, f"--lora-recipes={elsewhere}", "--collect-only", "-q").outlines
+        if line.startswith("recipes/")
+    ]
+    assert outside == "recipes/of%E2%80%AEme.yml::recipe"
+    run(pytester, f"--lora-recipes={elsewhere}", outside).assert_outcomes(passed=1)
+
+
+def test_naming_a_recipe_runs_no_code_beside_it(configs: Path, pytester: pytest.Pytester) -> None:
+    (configs / "conftest.py").write_text("raise SystemExit('executed')\n")
+    result = run(pytester, "--lora-recipes=configs", "configs/sound.yaml::recipe")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        [
+            "ERROR: configs/conftest.py lies beside sound.yaml, and pytest would run it; "
+            "--lora-recipes=configs/sound.yaml checks the recipe and runs nothing"
+        ]
+    )

@@ -85,9 +85,10 @@ def test_quiet_plain_and_verbose(recipes: Path, pytester: pytest.Pytester) -> No
     assert "recipes: 20 of 22 files" in plain.outlines
     lines = health(plain)
     assert lines[0] == "22 subjects in 22 tests: 20 healthy, 1 with errors, 1 with warnings"
-    (left,) = (line for line in lines if line.startswith("not judged: "))
-    assert re.fullmatch(
-        r"not judged: \d+ config rules \(base not known\); \d+ memory rules \(no card given\)", left
+    assert re.search(
+        r" not judged: \d+ config rules \(base not known; base=, --lora-base or ini lora_bases names one\); "
+        r"\d+ memory rules \(no card given\) ",
+        " ".join(" ".join(lines).split()),
     )
     assert [line[:7] for line in lines[-2:]] == ["LORA610", "LORA603"]
     quiet = run(pytester, "--lora-recipes=configs", "-q")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ USUAL = {
     "optimizer": "adamw_torch",
     "accumulation": 1,
 }
+UNCAST = {"prepare_for_kbit": False, "adapter_dtype": "bfloat16"}
+"""What TRL leaves as it is in a quantized base, and what it casts."""
 
 
 @pytest.mark.parametrize(
@@ -46,8 +49,8 @@ USUAL = {
         ({"dtype": "bfloat16"}, "float16", {}),
         ({"dtype": "float32"}, None, {"dtype": "float32", "autocast": False}),
         ({}, "float8_e4m3fn", None),
-        ({"quantization": "nf4"}, None, {"quantization": "nf4"}),
-        ({"quantization": "int8"}, None, {"quantization": "int8"}),
+        ({"quantization": "nf4"}, None, {"quantization": "nf4", **UNCAST}),
+        ({"quantization": "int8"}, None, {"quantization": "int8", **UNCAST}),
         ({"quantization": "gptq"}, None, None),
         ({"batch_size": 1}, None, {"batch_size": 1}),
         ({"batch_size": 0}, None, None),
@@ -246,3 +249,11 @@ def test_conversations_are_known_by_the_first_two_rows(tmp_path: Path, lines: li
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert Tree(tmp_path).holds_conversations("train.jsonl") is are
     assert not Tree(tmp_path).holds_conversations("nowhere.jsonl")
+
+
+@pytest.mark.parametrize("tool", ["Axolotl", "LLaMA-Factory", "TRL", "ms-swift"])
+def test_only_where_nothing_is_known_of_a_tool_is_a_quantized_base_cast_to_float32(tool: str) -> None:
+    quantized = replace(run(**STEP, quantization="nf4"), tool=tool)
+    known = tool != "ms-swift"
+    assert (step_arguments(quantized, None) or {}).get("prepare_for_kbit") == (False if known else None)
+    assert "prepare_for_kbit" not in (step_arguments(replace(quantized, quantization=Value()), None) or {})

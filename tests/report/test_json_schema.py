@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pytest_lora import Finding, Report
+from pytest_lora.checks.judging import NAMES_A_BASE
 from pytest_lora.report import rendered
 from pytest_lora.report.session import FORMAT, GpuUse, RanTest, Session
 from tests.plugin.sessions import run
@@ -43,7 +44,10 @@ def test_reports_hold_to_the_published_schema(pytester: pytest.Pytester) -> None
     run(pytester, "--lora-recipes=recipe.yaml", "--lora-report=report.json")
     data = validated((pytester.path / "report.json").read_text(), strict(SCHEMA))
     (report,) = (one for test in data["tests"] for one in test["reports"])
-    assert {one["why"] for one in report["not_judged"]} == {"base not known", "no card given"}
+    assert {one["why"] for one in report["not_judged"]} == {
+        f"base not known; {NAMES_A_BASE}",
+        "no card given",
+    }
     assert [one["kind"] for one in report["figures"]] == ["recipe"]
     assert Report.from_json(json.dumps(report)).to_json() == json.dumps(report)
 

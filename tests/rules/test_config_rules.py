@@ -254,3 +254,19 @@ def test_only_plain_patterns_are_compiled_to_see_whether_they_are_none(text: str
 
     assert _broken_pattern(settings("(q")) == ("rank_pattern", "(q")
     assert _broken_pattern(settings(text)) is None
+
+
+@pytest.mark.parametrize(
+    ("base", "lost", "fix"),
+    [
+        ("classifier_base", "lm_head", "did you mean 'score'? modules_to_save=['score']"),
+        ("classifier_base", "classifier", "did you mean 'score'? modules_to_save=['score']"),
+        ("classifier_base", "qa_outputs", "did you mean 'score'? modules_to_save=['score']"),
+        ("base", "lm_haed", "did you mean 'lm_head'? modules_to_save=['lm_head']"),
+        ("base", "score", "drop it: modules_to_save=None; LlamaForCausalLM has no head for a task"),
+    ],
+)
+def test_the_head_that_is_there_is_proposed(base: str, lost: str, fix: str) -> None:
+    config = LoraConfig(target_modules=["q_proj"], lora_alpha=16, modules_to_save=[lost])
+    (finding,) = check_config(config, BASES[base](), select=["LORA110"]).findings
+    assert finding.fix.startswith(fix)

@@ -92,11 +92,11 @@ def random_tiny(
     compute_dtype: ComputeDtype = "float32",
     double_quant: bool = False,
 ) -> PreTrainedModel:
-    """The same model with random weights: what :func:`load_tiny` was before pretraining.
+    """The same model with random weights: what ``load_tiny`` was before pretraining.
 
     Args:
         seed: seed of the weights, 0 or greater; they do not depend on the device.
-        quantization: as for :func:`load_tiny`, and so are all that follow.
+        quantization: as for ``load_tiny``, and so are all that follow.
         device: see there.
         compute_dtype: see there.
         double_quant: see there.
@@ -105,7 +105,7 @@ def random_tiny(
         A frozen ``LlamaForCausalLM`` in evaluation mode.
 
     Raises:
-        ValueError: an argument is out of its range, as for :func:`load_tiny`.
+        ValueError: an argument is out of its range, as for ``load_tiny``.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1, not {seed!r}")

@@ -38,7 +38,7 @@ def encode(text: str, *, bos: bool = True) -> list[int]:
 
 
 def decode(ids: Iterable[int]) -> str:
-    """Turn token ids back into text; the exact inverse of :func:`encode` for valid Unicode text.
+    """Turn token ids back into text; the exact inverse of ``encode`` for valid Unicode text.
 
     Args:
         ids: token ids from 0 to 319. Special and unused ids (256 and above) carry no text and are left out;
@@ -118,7 +118,7 @@ def text_batch(
 
     Args:
         texts: one text a row, used from the first on and over again when there are fewer than ``batch_size``;
-            by default :func:`sample_texts`, on which a LoRA on the built-in base learns within 20 steps.
+            by default ``sample_texts``, on which a LoRA on the built-in base learns within 20 steps.
         batch_size: rows, at least 1.
         seq_len: tokens in a row, at least 2; the built-in base accepts up to 512.
         device: where the tensors go.

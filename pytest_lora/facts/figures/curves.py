@@ -62,7 +62,7 @@ def memory_budget(facts: MemoryFacts) -> MemoryBudget:
         peak_allocated=estimate.peak_allocated,
         peak_reserved=estimate.peak_reserved,
         budget=facts.budget,
-        peak_at=f"{estimate.peak_phase}, {estimate.peak_operation}",
+        peak_at=estimate.peak_in_words,
         what_if=tuple(
             WhatIf(one.change, one.peak_allocated, one.peak_allocated <= facts.budget)
             for one in facts.alternatives

@@ -88,7 +88,22 @@ def step_arguments(setting: RunSetting, base_dtype: str | None) -> dict[str, Any
     }
     if dtype == "float32":
         arguments["autocast"] = False
+    if setting.tool in _KEEPS_DTYPE and quantization is not None:
+        arguments["prepare_for_kbit"] = False
+    if setting.tool == "TRL" and quantization is not None:
+        arguments["adapter_dtype"] = "bfloat16"
     return arguments
+
+
+_KEEPS_DTYPE = ("Axolotl", "LLaMA-Factory", "TRL")
+"""Tools under which norms, embeddings and head of a quantized base train in the dtype of the run, not in float32.
+
+Axolotl calls ``prepare_model_for_kbit_training`` and then casts all of these back (``_configure_embedding_dtypes`` in
+axolotl/loaders/model.py). LLaMA-Factory has a preparation of its own, which casts norms only under
+``upcast_layernorm`` (model/model_utils/checkpointing.py). TRL prepares nothing and casts adapters to bfloat16
+(``SFTTrainer.__init__`` and ``DPOTrainer.__init__`` of the installed one). Nothing is known of ms-swift, nor of scripts
+of one's own.
+"""
 
 
 _OF_LIGER = {"kernels": "liger"}

@@ -72,7 +72,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
     return RunSetting(
         tool=NAME,
         base=keys.word("base_model"),
-        adapter=replace(adapter, value="lora" if kind in ("lora", "qlora") else None),
+        adapter=replace(adapter, value=kind if kind in ("lora", "qlora") else None),
         quantization=_quantization(keys, kind),
         double_quant=Value(True, f"default of {NAME}"),
         dtype=_dtype(keys),

@@ -36,6 +36,7 @@ MAX_LEVELS = 4
 def flattened(root: Node) -> Keys:
     """Keys at every level under their own names: the outermost of equal ones, and ``r`` only where LoRA is meant."""
     flat = Node(root.line, pairs={})
+    written: dict[str, str] = {}
     level: list[tuple[str, Node]] = [("", root)]
     for _ in range(MAX_LEVELS):
         inner: list[tuple[str, Node]] = []
@@ -56,6 +57,7 @@ def flattened(root: Node) -> Keys:
                 if value.pairs is None or name in ("tokens",):
                     if plain not in flat.pairs:
                         flat.pairs[plain] = value
+                        written[plain] = name
                         flat.lines[plain] = node.lines.get(name, value.line)
                 else:
                     inner.append((name, value))
@@ -68,7 +70,9 @@ def flattened(root: Node) -> Keys:
         and not set(_BASE) & set(flat.pairs)
     ):
         flat.pairs["model_name"], flat.lines["model_name"] = found, flat.lines["model"]
-    return Keys(flat, NAME)
+    keys = Keys(flat, NAME)
+    keys.written = written
+    return keys
 
 
 def is_mine(keys: Keys) -> bool:

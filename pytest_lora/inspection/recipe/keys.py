@@ -19,6 +19,8 @@ VISION = r".*(vision|visual|vit\b|audio|multi_modal|multimodal|aligner|merger|co
 class Keys:
     """A mapping of a recipe for one tool; null counts as absent.
 
+    ``written`` has keys that the file calls otherwise than it is asked for them here.
+
     Args:
         root: The mapping.
         tool: The tool's name, for defaults.
@@ -28,6 +30,7 @@ class Keys:
         self.pairs = root.pairs or {}
         self.lines = root.lines
         self.tool = tool
+        self.written: dict[str, str] = {}
 
     def node(self, *names: str) -> tuple[str, Node] | None:
         """The first of these keys that is there and not null."""
@@ -55,6 +58,7 @@ class Keys:
             return Value(default, "" if default is None else f"default of {self.tool}", names[0])
         name, node = found
         line = self.lines.get(name, node.line)
+        name = self.written.get(name, name)
         if node.plain and _INTERPOLATED.search(node.written):
             return Value(None, f"line {line}, which is filled in elsewhere", name, line)
         return Value(read(node), f"line {line}", name, line)

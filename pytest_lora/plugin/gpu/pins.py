@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_lora.plugin.gpu import hardware
-from pytest_lora.plugin.session_options import gpus_per_worker, options_of
+from pytest_lora.plugin.gpu_settings import gpus_per_worker
+from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
     from pytest_lora.plugin.gpu.hardware import Hardware

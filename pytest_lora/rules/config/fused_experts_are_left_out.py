@@ -19,9 +19,9 @@ def fused_experts_are_left_out(facts: ConfigFacts, expect: Expect) -> Iterator[V
     shared expert, or the dense layers before the first mixture.
 
     ## Why is this bad?
-    Newer transformers stores the experts of a layer as one parameter, which is no linear module. "all-
-    linear" then adapts attention alone. That can be meant; it did not use to be what the word does. With names, what
-    they match hides what they do not: the adapter trains, and the routed experts, most of the model, stand still.
+    Newer transformers stores the experts of a layer as one parameter, which is no linear module. "all-linear" then
+    adapts attention alone. That can be meant; it did not use to be what the word does. With names, what they match
+    hides what they do not: the adapter trains, and the routed experts, most of the model, stand still.
 
     ## Example
     ```python

@@ -23,7 +23,7 @@ def saved_module_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator
 
     ## Example
     ```python
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_haed"])
     report = check_config(config, base)
     ```
 
@@ -41,11 +41,7 @@ def saved_module_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator
     if not lost:
         return
     letters = len(lost) > 2 and all(len(name) == 1 for name in lost)
-    close = get_close_matches(lost[0], {name.rpartition(".")[2] for name in facts.base.module_names}, n=1)
-    heads = close or [head.name for head in facts.base.heads] or [facts.base.output_embeddings or ""]
     kept = without(facts.settings.modules_to_save, *lost)
-    drop = f"drop it: {assigned(modules_to_save=kept)}"
-    meant = f"did you mean {heads[0]!r}? {assigned(modules_to_save=_with(kept, heads[0]))}; else {drop}"
     yield Violation(
         where=f"modules_to_save on {facts.base.architecture}",
         observed="it is a string, which PEFT reads letter by letter"
@@ -54,10 +50,36 @@ def saved_module_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator
         expected="a list of names, each the end of a module's full name",
         fix=f"put the name into a list: {assigned(modules_to_save=(''.join(facts.settings.modules_to_save),))}"
         if letters
-        else meant
-        if heads[0]
-        else drop,
+        else _fix(lost[0], kept, facts),
     )
+
+
+_OF_TASKS = ("score", "classifier", "qa_outputs", "classification_head")
+"""Names of heads that predict classes or spans; PEFT knows the first three (``peft.peft_model``)."""
+
+
+def _fix(lost: str, kept: tuple[str, ...], facts: ConfigFacts) -> str:
+    drop = f"drop it: {assigned(modules_to_save=kept)}"
+    base = facts.base
+    if lost in _OF_TASKS and not base.heads:
+        return f"{drop}; {base.architecture} has no head for a task, and one is made where another class loads the base"
+    meant = _meant(lost, facts)
+    return (
+        f"did you mean {meant!r}? {assigned(modules_to_save=_with(kept, meant))}; else {drop}"
+        if meant
+        else drop
+    )
+
+
+def _meant(lost: str, facts: ConfigFacts) -> str | None:
+    """The module that was meant: for the name of a head the head that is there, else the most alike."""
+    base = facts.base
+    heads = [head.name for head in base.heads]
+    known = [name for name in heads if name in _OF_TASKS] or heads[-1:]
+    if known and lost in (*_OF_TASKS, "lm_head", "head"):
+        return known[0]
+    close = get_close_matches(lost, {name.rpartition(".")[2] for name in base.module_names}, n=1)
+    return next(iter((*close, *known)), base.output_embeddings)
 
 
 def _with(names: tuple[str, ...], name: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.memory_words import advice, largest_parts, may_need_less, step_in_words
+from pytest_lora.rules.memory_words import advice, in_float32, largest_parts, may_need_less, step_in_words
 
 
 @rule("LORA502", severity="error", needs=MemoryFacts)
@@ -52,7 +52,7 @@ def step_does_not_fit(facts: MemoryFacts, expect: Expect) -> Iterator[Violation]
         where=step_in_words(estimate),
         observed=f"the peak needs {format_bytes(estimate.peak_allocated)}, "
         f"{format_bytes(estimate.peak_allocated - facts.budget)} more than the budget, in the "
-        f"{estimate.peak_phase} ({estimate.peak_operation}): {largest_parts(estimate)}",
+        f"{estimate.peak_in_words}; {largest_parts(estimate)}{in_float32(estimate)}",
         expected=f"a peak of at most {format_bytes(facts.budget)}",
         fix=advice(facts),
     )
