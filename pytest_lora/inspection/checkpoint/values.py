@@ -122,7 +122,9 @@ class Form(NamedTuple):
         measured = marked = False
         if at >= 0 and dtype in LAYOUTS:
             # What a key begins with is its own, what it ends with is that of many.
-            measured, marked = _looked_at(name[at:] if len(name) - at < 100 else name, shape, _width(dtype), CHUNK)
+            measured, marked = _looked_at(
+                name[at:] if len(name) - at < 100 else name, shape, _width(dtype), CHUNK
+            )
         return cls(dtype, shape, end - begin, measured, marked)
 
 
