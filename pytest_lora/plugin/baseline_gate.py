@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from pytest_lora.findings import Report
 
-MOST_BYTES = 256 * 2**20
+MOST_BYTES = 64 * 2**20
 """Of a baseline; 10,000 tests of ten values each take about 10 MB."""
 
 MANY = 8
