@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_lora.cleaning import file_id, printable
-from pytest_lora.plugin.file_nodes import node_id, shown_path, unread
+from pytest_lora.plugin.file_nodes import InAnyFolder, node_id, shown_path, unread
 from pytest_lora.plugin.item_reports import deliver, failure_text
 from pytest_lora.plugin.options import ADAPTER_FILES
 from pytest_lora.plugin.session_options import options_of
@@ -185,7 +185,7 @@ class Adapters:
             return judge_checkpoint(folder, self._base, markers.expect_for(item))
 
 
-class AdapterDirectory(pytest.Collector):
+class AdapterDirectory(InAnyFolder, pytest.Collector):
     """A folder of adapters; no ``pytest.Directory``, for which pytest would import a conftest.py."""
 
     def __init__(self, *, adapters: Adapters, path: Path, depth: int = 0, **others: Any) -> None:
@@ -231,7 +231,7 @@ class Nothing(AdapterDirectory):
         return iter(())
 
 
-class Adapter(pytest.File):
+class Adapter(InAnyFolder, pytest.File):
     """One saved adapter."""
 
     def __init__(self, *, adapters: Adapters, **others: Any) -> None:
@@ -247,7 +247,7 @@ class Adapter(pytest.File):
             yield AdapterItem.from_parent(self, name=group, adapters=self.adapters)
 
 
-class AdapterItem(pytest.Item):
+class AdapterItem(InAnyFolder, pytest.Item):
     """One group of rules on one adapter."""
 
     def __init__(self, *, adapters: Adapters, **others: Any) -> None:

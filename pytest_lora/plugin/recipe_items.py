@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_lora.cleaning import file_id
-from pytest_lora.plugin.file_nodes import node_id, place_of_warning, shown_path
+from pytest_lora.plugin.file_nodes import InAnyFolder, node_id, place_of_warning, shown_path
 from pytest_lora.plugin.item_reports import deliver, failure_text
 from pytest_lora.plugin.options import ADAPTER_FILES
 from pytest_lora.plugin.session_options import options_of
@@ -109,7 +109,7 @@ class Recipes:
         return 2 * number
 
 
-class RecipePlace(pytest.Collector):
+class RecipePlace(InAnyFolder, pytest.Collector):
     """A folder of recipes, or one recipe; no ``pytest.Directory``, for which pytest would import a conftest.py."""
 
     def __init__(self, *, recipes: Recipes, path: Path, **others: Any) -> None:
@@ -121,7 +121,7 @@ class RecipePlace(pytest.Collector):
         return self.recipes.items(self)
 
 
-class Nothing(pytest.Collector):
+class Nothing(InAnyFolder, pytest.Collector):
     """What stands in the place of a folder of recipes where pytest comes across it: it is collected elsewhere."""
 
     def collect(self) -> Iterator[pytest.Item]:
@@ -129,7 +129,7 @@ class Nothing(pytest.Collector):
         return iter(())
 
 
-class RecipeItem(pytest.Item):
+class RecipeItem(InAnyFolder, pytest.Item):
     """One recipe."""
 
     shown: Path
