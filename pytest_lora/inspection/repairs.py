@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import NameMatch, Repairs
@@ -39,9 +40,9 @@ def repairs(written: Settings, names: Iterable[NameMatch], base: BaseFacts, *, r
     return Repairs(broken, mended, tuple(fitting.items()))
 
 
-def _asked(work: str, *arguments: object) -> list[list[bool]] | list[str | None]:
+def _asked(work: str, *arguments: object) -> list[Any]:
     try:
-        found: list[list[bool]] | list[str | None] = limited.do(work, *arguments, seconds=REPAIR_S)[0]
+        found: list[Any] = limited.do(work, *arguments, seconds=REPAIR_S)[0]
     except (LimitError, WorkError):
         return []
     return found
