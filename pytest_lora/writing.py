@@ -15,10 +15,10 @@ def append_whole(file: Path, content: str) -> None:
     """Add to a file that others add to as well, all of it or nothing: one write at its end, taken back if cut short.
 
     Raises:
-        OSError: It cannot be written; it is then as it was.
+        OSError: It cannot be written; it is then as it was. A pipe that nobody reads is not waited for.
     """
     data = content.encode("utf-8", "backslashreplace")
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
     handle = os.open(file, flags, 0o644)
     before, written = os.fstat(handle).st_size, 0
     try:
@@ -38,10 +38,13 @@ def write_whole(file: Path, content: str | bytes) -> None:
     The folder is made if it is not there; a link stays one; the file keeps its mode.
 
     Raises:
-        OSError: It cannot be written; it is then as it was.
+        OSError: It cannot be written, or is a pipe or device, of which a file would take the place; it is then as it
+            was.
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     target = file.resolve()
+    if target.exists() and not target.is_file():
+        raise OSError("it is no file")
     target.parent.mkdir(parents=True, exist_ok=True)
     mode = target.stat().st_mode & 0o777 if target.exists() else 0o644
     handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")

@@ -17,7 +17,7 @@ import pytest_lora
 PACKAGE = Path(pytest_lora.__file__).parent
 HEAVY = ("torch", "numpy", "transformers", "peft", "bitsandbytes", "hypothesis", "accelerate", "safetensors")
 
-LOWEST = {"arguments", "cleaning", "expect", "facts", "findings", "values", "writing"}
+LOWEST = {"arguments", "cleaning", "expect", "facts", "findings", "reading", "values", "writing"}
 MIDDLE = {"counting", "memory", "bases"}
 FLOORS = {
     **dict.fromkeys(sorted(LOWEST), LOWEST),

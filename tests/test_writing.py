@@ -14,6 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pytest_lora.plugin import baseline_gate
+from pytest_lora.reading import text_of
+from pytest_lora.sweep.lock import RankLock
 from pytest_lora.writing import append_whole, write_whole
 
 CALLS = ("tempfile.mkstemp", "os.fsync", "os.chmod", "os.replace")
@@ -62,6 +65,9 @@ def test_what_cannot_be_written_is_as_it_was(
 WRITES = """
 import itertools, sys
 from pathlib import Path
+from pytest_lora.plugin import baseline_gate
+from pytest_lora.reading import text_of
+from pytest_lora.sweep.lock import RankLock
 from pytest_lora.writing import append_whole, write_whole
 print("begins", flush=True)
 for n in itertools.count():
@@ -112,3 +118,42 @@ def test_what_is_added_is_added_whole_or_not_at_all(
             with pytest.raises(OSError, match="No space"):
                 append_whole(file, new)
     assert file.read_bytes() == (old or b"") + (data if len(data) <= room else b"")
+
+
+PLACES = ("pipe", "zeros", "hole", "folder")
+
+
+@pytest.fixture(params=PLACES)
+def no_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """What has a name and is no file that anybody reads to its end."""
+    place = tmp_path / "place"
+    if request.param == "zeros":
+        return Path("/dev/zero")
+    if request.param == "folder":
+        place.mkdir()
+    elif request.param == "pipe":
+        os.mkfifo(place)
+    else:
+        place.touch()
+        os.truncate(place, 2**40)
+    return place
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_what_is_no_file_is_neither_waited_for_nor_replaced(no_file: Path) -> None:
+    before = no_file.stat()
+    is_hole = no_file.is_file()
+    with pytest.raises(OSError, match=r"more than|no file|directory"):
+        text_of(no_file, 1000)
+    with pytest.raises(ValueError, match="cannot be read"):
+        RankLock.read(no_file)
+    with pytest.raises(pytest.UsageError, match="cannot be read"):
+        baseline_gate.read(no_file, update=True)
+    if not is_hole:
+        with pytest.raises(OSError, match=r"no file|directory"):
+            write_whole(no_file, "new")
+    if before.st_mode != Path("/dev/zero").stat().st_mode and not is_hole:
+        with pytest.raises(OSError, match=r"device|directory"):
+            append_whole(no_file, "new")
+    after = no_file.stat()
+    assert (before.st_mode, before.st_ino, before.st_size) == (after.st_mode, after.st_ino, after.st_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,6 +74,15 @@ class NameMatch:
     modules: tuple[str, ...]
     similar: tuple[str, ...] = ()
 
+    @property
+    def is_pattern(self) -> bool:
+        """Whether it looks like a regular expression, or like a list written as text."""
+        return _NO_NAME.search(self.name) is not None
+
+
+_NO_NAME = re.compile(r"[*|()\[\]^$,+?\\]")
+"""What stands in a regular expression, or in a list written as text, and in no name of a module."""
+
 
 @dataclass(frozen=True, slots=True)
 class PatternKey:
@@ -85,6 +95,9 @@ class PatternKey:
         decides: Adapted modules that take their value from this key.
         shadowed_by: An earlier key that takes all modules which this one would match, or None.
         elsewhere: Modules of the base that it matches but that are not adapted.
+        own: Adapted modules that it matches, though an earlier key takes them.
+        is_expression: Whether it is a regular expression at all.
+        by_its_end: Whether it would match an adapted module without ``^`` at its start.
     """
 
     field: str
@@ -93,6 +106,24 @@ class PatternKey:
     decides: tuple[str, ...]
     shadowed_by: str | None
     elsewhere: tuple[str, ...]
+    own: tuple[str, ...] = ()
+    is_expression: bool = True
+    by_its_end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Repairs:
+    """What patterns of a configuration would have to be, as far as it was found out within a bound.
+
+    Attributes:
+        broken: Field and text of the first pattern that is no regular expression; None where there is none.
+        mended: That text with ``*``, as in names of files, written as ``.*``; None where that is none either.
+        fitting: Patterns for targets that match nothing, and the form of each that matches linear modules alone.
+    """
+
+    broken: tuple[str, str] | None = None
+    mended: str | None = None
+    fitting: tuple[tuple[str, str], ...] = ()
 
 
 NOT_TRIED = "TimeoutError"
@@ -133,6 +164,7 @@ class ConfigFacts:
         live: Whether this was read from a model that already carries the adapter.
         merge_refusal: What PEFT raises when these adapters are merged, or None.
         stored: Embeddings whose whole weights a saved adapter holds, whatever its configuration says.
+        repairs: What its patterns would have to be.
     """
 
     adapter: str
@@ -147,6 +179,7 @@ class ConfigFacts:
     live: bool
     merge_refusal: Refusal | None = None
     stored: tuple[str, ...] = ()
+    repairs: Repairs = Repairs()
 
     def unmatched(self, field: str) -> Iterator[NameMatch]:
         """Names of one field that match nothing."""

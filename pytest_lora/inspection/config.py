@@ -14,7 +14,7 @@ from torch import nn
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import NOT_TRIED, ConfigFacts, LayerFacts, NameMatch, PatternKey, Refusal
-from pytest_lora.facts.settings import Settings, deciding_key, is_named, matches
+from pytest_lora.facts.settings import Settings, compiled, deciding_key, is_named, matches
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.exclusion import explained
 from pytest_lora.inspection.layers import layer_facts
@@ -28,6 +28,7 @@ from pytest_lora.inspection.peft_internals import (
     token_rows,
 )
 from pytest_lora.inspection.rehearsal import refused_initialisation, refused_merge, without_values
+from pytest_lora.inspection.repairs import repairs
 from pytest_lora.inspection.skeleton import resolve_base, skeleton
 from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey
@@ -157,12 +158,13 @@ def assembled(
     live: bool = False,
 ) -> ConfigFacts:
     """Put together what a configuration means on a base; ``applied`` is what PEFT made of it."""
+    names = tuple(_name_matches(written, applied, base, layers, _parameter_names(found)))
     return ConfigFacts(
         adapter=adapter,
         settings=written,
         base=base,
         layers=layers,
-        names=tuple(_name_matches(written, applied, base, layers, _parameter_names(found))),
+        names=names,
         patterns=() if refusal else tuple(_pattern_keys(written, applied, base, layers)),
         saved_modules=tuple(
             name for name, wrapper in found.saved.items() if adapter in wrapper.modules_to_save
@@ -170,6 +172,7 @@ def assembled(
         token_modules=tuple(n for n, wrapper in found.tokens.items() if adapter in token_rows(wrapper)),
         refusal=refusal,
         live=live,
+        repairs=repairs(written, names, base, refused=refusal is not None),
     )
 
 
@@ -262,4 +265,15 @@ def _pattern_keys(
             own = () if decides else tuple(m for m in adapted if deciding_key([key], m))
             shadow = deciding_key(keys, own[0]) if own else None
             elsewhere = () if decides or own else tuple(m for m in others if deciding_key([key], m))
-            yield PatternKey(field, key, float(value), decides, shadow, elsewhere)
+            ending = key.lstrip("^")
+            yield PatternKey(
+                field,
+                key,
+                float(value),
+                decides,
+                shadow,
+                elsewhere,
+                own,
+                compiled(key) is not None,
+                not decides and ending != key and any(deciding_key([ending], m) for m in adapted),
+            )

@@ -17,6 +17,7 @@ import pytest
 from pytest_lora.cleaning import file_id
 from pytest_lora.plugin.file_nodes import (
     KNOWN_BY,
+    InAnyFolder,
     named_adapters,
     node_id,
     refuse_code_beside,
@@ -180,7 +181,7 @@ class Adapters:
             return judge_checkpoint(folder, self._base, markers.expect_for(item))
 
 
-class AdapterDirectory(pytest.Collector):
+class AdapterDirectory(InAnyFolder, pytest.Collector):
     """A folder of adapters; no ``pytest.Directory``, for which pytest would import a conftest.py."""
 
     def __init__(self, *, adapters: Adapters, path: Path, depth: int = 0, **others: Any) -> None:
@@ -226,7 +227,7 @@ class Nothing(AdapterDirectory):
         return iter(())
 
 
-class Adapter(pytest.File):
+class Adapter(InAnyFolder, pytest.File):
     """One saved adapter."""
 
     def __init__(self, *, adapters: Adapters, **others: Any) -> None:
@@ -242,7 +243,7 @@ class Adapter(pytest.File):
             yield AdapterItem.from_parent(self, name=group, adapters=self.adapters)
 
 
-class AdapterItem(pytest.Item):
+class AdapterItem(InAnyFolder, pytest.Item):
     """One group of rules on one adapter."""
 
     def __init__(self, *, adapters: Adapters, **others: Any) -> None:

@@ -14,6 +14,7 @@ import pytest
 from pytest_lora.cleaning import printable
 from pytest_lora.plugin.gpu import report as gpu_report
 from pytest_lora.plugin.summary import reports_by_test
+from pytest_lora.reading import text_of
 from pytest_lora.report.baseline import (
     BaselineError,
     Row,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
     from pytest_lora.findings import Report
 
+MOST_BYTES = 64 * 2**20
+"""Of a baseline; 10,000 tests of ten values each take about 10 MB."""
+
 MANY = 8
 """Values of one quantity that a test may have; of a test that draws hundreds, none is a measure of it."""
 
@@ -49,7 +53,7 @@ def read(path: Path, *, update: bool) -> dict[str, dict[str, Value]]:
             return {}
         raise pytest.UsageError(f"--lora-baseline: there is no {path}; --lora-update-baseline writes it")
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        return from_json(text_of(path, MOST_BYTES))
     except (OSError, UnicodeDecodeError) as error:
         raise pytest.UsageError(f"--lora-baseline: {path} cannot be read: {error}") from error
     except BaselineError as error:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_lora.cleaning import file_id, printable
 from pytest_lora.findings import Finding, LoraHealthWarning
@@ -128,6 +128,20 @@ def is_strict(finding: Finding, place: str) -> bool:
     except LoraHealthWarning:
         return True
     return False
+
+
+class InAnyFolder:
+    """A node whose file may lie where this user may not look: pytest asks there for a ``conftest.py``, and stops the
+    session over what the system says. The hooks of the node around it are those of a folder that holds no code."""
+
+    @property
+    def ihook(self) -> Any:
+        """The hooks of the node."""
+        node: Any = self
+        try:
+            return node.session.gethookproxy(node.path)
+        except OSError:
+            return node.parent.ihook
 
 
 def unread(shown: Path) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from pytest_lora.cleaning import file_id
 from pytest_lora.plugin.file_nodes import (
+    InAnyFolder,
     may_be_recipe,
     named_recipes,
     node_id,
@@ -147,7 +148,7 @@ class Recipes:
         return 2 * number
 
 
-class RecipePlace(pytest.Collector):
+class RecipePlace(InAnyFolder, pytest.Collector):
     """A folder of recipes, or one recipe; no ``pytest.Directory``, for which pytest would import a conftest.py."""
 
     def __init__(self, *, recipes: Recipes, path: Path, **others: Any) -> None:
@@ -159,7 +160,7 @@ class RecipePlace(pytest.Collector):
         return self.recipes.items(self)
 
 
-class RecipeFile(pytest.File):
+class RecipeFile(InAnyFolder, pytest.File):
     """A recipe that is named on the command line."""
 
     def __init__(self, *, recipes: Recipes, top: Path, **others: Any) -> None:
@@ -173,7 +174,7 @@ class RecipeFile(pytest.File):
             yield self.recipes.item(self.path.resolve(), self, self.top)
 
 
-class Nothing(pytest.Collector):
+class Nothing(InAnyFolder, pytest.Collector):
     """What stands in the place of a folder of recipes where pytest comes across it: it is collected elsewhere."""
 
     def collect(self) -> Iterator[pytest.Item]:
@@ -181,7 +182,7 @@ class Nothing(pytest.Collector):
         return iter(())
 
 
-class RecipeItem(pytest.Item):
+class RecipeItem(InAnyFolder, pytest.Item):
     """One recipe."""
 
     shown: Path

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.sweep import Difference
+from pytest_lora.reading import text_of
 from pytest_lora.writing import write_whole
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from pytest_lora.sweep.result import SweepResult
 
 FORMAT = 1
+
+MOST_BYTES = 16 * 2**20
+"""Of a lock file; one of 80 layers with a rank for each takes some kilobytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +114,10 @@ class RankLock:
             ValueError: There is no file, or it is no lock; the message has the path.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(text_of(Path(path), MOST_BYTES))
         except OSError as error:
             raise ValueError(
-                f"{os.fspath(path)}: it cannot be read ({error.strerror}); write it with result.lock(path)"
+                f"{os.fspath(path)}: it cannot be read ({error.strerror or error}); write it with result.lock(path)"
             ) from error
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
+from pytest_lora.facts import saved_tensors
+from pytest_lora.inspection.checkpoint import header
 from pytest_lora.inspection.checkpoint.folder import UnreadableError
 from pytest_lora.inspection.checkpoint.header import BITS, Stored, read_header, shown
 
@@ -131,3 +135,58 @@ def test_names_are_shown_in_a_hundred_characters() -> None:
     assert shown("a" * 100) == repr("a" * 100)
     assert shown("a" * 101) == repr("a" * 100 + "...")
     assert shown("a\ud800") == "'a?'"
+
+
+parts = st.sampled_from(
+    [
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_magnitude_vector",
+        "lora_x",
+        "weight",
+        "bias",
+        "default",
+        "q",
+        "",
+        "\n",
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(parts, max_size=7).map(".".join))
+def test_the_end_of_a_key_is_what_the_expression_for_whole_keys_says(key: str) -> None:
+    found = saved_tensors._LORA.match(key)
+    module, end = saved_tensors._ending(key)
+    assert (end is None) == (found is None)
+    if found is not None and end is not None:
+        assert (module, end.part, end.adapter) == (
+            found["module"] or "",
+            found["part"],
+            found["adapter"] or "",
+        )
+        assert end.is_cut == (found["kind"] is None and found["part"] in ("lora_A", "lora_B"))
+
+
+odd = st.sampled_from([0, 1, 2, 8, -1, 2**63, 2.0, True, None, "8", [8]])
+entries = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["U8", "F32", "F4", "none", 3, None]),
+        "shape": st.lists(odd, max_size=3) | odd,
+        "data_offsets": st.lists(odd, min_size=1, max_size=3) | odd,
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from("abc"), entries | odd, max_size=2))
+def test_headers_that_are_taken_at_once_are_those_of_which_each_tensor_is_sound(
+    named: dict[str, Any],
+) -> None:
+    try:
+        one_by_one = [header._stored(name, value, 8, "file") for name, value in named.items()]
+    except UnreadableError:
+        one_by_one = None
+    assert header._all_stored(named, 8) == one_by_one

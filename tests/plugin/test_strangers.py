@@ -6,6 +6,7 @@ import os
 import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,3 +107,25 @@ def test_the_setting_of_a_stranger_is_shown_without_a_raw_character(
         result = session(pytester, "plain", f"--lora-show-recipe={recipe}")
         assert "a recipe of Axolotl" in result.stdout.str()
         assert is_harmless(result.stdout.str())
+
+
+def test_folders_that_may_not_be_entered_do_not_stop_the_session(
+    strangers: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system answers as it does to a user without rights: root has them all."""
+    shutil.copytree(strangers / "adapters" / "a::b", pytester.path / "adapters" / "closed")
+    shutil.copytree(strangers / "recipes", pytester.path / "recipes")
+    stat = os.stat
+
+    def refused(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if isinstance(path, (str, os.PathLike)) and Path(path).parent.name in ("closed", "recipes"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refused)
+    result = pytester.inline_run(
+        "--lora-adapters=adapters", "--lora-recipes=recipes", "-p", "no:cacheprovider"
+    )
+    monkeypatch.undo()
+    assert result.ret in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    assert len(result.getreports("pytest_runtest_logreport")) > 4

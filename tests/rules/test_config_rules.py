@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -216,44 +217,53 @@ def test_adapters_that_are_tied_are_told_where_they_will_be_merged() -> None:
     assert not findings("tied_base", merged, trainable_token_indices=[126, 127])
 
 
+ENDLESS = "(?i)(a+)+_proj|" + "".join(f"[\u0100-\uffff{chr(0x4E00 + n)}]" for n in range(3900))
+
+
 @pytest.mark.parametrize(
-    ("text", "repaired"),
+    ("targets", "repaired"),
     [
         (r"self_attn\.(q|v)_proj", r"(.*\.)?(self_attn\.(q|v)_proj)"),
-        (r"^.*\.(q|v)$", r"(.*\.(q|v))\w*"),
-        ("(?i)(q|v)_proj", None),  # folding cases makes wide classes, which take long to compile
-        ("(a+)+_proj", None),  # takes for ever on what it does not match
-        ("[\u0100-\u9fa5]q_proj", None),
-        (r".*.*.*.*.*q_proj", None),
-        ("q_proj|" * 40, None),
+        (["nothing.*", r"^.*\.(q|v)$"], r"(.*\.(q|v))\w*"),
+        ("nothing.*", None),
+        (ENDLESS, None),
     ],
+    ids=["text", "list", "nothing", "endless"],
 )
-def test_only_plain_patterns_are_tried_in_other_forms(
-    monkeypatch: pytest.MonkeyPatch, text: str, repaired: str | None
+def test_forms_of_lost_patterns_are_tried_in_the_limited_process(
+    monkeypatch: pytest.MonkeyPatch, targets: Any, repaired: str | None
 ) -> None:
-    from pytest_lora.rules.config import target_matches_nothing as module
+    from pytest_lora.facts.config import NameMatch
+    from pytest_lora.inspection import repairs as module
 
-    asked: list[str] = []
-    compiled = module.compiled
-    monkeypatch.setattr(module, "compiled", lambda pattern: asked.append(pattern) or compiled(pattern))
+    monkeypatch.setattr(module, "REPAIR_S", 0.05)
+    monkeypatch.setattr(re, "compile", lambda text, flags=0: pytest.fail(f"compiled here: {text[:40]}"))
     names = [f"model.layers.{number}.self_attn.{leaf}_proj" for number in (0, 1) for leaf in "qv"]
     modules = tuple(SimpleNamespace(name=name, is_linear=True) for name in names)
-    facts: Any = SimpleNamespace(base=SimpleNamespace(modules=modules, module_names=names))
-    assert module._repaired(text, facts) == repaired
-    assert bool(asked) == (text in (r"self_attn\.(q|v)_proj", r"^.*\.(q|v)$"))
+    base: Any = SimpleNamespace(modules=modules, module_names=names)
+    written: Any = SimpleNamespace(target_modules=targets)
+    texts = [targets] if isinstance(targets, str) else targets
+    lost = [NameMatch("target_modules", text, ()) for text in texts]
+    found = module.repairs(written, lost, base, refused=False)
+    assert found.fitting == (() if repaired is None else ((texts[-1], repaired),))
 
 
-@pytest.mark.parametrize("text", ["(?i)(q", "[\u0100-\u9fa5](q", "q|" * 200 + "("])
-def test_only_plain_patterns_are_compiled_to_see_whether_they_are_none(text: str) -> None:
-    from pytest_lora.rules.config.peft_refuses_the_config import _broken_pattern
+@pytest.mark.parametrize(
+    ("text", "broken", "mended"),
+    [("(q", True, None), ("*q", True, ".*q"), ("q", False, None), (ENDLESS, False, None)],
+)
+def test_a_broken_pattern_is_found_and_mended_in_the_limited_process(
+    monkeypatch: pytest.MonkeyPatch, text: str, broken: bool, mended: str | None
+) -> None:
+    from pytest_lora.inspection import repairs as module
 
-    def settings(text: str) -> Any:
-        return SimpleNamespace(
-            rank_pattern=((text, 8),), alpha_pattern=(), target_modules=("q",), exclude_modules=None
-        )
-
-    assert _broken_pattern(settings("(q")) == ("rank_pattern", "(q")
-    assert _broken_pattern(settings(text)) is None
+    monkeypatch.setattr(module, "REPAIR_S", 0.05)
+    written: Any = SimpleNamespace(
+        rank_pattern=((text, 8),), alpha_pattern=(), target_modules=("q",), exclude_modules=None
+    )
+    found = module.repairs(written, (), cast("Any", None), refused=True)
+    assert found.broken == (("rank_pattern", text) if broken else None)
+    assert found.mended == mended
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,8 @@ def read_header(file: FileIO, size: int, name: str) -> list[Stored]:
         raise _too_large(name, f"its header names more than {MAX_TENSORS:,} tensors")
     named = parse_object(content, name)
     named.pop("__metadata__", None)
-    sound = _all_stored(named, 8 + length)
-    stored = sound or [_stored(key, value, 8 + length, name) for key, value in named.items()]
+    stored = _all_stored(named, 8 + length)
+    stored = stored or [_stored(key, value, 8 + length, name) for key, value in named.items()]
     stored.sort(key=lambda tensor: tensor[3:])
     _require_seamless(stored, 8 + length, size, name)
     return stored
@@ -103,7 +103,7 @@ def _all_stored(named: dict[str, Any], start: int) -> list[Stored] | None:
         rows = [(key, v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for key, v in named.items()]
     except (TypeError, KeyError):
         return None
-    if set(map(len, rows)) != {5} or {type(n) for row in rows for n in chain(row[2], row[3:])} - {int}:
+    if set(map(len, rows)) - {5} or {type(n) for row in rows for n in chain(row[2], row[3:])} - {int}:
         return None
     if max(map(len, named), default=0) > MAX_NAME or not {type(row[1]) for row in rows} <= {str}:
         return None

@@ -122,13 +122,15 @@ class Form(NamedTuple):
         measured = marked = False
         if at >= 0 and dtype in LAYOUTS:
             # What a key begins with is its own, what it ends with is that of many.
-            measured, marked = _looked_at(name[at:] if len(name) - at < 100 else name, shape, _width(dtype))
+            measured, marked = _looked_at(
+                name[at:] if len(name) - at < 100 else name, shape, _width(dtype), CHUNK
+            )
         return cls(dtype, shape, end - begin, measured, marked)
 
 
 @lru_cache(4096)
-def _looked_at(name: str, shape: tuple[int, ...], width: int) -> tuple[bool, bool]:
-    return any(part in name for part in PARTS_MEASURED), is_marked(name, shape, width, CHUNK)
+def _looked_at(name: str, shape: tuple[int, ...], width: int, most: int) -> tuple[bool, bool]:
+    return any(part in name for part in PARTS_MEASURED), is_marked(name, shape, width, most)
 
 
 def _values(

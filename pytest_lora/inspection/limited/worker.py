@@ -81,6 +81,30 @@ def matched(expression: str, names: Iterable[str], match: Callable[[str, str], o
             return
 
 
+def expressions(forms: list[list[str]]) -> list[list[bool]]:
+    """Which of these texts are regular expressions."""
+    return [[compiled(text) is not None for text in some] for some in forms]
+
+
+def fitting(forms: list[list[str]], names: list[str], wanted: list[str]) -> list[str | None]:
+    """Of each list of expressions the first that fits whole names, and only wanted ones."""
+    known = set(wanted)
+    return [next((one for one in some if fits(one, names, known)), None) for some in forms]
+
+
+def fits(text: str, names: list[str], wanted: set[str]) -> bool:
+    expression = compiled(text)
+    found = set() if expression is None else set(filter(expression.fullmatch, names))
+    return bool(found) and found <= wanted
+
+
+def compiled(text: str) -> re.Pattern[str] | None:
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError):
+        return None
+
+
 def shortened(texts: list[str], names: list[str]) -> set[str]:
     """A list shortened as PEFT does before it injects (``_find_minimal_target_modules``)."""
     ends, distinct = tuple("." + text for text in texts), set(texts)
@@ -190,7 +214,12 @@ def unpickle(content: str) -> list[list[Any]]:
     return found
 
 
-WORK: dict[str, Callable[..., object]] = {"rehearse": rehearse, "unpickle": unpickle}
+WORK: dict[str, Callable[..., object]] = {
+    "rehearse": rehearse,
+    "unpickle": unpickle,
+    "expressions": expressions,
+    "fitting": fitting,
+}
 
 
 def answered(request: dict[str, Any]) -> dict[str, object]:

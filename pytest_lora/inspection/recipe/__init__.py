@@ -17,7 +17,8 @@ from pytest_lora.inspection.recipe.beside import Tree
 from pytest_lora.inspection.recipe.interpolation import resolved
 from pytest_lora.inspection.recipe.keys import Keys
 from pytest_lora.inspection.recipe.unread import unknown_keys, wrong_kinds
-from pytest_lora.inspection.recipe.yaml_file import BrokenError, YamlFile, read_yaml, start_of
+from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, YamlFile, read_yaml
+from pytest_lora.reading import start_of
 
 TOOLS = (axolotl, llamafactory, ms_swift, trl)
 """In the order in which they are asked; each knows its recipes by keys that no other has."""
@@ -44,7 +45,7 @@ def recipe_facts(path: Path, base: str | None = None) -> RecipeFacts:
         base: Name or path of the base, where the recipe's own is not to be taken.
     """
     try:
-        file = read_yaml(start_of(path))
+        file = read_yaml(start_of(path, MAX_BYTES))
     except OSError as error:
         return RecipeFacts(path.name, flaw=Flaw("unreadable", 1, str(error.strerror or error)))
     except BrokenError as error:
@@ -75,7 +76,7 @@ def recognised(file: YamlFile) -> tuple[ModuleType, Keys] | None:
 def is_likely(path: Path) -> bool:
     """Whether a file that may be no YAML speaks of LoRA in the words of a recipe."""
     try:
-        return _LIKELY.search(start_of(path)) is not None
+        return _LIKELY.search(start_of(path, MAX_BYTES)) is not None
     except OSError:
         return False
 

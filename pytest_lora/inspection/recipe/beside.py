@@ -15,7 +15,8 @@ from typing import Any
 
 from pytest_lora.facts.recipe import SavedAdapter, Value
 from pytest_lora.inspection.recipe.keys import Keys
-from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml, start_of
+from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml
+from pytest_lora.reading import start_of
 
 _CONFIG = "adapter_config.json"
 
@@ -55,7 +56,7 @@ class Tree:
         if place is None:
             return None
         try:
-            return start_of(place)[:MAX_BYTES]
+            return start_of(place, MAX_BYTES)[:MAX_BYTES]
         except OSError:
             return None
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -73,22 +70,6 @@ class YamlFile:
     root: Node
     lines: list[str]
     repeated: list[Repeated]
-
-
-def start_of(path: Path) -> bytes:
-    """The first bytes of a file, one more than ``MAX_BYTES`` where it has more; nothing is waited for.
-
-    Raises:
-        OSError: It is no file that can be read now: a pipe, a device, or one of the kernel's that has nothing to say.
-    """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("it is no file")
-        data: bytes | None = file.read(MAX_BYTES + 1)  # None of a file that would have to be waited for
-        if data is None:
-            raise OSError("it has nothing to read yet")
-        return data
 
 
 def read_yaml(data: bytes) -> YamlFile:

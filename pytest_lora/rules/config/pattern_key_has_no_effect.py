@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, PatternKey
-from pytest_lora.facts.settings import compiled, deciding_key
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned
@@ -52,7 +51,7 @@ def pattern_key_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Vi
         if pattern.shadowed_by:
             seen = f"the earlier key {pattern.shadowed_by!r} already decides for every module that it matches"
             fix = _moved(pattern, facts)
-        elif compiled(pattern.key) is None:
+        elif not pattern.is_expression:
             seen = "it is no regular expression"
             fix = f"write the end of a module's name, or drop it: {_rewritten(pattern, facts)}"
         elif pattern.elsewhere:
@@ -86,7 +85,7 @@ def _rewritten(pattern: PatternKey, facts: ConfigFacts, key: str | None = None) 
 def _moved(pattern: PatternKey, facts: ConfigFacts) -> str:
     earlier = next(p for p in facts.patterns if (p.field, p.key) == (pattern.field, pattern.shadowed_by))
     drop = f"drop it: {_rewritten(pattern, facts)}"
-    if all(deciding_key([pattern.key], module) for module in earlier.decides):
+    if set(earlier.decides) <= set(pattern.own):
         return f"{earlier.key!r} means the same modules; {drop}"
     pairs = dict(getattr(facts.settings, pattern.field))
     first = {pattern.key: pairs.pop(pattern.key), **pairs}
@@ -105,6 +104,6 @@ def _targeted(pattern: PatternKey, facts: ConfigFacts) -> str:
 def _known(pattern: PatternKey, facts: ConfigFacts) -> str:
     key = pattern.key.lstrip("^")
     drop = f"drop it: {_rewritten(pattern, facts)}"
-    if any(deciding_key([key], layer.module) for layer in facts.layers):
+    if pattern.by_its_end:
         return f"write the end of the name: {_rewritten(pattern, facts, key)}; or {drop}"
     return f"write the end of an adapted module's name, or {drop}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import NOT_TRIED, ConfigFacts
-from pytest_lora.facts.settings import Settings, compiled, is_named
+from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, without
@@ -127,8 +127,9 @@ def _fix(facts: ConfigFacts, message: str) -> str:
     if refusal is not None and refusal.exclusion is not None:
         names = refusal.exclusion if isinstance(refusal.exclusion, str) else list(refusal.exclusion)
         return f"set exclude_modules={names!r}, with which PEFT takes the rest"
-    if broken := _broken_pattern(settings):
-        return f"{broken[1]!r} is no regular expression: {_mended_pattern(settings, *broken)}"
+    if broken := facts.repairs.broken:
+        mended = _mended_pattern(settings, *broken, facts.repairs.mended)
+        return f"{broken[1]!r} is no regular expression: {mended}"
     if settings.r <= 0 or any(rank <= 0 for _, rank in settings.rank_pattern):
         return f"a rank is a whole number above 0: {_positive_ranks(settings)}"
     if "instances of 'str'" in message or "tuple of ints" in message:
@@ -163,14 +164,12 @@ def _named_in(message: str) -> str:
     )
 
 
-def _mended_pattern(settings: Settings, field: str, text: str) -> str:
-    """The field with ``*``, as in names of files, written as ``.*``; without the pattern where that is not enough."""
-    mended = re.sub(r"(?<!\.)\*", ".*", text)
-    known = compiled(mended) is not None
+def _mended_pattern(settings: Settings, field: str, text: str, mended: str | None) -> str:
+    """The field with the pattern mended; without it where it could not be."""
     if field.endswith("_pattern"):
         pairs = [(mended if key == text else key, value) for key, value in getattr(settings, field)]
-        return assigned(**{field: {key: value for key, value in pairs if known or key != mended}})
-    return assigned(**{field: mended if known else "all-linear" if field == "target_modules" else None})
+        return assigned(**{field: {key: value for key, value in pairs if key is not None}})
+    return assigned(**{field: mended or ("all-linear" if field == "target_modules" else None)})
 
 
 def _positive_ranks(settings: Settings) -> str:
@@ -228,25 +227,6 @@ def _renamed(name: str, facts: ConfigFacts) -> str:
     rows = {known: list(found) for known, found in facts.settings.trainable_token_indices}
     written = {embedding if known == name else known: found for known, found in rows.items()}
     return f"trainable_token_indices={written}, not {name!r}"
-
-
-def _broken_pattern(settings: Settings) -> tuple[str, str] | None:
-    """The field and the text of the first regular expression that is none."""
-    written: list[tuple[str, str]] = []
-    for field in ("rank_pattern", "alpha_pattern"):
-        written += [(field, key) for key, _ in getattr(settings, field)]
-    for field in ("target_modules", "exclude_modules"):
-        value = getattr(settings, field)
-        written += [(field, value)] if isinstance(value, str) else []
-    looked_at = [(field, text) for field, text in written if _PLAIN.fullmatch(text)][:_MOST_PATTERNS]
-    return next(((field, text) for field, text in looked_at if compiled(text) is None), None)
-
-
-_PLAIN = re.compile(r"(?!.*\(\?)[\x20-\x7e]{0,200}", re.ASCII)
-"""Patterns that are compiled here to see whether they are none: a stranger's may take for ever."""
-
-_MOST_PATTERNS = 20
-"""Such patterns that are looked at."""
 
 
 def _is_there(name: str, facts: ConfigFacts) -> bool:

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, NameMatch
-from pytest_lora.facts.settings import compiled, is_named
+from pytest_lora.facts.settings import is_named
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned, without
 
@@ -95,7 +95,7 @@ def _fix(field: str, settings: object, lost: list[NameMatch], facts: ConfigFacts
         return "write target_modules='all-linear', as text and not in a list"
     if experts := _experts(lost, facts):
         return f"the experts are fused parameters, not modules: {assigned(**_fused(kept, experts, facts))}"
-    if any(_PATTERN.search(match.name) for match in lost):
+    if any(match.is_pattern for match in lost):
         pattern = _joined([match.name for match in lost], kept, facts)
         return f"names in a list are no patterns; give the pattern as one string, {pattern}"
     meant = tuple(dict.fromkeys(name for match in lost for name in _meant(match, facts)))
@@ -106,10 +106,6 @@ def _fix(field: str, settings: object, lost: list[NameMatch], facts: ConfigFacts
     others = without(_linear(facts), *kept)
     more = f"; or use names of this model: {', '.join(others[:12])}" if others else ""
     return f"{drop}{more}" if drop else _any(facts)
-
-
-_PATTERN = re.compile(r"[*|()\[\]^$,+?\\]")
-"""What stands in a regular expression, or in a list written as text, and in no name of a module."""
 
 
 def _is_all_linear(text: str) -> bool:
@@ -186,7 +182,7 @@ def _text_fix(text: str, facts: ConfigFacts) -> str:
         if known:
             written = assigned(target_modules=tuple(dict.fromkeys(known)))
             return f"a string is a regular expression for the whole name; for plain names write {written}"
-    if pattern := _repaired(text, facts):
+    if pattern := dict(facts.repairs.fitting).get(text):
         return f"a string is a regular expression for the whole name: {assigned(target_modules=pattern)}"
     words = [word for word in re.findall(r"[A-Za-z]\w+", re.sub(r"\\\w", " ", text)) if word in leaves]
     if words:
@@ -196,33 +192,9 @@ def _text_fix(text: str, facts: ConfigFacts) -> str:
     return f"the pattern fits no whole name; {_any(facts)}"
 
 
-_PLAIN = re.compile(r"(?!.*\(\?)(?!.*\)[*+])[\w.|()\[\]*+?\\^$, -]{1,200}", re.ASCII)
-"""Patterns that may be tried in other forms here: a stranger's may take for ever to compile, or to match."""
-
-_MOST_REPEATS = 4
-"""Repeats in such a pattern; the time to match grows by the length of a name with each."""
-
-_MOST_PATTERNS = 20
-"""Patterns of a list that are tried."""
-
-
-def _repaired(text: str, facts: ConfigFacts) -> str | None:
-    """The pattern made to fit whole names of linear modules, and of nothing else."""
-    if not _PLAIN.fullmatch(text) or text.count("*") + text.count("+") > _MOST_REPEATS:
-        return None
-    core = text.strip("^$").removeprefix("base_model.model.").removeprefix(r"base_model\.model\.")
-    linear = {module.name for module in facts.base.modules if module.is_linear}
-    for pattern in (core, rf"(.*\.)?({core})", rf"({core})\w*", rf".*({core})", rf".*({core})\w*"):
-        expression = compiled(pattern)
-        found = [] if expression is None else filter(expression.fullmatch, facts.base.module_names)
-        if (hit := set(found)) and hit <= linear:
-            return pattern
-    return None
-
-
 def _joined(patterns: list[str], names: tuple[str, ...], facts: ConfigFacts) -> str:
     """Patterns of a list and the names beside them as one regular expression, as far as they match."""
-    tried = patterns[:_MOST_PATTERNS]
-    repaired = [pattern for text in tried if (pattern := _repaired(text, facts))]
+    fitting = dict(facts.repairs.fitting)
+    repaired = [fitting[text] for text in patterns if text in fitting]
     plain = [rf"(.*\.)?({'|'.join(map(re.escape, names))})"] if names else []
     return assigned(target_modules="|".join((*plain, *repaired))) if repaired or plain else _any(facts)
