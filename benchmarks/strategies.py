@@ -1,10 +1,11 @@
 """What a draw costs, and whether what is drawn is what it should be.
 
-``python benchmarks/strategies.py [--searches] [--draws N] [--json PATH]`` times draws of ``lora_configs`` (Llama-2-7B without
-weights), ``lora_models`` and ``adapter_folders``, and searches for a step of Llama-2-7B that does not fit 24 GiB: the time
-until the smallest is found, and with Hypothesis' hundred variations of it, which explain the failure. That is all with
-``--searches``. Then it draws N configurations, sound and faulty, on each of six architectures, and judges them with ``check_config`` and
-``check_model``, and N saved adapters, whole and damaged, with ``check_checkpoint``. It prints Markdown tables.
+``python benchmarks/strategies.py [--searches] [--draws N] [--json PATH]`` searches for a step of Llama-2-7B that does
+not fit 24 GiB: the time until the smallest is found, and with Hypothesis' hundred variations of it, which explain the
+failure. That is all with ``--searches``. Then it times draws of ``lora_configs`` (Llama-2-7B without weights),
+``lora_models`` and ``adapter_folders``, draws N configurations, sound and faulty, on each of six architectures, and
+judges them with ``check_config`` and ``check_model``, and N saved adapters, whole and damaged, with
+``check_checkpoint``. It prints Markdown tables.
 """
 
 from __future__ import annotations

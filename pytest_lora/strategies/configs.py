@@ -161,14 +161,11 @@ def several(values: tuple[Any, ...]) -> st.SearchStrategy[list[Any]]:
     As many choices whatever is drawn, one for each value: an example whose parts keep their places shrinks, and is
     varied, in half as many tries as lists would take.
     """
-    last_ones_first = st.tuples(_sampled_from(values), *(_BOOLEANS for _ in values))
+    last_ones_first = st.tuples(*(_BOOLEANS for _ in values))
 
-    def chosen(drawn: tuple[Any, ...]) -> list[Any]:
-        return [
-            value
-            for value, taken in zip(values, reversed(drawn[1:]), strict=True)
-            if taken or value == drawn[0]
-        ]
+    def chosen(drawn: tuple[bool, ...]) -> list[Any]:
+        taken = [value for value, is_taken in zip(values, reversed(drawn), strict=True) if is_taken]
+        return taken or [values[0]]
 
     return last_ones_first.map(chosen)
 
