@@ -196,20 +196,15 @@ def _kind(draw: Draw, space: SearchSpace, choice: Choice) -> Kind:
     return Kind(rslora, dora, init)
 
 
-_STRIDES = (1, 2, 3, 4)
-
-
 def _layers(draw: Draw, space: SearchSpace, choice: Choice) -> list[int] | None:
-    """Numbers for ``layers_to_transform``, which PEFT takes beside a list of names alone: one, some in a row, or each
-    second to fourth."""
+    """Numbers for ``layers_to_transform``, which PEFT takes beside a list of names alone."""
     known = space.base_targets.blocks
     if not known:
         return None
-    first, way = draw(_sampled(range(len(known)))), draw(_sampled(("one", "some", "all")))
-    many, stride = draw(_sampled(range(1, len(known) + 1))), draw(_sampled(_STRIDES))
+    block, way, some = draw(_sampled(known)), draw(_sampled(("one", "some", "all"))), draw(several(known))
     if way == "all" or isinstance(choice.written, str):
         return None
-    drawn = {*known[first :: stride if way == "some" else 1][: many if way == "some" else 1]}
+    drawn = {*some} if way == "some" else {block}
     shared = frozenset.intersection(*(target.layers for target in choice.targets))
     return sorted(shared & drawn) or None
 
