@@ -201,10 +201,10 @@ def _layers(draw: Draw, space: SearchSpace, choice: Choice) -> list[int] | None:
     known = space.base_targets.blocks
     if not known:
         return None
-    block, way, some = draw(_sampled(known)), draw(_sampled(("one", "some", "all"))), draw(several(known))
+    way, some = draw(_sampled(("one", "some", "all"))), [draw(_sampled(known)) for _ in range(6)]
     if way == "all" or isinstance(choice.written, str):
         return None
-    drawn = {*some} if way == "some" else {block}
+    drawn = {*some} if way == "some" else {some[-1]}
     shared = frozenset.intersection(*(target.layers for target in choice.targets))
     return sorted(shared & drawn) or None
 
