@@ -2,8 +2,9 @@
 
     python benchmarks/memory_speed.py [--json benchmarks/results/memory_speed.json]
 
-Each first estimate is made in a process of its own, imports aside; rates are medians over rounds. The allocator's
-replay is compiled where numba is installed: what loading it takes, and compiling it with no cache, has its own figures.
+Each first estimate is made in a process of its own, imports aside; rates are medians over rounds, all in seconds of the
+processor, so that what else runs does not count. The allocator's replay is compiled where numba is installed: what
+loading it takes, and compiling it with no cache, has its own figures.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ RESERVED_BUDGET = 20
 
 
 def rate(call: Any, points: list[tuple[int, int, int]]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     for point in points:
         call(*point)
-    return len(points) / (time.perf_counter() - start)
+    return len(points) / (time.process_time() - start)
 
 
 def measured(shape: str, rounds: int) -> dict[str, float]:
@@ -56,15 +57,15 @@ def measured(shape: str, rounds: int) -> dict[str, float]:
     base = LlamaConfig(**SHAPES[shape])
     config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     setting: dict[str, Any] = {"quantization": "nf4", "gradient_checkpointing": True}
-    start = time.perf_counter()
+    start = time.process_time()
     memory.estimate_memory(config, base, batch_size=4, seq_len=512, **setting)
-    first = time.perf_counter() - start
+    first = time.process_time() - start
 
     step = memory.step_memory(config, base, **setting)
-    start = time.perf_counter()
+    start = time.process_time()
     for batch_size in range(2, 10):
         step.peak_allocated(batch_size, 300)
-    fitting = time.perf_counter() - start
+    fitting = time.process_time() - start
 
     pick = random.Random(0)
     points = [(pick.randint(2, 16), pick.randint(16, 8192), pick.randint(2, 256)) for _ in range(1000)]
@@ -88,9 +89,9 @@ def measured(shape: str, rounds: int) -> dict[str, float]:
 LOADING = """
 import time
 from pytest_lora.inspection.memory.compiled_replay import fastest_replay
-start = time.perf_counter()
+start = time.process_time()
 fastest_replay()
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
 
 

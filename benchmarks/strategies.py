@@ -1,9 +1,11 @@
 """What a draw costs, and whether what is drawn is what it should be.
 
-``python benchmarks/strategies.py [--draws N] [--json PATH]`` times draws of ``lora_configs`` (Llama-2-7B without
-weights), ``lora_models`` and ``adapter_folders``, and searches for a step of Llama-2-7B that does not fit 24 GiB. Then
-it draws N configurations, sound and faulty, on each of six architectures, and judges them with ``check_config`` and
-``check_model``, and N saved adapters, whole and damaged, with ``check_checkpoint``. It prints Markdown tables.
+``python benchmarks/strategies.py [--searches] [--draws N] [--json PATH]`` searches for a step of Llama-2-7B that does
+not fit 24 GiB: the time until the smallest is found, and with Hypothesis' hundred variations of it, which explain the
+failure. That is all with ``--searches``. Then it times draws of ``lora_configs`` (Llama-2-7B without weights),
+``lora_models`` and ``adapter_folders``, draws N configurations, sound and faulty, on each of six architectures, and
+judges them with ``check_config`` and ``check_model``, and N saved adapters, whole and damaged, with
+``check_checkpoint``. It prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import hypothesis
 import peft
 import torch
 import transformers
@@ -159,6 +162,7 @@ def search(name: str, start: int) -> dict[str, Any]:
         start: What Hypothesis draws from.
     """
     llama, tried = LlamaConfig(), 0
+    seen: dict[str, float] = {}
     configured, shaped, setting = SEARCHES[name]
     found: list[tuple[LoraConfig, TrainingShape]] = []
 
@@ -173,15 +177,18 @@ def search(name: str, start: int) -> dict[str, Any]:
             assert_fits_memory(config, llama, budget="24GiB", advise=False, **setting, **size)
         except LoraHealthError:
             found[:] = [(config, shape)]
+            seen.setdefault(f"{config} {shape}", time.process_time() - worked)
             raise
 
     started, worked = time.perf_counter(), time.process_time()
     with suppress(LoraHealthError):
         fits()
+    shrunk = seen[f"{found[0][0]} {found[0][1]}"] if found else 0.0  # it is run once more at the end
     worked, seconds = time.process_time() - worked, time.perf_counter() - started
     smallest = f"r={found[0][0].r}, {found[0][0].target_modules}, {found[0][1]}" if found else "none"
     return {
         "search": name,
+        "cpu_seconds_until_smallest": round(shrunk, 1),
         "cpu_seconds": round(worked, 1),
         "seconds": round(seconds, 1),
         "tried": tried,
@@ -193,22 +200,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--searches", action="store_true", help="nothing but the searches")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    searched = all_searches()
+    result: dict[str, Any] = {"search": searched, "versions": versions(), "python": platform.python_version()}
+    if not options.searches:
+        result |= drawn(options.draws)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    return {m.__name__: m.__version__ for m in (hypothesis, peft, transformers, torch)}
+
+
+def all_searches() -> list[dict[str, Any]]:
+    print(
+        "| search on 24 GiB | CPU until the smallest, s | CPU, s | s | settings tried | smallest that does not fit |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | --- |")
+    rows = []
+    for name, start in ((name, start) for name in SEARCHES for start in range(3)):
+        rows.append(search(name, start))
+        print(f"| {' | '.join(map(str, rows[-1].values()))} |", flush=True)
+    return rows
+
+
+def drawn(number: int) -> dict[str, Any]:
+    """What draws cost, and how many are as they should be."""
     costs = {
         "lora_configs": cost(lora_configs(LlamaConfig()), 500),
         "lora_models": cost(lora_models(), 100),
         "adapter_folders": cost(adapter_folders(), 100),
     }
-    searched = [search(name, start) for name in SEARCHES for start in range(3)]
-    print("| draw | median, ms | 90th percentile, ms |\n| --- | ---: | ---: |")
+    print("\n| draw | median, ms | 90th percentile, ms |\n| --- | ---: | ---: |")
     for name, row in costs.items():
         print(f"| `{name}` | {row['median_ms']} | {row['p90_ms']} |")
-    print("\n| search on 24 GiB | CPU, s | s | settings tried | smallest that does not fit |")
-    print("| --- | ---: | ---: | ---: | --- |")
-    for row in searched:
-        print(f"| {' | '.join(map(str, row.values()))} |")
-    saved = folders(options.draws)
+    saved = folders(number)
     hurt = sum(saved["damaged"].values())
     print("\n| whole folders | with a finding | damaged folders | kinds of damage | missed |")
     print("| ---: | ---: | ---: | ---: | ---: |")
@@ -221,21 +250,11 @@ def main() -> None:
     )
     bases = []
     for name in NAMES:
-        row = judged(name, options.draws)
+        row = judged(name, number)
         bases.append(row)
         counts = (row["sound"], len(row["not_sound"]), row["faulty"], len(row["missed"]))
         print(f"| {name} | {' | '.join(map(str, counts))} |", flush=True)
-    versions = {m.__name__: m.__version__ for m in (peft, transformers, torch)}
-    result = {
-        "costs": costs,
-        "search": searched,
-        "folders": saved,
-        "bases": bases,
-        "versions": versions,
-        "python": platform.python_version(),
-    }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return {"costs": costs, "folders": saved, "bases": bases}
 
 
 if __name__ == "__main__":

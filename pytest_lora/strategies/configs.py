@@ -161,14 +161,11 @@ def several(values: tuple[Any, ...]) -> st.SearchStrategy[list[Any]]:
     As many choices whatever is drawn, one for each value: an example whose parts keep their places shrinks, and is
     varied, in half as many tries as lists would take.
     """
-    last_ones_first = st.tuples(_sampled_from(values), *(_BOOLEANS for _ in values))
+    last_ones_first = st.tuples(*(_BOOLEANS for _ in values))
 
-    def chosen(drawn: tuple[Any, ...]) -> list[Any]:
-        return [
-            value
-            for value, taken in zip(values, reversed(drawn[1:]), strict=True)
-            if taken or value == drawn[0]
-        ]
+    def chosen(drawn: tuple[bool, ...]) -> list[Any]:
+        taken = [value for value, is_taken in zip(values, reversed(drawn), strict=True) if is_taken]
+        return taken or [values[0]]
 
     return last_ones_first.map(chosen)
 
@@ -199,20 +196,15 @@ def _kind(draw: Draw, space: SearchSpace, choice: Choice) -> Kind:
     return Kind(rslora, dora, init)
 
 
-_STRIDES = (1, 2, 3, 4)
-
-
 def _layers(draw: Draw, space: SearchSpace, choice: Choice) -> list[int] | None:
-    """Numbers for ``layers_to_transform``, which PEFT takes beside a list of names alone: one, some in a row, or each
-    second to fourth."""
+    """Numbers for ``layers_to_transform``, which PEFT takes beside a list of names alone."""
     known = space.base_targets.blocks
     if not known:
         return None
-    first, way = draw(_sampled(range(len(known)))), draw(_sampled(("one", "some", "all")))
-    many, stride = draw(_sampled(range(1, len(known) + 1))), draw(_sampled(_STRIDES))
+    way, some = draw(_sampled(("one", "some", "all"))), [draw(_sampled(known)) for _ in range(6)]
     if way == "all" or isinstance(choice.written, str):
         return None
-    drawn = {*known[first :: stride if way == "some" else 1][: many if way == "some" else 1]}
+    drawn = {*some} if way == "some" else {some[-1]}
     shared = frozenset.intersection(*(target.layers for target in choice.targets))
     return sorted(shared & drawn) or None
 

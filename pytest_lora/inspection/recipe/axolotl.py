@@ -196,9 +196,9 @@ def _loss(keys: Keys) -> Value:
 def _kernels(keys: Keys, adapter: str | None) -> Value:
     """Whether all of its kernels for LoRA run, which it takes by itself where no key says anything about one.
 
-    A key that is set leaves the others at false, and in 8 bits, beside reinforcement learning and with code of the
-    checkpoint's own none is taken by itself (``check_auto_enable_lora_kernels`` in axolotl/utils/schemas/config.py).
-    The kernel of embeddings is not modelled.
+    A key that is set leaves the others at false, and in 8 bits, beside reinforcement learning and with code of
+    the checkpoint's own none is taken by itself (``check_auto_enable_lora_kernels`` in
+    axolotl/utils/schemas/config.py). The kernel of embeddings is not modelled.
     """
     given = [name for name in (*_KERNELS, "lora_embedding_kernel") if keys.has(name)]
     if given:
