@@ -201,7 +201,7 @@ def _layers(draw: Draw, space: SearchSpace, choice: Choice) -> list[int] | None:
     known = space.base_targets.blocks
     if not known:
         return None
-    way, some = draw(_sampled(("one", "some", "all"))), [draw(_sampled(known)) for _ in range(6)]
+    way, some = draw(_sampled(("one", "some", "all"))), [draw(_sampled(known)) for _ in range(3)]
     if way == "all" or isinstance(choice.written, str):
         return None
     drawn = {*some} if way == "some" else {some[-1]}
