@@ -14,8 +14,7 @@ def adapter_holds_no_update(facts: ModelFacts, expect: Expect) -> Iterator[Viola
 
     ## What it does
     Under `Expect(fresh=False)`: looks for active modules where a factor is all zero, so that their product
-    is zero. Under `Expect(purpose="inference")` alone it is an info, and only where no active module changes
-    anything.
+    is zero.
 
     ## Why is this bad?
     A zero lora_B after training or loading means that nothing was learned or that no tensor of the file
@@ -38,21 +37,20 @@ def adapter_holds_no_update(facts: ModelFacts, expect: Expect) -> Iterator[Viola
     - https://huggingface.co/docs/peft/developer_guides/troubleshooting
     - https://github.com/huggingface/peft/issues/2115
     """
-    to_be_used = expect.fresh is None and expect.purpose == "inference"
-    if expect.fresh is not False and not to_be_used:
+    if expect.fresh is not False:
         return
     wiped = {adapter for adapter, _ in facts.wiped}
     layers = [layer for layer in facts.active_layers if layer.adapter not in wiped]
     empty = [layer for layer in layers if layer.changes_output is False]
     if len(empty) < len(layers):
         empty = [layer for layer in empty if not layer.prunes_ranks]
-    if empty and (len(empty) == len(layers) or not to_be_used):
+    if empty:
         first = empty[0]
         zero = first.b.name if first.b.zero else first.a.name
         yield Violation(
             where=grouped(layer.module for layer in empty),
             observed=f"{zero} is all zero in {len(empty)} of {len(layers)} modules of {first.adapter!r}",
-            expected=f"trained values, as {'purpose=' + repr(expect.purpose) if to_be_used else 'fresh=False'} says",
+            expected="trained values, as fresh=False says",
             fix="check that the keys of the file fit this model, and that training reached these modules",
-            severity="info" if to_be_used or all(layer.in_expert for layer in empty) else None,
+            severity="info" if all(layer.in_expert for layer in empty) else None,
         )
