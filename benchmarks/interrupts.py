@@ -49,7 +49,7 @@ def checks(setup: Setup) -> dict[str, Callable[[], object]]:
     """Calls on a model amid its training, by name."""
     import pytest_lora as ours
     from pytest_lora.bases import examples
-    from pytest_lora.inspection.behaviour.batch_law import batch_law
+    from pytest_lora.inspection.behaviour.batch_law import BatchLaw
     from pytest_lora.inspection.behaviour.combination import combination_error
     from pytest_lora.inspection.training.plan import Plan
     from pytest_lora.inspection.training.probe import prepared
@@ -62,7 +62,7 @@ def checks(setup: Setup) -> dict[str, Callable[[], object]]:
 
     def alone() -> object:
         with prepared(model, cut, Plan(steps=1, rate=1e-3)):
-            return batch_law(model, base, (cut,))
+            return BatchLaw(model, base, {0: cut}).compared()
 
     return {
         "check_training": lambda: ours.check_training(model, setup.batches, **setup.trainers),

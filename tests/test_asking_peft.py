@@ -191,7 +191,7 @@ def test_similar_names_are_looked_for_of_fifty() -> None:
         ({"q_proj": 4}, [("rank_pattern", "q_proj", 4.0, Q, None, ())]),
         ({"0.q_proj": 4, "q_proj": 8, "layers.0.q_proj": 2},
          [("rank_pattern", "0.q_proj", 4.0, Q[:1], None, ()), ("rank_pattern", "q_proj", 8.0, Q[1:], None, ()),
-          ("rank_pattern", "layers.0.q_proj", 2.0, (), "0.q_proj", ())]),
+          ("rank_pattern", "layers.0.q_proj", 2.0, (), "0.q_proj", (), Q[:1])]),
         ({"v_proj": 4, "x": 2},
          [("rank_pattern", "v_proj", 4.0, (), None, V), ("rank_pattern", "x", 2.0, (), None, ())]),
         ({}, []),

@@ -55,6 +55,7 @@ _IN_WORDS = (
     ("dropout", "dropout"),
     ("cat", "joining of tensors"),
     ("mm", "matrix product"),
+    ("matmul", "matrix product"),
     ("mul", "product, number by number"),
     ("add", "sum, number by number"),
 )

@@ -234,7 +234,11 @@ def test_a_step_against_the_memory_there_is() -> None:
     assert found.title == (
         "Model, batch 4 x 2048 tokens, r=8, base in nf4, adamw_torch, gradient checkpointing"
     )
-    assert (found.breakdown, found.fits, found.peak_at) == ((("base weights", 3),), True, "forward, matmul")
+    assert (found.breakdown, found.fits, found.peak_at) == (
+        (("base weights", 3),),
+        True,
+        "forward: matrix product",
+    )
     assert (found.peak_allocated, found.peak_reserved, found.budget) == (100, 120, 100)
     assert [(one.change, one.fits) for one in found.what_if] == [
         ("change 99", True),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from pytest_lora.facts.saved_config import config_of_the_file
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, TensorFacts, Values, target_of
 from pytest_lora.facts.served import ServedAdapter, ServedModule, padded, served_checkpoint, served_config
 from pytest_lora.inspection.checkpoint.config_file import config_file
+from tests.changed import replace
 from tests.facts.test_adapter_maps import saved
 
 P = "base_model.model."

@@ -225,7 +225,7 @@ def test_what_lora_model_keeps_for_the_next_test_is_not_left_by_this_one(pyteste
     )
     result = run(pytester)
     result.assert_outcomes(passed=4)
-    left = [line for line in section(result.outlines, "GPU tests") if " B (" not in line]
+    left = [line for line in section(result.outlines, "GPU tests") if line and " B (" not in line]
     assert left == ["test_it.py::test_keeps left 3.9 KiB (4000 bytes) allocated on cuda:0"]
 
 

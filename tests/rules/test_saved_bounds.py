@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from pytest_lora.facts.checkpoint import CheckpointFacts, Entry, FileFault
 from pytest_lora.facts.fit import Fit, Misfit
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, Marks, TensorFacts, Values
 from pytest_lora.rules.remedies import name_in_keys
+from tests.changed import replace
 from tests.facts.test_adapter_maps import saved
 from tests.rules.made import BASE
 from tests.rules.saying import says, told
@@ -475,7 +475,7 @@ def test_keys_that_are_there_twice() -> None:
         (of(module("q"), use_dora=True), ["error: lora_magnitude_vector is missing in 1 of 1"]),
         (of(module("q", b=None), use_dora=True), ["error: lora_B is missing in 1 of 1"]),
         (of(module("q", a=None), use_dora=True), ["error: lora_A is missing in 1 of 1"]),
-        (of(module("q")._replace(magnitude=tensor("q.lora_magnitude_vector", 8)), use_dora=True), []),
+        (of(replace(module("q"), magnitude=tensor("q.lora_magnitude_vector", 8)), use_dora=True), []),
         (of(module("q")), []),
         (unjudged(of(module("q", b=None))), []),
         (fitted(of(module("q", b=None))), []),
@@ -525,7 +525,7 @@ def test_ranks(facts: CheckpointFacts, words: list[str]) -> None:
         (plain(ONE, tensor("head.weight", 0)), ["error: 1 of 3 tensors are empty (shape 0)"]),
         (of(module("q", (2,))), ["error: 1 of 2 adapter tensors are flat (shape 2)"]),
         (of(module("q", (0,))), ["error: 1 of 2 tensors are empty (shape 0)"]),
-        (of(module("q")._replace(magnitude=tensor("q.lora_magnitude_vector", 8))), []),
+        (of(replace(module("q"), magnitude=tensor("q.lora_magnitude_vector", 8))), []),
         (key_facts(f"{P}q.lora_A.weight"), []),
         (replace(key_facts(), tensors=()), []),
         (unjudged(plain(ONE, tensor("head.weight", 0))), []),
@@ -581,7 +581,7 @@ def dead(name: str, **more: Any) -> AdaptedModule:
     return module(name, zero=True, **more)
 
 
-NO_MAGNITUDE = module("q")._replace(magnitude=tensor("q.lora_magnitude_vector", 8, zero=True))
+NO_MAGNITUDE = replace(module("q"), magnitude=tensor("q.lora_magnitude_vector", 8, zero=True))
 NOTHING = "the adapter changes nothing there"
 
 
@@ -623,8 +623,8 @@ def marked(name: str, rows: int = 0, idle: tuple[int, ...] = (), *, size: int = 
     assert made.b is not None
     of_a = Marks((True,) * 4, (True,) * 8, 0)
     of_b = Marks((True,) * size, tuple(i not in idle for i in range(4)), rows)
-    a, b = (t._replace(values=t.values._replace(marks=m)) for t, m in ((made.a, of_a), (made.b, of_b)))
-    return made._replace(a=a, b=b)
+    a, b = (replace(t, values=replace(t.values, marks=m)) for t, m in ((made.a, of_a), (made.b, of_b)))
+    return replace(made, a=a, b=b)
 
 
 @pytest.mark.parametrize(
@@ -853,7 +853,7 @@ def test_layers_of_tensors_that_nothing_looks_for() -> None:
 
 
 TARGETED = saved([Q, "model.layers.1.v"])
-MAGNITUDE = replace(TARGETED, adapted=(TARGETED.adapted[0]._replace(magnitude=tensor("m", 2)),))
+MAGNITUDE = replace(TARGETED, adapted=(replace(TARGETED.adapted[0], magnitude=tensor("m", 2)),))
 DROPPED = "match no name in target_modules (or its layers): they would be dropped"
 
 
@@ -906,7 +906,7 @@ def misfit(
 
 HEADED = configured(RANKED, modules_to_save=["head"])
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
-OTHER = configured(replace(ONE, adapted=(module(Q)._replace(configured_rank=4),)))
+OTHER = configured(replace(ONE, adapted=(replace(module(Q), configured_rank=4),)))
 PACKED = configured(replace(ONE, adapted=(module(Q, (4, 8), (8, 4)),)), target_parameters=["experts"])
 
 

@@ -790,8 +790,9 @@ def key(
     value: float = 4,
     shadowed_by: str | None = None,
     elsewhere: tuple[str, ...] = (),
+    **asked: Any,
 ) -> PatternKey:
-    return PatternKey("rank_pattern", name, value, decides, shadowed_by, elsewhere)
+    return PatternKey("rank_pattern", name, value, decides, shadowed_by, elsewhere, **asked)
 
 
 def patterned(*keys: PatternKey, targets: Any = ("q",), **base: Any) -> ConfigFacts:
@@ -815,8 +816,11 @@ def patterned(*keys: PatternKey, targets: Any = ("q",), **base: Any) -> ConfigFa
             patterned(key("v")),
             ["error: write the end of an adapted module's name, or drop it: rank_pattern={}"],
         ),
-        (patterned(key("^q")), ["error: write the end of the name: rank_pattern={'q': 4}; or drop it"]),
-        (patterned(key("(")), ["error: it is no regular expression"]),
+        (
+            patterned(key("^q", by_its_end=True)),
+            ["error: write the end of the name: rank_pattern={'q': 4}; or drop it"],
+        ),
+        (patterned(key("(", is_expression=False)), ["error: it is no regular expression"]),
         (
             patterned(key("v", elsewhere=("layers.0.v",))),
             ["error: it matches layers.0.v, which are no LoRA targets"],
@@ -830,7 +834,7 @@ def patterned(*keys: PatternKey, targets: Any = ("q",), **base: Any) -> ConfigFa
         (patterned(key("layers")), ["error: write rank_pattern={'layers.*': 4}"]),
         (patterned(key("base_model.model.q")), ["error: write rank_pattern={'q': 4}"]),
         (
-            patterned(key("q", "layers.0.q"), key("0.q", shadowed_by="q")),
+            patterned(key("q", "layers.0.q"), key("0.q", shadowed_by="q", own=("layers.0.q",))),
             ["error: 'q' means the same modules; drop it"],
         ),
         (
