@@ -21,6 +21,8 @@ from pytest_lora.inspection.memory.stand_ins import StandIns
 from pytest_lora.inspection.memory.storage_tracker import StorageTracker
 
 BATCH, LENGTH, RANKS = 3, 48, 2
+STEPS = 6
+"""The first sets up what stays; in single ones of the others, a buffer that gloo's own thread holds goes later."""
 
 
 def base() -> LlamaConfig:
@@ -72,7 +74,8 @@ def really_allocated() -> dict[str, int]:
     prepared = sharded(model())
     optimizer = torch.optim.AdamW([p for p in prepared.parameters() if p.requires_grad], foreach=False)
     ids = batch(dist.get_rank())
-    for _ in range(2):  # the first sets up what stays
+    peaks = []
+    for _ in range(STEPS):
         optimizer.zero_grad()
         tracker = StorageTracker(None, StandIns(padded=False, experts=None), device=torch.device("cpu"))
         held = [local(t) for t in (*prepared.parameters(), *prepared.buffers(), ids)]
@@ -81,11 +84,12 @@ def really_allocated() -> dict[str, int]:
         with tracker.recorded(), resizes_followed(tracker):
             prepared(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
+        peaks.append(peak_of(tracker))
     states = [local(v) for state in optimizer.state.values() for v in state.values() if v.dim()]
     storages = {id(t.untyped_storage()): t.untyped_storage().nbytes() for t in held[:-1]}
     return {
         "held": sum(storages.values()),
-        "added": peak_of(tracker),
+        "added": min(peaks),
         "optimizer": sum(t.untyped_storage().nbytes() for t in states),
     }
 
