@@ -114,7 +114,7 @@ def test_an_id_that_was_printed_can_be_run_again(
     for flags in (["--lora-recipes=configs"], ["-o", "lora_recipes=configs"]):
         result = run(pytester, *flags, failed)
         result.assert_outcomes(failed=1)
-        result.stdout.fnmatch_lines([f"FAILED {failed} - *"])
+        result.stdout.fnmatch_lines([f"FAILED {failed}*"])
         run(pytester, *flags, failed, inner).assert_outcomes(failed=1, passed=1, warnings=1)
         run(pytester, *flags, "configs/inner/typo.yaml").assert_outcomes(passed=1, warnings=1)
     pytester.makepyfile("def test_plain(): ...")
