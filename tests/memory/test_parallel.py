@@ -30,6 +30,7 @@ from pytest_lora.memory.setting import checked_setting
 from pytest_lora.strategies.shapes import TrainingShape, training_shapes
 from tests.forked import fork_ranks
 from tests.memory import sharded_ranks
+from tests.memory.test_shared_steps import cuts_by_plan
 
 BASE: Any = LlamaConfig(
     hidden_size=256,
@@ -358,7 +359,7 @@ def test_two_ranks_allocate_what_is_predicted_and_train_as_one_process_does(
     assert any((alone[name] - start[name]).abs().max() > 1e-3 for name in alone), "something was learned"
 
 
-@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2", "hsdp", "tp"])
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2", "hsdp", *(["tp"] if cuts_by_plan() else [])])
 def test_the_step_that_is_traced_is_none_of_the_first_ones_own(strategy: str) -> None:
     asked = checked_setting(gpus=4, strategy=strategy, gradient_checkpointing=True)
     built = build(BASE, LORA, asked)
