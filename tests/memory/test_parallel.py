@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,6 @@ from pytest_lora.memory.setting import checked_setting
 from pytest_lora.strategies.shapes import TrainingShape, training_shapes
 from tests.forked import fork_ranks
 from tests.memory import sharded_ranks
-from tests.memory.test_shared_steps import cuts_by_plan
 
 BASE: Any = LlamaConfig(
     hidden_size=256,
@@ -41,6 +41,14 @@ BASE: Any = LlamaConfig(
     tie_word_embeddings=False,
 )
 LORA = LoraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+
+
+def cuts_by_plan() -> bool:
+    try:
+        importlib.import_module("transformers.distributed.tensor_parallel")
+    except ImportError:
+        return False
+    return True
 
 
 def estimated(base: Any = BASE, **setting: Any) -> MemoryEstimate:

@@ -18,18 +18,10 @@ from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory.cuda_allocator import max_reserved
 from pytest_lora.inspection.parallel_files import read_parallel
 from pytest_lora.memory.setting import checked_setting
-from tests.memory.test_parallel import BASE, estimated, held
+from tests.memory.test_parallel import BASE, cuts_by_plan, estimated, held
 
 SHORT = LlamaConfig(**{**BASE.to_dict(), "num_hidden_layers": 4})
 LORA_OF_ATTENTION = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-
-
-def cuts_by_plan() -> bool:
-    try:
-        importlib.import_module("transformers.distributed.tensor_parallel")
-    except ImportError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize(
