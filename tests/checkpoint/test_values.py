@@ -274,3 +274,19 @@ def test_keys_are_taken_apart(key: str, parts: tuple[Any, ...]) -> None:
     assert (
         found.module, found.part, found.prefixes, found.wrappers, found.adapter, found.is_cut, found.before
     ) == parts  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "infinite", "lowest_nan", "highest_nan"),
+    [
+        (torch.float16, 0x7C00, 0x7C01, 0x7FFF),
+        (torch.bfloat16, 0x7F80, 0x7F81, 0x7FFF),
+    ],
+    ids=str,
+)
+def test_every_bit_of_a_fraction_makes_infinity_no_number(
+    tmp_path: Path, dtype: torch.dtype, infinite: int, lowest_nan: int, highest_nan: int
+) -> None:
+    bits = torch.tensor([infinite, lowest_nan, highest_nan, 0], dtype=torch.int16)
+    found, _ = read(tmp_path / "a.safetensors", {"x": bits.view(dtype)})
+    assert (found["x"].nans, found["x"].infinities) == (2, 1)

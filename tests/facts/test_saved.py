@@ -10,6 +10,7 @@ from pytest_lora.facts.base import BaseFacts, BaseModule
 from pytest_lora.facts.checkpoint import CheckpointFacts, Entry, FileFault
 from pytest_lora.facts.config import ConfigFacts, LayerFacts
 from pytest_lora.facts.fit import Fit
+from pytest_lora.facts.measures import _scalings, of_checkpoint
 from pytest_lora.facts.saved_config import config_of_the_file
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, TensorFacts, Values, target_of
 from pytest_lora.facts.served import ServedAdapter, ServedModule, padded, served_checkpoint, served_config
@@ -450,3 +451,18 @@ def test_a_configuration_as_a_server_meets_it(kind: str, kernel: int, wanted: st
     part = served_config(replace(facts, base=a_base("layers.0.q", layers=2)))
     assert part.features["layers_in_part"] == ("q",)
     assert "layers_in_part" not in served_config(replace(facts, base=a_base("layers.0.q"))).features
+
+
+def test_scalings_of_many_kinds_are_told_as_one() -> None:
+    def named(kinds: int) -> list[str]:
+        return [name for name, _ in _scalings("a", ((f"kind{number}", 2.0) for number in range(kinds)))]
+
+    assert len(named(1_000)) == 1_000
+    assert named(1_001) == ["scaling of all modules in a"]
+
+
+def test_nothing_is_measured_of_a_file_that_was_not_read() -> None:
+    facts = configured(saved(["q"]), r=2)
+    assert of_checkpoint(facts)
+    assert of_checkpoint(replace(facts, weights=None)) == ()
+    assert of_checkpoint(replace(facts, adapted=())) == ()

@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from pytest_lora import estimate_memory
 from pytest_lora.inspection.memory import patience
+from pytest_lora.inspection.transformers_internals import runs_images_without_values
 
 TEXT: dict[str, Any] = {
     "hidden_size": 64,
@@ -82,6 +83,10 @@ def test_the_images_of_a_step_are_counted(kind: str) -> None:
     text, one, two = (estimate(IMAGES[kind](), images=images) for images in (0, 1, 2))
     assert text.loaded == one.loaded == two.loaded
     assert text.peak_allocated < one.peak_allocated < two.peak_allocated
+    left_out = [part.what for part in one.unmodelled if part.what.startswith("images")]
+    assert len(left_out) == (0 if runs_images_without_values() else 1)
+    assert not text.unmodelled
+    assert one.over_ranks == 0, "there is one GPU"
     larger = estimate(IMAGES[kind](), image_size=112) if kind == "qwen2.5-vl" else None
     if larger is not None:
         assert larger.peak_allocated < one.peak_allocated, "448 pixels are the default of any resolution"

@@ -37,3 +37,11 @@ def test_rules_on_recipes_judge_arguments(tmp_path: Path) -> None:
 def test_what_is_no_training_arguments_is_refused() -> None:
     with pytest.raises(TypeError, match=r"args must be transformers\.TrainingArguments, not {}"):
         check_run({}, LoraConfig(r=8), BASE)
+
+
+def test_the_tool_of_arguments_is_that_of_their_class(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    tools = [check_run(made(**given), config, BASE).subject for made in (TrainingArguments, trl.SFTConfig)]
+    assert [subject.rpartition(" of ")[2] for subject in tools] == ["Trainer", "TRL"]

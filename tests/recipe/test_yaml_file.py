@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_lora.inspection.recipe.yaml_file import BrokenError, read_yaml
+from pytest_lora.inspection.recipe.yaml_file import BrokenError, Node, _size, read_yaml
 
 
 def test_values_are_those_of_yaml_1_1() -> None:
@@ -139,3 +139,8 @@ def test_keys_that_were_merged_and_stand_twice_are_repeated_once() -> None:
     merged = read_yaml(b"a: &x\n  p: 1\nb:\n  <<: *x\n  q: 2\n").root.pairs
     assert merged is not None
     assert merged["b"].lines == {"p": 2, "q": 5}
+
+
+@pytest.mark.parametrize(("limit", "counted"), [(5, 4), (4, 4), (3, 4), (2, 3), (0, 1)])
+def test_values_are_counted_to_one_above_a_limit(limit: int, counted: int) -> None:
+    assert _size(Node(1, 1, items=[Node(2, 1), Node(3, 1), Node(4, 1)]), limit) == counted

@@ -134,17 +134,23 @@ def test_files_that_hold_what_was_trained() -> None:
 # ------------------------------------------------------------------------------- merges
 
 
-def merged(size: float, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> dict[str, str]:
+def merge_of(size: float, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Report:
     model = adapted(LlamaForCausalLM(llama_config()).to(dtype), init_lora_weights=False, **changes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(size)
-    return severities(check_merge(model, examples.batch))
+    return check_merge(model, examples.batch)
+
+
+def merged(size: float, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> dict[str, str]:
+    return severities(merge_of(size, dtype, **changes))
 
 
 def test_a_merge_that_rounds_the_update_away() -> None:
     assert merged(1e-4) == {"LORA926": "warning"}
+    (found,) = merge_of(1e-4).findings
+    assert 50 < int(found.observed.partition("%")[0]) <= 100
 
 
 def test_merges_that_keep_it() -> None:

@@ -845,3 +845,27 @@ def patterned(*keys: PatternKey, targets: Any = ("q",), **base: Any) -> ConfigFa
 )
 def test_keys_of_patterns(facts: ConfigFacts, words: list[str]) -> None:
     says("pattern_key_has_no_effect", facts, *words)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "words"),
+    [
+        ({"r": 1}, "layers_pattern is set", "set layers_pattern=None"),
+        ({"r": 1, "rank_pattern": {"q": 1}}, "layers_pattern is set", "set layers_pattern=None"),
+        ({"rank_pattern": {"q": 0}}, "layers_pattern is set", "a rank is a whole number above 0"),
+        (
+            {"trainable_token_indices": {"embed": [1]}},
+            "no words for this",
+            "change what the message of PEFT names",
+        ),
+        ({"trainable_token_indices": [1]}, "no words for this", "change what the message of PEFT names"),
+        (
+            {"trainable_token_indices": {"wte": [1]}},
+            "no words for this",
+            "name the embedding as this base does",
+        ),
+    ],
+)
+def test_what_a_refusal_is_about(fields: dict[str, Any], message: str, words: str) -> None:
+    facts = config(known={"refusal": Refusal("ValueError", message)}, **fields)
+    says("peft_refuses_the_config", facts, f"error: {words}")

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import TextBounds
+from pytest_lora.facts.wrappers import Wrappers
 from pytest_lora.inspection.training.base_changes import _distance
 from pytest_lora.inspection.training.batches import (
     LOOKED_AT,
@@ -24,9 +26,10 @@ from pytest_lora.inspection.training.circumstances import live_dropouts, spoiled
 from pytest_lora.inspection.training.empty_rows import _used, empty_rows
 from pytest_lora.inspection.training.failures import failure_of
 from pytest_lora.inspection.training.graph import Passed, Ran
+from pytest_lora.inspection.training.labels import _outside
 from pytest_lora.inspection.training.media import grids_disagree, medium_facts, placeholders_of
 from pytest_lora.inspection.training.shift import Shift, _mean
-from pytest_lora.inspection.training.text_bounds import text_bounds
+from pytest_lora.inspection.training.text_bounds import _crossing, text_bounds
 from pytest_lora.inspection.training.updates import NOISE, SPARE, WHOLE, _rank, _Update
 from pytest_lora.inspection.training.watch import Watch, norms
 
@@ -555,3 +558,29 @@ def test_the_loss_of_a_batch() -> None:
         loss_of(Gives(None), None, lambda model, batch: torch.ones(2))
     with pytest.raises(NoLossError, match="must return a scalar tensor, not 3"):
         loss_of(Gives(None), None, lambda model, batch: 3)
+
+
+def test_labels_outside_of_the_vocabulary() -> None:
+    values = torch.tensor([-3, -1, 0, 1, 4, 5, 9])
+    assert _outside(values, None) == (-3, -1)
+    assert _outside(values, 5) == (-3, -1, 5, 9)
+    assert _outside(torch.arange(-8, 0), None) == (-8, -7, -6, -5, -4)
+
+
+def test_labels_across_documents_need_positions() -> None:
+    labels = rows([1, 2, 3, 4])
+    assert _crossing(labels, {}) == (0, 0)
+    assert _crossing(labels, {"position_ids": torch.zeros(1, 3, dtype=torch.long)}) == (0, 0)
+
+
+@pytest.mark.parametrize(("apart", "holds"), [(0.25, True), (0.2500001, False), (0.0, True)])
+def test_a_text_may_be_as_far_apart_as_rounding_makes_it(apart: float, holds: bool) -> None:
+    known: dict[str, Any] = {"company": "padding", "side": "right", "mask": "hides", "positions": False}
+    facts = AloneFacts(
+        0, 0, 8, pooled=False, apart=apart, tolerance=0.25, filler=0, pad=0, cached=False, **known
+    )
+    assert facts.holds == holds
+
+
+def test_a_model_in_no_wrapper_hides_nothing() -> None:
+    assert (Wrappers().unseen, Wrappers().ranks) == (0, 1)

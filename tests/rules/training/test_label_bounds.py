@@ -10,7 +10,8 @@ import pytest
 
 from pytest_lora import Expect
 from pytest_lora.bases.examples.models import language_batch
-from pytest_lora.facts.labels import LabelFacts, TextBounds
+from pytest_lora.facts.labels import LabelFacts, TextBounds, WholeTargets
+from pytest_lora.facts.loss_drop import LossDrop
 from pytest_lora.facts.steps import ShiftFacts
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.inspection.training.plan import Plan
@@ -392,3 +393,30 @@ def test_classes_of_the_first_batch_that_knows_them(sound: TrainingFacts) -> Non
     labels = (known(kind="classes", limit=None), known(kind="classes", limit=4))
     facts = changed(sound, losses=(1.0, 1.0), labels=labels, history=(3.0, 3.0), batches=3)
     says("loss_is_summed", facts, "error: the sum over 3 accumulation steps")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ((0, 1), ["warning: load the base with 2 labels"]),
+        ((0,), ["warning: load the base with 2 labels"]),
+        ((0, 1, 2), ["info: load the base with 3 labels"]),
+        ((1, 5), ["info: load the base with 6 labels"]),
+        ((-1, 1), []),
+        ((), []),
+    ],
+)
+def test_classes_that_are_taken_for_numbers(
+    sound: TrainingFacts, values: tuple[int, ...], words: list[str]
+) -> None:
+    targets = (WholeTargets(0, 4, values),) if values else ()
+    says("classes_are_taken_for_numbers", replace(sound, whole_targets=targets), *words)
+
+
+@pytest.mark.parametrize(
+    ("after", "by", "told_alone"), [(0.5, 0.5, True), (0.5, 0.25, True), (0.5, 0.625, False)]
+)
+def test_a_loss_that_something_else_lowered(after: float, by: float, told_alone: bool) -> None:
+    facts = LossDrop(1.0, after, (1.0, after), 1e-3, by, adapter_learned=False)
+    (found,) = told("loss_does_not_fall", facts)
+    assert ("something else lowered it" in found.observed) == told_alone
