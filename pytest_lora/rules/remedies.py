@@ -41,6 +41,19 @@ def _written(value: object) -> str:
     return f"{value:.10g}" if isinstance(value, float) else repr(value)
 
 
+def ending(name: str) -> str:
+    """The last two parts of a name, by which ``target_parameters`` means it: ``"experts.down_proj"``."""
+    return ".".join(name.split(".")[-2:])
+
+
+def on_parameters(settings: Settings, names: Iterable[str]) -> dict[str, object]:
+    """The fields under which PEFT adapts these parameters: it refuses a dropout on them."""
+    fields: dict[str, object] = {"target_parameters": tuple(names)}
+    if settings.lora_dropout:
+        fields["lora_dropout"] = 0.0
+    return fields
+
+
 def without(names: Iterable[str], *dropped: str) -> tuple[str, ...]:
     """A list of names less some of them, in order."""
     gone = frozenset(dropped)

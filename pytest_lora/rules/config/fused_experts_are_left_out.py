@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
+from pytest_lora.rules.remedies import assigned, ending, on_parameters
 
 
 @rule("LORA129", severity="info", needs=ConfigFacts)
@@ -47,13 +47,13 @@ def fused_experts_are_left_out(facts: ConfigFacts, expect: Expect) -> Iterator[V
     left = [p for p in facts.base.fused if p.name not in facts.adapted]
     numbers = sum(p.numbers for p in left)
     if numbers * 2 > facts.base.parameters:
-        names = sorted({".".join(p.name.split(".")[-2:]) for p in left})
+        names = sorted({ending(p.name) for p in left})
         yield Violation(
             where=f"{len(left)} fused parameters: {', '.join(names)}",
             observed=f"'all-linear' adapts {len(facts.layers)} modules; {numbers / facts.base.parameters:.0%} of the "
             "base are fused expert weights without an adapter",
             expected="nothing, if attention alone was meant",
-            fix=f"to adapt the experts too, set {assigned(**_experts_too(facts, names))}",
+            fix=f"to adapt the experts too, set {_experts_too(facts, names)}",
         )
 
 
@@ -68,7 +68,7 @@ def _named_but_left(facts: ConfigFacts) -> Iterator[Violation]:
     left = [p for p in facts.base.fused if p.name not in facts.adapted and any(map(p.stands_for, matched))]
     if not left:
         return
-    names = sorted({".".join(p.name.split(".")[-2:]) for p in left})
+    names = sorted({ending(p.name) for p in left})
     also = sorted(t for t in matched if any(p.stands_for(t) for p in left))
     elsewhere = [f".{layer.module}" for layer in facts.layers]
     instead = next(m for m in elsewhere if m.endswith(f".{also[0]}")).lstrip(".")
@@ -77,14 +77,11 @@ def _named_but_left(facts: ConfigFacts) -> Iterator[Violation]:
         observed=f"{also} match {instead} and its like alone; the routed experts, "
         f"{sum(p.numbers for p in left) / facts.base.parameters:.0%} of the base, are parameters and get no adapter",
         expected="adapters on the experts too, or names that say which modules are meant",
-        fix=f"to adapt the experts, set {assigned(**_experts_too(facts, names))}; if they are to stay as they are, "
-        f"write more of the name: '{'.'.join(instead.split('.')[-2:])}'",
+        fix=f"to adapt the experts, set {_experts_too(facts, names)}; if they are to stay as they are, "
+        f"write more of the name: '{ending(instead)}'",
         severity="warning",
     )
 
 
-def _experts_too(facts: ConfigFacts, names: list[str]) -> dict[str, object]:
-    fields: dict[str, object] = {"target_parameters": (*facts.settings.target_parameters, *names)}
-    if facts.settings.lora_dropout:  # PEFT refuses a dropout on parameters
-        fields["lora_dropout"] = 0.0
-    return fields
+def _experts_too(facts: ConfigFacts, names: list[str]) -> str:
+    return assigned(**on_parameters(facts.settings, (*facts.settings.target_parameters, *names)))

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, LayerFacts
+from pytest_lora.facts.settings import is_named
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
+from pytest_lora.rules.remedies import assigned, ending, on_parameters
 
 
 @rule("LORA138", severity="info", needs=ConfigFacts)
@@ -59,14 +60,12 @@ def fused_targets_leave_modules_out(facts: ConfigFacts, expect: Expect) -> Itera
     ]
     if not left:
         return
-    ends = sorted({f"{'.'.join(name.split('.')[-2:])}.weight" for name in left})
-    fields: dict[str, object] = {"target_parameters": (*facts.settings.target_parameters, *ends)}
-    if facts.settings.lora_dropout:  # PEFT refuses a dropout on parameters
-        fields["lora_dropout"] = 0.0
+    weights = sorted({f"{ending(name)}.weight" for name in left})
+    fields = on_parameters(facts.settings, (*facts.settings.target_parameters, *weights))
     yield Violation(
         where=grouped(left),
         observed=f"PEFT takes {sorted({name.rpartition('.')[2] for name in left})} for the fused experts, "
-        f"{', '.join(sorted({'.'.join(p.name.split('.')[-2:]) for p in fused}))}; {len(left)} modules of these names "
+        f"{', '.join(sorted({ending(p.name) for p in fused}))}; {len(left)} modules of these names "
         "carry no adapter",
         expected="nothing, if the routed experts alone were meant",
         fix=f"to adapt these modules too, set {assigned(**fields)}",
@@ -81,4 +80,4 @@ def _is_converted(layer: LayerFacts, facts: ConfigFacts) -> bool:
             key.startswith(r".*\.") and re.sub(r"\\(.)", r"\1", key[4:]) in named
             for key, _ in facts.settings.rank_pattern
         )
-    return not any(layer.module == name or layer.module.endswith(f".{name}") for name in named)
+    return not any(is_named(layer.module, name) for name in named)

@@ -8,7 +8,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, NameMatch
 from pytest_lora.facts.settings import is_named
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, without
+from pytest_lora.rules.remedies import assigned, ending, on_parameters, without
 
 
 @rule("LORA104", severity="error", needs=ConfigFacts, on_saved="refused")
@@ -123,19 +123,15 @@ def _any(facts: ConfigFacts) -> str:
             f"use names of this model: {', '.join(linear[:12])}; or all of them, target_modules='all-linear'"
         )
     if facts.base.fused:
-        experts = sorted({_end(parameter.name) for parameter in facts.base.fused})
+        experts = sorted({ending(parameter.name) for parameter in facts.base.fused})
         return f"this base has fused parameters instead: {assigned(**_fused((), experts, facts))}"
     leaves = sorted({module.leaf for module in facts.base.modules})
     return f"this base has no linear layers; name others: {assigned(target_modules=tuple(leaves[:12]))}"
 
 
-def _end(name: str) -> str:
-    return ".".join(name.split(".")[-2:])
-
-
 def _experts(lost: list[NameMatch], facts: ConfigFacts) -> list[str]:
     """The fused parameters that the lost names are about: those of these names, else all of them."""
-    fused = sorted({_end(parameter.name) for parameter in facts.base.fused})
+    fused = sorted({ending(parameter.name) for parameter in facts.base.fused})
     leaves = {match.name.rpartition(".")[2] for match in lost}
     same = [name for name in fused if name.rpartition(".")[2] in leaves]
     about_experts = any(_is_of_experts(match.name) for match in lost)
@@ -144,14 +140,11 @@ def _experts(lost: list[NameMatch], facts: ConfigFacts) -> list[str]:
 
 def _fused(kept: tuple[str, ...], experts: list[str], facts: ConfigFacts) -> dict[str, object]:
     known = without(facts.names_of("target_parameters"), *experts)
-    fields: dict[str, object] = {"target_modules": kept or [], "target_parameters": (*known, *experts)}
-    if facts.settings.lora_dropout:  # PEFT refuses a dropout on parameters
-        fields["lora_dropout"] = 0.0
-    return fields
+    return {"target_modules": kept or [], **on_parameters(facts.settings, (*known, *experts))}
 
 
 def _parameters_fix(lost: list[NameMatch], facts: ConfigFacts) -> str:
-    fused = sorted({_end(parameter.name) for parameter in facts.base.fused})
+    fused = sorted({ending(parameter.name) for parameter in facts.base.fused})
     kept = without(facts.names_of("target_parameters"), *(match.name for match in lost))
     if fused:
         return f"use {assigned(target_parameters=tuple(dict.fromkeys((*kept, *fused))))}"
