@@ -15,15 +15,21 @@ WIDTH = 64
 VOCABULARY = 128
 
 
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 2 * WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""Of the small decoders."""
+
+
 def llama_config(**changes: Any) -> LlamaConfig:
     """A small Llama; ``changes`` are other fields."""
     fields: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **SIZES,
         "max_position_embeddings": 128,
         "pad_token_id": 0,
         **changes,

@@ -24,7 +24,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from pytest_lora.bases.examples.configs import CONFIGS
+from pytest_lora.bases.examples.configs import CONFIGS, SIZES
 from pytest_lora.bases.examples.configs import FUSED_BY_PEFT as FUSED_BY_PEFT
 from pytest_lora.bases.examples.configs import LAYERS as LAYERS
 from pytest_lora.bases.examples.configs import VOCABULARY as VOCABULARY
@@ -154,15 +154,7 @@ def grid_base() -> nn.Module:
         "fullatt_block_indexes": [1],
         "window_size": 16,
     }
-    text = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-    }
+    text = {**SIZES, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
             vision_config=vision,
