@@ -79,6 +79,7 @@ class Predictor:
         self._models: dict[int, MetaModel] = {}
         self._traced: dict[Point, Traced] = {}
         self._surfaces = Surfaces(self._family, self._traced, self._trace, self._step, numbers_of(base))
+        self._asked: Point | None = None
         self._quickest = float("inf")  # the first trace imports what it needs
         self._cuts = iter(_CUTS if setting.parallel is None else cuts_of(setting.parallel))
         self._together = next(self._cuts)
@@ -155,6 +156,7 @@ class Predictor:
         return found.shape.peak_reserved(found.sizes, replay, emptied=self.setting.empty_cache, late=late)
 
     def _at(self, point: Point) -> Answer:
+        self._asked = point
         if point not in self._traced:
             # Losses in chunks make as many as there are tokens for.
             if self._quickest < WORTH_FITTING and self.setting.loss == "full":
@@ -186,7 +188,7 @@ class Predictor:
         # The step runs on the meta device, so the values of a live model are out of its reach.
         with Keeper(model, values=False), collected_late():
             built = self._model(rank)
-            what = f"a step of {type(built.transformer).__name__}, batch {batch_size} x {seq_len}, r={rank}"
+            what = _in_words(type(built.transformer).__name__, self._asked or point, point)
             since = time.thread_time()  # on a busy machine a trace is not longer, it only waits
             with limited(what):
                 step = assemble(built, setting)
@@ -202,6 +204,14 @@ class Predictor:
                 built = build(self._base, config, self.setting, together=self._together)
             self._models = dict([*self._models.items()][-1:]) | {rank: built}
         return self._models[rank]
+
+
+def _in_words(architecture: str, asked: Point, traced: Point) -> str:
+    """The step that was asked for, and the one that is traced where it is another."""
+    step = f"a step of {architecture}, batch {asked[0]} x {asked[1]}, r={asked[2]}"
+    if traced == asked:
+        return step
+    return f"{step} (from how it grows, seen at batch {traced[0]} x {traced[1]}, r={traced[2]})"
 
 
 _IN_FLOAT32 = 2
