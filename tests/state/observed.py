@@ -143,8 +143,8 @@ def observed(setup: Setup) -> dict[str, Any]:
         "batches": plain(setup.batches.batch),
         "random states": (
             random.getstate(),
-            str(np.random.get_state()),
-            torch.get_rng_state().tolist(),
+            [n.tobytes() if isinstance(n, np.ndarray) else n for n in np.random.get_state()],
+            _bytes(torch.get_rng_state())[5:],
         ),
         "float32 precision": (
             torch.get_float32_matmul_precision(),

@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from collections import OrderedDict, UserDict, UserList, deque
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ from pytest_lora.inspection.state.attributes import (
     values_of,
 )
 from pytest_lora.inspection.state.interrupts import Interrupts
-from pytest_lora.inspection.state.process import _Handlers, _write_handlers
+from pytest_lora.inspection.state.process import _Handlers
 from pytest_lora.inspection.state.reachable import MOST_NAME, Reachable, _is_stateful, _trains
 from pytest_lora.inspection.state.tensors import (
     _SMALL_BYTES,
@@ -507,19 +508,37 @@ def test_what_steps_change() -> None:
 
 def test_handlers_of_a_library_that_is_imported_meanwhile_stay() -> None:
     torch_s, nowhere_s = (logging.getLogger(name) for name in ("torch.of_a_test", "nowhere.of_a_test"))
-    before = [_Handlers.of(logger) for logger in (torch_s, nowhere_s, logging.root)]
-    assert [one.is_loaded for one in before] == [True, False, True]
+    before = _Handlers()
     handler = logging.NullHandler()
     for logger in (torch_s, nowhere_s):
         logger.addHandler(handler)
         logger.propagate = False
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(sys.modules, "nowhere", SimpleNamespace())
-        _write_handlers(before)
+        before.restore()
     assert (torch_s.handlers, torch_s.propagate) == ([], True)
     assert (nowhere_s.handlers, nowhere_s.propagate) == ([handler], False)
-    _write_handlers(before)
+    before.restore()
     assert (nowhere_s.handlers, nowhere_s.propagate) == ([], True)
+
+
+def test_each_thing_that_a_logger_has_comes_back() -> None:
+    logger = logging.getLogger("nowhere.of_another_test")
+    handlers, filters = logger.handlers, logger.filters
+    changes: tuple[Callable[[], object], ...] = (
+        lambda: logger.handlers.append(logging.NullHandler()),
+        lambda: logger.filters.append(logging.Filter()),
+        lambda: setattr(logger, "handlers", []),
+        lambda: setattr(logger, "filters", []),
+        lambda: setattr(logger, "propagate", False),
+    )
+    for change in changes:
+        before = _Handlers()
+        change()
+        before.restore()
+        assert logger.handlers is handlers
+        assert logger.filters is filters
+        assert (handlers, filters, logger.propagate) == ([], [], True)
 
 
 # ---------------------------------------------------------------------------------- signals

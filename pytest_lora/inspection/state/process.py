@@ -98,9 +98,13 @@ def _write_filters(before: tuple[Any, ...]) -> None:
     module.filters[:] = filters
 
 
+def _loggers() -> list[logging.Logger]:
+    known = [found for found in logging.root.manager.loggerDict.values() if isinstance(found, logging.Logger)]
+    return [logging.root, *known]
+
+
 def _read_levels() -> list[tuple[logging.Logger, int, bool]]:
-    known = (found for found in logging.root.manager.loggerDict.values() if isinstance(found, logging.Logger))
-    return [(logger, logger.level, logger.disabled) for logger in (logging.root, *known)]
+    return [(logger, logger.level, logger.disabled) for logger in _loggers()]
 
 
 def _write_levels(before: list[tuple[logging.Logger, int, bool]]) -> None:
@@ -119,42 +123,32 @@ def _write_environment(before: dict[str, str]) -> None:
             os.environ[name] = value
 
 
-def _read_handlers() -> list[_Handlers]:
-    known = (found for found in logging.root.manager.loggerDict.values() if isinstance(found, logging.Logger))
-    return [_Handlers.of(logger) for logger in (logging.root, *known)]
-
-
-def _write_handlers(before: list[_Handlers]) -> None:
-    for one in before:
-        logger = one.logger
-        # A library that is imported meanwhile sets its logger up, once.
-        if not one.is_loaded and _package(logger) in sys.modules:
-            continue
-        logger.handlers, logger.filters, logger.propagate = one.lists[0], one.lists[1], one.propagates
-        for kept, before in zip(one.lists, one.contents, strict=True):
-            if kept != before:
-                kept[:] = before
-
-
-@dataclass(frozen=True, slots=True)
 class _Handlers:
-    """Where the records of a logger go, and whether the package of its name was imported then."""
+    """Where the records of every logger go, and which modules were imported then."""
 
-    logger: logging.Logger
-    lists: tuple[list[Any], list[Any]]
-    contents: tuple[list[Any], list[Any]]
-    propagates: bool
-    is_loaded: bool
+    def __init__(self) -> None:
+        self._loaded = set(sys.modules)
+        self._before = [
+            (logger, logger.handlers, logger.handlers[:], logger.filters, logger.filters[:], logger.propagate)
+            for logger in _loggers()
+        ]
 
-    @classmethod
-    def of(cls, logger: logging.Logger) -> _Handlers:
-        loaded = _package(logger) in sys.modules
-        lists = logger.handlers, logger.filters
-        return cls(logger, lists, (lists[0][:], lists[1][:]), logger.propagate, loaded)
-
-
-def _package(logger: logging.Logger) -> str:
-    return "logging" if logger is logging.root else logger.name.partition(".")[0]
+    def restore(self) -> None:
+        for logger, handlers, with_handlers, filters, with_filters, propagates in self._before:
+            if (
+                logger.handlers is handlers
+                and logger.filters is filters
+                and handlers == with_handlers
+                and filters == with_filters
+                and logger.propagate == propagates
+            ):
+                continue
+            # A library that is imported meanwhile sets its logger up, once.
+            package = "logging" if logger is logging.root else logger.name.partition(".")[0]
+            if package in sys.modules and package not in self._loaded:
+                continue
+            logger.handlers, logger.filters, logger.propagate = handlers, filters, propagates
+            handlers[:], filters[:] = with_handlers, with_filters
 
 
 SETTINGS = (
@@ -173,7 +167,7 @@ SETTINGS = (
     Setting("number of threads", torch.get_num_threads, torch.set_num_threads),
     Setting("warning filters", _read_filters, _write_filters),
     Setting("logging levels", _read_levels, _write_levels, compared=False),
-    Setting("logging handlers", _read_handlers, _write_handlers, compared=False),
+    Setting("logging handlers", _Handlers, _Handlers.restore, compared=False),
     Setting("environment variables", os.environ.copy, _write_environment),
     Setting("disabled logging", lambda: logging.root.manager.disable, logging.disable),
 )

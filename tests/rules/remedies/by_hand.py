@@ -1,5 +1,9 @@
 """Rules whose fix no program can apply to a script, and why."""
 
+from __future__ import annotations
+
+from pytest_lora.rules import Rule
+
 _LOADED_ANEW = "the base has to be loaded anew from its files"
 _LOADED_ELSEWHERE = "the example takes a base that is there already; cases that load theirs are mended"
 _VALUES_ARE_LOST = "the values are lost; only a checkpoint of the user's has them"
@@ -125,3 +129,8 @@ STAGES_BY_HAND = {
     "sweep": "the sweep is over; only the next one shows what a change does",
 }
 """Stages of which no fix can be applied, and why."""
+
+
+def by_hand(known: Rule) -> str | None:
+    """Why the fix of a rule can not be applied by a program; None where it can."""
+    return BY_HAND.get(known.code, STAGES_BY_HAND.get(known.stage)) or None
