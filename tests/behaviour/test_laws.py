@@ -188,6 +188,13 @@ def test_a_merge_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "LORA915" in codes(check_lora_laws(adapted(), BATCH))
 
 
+def test_a_merge_that_peft_refuses_breaks_no_law() -> None:
+    """An activated or biased LoRA is not made to be merged; ``check_merge`` is there to ask for it."""
+    report = check_lora_laws(adapted(lora_bias=True), BATCH)
+    assert not report.findings
+    assert [(what, "lora_bias" in why) for why, what in report.not_judged] == [("merging", True)]
+
+
 def test_what_cannot_be_done_is_said() -> None:
     with pytest.raises(TypeError, match="carry LoRA layers"):
         assert_lora_laws(base(), BATCH)

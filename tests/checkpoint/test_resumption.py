@@ -87,6 +87,28 @@ def test_modules_of_a_base_tell_what_is_adapted() -> None:
     assert told(of(), []) == {"gone": ("a.q", "b.q")}
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "differs"),
+    [
+        ({}, {}, set()),
+        ({"target_modules": ["v", "q"]}, {"target_modules": ["q", "v"]}, set()),
+        ({}, {"target_modules": "all-linear"}, set()),
+        ({}, {"target_modules": "q"}, {"target_modules"}),
+        ({}, {"layer_replication": None}, {"layer_replication"}),
+        ({}, {"r": 4, "use_rslora": True}, {"r", "use_rslora"}),
+        ({"velora_config": {"scale": 1.0}}, {}, {"velora_config"}),
+    ],
+)  # fmt: skip
+def test_a_variant_is_compared_as_it_is_written(
+    before: dict[str, Any], now: dict[str, Any], differs: set[str]
+) -> None:
+    """Its tensors are not followed, which is no reason to call it unusable."""
+    usual = {"layer_replication": [[0, 2], [1, 2]]}
+    found = told(of(**{**usual, **before}), **{**usual, **now})
+    assert {change.field for change in found.pop("fields", ())} == differs
+    assert not found
+
+
 def test_what_nothing_can_go_on_from() -> None:
     nothing = "the folder holds no readable LoRA adapter"
     assert told(saved(["a.q"])) == {"unusable": nothing}

@@ -20,6 +20,7 @@ from pytest_lora.inspection.peft_internals import (
     ModulesToSaveWrapper,
     TrainableTokensWrapper,
     forget_adapters,
+    tied_views,
     xlora_models,
 )
 from pytest_lora.inspection.state.precision import in_float64
@@ -69,7 +70,7 @@ def copy_of(argument: str, model: nn.Module) -> nn.Module:
         ValueError: It cannot be copied, or has no values; the message names the argument.
     """
     try:
-        made = copy.deepcopy(model)
+        made = copy.deepcopy(model, {id(view): view.detach() for view in tied_views(model)})
     except Exception as error:  # whatever the attributes of a model raise
         raise ValueError(f"{argument} cannot be copied, which this check needs: {error}") from error
     return quiet_eval(argument, made)

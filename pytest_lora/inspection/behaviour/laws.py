@@ -230,6 +230,8 @@ def _leak(adapted: nn.Module, batch: Any) -> Leak | None:
     config = copy.deepcopy(pair.peft_config[first[0]])
     config.init_lora_weights, config.bias = False, "none"
     config.modules_to_save = config.trainable_token_indices = None
+    config.modules_to_tie = None  # what PEFT itself notes for a tied copy
+    config.layer_replication = None  # PEFT would replicate the layers once more
     config.inference_mode = True  # AdaLoRA has one trainable adapter at most
     try:
         pair.add_adapter(_SECOND, config)
