@@ -27,6 +27,7 @@ from pytest_lora.bases.examples.models import (
     image_text_batch,
     language_batch,
 )
+from pytest_lora.inspection.training.failures import failure_of
 from pytest_lora.inspection.training.media import _inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -130,6 +131,15 @@ def test_what_came_with_the_placeholders_is_compared(name: str) -> None:
     report = checked(base, batch())
     assert [f.code for f in report.findings] == [code], str(report)
     assert words in str(report)
+
+
+@pytest.mark.parametrize("said", ["`token_type_ids` is required as a model input", "`mm_token_type_ids` is missing"])
+def test_token_types_that_a_model_asks_for_are_known_by_its_words(said: str) -> None:
+    failure = failure_of(
+        ValueError(said), "forward pass", BASES["image_text_base"](), image_text_batch(), step=1, index=0
+    )
+    assert failure is not None
+    assert failure.kind == "token types"
 
 
 def test_pixels_that_no_token_sees_are_a_warning() -> None:

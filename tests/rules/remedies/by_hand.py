@@ -57,6 +57,7 @@ BY_HAND: dict[str, str] = {
     "LORA328": _DATA,
     "LORA334": _LOADED_ANEW,
     "LORA338": "it is an info that asks for no change",
+    "LORA348": _LOSS_FUNCTION,
     "LORA361": _DATA,
     "LORA363": _DATA,
     "LORA365": "the state of the optimizer has to be loaded from its file",
