@@ -31,6 +31,7 @@ __all__ = [
     "WRAPPERS",
     "BaseTuner",
     "BaseTunerLayer",
+    "Factors",
     "LoraConfig",
     "LoraLayer",
     "ModulesToSaveWrapper",
