@@ -130,7 +130,9 @@ class TrainingFacts:
     @property
     def rewards_answers(self) -> bool:
         """Whether sampled answers are rewarded, by the trainer or by the names of the inputs."""
-        return self.objective == "policy" or any(word in n for n in self.inputs for word in ("advantage", "reward"))
+        return self.objective == "policy" or any(
+            word in n for n in self.inputs for word in ("advantage", "reward")
+        )
 
     @property
     def empty_references(self) -> tuple[str, ...]:

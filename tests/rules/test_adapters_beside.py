@@ -67,7 +67,9 @@ def test_sums_of_adapters_are_known_by_their_factors(kind: str, field: str) -> N
 def test_one_adapter_times_one_is_told_of_with_its_factor() -> None:
     model = adapted(use_rslora=True, r=16, lora_alpha=16)
     model.add_weighted_adapter(["default"], [1.0], "both", combination_type="linear")
-    (finding,) = [f for f in check_model(model, expect=Expect(purpose="inference")).findings if f.code == "LORA258"]
+    (finding,) = [
+        f for f in check_model(model, expect=Expect(purpose="inference")).findings if f.code == "LORA258"
+    ]
     assert "use_rslora scales it by 4 once more" in finding.observed
 
 
@@ -81,7 +83,9 @@ def test_copies_averages_and_others_are_no_sums(fields: dict[str, bool]) -> None
     own = dict(mean.named_parameters())
     for key, parameter in own.items():
         if ".mean" in key:
-            parameter.data = (own[key.replace("mean", "default")] + own[key.replace("mean", "second")]).data / 2
+            parameter.data = (
+                own[key.replace("mean", "default")] + own[key.replace("mean", "second")]
+            ).data / 2
     assert combined(mean) == {}
     plain_sum = adapted("second")
     plain_sum.add_weighted_adapter(["default", "second"], [1.0, 0.5], "both", combination_type="linear")

@@ -134,7 +134,9 @@ def test_what_came_with_the_placeholders_is_compared(name: str) -> None:
     assert words in str(report)
 
 
-@pytest.mark.parametrize("said", ["`token_type_ids` is required as a model input", "`mm_token_type_ids` is missing"])
+@pytest.mark.parametrize(
+    "said", ["`token_type_ids` is required as a model input", "`mm_token_type_ids` is missing"]
+)
 def test_token_types_that_a_model_asks_for_are_known_by_its_words(said: str) -> None:
     failure = failure_of(
         ValueError(said), "forward pass", BASES["image_text_base"](), image_text_batch(), step=1, index=0
@@ -240,7 +242,9 @@ def test_frames_stand_for_images_only_where_the_model_has_no_videos(
 
 # ---------------------------------------------------------------- positions, names of types, and pixels
 
-GRIDS: Any = SimpleNamespace(config=SimpleNamespace(text_config=SimpleNamespace(rope_scaling={"mrope_section": [2]})))
+GRIDS: Any = SimpleNamespace(
+    config=SimpleNamespace(text_config=SimpleNamespace(rope_scaling={"mrope_section": [2]}))
+)
 LINES: Any = SimpleNamespace(config=SimpleNamespace(rope_parameters={"rope_type": "default"}))
 THERE = torch.tensor([[False, True, True, True, True, False]])
 LINE = torch.arange(6).expand(1, 6)
@@ -272,7 +276,9 @@ def test_a_line_of_positions_is_told_and_those_of_the_model_are_not() -> None:
     batch = {**grid_batch(), "position_ids": torch.arange(16).expand(2, 16)}
     assert "LORA377" in {f.code for f in checked("grid_base", batch).findings}
     texts = {**text_alone(), "position_ids": torch.arange(16).expand(2, 16)}
-    assert "LORA377" not in {f.code for f in checked("grid_base", texts).findings}, "there is no image to place"
+    assert "LORA377" not in {f.code for f in checked("grid_base", texts).findings}, (
+        "there is no image to place"
+    )
 
 
 @pytest.mark.parametrize(

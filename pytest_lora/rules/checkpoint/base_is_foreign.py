@@ -66,14 +66,15 @@ def base_is_foreign(facts: CheckpointFacts, expect: Expect) -> Iterator[Violatio
 
 
 def _renamed(module: AdaptedModule, base: BaseFacts) -> str | None:
-    """The module of the base that stands at the same place of a block, under another path: of several that of its sizes."""
+    """The module of the base at the same place of a block, under another path: of several the one of its sizes."""
     parts = module.name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if not number:
         return None
     ending = "." + ".".join(parts[number - 1 :])
-    there = [known for known in base.modules if f".{known.name}".endswith(ending)]
+    there = [name for name in base.module_names if f".{name}".endswith(ending)]
     inputs = module.a.shape[-1:] if module.a is not None else ()
     outputs = module.b.shape[:1] if module.b is not None else ()
-    alike = (m.name for m in there if (*inputs, *outputs) == (m.in_features, m.out_features))
-    return next(alike, there[0].name if len(there) == 1 else None)
+    sizes = {known.name: (known.in_features, known.out_features) for known in base.modules}
+    alike = (name for name in there if sizes.get(name) == (*inputs, *outputs))
+    return next(alike, there[0] if len(there) == 1 else None)

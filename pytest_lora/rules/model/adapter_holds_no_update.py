@@ -67,9 +67,9 @@ def _served_without_values(facts: ModelFacts) -> Iterator[Violation]:
     if layers and all(layer.changes_output is False and layer.adapter in from_files for layer in layers):
         yield Violation(
             where=grouped(layer.module for layer in layers),
-            observed=f"all {len(layers)} modules of {', '.join(map(repr, facts.active))} are zero: the configuration is "
-            "that of a saved adapter (inference_mode=True), its values are those of a new one, and the model answers as "
-            "its base",
+            observed=f"all {len(layers)} modules of {', '.join(map(repr, facts.active))} are zero: the configuration "
+            "is that of a saved adapter (inference_mode=True), its values are those of a new one, and the model "
+            "answers as its base",
             expected="the trained values beside the configuration",
             fix="load the adapter with PeftModel.from_pretrained(base, path), not get_peft_model, and look at what it "
             "says of missing keys; an adapter that is new on purpose: Expect(fresh=True)",

@@ -45,6 +45,6 @@ def base_was_never_loaded(facts: ModelFacts, expect: Expect) -> Iterator[Violati
             where=grouped(facts.zero_base),
             observed="nothing but zeros, in every weight there: it was made empty and never loaded",
             expected="the pretrained weights of the base",
-            fix="load the base again and look at what from_pretrained or load_state_dict says of missing keys; in a run "
-            "of several processes let the first one hand its weights to the others before anything is trained",
+            fix="load the base again and look at what from_pretrained or load_state_dict says of missing keys; in a "
+            "run of several processes let the first one hand its weights to the others before anything is trained",
         )

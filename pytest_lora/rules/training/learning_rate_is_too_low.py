@@ -18,8 +18,9 @@ def learning_rate_is_too_low(facts: TrainingFacts, expect: Expect) -> Iterator[V
     Looks for a rate below 1e-7 with an optimizer of the Adam family (below 2e-6 if the losses so far have
     not fallen), times what an `eps` far above the gradients leaves of it, and for one so low with plain SGD
     that a hundred thousand steps (a thousand, if the losses have not fallen) would not lower the loss by
-    1 %, or that all steps of the run, where it says how many, would not lower it by 0.1 %. Where the losses have not fallen, also for a schedule that keeps the rate that low now: one that
-    every step halves at least, or a warm-up of more than a hundred times the steps taken.
+    1 %, or that all steps of the run, where it says how many, would not lower it by 0.1 %. Where the losses
+    have not fallen, also for a schedule that keeps the rate that low now: one that every step halves at least,
+    or a warm-up of more than a hundred times the steps taken.
 
     ## Why is this bad?
     With Adam each step moves each number by about the rate. With SGD it moves them by the rate times the
