@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pytest_lora.facts.adapters_beside import CombinedAdapter
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.layer_state import Factor as Factor
@@ -145,6 +146,9 @@ class ModelFacts:
         colliding: Adapters whose names are also names of modules.
         trains_xlora: Whether a classifier of X-LoRA trains, which weighs adapters that are frozen by design.
         initial_rows: Rows of the vocabulary that were added and never trained.
+        shared: Pairs of adapters whose factors are the same tensors wherever both are.
+        combined: Adapters that were summed of others whose kind the sum does not carry.
+        zero_base: Numbered blocks of the base that hold zeros alone, and its embeddings where they do.
     """
 
     base: BaseFacts
@@ -169,6 +173,9 @@ class ModelFacts:
     colliding: tuple[CollidingName, ...] = ()
     trains_xlora: bool = False
     initial_rows: tuple[InitialRows, ...] = ()
+    shared: tuple[tuple[str, str], ...] = ()
+    combined: tuple[CombinedAdapter, ...] = ()
+    zero_base: tuple[str, ...] = ()
 
     @property
     def active_layers(self) -> tuple[LayerState, ...]:

@@ -81,6 +81,8 @@ class OptimizerFacts:
         misshapen: Trainable parameters whose running average has another shape.
         unmoved: Trainable low-rank factors that are all zero though it has counted steps for them, more than one, and
             their running average is not: a step would have moved them.
+        allocation_begins: Step from which AdaLoRA takes ranks away, where its allocator was never called though;
+            None where it was, or where there is none.
     """
 
     optimizer: str
@@ -93,6 +95,7 @@ class OptimizerFacts:
     steps: int = 0
     misshapen: tuple[Misshapen, ...] = ()
     unmoved: tuple[str, ...] = ()
+    allocation_begins: int | None = None
 
     @property
     def adaptive(self) -> bool:

@@ -61,6 +61,7 @@ class TrainingFacts:
         objective: What a trainer trains for, by its own arguments; empty where none says so.
         optimizer_is_fresh: Whether the optimizer given had taken no step before.
         switched_off: Whether a forward pass ran with the adapters switched off, as a reference of the loss.
+        references: Adapters, not active before the steps, that took part in a forward pass with gradients off.
         alone: A text on its own against the same text in its batch, where one has company there.
         media: Images, videos and audio of each batch, where the model knows any.
         shift: The first loss beside what the logits give with and without the shift, where that can be asked.
@@ -93,6 +94,7 @@ class TrainingFacts:
     objective: Objective = ""
     optimizer_is_fresh: bool = False
     switched_off: bool = False
+    references: tuple[str, ...] = ()
     media: tuple[MediumFacts, ...] = ()
     later_inputs: tuple[str, ...] = ()
     without_graph: tuple[str, ...] = ()
@@ -124,6 +126,18 @@ class TrainingFacts:
         """Whether chosen answers are compared with rejected ones, by the trainer or by the names of the inputs."""
         named = {word for name in self.inputs for word in ("chosen", "rejected") if word in name}
         return self.objective in ("DPO", "preferences") or len(named) == 2
+
+    @property
+    def rewards_answers(self) -> bool:
+        """Whether sampled answers are rewarded, by the trainer or by the names of the inputs."""
+        return self.objective == "policy" or any(
+            word in n for n in self.inputs for word in ("advantage", "reward")
+        )
+
+    @property
+    def empty_references(self) -> tuple[str, ...]:
+        """Adapters among the references that hold no update anywhere."""
+        return tuple(n for n in self.references if all(layer.b.zero for layer in self.model.of(n)))
 
     @property
     def peak_rate(self) -> float:

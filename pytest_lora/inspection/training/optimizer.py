@@ -17,6 +17,7 @@ from pytest_lora.inspection.layers import UNREAD, read_values
 from pytest_lora.inspection.peft_internals import (
     active_adapters,
     adapter_names,
+    allocation_begins,
     factors,
     further_tensors,
     token_rows,
@@ -77,7 +78,8 @@ def optimizer_facts(model: nn.Module, optimizer: Optimizer) -> OptimizerFacts:
         TypeError: ``optimizer`` has no ``param_groups``.
     """
     groups = param_groups(optimizer)
-    owned = parameter_parts(survey(model))
+    found = survey(model)
+    owned = parameter_parts(found)
     times = Counter(id(p) for group in groups for p in group["params"])
     holds = set(times)
     own = {id(p): (n, p) for n, p in model.named_parameters()}
@@ -94,6 +96,7 @@ def optimizer_facts(model: nn.Module, optimizer: Optimizer) -> OptimizerFacts:
         foreign=len(holds - own.keys()),
         groups=tuple(_group(i, g, own, owned) for i, g in enumerate(groups)),
         doubled=tuple(n for n, p in trainable.items() if times[id(p)] > 1),
+        allocation_begins=allocation_begins(model, found.lora.values()),
         **_state(optimizer, {n: p for n, p in trainable.items() if id(p) in holds}, owned),
     )
 
@@ -107,7 +110,10 @@ def _state(optimizer: Any, held: dict[str, nn.Parameter], owned: dict[int, Owned
     suspects = {
         name: (held[name], average)
         for name, average in averages.items()
-        if steps.get(name, 0) > 1 and id(held[name]) in owned and owned[id(held[name])].part in ("a", "b")
+        if steps.get(name, 0) > 1
+        and id(held[name]) in owned
+        and owned[id(held[name])].part in ("a", "b")
+        and ".lora_E." not in name  # AdaLoRA sets singular values to zero between two steps
     }
     values = read_values(tensor for pair in suspects.values() for tensor in pair)
     return {

@@ -291,6 +291,9 @@ class Probe:
             whole_targets=self._whole,
             empty_rows=tuple(empty_rows(self._batches, found.modules, facts.base, pad_token(found.root))),
             optimizer_is_fresh=self._is_fresh,
+            references=tuple(
+                n for n in facts.adapters if n in self._passed.without_gradient - {*facts.active}
+            ),
             switched_off=self._passed.switched_off and not any(layer.disabled for layer in facts.layers),
         )
 
