@@ -1,0 +1,79 @@
+"""What dtype each parameter of a quantized base and its adapter trains in: TRL's trainers are run, the others are read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from pytest_lora.bases.examples.models import quantized
+from pytest_lora.facts.recipe import RunSetting, Value
+from pytest_lora.inspection.memory.meta_model import build
+from pytest_lora.inspection.recipe.adapter import step_arguments
+from pytest_lora.memory.setting import checked_setting
+from tests.memory.test_trainers import plain, rows, tokenizer
+
+trl = pytest.importorskip("trl", minversion="1.16")
+pytest.importorskip("bitsandbytes")
+
+BASE = LlamaConfig(
+    hidden_size=64, intermediate_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=3000, pad_token_id=0
+)
+ADAPTER: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
+TRAINERS: dict[str, tuple[str, dict[str, list[str]]]] = {
+    "SFT": ("trl-sft", {"text": ["w5 w6 w7"] * 4}),
+    "DPO": ("trl-dpo", {"prompt": ["w5"] * 4, "chosen": ["w6 w7"] * 4, "rejected": ["w8"] * 4}),
+    "Reward": ("trl-reward", {"chosen": ["w6 w7"] * 4, "rejected": ["w8"] * 4}),
+}
+
+
+def dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    return {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+
+def really_trained(name: str, folder: Path, config: LoraConfig) -> dict[str, torch.dtype]:
+    """By the installed trainer, once it has taken a tiny base in 4 bits and bfloat16."""
+    kind: Any = LlamaForSequenceClassification if name == "Reward" else LlamaForCausalLM
+    fields = {**BASE.to_dict(), **({"num_labels": 1} if name == "Reward" else {})}
+    base = quantized(kind(LlamaConfig(**fields)).to(torch.bfloat16), compute_dtype=torch.bfloat16)
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=base,
+        args=getattr(trl, f"{name}Config")(**plain(folder)),
+        train_dataset=rows(**TRAINERS[name][1]),
+        processing_class=tokenizer(),
+        peft_config=config,
+    )
+    return dtypes(trainer.model)
+
+
+def estimated(config: LoraConfig, **setting: Any) -> dict[str, torch.dtype]:
+    asked = checked_setting(quantization="nf4", **setting)
+    return dtypes(build(BASE, config, replace(asked, batch_size=1, seq_len=8), together=0).model)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer_of_trl_casts_nothing_but_the_factors(name: str, dora: bool, tmp_path: Path) -> None:
+    task = "SEQ_CLS" if name == "Reward" else "CAUSAL_LM"
+    config = LoraConfig(**ADAPTER, use_dora=dora, task_type=task)
+    real = really_trained(name, tmp_path, config)
+    assert real == estimated(config, trainer=TRAINERS[name][0])
+    norms = [dtype for parameter, dtype in real.items() if "norm" in parameter or "embed" in parameter]
+    assert norms and set(norms) == {torch.bfloat16}
+
+
+def test_a_recipe_of_trl_is_estimated_as_its_trainer_trains(tmp_path: Path) -> None:
+    values = {"batch_size": 2, "seq_len": 8, "quantization": "nf4", "dtype": "bfloat16"}
+    run = RunSetting("TRL", **{name: Value(value, "line 1") for name, value in values.items()})
+    found = step_arguments(run, None) or {}
+    asked = {name: found[name] for name in ("prepare_for_kbit", "adapter_dtype", "dtype")}
+    config = LoraConfig(**ADAPTER, task_type="CAUSAL_LM")
+    assert really_trained("SFT", tmp_path, config) == estimated(config, **asked)
+    assert estimated(config, **asked) != estimated(config, dtype="bfloat16"), "a script of one's own"
