@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import random
@@ -173,6 +174,7 @@ def observed(setup: Setup) -> dict[str, Any]:
             (g.handlers[:], g.filters[:], g.propagate) for g in map(logging.getLogger, LOGGERS)
         ],
         "environment variables": dict(os.environ),
+        "garbage collection": gc.isenabled(),
         "disabled logging": logging.root.manager.disable,
         "signal handlers": {n: signal.getsignal(n) for n in signal.valid_signals()},
     }

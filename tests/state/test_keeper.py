@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import random
@@ -160,6 +161,7 @@ ATTACKS: dict[str, Callable[[Setup], object]] = {
     "logging levels": _levels,
     "logging handlers": _handlers,
     "environment variables": _environment,
+    "garbage collection": lambda s: gc.disable() if gc.isenabled() else gc.enable(),
     "disabled logging": lambda s: logging.disable(logging.CRITICAL),
     "signal handlers": lambda s: signal.signal(signal.SIGUSR1, do_nothing),
 }
