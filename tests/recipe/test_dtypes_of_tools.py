@@ -1,4 +1,4 @@
-"""What dtype each parameter of a quantized base and its adapter trains in: TRL's trainers are run, the others are read."""
+"""The dtype of each parameter of a quantized base and its adapter: TRL's trainers are run, the others are read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from peft import LoraConfig
@@ -24,7 +23,12 @@ trl = pytest.importorskip("trl", minversion="1.16")
 pytest.importorskip("bitsandbytes")
 
 BASE = LlamaConfig(
-    hidden_size=64, intermediate_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=3000, pad_token_id=0
+    hidden_size=64,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_hidden_layers=1,
+    vocab_size=3000,
+    pad_token_id=0,
 )
 ADAPTER: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
 TRAINERS: dict[str, tuple[str, dict[str, list[str]]]] = {
@@ -66,7 +70,8 @@ def test_a_trainer_of_trl_casts_nothing_but_the_factors(name: str, dora: bool, t
     real = really_trained(name, tmp_path, config)
     assert real == estimated(config, trainer=TRAINERS[name][0])
     norms = [dtype for parameter, dtype in real.items() if "norm" in parameter or "embed" in parameter]
-    assert norms and set(norms) == {torch.bfloat16}
+    assert norms
+    assert set(norms) == {torch.bfloat16}
 
 
 def test_a_recipe_of_trl_is_estimated_as_its_trainer_trains(tmp_path: Path) -> None:

@@ -508,7 +508,7 @@ def test_what_steps_change() -> None:
 
 def test_handlers_of_a_library_that_is_imported_meanwhile_stay() -> None:
     torch_s, nowhere_s = (logging.getLogger(name) for name in ("torch.of_a_test", "nowhere.of_a_test"))
-    before = _Handlers()
+    before = _Handlers.now()
     handler = logging.NullHandler()
     for logger in (torch_s, nowhere_s):
         logger.addHandler(handler)
@@ -533,7 +533,7 @@ def test_each_thing_that_a_logger_has_comes_back() -> None:
         lambda: setattr(logger, "propagate", False),
     )
     for change in changes:
-        before = _Handlers()
+        before = _Handlers.now()
         change()
         before.restore()
         assert logger.handlers is handlers

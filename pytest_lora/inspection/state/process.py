@@ -100,17 +100,8 @@ def _write_filters(before: tuple[Any, ...]) -> None:
 
 
 def _loggers() -> list[logging.Logger]:
-<<<<<<< HEAD
-    known = [found for found in logging.root.manager.loggerDict.values() if isinstance(found, logging.Logger)]
-    return [logging.root, *known]
-
-
-def _read_levels() -> list[tuple[logging.Logger, int, bool]]:
-    return [(logger, logger.level, logger.disabled) for logger in _loggers()]
-=======
     known = logging.root.manager.loggerDict.values()
     return [logging.root, *(found for found in known if isinstance(found, logging.Logger))]
->>>>>>> home
 
 
 def _read_levels() -> tuple[list[logging.Logger], list[int], list[bool]]:
@@ -134,34 +125,6 @@ def _write_environment(before: dict[str, str]) -> None:
             os.environ[name] = value
 
 
-<<<<<<< HEAD
-class _Handlers:
-    """Where the records of every logger go, and which modules were imported then."""
-
-    def __init__(self) -> None:
-        self._loaded = set(sys.modules)
-        self._before = [
-            (logger, logger.handlers, logger.handlers[:], logger.filters, logger.filters[:], logger.propagate)
-            for logger in _loggers()
-        ]
-
-    def restore(self) -> None:
-        for logger, handlers, with_handlers, filters, with_filters, propagates in self._before:
-            if (
-                logger.handlers is handlers
-                and logger.filters is filters
-                and handlers == with_handlers
-                and filters == with_filters
-                and logger.propagate == propagates
-            ):
-                continue
-            # A library that is imported meanwhile sets its logger up, once.
-            package = "logging" if logger is logging.root else logger.name.partition(".")[0]
-            if package in sys.modules and package not in self._loaded:
-                continue
-            logger.handlers, logger.filters, logger.propagate = handlers, filters, propagates
-            handlers[:], filters[:] = with_handlers, with_filters
-=======
 @dataclass(frozen=True, slots=True)
 class _Handlers:
     """Where the records of all loggers go, and whether the package of each one's name was imported then.
@@ -187,7 +150,7 @@ class _Handlers:
         loaded = [_package(one) in sys.modules for one in loggers]
         return cls(loggers, handlers, filters, contents, [one.propagate for one in loggers], loaded)
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         columns = self.loggers, self.handlers, self.filters, self.contents, self.propagates, self.are_loaded
         for logger, handlers, filters, contents, propagates, is_loaded in zip(*columns, strict=True):
             # A library that is imported meanwhile sets its logger up, once.
@@ -201,7 +164,6 @@ class _Handlers:
 
 def _package(logger: logging.Logger) -> str:
     return "logging" if logger is logging.root else logger.name.partition(".")[0]
->>>>>>> home
 
 
 SETTINGS = (
@@ -220,11 +182,7 @@ SETTINGS = (
     Setting("number of threads", torch.get_num_threads, torch.set_num_threads),
     Setting("warning filters", _read_filters, _write_filters),
     Setting("logging levels", _read_levels, _write_levels, compared=False),
-<<<<<<< HEAD
-    Setting("logging handlers", _Handlers, _Handlers.restore, compared=False),
-=======
-    Setting("logging handlers", _Handlers.now, _Handlers.put_back, compared=False),
->>>>>>> home
+    Setting("logging handlers", _Handlers.now, _Handlers.restore, compared=False),
     Setting("environment variables", os.environ.copy, _write_environment),
     Setting("garbage collection", gc.isenabled, lambda before: gc.enable() if before else gc.disable()),
     Setting("disabled logging", lambda: logging.root.manager.disable, logging.disable),
