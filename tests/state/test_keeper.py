@@ -253,7 +253,7 @@ def _cases() -> Iterator[Any]:
                 )
 
 
-@pytest.mark.parametrize(("entry", "place", "ends"), _cases())
+@pytest.mark.parametrize(("entry", "place", "ends"), list(_cases()))
 def test_no_trace(
     setup: Setup,
     entry: str,
