@@ -10,7 +10,7 @@ import bitsandbytes
 import pytest
 
 import pytest_lora.bases.tiny.model as tiny
-from tests.plugin.sessions import MODES, run, session
+from tests.plugin.sessions import run, session
 
 CONFTEST = """
 import random

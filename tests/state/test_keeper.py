@@ -261,6 +261,7 @@ def test_no_trace(
     ends: tuple[type[BaseException] | None, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    before = observed(setup)
     for end in ends:
         calls = []
 
@@ -273,7 +274,6 @@ def test_no_trace(
 
         with monkeypatch.context() as patch:
             arguments = PLACES[place](setup, attack, patch)
-            before = observed(setup)
             # What an attack breaks may raise in what follows.
             with contextlib.suppress(Exception) if end is None else pytest.raises(end):
                 check_training(setup.model, setup.batches, **setup.trainers, **arguments)
