@@ -134,7 +134,7 @@ class ScheduleFacts:
     Attributes:
         schedule: Class name.
         steps_taken: Steps it has counted.
-        peak: Largest rate that it ever gives, where that can be told beforehand, else None.
+        peak: Largest rate that it gives at the steps that it answers for, where that is more than the first, else None.
         not_before: A step up to which its rate is below the peak, where that can be told, else None.
         ends: First step from which on its rate stays zero, where that can be told, else None.
         warm_up: Steps of its warm-up as it was made for (those of transformers say so), else None.

@@ -14,7 +14,8 @@ from torch import nn
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import NOT_TRIED, ConfigFacts, LayerFacts, NameMatch, PatternKey, Refusal
-from pytest_lora.facts.settings import Settings, compiled, deciding_key, is_named, matches
+from pytest_lora.facts.patterns import deciding_key, is_expression, matches
+from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.exclusion import explained
 from pytest_lora.inspection.layers import layer_facts
@@ -276,6 +277,6 @@ def _pattern_keys(
                 shadow,
                 elsewhere,
                 own,
-                compiled(key) is not None,
+                is_expression(key),
                 not decides and ending != key and any(deciding_key([ending], m) for m in adapted),
             )

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pytest_lora.facts.settings import Settings, is_named, matches, rewrites_base
+from pytest_lora.facts.patterns import matches
+from pytest_lora.facts.settings import Settings, is_named, rewrites_base
 
 
 def of(**fields: Any) -> Settings:

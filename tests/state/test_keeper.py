@@ -255,7 +255,7 @@ def _cases() -> Iterator[Any]:
                 )
 
 
-@pytest.mark.parametrize(("entry", "place", "ends"), _cases())
+@pytest.mark.parametrize(("entry", "place", "ends"), list(_cases()))
 def test_no_trace(
     setup: Setup,
     entry: str,
@@ -263,6 +263,7 @@ def test_no_trace(
     ends: tuple[type[BaseException] | None, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    before = observed(setup)
     for end in ends:
         calls = []
 
@@ -275,7 +276,6 @@ def test_no_trace(
 
         with monkeypatch.context() as patch:
             arguments = PLACES[place](setup, attack, patch)
-            before = observed(setup)
             # What an attack breaks may raise in what follows.
             with contextlib.suppress(Exception) if end is None else pytest.raises(end):
                 check_training(setup.model, setup.batches, **setup.trainers, **arguments)

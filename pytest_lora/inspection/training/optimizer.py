@@ -173,6 +173,8 @@ def schedule_facts(scheduler: Any, optimizer: Any) -> ScheduleFacts:
     """A schedule; one that is a function of the step is also looked at beforehand."""
     inner = getattr(scheduler, "scheduler", scheduler)
     rates = dict(_foreseen(inner))
+    if len(rates) == 1:  # step 0 alone says nothing of the later ones
+        rates.clear()
     ends = None
     for step in sorted(rates, reverse=True):
         if rates[step] > 0:
@@ -222,7 +224,8 @@ def _stated(scheduler: Any, name: str) -> int | None:
 
 
 def _foreseen(scheduler: Any) -> Iterator[tuple[int, float]]:
-    """Largest rate of any group at some steps; nothing where the schedule is no function of the step."""
+    """Largest rate of any group at some steps, up to one at which the schedule raises; nothing where it is no function
+    of the step."""
     functions = getattr(scheduler, "lr_lambdas", None)
     if not functions or type(scheduler).__name__ != "LambdaLR":
         return
@@ -230,7 +233,7 @@ def _foreseen(scheduler: Any) -> Iterator[tuple[int, float]]:
     for step in sorted({*HORIZON, *([planned] if planned else [])}):
         try:
             rates = [rate * float(f(step)) for rate, f in zip(scheduler.base_lrs, functions, strict=True)]
-        except (ArithmeticError, LookupError, TypeError, ValueError):
+        except Exception:  # whatever the user's function raises beyond the steps that it is made for
             return
         yield step, max(rates)
 
