@@ -47,9 +47,9 @@ def combined_adapter_is_no_sum(facts: ModelFacts, expect: Expect) -> Iterator[Vi
             observed=f"{combined.adapter!r} is a sum of the factors of {', '.join(map(repr, combined.sources))}, "
             f"and {_lost(combined)}",
             expected="a combined adapter that does what its sources do together",
-            fix="activate the sources together: model.base_model.set_adapter([...]); or merge each into the base with "
-            "its own weight. Of rsLoRA adapters alone the sum is right once its scaling is 1: set use_rslora=False in "
-            "its configuration before it is saved, and layer.scaling of it to 1",
+            fix="activate the sources together (set_adapter of the tuner takes a list of names), or merge one after "
+            "the other into the base, each with its weight. A sum of rsLoRA adapters is right once its scaling is 1 "
+            "and its configuration no longer asks for rsLoRA",
         )
 
 
