@@ -13,7 +13,7 @@ class CombinedAdapter:
         adapter: Its name.
         sources: Adapters that it was summed of.
         kinds: What its configuration took over from them and the sum does not carry: ``"use_rslora"``, ``"use_dora"``,
-            ``"lora_bias"``.
+            ``"lora_bias"``, ``"kasa_config"``.
         scaling: Its scaling in effect; the sum holds all scalings in its factors, so that 1 is right.
     """
 

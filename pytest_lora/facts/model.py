@@ -215,3 +215,14 @@ class ModelFacts:
     def config_of(self, adapter: str) -> ConfigFacts | None:
         """The configuration of one adapter, if the model still knows it."""
         return next((config for config in self.configs if config.adapter == adapter), None)
+
+
+USUAL_INITS = ("true", "gaussian")
+"""Values of ``init_lora_weights`` under which ``alpha / r`` says how far a step reaches: ``lora_A`` is random noise of
+one scale and ``lora_B`` zero."""
+
+
+def unusual_inits(model: ModelFacts) -> dict[str, str]:
+    """Active adapters of another initialisation, which has scales of its own, with its name."""
+    inits = {c.adapter: str(c.settings.init_lora_weights) for c in model.configs if c.adapter in model.active}
+    return {adapter: init for adapter, init in inits.items() if init.lower() not in USUAL_INITS}

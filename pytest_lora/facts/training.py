@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from pytest_lora.facts.answers import AnswerFacts
 from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import LabelFacts, WholeTargets
 from pytest_lora.facts.layer_state import LayerState
@@ -68,6 +69,7 @@ class TrainingFacts:
         empty_rows: Tokens of the batches that the base has no values for.
         whole_targets: Whole numbers as labels of a classifier with one output.
         total_steps: Optimizer steps that the run is to take, where it says so.
+        answers: Chosen and rejected answers, and masks of answers, of each batch that holds such.
     """
 
     model: ModelFacts
@@ -104,6 +106,7 @@ class TrainingFacts:
     empty_rows: tuple[EmptyRows, ...] = ()
     whole_targets: tuple[WholeTargets, ...] = ()
     total_steps: int | None = None
+    answers: tuple[AnswerFacts, ...] = ()
 
     @property
     def is_fresh(self) -> bool:
@@ -272,17 +275,6 @@ class TrainingFacts:
         if layer.a.zero and layer.b.zero:
             return f"{layer.a.name} and {layer.b.name} are both zero"
         return None
-
-
-USUAL_INITS = ("true", "gaussian")
-"""Values of ``init_lora_weights`` under which ``alpha / r`` says how far a step reaches: ``lora_A`` is random noise of
-one scale and ``lora_B`` zero."""
-
-
-def unusual_inits(model: ModelFacts) -> dict[str, str]:
-    """Active adapters of another initialisation, which has scales of its own, with its name."""
-    inits = {c.adapter: str(c.settings.init_lora_weights) for c in model.configs if c.adapter in model.active}
-    return {adapter: init for adapter, init in inits.items() if init.lower() not in USUAL_INITS}
 
 
 LOGGED_AS_ZERO = 5e-5

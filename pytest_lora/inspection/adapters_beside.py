@@ -19,6 +19,9 @@ from pytest_lora.inspection.peft_internals import (
     further_tensors,
 )
 
+_KINDS = ("use_rslora", "use_dora", "lora_bias", "kasa_config")
+"""What a sum of factors does not carry (huggingface/peft issue 3761)."""
+
 _SAME = 1e-4
 """Share of its length by which a sum of factors may miss what it is said to be: float32 on the way loses 1e-6."""
 
@@ -50,7 +53,7 @@ def combined_adapters(
     from the first configuration, not combined. A copy of an adapter, and an average that keeps its alpha, are no such.
     """
     for at, (name, config) in enumerate(configs.items()):
-        kinds = [kind for kind in ("use_rslora", "use_dora", "lora_bias") if getattr(config, kind, False)]
+        kinds = [kind for kind in _KINDS if getattr(config, kind, False)]
         before = list(configs)[:at]
         if not kinds or config.lora_alpha != config.r or config.rank_pattern or not before:
             continue

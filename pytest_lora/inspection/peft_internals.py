@@ -1,4 +1,4 @@
-"""What PEFT does not document as public is touched here, and in ``peft_state`` for files, and nowhere else."""
+"""What PEFT does not document as public is touched here, in ``peft_state`` and ``peft_adalora``, and nowhere else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import peft
 from packaging.version import Version
 from peft import LoraConfig, PeftMixedModel, PeftModel
-from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.tuners.xlora import XLoraModel
@@ -31,7 +31,6 @@ __all__ = [
     "WRAPPERS",
     "BaseTuner",
     "BaseTunerLayer",
-    "Factors",
     "LoraConfig",
     "LoraLayer",
     "ModulesToSaveWrapper",
@@ -39,7 +38,6 @@ __all__ = [
     "active_adapters",
     "adapted_weight",
     "adapter_names",
-    "allocation_begins",
     "custom_classes",
     "delta_weight",
     "dense_weight",
@@ -230,22 +228,6 @@ def xlora_models(model: nn.Module) -> list[Any]:
 def is_adalora(layer: LoraLayer) -> bool:
     """Whether a layer is AdaLoRA's, which divides its scaling, lora_alpha itself, by the rank."""
     return isinstance(layer, AdaLoraLayer)
-
-
-def allocation_begins(model: nn.Module, layers: Iterable[LoraLayer]) -> int | None:
-    """Step at which AdaLoRA first takes ranks away, where nothing has ever called its allocator; None elsewhere.
-
-    ``update_and_allocate`` gathers the importance of each weight from its first call on, and leaves the ranks that it
-    chose in ``rank_pattern``, which is saved with the adapter.
-    """
-    if not any(map(is_adalora, layers)):
-        return None
-    tuner: Any = next((module for module in model.modules() if isinstance(module, AdaLoraModel)), None)
-    config = getattr(tuner, "peft_config", {}).get(getattr(tuner, "trainable_adapter_name", None))
-    allocator = getattr(tuner, "rankallocator", None)
-    if config is None or allocator is None or allocator.ipt or config.rank_pattern:
-        return None
-    return int(config.tinit) + int(config.deltaT)
 
 
 def own_code(layer: LoraLayer) -> str:

@@ -146,3 +146,18 @@ def test_weights_without_values_are_no_zeros() -> None:
             parameter.zero_()
     holder = nn.ModuleDict({"zero": gates, "q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4)})
     assert zeros(copy.deepcopy(holder)) == ()
+
+
+def test_the_diagonal_of_kasa_is_not_in_a_sum() -> None:
+    lora = pytest.importorskip("peft.tuners.lora.config")
+    if not hasattr(lora, "KasaConfig"):
+        pytest.skip("this version of PEFT has no KaSA")
+    model = adapted(kasa_config=lora.KasaConfig())
+    for name, parameter in model.named_parameters():
+        if "diag" in name:
+            parameter.data.fill_(0.3)
+    model.add_weighted_adapter(["default"], [1.0], "both", combination_type="linear")
+    assert combined(model) == {"both": (("default",), ("kasa_config",))}
+    twin = adapted("second", kasa_config=lora.KasaConfig())
+    copied(twin, "second")
+    assert combined(twin) == {}

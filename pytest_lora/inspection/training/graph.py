@@ -61,6 +61,10 @@ class Passed:
         """Modules that were run so at best."""
         return tuple(name for name, ran in self.ran.items() if ran <= how)
 
+    def references(self, active: Iterable[str]) -> tuple[str, ...]:
+        """Adapters, other than the active ones, that took part in a pass with gradients off."""
+        return tuple(sorted(self.without_gradient.difference(active)))
+
     def _toucher(self, name: str) -> Callable[[nn.Module, Any], None]:
         def note(module: Any, arguments: Any) -> None:
             if not self._looks:

@@ -14,10 +14,10 @@ from torch.optim import AdamW, Optimizer
 from pytest_lora.facts.optimizer import GroupFacts, Misshapen, Missing, OptimizerFacts, Part, ScheduleFacts
 from pytest_lora.inspection.base import dtype_name
 from pytest_lora.inspection.layers import UNREAD, read_values
+from pytest_lora.inspection.peft_adalora import allocation_begins
 from pytest_lora.inspection.peft_internals import (
     active_adapters,
     adapter_names,
-    allocation_begins,
     factors,
     further_tensors,
     token_rows,

@@ -15,7 +15,7 @@ def combined_adapter_is_no_sum(facts: ModelFacts, expect: Expect) -> Iterator[Vi
 
     ## What it does
     Looks for adapters whose factors are a sum of those of others, as `add_weighted_adapter` makes it (`linear` and
-    `cat`), where the configuration still says rsLoRA, DoRA or `lora_bias`.
+    `cat`), where the configuration still says rsLoRA, DoRA, KaSA or `lora_bias`.
 
     ## Why is this bad?
     The sum holds the scaling of its sources already. Under rsLoRA it is multiplied by `sqrt(r)` once more; the
@@ -47,9 +47,9 @@ def combined_adapter_is_no_sum(facts: ModelFacts, expect: Expect) -> Iterator[Vi
             observed=f"{combined.adapter!r} is a sum of the factors of {', '.join(map(repr, combined.sources))}, "
             f"and {_lost(combined)}",
             expected="a combined adapter that does what its sources do together",
-            fix="activate the sources together: model.base_model.set_adapter([...]); or merge each into the base with "
-            "its own weight. Of rsLoRA adapters alone the sum is right once its scaling is 1: set use_rslora=False in "
-            "its configuration before it is saved, and layer.scaling of it to 1",
+            fix="activate the sources together (set_adapter of the tuner takes a list of names), or merge one after "
+            "the other into the base, each with its weight. A sum of rsLoRA adapters is right once its scaling is 1 "
+            "and its configuration no longer asks for rsLoRA",
         )
 
 
@@ -61,4 +61,6 @@ def _lost(combined: CombinedAdapter) -> str:
         lost.append("the magnitudes of DoRA (use_dora) are those of the base, not of its sources")
     if "lora_bias" in combined.kinds:
         lost.append("the biases of its sources (lora_bias) are not in it")
+    if "kasa_config" in combined.kinds:
+        lost.append("the diagonals of KaSA of its sources (kasa_config) are not in it")
     return "; ".join(lost)

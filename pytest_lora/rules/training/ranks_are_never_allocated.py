@@ -59,6 +59,7 @@ def ranks_are_never_allocated(facts: OptimizerFacts, expect: Expect) -> Iterator
             observed=f"{facts.optimizer} has counted {facts.steps} steps, and update_and_allocate was never called: "
             f"ranks were to be taken away from step {begins} on (tinit + deltaT), and all still are init_r",
             expected="a call at every step, between optimizer.step() and zero_grad()",
-            fix="call model.base_model.update_and_allocate(step) after each optimizer.step(), before the gradients "
-            "are cleared; transformers' Trainer needs a callback for it (on_optimizer_step)",
+            fix="let the loop call update_and_allocate of the tuner (model.base_model) with the number of the step, "
+            "after each step of the optimizer and before the gradients are cleared; transformers' Trainer needs a "
+            "callback for it (on_optimizer_step)",
         )

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from statistics import median
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.model import unusual_inits
 from pytest_lora.facts.steps import UpdateFacts
-from pytest_lora.facts.training import TrainingFacts, unusual_inits
+from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import grouped, starred
 from pytest_lora.rules import Violation, rule
 

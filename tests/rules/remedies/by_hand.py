@@ -74,6 +74,7 @@ BY_HAND: dict[str, str] = {
     "LORA374": _DATA,
     "LORA377": _DATA,
     "LORA378": _DATA,
+    "LORA379": _DATA,
     "LORA376": _LOADED_ANEW,
     "LORA401": _FILE,
     "LORA402": _FILE,
