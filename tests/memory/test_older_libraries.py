@@ -14,7 +14,7 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig, LlamaConfig, MistralConfig, MixtralConfig
+from transformers import BitsAndBytesConfig, GPTBigCodeConfig, LlamaConfig, MistralConfig, MixtralConfig
 from transformers.loss import loss_utils
 
 from pytest_lora import MemoryEstimate, estimate_memory
@@ -121,6 +121,76 @@ def inputs_kept_by_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
         return out
 
     monkeypatch.setattr(functions.MatMul4Bit, "forward", staticmethod(keeping))
+
+
+@pytest.fixture
+def keys_and_values_of_bigcode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPTBigCode of transformers 4.48 handed out keys and values under gradient checkpointing too.
+
+    They are a view of what c_attn made, so that all of it stays until the outputs are let go
+    (``modeling_gpt_bigcode.py``: ``query, key_value = self.c_attn(...).split(...)``, ``present = key_value``). Its own
+    loss copied the shifted logits (``GPTBigCodeForCausalLM.forward``).
+    """
+    code = transformers.models.gpt_bigcode.modeling_gpt_bigcode
+    attend, run = code.GPTBigCodeAttention.forward, code.GPTBigCodeModel.forward
+
+    def attending(self: Any, *args: Any, **named: Any) -> Any:
+        def keep(module: Any, args: Any, projected: torch.Tensor) -> None:
+            if not torch.is_grad_enabled():  # not where the backward runs the layer again
+                self.present = projected[..., -2 * self.kv_dim :]
+
+        handle = self.c_attn.register_forward_hook(keep)
+        try:
+            return attend(self, *args, **named)
+        finally:
+            handle.remove()
+
+    def running(self: Any, *args: Any, **named: Any) -> Any:
+        outputs = run(self, *args, **named)
+        outputs.past_key_values = tuple(vars(block.attn).pop("present") for block in self.h)
+        return outputs
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
+        shifted = logits[..., :-1, :].contiguous().view(-1, vocab_size)
+        return torch.nn.functional.cross_entropy(shifted, labels[..., 1:].reshape(-1))
+
+    monkeypatch.setattr(code.GPTBigCodeAttention, "forward", attending)
+    monkeypatch.setattr(code.GPTBigCodeModel, "forward", running)
+    monkeypatch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", loss)
+
+
+def santacoder(batch: int) -> MemoryEstimate:
+    base: Any = GPTBigCodeConfig(
+        n_embd=2048, n_layer=24, n_head=16, n_positions=2048, vocab_size=49280, n_inner=8192
+    )
+    adapter = LoraConfig(
+        task_type="CAUSAL_LM", r=16, lora_alpha=16, lora_dropout=0.1, target_modules=["c_attn"]
+    )
+    return estimate_memory(
+        adapter,
+        base,
+        batch_size=batch,
+        seq_len=2048,
+        quantization=nf4(),
+        prepare_for_kbit=False,
+        autocast=True,
+        gradient_checkpointing="reentrant",
+    )
+
+
+SANTACODER = pytest.mark.parametrize(("batch", "measured"), [(4, 9_147_162_112), (8, 17_486_716_416)])
+
+
+@pytest.mark.lora_slow
+@SANTACODER
+def test_santacoder_today(batch: int, measured: int) -> None:
+    assert santacoder(batch).peak_allocated / measured == pytest.approx(0.796, abs=0.006)
+
+
+@pytest.mark.usefixtures("keys_and_values_of_bigcode")
+@SANTACODER
+def test_santacoder_with_the_keys_and_values_of_448(batch: int, measured: int) -> None:
+    assert santacoder(batch).peak_allocated / measured == CLOSE
 
 
 @pytest.mark.lora_slow

@@ -175,6 +175,7 @@ def _step(built: MetaModel, called: nn.Module, setting: StepSetting, tracker: St
         loss = outputs["loss"] if "loss" in outputs else outputs[0].float().mean()
         if setting.outputs_held:
             held.append(outputs)
+        tracker.unit = OUTSIDE  # what every layer has handed out goes with the outputs
         del outputs
     tracker.unit = OUTSIDE
     tracker.phase = "backward"
