@@ -155,9 +155,7 @@ def _attention(
     efficient = query.shape[1] == key.shape[1] and not (attn_mask is not None and attn_mask.requires_grad)
     fused = kernel != "math" and (fast or efficient)
     if query.dim() == 4 and query.is_meta and fused:
-        bias = None
-        if attn_mask is not None:
-            bias = attn_mask if attn_mask.dtype == query.dtype else attn_mask.to(query.dtype)
+        bias = None if attn_mask is None else attn_mask.to(query.dtype)
         attention: Any = _FusedAttention
         out: torch.Tensor = attention.apply(query, key, value, bias, kernel != "cudnn", count)
         return out

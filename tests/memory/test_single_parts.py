@@ -1,0 +1,163 @@
+"""Single parts of a prediction: what torch, accelerate, bitsandbytes or plain Python say of them."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from pytest_lora.facts.memory import Quantization, StepSetting
+from pytest_lora.facts.parallel import Parallel
+from pytest_lora.inspection.memory import batches
+from pytest_lora.inspection.memory.batches import batch_for
+from pytest_lora.inspection.memory.compiled_replay import _bisect_left
+from pytest_lora.inspection.memory.layer_stacks import Stack
+from pytest_lora.inspection.memory.parallel import placed
+from pytest_lora.inspection.memory.parallel.fsdp1 import _policy, _remedy
+from pytest_lora.inspection.memory.parallel.placed import _of_units, placed_rank, planned
+from tests.memory.test_batches import model, shapes
+
+
+@given(st.lists(st.integers(-5, 5)).map(sorted), st.integers(-6, 6))
+def test_the_search_that_numba_compiles_is_bisect(ordered: list[int], sought: int) -> None:
+    assert _bisect_left(None, None)(ordered, sought) == bisect_left(ordered, sought)
+
+
+# ----------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("ones", [True, False])
+@pytest.mark.parametrize("padding", [True, False])
+def test_a_mask_is_there_where_the_collator_or_the_library_gives_one(
+    monkeypatch: pytest.MonkeyPatch, ones: bool, padding: bool
+) -> None:
+    monkeypatch.setattr(batches, "masks_where_nothing_is_masked", lambda: ones)
+    setting = StepSetting(2, 12, padding_mask=padding)
+    assert ("attention_mask" in batch_for(model("OwnForCausalLM"), setting)) is (ones or padding)
+    assert ("attention_mask" in batch_for(model("OwnForCausalLM", takes="input_ids"), setting)) is padding
+    seen = model("OwnForImageClassification", "pixel_values", "pixel_values, attention_mask", image_size=4)
+    assert "attention_mask" not in batch_for(seen, setting)
+
+
+def test_without_padding_all_texts_stand_in_one_row() -> None:
+    setting = StepSetting(3, 12, padding_free=True)
+    found = batch_for(model("OwnForCausalLM", takes="input_ids, position_ids, labels"), setting)
+    assert shapes(found) == {"input_ids": (1, 36), "labels": (1, 36), "position_ids": (1, 36)}
+    assert shapes(batch_for(model("OwnForCausalLM", takes="input_ids"), setting)) == {"input_ids": (1, 36)}
+    seen = model("OwnForImageClassification", "pixel_values", "pixel_values", image_size=4)
+    assert shapes(batch_for(seen, setting)) == {"pixel_values": (3, 3, 4, 4), "labels": (3,)}
+
+
+def test_samples_need_convolutions_and_convolutions_samples() -> None:
+    for main, config in (("input_values", {}), ("molecules", {"conv_kernel": [2], "conv_stride": [2]})):
+        with pytest.raises(ValueError, match=f"its main input is '{main}'"):
+            batch_for(model("OwnModel", main, main, **config), StepSetting(1, 4))
+
+
+# ------------------------------------------------------------------------ several GPUs: FSDP1
+
+
+@pytest.mark.parametrize(
+    ("storage", "prepared", "said"),
+    [
+        ("uint8", False, "bnb_4bit_quant_storage='bfloat16'"),
+        ("uint8", True, "bnb_4bit_quant_storage='bfloat16'"),
+        ("bfloat16", True, "prepare_for_kbit=False"),
+        ("bfloat16", False, ""),
+        (None, True, "prepare_for_kbit=False"),
+        (None, False, ""),
+    ],
+)
+def test_what_to_write_where_fsdp1_finds_several_dtypes(
+    storage: str | None, prepared: bool, said: str
+) -> None:
+    packed = None if storage is None else Quantization("nf4", storage=storage)
+    found = _remedy(
+        StepSetting(1, 1, dtype="bfloat16", quantization=packed, prepare_for_kbit=prepared, autocast=None)
+    )
+    assert (said in found) and bool(found) is bool(said)
+
+
+def test_classes_that_are_named_and_trained_parts_are_wrapped_each() -> None:
+    layer = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    holder: Any = nn.ModuleList([layer, nn.Linear(2, 2).requires_grad_(False)])
+    holder.weight = nn.Parameter(torch.zeros(1))
+    policy = _policy(nn.Sequential(layer, holder), Parallel(2, "fsdp1", wrap=("Sequential",)))
+
+    def wraps(module: nn.Module) -> bool:
+        return bool(policy(module=module, recurse=False, nonwrapped_numel=0))
+
+    assert wraps(layer)
+    assert wraps(layer[0])
+    assert not wraps(layer[1])
+    assert not wraps(holder)  # what is trained in it is not it alone
+    assert not wraps(holder[1])
+
+
+# ------------------------------------------------------------------- several GPUs: device_map
+
+
+class Planner:
+    """Stands in for accelerate's, and notes what it is asked."""
+
+    CustomDtype = SimpleNamespace(INT4="int4")
+
+    def get_balanced_memory(self, base: Any, max_memory: dict[int, int], **sizes: Any) -> dict[int, int]:
+        self.balanced = max_memory, sizes
+        return {0: 1001, 1: 2003}
+
+    def infer_auto_device_map(self, base: Any, max_memory: dict[int, int], **sizes: Any) -> dict[str, int]:
+        self.inferred = max_memory, sizes
+        return {"": 1}
+
+
+@pytest.mark.parametrize("method", [None, "nf4", "gptq"])
+def test_the_planner_is_asked_as_transformers_asks_it(monkeypatch: pytest.MonkeyPatch, method: Any) -> None:
+    planner = Planner()
+    monkeypatch.setattr(placed.importlib, "import_module", lambda name: planner)
+    base: Any = nn.Module()
+    base.inner, base.lm_head, base._no_split_modules = nn.Linear(2, 2), nn.Linear(2, 2), {"Layer"}
+    monkeypatch.setattr(placed, "kept_whole", lambda base, skipped: ["lm_head"])
+    setting = StepSetting(1, 1, dtype="float16", quantization=method and Quantization(method))
+    assert planned(base, setting, 2) == {"": 1}
+    (room, sizes), (kept, again) = planner.balanced, planner.inferred
+    assert sizes == again
+    assert sizes["no_split_module_classes"] == ["Layer"]
+    assert set(room) == {0, 1}
+    assert min(room.values()) >= 2**50 > 1000 * 80 * 2**30
+    whole = dict.fromkeys(("inner.bias", "lm_head.weight", "lm_head.bias"), torch.float16)
+    assert sizes["special_dtypes"] == (whole if method else {})
+    quantizer = Bnb4BitHfQuantizer(BitsAndBytesConfig(load_in_4bit=True))
+    left = {0: 1001, 1: 2003}
+    if method == "nf4":
+        left = {gpu: int(size) for gpu, size in quantizer.adjust_max_memory(left).items()}
+    assert kept == left
+    base._no_split_modules = None
+    planned(base, setting, 2)
+    assert planner.balanced[1]["no_split_module_classes"] == []
+
+
+def test_units_of_the_whole_model_are_where_the_plan_puts_them() -> None:
+    # Seven units of two layers behind one that stands alone; five units are kept.
+    layers = nn.ModuleList(nn.Identity() for _ in range(15))
+    kept = [1, 2, 3, 4, 5, 6, 11, 12, 13, 14]
+    units = tuple((layers[a], layers[b]) for a, b in zip(kept[::2], kept[1::2], strict=True))
+    names = {id(layer): f"model.layers.{i}" for i, layer in enumerate(layers)}
+    plan = {f"model.layers.{i}": i // 5 for i in range(15)}
+    assert _of_units(Stack(units, 4, 0), names, plan) == [0, 0, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("field", ["stacks", "plan"])
+def test_a_base_that_cannot_be_followed_over_gpus_is_refused(field: str) -> None:
+    built: Any = SimpleNamespace(stacks=[object()], plan={"": 0})
+    setattr(built, field, None)
+    with pytest.raises(ValueError, match="device_map is followed by layers that are alike"):
+        placed_rank(built, StepSetting(1, 1), Parallel(2, "device_map"))
