@@ -83,7 +83,8 @@ def test_what_to_write_where_fsdp1_finds_several_dtypes(
     found = _remedy(
         StepSetting(1, 1, dtype="bfloat16", quantization=packed, prepare_for_kbit=prepared, autocast=None)
     )
-    assert (said in found) and bool(found) is bool(said)
+    assert said in found
+    assert bool(found) is bool(said)
 
 
 def test_classes_that_are_named_and_trained_parts_are_wrapped_each() -> None:

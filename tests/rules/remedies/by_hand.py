@@ -9,8 +9,6 @@ _LOADED_ELSEWHERE = "the example takes a base that is there already; cases that 
 _VALUES_ARE_LOST = "the values are lost; only a checkpoint of the user's has them"
 _ORDER = "two calls of the user's code have to change places, or one has to go"
 
-_WRAPPED_ANEW = "the model has to be wrapped anew, in a fresh process"
-
 _LOSS_FUNCTION = "the loss function, or the loop around it, is the user's own code"
 _DATA = "the code that makes the data is the user's own"
 
@@ -43,14 +41,6 @@ BY_HAND: dict[str, str] = {
     "LORA243": _FILE,
     "LORA244": _SET_BY_HAND,
     "LORA247": _ORDER,
-    "LORA249": _ORDER,
-    "LORA250": _ORDER,
-    "LORA251": _WRAPPED_ANEW,
-    "LORA252": _WRAPPED_ANEW,
-    "LORA253": _LOADED_ANEW,
-    "LORA254": _WRAPPED_ANEW,
-    "LORA255": _WRAPPED_ANEW,
-    "LORA256": _WRAPPED_ANEW,
     "LORA257": _SET_BY_HAND,
     "LORA258": "which of the ways fits, only the user knows",
     "LORA259": _LOADED_ANEW,
@@ -68,14 +58,11 @@ BY_HAND: dict[str, str] = {
     "LORA361": _DATA,
     "LORA363": _DATA,
     "LORA365": "the state of the optimizer has to be loaded from its file",
-    "LORA369": _LOSS_FUNCTION,
     "LORA372": _ORDER,
     "LORA373": _DATA,
-    "LORA374": _DATA,
     "LORA377": _DATA,
     "LORA378": _DATA,
     "LORA379": _DATA,
-    "LORA376": _LOADED_ANEW,
     "LORA401": _FILE,
     "LORA402": _FILE,
     "LORA404": _FILE,
@@ -102,7 +89,6 @@ BY_HAND: dict[str, str] = {
     "LORA443": _FILE,
     "LORA444": _VALUES_ARE_LOST,
     "LORA445": _FILE,
-    "LORA446": _VALUES_ARE_LOST,
     "LORA451": _OTHER_BASE,
     "LORA452": _TRAINING_KNOWS,
     "LORA461": _FILE,

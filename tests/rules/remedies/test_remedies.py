@@ -14,6 +14,7 @@ from tests.rules.remedies.by_hand import BY_HAND, STAGES_BY_HAND, by_hand
 from tests.rules.remedies.cases import CASES
 from tests.rules.remedies.kept import lost, possessions
 from tests.rules.remedies.recipe_lines import Edit, edits
+from tests.rules.remedies.rewritten import REWRITTEN, Rewriting
 from tests.rules.remedies.script import executed
 from tests.rules.remedies.ways import offered
 from tests.rules.remedies.words import alternatives
@@ -77,11 +78,32 @@ def of(judged: str, findings: Iterable[Finding]) -> list[Finding]:
 def test_the_fix_of_the_example_mends_it(known: Rule) -> None:
     if reason := by_hand(known):
         pytest.skip(reason)
+    if known.code in REWRITTEN:
+        pytest.skip("its fix is prose, and applied below")
     assert prove(known.code, code(known, "Example")), f"{known.code}: no step of the fix could be applied"
+
+
+@pytest.mark.parametrize(
+    ("judged", "way"), [(judged, way) for judged, ways in REWRITTEN.items() for way in ways]
+)
+def test_lines_that_a_fix_in_prose_changes_mend_the_example(judged: str, way: Rewriting) -> None:
+    (known,) = (one for one in catalogue() if one.code == judged)
+    source = code(known, "Example")
+    assert source.count(way.old) == 1, source
+    script = source.replace(way.old, way.new)
+    (findings, owned), (after, still_owned) = outcome(source), outcome(script)
+    mine = of(judged, findings)
+    assert mine
+    assert all(way.said in finding.fix for finding in mine), mine
+    said = f"{script}\n\n" + "\n\n".join(map(str, after))
+    assert not of(judged, after), said
+    assert grave(after) <= grave(findings), said
+    assert all(way.gone and one.endswith(way.gone) for one in lost(owned, still_owned, mine)), said
 
 
 def test_fixes_that_are_done_by_hand_are_of_rules_that_exist() -> None:
     assert BY_HAND.keys() <= {known.code for known in catalogue()}
+    assert not BY_HAND.keys() & REWRITTEN.keys()
     assert STAGES_BY_HAND.keys() <= {known.stage for known in catalogue()}
 
 
