@@ -168,7 +168,7 @@ class TrainingFacts:
     @property
     def finite(self) -> bool:
         """Whether every loss and every gradient was finite."""
-        return all(math.isfinite(s.loss) and math.isfinite(s.gradient_norm or 0.0) for s in self.steps)
+        return all(step.finite for step in self.steps)
 
     @property
     def rates_are_zero(self) -> bool:

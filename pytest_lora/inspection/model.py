@@ -216,13 +216,9 @@ def _live_dropouts(modules: dict[str, nn.Module]) -> Iterator[str]:
     """Modules in training mode that drop something: dropout layers, and attention that drops its weights."""
     for name, module in modules.items():
         if module.training:
-            p = getattr(module, "p", 0.0) if isinstance(module, _DROPOUTS) else _attention_dropout(module)
+            p = module.p if isinstance(module, _DROPOUTS) else vars(module).get("attention_dropout")
             if isinstance(p, float) and p > 0:
                 yield name
-
-
-def _attention_dropout(module: nn.Module) -> object:
-    return vars(module).get("attention_dropout", 0.0)
 
 
 def _all_finite(verdicts: Iterable[bool | None]) -> bool | None:

@@ -37,9 +37,8 @@ def may_need_more(estimate: MemoryEstimate) -> bool:
 def surely_fits(estimate: MemoryEstimate, budget: int) -> bool:
     """Whether the step fits with all that is left out, as far as that is known."""
     left_out = [part.most for part in estimate.unmodelled if part.bound == "at least"]
-    if any(most is None for most in left_out):
-        return False
-    return estimate.peak_allocated + sum(most or 0 for most in left_out) <= budget
+    known = [most for most in left_out if most is not None]
+    return len(known) == len(left_out) and estimate.peak_allocated + sum(known) <= budget
 
 
 def may_need_less(estimate: MemoryEstimate) -> bool:

@@ -197,8 +197,9 @@ TRAININGS = [
         "LORA369",
         "from transformers import MBartConfig, MBartForCausalLM\n"
         "sizes = {'d_model': 32, 'decoder_layers': 1, 'decoder_attention_heads': 2, 'decoder_ffn_dim': 64}\n"
-        "unshifted = MBartForCausalLM(MBartConfig(vocab_size=128, is_decoder=True, add_cross_attention=False, **sizes))\n"
-        "model = get_peft_model(unshifted, LoraConfig(target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM'))\n"
+        "sizes.update(vocab_size=128, is_decoder=True, is_encoder_decoder=False)\n"
+        "unshifted = MBartForCausalLM(MBartConfig(**sizes))\n"
+        "model = get_peft_model(unshifted, LoraConfig(target_modules=['q_proj', 'v_proj']))\n"
         "batch['input_ids'] %= 128\nbatch['labels'] = batch['input_ids'].clone()\n"
         "report = check_training(model, batch)",
     ),
