@@ -53,7 +53,6 @@ class TrainingFacts:
         history: Losses of the run so far, as the user gave them.
         changes: Weights and buffers of the base that changed.
         dropouts: Modules with a dropout above zero in training mode.
-        lora_dropout: Largest LoRA dropout that is configured.
         repacked: 4-bit layers whose weight was repacked for inference on a CPU.
         updates: What the steps did to each adapted weight; measured where the initialisation is not a usual one or the
             plan asks for ranks.
@@ -88,7 +87,6 @@ class TrainingFacts:
     history: tuple[float, ...]
     changes: tuple[BaseChange, ...]
     dropouts: tuple[str, ...]
-    lora_dropout: float
     repacked: tuple[str, ...]
     updates: tuple[UpdateFacts, ...] = ()
     failure: Failure | None = None
@@ -159,6 +157,11 @@ class TrainingFacts:
         """Trainable low-rank factors of active adapters; a magnitude learns without them, but is no adapter."""
         active = set(self.model.active)
         return tuple(t for t in self.tensors if t.trainable and t.adapter in active and t.part in ("a", "b"))
+
+    @property
+    def lora_dropout(self) -> float:
+        """The largest dropout of an active adapter."""
+        return max((layer.dropout for layer in self.model.active_layers), default=0.0)
 
     @property
     def has_graph(self) -> bool:

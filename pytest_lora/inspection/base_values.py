@@ -37,7 +37,8 @@ def read_base(parameters: tuple[BaseParameter, ...], embeddings: str | None) -> 
     budget = CPU_NUMBERS
     for parameter in parameters:
         on_cpu = parameter.tensor.device.type == "cpu"
-        budget -= parameter.numbers if on_cpu else 0
+        if on_cpu:
+            budget -= parameter.numbers
         if budget >= 0 or not on_cpu:
             readable.append(parameter)
     tensors = {

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,15 +15,22 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-from pytest_lora.facts.memory import Quantization, StepSetting
+from pytest_lora.facts.memory import AMPERE_WORKSPACE, Quantization, StepSetting
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory import batches
 from pytest_lora.inspection.memory.batches import batch_for
 from pytest_lora.inspection.memory.compiled_replay import _bisect_left
+from pytest_lora.inspection.memory.devices import _attention, _workspace
+from pytest_lora.inspection.memory.estimate import StepShape
 from pytest_lora.inspection.memory.layer_stacks import Stack
 from pytest_lora.inspection.memory.parallel import placed
 from pytest_lora.inspection.memory.parallel.fsdp1 import _policy, _remedy
-from pytest_lora.inspection.memory.parallel.placed import _of_units, placed_rank, planned
+from pytest_lora.inspection.memory.parallel.model import offloaded
+from pytest_lora.inspection.memory.parallel.placed import Placement, _of_units, placed_rank, planned
+from pytest_lora.inspection.memory.parallel.whole import _cast, _divided
+from pytest_lora.inspection.memory.step import Step
+from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
+from pytest_lora.inspection.memory.weights import Trained, Weight
 from tests.memory.test_batches import model, shapes
 
 
@@ -162,3 +170,115 @@ def test_a_base_that_cannot_be_followed_over_gpus_is_refused(field: str) -> None
     setattr(built, field, None)
     with pytest.raises(ValueError, match="device_map is followed by layers that are alike"):
         placed_rank(built, StepSetting(1, 1), Parallel(2, "device_map"))
+
+
+# --------------------------------------------------------------------- several GPUs: offload, ZeRO
+
+
+def test_of_offloaded_parts_the_largest_unit_is_gathered() -> None:
+    parts = [
+        Weight(5, "parameter shards", 1),
+        Weight(4, "adapters", 1),
+        Weight(8, "parameter shards", 2),
+        Weight(3, "base weights", 2),
+    ]
+    trained = [Trained((2,), torch.float32, 1)]
+    kept = Weight(3, "base weights", 2)
+    assert offloaded(parts, trained) == ([kept, Weight(9, "gathered parameters", OUTSIDE)], [])
+    assert offloaded([kept], trained) == ([kept, Weight(0, "gathered parameters", OUTSIDE)], [])
+
+
+def test_deepspeed_casts_numbers_and_no_packed_weights() -> None:
+    held: Any = nn.Module()
+    held.weight = nn.Parameter(torch.ones(1))
+    held.packed = nn.Parameter(torch.ones(1), requires_grad=False)
+    held.packed.quant_state = object()
+    held.whole = nn.Parameter(torch.ones(1, dtype=torch.uint8), requires_grad=False)
+    held.bytes = nn.Parameter(torch.ones(1, dtype=torch.uint8), requires_grad=False)
+    held.bytes.quant_state = object()
+    _cast(held, torch.bfloat16)
+    found = {name: parameter.dtype for name, parameter in held.named_parameters()}
+    assert found == {
+        "weight": torch.bfloat16,
+        "packed": torch.float32,
+        "whole": torch.uint8,
+        "bytes": torch.uint8,
+    }
+
+
+def test_zero_3_keeps_up_to_a_hundred_thousand_numbers_whole() -> None:
+    """``stage3_param_persistence_threshold`` of DeepSpeed's documentation, 1e5."""
+    held: Any = nn.Module()
+    held.small, held.large = (nn.Parameter(torch.empty(n, device="meta")) for n in (100_000, 100_001))
+    built: Any = SimpleNamespace(
+        model=held,
+        weights=[],
+        unit_of={},
+        copies_of=lambda unit: 1,
+        transformer=SimpleNamespace(config=SimpleNamespace(hidden_size=8)),
+    )
+    options = (("stage3_prefetch_bucket_size", 0),)
+    found = [*_divided(built, Parallel(2, "zero3", options=options))]
+    assert found == [
+        Weight(50_000 * 4, "adapters", OUTSIDE),
+        Weight(100_000 * 4, "gathered parameters", OUTSIDE),
+        Weight(50_001 * 4, "adapters", OUTSIDE),
+        Weight(100_001 * 4, "gathered parameters", OUTSIDE),
+    ]
+
+
+def test_each_gpu_of_a_device_map_has_its_own_peak() -> None:
+    """Two layers on a GPU each: what the second one makes does not count on the first."""
+    step = Step(placement=Placement(2, ((0, 1),), first=0, last=1))
+    weights = [step.make(512 * size, "base weights", "load", "load", unit) for size, unit in ((3, 0), (4, 1))]
+    step.loaded = step.first = len(step.events)
+    hidden = [step.make(512 * size, "activations", "mm", "forward", unit) for size, unit in ((5, 0), (1, 1))]
+    logits = step.make(512 * 2, "logits and loss", "mm", "forward", -1)
+    step.free(logits, "backward", -1)
+    back = step.make(512 * 9, "gradients", "mm", "backward", 1)
+    for storage, unit in ((hidden[1], 1), (back, 1), (hidden[0], 0)):
+        step.free(storage, "backward", unit)
+    step.trained = len(step.events)
+    shape = StepShape(step)
+    sizes = np.array(step.sizes)
+    assert weights == [0, 1]
+    first, second = 512 * (3 + 5), 512 * (4 + 1 + 9)
+    assert shape.peak_allocated(sizes) == second
+    assert shape.over_gpus(sizes, 2) == first + second
+    assert shape.figures(sizes).breakdown == {
+        "base weights": 512 * 4,
+        "activations": 512,
+        "gradients": 512 * 9,
+    }
+
+
+# --------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize(
+    ("architecture", "workspace"),
+    [("gfx942:sramecc+:xnack-", 128), ("gfx950", 128), ("gfx90a", 32), ("gfx1100", 32), ("", 32)],
+)
+def test_workspaces_on_gpus_of_amd(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, workspace: int
+) -> None:
+    monkeypatch.delattr(torch.backends.cuda, "cublas_workspace_size", raising=False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    found = _workspace(SimpleNamespace(gcnArchName=architecture, major=9, minor=4))
+    assert found == workspace * 2**20
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert _workspace(SimpleNamespace(major=9, minor=4)) == AMPERE_WORKSPACE
+    assert _workspace(SimpleNamespace(major=9, minor=0)) == 32 * 2**20
+    assert _workspace(SimpleNamespace(major=8, minor=0)) == AMPERE_WORKSPACE
+
+
+def test_torch_is_asked_for_causal_attention_over_heads_of_64_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *given, **how: asked.append((given, how)) or 1)
+    assert _attention("cpu") == "flash"
+    ((query, key, value), how) = asked[0]
+    assert query is key is value
+    assert (query.dtype, query.shape[-1], how) == (torch.bfloat16, 64, {"is_causal": True})

@@ -156,7 +156,7 @@ def _complete(model: nn.Module) -> None:
     """Give a configuration the token numbers that every training sets; which number it is does not matter."""
     transformer: Any = model
     for name in ("pad_token_id", "image_token_id", "image_token_index"):
-        if getattr(transformer.config, name, 0) is None:
+        if getattr(transformer.config, name, "absent") is None:
             setattr(transformer.config, name, 0)
 
 

@@ -105,7 +105,6 @@ class FirstSteps:
             history=(),
             changes=(),
             dropouts=(),
-            lora_dropout=max((layer.dropout for layer in self._model.active_layers), default=0.0),
             repacked=self._repacked,
             objective=self._objective,
             optimizer_is_fresh=self._is_fresh,

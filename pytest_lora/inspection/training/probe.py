@@ -285,7 +285,6 @@ class Probe:
             history=tuple(float(loss) for loss in plan.history),
             changes=(*self._snapshot, *since_probe(found, self._keeper)),
             dropouts=tuple(live_dropouts(found)),
-            lora_dropout=max((layer.dropout for layer in facts.active_layers), default=0.0),
             repacked=tuple(repacked_layers(found)),
             updates=self._updates.facts(ranks=plan.ranks) if self._updates and self._steps else (),
             failure=self._failure,

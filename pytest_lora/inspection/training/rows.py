@@ -44,7 +44,6 @@ def row_facts(
         history=(),
         changes=(),
         dropouts=(),
-        lora_dropout=max((layer.dropout for layer in facts.active_layers), default=0.0),
         repacked=(),
         spoiled=tuple(spoiled_inputs(batches)),
         objective=objective,
