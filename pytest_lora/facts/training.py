@@ -149,7 +149,7 @@ class TrainingFacts:
         if self.schedule and self.schedule.peak:
             known.append(self.schedule.peak)
         else:
-            known += [group.initial_lr or 0.0 for group in own]
+            known += [group.initial_lr for group in own if group.initial_lr]
         return max((rate for rate in known if not math.isnan(rate)), default=0.0)
 
     @property

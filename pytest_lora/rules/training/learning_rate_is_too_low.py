@@ -137,7 +137,8 @@ def _kept_low(facts: TrainingFacts, groups: list[GroupFacts], peak: float) -> It
         return
     if last > first:
         until = max(schedule.not_before or 0, schedule.warm_up or 0)
-        in_proportion = schedule.warm_up and schedule.warm_up <= WARM_UP_SHARE * (schedule.planned or 0)
+        whole = schedule.planned
+        in_proportion = whole and schedule.warm_up and schedule.warm_up <= WARM_UP_SHARE * whole
         if not taken or until <= LONG_WARM_UP * taken or in_proportion:
             return
         why = f"warm-up: it is {last:.2g} after {taken} steps, and below its peak of {peak:g} until step {until}"

@@ -70,7 +70,8 @@ def update_scales_under_another_init(facts: TrainingFacts, expect: Expect) -> It
 def _gradient(facts: TrainingFacts, update: UpdateFacts) -> float:
     """Norm of the gradient of both factors at the last step."""
     own = (t for t in facts.tensors if (t.module, t.adapter) == (update.module, update.adapter))
-    return math.hypot(*((t.gradients[-1] or 0.0) for t in own if t.part in ("a", "b") and t.gradients))
+    last = (t.gradients[-1] for t in own if t.part in ("a", "b") and t.gradients)
+    return math.hypot(*filter(None, last))
 
 
 def _spread(values: Iterator[float]) -> str:
