@@ -17,7 +17,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from pytest_lora.facts.memory import AMPERE_WORKSPACE, Quantization, StepSetting
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.memory import batches
+from pytest_lora.inspection.memory import batches, predictor
 from pytest_lora.inspection.memory.batches import batch_for
 from pytest_lora.inspection.memory.compiled_replay import _bisect_left
 from pytest_lora.inspection.memory.devices import _attention, _workspace
@@ -68,6 +68,17 @@ def test_samples_need_convolutions_and_convolutions_samples() -> None:
     for main, config in (("input_values", {}), ("molecules", {"conv_kernel": [2], "conv_stride": [2]})):
         with pytest.raises(ValueError, match=f"its main input is '{main}'"):
             batch_for(model("OwnModel", main, main, **config), StepSetting(1, 4))
+
+
+@pytest.mark.parametrize("runs", [True, False])
+@pytest.mark.parametrize("images", [1, 0])
+def test_images_are_left_out_where_the_library_compares_their_values(
+    monkeypatch: pytest.MonkeyPatch, runs: bool, images: int
+) -> None:
+    monkeypatch.setattr(predictor, "runs_images_without_values", lambda: runs)
+    monkeypatch.setattr(predictor, "reads_images", lambda read: True)
+    found = predictor._unmodelled(StepSetting(1, 1, images=images), nn.Module(), {})
+    assert any(one.what.startswith("images") for one in found) is (bool(images) and not runs)
 
 
 # ------------------------------------------------------------------------ several GPUs: FSDP1
@@ -245,6 +256,7 @@ def test_each_gpu_of_a_device_map_has_its_own_peak() -> None:
     first, second = 512 * (3 + 5), 512 * (4 + 1 + 9)
     assert shape.peak_allocated(sizes) == second
     assert shape.over_gpus(sizes, 2) == first + second
+    assert (shape.figures(sizes).training_peak, shape.figures(sizes).evaluation_peak) == (second, 0)
     assert shape.figures(sizes).breakdown == {
         "base weights": 512 * 4,
         "activations": 512,
