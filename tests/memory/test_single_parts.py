@@ -55,6 +55,20 @@ def test_a_mask_is_there_where_the_collator_or_the_library_gives_one(
     assert "attention_mask" not in batch_for(seen, setting)
 
 
+@pytest.mark.parametrize("takes", ["input_ids", "input_ids, pixel_values"])
+@pytest.mark.parametrize("tower", [True, False])
+@pytest.mark.parametrize("runs", [True, False])
+@pytest.mark.parametrize("images", [2, 0])
+def test_images_beside_text_need_a_tower_an_argument_and_a_library_that_runs_them(
+    monkeypatch: pytest.MonkeyPatch, takes: str, tower: bool, runs: bool, images: int
+) -> None:
+    monkeypatch.setattr(batches, "reads_images", lambda read: tower)
+    monkeypatch.setattr(batches, "runs_images_without_values", lambda: runs)
+    monkeypatch.setattr(batches, "images_for", lambda *given: {"pixel_values": torch.empty(images, 3)})
+    found = batch_for(model("OwnForVision", takes=takes), StepSetting(1, 4, images=images))
+    assert ("pixel_values" in found) is ("pixel_values" in takes and tower and runs and images > 0)
+
+
 def test_without_padding_all_texts_stand_in_one_row() -> None:
     setting = StepSetting(3, 12, padding_free=True)
     found = batch_for(model("OwnForCausalLM", takes="input_ids, position_ids, labels"), setting)
