@@ -42,7 +42,10 @@ def test_pairs_are_counted(ids: str) -> None:
 
 
 def test_masks_of_answers_and_what_is_none() -> None:
-    assert found({"completion_mask": torch.tensor([[0, 1], [0, 0], [1, 1]])}) == (3, 1, 0)
+    mask = torch.tensor([[0, 1], [0, 0], [1, 1]])
+    assert found({"completion_mask": mask, "input_ids": torch.ones(3, 2).long()}) == (3, 1, 0)
+    sampled = {"completion_mask": mask, "completion_ids": torch.ones(3, 2).long()}
+    assert not list(answer_facts((sampled,))), "answers that were cut off may be left out on purpose"
     assert not list(
         answer_facts(({"completion_mask": torch.zeros(3)}, {"labels": torch.zeros(2, 2).long()}, [1]))
     )

@@ -14,7 +14,8 @@ from pytest_lora.facts.labels import IGNORED
 _SIDES = ("chosen", "rejected")
 
 _MASK = "completion_mask"
-"""What TRL calls the mask of answers; its rows are the chosen ones, and behind them the rejected ones."""
+"""What TRL calls the mask of answers among ``input_ids``; that of sampled answers alone, beside ``completion_ids``, may
+leave out whole rows on purpose (``mask_truncated_completions``)."""
 
 _IDS = ("{}_input_ids", "{}_ids", "{}")
 """What the tokens of chosen answers are called."""
@@ -30,10 +31,10 @@ def answer_facts(batches: tuple[Any, ...]) -> Iterator[AnswerFacts]:
             *(_ids(batch, side) for side in _SIDES),
         )
         pairs = [rows for rows in found if rows is not None]
-        mask = _rows(batch.get(_MASK))
+        mask, texts = _rows(batch.get(_MASK)), _rows(batch.get("input_ids"))
         if len(pairs) == len(found):
             yield _pairs(index, *pairs)
-        elif mask is not None:
+        elif mask is not None and texts is not None and mask.shape == texts.shape:
             yield AnswerFacts(index, _MASK, len(mask), int((~mask.bool().any(dim=1)).sum()), 0)
 
 
