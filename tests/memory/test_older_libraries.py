@@ -178,6 +178,17 @@ def santacoder(batch: int) -> MemoryEstimate:
     )
 
 
+def hand_out_wide_logits(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    """A causal LM before transformers 4.46: ``logits = logits.float()``."""
+    make = kind.__init__
+
+    def made(self: Any, config: Any) -> None:
+        make(self, config)
+        self.lm_head.register_forward_hook(lambda module, args, logits: logits.float())
+
+    monkeypatch.setattr(kind, "__init__", made)
+
+
 @pytest.fixture
 def logits_and_mask_of_438(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 4.38 handed out logits in float32, and gave SDPA a mask of all positions for each sequence.
@@ -186,11 +197,8 @@ def logits_and_mask_of_438(monkeypatch: pytest.MonkeyPatch) -> None:
     ``max_position_embeddings`` squared, of which each layer takes what it needs (``LlamaSdpaAttention.forward``).
     """
     code = transformers.models.llama.modeling_llama
-    make, attend = code.LlamaForCausalLM.__init__, code.LlamaAttention.forward
-
-    def made(self: Any, config: Any) -> None:
-        make(self, config)
-        self.lm_head.register_forward_hook(lambda module, args, logits: logits.float())
+    attend = code.LlamaAttention.forward
+    hand_out_wide_logits(monkeypatch, code.LlamaForCausalLM)
 
     def mask(config: Any, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
         whole = torch.empty(
@@ -207,9 +215,22 @@ def logits_and_mask_of_438(monkeypatch: pytest.MonkeyPatch) -> None:
         part = attention_mask[:, :, positions, :length]
         return attend(self, hidden_states, position_embeddings, part, **named)
 
-    monkeypatch.setattr(code.LlamaForCausalLM, "__init__", made)
     monkeypatch.setattr(code, "create_causal_mask", mask)
     monkeypatch.setattr(code.LlamaAttention, "forward", attending)
+
+
+@pytest.mark.lora_slow
+@pytest.mark.usefixtures("loss_before_450")
+@pytest.mark.parametrize(
+    ("packed", "measured"), [(False, 25_653_881_344), (True, 15_323_147_776)], ids=["bf16", "nf4"]
+)
+def test_the_logits_of_445(monkeypatch: pytest.MonkeyPatch, packed: bool, measured: int) -> None:
+    before = step(MISTRAL, 4, packed=packed).peak_allocated / measured
+    kept._predictors.clear()
+    hand_out_wide_logits(monkeypatch, transformers.models.mistral.modeling_mistral.MistralForCausalLM)
+    after = step(MISTRAL, 4, packed=packed).peak_allocated / measured
+    assert after == pytest.approx(1.0, abs=0.001)
+    assert abs(after - 1) < abs(before - 1) / 2
 
 
 @pytest.mark.lora_slow
