@@ -54,7 +54,6 @@ __all__ = [
     "own_code",
     "own_geometry",
     "store_adapter",
-    "tied_views",
     "token_rows",
     "trains_xlora",
     "wrapped_base",
@@ -165,13 +164,6 @@ def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
     """Name and number of stacked experts where the layer adapts a bare parameter, else None."""
     name: Any = getattr(layer, "parameter_name", None)
     return None if name is None else (str(name), int(getattr(layer, "num_experts", 1)))
-
-
-def tied_views(model: nn.Module) -> list[Tensor]:
-    """Views of an embedding's factors that PEFT leaves in the head tied to it: of tensors with a graph, which no
-    ``deepcopy`` takes."""
-    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
-    return [view for layer in layers for view in layer.kwargs.get("tied_adapter", {}).values()]
 
 
 def adapted_weight(layer: LoraLayer) -> Tensor | None:

@@ -55,6 +55,9 @@ def resumption_facts(
             fields=(*_changes(WRITTEN, saved, wanted), *_variants(facts.variants, config)),
             saved=saved,
         )
+    method = facts.config.peft_type if facts.config else None
+    if method not in (None, "", "LORA") and method == config.peft_type:  # AdaLoRA, a subclass of LoraConfig
+        return ResumptionFacts(facts.name, facts.weights, base=_bases(facts, config))
     if saved is None or not facts.is_judged or not facts.adapted:
         why = next((f"{fault.file}: {fault.observed}" for fault in facts.faults), None)
         reason = why or facts.other_method or "the folder holds no readable LoRA adapter"

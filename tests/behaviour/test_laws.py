@@ -25,6 +25,13 @@ def convolution() -> nn.Module:
     return trained(get_peft_model(base("batchnorm_base"), config))  # type: ignore[arg-type]
 
 
+def grouped() -> nn.Module:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.LazyLinear(3))
+    model(torch.randn(2, 4, 8, 8))
+    return trained(get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"])))
+
+
 class Attention(nn.Module):
     """What PEFT adapts as a whole: projections in one parameter, and one in a layer."""
 
@@ -75,6 +82,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     **{name: (make, BATCH) for name, make in HEALTHY.items()},
     "Conv1D": (lambda: adapted("gpt2_base", target_modules=["c_attn"], fan_in_fan_out=True), BATCH),
     "Conv2d": (convolution, image_batch()),
+    "Conv2d in groups": (grouped, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))),
     "MultiheadAttention": (attention, torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))),
     "experts in one parameter": (experts, BATCH),
     "8-bit": (in_8_bits, BATCH),
@@ -193,6 +201,12 @@ def test_a_merge_that_peft_refuses_breaks_no_law() -> None:
     report = check_lora_laws(adapted(lora_bias=True), BATCH)
     assert not report.findings
     assert [(what, "lora_bias" in why) for why, what in report.not_judged] == [("merging", True)]
+
+
+def test_a_second_adapter_does_not_replicate_layers_again() -> None:
+    model = adapted(layer_replication=[(0, 2), (1, 2)])
+    # The merge is off: replicated layers share the weight that each of their adapters is merged into.
+    assert set(codes(check_lora_laws(model, BATCH))) == {"LORA915"}
 
 
 def test_what_cannot_be_done_is_said() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 
 from pytest_lora.facts.checkpoint import CheckpointFacts, FileFault
 from pytest_lora.facts.config import LayerFacts
@@ -107,6 +107,14 @@ def test_a_variant_is_compared_as_it_is_written(
     found = told(of(**{**usual, **before}), **{**usual, **now})
     assert {change.field for change in found.pop("fields", ())} == differs
     assert not found
+
+
+def test_adalora_goes_on_from_adalora() -> None:
+    facts = of(peft_type="ADALORA", base_model_name_or_path="x")
+    same = AdaLoraConfig(total_step=10, target_modules=["q"], base_model_name_or_path="y")
+    assert resumption_facts(facts, same, None).unusable is None
+    assert resumption_facts(facts, same, None).base == ("y", "x")
+    assert told(facts) == {"unusable": "peft_type ADALORA"}
 
 
 def test_what_nothing_can_go_on_from() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.behaviour import LawFacts, Leak
-from pytest_lora.facts.settings import rewrites_base
+from pytest_lora.facts.settings import rewriter
 from pytest_lora.inspection.behaviour.copies import (
     TOLERANCES,
     adapted_copy,
@@ -67,7 +67,7 @@ def _loads_as_it_is(adapted: nn.Module) -> bool:
     has ``path_initial_model_for_weight_conversion`` for that.
     """
     configs = lora_configs(adapted_survey(adapted).root).values()
-    rewritten = any(rewrites_base(config.init_lora_weights) for config in configs)
+    rewritten = any(map(rewriter, configs))
     return hasattr(adapted, "save_pretrained") and not rewritten
 
 
@@ -128,8 +128,12 @@ class _Call:
 
     @property
     def takes_more_rows(self) -> bool:
-        """Whether rows of zeros in the two factors are more rank; a variant may keep something beside them."""
-        return not any(own_geometry(self.layer, name) for name in active_adapters(self.layer))
+        """Whether rows of zeros in the two factors are more rank.
+
+        A variant may keep something beside them; the groups of a convolution divide them.
+        """
+        grouped = getattr(self.layer.get_base_layer(), "groups", 1) != 1
+        return not grouped and not any(own_geometry(self.layer, name) for name in active_adapters(self.layer))
 
 
 @dataclass(frozen=True)
@@ -233,12 +237,14 @@ def _leak(adapted: nn.Module, batch: Any) -> Leak | None:
     config.modules_to_tie = None  # what PEFT itself notes for a tied copy
     config.layer_replication = None  # PEFT would replicate the layers once more
     config.inference_mode = True  # AdaLoRA has one trainable adapter at most
+    # PEFT would truncate the base once more; where it takes no plain adapter beside this one, there is no pair.
+    config.kasa_config = None
     try:
         pair.add_adapter(_SECOND, config)
-    except ValueError:
-        if config.target_parameters:  # of which PEFT 0.17 takes one adapter only
-            return None
-        raise
+    except (
+        Exception
+    ):  # parameters in PEFT 0.17, KaSA beside plain LoRA, a router of Arrow: each raises its own
+        return None
     pair.eval()
     added = output_of(pair, batch)
     pair.set_adapter(_SECOND)

@@ -60,7 +60,7 @@ def new_head_is_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
 
 def _fix(head: str, facts: ConfigFacts) -> str:
     settings = facts.settings
-    fields: dict[str, object] = {"modules_to_save": (*settings.modules_to_save, head)}
+    fields: dict[str, object] = {"modules_to_save": tuple(dict.fromkeys((*settings.modules_to_save, head)))}
     if isinstance(settings.target_modules, tuple):
         rest = without(settings.target_modules, *(n for n in settings.target_modules if is_named(head, n)))
         if rest and rest != settings.target_modules:
