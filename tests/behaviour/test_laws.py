@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear, MultiheadAttention
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
@@ -30,6 +30,15 @@ def grouped() -> nn.Module:
     model: Any = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.LazyLinear(3))
     model(torch.randn(2, 4, 8, 8))
     return trained(get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"])))
+
+
+def beside_another_method() -> nn.Module:
+    """A model that PEFT cannot save, so that nothing is loaded."""
+    first = LoraConfig(r=2, target_modules=["q_proj"])
+    model = get_peft_model(base(), first, adapter_name="a", mixed=True)  # type: ignore[arg-type]
+    model.add_adapter("b", LoHaConfig(r=2, target_modules=["v_proj"]))
+    model.set_adapter(["a", "b"])
+    return trained(model)
 
 
 class Attention(nn.Module):
@@ -90,6 +99,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "all-linear": (lambda: adapted(target_modules="all-linear", use_rslora=True), BATCH),
     "ranks of their own": (lambda: adapted(rank_pattern={"q_proj": 7}), BATCH),
     "orthogonal": (lambda: adapted(init_lora_weights="orthogonal"), BATCH),
+    "beside another method": (beside_another_method, BATCH),
     "PiSSA": (lambda: adapted(init_lora_weights="pissa"), BATCH),
 }
 
