@@ -524,6 +524,32 @@ def test_losses_that_never_move(losses: list[float], severity: str | None) -> No
     says("loss_never_moves", history_facts(losses), severity)
 
 
+AGAIN = [5.0, 5.0, 5.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 2.0, 2.0, 2.0]
+"""Medians of 5, 4 and 2.5, after 3, 3 and 6 losses."""
+
+
+@pytest.mark.parametrize(
+    ("after", "changes", "is_told"),
+    [
+        (AGAIN, {}, True),
+        ([1.15 * loss for loss in AGAIN], {}, True),
+        ([1.16 * loss for loss in AGAIN], {}, False),
+        ([0.84 * loss for loss in AGAIN], {}, False),
+        (AGAIN[:11], {}, False),
+        ([*AGAIN[:6], *[2.0] * 6], {}, False),
+        (AGAIN, {"jump": None}, False),
+        (AGAIN, {"jump": Jump(12, 4.01, 5.0, -5.0)}, False),
+        (AGAIN, {"jump": Jump(12, 4.0, 5.0, 0.0)}, True),
+    ],
+)
+def test_a_loss_that_starts_over(after: list[float], changes: dict[str, Any], is_told: bool) -> None:
+    """New data raise a loss to a level of their own; a new adapter goes the old way."""
+    curve = {"start": level(5.0), "jump": Jump(12, 2.0, 5.0, -5.0), **changes}
+    facts = known(24, curve, usable=(*AGAIN, *after))
+    assert bool(said("loss_starts_over", facts)) is is_told
+    assert said("loss_starts_over", known(24, curve, usable=(*AGAIN, *after), repetition=12)) is None
+
+
 CHANCE = math.log(4)
 
 
