@@ -140,8 +140,9 @@ def jump(losses: Sequence[float]) -> Jump | None:
 
 
 def apart_from_the_start(losses: Sequence[float], at: int) -> tuple[float, ...]:
-    """By what shares the losses from an index on differ from those at the start: medians of 3, 3, 6, 12, ... of them."""
-    found, first, last = [], 0, SMALLEST_BLOCK
+    """By what shares the losses from an index on differ from those at the start: medians of 3, 3, 6, 12, ... each."""
+    found: list[float] = []
+    first, last = 0, SMALLEST_BLOCK
     while last <= min(at, len(losses) - at):
         before, after = median(losses[first:last]), median(losses[at + first : at + last])
         found.append(after / before - 1 if before else math.inf)

@@ -28,8 +28,8 @@ def loss_starts_over(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]
     or more in which the loss falls by a fifth. New data raise the loss too, to a level and along a way of their own.
 
     ## Why is this bad?
-    What had been learned is gone: the run trains a new adapter. So it is when a resumed script calls `get_peft_model` and
-    never loads the checkpoint, or loads it under a name that is not active.
+    What had been learned is gone: the run trains a new adapter. So it is when a resumed script calls `get_peft_model`
+    and never loads the checkpoint, or loads it under a name that is not active.
 
     ## Example
     ```python
@@ -54,9 +54,9 @@ def loss_starts_over(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]
         return
     yield Violation(
         where="train_losses",
-        observed=f"at step {facts.step(jump.at)} the loss jumps from {jump.before:.4g} back to {jump.after:.4g}, near the "
-        f"{start:.4g} of the start, and falls as it did then",
+        observed=f"at step {facts.step(jump.at)} the loss jumps from {jump.before:.4g} back to {jump.after:.4g}, near "
+        f"the {start:.4g} of the start, and falls as it did then",
         expected="a loss that goes on from where it was",
-        fix="load the adapter that was trained: PeftModel.from_pretrained(base, checkpoint, is_trainable=True) in place "
-        "of get_peft_model, or trainer.train(resume_from_checkpoint=True)",
+        fix="load the adapter that was trained: PeftModel.from_pretrained(base, checkpoint, is_trainable=True) in "
+        "place of get_peft_model, or trainer.train(resume_from_checkpoint=True)",
     )
