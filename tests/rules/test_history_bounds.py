@@ -524,6 +524,29 @@ def test_losses_that_never_move(losses: list[float], severity: str | None) -> No
     says("loss_never_moves", history_facts(losses), severity)
 
 
+@pytest.mark.parametrize(
+    ("evals", "changes", "is_told"),
+    [
+        ((2.4683, 2.4683, 2.4683), {}, True),
+        ((2.4683, 2.4683), {}, False),
+        ((3.1, 3.0, 2.9, 2.4683, 2.4683, 2.4683), {}, True),
+        ((3.2, 3.1, 3.0, 2.9, 2.4683, 2.4683, 2.4683), {}, False),
+        ((2.4683, 2.4683, 2.4683, 2.4682), {}, False),
+        ((2.47, 2.47, 2.47), {}, False),
+        ((0.6931, 0.6931, 0.6931), {}, False),
+        ((0.10008, 0.10008, 0.10008), {}, False),
+        ((0.10052, 0.10052, 0.10052), {}, True),
+        ((0.09952, 0.09952, 0.09952), {}, False),
+        ((), {}, False),
+    ],
+)
+def test_evaluations_that_never_move(
+    evals: tuple[float, ...], changes: dict[str, Any], is_told: bool
+) -> None:
+    facts = known(evals=evaluations(*evals), **changes)
+    assert (said("loss_never_moves", facts) or "").startswith("warning: the last ") is is_told
+
+
 AGAIN = [5.0, 5.0, 5.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 2.0, 2.0, 2.0]
 """Medians of 5, 4 and 2.5, after 3, 3 and 6 losses."""
 

@@ -62,10 +62,14 @@ def loss_settles_at_chance(facts: HistoryFacts, expect: Expect) -> Iterator[Viol
     if (facts.steps_trained < _STEPS) if share is None else (share < _SHARE):
         return
     least, most = _AT_CHANCE
-    if facts.evals_are_flat and facts.vocabulary_size and facts.vocabulary_size >= _TOKENS:
+    unlearned = (
+        facts.evals_are_flat and facts.vocabulary_size is not None and facts.vocabulary_size >= _TOKENS
+    )
+    if unlearned:
         least = _UNLEARNED
     end, second_half = curve.end.value, facts.usable[len(facts.usable) // 2 :]
-    came_down = curve.trend < _FALLS
+    # At far too high a rate the fall is over within a few losses, of which a trend over all shows nothing.
+    came_down = unlearned or curve.trend < _FALLS
     if not came_down or not least * chance < end < most * chance or trend(second_half) < _FALLS:
         return
     yield Violation(
