@@ -127,9 +127,9 @@ def check_lora_laws(
     gives what it gave unmerged, and unmerged again it has the same weights; saved and loaded it is bit for bit what
     it was; each layer's effect is linear in its scaling (not under DoRA); padding the rank with zeros changes
     nothing; and a second adapter that is not active changes nothing. Laws that do not apply to a model are left
-    out: what is not a ``PeftModel`` gets no second adapter, a fused parameter and attention as a whole no law of a
-    single layer; and an adapter that PEFT refuses to merge is not merged, which ``not_judged`` says. Done on copies:
-    the model is left bit for bit as it was.
+    out: what is not a ``PeftModel``, or takes no second adapter in PEFT, gets none; a fused parameter and attention as
+    a whole have no law of a single layer, a grouped convolution none of the padded rank; and an adapter that PEFT
+    refuses to merge is not merged, which ``not_judged`` says. Done on copies: the model is left bit for bit as it was.
 
     Args:
         model: A model that carries LoRA layers.

@@ -116,6 +116,17 @@ def rewrites_base(init: object) -> bool:
     return str(init).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
+def rewriter(config: object) -> str | None:
+    """The field of a ``LoraConfig`` under which PEFT writes to the base weights, as it is set; None where none does.
+
+    Source: besides ``rewrites_base``, PEFT's ``KasaLinearVariant``, which truncates the weight by its rank.
+    """
+    init = getattr(config, "init_lora_weights", None)
+    if rewrites_base(init):
+        return f"init_lora_weights={init!r}"
+    return "kasa_config" if getattr(config, "kasa_config", None) else None
+
+
 def _decided(pattern: tuple[tuple[str, N], ...], module: str, otherwise: N) -> N:
     """What the first key that matches decides."""
     if not pattern:

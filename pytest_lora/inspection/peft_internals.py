@@ -15,6 +15,8 @@ from peft.tuners.xlora import XLoraModel
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
+from pytest_lora.facts.base import HEADS_BY_TASK_TYPE
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -54,7 +56,6 @@ __all__ = [
     "own_code",
     "own_geometry",
     "store_adapter",
-    "tied_views",
     "token_rows",
     "trains_xlora",
     "wrapped_base",
@@ -165,13 +166,6 @@ def fused_parameter(layer: LoraLayer) -> tuple[str, int] | None:
     """Name and number of stacked experts where the layer adapts a bare parameter, else None."""
     name: Any = getattr(layer, "parameter_name", None)
     return None if name is None else (str(name), int(getattr(layer, "num_experts", 1)))
-
-
-def tied_views(model: nn.Module) -> list[Tensor]:
-    """Views of an embedding's factors that PEFT leaves in the head tied to it: of tensors with a graph, which no
-    ``deepcopy`` takes."""
-    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
-    return [view for layer in layers for view in layer.kwargs.get("tied_adapter", {}).values()]
 
 
 def adapted_weight(layer: LoraLayer) -> Tensor | None:
@@ -290,11 +284,5 @@ def token_rows(wrapper: TrainableTokensWrapper) -> dict[str, Tensor]:
 
 
 def heads_by_task_type(task_type: str | None) -> tuple[str, ...]:
-    """Names that PEFT adds to ``modules_to_save`` by itself for this task type.
-
-    Source: ``PeftModelForSequenceClassification``, ``...TokenClassification`` and ``...QuestionAnswering``,
-    which hold these lists inside their constructors.
-    """
-    if task_type in ("SEQ_CLS", "TOKEN_CLS"):
-        return ("classifier", "score")
-    return ("qa_outputs",) if task_type == "QUESTION_ANS" else ()
+    """Names that PEFT adds to ``modules_to_save`` by itself for this task type."""
+    return HEADS_BY_TASK_TYPE.get(task_type or "", ())

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.facts.base import HEADS_BY_TASK_TYPE
 from pytest_lora.facts.resumption import FieldChange, RankChange, ResumptionFacts
+from pytest_lora.facts.saved_tensors import target_of
 from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.inspection.checkpoint.config_file import UNJUDGED
 from pytest_lora.inspection.limited.patterns import require_matchable
@@ -55,6 +57,9 @@ def resumption_facts(
             fields=(*_changes(WRITTEN, saved, wanted), *_variants(facts.variants, config)),
             saved=saved,
         )
+    method = facts.config.peft_type if facts.config else None
+    if method not in (None, "", "LORA") and method == config.peft_type:  # AdaLoRA, a subclass of LoraConfig
+        return ResumptionFacts(facts.name, facts.weights, base=_bases(facts, config))
     if saved is None or not facts.is_judged or not facts.adapted:
         why = next((f"{fault.file}: {fault.observed}" for fault in facts.faults), None)
         reason = why or facts.other_method or "the folder holds no readable LoRA adapter"
@@ -114,10 +119,11 @@ def _targets(
     if wanted.target_parameters or saved.target_parameters:
         now, before = wanted.target_parameters, saved.target_parameters
         return [n for n in before if n not in now], [n for n in now if n not in before]
-    held = [module.name for module in facts.adapted]
     if layers is not None:
+        held = list(dict.fromkeys(module.name.replace(".base_layer", "") for module in facts.adapted))
         adapted = {layer.module for layer in layers}
         return [m for m in held if m not in adapted], sorted(adapted - set(held))
+    held = list(dict.fromkeys(target_of(module.name) for module in facts.adapted))
     if wanted.target_modules is None or str(wanted.target_modules).lower() == "all-linear":
         return [], []  # which modules these are, only a base can say
     gone = [m for m in held if not wanted.targets(m) or wanted.excludes(m)]
@@ -136,7 +142,7 @@ def _alpha(facts: CheckpointFacts, saved: Settings, wanted: Settings) -> tuple[s
 def _differ(field: str, before: Any, now: Any) -> bool:
     if field == "modules_to_save":
         # PEFT adds the heads of a task type by itself when it builds the model.
-        automatic = {"classifier", "score", "qa_outputs"}
+        automatic = {head for heads in HEADS_BY_TASK_TYPE.values() for head in heads}
         return set(before) - automatic != set(now) - automatic
     if field == "target_modules" and isinstance(before, tuple):
         # PEFT saves the modules that "all-linear" meant, and a set in any order.

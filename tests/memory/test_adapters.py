@@ -60,3 +60,17 @@ def test_a_live_model_is_estimated_with_what_it_trains() -> None:
     assert all_frozen is not None
     assert trained.after_step - one_frozen.after_step == 2 * 4 * 16 * 256
     assert trained.after_step - all_frozen.after_step == 2 * 4 * 3 * 16 * (6 * 128 + 256)
+
+
+@pytest.mark.skipif(
+    "alora_invocation_tokens" not in LoraConfig.__dataclass_fields__, reason="this PEFT has no activated LoRA"
+)
+def test_an_activated_adapter_is_estimated_as_a_plain_one() -> None:
+    """Which tokens it leaves alone is in their values."""
+    config = LoraConfig(
+        r=16, target_modules="all-linear", task_type="CAUSAL_LM", alora_invocation_tokens=[3, 4]
+    )
+    found = estimate_memory(config, BASE, batch_size=2, seq_len=32)
+    assert found.bound == "about"
+    assert (found.loaded, found.after_step) == (estimate().loaded, estimate().after_step)
+    assert not estimate().unmodelled

@@ -243,6 +243,7 @@ def _with_adapter(model: nn.Module, config: LoraConfig, setting: StepSetting) ->
     config = copy.deepcopy(config)
     config.inference_mode = False
     without_values(config)
+    config.alora_invocation_tokens = None  # PEFT would look for them in tokens that have no values here
     transformer: Any = model
     require_matchable(config, dict(model.named_modules()))
     try:

@@ -133,10 +133,11 @@ class Predictor:
             if self.setting.parallel
             else 0,
             by_formula=self._by_formula(),
-            unmodelled=tuple(
-                _unmodelled(
+            unmodelled=(
+                *_of_adapter(self._config),
+                *_unmodelled(
                     replace(self.setting, batch_size=batch_size, seq_len=seq_len), model, figures.breakdown
-                )
+                ),
             ),
         )
 
@@ -216,6 +217,12 @@ def _in_words(architecture: str, asked: Point, traced: Point) -> str:
 
 _IN_FLOAT32 = 2
 """Bytes of a number in float32 for each in the smallest dtype of adapters, which are 16 bits."""
+
+
+def _of_adapter(config: LoraConfig) -> Iterator[Unmodelled]:
+    if getattr(config, "alora_invocation_tokens", None):
+        yield Unmodelled("that an activated LoRA leaves the tokens before its invocation alone is", "at most")
+        yield Unmodelled("copies of the tokens after it are", "at least")
 
 
 def _unmodelled(setting: StepSetting, model: nn.Module, breakdown: Mapping[str, int]) -> Iterator[Unmodelled]:
