@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pytest_lora.facts.model import SavedModule, TrainableBase
-from pytest_lora.inspection import model as inspected
+from pytest_lora.inspection import base_values as inspected
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.layers import layer_states
 from pytest_lora.inspection.model import carries_lora, model_facts
