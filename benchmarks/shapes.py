@@ -2,7 +2,7 @@
 
     python benchmarks/shapes.py [--shapes FILE] [--only NAME ...] [--json benchmarks/results/shapes.json]
 
-One process estimates a step of each base at its full size, in bfloat16 and in nf4: batch 1 x 512, gradient checkpointing,
+One process estimates a step of each base at its full size, in bfloat16 and in nf4: batch 1 x 512, checkpointing,
 rank 16 on all linear layers. Where the message of an error names what to exclude, or what to leave whole, that is asked
 next, and the row says so. The hand sum takes the layers that transformers builds: two bytes a number, or for nf4 half a
 byte and a sixteenth for its statistics in linear layers other than the head, and four bytes in the rest. Times are
@@ -95,7 +95,11 @@ def row(name: str, shape: dict[str, Any], *, in_4_bits: bool) -> dict[str, Any]:
     fields = dict(shape["config"])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     asked: dict[str, Any] | None = {}
-    answer: dict[str, Any] = {"base": name, "kind": config.model_type, "weights": "nf4" if in_4_bits else "bf16"}
+    answer: dict[str, Any] = {
+        "base": name,
+        "kind": config.model_type,
+        "weights": "nf4" if in_4_bits else "bf16",
+    }
     while asked is not None:
         heard, started = Heard(sys.stderr), time.process_time()
         sys.stderr, printed = heard, sys.stderr
@@ -111,10 +115,16 @@ def row(name: str, shape: dict[str, Any], *, in_4_bits: bool) -> dict[str, Any]:
             answer["first_line"] = round(heard.after, 1)
         if estimate is not None:
             answer.pop("error", None)
-            by_hand = summed(built(config, estimate.architecture), set(asked.get("llm_int8_skip_modules", ())), in_4_bits=in_4_bits)
+            by_hand = summed(
+                built(config, estimate.architecture),
+                set(asked.get("llm_int8_skip_modules", ())),
+                in_4_bits=in_4_bits,
+            )
             held = estimate.loaded - estimate.breakdown["adapters"]
             answer["kind"] = estimate.architecture
-            return answer | asked | {"peak": estimate.peak_allocated, "over_hand_sum": round(held / by_hand, 4)}
+            return (
+                answer | asked | {"peak": estimate.peak_allocated, "over_hand_sum": round(held / by_hand, 4)}
+            )
         asked = asked_next(answer["error"], asked)
     return answer
 
@@ -131,7 +141,9 @@ def estimated(config: PretrainedConfig, asked: dict[str, Any], *, in_4_bits: boo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", type=Path, default=WHEEL)
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--json", type=Path)
@@ -149,10 +161,12 @@ def main() -> None:
         "asked": len(rows),
         "architectures": len({one["kind"] for one in rows}),
         "answered": len(answered),
-        "answered_as_asked": sum(not {"exclude_modules", "llm_int8_skip_modules"} & set(one) for one in answered),
+        "answered_as_asked": sum(
+            not {"exclude_modules", "llm_int8_skip_modules"} & set(one) for one in answered
+        ),
         "within_2_percent": sum(abs(one["over_hand_sum"] - 1) <= SHARE for one in answered),
         "longest_seconds": max(one["seconds"] for one in rows),
-        "first_line_after": max((one.get("first_line", 0.0) for one in rows)),
+        "first_line_after": max(one.get("first_line", 0.0) for one in rows),
     }
     print(json.dumps(result, indent=1))
     if options.json:

@@ -135,7 +135,7 @@ def test_a_step_of_inner_layers_alone() -> None:
     line = expand([0, 1, ~0, ~1], [2, 3, -1, -1], {0: 3}, [None] * 2)
     assert line.instances.tolist() == [2, 3, 4, 2, 3, 4]
     assert line.weights.tolist() == [1, 1, -1, -2]
-    assert line.layers.tolist() == [2, 3, 4, -1, -1, -1]
+    assert line.layers.tolist() == [0, 1, 2, -1, -1, -1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What dtype each parameter of a quantized base and its adapter trains in: TRL's trainers are run, the others are read."""
+"""What dtype each parameter of a quantized base and its adapter trains in: TRL's trainers are run and compared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from peft import LoraConfig
@@ -15,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from pytest_lora.bases.examples.models import quantized
 from pytest_lora.facts.recipe import RunSetting, Value
+from pytest_lora.inspection.memory.layer_stacks import Cut
 from pytest_lora.inspection.memory.meta_model import build
 from pytest_lora.inspection.recipe.adapter import step_arguments
 from pytest_lora.memory.setting import checked_setting
@@ -24,7 +24,12 @@ trl = pytest.importorskip("trl", minversion="1.16")
 pytest.importorskip("bitsandbytes")
 
 BASE = LlamaConfig(
-    hidden_size=64, intermediate_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=3000, pad_token_id=0
+    hidden_size=64,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_hidden_layers=1,
+    vocab_size=3000,
+    pad_token_id=0,
 )
 ADAPTER: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"]}
 TRAINERS: dict[str, tuple[str, dict[str, list[str]]]] = {
@@ -55,7 +60,7 @@ def really_trained(name: str, folder: Path, config: LoraConfig) -> dict[str, tor
 
 def estimated(config: LoraConfig, **setting: Any) -> dict[str, torch.dtype]:
     asked = checked_setting(quantization="nf4", **setting)
-    return dtypes(build(BASE, config, replace(asked, batch_size=1, seq_len=8), together=0).model)
+    return dtypes(build(BASE, config, replace(asked, batch_size=1, seq_len=8), cut=Cut(0)).model)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -66,7 +71,8 @@ def test_a_trainer_of_trl_casts_nothing_but_the_factors(name: str, dora: bool, t
     real = really_trained(name, tmp_path, config)
     assert real == estimated(config, trainer=TRAINERS[name][0])
     norms = [dtype for parameter, dtype in real.items() if "norm" in parameter or "embed" in parameter]
-    assert norms and set(norms) == {torch.bfloat16}
+    assert norms
+    assert set(norms) == {torch.bfloat16}
 
 
 def test_a_recipe_of_trl_is_estimated_as_its_trainer_trains(tmp_path: Path) -> None:
