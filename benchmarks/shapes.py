@@ -2,11 +2,11 @@
 
     python benchmarks/shapes.py [--shapes FILE] [--only NAME ...] [--json benchmarks/results/shapes.json]
 
-One process estimates a step of each base at its full size, in bfloat16 and in nf4: batch 1 x 512, checkpointing,
-rank 16 on all linear layers. Where the message of an error names what to exclude, or what to leave whole, that is asked
-next, and the row says so. The hand sum takes the layers that transformers builds: two bytes a number, or for nf4 half a
-byte and a sixteenth for its statistics in linear layers other than the head, and four bytes in the rest. Times are
-those of the processor; the first progress line is timed by the clock.
+One process estimates a step of each base at its full size, in bfloat16 and in nf4: batch 1 x 512, checkpointing, rank
+16 on all linear layers. Where the message of an error names what to exclude, what to leave whole, or the longest text,
+that is asked next, and the row says so. The hand sum takes the layers that transformers builds: two bytes a number, or
+for nf4 half a byte and a sixteenth for its statistics in linear layers other than the head, and four bytes in the rest.
+Times are those of the processor; the first progress line is timed by the clock.
 """
 
 from __future__ import annotations
@@ -69,9 +69,10 @@ def built(config: PretrainedConfig, name: str) -> PreTrainedModel:
 def summed(model: PreTrainedModel, left_whole: set[str], *, in_4_bits: bool) -> float:
     """Bytes of the parameters and buffers, by hand."""
     packed: set[int] = set()
+    in_float32 = set(model._keep_in_fp32_modules or ())  # T5's second matrices, for one, which are not packed
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        kept = module is head or left_whole & set(name.split("."))
+        kept = module is head or (left_whole | in_float32) & set(name.split("."))
         if in_4_bits and type(module) in (nn.Linear, transformers.pytorch_utils.Conv1D) and not kept:
             packed.add(id(module.weight))
     total = 0.0
@@ -81,12 +82,18 @@ def summed(model: PreTrainedModel, left_whole: set[str], *, in_4_bits: bool) -> 
     return total
 
 
+LONGER = re.compile(r"maximum allowed length of (\d+)")
+"""What Whisper says of a text that is longer than it writes."""
+
+
 def asked_next(message: str, asked: dict[str, Any]) -> dict[str, Any] | None:
     """What an error says to write, in place of what was asked; None where it says nothing new."""
     changed = dict(asked)
     for name in ("exclude_modules", "llm_int8_skip_modules"):
         if found := re.search(rf"{name}=(\[[^\]]*\])", message):
             changed[name] = sorted({*asked.get(name, ()), *ast.literal_eval(found[1])})
+    if found := LONGER.search(message):
+        changed["seq_len"] = int(found[1])
     return changed if changed != asked else None
 
 
@@ -136,7 +143,12 @@ def estimated(config: PretrainedConfig, asked: dict[str, Any], *, in_4_bits: boo
     if in_4_bits and skip:
         bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skip)
     return estimate_memory(
-        adapter, config, batch_size=BATCH, seq_len=LENGTH, quantization=bits, gradient_checkpointing=True
+        adapter,
+        config,
+        batch_size=BATCH,
+        seq_len=asked.get("seq_len", LENGTH),
+        quantization=bits,
+        gradient_checkpointing=True,
     )
 
 
@@ -162,7 +174,7 @@ def main() -> None:
         "architectures": len({one["kind"] for one in rows}),
         "answered": len(answered),
         "answered_as_asked": sum(
-            not {"exclude_modules", "llm_int8_skip_modules"} & set(one) for one in answered
+            not {"exclude_modules", "llm_int8_skip_modules", "seq_len"} & set(one) for one in answered
         ),
         "within_2_percent": sum(abs(one["over_hand_sum"] - 1) <= SHARE for one in answered),
         "longest_seconds": max(one["seconds"] for one in rows),

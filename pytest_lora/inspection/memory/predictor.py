@@ -186,12 +186,15 @@ class Predictor:
         model = self._base if isinstance(self._base, nn.Module) else None
         # The step runs on the meta device, so the values of a live model are out of its reach.
         with Keeper(model, values=False), collected_late():
-            built = self._model(rank)
-            what = f"a step of {type(built.transformer).__name__}, batch {batch_size} x {seq_len}, r={rank}"
-            since = time.thread_time()  # on a busy machine a trace is not longer, it only waits
-            with limited(what):
+            size = f"batch {batch_size} x {seq_len}, r={rank}"
+            with limited(
+                f"a step of a {type(getattr(self._base, 'config', self._base)).__name__}, {size}"
+            ) as wait:
+                built = self._model(rank)
+                wait.what = f"a step of {type(built.transformer).__name__}, {size}"
+                since = time.thread_time()  # on a busy machine a trace is not longer, it only waits
                 step = assemble(built, setting)
-        require_few(what, step.whole_length())
+        require_few(wait.what, step.whole_length())
         self._quickest = min(self._quickest, time.thread_time() - since)
         return step
 
