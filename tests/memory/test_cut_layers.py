@@ -97,7 +97,7 @@ def highest(estimate: MemoryEstimate) -> dict[str, int]:
 def test_the_longest_run_leaves_the_fewest_layers(
     kinds: str, together: int, run: tuple[int, int, int]
 ) -> None:
-    assert _longest_run(list(kinds), Cut(together)) == run
+    assert _longest_run(list(kinds), together) == run
 
 
 def test_layers_that_stay_keep_their_names() -> None:

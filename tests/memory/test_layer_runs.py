@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_lora.inspection.memory.layer_stacks import Cut, _longest_run, _runs, _signature, cut_stacks
+from pytest_lora.inspection.memory.layer_stacks import _longest_run, _runs, _signature, cut_stacks
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from pytest_lora.inspection.memory.layer_stacks import Cut, _longest_run, _runs,
     ],
 )
 def test_the_longest_run(kinds: list[int], together: int, run: tuple[int, int, int]) -> None:
-    assert _longest_run(kinds, Cut(together)) == run
+    assert _longest_run(kinds, together) == run
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_longest_run(kinds: list[int], together: int, run: tuple[int, int, i
     ],
 )
 def test_all_runs_in_their_order(kinds: list[int], runs: list[tuple[int, int, int]]) -> None:
-    assert list(_runs(kinds, Cut(1))) == runs
+    assert list(_runs(kinds, 1)) == runs
 
 
 class Holder(nn.Module):

@@ -31,11 +31,6 @@ class Cut(NamedTuple):
     before: int = FIRST_INNER
     after: int = KEPT - 1 - LAST_INNER
 
-    @property
-    def kept(self) -> int:
-        """Units that stay."""
-        return self.before + 2 + self.after
-
 
 USUAL = Cut()
 
@@ -69,14 +64,14 @@ def cut_stacks(
     for path, layers in list(_outermost_lists(model)):
         names = list(layers._modules)
         kinds = [_signature(layer, f"{path}.{name}", mark) for name, layer in zip(names, layers, strict=True)]
-        for start, period, count in _runs(kinds, cut):
+        for start, period, count in _runs(kinds, cut.together):
             run = [names[start + i * period : start + (i + 1) * period] for i in range(count)]
             for name in (name for unit in run[cut.before + 1 : count - 1 - cut.after] for name in unit):
                 del layers._modules[name]
             places = (*range(cut.before + 1), *range(count - 1 - cut.after, count))
             units = [tuple(layers.get_submodule(name) for name in run[place]) for place in places]
             none = [()] * (FIRST_INNER - cut.before), [()] * (KEPT - 1 - LAST_INNER - cut.after)
-            stacks.append(Stack((*none[0], *units, *none[1]), count + 2 - cut.kept, len(stacks)))
+            stacks.append(Stack((*none[0], *units, *none[1]), count - cut.before - cut.after, len(stacks)))
     return stacks
 
 
@@ -89,15 +84,15 @@ def _outermost_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, n
             yield from _outermost_lists(child, inner)
 
 
-def _runs(kinds: list[Any], cut: Cut) -> Iterator[tuple[int, int, int]]:
+def _runs(kinds: list[Any], together: int) -> Iterator[tuple[int, int, int]]:
     """``(start, period, count)`` of the runs that are worth a cut, the longest and those on both sides of it."""
-    start, period, count = _longest_run(kinds, cut)
-    if count <= cut.kept:
+    start, period, count = _longest_run(kinds, together)
+    if count <= KEPT:
         return
     end = start + period * count
-    yield from _runs(kinds[:start], cut)
+    yield from _runs(kinds[:start], together)
     yield start, period, count
-    yield from ((end + after, width, units) for after, width, units in _runs(kinds[end:], cut))
+    yield from ((end + after, width, units) for after, width, units in _runs(kinds[end:], together))
 
 
 def _signature(
@@ -121,17 +116,17 @@ _PLAIN = (int, float, str, bool, type(None))
 _INDICES = frozenset({"layer_idx", "layer_id", "idx", "index"})
 
 
-def _longest_run(kinds: list[Any], cut: Cut) -> tuple[int, int, int]:
+def _longest_run(kinds: list[Any], together: int = 1) -> tuple[int, int, int]:
     """``(start, period, count)`` of the run of like units whose cut leaves the fewest layers."""
     best = (0, 1, 1)
     saved = 0
-    for period in range(cut.together, LONGEST_PERIOD + 1, cut.together):
+    for period in range(together, LONGEST_PERIOD + 1, together):
         start = 0
         for end in range(period, len(kinds) + 1):
             if end < len(kinds) and kinds[end] == kinds[end - period]:
                 continue
             count = (end - start) // period
-            if (count - cut.kept) * period > saved:
-                best, saved = (start, period, count), (count - cut.kept) * period
+            if (count - KEPT) * period > saved:
+                best, saved = (start, period, count), (count - KEPT) * period
             start = end - period + 1
     return best

@@ -174,14 +174,14 @@ class _Expansion:
 
     def _does_the_same(self, low: int, high: int, other: int) -> bool:
         """Whether two stretches make and free in the same order, and the same of their own."""
-        here, there = np.arange(low, high), np.arange(other, other + high - low)
-        own = [self.home[self.storage[index]] == self.units[index] for index in (here, there)]
-        places = [
-            np.where(mine, self.place[self.storage[i]], -1)
-            for mine, i in zip(own, (here, there), strict=True)
-        ]
-        signs = [self.events[index] < 0 for index in (here, there)]
-        return np.array_equal(*signs) and np.array_equal(*places)
+        mine, theirs = (self._done(np.arange(begin, begin + high - low)) for begin in (low, other))
+        return np.array_equal(mine, theirs)
+
+    def _done(self, index: Integers) -> Integers:
+        """What events do: the place of a storage of their own unit or -1, and whether it is freed: (2, events)."""
+        storage = self.storage[index]
+        place = np.where(self.home[storage] == self.units[index], self.place[storage], -1)
+        return np.stack([place, self.events[index] < 0])
 
     def _is_inner(self, unit: int) -> bool:
         return unit // KEPT in self.copies and unit % KEPT in (FIRST_INNER, LAST_INNER)
