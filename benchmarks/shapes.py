@@ -4,9 +4,10 @@
 
 One process estimates a step of each base at its full size, in bfloat16 and in nf4: batch 1 x 512, checkpointing, rank
 16 on all linear layers. Where the message of an error names what to exclude, what to leave whole, or the longest text,
-that is asked next, and the row says so. With ``--only`` the other rows of the file stay as they were. The hand sum takes the layers that transformers builds: two bytes a number, or
-for nf4 half a byte and a sixteenth for its statistics in linear layers other than the head, and four bytes in the rest.
-Times are those of the processor; the first progress line is timed by the clock.
+that is asked next, and the row says so. With ``--only`` the other rows of the file stay as they were. The hand sum is
+of the layers that transformers builds: two bytes a number, or for nf4 half a byte and a sixteenth for its statistics in
+linear layers other than the head, and four bytes in the rest. Times are those of the processor; the first progress
+line is timed by the clock.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Llama-2-7B that does not fit 24 GiB, from N starts: the time until the smallest 
 variations of it, which explain the failure. That is all with ``--searches``; the rest of the file then stays as it was.
 A search is in the file once it is over, and Hypothesis bounds it: five minutes to shrink. Then it times draws of
 ``lora_configs`` (Llama-2-7B without weights), ``lora_models`` and ``adapter_folders``, draws N configurations, sound
-and faulty, on each of six architectures, and judges them with ``check_config`` and ``check_model``, and N saved adapters,
-whole and damaged, with ``check_checkpoint``. It prints Markdown tables.
+and faulty, on each of six architectures, and judges them with ``check_config`` and ``check_model``, and N saved
+adapters, whole and damaged, with ``check_checkpoint``. It prints Markdown tables.
 """
 
 from __future__ import annotations
