@@ -262,8 +262,8 @@ def _following(built: MetaModel, tracker: StorageTracker) -> Iterator[None]:
     handles = []
     for stack in built.stacks if built.rank is None else built.rank.stacks:
         if not stack.units[-1]:  # what follows is no part of the unit that stands for others
-            leave = _leaving(tracker)
-            handles.append(stack.units[LAST_INNER][-1].register_forward_hook(leave, prepend=True))
+            leaving = stack.units[LAST_INNER][-1].register_forward_hook
+            handles.append(leaving(_leaving(tracker), prepend=True))
         for i, layers in enumerate(stack.units):
             for layer in layers:
                 enter = _entering(tracker, KEPT * stack.number + i)
@@ -279,7 +279,7 @@ def _following(built: MetaModel, tracker: StorageTracker) -> Iterator[None]:
 
 
 def _leaving(tracker: StorageTracker) -> Callable[..., None]:
-    def hook(module: nn.Module, *values: Any) -> None:
+    def hook(*_: Any) -> None:
         if tracker.phase != "backward":  # where the layer runs again, its own gradients are next
             tracker.unit = OUTSIDE
 
