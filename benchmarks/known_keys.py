@@ -3,7 +3,8 @@
     python benchmarks/known_keys.py AXOLOTL LLAMAFACTORY TRL MS_SWIFT TRANSFORMERS OLD_TRANSFORMERS ACCELERATE
 
 Each argument is a folder with the sources of that package, followed by ``=`` and the version that is written beside the
-keys (``/src/axolotl=0.17``). Fields of dataclasses and pydantic models are keys, those of their bases too. What
+keys (``/src/axolotl=0.17``). Fields of dataclasses and pydantic models are keys, those of their bases too; the words
+that a field takes are those of its ``Literal``, of its enumeration, or of ``choices`` in its metadata. What
 OLD_TRANSFORMERS has and TRANSFORMERS has no more is listed as removed.
 """
 
@@ -59,6 +60,9 @@ TOOLS = {
 }
 """The classes that a recipe of each tool is parsed into."""
 
+FROM_TEXT = ("HubStrategy", "IntervalStrategy", "OptimizerNames", "SaveStrategy", "SchedulerType")
+"""Enumerations that ``TrainingArguments`` makes of the text that stands beside them in an annotation, or raises."""
+
 
 def classes(folder: Path) -> dict[str, list[ast.ClassDef]]:
     """Every class of a source tree by its name."""
@@ -99,6 +103,91 @@ def fields(name: str, known: dict[str, list[ast.ClassDef]], seen: set[str]) -> s
     return {one for one in found if not one.startswith("_")}
 
 
+def choices(name: str, known: dict[str, list[ast.ClassDef]], seen: set[str]) -> dict[str, set[str]]:
+    """The words that each field of a class and of its bases takes, where it takes nothing else."""
+    if name in seen:
+        return {}
+    seen.add(name)
+    found: dict[str, set[str]] = {}
+    for node in known.get(name, ()):
+        for base in node.bases:
+            label = base.id if isinstance(base, ast.Name) else getattr(base, "attr", "")
+            found = {**choices(label, known, seen), **found}
+        for line in node.body:
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                words = listed_choices(line) or allowed(line.annotation, known)
+                if words:
+                    found[line.target.id] = words
+                else:
+                    found.pop(line.target.id, None)
+    return found
+
+
+def agreed(
+    sources: list[tuple[str, dict[str, list[ast.ClassDef]]]], known: dict[str, list[ast.ClassDef]]
+) -> dict[str, set[str]]:
+    """The words of each key, of all classes that have it; a key that takes more in one of them is left out."""
+    found: dict[str, set[str]] = {}
+    free: set[str] = set()
+    for name, own in sources:
+        words = choices(name, {**known, **own}, set())
+        free |= fields(name, own, set()) - words.keys()
+        for key, allowed_words in words.items():
+            found.setdefault(key, set()).update(allowed_words)
+    return {key: allowed_words for key, allowed_words in found.items() if key not in free}
+
+
+def listed_choices(line: ast.AnnAssign) -> set[str]:
+    """``choices`` in the metadata of a field, where all are words."""
+    for node in ast.walk(line):
+        pairs = zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ()
+        for key, value in pairs:
+            if isinstance(key, ast.Constant) and key.value == "choices" and isinstance(value, ast.List):
+                words = [one.value for one in value.elts if isinstance(one, ast.Constant)]
+                return set(words) if all(isinstance(word, str) for word in words) else set()
+    return set()
+
+
+def allowed(annotation: ast.expr, known: dict[str, list[ast.ClassDef]]) -> set[str] | None:
+    """The words of an annotation; None where it takes more than words."""
+    if isinstance(annotation, ast.Constant):
+        if annotation.value is None:
+            return set()
+        return allowed(ast.parse(annotation.value, mode="eval").body, known)
+    if isinstance(annotation, ast.BinOp):
+        return united([annotation.left, annotation.right], known)
+    if isinstance(annotation, ast.Subscript):
+        label = getattr(annotation.value, "id", getattr(annotation.value, "attr", ""))
+        inner = annotation.slice
+        parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+        if label == "Literal":
+            words = [one.value for one in parts if isinstance(one, ast.Constant) and one.value is not None]
+            return set(words) if all(isinstance(word, str) for word in words) else None
+        if label == "Annotated":
+            return allowed(parts[0], known)
+        return united(parts, known) if label in ("Optional", "Union") else None
+    return members(getattr(annotation, "id", ""), known)
+
+
+def united(parts: list[ast.expr], known: dict[str, list[ast.ClassDef]]) -> set[str] | None:
+    names = {getattr(part, "id", "") for part in parts}
+    becomes_one = any(name in FROM_TEXT and members(name, known) for name in names)
+    rest = [part for part in parts if not (becomes_one and getattr(part, "id", "") == "str")]
+    found = [allowed(part, known) for part in rest]
+    return None if None in found else set().union(*(one for one in found if one))
+
+
+def members(name: str, known: dict[str, list[ast.ClassDef]]) -> set[str] | None:
+    """The values of an enumeration of words, or None."""
+    for node in known.get(name, ()):
+        bases = {getattr(base, "id", getattr(base, "attr", "")) for base in node.bases}
+        if bases & {"Enum", "ExplicitEnum", "StrEnum"}:
+            lines = [line.value for line in node.body if isinstance(line, ast.Assign)]
+            words = [value.value for value in lines if isinstance(value, ast.Constant)]
+            return set(words) if words and all(isinstance(word, str) for word in words) else None
+    return None
+
+
 def launch_flags(folder: Path) -> set[str]:
     """Flags of ``accelerate launch``, which TRL's command line passes on."""
     tree = ast.parse((folder / "commands/launch.py").read_text(encoding="utf-8"))
@@ -124,7 +213,8 @@ def main(arguments: list[str]) -> None:
     folders, versions = zip(*(argument.rsplit("=", 1) for argument in arguments), strict=True)
     axolotl, llamafactory, trl, swift, transformers, old, accelerate = map(Path, folders)
     trainer = {"TrainingArguments", "Seq2SeqTrainingArguments"}
-    theirs = {name: nodes for name, nodes in classes(transformers).items() if name in trainer}
+    enumerations = classes(transformers)
+    theirs = {name: nodes for name, nodes in enumerations.items() if name in trainer}
     before = {name: nodes for name, nodes in classes(old).items() if name in trainer}
     today = set().union(*(fields(name, theirs, set()) for name in trainer))
     once = set().union(*(fields(name, before, set()) for name in trainer))
@@ -143,7 +233,20 @@ def main(arguments: list[str]) -> None:
             keys |= launch_flags(accelerate) | {"env"}
         if tool == "ms-swift":
             keys |= {"ENV"}
-        made[tool] = {"version": version, "keys": sorted(keys), "removed": removed, "renamed": RENAMED[tool]}
+        own = (
+            classes(folder / "trainer") if tool == "trl" else known
+        )  # its servers have classes of the same names
+        sources = [(name, own) for name in TOOLS[tool]]
+        if tool != "axolotl":
+            sources += [(name, theirs) for name in sorted(trainer)]
+        words = agreed(sources, {**enumerations, **own})
+        made[tool] = {
+            "version": version,
+            "keys": sorted(keys),
+            "removed": removed,
+            "renamed": RENAMED[tool],
+            "choices": {key: sorted(words[key]) for key in sorted(words.keys() & keys)},
+        }
     made["axolotl"]["plugins"] = plugins(axolotl)
     OUT.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     for tool, one in made.items():

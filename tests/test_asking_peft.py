@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -230,6 +231,32 @@ def merges(base: nn.Module, config: LoraConfig) -> bool:
     except Exception:
         return False
     return True
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_garbage_collector_waits_until_peft_has_answered(is_on: bool) -> None:
+    starts = []
+    threshold, was_on = gc.get_threshold(), gc.isenabled()
+
+    def seen(phase: str, info: dict[str, int]) -> None:
+        starts.append(phase)
+
+    config = LoraConfig(r=2, target_modules="all-linear")
+    (gc.enable if is_on else gc.disable)()
+    gc.callbacks.append(seen)
+    gc.set_threshold(20)
+    try:
+        config_facts(config, "meta-llama/Llama-2-7b-hf")
+        assert gc.isenabled() is is_on
+        with pytest.raises(ValueError, match="base"):
+            config_facts(config, "no-such/base")
+        assert gc.isenabled() is is_on
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(seen)
+        (gc.enable if was_on else gc.disable)()
+    # Some come in the moments around it; while PEFT works, twenty objects would be made thousands of times.
+    assert len(starts) < 1000
 
 
 @pytest.mark.parametrize("lora_bias", [False, True])

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from pytest_lora import check_config, check_memory, check_recipe, check_resume
+from pytest_lora import check_checkpoint, check_config, check_memory, check_model, check_recipe, check_resume
+from pytest_lora.facts import patterns as meaning
 from pytest_lora.inspection.limited import patterns
 from pytest_lora.inspection.limited.patterns import patterns_kept, unmatchable
 from pytest_lora.inspection.limited.process import LimitedProcess, LimitError, WorkError, limited
@@ -77,16 +78,66 @@ def test_those_that_tools_write_are_not(monkeypatch: pytest.MonkeyPatch) -> None
     assert unmatchable({"target_modules": eva, "exclude_modules": eva[:9]}, eva) is None
 
 
+@pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(bits, min_size=1, max_size=14).map("".join))
 def test_whatever_is_let_through_ends_here_too(pattern: str) -> None:
     if unmatchable({"target_modules": pattern, "rank_pattern": {pattern: 8}}, NAMES) is None:
-        for form, match in ((pattern, re.fullmatch), (rf"(.*\.)?({pattern})$", re.match)):
+        for form, match, found in (
+            (pattern, re.fullmatch, [name for name in NAMES if meaning.matches(pattern, name)]),
+            (
+                rf"(.*\.)?({pattern})$",
+                re.match,
+                [name for name in NAMES if meaning.deciding_key([pattern], name)],
+            ),
+        ):
             try:
-                for name in NAMES:
-                    match(form, name)
+                assert found == [name for name in NAMES if match(form, name)]
             except re.error:
-                pass
+                assert found == []
+
+
+def test_an_expression_that_was_tried_is_not_compiled_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT compiles what it is given, which was tried before; the facts and rules take what was found then."""
+    compiled: list[str] = []
+    monkeypatch.setattr(meaning, "_compiled", lambda text: compiled.append(text))
+    monkeypatch.setattr(meaning, "_found", {"pattern": {}, "key": {}})
+    meaning._of_end.cache_clear()
+    names = Namespace(tmp_path)
+    written: dict[str, Any] = {
+        "target_modules": r".*\.(q|v)_proj",
+        "exclude_modules": r".*layers\.0\..*",
+        "rank_pattern": {r"^layers\.\d\.self_attn\.q_proj": 4, r"(q|v)_proj": 2},
+        "alpha_pattern": {r"layers\.\d+\..*v_proj": 8},
+    }
+    config = LoraConfig(r=8, lora_alpha=16, **written)
+    assert check_config(config, names["base"]).findings
+    path = names.adapter(**written)
+    for found in (check_checkpoint(path), check_checkpoint(path, names["base"]), check_resume(path, config)):
+        assert {finding.code for finding in found.errors} <= {"LORA107"}, str(found)
+    check_model(get_peft_model(names["base"], config))
+    assert compiled == []
+    meaning._of_end.cache_clear()
+
+
+def test_what_is_not_known_of_an_expression_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meaning, "_found", {"pattern": {}, "key": {}})
+    monkeypatch.setattr(meaning, "MOST", 2)
+    for text in ("a.", "b."):
+        meaning.learn("key", text, frozenset({"ax"}), ["ax"] if text == "a." else [], True)
+    assert (meaning.deciding_key(["b.", "a."], "ax"), meaning.deciding_key(["b.", "a."], "bx")) == (
+        "a.",
+        "b.",
+    )
+    meaning.learn("key", "a.", frozenset({"m.ay"}), ["m.ay"], True)
+    assert meaning._found["key"]["a."].names == {"ax", "m.ay"}
+    meaning.learn("key", "[", frozenset({"ax"}), [], False)
+    assert list(meaning._found["key"]) == ["["], "the others are forgotten"
+    assert not meaning.is_expression("[")
+    assert not meaning.is_expression("(")
+    assert meaning.is_expression("a.")
 
 
 def test_plain_names_need_no_process() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
-import subprocess
-import sys
+import signal
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,6 +19,7 @@ from pytest_lora.plugin import baseline_gate
 from pytest_lora.reading import text_of
 from pytest_lora.sweep.lock import RankLock
 from pytest_lora.writing import append_whole, write_whole
+from tests.forked import fork
 
 CALLS = ("tempfile.mkstemp", "os.fsync", "os.chmod", "os.replace")
 ERRORS: tuple[BaseException, ...] = (
@@ -62,33 +64,25 @@ def test_what_cannot_be_written_is_as_it_was(
     assert [path.read_bytes() for path in file.parent.iterdir()] == ([] if old is None else [old])
 
 
-WRITES = """
-import itertools, sys
-from pathlib import Path
-from pytest_lora.plugin import baseline_gate
-from pytest_lora.reading import text_of
-from pytest_lora.sweep.lock import RankLock
-from pytest_lora.writing import append_whole, write_whole
-print("begins", flush=True)
-for n in itertools.count():
-    write_whole(Path(sys.argv[1]), f"{n % 10}" * 200_000)
-"""
+def write_for_ever(file: Path) -> int:
+    for n in itertools.count():
+        write_whole(file, f"{n % 10}" * 200_000)
+    return 0
 
 
 def test_a_kill_leaves_a_whole_file(tmp_path: Path) -> None:
-    file = tmp_path / "out.txt"
     for attempt in range(10):
-        process = subprocess.Popen([sys.executable, "-c", WRITES, str(file)], stdout=subprocess.PIPE)
-        assert process.stdout
-        process.stdout.readline()
+        file = tmp_path / f"out{attempt % 2}.txt"  # two begin without a file
+        pid = fork(partial(write_for_ever, file))
+        deadline = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
         time.sleep(0.01 * attempt)
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        if file.exists():
-            found = file.read_text()
-            assert len(found) == 200_000
-            assert len(set(found)) == 1
+        os.kill(pid, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        found = file.read_text()
+        assert len(found) == 200_000
+        assert len(set(found)) == 1
 
 
 @settings(max_examples=60, deadline=None)

@@ -173,6 +173,12 @@ def evaluate(model: Any) -> float:
     return 0.5
 
 
+@cache
+def saved() -> Path:
+    """A saved adapter that calls look at and none changes."""
+    return examples.adapter()
+
+
 def _small() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4))
 
@@ -184,7 +190,7 @@ RIGHT: dict[str, Callable[[], dict[str, Any]]] = {
     "adapter_shapes": lambda: {"model": adapted(), "batches": language_batch()},
     "adapters_in_sync": lambda: {"model": adapted()},
     "alpha_ratio": lambda: {"model_or_config": config()},
-    "checkpoint": lambda: {"path": examples.adapter()},
+    "checkpoint": lambda: {"path": saved()},
     "config": lambda: {"config": config(), "base": tiny_config()},
     "history": lambda: {"train_losses": [2.0, 1.0]},
     "lora_laws": lambda: {"model": adapted(), "batch": language_batch()},
@@ -196,7 +202,7 @@ RIGHT: dict[str, Callable[[], dict[str, Any]]] = {
     "rank_suffices": lambda: {"result": sweep_result(), "rank": 4},
     "recipe": lambda: {"path": folder() / "recipe.yaml"},
     "reload": lambda: {"model": adapted(), "batch": language_batch()},
-    "resume": lambda: {"path": examples.adapter(), "config": config()},
+    "resume": lambda: {"path": saved(), "config": config()},
     "run": lambda: {"args": arguments_of_a_trainer(), "config": config(), "base": tiny_config()},
     "training": lambda: {"model": adapted(), "batches": language_batch(), "steps": 1},
 }

@@ -127,8 +127,9 @@ def check_lora_laws(
     gives what it gave unmerged, and unmerged again it has the same weights; saved and loaded it is bit for bit what
     it was; each layer's effect is linear in its scaling (not under DoRA); padding the rank with zeros changes
     nothing; and a second adapter that is not active changes nothing. Laws that do not apply to a model are left
-    out: what is not a ``PeftModel`` gets no second adapter, a fused parameter and attention as a whole no law of a
-    single layer. Done on copies: the model is left bit for bit as it was.
+    out: what is not a ``PeftModel``, or takes no second adapter in PEFT, gets none; a fused parameter and attention as
+    a whole have no law of a single layer, a grouped convolution none of the padded rank; and an adapter that PEFT
+    refuses to merge is not merged, which ``not_judged`` says. Done on copies: the model is left bit for bit as it was.
 
     Args:
         model: A model that carries LoRA layers.
@@ -153,7 +154,9 @@ def check_lora_laws(
     select, ignore = codes("select", select), codes("ignore", ignore)
     require_batch("batch", batch)
     facts = law_facts(model, batch)
-    trips: list[object] = [merge_facts(model, batch)]
+    merged = merge_facts(model, batch)
+    trips: list[object] = [merged] if merged.refusal is None else []
     trips += [reload_facts(model, batch)] if facts.loads_as_it_is else []
     findings = [*judge([facts], expect), *(f for f in judge(trips, expect) if f.severity == "error")]
-    return reported(f"laws of {type(model).__name__}", findings, select, ignore)
+    left_out = () if merged.refusal is None else ((f"PEFT refuses to merge: {merged.refusal}", "merging"),)
+    return reported(f"laws of {type(model).__name__}", findings, select, ignore, not_judged=left_out)

@@ -170,7 +170,8 @@ def check_resume(
         ignore: Codes, or starts of codes, to leave out.
 
     Returns:
-        A report, with codes LORA920 to LORA925.
+        A report, with codes LORA920 to LORA925. Of a variant whose tensors are not followed (VeLoRA, KaSA, AdaLoRA,
+        ...) its fields are compared at most, and ``not_judged`` says so.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -188,4 +189,6 @@ def check_resume(
     layers = None if base is None else config_facts(config, base).layers
     saved = checkpoint_facts(folder)
     facts = resumption_facts(saved, config, layers)
-    return report_on(f"resuming from {saved.name}", [facts], expect, select, ignore)
+    usable = saved.other_method is not None and facts.unusable is None
+    not_followed = ((f"{saved.other_method}", "its modules and shapes"),) if usable else ()
+    return report_on(f"resuming from {saved.name}", [facts], expect, select, ignore, not_judged=not_followed)

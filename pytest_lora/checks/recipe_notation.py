@@ -14,6 +14,10 @@ from pytest_lora.facts.recipe import GIVEN, RecipeFacts, RunSetting, Value
 from pytest_lora.findings import Finding
 
 _FIELDS: tuple[tuple[str, str], ...] = (
+    ("layers_to_transform", "layers_to_transform"),
+    ("rank_pattern", "rank_pattern"),
+    ("alpha_pattern", "alpha_pattern"),
+    ("task_type", "task_type"),
     ("target_modules", "target_modules"),
     ("target_parameters", "target_parameters"),
     ("modules_to_save", "modules_to_save"),
@@ -28,12 +32,13 @@ _FIELDS: tuple[tuple[str, str], ...] = (
     ("bias", "bias"),
 )
 
+_WHERE_STATED = ("layers_to_transform", "rank_pattern", "alpha_pattern", "task_type")
+"""Fields that advice on others names too."""
+
 _MORE_KEYS = {
     "Axolotl": {
-        "alpha_pattern": "lora_alpha_pattern",
         "ensure_weight_tying": "peft_ensure_weight_tying",
         "init_lora_weights": "peft_init_lora_weights",
-        "rank_pattern": "lora_rank_pattern",
         "trainable_token_indices": "peft_trainable_token_indices",
     },
     "ms-swift": {"init_lora_weights": "init_weights"},
@@ -63,12 +68,24 @@ _MOST_LISTED = 40
 def placed(finding: Finding, facts: RecipeFacts, setting: RunSetting) -> Finding:
     """A finding on the configuration at the line of the recipe that it comes from."""
     text = f"{finding.rule} {finding.where} {finding.fix}"
-    field = next((name for word, name in _FIELDS if re.search(rf"\b{word}|{word}\b", text)), "target_modules")
+    field = next(
+        (
+            name
+            for word, name in _FIELDS
+            if re.search(rf"\b{word}|{word}\b", text)
+            and (name not in _WHERE_STATED or getattr(setting, name).stated)
+        ),
+        "target_modules",
+    )
     value: Value = getattr(setting, field)
     if not value.stated and field == "lora_alpha":
         value = replace(value, line=setting.r.line)
     if not value.stated and setting.modules_to_save.stated and "save" in finding.rule:
         value = setting.modules_to_save
+    if not value.stated and setting.exclude_modules.stated and "exclude_modules" in finding.fix:
+        value = setting.exclude_modules
+    if not value.stated and finding.rule == "new_tokens_are_not_trained":
+        value = setting.new_tokens  # the line that asks for what is left out
     place = f"{facts.name}:{value.line}" if value.line else facts.name
     observed = finding.observed
     if "ParamWrapper" in observed:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from pytest_lora.facts.config import ConfigFacts
     from pytest_lora.facts.memory import MemoryEstimate
 
+OF_ALL_LAYERS = ("parameter_share_is_outside_the_band",)
+"""Rules whose figures are those of the whole base; without them a few layers stand for all."""
+
 _STRATEGIES = {"zero0": "ddp"}
 """Those of recipes by the names of ``estimate_memory``, where these differ."""
 
@@ -82,7 +85,10 @@ def judged(
     findings = list(judge([facts], expect))
     if on_base is not None:
         asked = _expected(expect, setting, on_base)
-        findings += [placed(f, facts, setting) for f in judge([on_base], asked)]
+        found = list(judge([on_base], asked))
+        if config is not None and not whole and any(finding.rule in OF_ALL_LAYERS for finding in found):
+            found = list(judge([facts_on_base(config, known, whole=True) or on_base], asked))
+        findings += [placed(f, facts, setting) for f in found]
     estimate = None
     if budget is not None and config is not None and (facts.shard is None or facts.shard.fits):
         estimate = _estimate(facts, setting, config, known, cards)

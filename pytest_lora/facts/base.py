@@ -63,6 +63,18 @@ class TaskHead:
     fresh: bool | None
 
 
+HEADS_BY_TASK_TYPE = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Names that PEFT adds to ``modules_to_save`` by itself, of which a base has one or the other.
+
+Source: ``PeftModelForSequenceClassification``, ``...TokenClassification`` and ``...QuestionAnswering``, which hold
+these lists inside their constructors.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class FusedParameter:
     """A parameter that stacks the weights of several experts.

@@ -141,6 +141,11 @@ class CheckpointFacts:
         files = self.files if self.weights in (None, *OTHER_WEIGHTS) else ()
         return tool_of_keys(t.name for t in self.tensors) or tool_of_files(entry.name for entry in files)
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Fields of a LoRA of PEFT that change its tensors in ways that are not followed here."""
+        return () if self.origin or self.config is None else self.config.unjudged
+
     @cached_property
     def other_method(self) -> str | None:
         """What made the adapter where it is not PEFT's LoRA, in words; else None."""
@@ -148,8 +153,8 @@ class CheckpointFacts:
             return f"an adapter of {self.origin}"
         if self.config is not None and self.config.peft_type not in ("", "LORA"):
             return f"peft_type {self.config.peft_type}"
-        if self.config is not None and self.config.unjudged:
-            return f"LoRA with {', '.join(self.config.unjudged)}"
+        if self.variants:
+            return f"LoRA with {', '.join(self.variants)}"
         return None
 
     @property

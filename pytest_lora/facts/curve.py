@@ -139,6 +139,17 @@ def jump(losses: Sequence[float]) -> Jump | None:
     return Jump(at, before, after, trend(losses[at:]))
 
 
+def apart_from_the_start(losses: Sequence[float], at: int) -> tuple[float, ...]:
+    """By what shares the losses from an index on differ from those at the start: medians of 3, 3, 6, 12, ... each."""
+    found: list[float] = []
+    first, last = 0, SMALLEST_BLOCK
+    while last <= min(at, len(losses) - at):
+        before, after = median(losses[first:last]), median(losses[at + first : at + last])
+        found.append(after / before - 1 if before else math.inf)
+        first, last = last, 2 * last
+    return tuple(found)
+
+
 def noise(losses: Sequence[float]) -> float:
     """Standard deviation of the noise from loss to loss; neither a trend nor its bend counts. Three losses or more.
 

@@ -182,7 +182,8 @@ def _rates(given: Any, count: int) -> tuple[float | None, tuple[float, ...]]:
     """The peak and the rate at each of ``count`` losses, the latter empty where they are not given."""
     if given is None:
         return None, ()
-    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes)) and _dimensions(given) > 0
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
+    several = several and getattr(given, "ndim", None) != 0
     rates = _numbers("learning_rate", given) if several else (as_number("learning_rate", given),)
     wrong = next((rate for rate in rates if not (math.isfinite(rate) and rate >= 0)), None)
     if wrong is not None:
@@ -192,10 +193,6 @@ def _rates(given: Any, count: int) -> tuple[float | None, tuple[float, ...]]:
             f"learning_rate must hold one rate for each of {count} training losses, not {len(rates)}"
         )
     return max(rates), rates if several else ()
-
-
-def _dimensions(given: Any) -> int:
-    return int(getattr(given, "ndim", 1))
 
 
 def _zero_from(train: Sequence[float]) -> int | None:

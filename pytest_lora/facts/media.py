@@ -26,6 +26,9 @@ class MediumFacts:
         of_targets: Labels that count, after that shift.
         types: Name of the input that says which tokens are of which medium, where the model takes one.
         untyped: Placeholders that this input calls text; None where the batch does not hold it.
+        flat: Whether ``position_ids`` came with it that give each placeholder one number, where the model's positions
+            have three (time, height and width).
+        raw: Inputs of the medium that hold whole numbers up to 255, as a file of an image does.
     """
 
     batch: int
@@ -41,3 +44,5 @@ class MediumFacts:
     of_targets: int
     types: str
     untyped: int | None
+    flat: bool = False
+    raw: tuple[str, ...] = ()

@@ -166,7 +166,8 @@ class MemoryEstimate:
         setting: What was asked.
         architecture: Class of the base model.
         rank: ``r`` of the adapter.
-        peak_allocated: What ``torch.cuda.max_memory_allocated`` would say.
+        peak_allocated: What ``torch.cuda.max_memory_allocated`` would say, without the rests of blocks that CUDA's
+            allocator does not split: at most 1 MiB each, 0 to 0.5 % of 33 published steps.
         peak_reserved: What ``torch.cuda.max_memory_reserved`` would say, with the allocator's own rounding.
         loaded: Allocated once the model is loaded, before the first step.
         after_step: Allocated between two steps: weights, quantization statistics, optimizer state.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pytest_lora.facts.adapters_beside import CombinedAdapter
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.layer_state import Factor as Factor
@@ -145,6 +146,9 @@ class ModelFacts:
         colliding: Adapters whose names are also names of modules.
         trains_xlora: Whether a classifier of X-LoRA trains, which weighs adapters that are frozen by design.
         initial_rows: Rows of the vocabulary that were added and never trained.
+        shared: Pairs of adapters whose factors are the same tensors wherever both are.
+        combined: Adapters that were summed of others whose kind the sum does not carry.
+        zero_base: Numbered blocks of the base that hold zeros alone, and its embeddings where they do.
     """
 
     base: BaseFacts
@@ -169,6 +173,9 @@ class ModelFacts:
     colliding: tuple[CollidingName, ...] = ()
     trains_xlora: bool = False
     initial_rows: tuple[InitialRows, ...] = ()
+    shared: tuple[tuple[str, str], ...] = ()
+    combined: tuple[CombinedAdapter, ...] = ()
+    zero_base: tuple[str, ...] = ()
 
     @property
     def active_layers(self) -> tuple[LayerState, ...]:
@@ -208,3 +215,14 @@ class ModelFacts:
     def config_of(self, adapter: str) -> ConfigFacts | None:
         """The configuration of one adapter, if the model still knows it."""
         return next((config for config in self.configs if config.adapter == adapter), None)
+
+
+USUAL_INITS = ("true", "gaussian")
+"""Values of ``init_lora_weights`` under which ``alpha / r`` says how far a step reaches: ``lora_A`` is random noise of
+one scale and ``lora_B`` zero."""
+
+
+def unusual_inits(model: ModelFacts) -> dict[str, str]:
+    """Active adapters of another initialisation, which has scales of its own, with its name."""
+    inits = {c.adapter: str(c.settings.init_lora_weights) for c in model.configs if c.adapter in model.active}
+    return {adapter: init for adapter, init in inits.items() if init.lower() not in USUAL_INITS}

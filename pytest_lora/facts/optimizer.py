@@ -81,6 +81,8 @@ class OptimizerFacts:
         misshapen: Trainable parameters whose running average has another shape.
         unmoved: Trainable low-rank factors that are all zero though it has counted steps for them, more than one, and
             their running average is not: a step would have moved them.
+        allocation_begins: Step from which AdaLoRA takes ranks away, where its allocator was never called though;
+            None where it was, or where there is none.
     """
 
     optimizer: str
@@ -93,6 +95,7 @@ class OptimizerFacts:
     steps: int = 0
     misshapen: tuple[Misshapen, ...] = ()
     unmoved: tuple[str, ...] = ()
+    allocation_begins: int | None = None
 
     @property
     def adaptive(self) -> bool:
@@ -131,7 +134,7 @@ class ScheduleFacts:
     Attributes:
         schedule: Class name.
         steps_taken: Steps it has counted.
-        peak: Largest rate that it ever gives, where that can be told beforehand, else None.
+        peak: Largest rate that it gives at the steps that it answers for, where that is more than the first, else None.
         not_before: A step up to which its rate is below the peak, where that can be told, else None.
         ends: First step from which on its rate stays zero, where that can be told, else None.
         warm_up: Steps of its warm-up as it was made for (those of transformers say so), else None.

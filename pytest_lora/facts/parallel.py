@@ -68,8 +68,8 @@ class Parallel:
     @property
     def unmeasured(self) -> str:
         """What no measurement stands behind; empty where one does."""
-        most = MEASURED_ON.get(self.strategy, 0)
-        if self.gpus <= most:
+        most = MEASURED_ON.get(self.strategy)
+        if most and self.gpus <= most:
             return ""
         beyond = f" on more than {most} GPUs" if most else ""
         return f"no measured step with {self.strategy}{beyond} was compared with such figures"

@@ -68,7 +68,7 @@ class WrongKind:
         written: The value as written.
         became: What a tool gets, in words.
         wanted: What the key takes, in words.
-        mended: The value as it would be right.
+        mended: The value as it would be right; empty where it cannot be told.
         stops: Whether the run stops at it.
     """
 
@@ -78,6 +78,25 @@ class WrongKind:
     became: str
     wanted: str
     mended: str
+    stops: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Clash:
+    """Two keys that the tool does not take beside each other.
+
+    Attributes:
+        key: The one that is to go.
+        line: Where.
+        other: The one that stays.
+        why: What the tool does.
+        stops: Whether it stops at them, instead of leaving one out without a word.
+    """
+
+    key: str
+    line: int
+    other: str
+    why: str
     stops: bool
 
 
@@ -153,6 +172,8 @@ class RunSetting:
     exclude_modules: Value = UNKNOWN
     target_parameters: Value = UNKNOWN
     layers_to_transform: Value = UNKNOWN
+    rank_pattern: Value = UNKNOWN
+    alpha_pattern: Value = UNKNOWN
     modules_to_save: Value = UNKNOWN
     use_rslora: Value = UNKNOWN
     use_dora: Value = UNKNOWN
@@ -266,6 +287,7 @@ class RecipeFacts:
         repeated: Keys that stand twice.
         unknown: Keys that nothing reads.
         wrong: Values of the wrong kind.
+        clashes: Keys that the tool does not take beside each other.
         setting: The effective setting, or None.
         base: What is known of its base, or None.
         base_is_adapter: The adapter folder that is given as the base, or None.
@@ -283,6 +305,7 @@ class RecipeFacts:
     repeated: tuple[Repeated, ...] = ()
     unknown: tuple[UnknownKey, ...] = ()
     wrong: tuple[WrongKind, ...] = ()
+    clashes: tuple[Clash, ...] = ()
     setting: RunSetting | None = None
     base: BaseModel | None = None
     base_is_adapter: SavedAdapter | None = None

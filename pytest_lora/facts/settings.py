@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, TypeVar
+
+from pytest_lora.facts.patterns import deciding_key, matches
 
 N = TypeVar("N")
 
@@ -116,44 +116,23 @@ def rewrites_base(init: object) -> bool:
     return str(init).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
+def rewriter(config: object) -> str | None:
+    """The field of a ``LoraConfig`` under which PEFT writes to the base weights, as it is set; None where none does.
+
+    Source: besides ``rewrites_base``, PEFT's ``KasaLinearVariant``, which truncates the weight by its rank.
+    """
+    init = getattr(config, "init_lora_weights", None)
+    if rewrites_base(init):
+        return f"init_lora_weights={init!r}"
+    return "kasa_config" if getattr(config, "kasa_config", None) else None
+
+
 def _decided(pattern: tuple[tuple[str, N], ...], module: str, otherwise: N) -> N:
     """What the first key that matches decides."""
     if not pattern:
         return otherwise
     key = deciding_key((key for key, _ in pattern), module)
     return otherwise if key is None else dict(pattern)[key]
-
-
-def deciding_key(keys: Iterable[str], module: str) -> str | None:
-    """The first key of a rank or alpha pattern that matches a module (``peft.utils.get_pattern_key``)."""
-    for key in keys:
-        pattern = _of_end(key)
-        if pattern is not None and pattern.match(module):
-            return key
-    return None
-
-
-@lru_cache(maxsize=4096)
-def _of_end(key: str) -> re.Pattern[str] | None:
-    return compiled(rf"(.*\.)?({key})$")
-
-
-@lru_cache(maxsize=4096)
-def compiled(pattern: str) -> re.Pattern[str] | None:
-    """A regular expression of a configuration; None where it is none, and so can match nothing."""
-    try:
-        with warnings.catch_warnings():  # of what another version of Python may read otherwise
-            warnings.simplefilter("ignore")
-            return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return None
-
-
-@lru_cache(maxsize=65_536)
-def matches(pattern: str, module: str) -> bool:
-    """Whether a pattern means a module."""
-    expression = compiled(pattern)
-    return expression is not None and expression.fullmatch(module) is not None
 
 
 def is_named(module: str, name: str) -> bool:

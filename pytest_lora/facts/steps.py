@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,6 +71,11 @@ class StepFacts:
     has_graph: bool
     rates: tuple[float, ...]
     gradient_norm: float | None
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss was finite, and the gradients, if there were any."""
+        return math.isfinite(self.loss) and (self.gradient_norm is None or math.isfinite(self.gradient_norm))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from pytest_lora.facts.answers import AnswerFacts
 from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import LabelFacts, WholeTargets
 from pytest_lora.facts.layer_state import LayerState
@@ -52,7 +53,6 @@ class TrainingFacts:
         history: Losses of the run so far, as the user gave them.
         changes: Weights and buffers of the base that changed.
         dropouts: Modules with a dropout above zero in training mode.
-        lora_dropout: Largest LoRA dropout that is configured.
         repacked: 4-bit layers whose weight was repacked for inference on a CPU.
         updates: What the steps did to each adapted weight; measured where the initialisation is not a usual one or the
             plan asks for ranks.
@@ -61,12 +61,14 @@ class TrainingFacts:
         objective: What a trainer trains for, by its own arguments; empty where none says so.
         optimizer_is_fresh: Whether the optimizer given had taken no step before.
         switched_off: Whether a forward pass ran with the adapters switched off, as a reference of the loss.
+        references: Adapters, not active before the steps, that took part in a forward pass with gradients off.
         alone: A text on its own against the same text in its batch, where one has company there.
         media: Images, videos and audio of each batch, where the model knows any.
         shift: The first loss beside what the logits give with and without the shift, where that can be asked.
         empty_rows: Tokens of the batches that the base has no values for.
         whole_targets: Whole numbers as labels of a classifier with one output.
         total_steps: Optimizer steps that the run is to take, where it says so.
+        answers: Chosen and rejected answers, and masks of answers, of each batch that holds such.
     """
 
     model: ModelFacts
@@ -85,7 +87,6 @@ class TrainingFacts:
     history: tuple[float, ...]
     changes: tuple[BaseChange, ...]
     dropouts: tuple[str, ...]
-    lora_dropout: float
     repacked: tuple[str, ...]
     updates: tuple[UpdateFacts, ...] = ()
     failure: Failure | None = None
@@ -93,6 +94,7 @@ class TrainingFacts:
     objective: Objective = ""
     optimizer_is_fresh: bool = False
     switched_off: bool = False
+    references: tuple[str, ...] = ()
     media: tuple[MediumFacts, ...] = ()
     later_inputs: tuple[str, ...] = ()
     without_graph: tuple[str, ...] = ()
@@ -102,6 +104,7 @@ class TrainingFacts:
     empty_rows: tuple[EmptyRows, ...] = ()
     whole_targets: tuple[WholeTargets, ...] = ()
     total_steps: int | None = None
+    answers: tuple[AnswerFacts, ...] = ()
 
     @property
     def is_fresh(self) -> bool:
@@ -126,6 +129,18 @@ class TrainingFacts:
         return self.objective in ("DPO", "preferences") or len(named) == 2
 
     @property
+    def rewards_answers(self) -> bool:
+        """Whether sampled answers are rewarded, by the trainer or by the names of the inputs."""
+        return self.objective == "policy" or any(
+            word in n for n in self.inputs for word in ("advantage", "reward")
+        )
+
+    @property
+    def empty_references(self) -> tuple[str, ...]:
+        """Adapters among the references that hold no update anywhere."""
+        return tuple(n for n in self.references if all(layer.b.zero for layer in self.model.of(n)))
+
+    @property
     def peak_rate(self) -> float:
         """The largest learning rate that ``lora_B`` is known to get, or ``lora_A`` where only that trains."""
         groups = self.optimizer.groups
@@ -134,7 +149,7 @@ class TrainingFacts:
         if self.schedule and self.schedule.peak:
             known.append(self.schedule.peak)
         else:
-            known += [group.initial_lr or 0.0 for group in own]
+            known += [group.initial_lr for group in own if group.initial_lr]
         return max((rate for rate in known if not math.isnan(rate)), default=0.0)
 
     @property
@@ -144,6 +159,11 @@ class TrainingFacts:
         return tuple(t for t in self.tensors if t.trainable and t.adapter in active and t.part in ("a", "b"))
 
     @property
+    def lora_dropout(self) -> float:
+        """The largest dropout of an active adapter."""
+        return max((layer.dropout for layer in self.model.active_layers), default=0.0)
+
+    @property
     def has_graph(self) -> bool:
         """Whether every loss had a graph."""
         return all(step.has_graph for step in self.steps)
@@ -151,7 +171,7 @@ class TrainingFacts:
     @property
     def finite(self) -> bool:
         """Whether every loss and every gradient was finite."""
-        return all(math.isfinite(s.loss) and math.isfinite(s.gradient_norm or 0.0) for s in self.steps)
+        return all(step.finite for step in self.steps)
 
     @property
     def rates_are_zero(self) -> bool:
@@ -258,17 +278,6 @@ class TrainingFacts:
         if layer.a.zero and layer.b.zero:
             return f"{layer.a.name} and {layer.b.name} are both zero"
         return None
-
-
-USUAL_INITS = ("true", "gaussian")
-"""Values of ``init_lora_weights`` under which ``alpha / r`` says how far a step reaches: ``lora_A`` is random noise of
-one scale and ``lora_B`` zero."""
-
-
-def unusual_inits(model: ModelFacts) -> dict[str, str]:
-    """Active adapters of another initialisation, which has scales of its own, with its name."""
-    inits = {c.adapter: str(c.settings.init_lora_weights) for c in model.configs if c.adapter in model.active}
-    return {adapter: init for adapter, init in inits.items() if init.lower() not in USUAL_INITS}
 
 
 LOGGED_AS_ZERO = 5e-5

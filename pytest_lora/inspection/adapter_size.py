@@ -72,13 +72,13 @@ def adapter_sizes(config: LoraConfig, model: nn.Module, ranks: Collection[int]) 
 def _asks_something_of_the_rank(config: LoraConfig, model: nn.Module) -> bool:
     names = (f.name for f in fields(config) if f.name.endswith("_config") and f.name != "runtime_config")
     return any(getattr(config, name) for name in names) or any(
-        _groups(module) > 1 for module in model.modules()
+        _is_grouped(module) for module in model.modules()
     )
 
 
-def _groups(module: nn.Module) -> int:
-    groups: Any = getattr(module, "groups", 1)
-    return groups if isinstance(groups, int) else 1
+def _is_grouped(module: nn.Module) -> bool:
+    groups: Any = getattr(module, "groups", None)
+    return isinstance(groups, int) and groups > 1
 
 
 def _adapter_size(config: LoraConfig, model: nn.Module, rank: int) -> AdapterSize:

@@ -14,7 +14,8 @@ from torch import nn
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import NOT_TRIED, ConfigFacts, LayerFacts, NameMatch, PatternKey, Refusal
-from pytest_lora.facts.settings import Settings, compiled, deciding_key, is_named, matches
+from pytest_lora.facts.patterns import deciding_key, is_expression, matches
+from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.exclusion import explained
 from pytest_lora.inspection.layers import layer_facts
@@ -27,6 +28,7 @@ from pytest_lora.inspection.peft_internals import (
     lora_configs,
     token_rows,
 )
+from pytest_lora.inspection.quiet import collected_late
 from pytest_lora.inspection.rehearsal import refused_initialisation, refused_merge, without_values
 from pytest_lora.inspection.repairs import repairs
 from pytest_lora.inspection.skeleton import resolve_base, skeleton
@@ -40,6 +42,7 @@ MOST_ALONE = 50
 
 
 @leaves_no_trace
+@collected_late()
 def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     """Ask PEFT on a skeleton what a configuration does to a base.
 
@@ -274,6 +277,6 @@ def _pattern_keys(
                 shadow,
                 elsewhere,
                 own,
-                compiled(key) is not None,
+                is_expression(key),
                 not decides and ending != key and any(deciding_key([ending], m) for m in adapted),
             )

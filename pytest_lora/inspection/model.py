@@ -13,11 +13,12 @@ from pytest_lora.facts.model import ModelFacts, SavedModule, TrainableBase, Trai
 from pytest_lora.facts.wrappers import Wrappers
 from pytest_lora.inspection import transformers_internals
 from pytest_lora.inspection.adapter_names import colliding_names
+from pytest_lora.inspection.adapters_beside import combined_adapters, shared_adapters
 from pytest_lora.inspection.base import BaseParameter, base_facts, base_parameters, dtype_name
-from pytest_lora.inspection.bitsandbytes_internals import quantization_statistics
+from pytest_lora.inspection.base_values import read_base
 from pytest_lora.inspection.config import live_config_facts
 from pytest_lora.inspection.fsdp_internals import whole_parameters
-from pytest_lora.inspection.layers import CPU_NUMBERS, UNREAD, layer_states, read_values
+from pytest_lora.inspection.layers import UNREAD, layer_states, read_values
 from pytest_lora.inspection.parameters import count
 from pytest_lora.inspection.peft_internals import (
     WRAPPERS,
@@ -89,6 +90,7 @@ def _facts(model: nn.Module, found: Survey, wrapped: Wrappers) -> ModelFacts:
     for layer in layers:
         by_adapter.setdefault(layer.adapter, []).append(layer)
     counted = count(model, found, parameters)
+    values = read_base(parameters, base.input_embeddings)
     return ModelFacts(
         base=base,
         configs=tuple(
@@ -100,7 +102,7 @@ def _facts(model: nn.Module, found: Survey, wrapped: Wrappers) -> ModelFacts:
         saved=tuple(_saved_modules(found, base.tied)),
         rows=tuple(_trained_rows(found)),
         trainable_base=tuple(_trainable_base(parameters, _trained_biases(configs.values(), layers))),
-        nonfinite_base=tuple(_nonfinite(parameters)),
+        nonfinite_base=values.nonfinite,
         inference_base=tuple(p.full_name for p in parameters if p.tensor.is_inference()),
         adapters=tuple(by_adapter),
         active=tuple(dict.fromkeys(layer.adapter for layer in layers if layer.active)),
@@ -116,6 +118,9 @@ def _facts(model: nn.Module, found: Survey, wrapped: Wrappers) -> ModelFacts:
         colliding=tuple(colliding_names(model, found)),
         trains_xlora=bool(found.lora) and trains_xlora(model),
         initial_rows=tuple(initial_rows(found, base)),
+        shared=shared_adapters(found.lora),
+        combined=tuple(combined_adapters(found.lora, configs)),
+        zero_base=values.zero,
     )
 
 
@@ -147,30 +152,6 @@ def _trainable_base(
             meant = parameter.name == "bias" and (biases is None or parameter.module in biases)
             if not meant:
                 yield TrainableBase(parameter.full_name, parameter.numbers)
-
-
-def _nonfinite(parameters: tuple[BaseParameter, ...]) -> Iterator[str]:
-    """Parameters with NaN or infinity, of quantized ones in what bitsandbytes keeps beside the packed numbers."""
-    readable: list[BaseParameter] = []
-    budget = CPU_NUMBERS
-    for parameter in parameters:
-        on_cpu = parameter.tensor.device.type == "cpu"
-        budget -= parameter.numbers if on_cpu else 0
-        if budget >= 0 or not on_cpu:
-            readable.append(parameter)
-    tensors = {
-        p.full_name: (*([] if _is_packed(p) else [p.tensor]), *quantization_statistics(p.tensor))
-        for p in readable
-    }
-    values = read_values(tensor for group in tensors.values() for tensor in group)
-    for name, group in tensors.items():
-        if any(values.get(id(tensor), UNREAD).finite is False for tensor in group):
-            yield name
-
-
-def _is_packed(parameter: BaseParameter) -> bool:
-    """Whether its bytes are other numbers than its dtype says: packed weights may be stored as floats for FSDP."""
-    return parameter.numbers != parameter.tensor.numel()
 
 
 def _duplicates(lora: dict[str, LoraLayer]) -> tuple[tuple[str, str], ...]:
@@ -235,13 +216,9 @@ def _live_dropouts(modules: dict[str, nn.Module]) -> Iterator[str]:
     """Modules in training mode that drop something: dropout layers, and attention that drops its weights."""
     for name, module in modules.items():
         if module.training:
-            p = getattr(module, "p", 0.0) if isinstance(module, _DROPOUTS) else _attention_dropout(module)
+            p = module.p if isinstance(module, _DROPOUTS) else vars(module).get("attention_dropout")
             if isinstance(p, float) and p > 0:
                 yield name
-
-
-def _attention_dropout(module: nn.Module) -> object:
-    return vars(module).get("attention_dropout", 0.0)
 
 
 def _all_finite(verdicts: Iterable[bool | None]) -> bool | None:

@@ -1,4 +1,4 @@
-"""What PEFT does not document as public is touched here, and in ``peft_state`` for files, and nowhere else."""
+"""What PEFT does not document as public is touched here, in ``peft_state`` and ``peft_adalora``, and nowhere else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.tuners.xlora import XLoraModel
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+from pytest_lora.facts.base import HEADS_BY_TASK_TYPE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -282,11 +284,5 @@ def token_rows(wrapper: TrainableTokensWrapper) -> dict[str, Tensor]:
 
 
 def heads_by_task_type(task_type: str | None) -> tuple[str, ...]:
-    """Names that PEFT adds to ``modules_to_save`` by itself for this task type.
-
-    Source: ``PeftModelForSequenceClassification``, ``...TokenClassification`` and ``...QuestionAnswering``,
-    which hold these lists inside their constructors.
-    """
-    if task_type in ("SEQ_CLS", "TOKEN_CLS"):
-        return ("classifier", "score")
-    return ("qa_outputs",) if task_type == "QUESTION_ANS" else ()
+    """Names that PEFT adds to ``modules_to_save`` by itself for this task type."""
+    return HEADS_BY_TASK_TYPE.get(task_type or "", ())

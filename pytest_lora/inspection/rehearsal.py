@@ -81,7 +81,8 @@ def refused_merge(config: LoraConfig, layers: Iterable[tuple[LoraLayer, int]]) -
         if kind.merge is BaseTunerLayer.merge:
             return NotImplementedError(f"{kind.__name__} has no merge")
     convolutions = (layer for layer, _ in layers if "Conv" in type(layer).__name__)
-    grouped = any(getattr(layer.get_base_layer(), "groups", 1) != 1 for layer in convolutions)
+    bases: Any = (layer.get_base_layer() for layer in convolutions)
+    grouped = any(base.groups != 1 for base in bases)
     fields = ("lora_bias", "alora_invocation_tokens", *_VARIANTS)
     if not (grouped or any(_sets(config, name) for name in fields)):
         return None

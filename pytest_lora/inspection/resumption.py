@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.facts.base import HEADS_BY_TASK_TYPE
 from pytest_lora.facts.resumption import FieldChange, RankChange, ResumptionFacts
+from pytest_lora.facts.saved_tensors import target_of
 from pytest_lora.facts.settings import Settings, is_named
+from pytest_lora.inspection.checkpoint.config_file import UNJUDGED
 from pytest_lora.inspection.limited.patterns import require_matchable
 
 if TYPE_CHECKING:
@@ -28,6 +31,9 @@ ALIKE = (
 )
 """Fields that decide which tensors there are or how they are scaled, besides rank, alpha and targets."""
 
+WRITTEN = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", *ALIKE)
+"""Fields that are compared as they are written where the tensors of a variant are not followed."""
+
 
 def resumption_facts(
     facts: CheckpointFacts, config: LoraConfig, layers: Sequence[LayerFacts] | None
@@ -43,6 +49,17 @@ def resumption_facts(
         ValueError: A field of ``config`` cannot be used.
     """
     saved, wanted = facts.settings, Settings.of(config)
+    if saved is not None and facts.variants and facts.is_readable:
+        return ResumptionFacts(
+            facts.name,
+            facts.weights,
+            base=_bases(facts, config),
+            fields=(*_changes(WRITTEN, saved, wanted), *_variants(facts.variants, config)),
+            saved=saved,
+        )
+    method = facts.config.peft_type if facts.config else None
+    if method not in (None, "", "LORA") and method == config.peft_type:  # AdaLoRA, a subclass of LoraConfig
+        return ResumptionFacts(facts.name, facts.weights, base=_bases(facts, config))
     if saved is None or not facts.is_judged or not facts.adapted:
         why = next((f"{fault.file}: {fault.observed}" for fault in facts.faults), None)
         reason = why or facts.other_method or "the folder holds no readable LoRA adapter"
@@ -51,7 +68,6 @@ def resumption_facts(
     gone, new = _targets(facts, saved, wanted, layers)
     # With a base its modules tell what is excluded; without one the names have to.
     compared = ALIKE if layers is not None or gone else (*ALIKE, "exclude_modules")
-    base, named = getattr(config, "base_model_name_or_path", None), facts.config and facts.config.base
     return ResumptionFacts(
         facts.name,
         facts.weights,
@@ -59,14 +75,30 @@ def resumption_facts(
         gone=tuple(gone),
         new=tuple(new),
         alpha=_alpha(facts, saved, wanted),
-        base=(base, named) if base and named and base != named else None,
-        fields=tuple(
-            FieldChange(field, _said(getattr(wanted, field)), _said(getattr(saved, field)))
-            for field in compared
-            if _differ(field, getattr(saved, field), getattr(wanted, field))
-        ),
+        base=_bases(facts, config),
+        fields=tuple(_changes(compared, saved, wanted)),
         saved=saved,
     )
+
+
+def _bases(facts: CheckpointFacts, config: LoraConfig) -> tuple[str, str] | None:
+    base, named = getattr(config, "base_model_name_or_path", None), facts.config and facts.config.base
+    return (base, named) if base and named and base != named else None
+
+
+def _changes(names: Sequence[str], saved: Settings, wanted: Settings) -> Iterator[FieldChange]:
+    for field in names:
+        before, now = getattr(saved, field), getattr(wanted, field)
+        if _differ(field, before, now):
+            yield FieldChange(field, _said(now), _said(before))
+
+
+def _variants(before: Sequence[str], config: LoraConfig) -> Iterator[FieldChange]:
+    """Variants that one side has and the other has not."""
+    for field in UNJUDGED:
+        had, has = field in before, bool(getattr(config, field, None))
+        if had != has:
+            yield FieldChange(field, *("..." if one else "None" for one in (has, had)))
 
 
 def _ranks(facts: CheckpointFacts, wanted: Settings) -> Iterator[RankChange]:
@@ -87,10 +119,11 @@ def _targets(
     if wanted.target_parameters or saved.target_parameters:
         now, before = wanted.target_parameters, saved.target_parameters
         return [n for n in before if n not in now], [n for n in now if n not in before]
-    held = [module.name for module in facts.adapted]
     if layers is not None:
+        held = list(dict.fromkeys(module.name.replace(".base_layer", "") for module in facts.adapted))
         adapted = {layer.module for layer in layers}
         return [m for m in held if m not in adapted], sorted(adapted - set(held))
+    held = list(dict.fromkeys(target_of(module.name) for module in facts.adapted))
     if wanted.target_modules is None or str(wanted.target_modules).lower() == "all-linear":
         return [], []  # which modules these are, only a base can say
     gone = [m for m in held if not wanted.targets(m) or wanted.excludes(m)]
@@ -109,8 +142,11 @@ def _alpha(facts: CheckpointFacts, saved: Settings, wanted: Settings) -> tuple[s
 def _differ(field: str, before: Any, now: Any) -> bool:
     if field == "modules_to_save":
         # PEFT adds the heads of a task type by itself when it builds the model.
-        automatic = {"classifier", "score", "qa_outputs"}
+        automatic = {head for heads in HEADS_BY_TASK_TYPE.values() for head in heads}
         return set(before) - automatic != set(now) - automatic
+    if field == "target_modules" and isinstance(before, tuple):
+        # PEFT saves the modules that "all-linear" meant, and a set in any order.
+        return set(before) != set(now) if isinstance(now, tuple) else str(now).lower() != "all-linear"
     if field == "layers_to_transform":
         return set(before) != set(now)
     if field == "exclude_modules":

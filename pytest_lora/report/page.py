@@ -204,11 +204,10 @@ def _seconds(value: float | None) -> str:
     return f"{minutes} min {seconds} s"
 
 
-def _percent(value: float) -> str:
-    """A share, as exact as anybody looks."""
-    return (f"{value:.0f} %" if value >= 9.95 else f"{value:.1f} %" if value >= 0.05 else "< 0.1 %").replace(
-        " ", "\u00a0"
-    )
+def _percent(value: float) -> Markup:
+    """A share, as exact as anybody looks, in one line."""
+    text = f"{value:.0f} %" if value >= 9.95 else f"{value:.1f} %" if value >= 0.05 else "< 0.1 %"
+    return Markup("&nbsp;").join(text.split(" "))
 
 
 def _flops(value: float | None) -> str:

@@ -37,9 +37,8 @@ def may_need_more(estimate: MemoryEstimate) -> bool:
 def surely_fits(estimate: MemoryEstimate, budget: int) -> bool:
     """Whether the step fits with all that is left out, as far as that is known."""
     left_out = [part.most for part in estimate.unmodelled if part.bound == "at least"]
-    if any(most is None for most in left_out):
-        return False
-    return estimate.peak_allocated + sum(most or 0 for most in left_out) <= budget
+    known = [most for most in left_out if most is not None]
+    return len(known) == len(left_out) and estimate.peak_allocated + sum(known) <= budget
 
 
 def may_need_less(estimate: MemoryEstimate) -> bool:
@@ -69,7 +68,7 @@ def in_float32(estimate: MemoryEstimate) -> str:
 def advice(facts: MemoryFacts) -> str:
     """The smallest change that fits, what else was tried, and whether the rank matters."""
     if not facts.alternatives:
-        return _untried(facts.estimate.setting)
+        return _untried(facts.estimate.setting, weights_fit=facts.estimate.loaded <= facts.budget)
     fitting = [a for a in facts.alternatives if a.peak_allocated <= facts.budget]
     first = (
         f"{fitting[0].change}: {format_bytes(fitting[0].peak_allocated)}"
@@ -79,14 +78,16 @@ def advice(facts: MemoryFacts) -> str:
     return _INDENT.join((first, *_rank_words(facts), "what if:", *_rows(facts)))
 
 
-def _untried(setting: StepSetting) -> str:
-    """What could help, where no change was tried."""
-    changes = [
+def _untried(setting: StepSetting, *, weights_fit: bool) -> str:
+    """What could help, where no change was tried; no smaller step makes room for weights that do not fit."""
+    whole = setting.parallel is not None and setting.parallel.strategy not in SHARDED
+    step = [
         *(["a smaller batch_size"] if setting.batch_size > 1 else []),
         "a shorter seq_len",
         *([] if setting.gradient_checkpointing else ["gradient_checkpointing=True"]),
-        *([] if setting.quantization else ['quantization="nf4"']),
     ]
+    weights = ["a strategy that divides the weights, as ZeRO-3 and FSDP do,"] if whole else ["a smaller base"]
+    changes = [*(step if weights_fit else weights), *([] if setting.quantization else ['quantization="nf4"'])]
     named = f"{', '.join(changes[:-1])} or {changes[-1]}" if len(changes) > 1 else changes[0]
     return f"take {named}; check_memory, unless advise=False, says how much each one saves"
 

@@ -221,10 +221,9 @@ class LoraHealthCallback(TrainerCallback):
             return  # its rows are prompts; what is trained on is written during the run
         rows, expect = int(args.train_batch_size), self._settings["expect"] or Expect()
         own = has_own_loss(self)
-        report = report_on_rows(kwargs["model"], loader, rows, objective, expect, custom_loss=own)
-        self.watch.rows_not_judged = report.not_judged
-        self.watch.not_judged = (*self.watch.not_judged, *report.not_judged)
-        self.watch.deliver(report)
+        self.watch.note_rows(
+            report_on_rows(kwargs["model"], loader, rows, objective, expect, custom_loss=own)
+        )
         self._stop_if_asked(control)
 
     def _stop_if_asked(self, control: TrainerControl) -> None:

@@ -37,7 +37,6 @@ _LOOK_AGAIN = 1.25
 FIRST_STEPS = 2
 """The first step moves ``lora_B``, which gives ``lora_A`` its first gradient at the second."""
 
-
 BETWEEN = ("pytest_lora", "contextlib", "transformers", "accelerate", "trl")
 """Packages between the user's line and a finding, which is the line that a warning names."""
 
@@ -48,8 +47,6 @@ class Watch:
     Attributes:
         reports: Every report that had something new, in order.
         zero_has_gradient: Whether a loss of zero was seen to leave a gradient, as that of a policy gradient does.
-        not_judged: What could not be judged, as pairs: why, and what; weights that FSDP divides among ranks, for one.
-        rows_not_judged: Those of them that are about the training data.
         should_stop: Whether an error was found; for loops that end themselves under ``on_error="stop"``.
     """
 
@@ -70,10 +67,8 @@ class Watch:
         self.steps_per_loss = as_count("steps_per_loss", steps_per_loss)
         self.learning_rate: float | None = None
         self.reports: list[Report] = []
-        self.zero_has_gradient = False
-        self.not_judged: tuple[tuple[str, str], ...] = ()
-        self.rows_not_judged: tuple[tuple[str, str], ...] = ()
-        self.should_stop = False
+        self.zero_has_gradient = self.should_stop = False
+        self._left: dict[Literal["model", "rows"], tuple[tuple[str, str], ...]] = {}
         self._expect = require_expect(expect)
         self._trained_with = self._expect
         self._select, self._ignore = codes("select", select), codes("ignore", ignore)
@@ -87,6 +82,11 @@ class Watch:
         self._first_steps: FirstSteps | None = None
         self._steps_to_note = first_steps
         self._listener = listener
+
+    @property
+    def not_judged(self) -> tuple[tuple[str, str], ...]:
+        """What could not be judged, as pairs: why, and what; weights that FSDP divides among ranks, for one."""
+        return (*self._left.get("model", ()), *self._left.get("rows", ()))
 
     @property
     def count(self) -> int:
@@ -127,13 +127,17 @@ class Watch:
         """Judge the model and its optimizer as they stand."""
         report = check_model(model, optimizer=optimizer, expect=self._expect)
         # The batches come with the steps.
-        left = tuple(left for left in report.not_judged if left[0] != NO_BATCH)
-        self.not_judged = (*left, *self.rows_not_judged)
+        self._left["model"] = tuple(left for left in report.not_judged if left[0] != NO_BATCH)
         report = replace(report, not_judged=self.not_judged)
         self._trained_with = _with_adapter(self._expect, model)
         if optimizer is not None:
             rates = [group.get("lr") for group in optimizer.param_groups]
             self.learning_rate = max((float(r) for r in rates if r), default=self.learning_rate)
+        self.deliver(report)
+
+    def note_rows(self, report: Report) -> None:
+        """Tell what the first rows of the training data show."""
+        self._left["rows"] = report.not_judged
         self.deliver(report)
 
     def before_step(

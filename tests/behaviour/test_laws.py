@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear, MultiheadAttention
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
@@ -23,6 +23,22 @@ from tests.behaviour.test_roundtrip import BATCH, HEALTHY, adapted, assert_same,
 def convolution() -> nn.Module:
     config = LoraConfig(r=2, target_modules=["conv", "head"])
     return trained(get_peft_model(base("batchnorm_base"), config))  # type: ignore[arg-type]
+
+
+def grouped() -> nn.Module:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.LazyLinear(3))
+    model(torch.randn(2, 4, 8, 8))
+    return trained(get_peft_model(model, LoraConfig(r=2, target_modules=["0", "2"])))
+
+
+def beside_another_method() -> nn.Module:
+    """A model that PEFT cannot save, so that nothing is loaded."""
+    first = LoraConfig(r=2, target_modules=["q_proj"])
+    model = get_peft_model(base(), first, adapter_name="a", mixed=True)  # type: ignore[arg-type]
+    model.add_adapter("b", LoHaConfig(r=2, target_modules=["v_proj"]))
+    model.set_adapter(["a", "b"])
+    return trained(model)
 
 
 class Attention(nn.Module):
@@ -75,6 +91,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     **{name: (make, BATCH) for name, make in HEALTHY.items()},
     "Conv1D": (lambda: adapted("gpt2_base", target_modules=["c_attn"], fan_in_fan_out=True), BATCH),
     "Conv2d": (convolution, image_batch()),
+    "Conv2d in groups": (grouped, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))),
     "MultiheadAttention": (attention, torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))),
     "experts in one parameter": (experts, BATCH),
     "8-bit": (in_8_bits, BATCH),
@@ -82,6 +99,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "all-linear": (lambda: adapted(target_modules="all-linear", use_rslora=True), BATCH),
     "ranks of their own": (lambda: adapted(rank_pattern={"q_proj": 7}), BATCH),
     "orthogonal": (lambda: adapted(init_lora_weights="orthogonal"), BATCH),
+    "beside another method": (beside_another_method, BATCH),
     "PiSSA": (lambda: adapted(init_lora_weights="pissa"), BATCH),
 }
 
@@ -186,6 +204,19 @@ def test_a_merge_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Linear.get_delta_weight
     monkeypatch.setattr(Linear, "get_delta_weight", lambda self, adapter: 2 * real(self, adapter))
     assert "LORA915" in codes(check_lora_laws(adapted(), BATCH))
+
+
+def test_a_merge_that_peft_refuses_breaks_no_law() -> None:
+    """An activated or biased LoRA is not made to be merged; ``check_merge`` is there to ask for it."""
+    report = check_lora_laws(adapted(lora_bias=True), BATCH)
+    assert not report.findings
+    assert [(what, "lora_bias" in why) for why, what in report.not_judged] == [("merging", True)]
+
+
+def test_a_second_adapter_does_not_replicate_layers_again() -> None:
+    model = adapted(layer_replication=[(0, 2), (1, 2)])
+    # The merge is off: replicated layers share the weight that each of their adapters is merged into.
+    assert set(codes(check_lora_laws(model, BATCH))) == {"LORA915"}
 
 
 def test_what_cannot_be_done_is_said() -> None:

@@ -180,6 +180,15 @@ def test_inits_that_rewrite_the_base_need_the_original(init: str) -> None:
     assert not assert_reload_exact(model, BATCH, base=base).findings
 
 
+def test_a_tensor_that_a_module_remembers_is_no_obstacle() -> None:
+    """An auxiliary loss, or PEFT's tied factors: ``deepcopy`` refuses tensors with a graph."""
+    model: Any = adapted()
+    seen = model(**BATCH).logits.sum()
+    model.base_model.remembered = {"losses": [seen, (seen,)]}
+    assert not assert_merge_exact(model, BATCH).findings
+    assert model.base_model.remembered["losses"][0] is seen
+
+
 def test_a_fresh_adapter_on_four_bits_has_nothing_to_lose() -> None:
     fresh = get_peft_model(base("base_4bit"), LoraConfig(r=4, target_modules=["q_proj"]))
     (finding,) = assert_merge_exact(fresh, BATCH).findings

@@ -26,7 +26,7 @@ from pytest_lora.inspection.behaviour.batch_law import (
 from pytest_lora.inspection.behaviour.combination import _beyond
 from pytest_lora.inspection.behaviour.copies import distance, identical, largest, main_tensor
 from pytest_lora.inspection.behaviour.laws import _deviation_from_linear, _near
-from pytest_lora.inspection.behaviour.merge import _allowed, _restored
+from pytest_lora.inspection.behaviour.merge import _allowed, _restored, _rounded_away
 from pytest_lora.inspection.behaviour.texts import Text, _run, mask_of, pad_token, texts_of
 
 N = -100
@@ -429,3 +429,36 @@ def test_what_is_near() -> None:
     assert not _near(second + torch.tensor([8.2e-4, 0.0]), second)
     assert _near(second + torch.tensor([15e-4, 0.0]), second, steps=2.0)
     assert not _near(torch.tensor([1]), torch.tensor([2]))
+
+
+class Merged:
+    """A layer whose adapters are in its weight: what the weight is now, and the update that is meant."""
+
+    lora_variant: dict[str, Any] = {}  # noqa: RUF012
+    merged_adapters = ("default",)
+
+    def __init__(self, weight: Tensor, update: Tensor) -> None:
+        self.base, self.update, self.use_dora = SimpleNamespace(weight=weight), update, {"default": False}
+
+    def get_base_layer(self) -> Any:
+        return self.base
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        return self.update
+
+
+def test_the_share_of_an_update_that_a_merge_rounds_away() -> None:
+    old, update = torch.ones(2, 3).bfloat16(), torch.tensor([[0.0, 1e-4, 1e-4], [0.0, 1e-4, 0.5]])
+    layer = Merged((old.float() + update).bfloat16(), update)
+    assert _rounded_away({"q": layer}, {"q.base_layer.weight": old}) == (0.75, ("bfloat16",))
+    two = {"q": layer, "k": Merged(old + 1, torch.ones(2, 3))}
+    before = {f"{name}.base_layer.weight": old for name in two}
+    assert _rounded_away(two, before) == (3 / 10, ("bfloat16",))
+    still = Merged(old, torch.zeros(2, 3))
+    assert _rounded_away({"q": still}, before) == (None, ("bfloat16",))
+    assert _rounded_away({"v": layer}, before) == (None, ())
+    layer.use_dora["default"] = True
+    assert _rounded_away({"q": layer}, before) == (None, ())
+    for weight, change in ((old.flatten(), update.flatten()), (old.to(torch.uint8), update), (old, update.T)):
+        other = Merged(weight, change)
+        assert _rounded_away({"q": other}, {"q.base_layer.weight": weight.clone()}) == (None, ())

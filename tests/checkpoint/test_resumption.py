@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 
 from pytest_lora.facts.checkpoint import CheckpointFacts, FileFault
 from pytest_lora.facts.config import LayerFacts
@@ -85,6 +85,47 @@ def test_modules_of_a_base_tell_what_is_adapted() -> None:
     }
     assert told(of(exclude_modules=["x"]), [layer("a.q"), layer("b.q")]) == {}
     assert told(of(), []) == {"gone": ("a.q", "b.q")}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "differs"),
+    [
+        ({}, {}, set()),
+        ({"target_modules": ["v", "q"]}, {"target_modules": ["q", "v"]}, set()),
+        ({}, {"target_modules": "all-linear"}, set()),
+        ({}, {"target_modules": "q"}, {"target_modules"}),
+        ({}, {"layer_replication": None}, {"layer_replication"}),
+        ({}, {"r": 4, "use_rslora": True}, {"r", "use_rslora"}),
+        ({"velora_config": {"scale": 1.0}}, {}, {"velora_config"}),
+    ],
+)  # fmt: skip
+def test_a_variant_is_compared_as_it_is_written(
+    before: dict[str, Any], now: dict[str, Any], differs: set[str]
+) -> None:
+    """Its tensors are not followed, which is no reason to call it unusable."""
+    usual = {"layer_replication": [[0, 2], [1, 2]]}
+    found = told(of(**{**usual, **before}), **{**usual, **now})
+    assert {change.field for change in found.pop("fields", ())} == differs
+    assert not found
+
+
+def test_a_whole_attention_takes_its_projection_along() -> None:
+    """PEFT keeps it under ``base_layer`` in the file."""
+    facts = of(("mha", "mha.base_layer.out_proj"), target_modules=["mha"])
+    assert told(facts, target_modules=["mha"]) == {}
+    named = [
+        LayerFacts(n, "Linear", "default", 2, 2, 1, 1, 2, 4.0, 2.0, False, False, 0.0, 8)
+        for n in ("mha", "mha.out_proj", "b")
+    ]
+    assert told(facts, named, target_modules=["mha", "b"]) == {"new": ("b",)}
+
+
+def test_adalora_goes_on_from_adalora() -> None:
+    facts = of(peft_type="ADALORA", base_model_name_or_path="x")
+    same = AdaLoraConfig(total_step=10, target_modules=["q"], base_model_name_or_path="y")
+    assert resumption_facts(facts, same, None).unusable is None
+    assert resumption_facts(facts, same, None).base == ("y", "x")
+    assert told(facts) == {"unusable": "peft_type ADALORA"}
 
 
 def test_what_nothing_can_go_on_from() -> None:

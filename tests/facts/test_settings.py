@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pytest_lora.facts.settings import Settings, is_named, matches, rewrites_base
+from pytest_lora.facts.patterns import matches
+from pytest_lora.facts.settings import Settings, is_named, rewriter, rewrites_base
 
 
 def of(**fields: Any) -> Settings:
@@ -127,3 +128,16 @@ def test_which_modules_are_meant() -> None:
 )
 def test_initialisations_that_rewrite_the_base(init: object, rewrites: bool) -> None:
     assert rewrites_base(init) is rewrites
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({}, None),
+        ({"init_lora_weights": "pissa", "kasa_config": {}}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": True, "kasa_config": {"beta": 1.0}}, "kasa_config"),
+        ({"init_lora_weights": True, "kasa_config": None}, None),
+    ],
+)
+def test_the_field_that_rewrites_the_base_is_named(fields: dict[str, Any], named: str | None) -> None:
+    assert rewriter(SimpleNamespace(**fields)) == named

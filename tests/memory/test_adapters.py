@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -40,10 +41,12 @@ def test_frozen_factors_have_neither_gradients_nor_moments(setting: dict[str, An
 
 
 def test_a_live_model_is_estimated_with_what_it_trains() -> None:
-    model = get_peft_model(LlamaForCausalLM(BASE).to(torch.bfloat16), CONFIG)
+    base = copy.deepcopy(BASE)
+    base.num_hidden_layers = 3  # the layers of a live model are traced one by one
+    model = get_peft_model(LlamaForCausalLM(base).to(torch.bfloat16), CONFIG)
     batch = {"input_ids": torch.zeros(2, 32, dtype=torch.long)}
     trained = estimate_of_model(model, batch)
-    one = "base_model.model.model.layers.3.mlp.down_proj.lora_A.default.weight"
+    one = "base_model.model.model.layers.1.mlp.down_proj.lora_A.default.weight"
     for name, parameter in model.named_parameters():
         if name == one:
             parameter.requires_grad_(False)
@@ -56,4 +59,18 @@ def test_a_live_model_is_estimated_with_what_it_trains() -> None:
     assert one_frozen is not None
     assert all_frozen is not None
     assert trained.after_step - one_frozen.after_step == 2 * 4 * 16 * 256
-    assert trained.after_step - all_frozen.after_step == 2 * 4 * 7 * 16 * (6 * 128 + 256)
+    assert trained.after_step - all_frozen.after_step == 2 * 4 * 3 * 16 * (6 * 128 + 256)
+
+
+@pytest.mark.skipif(
+    "alora_invocation_tokens" not in LoraConfig.__dataclass_fields__, reason="this PEFT has no activated LoRA"
+)
+def test_an_activated_adapter_is_estimated_as_a_plain_one() -> None:
+    """Which tokens it leaves alone is in their values."""
+    config = LoraConfig(
+        r=16, target_modules="all-linear", task_type="CAUSAL_LM", alora_invocation_tokens=[3, 4]
+    )
+    found = estimate_memory(config, BASE, batch_size=2, seq_len=32)
+    assert found.bound == "about"
+    assert (found.loaded, found.after_step) == (estimate().loaded, estimate().after_step)
+    assert not estimate().unmodelled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from typing import Any
 
@@ -181,7 +182,13 @@ def test_what_takes_long_says_so_and_gives_up(
         ValueError, match=r"^base: a step of MambaForCausalLM, batch 2 x 25, .* shorter seq_len$"
     ):
         estimate(mamba(), config, seq_len=25)
+    monkeypatch.setattr(predictor, "WORTH_FITTING", math.inf)  # another step is traced, to see how it grows
+    asked = (
+        r"^base: a step of MambaForCausalLM, batch 2 x 26, r=4 \(from how it grows, seen at batch \d+ x \d+, "
+    )
+    with pytest.raises(ValueError, match=asked):
+        estimate(mamba(), config, seq_len=26)
     monkeypatch.undo()
     monkeypatch.setattr(patience, "MOST_EVENTS", 100)
     with pytest.raises(ValueError, match="too many to play"):
-        estimate(mamba(), config, seq_len=26)
+        estimate(mamba(), config, seq_len=27)

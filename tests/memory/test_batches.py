@@ -42,6 +42,17 @@ TEXT = {"input_ids": (2, 12), "attention_mask": (2, 12)}
         (model("OwnLMHeadModel"), {**TEXT, "labels": (2, 12)}, True),
         (model("OwnModel"), TEXT, True),
         (model("OwnForSequenceClassification"), {**TEXT, "labels": (2,)}, True),
+        (
+            model("OwnForSequenceClassification", problem_type="multi_label_classification", num_labels=4),
+            {**TEXT, "labels": (2, 4)},
+            True,
+        ),
+        (
+            model("OwnForImageClassification", "pixel_values", "pixel_values", image_size=8,
+                  problem_type="multi_label_classification", num_labels=4),
+            {"pixel_values": (2, 3, 8, 8), "labels": (2, 4)},
+            False,
+        ),
         (model("OwnForQuestionAnswering"), {**TEXT, "start_positions": (2,), "end_positions": (2,)}, True),
         (
             model("OwnForImageClassification", "pixel_values", "pixel_values", image_size=32, num_channels=1),

@@ -43,6 +43,7 @@ def estimated(base: Any = None, **setting: Any) -> Any:
 def test_forward_and_backward_have_a_workspace_each(workspace: int) -> None:
     none, some = estimated(workspace=512), estimated(workspace=workspace)
     assert some.breakdown["workspace"] == 2 * workspace
+    assert some.over_ranks == 0  # there is one GPU
     assert some.after_step - none.after_step == 2 * (workspace - 512)
     assert some.loaded == none.loaded  # there is none before the first product of matrices
     assert estimated().breakdown["workspace"] == 2 * AMPERE

@@ -177,12 +177,21 @@ MODELS: dict[str, Any] = {
         **SMALL, num_hidden_layers=6, num_key_value_heads=2, num_local_experts=4
     ),
     "gemma3": lambda: transformers.Gemma3TextConfig(
-        **SMALL, num_hidden_layers=36, head_dim=32, num_key_value_heads=2, sliding_window=64
+        **SMALL, num_hidden_layers=12, head_dim=32, num_key_value_heads=2, sliding_window=64
     ),
     "vit": lambda: transformers.ViTConfig(
         **SMALL, num_hidden_layers=6, image_size=32, architectures=["ViTForImageClassification"]
     ),
-    "llava": lambda: transformers.LlavaConfig(text_config={"model_type": "llama", **SMALL}),
+    "llava": lambda: transformers.LlavaConfig(
+        text_config={"model_type": "llama", **SMALL, "num_hidden_layers": 6},
+        vision_config={
+            "model_type": "clip_vision_model",
+            **SMALL,
+            "num_hidden_layers": 6,
+            "image_size": 112,
+            "patch_size": 14,
+        },
+    ),
 }
 TASKS = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "vit": None, "llava": None}
 

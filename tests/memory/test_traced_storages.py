@@ -157,6 +157,35 @@ def test_storages_of_the_backward_of_attention() -> None:
     assert sizes_of_backward("cudnn", 2)[:5] == [log_sums, 4 * queries, *grouped]
 
 
+@pytest.mark.parametrize(
+    ("kernel", "heads_first", "copied"),
+    [
+        ("flash", True, True),
+        ("flash", False, False),
+        ("cudnn", True, True),
+        ("cudnn", False, False),
+        ("efficient", True, False),
+        ("efficient", False, False),
+    ],
+)
+def test_heads_are_copied_side_by_side_where_the_kernel_left_them_first(
+    kernel: Any, heads_first: bool, copied: bool
+) -> None:
+    shape = (2, 3, 5, 16) if heads_first else (2, 5, 3, 16)
+    query, key, value = (meta(*shape, dtype=HALF, needs_grad=True) for _ in range(3))
+    seen = tracker(None)
+    with cuda_kernels(None, kernel):
+        turned = [t if heads_first else t.transpose(1, 2) for t in (query, key, value)]
+        out = functional.scaled_dot_product_attention(*turned)
+        seen.ignore(out)
+        with seen.recorded():
+            joined = out.transpose(1, 2).reshape(2, 5, 3 * 16)
+        assert (2 * joined.numel() in seen.sizes) is copied
+        gradients = torch.autograd.grad(out, turned, torch.empty_like(out))
+    heads_lie_first = [gradient.is_contiguous() for gradient in gradients]
+    assert heads_lie_first == [heads_first and kernel != "efficient"] * 3
+
+
 def test_dropout_keeps_a_byte_a_number() -> None:
     for p, training, kept in ((0.5, True, [400, 100]), (0.0, True, None), (0.5, False, None)):
         seen, given = tracker(None), meta(100)

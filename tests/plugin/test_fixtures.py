@@ -10,7 +10,7 @@ import bitsandbytes
 import pytest
 
 import pytest_lora.bases.tiny.model as tiny
-from tests.plugin.sessions import MODES, run, session
+from tests.plugin.sessions import run, session
 
 CONFTEST = """
 import random
@@ -302,7 +302,7 @@ def teardown_errors(lines: list[str]) -> dict[str, list[str]]:
     return errors
 
 
-@MODES
+@pytest.mark.parametrize("mode", ["plain", pytest.param("xdist", marks=pytest.mark.lora_slow)])
 def test_the_shared_base_survives_its_tests(pytester: pytest.Pytester, mode: str) -> None:
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_state=STATE)

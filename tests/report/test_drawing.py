@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import math
 from itertools import pairwise
 
@@ -315,4 +316,4 @@ def test_a_measured_peak_joins_the_budget_of_its_test() -> None:
     ],
 )
 def test_numbers_read_well(shown: str, text: str) -> None:
-    assert shown.replace("\u00a0", " ") == text
+    assert html.unescape(shown).replace("\u00a0", " ") == text

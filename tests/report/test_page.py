@@ -173,6 +173,21 @@ def test_errors_come_first_and_equal_findings_are_one() -> None:
     assert "2 findings in 2 tests" in html
 
 
+def test_what_is_not_hidden_is_shown_as_it_is() -> None:
+    shown = "".join(Outline(page(SESSION)).texts)
+    assert "\\x" not in shown
+    assert re.search(r"\d\xa0%", shown)
+
+
+def test_a_rule_of_the_style_is_about_one_kind_of_element() -> None:
+    """What moves the marks of a plot would move those within the icons too."""
+    html = page(SESSION)
+    of_icons = set(re.findall(r'<path class="(\w+)"', html[: html.index("<header")]))
+    style = html[html.index("<style") : html.index("</style>")]
+    assert of_icons
+    assert all(len(re.findall(rf"^\.{name}\b", style, re.MULTILINE)) == 1 for name in of_icons)
+
+
 def test_every_rule_can_be_explained_on_the_page() -> None:
     for rule in catalogue():
         outline = Outline(str(rule_doc(rule.doc)))

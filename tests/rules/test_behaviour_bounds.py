@@ -331,3 +331,18 @@ def test_what_is_not_as_it_was_locked() -> None:
     drift = (Difference("steps", "x" * 60, "y" * 61),)
     words = f"info: steps '{'x' * 60}' is now '{'y' * 60}...'"
     says("locked_evidence_is_from_elsewhere", replace(kept, drift=drift), words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"unchanged": 0.51, "effect": 0.2}, ["warning: lies 50% of the adapter's effect off"]),
+        ({"unchanged": 0.51, "effect": 0.21}, ["info: lies 48% of the adapter's effect off"]),
+        ({"unchanged": 0.51, "effect": 0.0}, ["info: lies 0% of the adapter's effect off"]),
+        ({"unchanged": 0.5, "effect": 0.2}, []),
+        ({"unchanged": None}, []),
+        ({"unchanged": 0.51, "apart": 0.11}, []),
+    ],
+)
+def test_a_merge_that_rounds_the_update_away(changes: dict[str, Any], words: list[str]) -> None:
+    says("merge_rounds_the_update_away", replace(MERGED, dtypes=("bfloat16",), **changes), *words)

@@ -17,6 +17,8 @@ from pytest_lora.bases.examples.models import FUSED_BY_PEFT, TAKES_TOKEN_TYPES
 from pytest_lora.rules import Rule, catalogue, rules_for
 from tests.forked import fork_ranks, outcome
 from tests.namespace import run
+from tests.rules.remedies.by_hand import by_hand
+from tests.rules.remedies.ways import offered
 
 SECTIONS = ("What it does", "Why is this bad?", "Example", "Use instead", "References")
 STAGES = {
@@ -84,11 +86,16 @@ def test_code_says_the_stage(known: Rule) -> None:
 
 @every_example
 def test_example_fires_this_rule_alone(known: Rule) -> None:
+    """And a fix that is said to be done by hand has nothing that a program could apply."""
+    source = code(known, "Example")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        report = run(code(known, "Example"))
+        report = run(source)
     assert {f.code for f in report.findings} == {known.code}, str(report)
     assert known.severity in {f.severity for f in report.findings}
+    if reason := by_hand(known):
+        for finding in report.findings:
+            assert all(way(source) is None for way in offered(finding)), f"{reason}: {finding.fix}"
 
 
 @every_example

@@ -85,6 +85,24 @@ def test_a_head_without_a_base(base_class: str | None, head: bool, to_save: list
     assert bool(said("head_is_not_in_the_file", facts)) is is_told
 
 
+@pytest.mark.parametrize(
+    ("to_save", "held", "is_told"),
+    [
+        (["classifier", "score"], "score", False),
+        (["classifier", "score"], None, True),
+        # T5 and BART call it so, and PEFT adds its own two names all the same.
+        (["classification_head", "classifier", "score"], "classification_head.dense", False),
+        (["classification_head", "classifier", "score"], None, True),
+        (["norm", "classifier", "score"], "norm", True),
+    ],
+)
+def test_a_head_of_the_task_type_without_a_base(to_save: list[str], held: str | None, is_told: bool) -> None:
+    facts = configured(saved(["q"]), modules_to_save=to_save, task_type="SEQ_CLS")
+    if held:
+        facts = with_tensors(facts, TensorFacts(f"base_model.model.{held}.weight", "F32", (2, 2), None))
+    assert bool(said("saved_module_is_not_in_the_file", facts)) is is_told
+
+
 def test_a_field_that_is_unusable_is_told_once() -> None:
     facts = configured(saved(["q"]), r=0)
     (told,) = said("config_field_is_unusable", facts)

@@ -516,6 +516,13 @@ def test_keys_under_another_path_of_the_same_model(names: Namespace) -> None:
     )
 
 
+def test_keys_of_the_language_model_alone(names: Namespace) -> None:
+    """Of two towers that have a block of that number, the one of the same sizes is named."""
+    (finding,) = check_checkpoint(names.adapter(), BASES["image_text_base"]()).errors
+    assert finding.code == "LORA451"
+    assert finding.fix.startswith("the base calls it 'model.language_model.layers.0.self_attn.q_proj'")
+
+
 def test_the_folder_above_a_named_adapter(names: Namespace, tmp_path: Path) -> None:
     (tmp_path / "above").mkdir()
     names.adapter().rename(tmp_path / "above" / "math")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
@@ -362,3 +362,20 @@ def test_compiled_blocks_are_left_alone() -> None:
     for index, layer in enumerate(layers):
         layers[index] = torch.compile(layer, backend="eager")
     assert not check_model(model).findings
+
+
+# ---------------------------------------------------------------------------------------- values of a saved adapter
+
+
+def test_a_saved_configuration_with_the_values_of_a_new_adapter(tmp_path: Path) -> None:
+    adapted().save_pretrained(str(tmp_path))
+    inference = Expect(purpose="inference")
+    wrong = get_peft_model(BASES["base"](), PeftConfig.from_pretrained(str(tmp_path))).eval()
+    (finding,) = found("LORA225", wrong, inference)
+    assert finding.severity == "warning"
+    assert "that of a saved adapter (inference_mode=True)" in finding.observed
+    assert not found("LORA225", wrong, Expect(purpose="inference", fresh=True))
+    right = PeftModel.from_pretrained(BASES["base"](), str(tmp_path)).eval()
+    assert not found("LORA225", right, inference)
+    new = adapted(trained=False).eval()
+    assert not found("LORA225", new, inference), "tests judge new adapters as they would be served"

@@ -524,6 +524,55 @@ def test_losses_that_never_move(losses: list[float], severity: str | None) -> No
     says("loss_never_moves", history_facts(losses), severity)
 
 
+@pytest.mark.parametrize(
+    ("evals", "changes", "is_told"),
+    [
+        ((2.4683, 2.4683, 2.4683), {}, True),
+        ((2.4683, 2.4683), {}, False),
+        ((3.1, 3.0, 2.9, 2.4683, 2.4683, 2.4683), {}, True),
+        ((3.2, 3.1, 3.0, 2.9, 2.4683, 2.4683, 2.4683), {}, False),
+        ((2.4683, 2.4683, 2.4683, 2.4682), {}, False),
+        ((2.47, 2.47, 2.47), {}, False),
+        ((0.6931, 0.6931, 0.6931), {}, False),
+        ((0.10008, 0.10008, 0.10008), {}, False),
+        ((0.10052, 0.10052, 0.10052), {}, True),
+        ((0.09952, 0.09952, 0.09952), {}, False),
+        ((), {}, False),
+    ],
+)
+def test_evaluations_that_never_move(
+    evals: tuple[float, ...], changes: dict[str, Any], is_told: bool
+) -> None:
+    facts = known(evals=evaluations(*evals), **changes)
+    assert (said("loss_never_moves", facts) or "").startswith("warning: the last ") is is_told
+
+
+AGAIN = [5.0, 5.0, 5.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 2.0, 2.0, 2.0]
+"""Medians of 5, 4 and 2.5, after 3, 3 and 6 losses."""
+
+
+@pytest.mark.parametrize(
+    ("after", "changes", "is_told"),
+    [
+        (AGAIN, {}, True),
+        ([1.15 * loss for loss in AGAIN], {}, True),
+        ([1.16 * loss for loss in AGAIN], {}, False),
+        ([0.84 * loss for loss in AGAIN], {}, False),
+        (AGAIN[:11], {}, False),
+        ([*AGAIN[:6], *[2.0] * 6], {}, False),
+        (AGAIN, {"jump": None}, False),
+        (AGAIN, {"jump": Jump(12, 4.01, 5.0, -5.0)}, False),
+        (AGAIN, {"jump": Jump(12, 4.0, 5.0, 0.0)}, True),
+    ],
+)
+def test_a_loss_that_starts_over(after: list[float], changes: dict[str, Any], is_told: bool) -> None:
+    """New data raise a loss to a level of their own; a new adapter goes the old way."""
+    curve = {"start": level(5.0), "jump": Jump(12, 2.0, 5.0, -5.0), **changes}
+    facts = known(24, curve, usable=(*AGAIN, *after))
+    assert bool(said("loss_starts_over", facts)) is is_told
+    assert said("loss_starts_over", known(24, curve, usable=(*AGAIN, *after), repetition=12)) is None
+
+
 CHANCE = math.log(4)
 
 
@@ -539,6 +588,30 @@ CHANCE = math.log(4)
         (100, {"end": level(0.97 * CHANCE)}, {}, False),
         (100, {"end": level(1.099 * CHANCE)}, {}, True),
         (100, {"end": level(1.1 * CHANCE)}, {}, False),
+        (
+            100,
+            {"end": level(0.81 * math.log(256))},
+            {"vocabulary_size": 256, "evals": evaluations(4, 4, 4)},
+            True,
+        ),
+        (
+            100,
+            {"end": level(0.8 * math.log(256))},
+            {"vocabulary_size": 256, "evals": evaluations(4, 4, 4)},
+            False,
+        ),
+        (
+            100,
+            {"end": level(0.81 * math.log(256))},
+            {"vocabulary_size": 256, "evals": evaluations(4, 4, 4.1)},
+            False,
+        ),
+        (
+            100,
+            {"end": level(0.81 * math.log(255))},
+            {"vocabulary_size": 255, "evals": evaluations(4, 4, 4)},
+            False,
+        ),
         (100, {"trend": -3.0}, {}, False),
         (100, {}, {"vocabulary_size": None}, False),
         (100, {}, {"repetition": 2}, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,8 @@ from pytest_lora.bases.examples.models import (
     image_text_batch,
     language_batch,
 )
-from pytest_lora.inspection.training.media import _inputs
+from pytest_lora.inspection.training.failures import failure_of
+from pytest_lora.inspection.training.media import _are_flat, _inputs, _is_raw, medium_facts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -132,6 +134,17 @@ def test_what_came_with_the_placeholders_is_compared(name: str) -> None:
     assert words in str(report)
 
 
+@pytest.mark.parametrize(
+    "said", ["`token_type_ids` is required as a model input", "`mm_token_type_ids` is missing"]
+)
+def test_token_types_that_a_model_asks_for_are_known_by_its_words(said: str) -> None:
+    failure = failure_of(
+        ValueError(said), "forward pass", BASES["image_text_base"](), image_text_batch(), step=1, index=0
+    )
+    assert failure is not None
+    assert failure.kind == "token types"
+
+
 def test_pixels_that_no_token_sees_are_a_warning() -> None:
     """Where the model itself does not complain."""
     base = BASES["image_text_base"]()
@@ -170,6 +183,15 @@ def test_token_types_that_are_shifted_are_told() -> None:
     assert "are 0 (text) at 2 of 8 image placeholders" in str(report)
 
 
+def grid_positions() -> torch.Tensor:
+    """Time, height and width of tokens of which four, from the second on, are an image of two by two."""
+    line = torch.arange(16).clone()
+    line[5:] -= 2
+    time, height, width = line.clone(), line.clone(), line.clone()
+    time[1:5], height[1:5], width[1:5] = 1, torch.tensor([1, 1, 2, 2]), torch.tensor([1, 2, 1, 2])
+    return torch.stack([time, height, width])[:, None].expand(3, 2, 16).clone()
+
+
 HEALTHY: dict[str, tuple[str, Callable[[], Any]]] = {
     "images and text": ("image_text_base", image_text_batch),
     "images told by grids": ("grid_base", grid_batch),
@@ -181,9 +203,7 @@ HEALTHY: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "positions of one's own in place of token types": (
         "grid_base",
-        lambda: changed(
-            grid_batch(), mm_token_type_ids=None, position_ids=torch.arange(16).expand(3, 2, 16).clone()
-        ),
+        lambda: changed(grid_batch(), mm_token_type_ids=None, position_ids=grid_positions()),
     ),
 }
 
@@ -218,3 +238,79 @@ def test_frames_stand_for_images_only_where_the_model_has_no_videos(
         ("pixel_values", "pixel_values_videos", "input_features", "image_sizes"), torch.ones(1)
     )
     assert list(_inputs(batch, medium, media)) == found
+
+
+# ---------------------------------------------------------------- positions, names of types, and pixels
+
+GRIDS: Any = SimpleNamespace(
+    config=SimpleNamespace(text_config=SimpleNamespace(rope_scaling={"mrope_section": [2]}))
+)
+LINES: Any = SimpleNamespace(config=SimpleNamespace(rope_parameters={"rope_type": "default"}))
+THERE = torch.tensor([[False, True, True, True, True, False]])
+LINE = torch.arange(6).expand(1, 6)
+GRID = torch.stack([LINE, LINE + torch.tensor([0, 0, 0, 1, 1, 0]), LINE])
+
+
+@pytest.mark.parametrize(
+    ("positions", "root", "there", "flat"),
+    [
+        (LINE, GRIDS, THERE, True),
+        (LINE.expand(3, 1, 6), GRIDS, THERE, True),
+        (LINE.expand(4, 1, 6), GRIDS, THERE, True),
+        (GRID, GRIDS, THERE, False),
+        (torch.cat([LINE[None], GRID]), GRIDS, THERE, False),
+        (LINE, LINES, THERE, False),
+        (None, GRIDS, THERE, False),
+        (LINE.expand(2, 1, 6), GRIDS, THERE, False),
+        (LINE.expand(3, 1, 6), GRIDS, THERE & (torch.arange(6) == 2), False),
+    ],
+    ids=["a line", "a line thrice", "four rows", "a grid", "packed", "no grids", "none", "two", "one patch"],
+)
+def test_positions_that_put_an_image_into_a_line(
+    positions: torch.Tensor | None, root: Any, there: torch.Tensor, flat: bool
+) -> None:
+    assert _are_flat(positions, there, root) is flat
+
+
+def test_a_line_of_positions_is_told_and_those_of_the_model_are_not() -> None:
+    batch = {**grid_batch(), "position_ids": torch.arange(16).expand(2, 16)}
+    assert "LORA377" in {f.code for f in checked("grid_base", batch).findings}
+    texts = {**text_alone(), "position_ids": torch.arange(16).expand(2, 16)}
+    assert "LORA377" not in {f.code for f in checked("grid_base", texts).findings}, (
+        "there is no image to place"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pixels", "raw"),
+    [
+        (torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), True),
+        (torch.randint(0, 256, (2, 3, 8, 8)).float(), True),
+        (torch.randint(0, 256, (2, 3, 8, 8)) / 255, False),
+        (torch.randn(2, 3, 8, 8), False),
+        (torch.zeros(2, 3, 8, 8), False),
+        (torch.randint(0, 2, (2, 3, 8, 8)).float(), False),
+        (torch.randint(-128, 128, (2, 3, 8, 8)).float(), False),
+        (torch.rand(2, 3, 8, 8) * 200, False),
+        (torch.randint(0, 9000, (2, 3, 8, 8)).float(), False),
+        (torch.randint(0, 256, (5,)).float(), False),
+        (None, False),
+    ],
+)
+def test_pixels_that_are_bytes(pixels: torch.Tensor | None, raw: bool) -> None:
+    assert _is_raw(pixels) is raw
+
+
+def test_types_of_tokens_are_found_under_the_name_of_the_processor() -> None:
+    class Named(nn.Module):
+        def __init__(self, model_type: str) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(model_type=model_type, image_token_id=PLACEHOLDER)
+
+        def forward(self, input_ids: Any, token_type_ids: Any = None) -> None: ...
+
+    batch = {**image_text_batch(), "token_type_ids": torch.zeros(2, 16, dtype=torch.long)}
+    (gemma,) = medium_facts((batch,), Named("gemma3"))
+    assert (gemma.types, gemma.untyped) == ("token_type_ids", 8)
+    (other,) = medium_facts((batch,), Named("paligemma"))
+    assert (other.types, other.untyped) == ("", None), "there they part the prompt from the answer"

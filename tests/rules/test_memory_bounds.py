@@ -172,11 +172,28 @@ UNTRIED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "words"), UNTRIED)
 def test_what_could_help_where_nothing_was_tried(changes: dict[str, Any], words: str) -> None:
-    given = replace(STEP, setting=replace(STEP.setting, **changes))
+    given = replace(STEP, loaded=GIB, setting=replace(STEP.setting, **changes))
     assert (
         advice(MemoryFacts(given, GIB))
         == f"take {words}; check_memory, unless advise=False, says how much each one saves"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, 'a smaller base or quantization="nf4"'),
+        (NF4, "a smaller base"),
+        ({"parallel": Parallel(8, "zero3")}, 'a smaller base or quantization="nf4"'),
+        (
+            {"parallel": Parallel(8, "zero2")},
+            'a strategy that divides the weights, as ZeRO-3 and FSDP do, or quantization="nf4"',
+        ),
+    ],
+)
+def test_no_smaller_step_makes_room_for_weights(changes: dict[str, Any], words: str) -> None:
+    given = replace(STEP, loaded=2 * GIB, setting=replace(STEP.setting, **changes))
+    assert advice(MemoryFacts(given, GIB)).startswith(f"take {words}; check_memory")
 
 
 def change(name: str, peak: int, flops: int = 100, smaller_rank: bool = False) -> Alternative:

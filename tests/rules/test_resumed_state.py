@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -119,3 +119,40 @@ def test_an_optimizer_without_counters_is_left_alone() -> None:
         schedule.step()
     report = check_training(model, language_batch(), optimizer=optimizer, scheduler=schedule)
     assert not said("LORA365", report)
+
+
+def adaptive(steps: int, *, allocates: bool, **changes: Any) -> tuple[Any, torch.optim.Optimizer]:
+    """AdaLoRA after some steps; its ranks are to be taken away from the second step on."""
+    fields = {"init_r": 4, "target_r": 1, "total_step": 12, "tinit": 1, "tfinal": 4, "deltaT": 1, **changes}
+    model = get_peft_model(
+        BASES["base"](), AdaLoraConfig(target_modules=["q_proj", "v_proj"], **fields)
+    ).train()
+    optimizer = adam(model, lr=1e-2)
+    for step in range(steps):
+        model(**language_batch()).loss.backward()
+        optimizer.step()
+        if allocates:
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_ranks_that_nothing_allocates_are_told() -> None:
+    model, optimizer = adaptive(4, allocates=False)
+    (finding,) = said("LORA348", check_model(model, optimizer=optimizer))
+    assert (finding.severity, "counted 4 steps" in finding.observed) == ("warning", True)
+    assert "from step 2 on" in finding.observed
+
+
+def test_ranks_that_are_allocated_or_not_yet_due_are_fine() -> None:
+    model, optimizer = adaptive(11, allocates=True)
+    pruned = [bool((p == 0).all()) for n, p in model.named_parameters() if "lora_E" in n]
+    assert any(pruned), "a module lost all of its ranks, and its moments go on"
+    report = check_model(model, optimizer=optimizer)
+    assert not said("LORA348", report)
+    assert not said("LORA364", report)
+    early, optimizer = adaptive(2, allocates=False)
+    assert not said("LORA348", check_model(early, optimizer=optimizer))
+    resumed, optimizer = adaptive(4, allocates=False)
+    resumed.peft_config["default"].rank_pattern = {"q_proj": [True, False, True, False]}
+    assert not said("LORA348", check_model(resumed, optimizer=optimizer)), "chosen before it was saved"

@@ -445,6 +445,12 @@ def test_a_head_that_is_new(facts: ConfigFacts, expect: dict[str, Any], words: l
 def test_a_head_whose_task_type_is_set() -> None:
     (found,) = told("new_head_is_not_trained", headed(True, Q0, task_type="SEQ_CLS"))
     assert found.fix == "set modules_to_save=['score']"
+    (found,) = told("new_head_is_not_trained", headed(True, Q0))
+    assert found.fix == "set modules_to_save=['score'], or task_type='SEQ_CLS', which adds it"
+    # PEFT looks for "classifier" and "score" only.
+    projector = {"heads": (TaskHead("projector", True),)}
+    (found,) = told("new_head_is_not_trained", headed(True, Q0, base=projector, modules_to_save=["x", "x"]))
+    assert found.fix == "set modules_to_save=['x', 'projector']"
     (found,) = told("new_head_is_not_trained", headed(True, Q0, target_modules=["q", "score"]))
     assert "which adds it" not in found.fix
 

@@ -135,6 +135,54 @@ def test_a_run_that_goes_on_and_a_fresh_adapter_are_left_alone() -> None:
     assert not check_training(resumed, pairs(), optimizer=optimizer, loss_fn=preference_loss).findings
 
 
+@pytest.mark.parametrize("name", ["reference", "critic"])
+def test_a_reference_adapter_that_was_never_filled(name: str) -> None:
+    model = trained()
+    model.add_adapter(name, adapted().peft_config["default"])
+    model.set_adapter("default")
+    loss_fn = partial(against, name)
+    report = check_training(model, pairs(), optimizer=adam(model, 5e-6), loss_fn=loss_fn)
+    assert codes(report)["LORA372"] == "warning"
+    assert f"adapter '{name}', zero everywhere, is the reference" in str(report)
+    fresh = adapted()
+    fresh.add_adapter(name, adapted().peft_config["default"])
+    fresh.set_adapter("default")
+    assert "LORA372" not in codes(
+        check_training(fresh, pairs(), optimizer=adam(fresh, 5e-6), loss_fn=loss_fn)
+    ), "policy and reference both begin at the base"
+
+    others = {"first": pairs()["chosen_input_ids"], "second": pairs()["rejected_input_ids"]}
+
+    def unnamed(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return against(name, model, dict(zip(pairs(), batch.values(), strict=True)))
+
+    report = check_training(model, others, optimizer=adam(model, 5e-6), loss_fn=unnamed)
+    assert ("LORA372" in codes(report)) == (name == "reference"), "an adapter of another part is no reference"
+
+
+def rewarded(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A policy gradient with a penalty for leaving the base."""
+    gained = score(model, batch["ids"])
+    with torch.no_grad(), model.disable_adapter():
+        before = score(model, batch["ids"])
+    weight = next(v for k, v in batch.items() if k != "ids")
+    return (0.04 * (gained - before) - weight * (gained - gained.detach()).exp()).mean()
+
+
+def test_a_policy_that_is_held_to_the_base_before_its_fine_tuning() -> None:
+    model, ids = trained(), pairs()["chosen_input_ids"]
+    batch = {"ids": ids, "advantages": torch.linspace(-1, 1, len(ids))}
+    report = check_training(model, batch, optimizer=adam(model, 5e-6), loss_fn=rewarded)
+    assert codes(report)["LORA372"] == "warning"
+    assert "disabled for the reference" in str(report)
+    distilled = {"ids": ids, "weights": batch["advantages"]}
+    report = check_training(model, distilled, optimizer=adam(model, 5e-6), loss_fn=rewarded)
+    assert "LORA372" not in codes(report), "a loss of one's own may hold the model to its base"
+    fresh = adapted()
+    report = check_training(fresh, batch, optimizer=adam(fresh, 5e-6), loss_fn=rewarded)
+    assert "LORA372" not in codes(report)
+
+
 @pytest.mark.parametrize(
     ("objective", "loss", "told"),
     [("DPO", 0.95, True), ("DPO", 0.6931, False), ("DPO", 0.4, False), ("preferences", 1.0, False)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import random
@@ -143,8 +144,8 @@ def observed(setup: Setup) -> dict[str, Any]:
         "batches": plain(setup.batches.batch),
         "random states": (
             random.getstate(),
-            str(np.random.get_state()),
-            torch.get_rng_state().tolist(),
+            [n.tobytes() if isinstance(n, np.ndarray) else n for n in np.random.get_state()],
+            _bytes(torch.get_rng_state())[5:],
         ),
         "float32 precision": (
             torch.get_float32_matmul_precision(),
@@ -173,6 +174,7 @@ def observed(setup: Setup) -> dict[str, Any]:
             (g.handlers[:], g.filters[:], g.propagate) for g in map(logging.getLogger, LOGGERS)
         ],
         "environment variables": dict(os.environ),
+        "garbage collection": gc.isenabled(),
         "disabled logging": logging.root.manager.disable,
         "signal handlers": {n: signal.getsignal(n) for n in signal.valid_signals()},
     }

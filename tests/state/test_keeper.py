@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import random
@@ -160,6 +161,7 @@ ATTACKS: dict[str, Callable[[Setup], object]] = {
     "logging levels": _levels,
     "logging handlers": _handlers,
     "environment variables": _environment,
+    "garbage collection": lambda s: gc.disable() if gc.isenabled() else gc.enable(),
     "disabled logging": lambda s: logging.disable(logging.CRITICAL),
     "signal handlers": lambda s: signal.signal(signal.SIGUSR1, do_nothing),
 }
@@ -237,35 +239,49 @@ PLACES: dict[str, Place] = {
 }
 
 
-@pytest.mark.parametrize("ends", ["goes on", "KeyboardInterrupt", "SystemExit"])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("entry", KEPT)
-def test_no_trace(setup: Setup, entry: str, place: str, ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if entry == "batches" and place == "data iterator":
-        pytest.skip("a batch that is still in the iterator is nobody's yet")
-    calls = []
+ENDS: tuple[type[BaseException] | None, ...] = (None, KeyboardInterrupt, SystemExit)
+"""How an attack ends: the check goes on, or ends with this."""
 
-    def attack() -> None:
-        calls.append(1)
-        if len(calls) == 1:
-            ATTACKS[entry](setup)
-            if ends != "goes on":
-                raise {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}[ends]
 
-    with monkeypatch.context() as patch:
-        arguments = PLACES[place](setup, attack, patch)
-        before = observed(setup)
-        # What an attack breaks may raise in what follows.
-        ended = (
-            contextlib.suppress(Exception)
-            if ends == "goes on"
-            else pytest.raises((KeyboardInterrupt, SystemExit))
-        )
-        with ended:
-            check_training(setup.model, setup.batches, **setup.trainers, **arguments)
-        after = observed(setup)
-    assert calls
-    assert changed(before, after) == []
+def _cases() -> Iterator[Any]:
+    """Every entry at every place, ended every way; the interrupt that is not a place's turn is slow."""
+    for row, entry in enumerate(KEPT):
+        for column, place in enumerate(PLACES):
+            if (entry, place) != ("batches", "data iterator"):  # one that is in the iterator is nobody's yet
+                turn = 1 + (row + column) % 2
+                yield pytest.param(entry, place, (ENDS[0], ENDS[turn]), id=f"{entry}-{place}")
+                yield pytest.param(
+                    entry, place, (ENDS[3 - turn],), id=f"{entry}-{place}-other", marks=pytest.mark.lora_slow
+                )
+
+
+@pytest.mark.parametrize(("entry", "place", "ends"), list(_cases()))
+def test_no_trace(
+    setup: Setup,
+    entry: str,
+    place: str,
+    ends: tuple[type[BaseException] | None, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = observed(setup)
+    for end in ends:
+        calls = []
+
+        def attack(end: type[BaseException] | None = end, calls: list[int] = calls) -> None:
+            calls.append(1)
+            if len(calls) == 1:
+                ATTACKS[entry](setup)
+                if end is not None:
+                    raise end
+
+        with monkeypatch.context() as patch:
+            arguments = PLACES[place](setup, attack, patch)
+            # What an attack breaks may raise in what follows.
+            with contextlib.suppress(Exception) if end is None else pytest.raises(end):
+                check_training(setup.model, setup.batches, **setup.trainers, **arguments)
+            after = observed(setup)
+        assert calls
+        assert (end, changed(before, after)) == (end, [])
 
 
 @pytest.mark.parametrize("entry", [setting.name for setting in SETTINGS])

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
+import operator
 import signal
 import sys
 from collections import OrderedDict, UserDict, UserList, deque
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pytest_lora.inspection.state import attributes as attributes_module
@@ -26,18 +31,16 @@ from pytest_lora.inspection.state.attributes import (
     values_of,
 )
 from pytest_lora.inspection.state.interrupts import Interrupts
-from pytest_lora.inspection.state.process import _Handlers, _write_handlers
+from pytest_lora.inspection.state.memory import OpaqueTensorError, _overlaps, memory_of
+from pytest_lora.inspection.state.process import _Handlers
 from pytest_lora.inspection.state.reachable import MOST_NAME, Reachable, _is_stateful, _trains
 from pytest_lora.inspection.state.tensors import (
     _SMALL_BYTES,
     Content,
     Contents,
-    OpaqueTensorError,
     TensorState,
     _fingerprint,
-    _overlaps,
     _words,
-    memory_of,
     same_contents,
 )
 
@@ -72,7 +75,8 @@ def test_what_holds_the_values_of_a_tensor() -> None:
         ((2, 3), (1, 1), True),
         ((2, 3), (2, 1), True),
         ((2, 2), (4, 1), False),
-        ((2, 3), (4, 2), False),
+        ((2, 3), (4, 2), True),
+        ((2, 3), (6, 2), False),
         ((1, 3), (9, 1), False),
         ((3,), (0,), True),
         ((0, 3), (1, 2), False),
@@ -80,6 +84,16 @@ def test_what_holds_the_values_of_a_tensor() -> None:
 )
 def test_numbers_that_share_memory(size: tuple[int, ...], stride: tuple[int, ...], overlaps: bool) -> None:
     assert _overlaps(torch.zeros(20).as_strided(size, stride)) is overlaps
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 7)), max_size=4))
+def test_numbers_share_memory_where_two_have_one_place(steps: list[tuple[int, int]]) -> None:
+    sizes, strides = [size for size, _ in steps], [stride for _, stride in steps]
+    places = [
+        sum(map(operator.mul, at, strides)) for at in itertools.product(*(range(size) for size in sizes))
+    ]
+    assert _overlaps(torch.zeros(100).as_strided(sizes, strides)) is (len(set(places)) < len(places))
 
 
 def test_the_same_contents() -> None:
@@ -507,19 +521,37 @@ def test_what_steps_change() -> None:
 
 def test_handlers_of_a_library_that_is_imported_meanwhile_stay() -> None:
     torch_s, nowhere_s = (logging.getLogger(name) for name in ("torch.of_a_test", "nowhere.of_a_test"))
-    before = [_Handlers.of(logger) for logger in (torch_s, nowhere_s, logging.root)]
-    assert [one.is_loaded for one in before] == [True, False, True]
+    before = _Handlers.now()
     handler = logging.NullHandler()
     for logger in (torch_s, nowhere_s):
         logger.addHandler(handler)
         logger.propagate = False
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(sys.modules, "nowhere", SimpleNamespace())
-        _write_handlers(before)
+        before.restore()
     assert (torch_s.handlers, torch_s.propagate) == ([], True)
     assert (nowhere_s.handlers, nowhere_s.propagate) == ([handler], False)
-    _write_handlers(before)
+    before.restore()
     assert (nowhere_s.handlers, nowhere_s.propagate) == ([], True)
+
+
+def test_each_thing_that_a_logger_has_comes_back() -> None:
+    logger = logging.getLogger("nowhere.of_another_test")
+    handlers, filters = logger.handlers, logger.filters
+    changes: tuple[Callable[[], object], ...] = (
+        lambda: logger.handlers.append(logging.NullHandler()),
+        lambda: logger.filters.append(logging.Filter()),
+        lambda: setattr(logger, "handlers", []),
+        lambda: setattr(logger, "filters", []),
+        lambda: setattr(logger, "propagate", False),
+    )
+    for change in changes:
+        before = _Handlers.now()
+        change()
+        before.restore()
+        assert logger.handlers is handlers
+        assert logger.filters is filters
+        assert (handlers, filters, logger.propagate) == ([], [], True)
 
 
 # ---------------------------------------------------------------------------------- signals

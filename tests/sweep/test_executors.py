@@ -141,6 +141,17 @@ def test_a_killed_sweep_goes_on_where_it_stopped(here: SweepResult, tmp_path: Pa
     assert result.before == here.before
 
 
+def test_a_client_of_dask_gives_the_same_numbers(here: SweepResult) -> None:
+    distributed = pytest.importorskip("distributed")
+    asked = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    with distributed.LocalCluster(**asked) as cluster, distributed.Client(cluster) as client:
+        result = rank_sweep(
+            toys.make_model, toys.train, toys.evaluate, executor=client.get_executor(), **SWEEP
+        )
+    assert numbers(result) == numbers(here)
+
+
+@pytest.mark.lora_slow  # each of three workers imports torch
 def test_dask_starts_the_trial_of_a_killed_worker_again(here: SweepResult, tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
     dask = pytest.importorskip("dask")

@@ -46,7 +46,10 @@ def schedule(function: Any, lr: float = 0.5) -> ScheduleFacts:
         (lambda step: float(step), 0.5 * 2**20, 2**19, None),
         (lambda step: float(step) if step < 2**20 else 0.0, 0.5 * 2**19, 2**18, 2**20),
         (lambda step: 1 / step, None, None, None),
-        (lambda step: [1.0][step], 0.5, None, None),
+        (lambda step: [1.0][step], None, None, None),
+        (lambda step: [0.0][step], None, None, None),
+        (lambda step: [0.1, 1.0][step], 0.5, 0, None),
+        (lambda step: step.without_such if step else 1e-3, None, None, None),
         (lambda step: None, None, None, None),
     ],
 )

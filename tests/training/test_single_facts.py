@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import TextBounds
 from pytest_lora.facts.wrappers import Wrappers
-from pytest_lora.inspection.training.base_changes import _distance
+from pytest_lora.inspection.training.base_changes import _changed, _distance, _Held
 from pytest_lora.inspection.training.batches import (
     LOOKED_AT,
     NoLossError,
@@ -584,3 +585,15 @@ def test_a_text_may_be_as_far_apart_as_rounding_makes_it(apart: float, holds: bo
 
 def test_a_model_in_no_wrapper_hides_nothing() -> None:
     assert (Wrappers().unseen, Wrappers().ranks) == (0, 1)
+
+
+def test_a_base_weight_that_changed_says_how_fine_its_numbers_are() -> None:
+    found: Any = SimpleNamespace(lora={"q": None})
+    held = partial(_Held, "q.weight", "q", "weight", batch_norm=False)
+    whole = held(tensor=torch.tensor([1, 2, 3, 5], dtype=torch.int8))
+    (change,) = _changed(whole, torch.tensor([1, 2, 3, 4], dtype=torch.int8), "probe", found)
+    assert (change.relative, change.precision, change.adapted, change.trainable) == (0.25, 0.0, True, False)
+    short = held(tensor=torch.tensor([2.0]).bfloat16())._replace(module="k")
+    (change,) = _changed(short, torch.tensor([1.0]).bfloat16(), "snapshot", found)
+    assert (change.relative, change.precision, change.adapted) == (1.0, 2**-7, False)
+    assert not [*_changed(short, short.tensor.clone(), "probe", found)]

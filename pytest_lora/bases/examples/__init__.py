@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,6 +63,10 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in _MODELS:
+        if sys._getframe(1).f_code.co_name == "_handle_fromlist":
+            return (
+                None  # an import statement asks first whether the name is there, and throws the answer away
+            )
         return import_module(f"{__name__}.models").made(name)
     for module, names in _FUNCTIONS.items():
         if name in names:

@@ -16,6 +16,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pytest_lora.inspection.peft_state import save_adapters
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 NAME = "org/tiny-llama"
@@ -33,7 +35,10 @@ def scratch() -> Path:
 
 
 def save_adapter(folder: Path, base: nn.Module, **fields: Any) -> Path:
-    """Save an adapter whose values are those of a trained one, as PEFT saves it, into a new folder in this one."""
+    """Save an adapter whose values are those of a trained one, as PEFT saves it, into a new folder in this one.
+
+    There is no model card, whose template takes longer than all the rest.
+    """
     defaults = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     path = folder / f"adapter{len(list(folder.iterdir()))}"
     with warnings.catch_warnings():
@@ -42,7 +47,7 @@ def save_adapter(folder: Path, base: nn.Module, **fields: Any) -> Path:
         for parameter in model.parameters():
             if parameter.requires_grad and not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
-        model.save_pretrained(str(path))
+        save_adapters(model, str(path))
         model.unload()
     return configure(path, base_model_name_or_path=NAME)
 

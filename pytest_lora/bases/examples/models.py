@@ -237,7 +237,7 @@ def made(name: str) -> Any:
     """
     build = {**BASES, **BATCHES, **CONFIGS}[name]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed CUDA too, now or later
         return build()
 
 
@@ -254,6 +254,6 @@ def adapter(on: nn.Module | None = None, *, folder: Path | None = None, **fields
     """
     changes = {name: fields.pop(name) for name in BASE_FIELDS & fields.keys()}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         base = LlamaForCausalLM(llama_config(**changes)) if on is None else on
         return save_adapter(scratch() if folder is None else folder, base, **fields)

@@ -129,7 +129,7 @@ class _Steps:
         tensors = self._known.get((layer.module, layer.adapter))
         if not tensors:
             return None, None
-        gradient = math.hypot(*(t.gradients[-1] or 0.0 for t in tensors if t.gradients))
+        gradient = math.hypot(*filter(None, (t.gradients[-1] for t in tensors if t.gradients)))
         numbers = sum(t.numbers for t in tensors)
         moved = sum(t.moves[-1] ** 2 * t.numbers for t in tensors if t.moves)
         return _rounded(gradient), _rounded(math.sqrt(moved / numbers) if numbers else 0.0)

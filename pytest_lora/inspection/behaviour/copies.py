@@ -69,10 +69,22 @@ def copy_of(argument: str, model: nn.Module) -> nn.Module:
         ValueError: It cannot be copied, or has no values; the message names the argument.
     """
     try:
-        made = copy.deepcopy(model)
+        made = copy.deepcopy(model, {id(kept): kept.detach() for kept in _with_graph(model)})
     except Exception as error:  # whatever the attributes of a model raise
         raise ValueError(f"{argument} cannot be copied, which this check needs: {error}") from error
     return quiet_eval(argument, made)
+
+
+def _with_graph(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that modules remember from a forward, of which ``deepcopy`` makes no copy: auxiliary losses, samples,
+    and the views of an embedding's factors that PEFT leaves in a head tied to it."""
+    left: list[Any] = [list(vars(module).values()) for module in model.modules()]
+    while left:
+        kept = left.pop()
+        if isinstance(kept, Tensor) and kept.grad_fn is not None:
+            yield kept
+        elif type(kept) in (list, tuple, dict):
+            left.extend(kept.values() if type(kept) is dict else kept)
 
 
 def collect(model: nn.Module) -> None:

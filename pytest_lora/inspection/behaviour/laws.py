@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.behaviour import LawFacts, Leak
-from pytest_lora.facts.settings import rewrites_base
+from pytest_lora.facts.settings import rewriter
 from pytest_lora.inspection.behaviour.copies import (
     TOLERANCES,
     adapted_copy,
@@ -25,6 +25,7 @@ from pytest_lora.inspection.behaviour.copies import (
 )
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import (
+    BaseTunerLayer,
     LoraLayer,
     ModulesToSaveWrapper,
     TrainableTokensWrapper,
@@ -52,7 +53,7 @@ def law_facts(model: nn.Module, batch: Any) -> LawFacts:
         adapted = adapted_copy(model)
         layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
         stable_output(adapted, batch)
-        disabled = _disabled(adapted, layers, batch)
+        disabled = _disabled(adapted, batch)
         leak = _leak(adapted, batch)
         nonlinear, padded = _layer_laws(adapted, layers, batch)
         # Last, as it takes what the adapters have learned.
@@ -64,15 +65,19 @@ def _loads_as_it_is(adapted: nn.Module) -> bool:
     """Whether saving and loading is meant to be exact.
 
     PEFT runs PiSSA, OLoRA and the like again when it loads, on the original base, which is not at hand here; it
-    has ``path_initial_model_for_weight_conversion`` for that.
+    has ``path_initial_model_for_weight_conversion`` for that. It saves no ``PeftMixedModel``, and
+    loads no router of Arrow.
     """
+    from peft import PeftMixedModel
+
     configs = lora_configs(adapted_survey(adapted).root).values()
-    rewritten = any(rewrites_base(config.init_lora_weights) for config in configs)
-    return hasattr(adapted, "save_pretrained") and not rewritten
+    rewritten = any(rewriter(config) or getattr(config, "arrow_config", None) for config in configs)
+    return hasattr(adapted, "save_pretrained") and not isinstance(adapted, PeftMixedModel) and not rewritten
 
 
-def _disabled(adapted: nn.Module, layers: dict[str, Any], batch: Any) -> float | None:
-    """With its LoRA layers disabled a model is the model without them, bit for bit."""
+def _disabled(adapted: nn.Module, batch: Any) -> float | None:
+    """With its adapters disabled, also those of another method, a model is the model without them, bit for bit."""
+    layers = {name: module for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
     off = without_adapter(layers, lambda: _without_copies(adapted, batch))
     base = output_of(base_without_adapter(adapted), batch)
     return None if identical(off, base) else distance(off, base)
@@ -128,8 +133,12 @@ class _Call:
 
     @property
     def takes_more_rows(self) -> bool:
-        """Whether rows of zeros in the two factors are more rank; a variant may keep something beside them."""
-        return not any(own_geometry(self.layer, name) for name in active_adapters(self.layer))
+        """Whether rows of zeros in the two factors are more rank.
+
+        A variant may keep something beside them; the groups of a convolution divide them.
+        """
+        grouped = getattr(self.layer.get_base_layer(), "groups", 1) != 1
+        return not grouped and not any(own_geometry(self.layer, name) for name in active_adapters(self.layer))
 
 
 @dataclass(frozen=True)
@@ -222,6 +231,8 @@ def _leak(adapted: nn.Module, batch: Any) -> Leak | None:
 
     if not isinstance(adapted, PeftModel):
         return None
+    if any(getattr(config, "arrow_config", None) for config in adapted.peft_config.values()):
+        return None  # its router takes in every adapter that comes
     pair: Any = copy.deepcopy(adapted)
     first = list(pair.base_model.active_adapters)
     before = output_of(pair, batch)
@@ -230,13 +241,17 @@ def _leak(adapted: nn.Module, batch: Any) -> Leak | None:
     config = copy.deepcopy(pair.peft_config[first[0]])
     config.init_lora_weights, config.bias = False, "none"
     config.modules_to_save = config.trainable_token_indices = None
+    config.modules_to_tie = None  # what PEFT itself notes for a tied copy
+    config.layer_replication = None  # PEFT would replicate the layers once more
     config.inference_mode = True  # AdaLoRA has one trainable adapter at most
+    # PEFT would truncate the base once more; where it takes no plain adapter beside this one, there is no pair.
+    config.kasa_config = None
     try:
         pair.add_adapter(_SECOND, config)
-    except ValueError:
-        if config.target_parameters:  # of which PEFT 0.17 takes one adapter only
-            return None
-        raise
+    except (
+        Exception
+    ):  # parameters in PEFT 0.17, KaSA beside plain LoRA, a router of Arrow: each raises its own
+        return None
     pair.eval()
     added = output_of(pair, batch)
     pair.set_adapter(_SECOND)

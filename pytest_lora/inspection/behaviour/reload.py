@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from pytest_lora.facts.behaviour import ReloadFacts
-from pytest_lora.facts.settings import rewrites_base
+from pytest_lora.facts.settings import rewriter
 from pytest_lora.findings import grouped
 from pytest_lora.inspection.behaviour.copies import (
     adapted_copy,
@@ -77,10 +77,10 @@ def _require_base(model: nn.Module, base: Base | None) -> None:
     found = adapted_survey(model)
     if base is None:
         for config in lora_configs(found.root).values():
-            if rewrites_base(config.init_lora_weights):
+            if field := rewriter(config):
                 raise ValueError(
-                    f"base must be given: init_lora_weights={config.init_lora_weights!r} rewrote the weights under "
-                    "the adapter, and loading it starts from the original ones"
+                    f"base must be given: {field} rewrote the weights under the adapter, and loading it starts from "
+                    "the original ones"
                 )
         return
     if not callable(base):
@@ -127,7 +127,8 @@ def _saving() -> Iterator[None]:
 def _loading() -> Iterator[None]:
     try:
         yield
-    except (KeyError, RuntimeError, ValueError, OSError) as error:
+    # A router of Arrow is saved without the names of its adapters, which PEFT then looks for on None.
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, OSError) as error:
         raise _LoadingError(f"{type(error).__name__}: {error}") from error
 
 

@@ -66,9 +66,11 @@ class Folder:
             before = os.lstat(target)
             if not stat.S_ISREG(before.st_mode):
                 raise UnreadableError(FileFault(name, "kind", f"it is {_kind_in_words(before.st_mode)}"))
-            # A pipe that took the file's place since would block without the second flag.
-            flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-            descriptor = os.open(target, flags | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+            # A pipe that took the file's place since would block without O_NONBLOCK.
+            flags = os.O_RDONLY
+            for name_of_flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"):
+                flags |= getattr(os, name_of_flag, 0)  # Windows has other ones than POSIX
+            descriptor = os.open(target, flags)
             with os.fdopen(descriptor, "rb", buffering=0) as raw:
                 start = os.fstat(descriptor)
                 if not stat.S_ISREG(start.st_mode):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from pytest_lora.facts.patterns import learn
 from pytest_lora.inspection.limited.process import SECONDS, LimitError, limited
 from pytest_lora.inspection.limited.worker import CACHE, KEPT
 
@@ -21,6 +22,9 @@ FIELDS = (
     "target_parameters",
 )
 """Fields whose texts PEFT matches with names of modules."""
+
+KEYS = ("rank_pattern", "alpha_pattern")
+"""Those whose texts are matched with the ends of names."""
 
 _NAME = re.compile(r"[\w.-]*")
 """Expressions without any choice: matching one takes a step for each character of the name, or of the expression."""
@@ -48,11 +52,29 @@ def unmatchable(config: Mapping[str, Any], names: Iterable[str]) -> str | None:
             continue
         most = min(left, PATTERN_S) if isinstance(value, str) else left
         try:
-            _, took = limited.do("rehearse", field, value, known, seconds=most)
+            asked = _with_ends(value) if field in KEYS else value
+            found, took = limited.do("rehearse", field, asked, known, seconds=most)
         except LimitError as error:
             return f"{field}: matching {_in_words(value)} with {len(known):,} modules is not tried: {error}"
         left = max(left - took, SECONDS / 100)
+        _learn(field, asked, known, found)
     return None
+
+
+def _learn(field: str, asked: str | list[str], names: list[str], found: list[tuple[list[int], bool]]) -> None:
+    """Let the rules have what the process found."""
+    if not isinstance(asked, str) and field not in KEYS:
+        return
+    distinct = frozenset(names)
+    texts = [asked] if isinstance(asked, str) else asked
+    for text, (places, is_sound) in zip(texts, found, strict=True):
+        learn("key" if field in KEYS else "pattern", text, distinct, (names[at] for at in places), is_sound)
+
+
+def _with_ends(keys: str | list[str]) -> list[str]:
+    """Keys, and those that begin with ``^`` without it, as it lets a key of PEFT's match nothing deeper."""
+    known = [keys] if isinstance(keys, str) else keys
+    return list(dict.fromkeys([*known, *(key.lstrip("^") for key in known)]))
 
 
 @contextmanager

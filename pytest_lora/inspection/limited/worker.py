@@ -19,7 +19,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing itself takes longer to load than most of the work
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from typing import Any
 
     Tuple = tuple[Any, ...]
@@ -40,7 +40,7 @@ KEPT = 100_000
 """That number here, and in the process that asks while PEFT matches: it would compile long maps for every module."""
 
 
-def rehearse(field: str, value: str | list[str], names: list[str]) -> None:
+def rehearse(field: str, value: str | list[str], names: list[str]) -> list[list[Any]]:
     """Match as PEFT does it (``inject_adapter``, ``check_target_module_exists``, ``get_pattern_key`` in peft).
 
     Expressions that Python refuses are left to PEFT, which says so.
@@ -49,19 +49,24 @@ def rehearse(field: str, value: str | list[str], names: list[str]) -> None:
         field: A field of the configuration.
         value: A text or a list of texts.
         names: Names of modules.
+
+    Returns:
+        Of each expression that is matched the places of the names that it means, and whether its text alone is one.
     """
     if isinstance(value, str):
-        matched(value, names, re.fullmatch)
-    elif field in FORMS:
-        for name in names:
-            for one in value:
-                matched(FORMS[field].replace("{}", one), (name,), re.match)
-    else:
-        if field == "target_modules":
-            shortened(value, names)
-        known = set(value)
-        for name in names:
-            name in known or any(name.endswith(f".{one}") for one in value)
+        return [[matched(value, names, re.fullmatch), compiled(value) is not None]]
+    if field in FORMS:
+        forms = [FORMS[field].replace("{}", one) for one in value]
+        return [
+            [matched(form, names, re.match), compiled(one) is not None]
+            for one, form in zip(value, forms, strict=True)
+        ]
+    if field == "target_modules":
+        shortened(value, names)
+    known = set(value)
+    for name in names:
+        name in known or any(name.endswith(f".{one}") for one in value)
+    return []
 
 
 FORMS = {
@@ -73,12 +78,11 @@ FORMS = {
 """What PEFT makes of each text of a field before it matches."""
 
 
-def matched(expression: str, names: Iterable[str], match: Callable[[str, str], object]) -> None:
-    for name in names:
-        try:
-            match(expression, name)
-        except re.error:
-            return
+def matched(expression: str, names: list[str], match: Callable[[str, str], object]) -> list[int]:
+    try:
+        return [place for place, name in enumerate(names) if match(expression, name)]
+    except re.error:
+        return []
 
 
 def expressions(forms: list[list[str]]) -> list[list[bool]]:

@@ -43,7 +43,7 @@ def batch_for(model: nn.Module, setting: StepSetting) -> dict[str, Any]:
     of_ones = "attention_mask" in takes and masks_where_nothing_is_masked()
     if (setting.padding_mask or of_ones) and "input_ids" in batch:
         batch["attention_mask"] = _integers(setting.batch_size, setting.seq_len)
-    batch.update(_labels(type(model).__name__, setting))
+    batch.update(_labels(transformer, setting))
     return batch
 
 
@@ -56,9 +56,10 @@ def _in_one_row(setting: StepSetting, takes: Any) -> dict[str, Any]:
 
 def has_tokens(model: nn.Module) -> bool:
     """Whether sequence length means anything: a transformers model reads tokens, or learns to write them."""
-    labels = _labels(type(model).__name__, StepSetting(1, 1)).values()
+    labels = _labels(model, StepSetting(1, 1)).values()
     name = _main_input(model)
-    return name in ("input_ids", "input_values") or any(tensor.dim() == 2 for tensor in labels)
+    written = any(tensor.dim() == 2 and not tensor.is_floating_point() for tensor in labels)
+    return name in ("input_ids", "input_values") or written
 
 
 def _main_input(transformer: Any) -> str:
@@ -93,11 +94,13 @@ def _numbers(setting: StepSetting, *shape: int) -> torch.Tensor:
     return torch.empty(*shape, dtype=getattr(torch, setting.dtype), device=META)
 
 
-def _labels(architecture: str, setting: StepSetting) -> dict[str, torch.Tensor]:
-    size = setting.batch_size
+def _labels(model: Any, setting: StepSetting) -> dict[str, torch.Tensor]:
+    architecture, size = type(model).__name__, setting.batch_size
     if architecture.endswith(("ForQuestionAnswering",)):
         return {"start_positions": _integers(size), "end_positions": _integers(size)}
     if architecture.endswith(("ForSequenceClassification", "ForImageClassification")):
+        if getattr(model.config, "problem_type", None) == "multi_label_classification":
+            return {"labels": torch.empty(size, model.config.num_labels, device=META)}
         return {"labels": _integers(size)}
     if architecture.endswith("Model") and not architecture.endswith("LMHeadModel"):
         return {}

@@ -152,14 +152,13 @@ def _attention(
 ) -> torch.Tensor:
     fast = kernel in ("flash", "cudnn") and attn_mask is None
     fast = fast and query.dtype in _HALF and query.shape[-1] <= 256
+    follows = fast and query.shape[-1] == value.shape[-1]
     efficient = query.shape[1] == key.shape[1] and not (attn_mask is not None and attn_mask.requires_grad)
     fused = kernel != "math" and (fast or efficient)
     if query.dim() == 4 and query.is_meta and fused:
-        bias = None
-        if attn_mask is not None:
-            bias = attn_mask if attn_mask.dtype == query.dtype else attn_mask.to(query.dtype)
+        bias = None if attn_mask is None else attn_mask.to(query.dtype)
         attention: Any = _FusedAttention
-        out: torch.Tensor = attention.apply(query, key, value, bias, kernel != "cudnn", count)
+        out: torch.Tensor = attention.apply(query, key, value, bias, kernel != "cudnn", follows, count)
         return out
     return _torch_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -167,7 +166,12 @@ def _attention(
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Storages of the fused kernels, forward and backward."""
+    """Storages of the fused kernels, forward and backward.
+
+    Flash and cuDNN's lay out the output as the query lies in memory (``out = at::empty_like(q_padded)``,
+    aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp; ``alloc_with_matching_layout``, cudnn/MHA.cpp),
+    and the gradients as their inputs. A model that puts heads side by side again copies what has heads first.
+    """
 
     @staticmethod
     def forward(
@@ -177,12 +181,16 @@ class _FusedAttention(torch.autograd.Function):
         value: torch.Tensor,
         bias: torch.Tensor | None,
         widens: bool,
+        follows: bool,
         count: Callable[[int], None],
     ) -> torch.Tensor:
-        ctx.widens, ctx.count = widens, count
+        ctx.widens, ctx.follows, ctx.count = widens, follows, count
         count(attention_flops(query, key, value))
         batch, heads, length, _ = query.shape
-        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        if follows:
+            out = torch.empty_like(query)
+        else:
+            out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         log_sum_exp = query.new_empty(batch, heads, length, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, log_sum_exp, bias)
         return out
@@ -198,12 +206,13 @@ class _FusedAttention(torch.autograd.Function):
             ctx.widens and key.shape[1] != query.shape[1]
         ):  # a gradient a query head, summed over each group then
             wide = [query.new_empty(query.shape[0], query.shape[1], *t.shape[2:]) for t in (key, value)]
-        gradients = tuple(_like(t) for t in (query, key, value))
+        make = torch.empty_like if ctx.follows else _like
+        gradients = tuple(make(t) for t in (query, key, value))
         del delta, query_accumulated, wide
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """A gradient in the kernels' own layout: (batch, length, heads, width) in memory."""
+    """A gradient in the memory-efficient kernel's own layout: (batch, length, heads, width) in memory."""
     batch, heads, length, width = tensor.shape
     return tensor.new_empty(batch, length, heads, width).transpose(1, 2)

@@ -175,6 +175,7 @@ def _step(built: MetaModel, called: nn.Module, setting: StepSetting, tracker: St
         loss = outputs["loss"] if "loss" in outputs else outputs[0].float().mean()
         if setting.outputs_held:
             held.append(outputs)
+        tracker.unit = OUTSIDE  # what every layer has handed out goes with the outputs
         del outputs
     tracker.unit = OUTSIDE
     tracker.phase = "backward"
@@ -262,8 +263,8 @@ def _following(built: MetaModel, tracker: StorageTracker) -> Iterator[None]:
     handles = []
     for stack in built.stacks if built.rank is None else built.rank.stacks:
         if not stack.units[-1]:  # what follows is no part of the unit that stands for others
-            leaving = stack.units[LAST_INNER][-1].register_forward_hook
-            handles.append(leaving(_leaving(tracker), prepend=True))
+            last = stack.units[LAST_INNER][-1]
+            handles.append(last.register_forward_hook(tracker.leave, prepend=True))
         for i, layers in enumerate(stack.units):
             for layer in layers:
                 enter = _entering(tracker, KEPT * stack.number + i)
@@ -276,14 +277,6 @@ def _following(built: MetaModel, tracker: StorageTracker) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _leaving(tracker: StorageTracker) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
-        if tracker.phase != "backward":  # where the layer runs again, its own gradients are next
-            tracker.unit = OUTSIDE
-
-    return hook
 
 
 def _entering(tracker: StorageTracker, unit: int) -> Callable[..., None]:

@@ -66,12 +66,16 @@ class StepShape:
     def peak_allocated(self, sizes: Integers) -> int:
         """The most bytes allocated at once; ``sizes`` by storage, shape (storages,)."""
         if self._gpus is not None:
-            return max(self._peaks(sizes))
+            return max(self._peaks(sizes, self._gpus))
         return self._fast(rounded(sizes))
 
     def over_gpus(self, sizes: Integers, gpus: int) -> int:
         """The peaks of all GPUs together."""
-        return sum(self._peaks(sizes)) if self._gpus is not None else gpus * self.peak_allocated(sizes)
+        return (
+            sum(self._peaks(sizes, self._gpus))
+            if self._gpus is not None
+            else gpus * self.peak_allocated(sizes)
+        )
 
     def _gpu_of_events(self, step: Step) -> Integers:
         phases = self._phases[self.line.index]
@@ -85,17 +89,17 @@ class StepShape:
         change: Integers = np.where(self._frees[index], -1, 1) * rounded(sizes)[self._storages[index]]
         return change
 
-    def _peaks(self, sizes: Integers) -> list[int]:
+    def _peaks(self, sizes: Integers, of_events: Integers) -> list[int]:
         """The most bytes allocated at once on each of several GPUs."""
         change = self._changes(sizes)
-        gpus = range(int(self._gpus.max()) + 1 if self._gpus is not None else 0)
-        return [int(np.cumsum(np.where(self._gpus == gpu, change, 0)).max()) for gpu in gpus]
+        gpus = range(int(of_events.max()) + 1)
+        return [int(np.cumsum(np.where(of_events == gpu, change, 0)).max()) for gpu in gpus]
 
     def _counted(self, sizes: Integers) -> NDArray[np.bool_]:
         """The events of the GPU that the figures are of."""
         if self._gpus is None:
             return np.ones(len(self.line.index), dtype=np.bool_)
-        counted: NDArray[np.bool_] = self._gpus == int(np.argmax(self._peaks(sizes)))
+        counted: NDArray[np.bool_] = self._gpus == int(np.argmax(self._peaks(sizes, self._gpus)))
         return counted
 
     def peak_reserved(self, sizes: Integers, replay: Replay, *, emptied: bool, late: bool = False) -> int:

@@ -116,7 +116,7 @@ _PLAIN = (int, float, str, bool, type(None))
 _INDICES = frozenset({"layer_idx", "layer_id", "idx", "index"})
 
 
-def _longest_run(kinds: list[Any], together: int = 1) -> tuple[int, int, int]:
+def _longest_run(kinds: list[Any], together: int) -> tuple[int, int, int]:
     """``(start, period, count)`` of the run of like units whose cut leaves the fewest layers."""
     best = (0, 1, 1)
     saved = 0

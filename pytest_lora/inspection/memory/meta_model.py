@@ -156,7 +156,7 @@ def _complete(model: nn.Module) -> None:
     """Give a configuration the token numbers that every training sets; which number it is does not matter."""
     transformer: Any = model
     for name in ("pad_token_id", "image_token_id", "image_token_index"):
-        if getattr(transformer.config, name, 0) is None:
+        if getattr(transformer.config, name, "absent") is None:
             setattr(transformer.config, name, 0)
 
 
@@ -243,6 +243,7 @@ def _with_adapter(model: nn.Module, config: LoraConfig, setting: StepSetting) ->
     config = copy.deepcopy(config)
     config.inference_mode = False
     without_values(config)
+    config.alora_invocation_tokens = None  # PEFT would look for them in tokens that have no values here
     transformer: Any = model
     require_matchable(config, dict(model.named_modules()))
     try:

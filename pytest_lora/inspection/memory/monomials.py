@@ -52,20 +52,17 @@ def further_points(first: Point, family: Family, avoided: Container[int] = ()) -
     low, high = family.between
     lengths = [n for n in (*_LENGTHS, *(low + n for n in _LENGTHS)) if low <= n < high and n not in avoided]
     lengths = [1] if low == 1 else lengths
+    if not lengths:
+        return
     batches = (1,) if family.single_batch else _BATCHES
     own = 1 if family.rank_one else family.alone
     ranks = [own] if own else [family.shares * rank for rank in _RANKS]
     steps = max(len(lengths), len(batches), len(ranks))
     for i in range(steps):
-        point = batches[i % len(batches)], lengths[i % len(lengths)] if lengths else 0, ranks[i % len(ranks)]
+        point = batches[i % len(batches)], lengths[i % len(lengths)], ranks[i % len(ranks)]
         moved = [one != other for one, other in zip(first, point, strict=True)]
         fixed = len(batches) == 1, low == 1, len(ranks) == 1
-        if (
-            lengths
-            and any(moved)
-            and all(map(max, moved, fixed))
-            and _kinds_by_ratio(first, point) is not None
-        ):
+        if any(moved) and all(map(max, moved, fixed)) and _kinds_by_ratio(first, point) is not None:
             yield point
 
 

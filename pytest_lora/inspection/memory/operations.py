@@ -130,7 +130,7 @@ def times_played(unit: int, copies: Mapping[int, int]) -> int:
         copies: Inner units of the whole model by stack, of which two were run.
     """
     stack, role = divmod(unit, KEPT)
-    return copies[stack] - 1 if unit >= 0 and stack in copies and role == FIRST_INNER else 1
+    return copies[stack] - 1 if stack in copies and role == FIRST_INNER else 1
 
 
 def require_like_inner_units(counts: Counts, copies: Mapping[int, int]) -> None:

@@ -80,6 +80,7 @@ class Predictor:
         self._models: dict[int, MetaModel] = {}
         self._traced: dict[Point, Traced] = {}
         self._surfaces = Surfaces(self._family, self._traced, self._trace, self._step, numbers_of(base))
+        self._asked: Point | None = None
         self._quickest = float("inf")  # the first trace imports what it needs
         self._cuts = iter(_CUTS if setting.parallel is None else map(Cut, cuts_of(setting.parallel)))
         self._cut = next(self._cuts)
@@ -133,10 +134,11 @@ class Predictor:
             if self.setting.parallel
             else 0,
             by_formula=self._by_formula(),
-            unmodelled=tuple(
-                _unmodelled(
+            unmodelled=(
+                *_of_adapter(self._config),
+                *_unmodelled(
                     replace(self.setting, batch_size=batch_size, seq_len=seq_len), model, figures.breakdown
-                )
+                ),
             ),
         )
 
@@ -156,6 +158,7 @@ class Predictor:
         return found.shape.peak_reserved(found.sizes, replay, emptied=self.setting.empty_cache, late=late)
 
     def _at(self, point: Point) -> Answer:
+        self._asked = point
         if point not in self._traced:
             # Losses in chunks make as many as there are tokens for.
             if self._quickest < WORTH_FITTING and self.setting.loss == "full":
@@ -186,12 +189,11 @@ class Predictor:
         model = self._base if isinstance(self._base, nn.Module) else None
         # The step runs on the meta device, so the values of a live model are out of its reach.
         with Keeper(model, values=False), collected_late():
-            size = f"batch {batch_size} x {seq_len}, r={rank}"
-            with limited(
-                f"a step of a {type(getattr(self._base, 'config', self._base)).__name__}, {size}"
-            ) as wait:
+            asked = self._asked or point
+            kind = type(getattr(self._base, "config", self._base)).__name__
+            with limited(_in_words(kind, asked, point)) as wait:
                 built = self._model(rank)
-                wait.what = f"a step of {type(built.transformer).__name__}, {size}"
+                wait.what = _in_words(type(built.transformer).__name__, asked, point)
                 since = time.thread_time()  # on a busy machine a trace is not longer, it only waits
                 step = assemble(built, setting)
         require_few(wait.what, step.whole_length())
@@ -208,8 +210,22 @@ class Predictor:
         return self._models[rank]
 
 
+def _in_words(architecture: str, asked: Point, traced: Point) -> str:
+    """The step that was asked for, and the one that is traced where it is another."""
+    step = f"a step of {architecture}, batch {asked[0]} x {asked[1]}, r={asked[2]}"
+    if traced == asked:
+        return step
+    return f"{step} (from how it grows, seen at batch {traced[0]} x {traced[1]}, r={traced[2]})"
+
+
 _IN_FLOAT32 = 2
 """Bytes of a number in float32 for each in the smallest dtype of adapters, which are 16 bits."""
+
+
+def _of_adapter(config: LoraConfig) -> Iterator[Unmodelled]:
+    if getattr(config, "alora_invocation_tokens", None):
+        yield Unmodelled("that an activated LoRA leaves the tokens before its invocation alone is", "at most")
+        yield Unmodelled("copies of the tokens after it are", "at least")
 
 
 def _unmodelled(setting: StepSetting, model: nn.Module, breakdown: Mapping[str, int]) -> Iterator[Unmodelled]:

@@ -145,7 +145,7 @@ def _trl(name: str) -> Any:
 def trainer_arguments(setting: StepSetting) -> Any:
     """The arguments of a TRL trainer: its own defaults, and what was given."""
     values = {**_defaults(_trl(TRL[setting.trainer].arguments)), **dict(setting.args)}
-    if values.get("steps_per_generation", 0) is None:
+    if values.get("steps_per_generation", "absent") is None:
         values["steps_per_generation"] = setting.accumulation
     return SimpleNamespace(**values)
 

@@ -14,9 +14,10 @@ from types import ModuleType
 from pytest_lora.facts.recipe import BaseModel, Flaw, RecipeFacts, RunSetting, SavedAdapter
 from pytest_lora.inspection.recipe import axolotl, home_made, llamafactory, ms_swift, trl
 from pytest_lora.inspection.recipe.beside import Tree
+from pytest_lora.inspection.recipe.clashes import clashes
 from pytest_lora.inspection.recipe.interpolation import resolved
 from pytest_lora.inspection.recipe.keys import Keys
-from pytest_lora.inspection.recipe.unread import unknown_keys, wrong_kinds
+from pytest_lora.inspection.recipe.unread import no_choices, unknown_keys, wrong_kinds
 from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, YamlFile, read_yaml
 from pytest_lora.reading import start_of
 
@@ -91,7 +92,8 @@ def _facts(path: Path, file: YamlFile, tool: ModuleType, keys: Keys, base: str |
         tool=tool.NAME,
         repeated=tuple(file.repeated),
         unknown=tuple(islice(unknown_keys(keys, tool, file), MOST_UNKNOWN)),
-        wrong=tuple(wrong_kinds(file, tool)),
+        wrong=(*wrong_kinds(file, tool), *no_choices(keys, tool)),
+        clashes=tuple(clashes(keys, tool)),
         setting=setting,
         base=None if named is None else base_model(str(named)),
         base_is_adapter=tree.adapter(setting.base.value),

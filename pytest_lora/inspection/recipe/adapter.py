@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _CAST = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_to_transform")
+_MAPPED = ("rank_pattern", "alpha_pattern")
 _PLAIN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias")
 COLLECTING = ("Axolotl", "LLaMA-Factory", "ms-swift")
 """Tools that collect the names of linear modules themselves; the others leave "all-linear" to PEFT."""
@@ -31,7 +32,7 @@ def lora_config(setting: RunSetting, *, several_modalities: bool = False) -> Lor
     """
     from peft import LoraConfig
 
-    fields: dict[str, Any] = {name: _value(setting, name) for name in (*_CAST, *_PLAIN)}
+    fields: dict[str, Any] = {name: _value(setting, name) for name in (*_CAST, *_MAPPED, *_PLAIN)}
     if not several_modalities:
         fields["exclude_modules"] = None
     if fields["layers_to_transform"] is not None and not _are_numbers(fields["layers_to_transform"]):

@@ -10,11 +10,12 @@ from dataclasses import replace
 
 from pytest_lora.facts.recipe import UNKNOWN, RunSetting, Value
 from pytest_lora.inspection.recipe.beside import FSDP_OF_ACCELERATE, Tree, deepspeed_strategy, fsdp_strategy
-from pytest_lora.inspection.recipe.keys import Keys
+from pytest_lora.inspection.recipe.keys import Keys, numbers_by_name
 
 NAME = "Axolotl"
 KEYS = "axolotl"
 STOPS_AT_UNKNOWN = False
+CHECKS_WORDS = True
 _MARKS = (
     "adapter", "micro_batch_size", "sequence_len", "lora_target_linear", "lora_model_dir", "val_set_size",
     "sample_packing", "datasets", "pretraining_dataset",
@@ -84,6 +85,8 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         target_modules=_targets(keys),
         target_parameters=keys.names("lora_target_parameters"),
         layers_to_transform=keys.value("peft_layers_to_transform", read=lambda node: node.unwrapped()),
+        rank_pattern=keys.value("lora_rank_pattern", read=numbers_by_name),
+        alpha_pattern=keys.value("lora_alpha_pattern", read=numbers_by_name),
         modules_to_save=keys.names("lora_modules_to_save"),
         use_rslora=keys.flag("peft_use_rslora", default=False),
         use_dora=keys.flag("peft_use_dora", default=False),
@@ -148,7 +151,8 @@ def _quantization(keys: Keys, adapter: str | None) -> Value:
 def _precision(keys: Keys) -> Value:
     for name, precision in (("bf16", "bf16"), ("bfloat16", "bf16"), ("fp16", "fp16"), ("float16", "fp16")):
         found = keys.node(name)
-        if found and (keys.says(name) or found[1].written in ("auto", "full")):
+        gives_way = found is not None and found[1].written == "auto" and keys.says("fp16")
+        if found and not gives_way and (keys.says(name) or found[1].written in ("auto", "full")):
             line = keys.lines[name]
             return Value(precision, f"line {line}", name, line)
     if not keys.has("bf16"):

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 from pytest_lora.facts.recipe import RunSetting, Value
 from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy, fsdp_strategy
-from pytest_lora.inspection.recipe.keys import Keys, comma_separated
+from pytest_lora.inspection.recipe.keys import Keys, comma_separated, numbers_by_name
 from pytest_lora.inspection.recipe.yaml_file import Node
 
 NAME = "a recipe of one's own"
 KEYS = ""
 STOPS_AT_UNKNOWN = False
+CHECKS_WORDS = False
 
 _BASE = (
     "model_name_or_path", "base_model", "pretrained_model_name_or_path", "model_name", "model_id", "model_path",
@@ -30,6 +31,8 @@ _FROZEN = (
     "freeze_visual",
     "freeze_tower",
 )
+_MAPPINGS = ("tokens", "rank_pattern", "alpha_pattern")
+"""Keys whose mappings are values and no blocks."""
 MAX_LEVELS = 4
 
 
@@ -54,7 +57,7 @@ def flattened(root: Node) -> Keys:
                 if block in ("model", "base") and name in ("name", "id", "path"):
                     plain = "model_name"
                 assert flat.pairs is not None
-                if value.pairs is None or name in ("tokens",):
+                if value.pairs is None or name in _MAPPINGS:
                     if plain not in flat.pairs:
                         flat.pairs[plain] = value
                         written[plain] = name
@@ -110,6 +113,8 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         lora_dropout=keys.number("lora_dropout"),
         target_modules=replace(targets, value=_targets(targets.value)),
         layers_to_transform=keys.value("layers_to_transform", read=lambda node: node.unwrapped()),
+        rank_pattern=keys.value("rank_pattern", read=numbers_by_name),
+        alpha_pattern=keys.value("alpha_pattern", read=numbers_by_name),
         modules_to_save=replace(saved, value=(saved.value,) if isinstance(saved.value, str) else saved.value),
         use_rslora=keys.flag("use_rslora"),
         use_dora=keys.flag("use_dora"),

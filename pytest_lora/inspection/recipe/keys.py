@@ -15,6 +15,11 @@ _INTERPOLATED = re.compile(r"\$\{|\{\{|\$[A-Z_]+\b")
 VISION = r".*(vision|visual|vit\b|audio|multi_modal|multimodal|aligner|merger|connector|projector).*"
 """Modules of a base that are no part of its language model, as models of several modalities call them."""
 
+LANGUAGE = r".*language_model.*"
+"""Modules of the language model of such a base."""
+
+ALL = ".*"
+
 
 class Keys:
     """A mapping of a recipe for one tool; null counts as absent.
@@ -59,7 +64,7 @@ class Keys:
         name, node = found
         line = self.lines.get(name, node.line)
         name = self.written.get(name, name)
-        if node.plain and _INTERPOLATED.search(node.written):
+        if is_filled_in(node):
             return Value(None, f"line {line}, which is filled in elsewhere", name, line)
         return Value(read(node), f"line {line}", name, line)
 
@@ -87,6 +92,11 @@ class Keys:
         """Every key, its value and its line."""
         for name, node in self.pairs.items():
             yield name, node, self.lines.get(name, node.line)
+
+
+def is_filled_in(node: Node) -> bool:
+    """Whether something else fills the value in, such as a variable of the environment."""
+    return node.plain and _INTERPOLATED.search(node.written) is not None
 
 
 def number(node: Node) -> float | None:
@@ -125,6 +135,12 @@ def names_in(node: Node) -> tuple[str, ...] | str | None:
     if node.items is not None:
         return tuple(one.written for one in node.items if one.written)
     return word(node)
+
+
+def numbers_by_name(node: Node) -> dict[str, int] | None:
+    """A mapping of names to whole numbers, as ``rank_pattern`` is; None where it is none."""
+    found = {name: count(value) for name, value in (node.pairs or {}).items()}
+    return {name: value for name, value in found.items() if value is not None} or None
 
 
 def comma_separated(value: Any) -> Any:

@@ -14,6 +14,7 @@ from pytest_lora.inspection.recipe.keys import VISION, Keys, comma_separated
 NAME = "LLaMA-Factory"
 KEYS = "llamafactory"
 STOPS_AT_UNKNOWN = True
+CHECKS_WORDS = False
 _MARKS = ("stage", "finetuning_type", "lora_target", "cutoff_len", "dataset_dir")
 _METHODS = ("bnb", "gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8")
 

@@ -10,11 +10,12 @@ from dataclasses import replace
 
 from pytest_lora.facts.recipe import RunSetting, Value
 from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy, fsdp_strategy
-from pytest_lora.inspection.recipe.keys import VISION, Keys, count
+from pytest_lora.inspection.recipe.keys import ALL, LANGUAGE, VISION, Keys, count
 
 NAME = "ms-swift"
 KEYS = "ms-swift"
 STOPS_AT_UNKNOWN = True
+CHECKS_WORDS = True
 _MARKS = ("tuner_type", "train_type", "sft_type", "split_dataset_ratio", "quant_method", "rlhf_type")
 
 
@@ -52,6 +53,9 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         targets = replace(targets, value="all-linear")
     frozen = keys.flag("freeze_vit", default=True)
     whole = targets.value == "all-linear"
+    excluded = replace(frozen, value=VISION if whole and frozen.value else None)
+    if whole and keys.says("freeze_llm"):
+        excluded = replace(keys.flag("freeze_llm"), value=ALL if frozen.value else LANGUAGE)
     return RunSetting(
         tool=NAME,
         base=keys.word("model"),
@@ -65,7 +69,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         lora_alpha=keys.number("lora_alpha", default=32),
         lora_dropout=keys.number("lora_dropout", default=0.05),
         target_modules=targets,
-        exclude_modules=replace(frozen, value=VISION if whole and frozen.value else None),
+        exclude_modules=excluded,
         target_parameters=keys.names("target_parameters"),
         modules_to_save=keys.names("modules_to_save"),
         use_rslora=keys.flag("use_rslora", default=False),

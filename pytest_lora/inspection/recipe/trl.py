@@ -21,6 +21,7 @@ from pytest_lora.inspection.recipe.keys import Keys, number
 NAME = "TRL"
 KEYS = "trl"
 STOPS_AT_UNKNOWN = False
+CHECKS_WORDS = True
 _MARKS = (
     "use_peft", "dataset_name", "dataset_mixture", "dataset_mixer", "datasets", "lora_target_modules",
     "assistant_only_loss", "completion_only_loss", "lora_task_type", "dataset_text_field",

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from pytest_lora.facts.recipe import UnknownKey, UnknownKind, WrongKind
-from pytest_lora.inspection.recipe.keys import Keys
+from pytest_lora.inspection.recipe.keys import Keys, is_filled_in
 from pytest_lora.inspection.recipe.yaml_file import Node, YamlFile
 
 DROPPED = {"axolotl": ("lora_exclude_modules",)}
@@ -70,7 +70,7 @@ _COMMA = re.compile(r"[-+]?\d+,\d+([eE][-+]?\d+)?")
 
 @cache
 def known_keys() -> dict[str, Any]:
-    """What each tool's keys are: ``version``, ``keys``, ``removed``, ``renamed``, ``plugins``."""
+    """What each tool's keys are: ``version``, ``keys``, ``removed``, ``renamed``, ``choices``, ``plugins``."""
     text = (files("pytest_lora.inspection.recipe") / "known_keys.json").read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text)
     return {tool: {**one, "keys": frozenset(one["keys"])} for tool, one in found.items()}
@@ -187,6 +187,29 @@ def _wrong(name: str, node: Node, line: int, tool: ModuleType) -> WrongKind | No
             True,
         )
     return None
+
+
+JUDGED_APART = frozenset(["quantization_method", "quant_method", "finetuning_type", "bnb_4bit_compute_dtype"])
+"""Keys whose words other rules judge, or that tools also take in other spellings."""
+
+_NEAR = 0.5
+"""How alike a word has to be to the one that is proposed (``difflib``'s ratio): ``bf16`` and ``bfloat16`` are 0.67."""
+
+
+def no_choices(keys: Keys, tool: ModuleType) -> Iterator[WrongKind]:
+    """Words at the top that are none of those that the tool takes for their key."""
+    choices = known_keys().get(tool.KEYS, {}).get("choices", {})
+    for name, node, line in keys.numbered():
+        words = choices.get(name)
+        text = node.written
+        if words is None or name in JUDGED_APART or not isinstance(node.value, str) or text in words:
+            continue
+        if is_filled_in(node):
+            continue
+        near = difflib.get_close_matches(text.lower(), words, n=1, cutoff=_NEAR)
+        became = f"none of the words that {tool.NAME} takes"
+        wanted = f"one of {', '.join(words)}"
+        yield WrongKind(name, line, text, became, wanted, near[0] if near else "", tool.CHECKS_WORDS)
 
 
 def _with_dot(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -98,13 +99,18 @@ def _write_filters(before: tuple[Any, ...]) -> None:
     module.filters[:] = filters
 
 
-def _read_levels() -> list[tuple[logging.Logger, int, bool]]:
-    known = (found for found in logging.root.manager.loggerDict.values() if isinstance(found, logging.Logger))
-    return [(logger, logger.level, logger.disabled) for logger in (logging.root, *known)]
+def _loggers() -> list[logging.Logger]:
+    known = logging.root.manager.loggerDict.values()
+    return [logging.root, *(found for found in known if isinstance(found, logging.Logger))]
 
 
-def _write_levels(before: list[tuple[logging.Logger, int, bool]]) -> None:
-    for logger, level, disabled in before:
+def _read_levels() -> tuple[list[logging.Logger], list[int], list[bool]]:
+    loggers = _loggers()
+    return loggers, [logger.level for logger in loggers], [logger.disabled for logger in loggers]
+
+
+def _write_levels(before: tuple[list[logging.Logger], list[int], list[bool]]) -> None:
+    for logger, level, disabled in zip(*before, strict=True):
         if logger.level != level:
             logger.setLevel(level)
         if logger.disabled != disabled:
@@ -119,38 +125,41 @@ def _write_environment(before: dict[str, str]) -> None:
             os.environ[name] = value
 
 
-def _read_handlers() -> list[_Handlers]:
-    known = (found for found in logging.root.manager.loggerDict.values() if isinstance(found, logging.Logger))
-    return [_Handlers.of(logger) for logger in (logging.root, *known)]
-
-
-def _write_handlers(before: list[_Handlers]) -> None:
-    for one in before:
-        logger = one.logger
-        # A library that is imported meanwhile sets its logger up, once.
-        if not one.is_loaded and _package(logger) in sys.modules:
-            continue
-        logger.handlers, logger.filters, logger.propagate = one.lists[0], one.lists[1], one.propagates
-        for kept, before in zip(one.lists, one.contents, strict=True):
-            if kept != before:
-                kept[:] = before
-
-
 @dataclass(frozen=True, slots=True)
 class _Handlers:
-    """Where the records of a logger go, and whether the package of its name was imported then."""
+    """Where the records of all loggers go, and whether the package of each one's name was imported then.
 
-    logger: logging.Logger
-    lists: tuple[list[Any], list[Any]]
-    contents: tuple[list[Any], list[Any]]
-    propagates: bool
-    is_loaded: bool
+    A column each, as libraries have hundreds of loggers: an object for each would be thousands, each time that a check
+    begins, for Python's garbage collector to walk over.
+    """
+
+    loggers: list[logging.Logger]
+    handlers: list[list[Any]]
+    filters: list[list[Any]]
+    contents: list[tuple[tuple[Any, ...], tuple[Any, ...]]]
+    propagates: list[bool]
+    are_loaded: list[bool]
 
     @classmethod
-    def of(cls, logger: logging.Logger) -> _Handlers:
-        loaded = _package(logger) in sys.modules
-        lists = logger.handlers, logger.filters
-        return cls(logger, lists, (lists[0][:], lists[1][:]), logger.propagate, loaded)
+    def now(cls) -> _Handlers:
+        loggers = _loggers()
+        handlers, filters = [one.handlers for one in loggers], [one.filters for one in loggers]
+        nothing: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
+        held = zip(handlers, filters, strict=True)
+        contents = [(tuple(h), tuple(f)) if h or f else nothing for h, f in held]
+        loaded = [_package(one) in sys.modules for one in loggers]
+        return cls(loggers, handlers, filters, contents, [one.propagate for one in loggers], loaded)
+
+    def restore(self) -> None:
+        columns = self.loggers, self.handlers, self.filters, self.contents, self.propagates, self.are_loaded
+        for logger, handlers, filters, contents, propagates, is_loaded in zip(*columns, strict=True):
+            # A library that is imported meanwhile sets its logger up, once.
+            if not is_loaded and _package(logger) in sys.modules:
+                continue
+            logger.handlers, logger.filters, logger.propagate = handlers, filters, propagates
+            for kept, before in zip((handlers, filters), contents, strict=True):
+                if len(kept) != len(before) or tuple(kept) != before:
+                    kept[:] = before
 
 
 def _package(logger: logging.Logger) -> str:
@@ -173,8 +182,9 @@ SETTINGS = (
     Setting("number of threads", torch.get_num_threads, torch.set_num_threads),
     Setting("warning filters", _read_filters, _write_filters),
     Setting("logging levels", _read_levels, _write_levels, compared=False),
-    Setting("logging handlers", _read_handlers, _write_handlers, compared=False),
+    Setting("logging handlers", _Handlers.now, _Handlers.restore, compared=False),
     Setting("environment variables", os.environ.copy, _write_environment),
+    Setting("garbage collection", gc.isenabled, lambda before: gc.enable() if before else gc.disable()),
     Setting("disabled logging", lambda: logging.root.manager.disable, logging.disable),
 )
 """What is kept of the process; tests attack each."""

@@ -37,7 +37,7 @@ class RandomStates:
     def __init__(self) -> None:
         self._python = random.getstate()
         numpy: Any = sys.modules.get("numpy")
-        self._numpy = numpy.random.get_state() if numpy else None
+        self._numpy = (numpy.random, numpy.random.get_state()) if numpy else None
         self._cpu = torch.get_rng_state()
         self._of_others = {name: read() for name, (read, _) in _others().items()}
         self._of_cuda = _cuda.get_rng_state_all() if cuda_in_use() else None
@@ -50,9 +50,9 @@ class RandomStates:
     def restore(self) -> None:
         """Put them back."""
         random.setstate(self._python)
-        numpy: Any = sys.modules.get("numpy")
-        if numpy and self._numpy:
-            numpy.random.set_state(self._numpy)
+        if self._numpy:
+            generator, state = self._numpy
+            generator.set_state(state)
         torch.set_rng_state(self._cpu)
         for name, (_, write) in _others().items():
             if name in self._of_others:

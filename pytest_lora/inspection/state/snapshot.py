@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from pytest_lora.inspection.state.attributes import AttributeBatch, Attributes
 from pytest_lora.inspection.state.damage import Damage, is_peft, merged_layers
+from pytest_lora.inspection.state.memory import OpaqueTensorError, memory_of
 from pytest_lora.inspection.state.reachable import Reachable
 from pytest_lora.inspection.state.tensors import (
     Content,
     Contents,
-    OpaqueTensorError,
     TensorState,
-    memory_of,
 )
 
 COPIED_BYTES = 256 * 2**20

@@ -2,65 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_lora.inspection.state.attributes import refill
+from pytest_lora.inspection.state.memory import memory_of
 
 _SMALL_BYTES = 2**17
 """Up to this size, calling a comparison costs more than comparing, so that such tensors are compared together."""
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_SPARSE_PARTS = {
-    torch.sparse_coo: ("_indices", "_values"),
-    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
-    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
-    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
-}
 _Form = tuple[torch.dtype, torch.Size, torch.device, tuple[int, ...]]
 _Hooks = dict[str, tuple[Any, dict[int, Any]]]
-
-
-class OpaqueTensorError(Exception):
-    """Nobody gets at the memory of a tensor; says of what kind it is."""
-
-
-def memory_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Dense tensors that together hold the values of a tensor, under the names that they have in it.
-
-    An ordinary tensor is its own memory, under no name, and one on the meta device has none.
-
-    Raises:
-        OpaqueTensorError: It has memory that cannot be read or written, as those of MKL-DNN have.
-    """
-    if tensor.is_meta:
-        return
-    if is_lazy(tensor):
-        raise OpaqueTensorError("not initialized yet")
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            held = getattr(tensor, name)
-            if isinstance(held, Tensor):  # one that is spread over ranks keeps their mesh there
-                for inner, part in memory_of(held):
-                    yield f".{name}{inner}", part
-    elif tensor.layout in _SPARSE_PARTS:
-        for method in _SPARSE_PARTS[tensor.layout]:
-            yield f".{method}", getattr(tensor.detach(), method)()
-    elif tensor.layout is not torch.strided:
-        raise OpaqueTensorError(f"a tensor of layout {str(tensor.layout).removeprefix('torch.')}")
-    elif tensor.is_nested:
-        yield ".values", tensor.detach().values()
-    elif tensor.is_quantized or _overlaps(tensor):
-        storage = tensor.untyped_storage()
-        yield ".storage", torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-    else:
-        yield "", tensor
 
 
 def same_contents(first: Tensor, second: Tensor) -> bool:
@@ -73,14 +28,6 @@ def _same_bytes(one: Tensor, two: Tensor) -> bool:
     return (one.dtype, one.shape) == (two.dtype, two.shape) and torch.equal(
         _bytes(one).cpu(), _bytes(two).cpu()
     )
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether numbers of a tensor share memory, as in ``expand``: torch writes to no such tensor."""
-    if tensor.is_contiguous():
-        return False
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return 0 <= reach < tensor.numel() - 1
 
 
 @dataclass(frozen=True, slots=True)

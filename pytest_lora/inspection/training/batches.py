@@ -135,3 +135,8 @@ def _described(value: Any) -> str:
     if not isinstance(value, Tensor):
         return shown(value)
     return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+
+
+def names_of(batches: tuple[Any, ...]) -> tuple[str, ...]:
+    """Names of what some batches hold, each once."""
+    return tuple(dict.fromkeys(str(n) for batch in batches if isinstance(batch, Mapping) for n in batch))

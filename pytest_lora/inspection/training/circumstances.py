@@ -32,8 +32,8 @@ def live_dropouts(found: Survey) -> Iterator[str]:
 
 def _drops(layer: LoraLayer) -> bool:
     active = layer.active_adapters
-    dropouts = (layer.lora_dropout[a] for a in active if a in layer.lora_dropout)
-    return any(d.training and getattr(d, "p", 0) > 0 for d in dropouts)
+    dropouts: Any = (layer.lora_dropout[a] for a in active if a in layer.lora_dropout)
+    return any(d.training and hasattr(d, "p") and d.p > 0 for d in dropouts)
 
 
 def repacked_layers(found: Survey) -> Iterator[str]:

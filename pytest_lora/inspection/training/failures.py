@@ -16,7 +16,7 @@ _RAISED_BY_TORCH = (RuntimeError, ValueError, TypeError, LookupError, AttributeE
 
 _WORDS: dict[str, FailureKind] = {
     r"features.* tokens? do not match|placeholder|pixel_values|(image|video|audio) tokens": "placeholders",
-    r"token_type_ids`? is required": "token types",
+    r"token_type_ids`? (is|are) (required|missing)": "token types",
     r"target dtype|[Tt]arget size|dtype Long|dtype Float but|be cast to|probabilities": "label dtype",
     r"'indices'": "ids are not whole",
     r"input batch_size": "label shape",

@@ -80,7 +80,7 @@ class FirstSteps:
     @property
     def overflowed(self) -> bool:
         """Whether a GradScaler was still finding its scale at every step, so that the gradients say nothing."""
-        return self._scaler and not any(math.isfinite(norm or 0.0) for _, norm in self._seen)
+        return self._scaler and not any(norm is None or math.isfinite(norm) for _, norm in self._seen)
 
     def facts(self, losses: Sequence[float]) -> TrainingFacts:
         """What was seen, with the loss of each step; batches and labels are unknown, and gradients are clipped."""
@@ -105,7 +105,6 @@ class FirstSteps:
             history=(),
             changes=(),
             dropouts=(),
-            lora_dropout=max((layer.dropout for layer in self._model.active_layers), default=0.0),
             repacked=self._repacked,
             objective=self._objective,
             optimizer_is_fresh=self._is_fresh,

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from pytest_lora.inspection.peft_internals import active_adapters
+
 
 class Ran(IntEnum):
     """How a module was run, the least that a gradient can follow first."""
@@ -28,11 +30,13 @@ class Passed:
     Attributes:
         ran: How each of them was run at best, by its name; those that were not are missing.
         switched_off: Whether one was run with its adapters switched off.
+        without_gradient: Adapters that took part in a pass with gradients off.
     """
 
     def __init__(self) -> None:
         self.ran: dict[str, Ran] = {}
         self.switched_off = False
+        self.without_gradient: set[str] = set()
         self._looks = True
 
     def follow(self, layers: Mapping[str, Any]) -> None:
@@ -57,6 +61,10 @@ class Passed:
         """Modules that were run so at best."""
         return tuple(name for name, ran in self.ran.items() if ran <= how)
 
+    def references(self, active: Iterable[str]) -> tuple[str, ...]:
+        """Adapters, other than the active ones, that took part in a pass with gradients off."""
+        return tuple(sorted(self.without_gradient.difference(active)))
+
     def _toucher(self, name: str) -> Callable[[nn.Module, Any], None]:
         def note(module: Any, arguments: Any) -> None:
             if not self._looks:
@@ -64,7 +72,10 @@ class Passed:
             self.switched_off |= bool(module.disable_adapters)
             first = arguments[0] if arguments else None
             if not isinstance(first, Tensor) or first.numel():
-                self.ran[name] = max(self.ran.get(name, Ran.CUT), how_it_runs())
+                how = how_it_runs()
+                self.ran[name] = max(self.ran.get(name, Ran.CUT), how)
+                if how is Ran.WITHOUT_GRAPH and not module.disable_adapters:
+                    self.without_gradient.update(active_adapters(module))
 
         return note
 

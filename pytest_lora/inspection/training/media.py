@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
+import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.labels import IGNORED
@@ -19,8 +20,14 @@ _INPUTS: dict[Medium, str] = {
 }
 """What inputs of a medium are called in the forward methods of transformers."""
 
-_TYPES = ("mm_token_type_ids",)
-"""Inputs that are above 0 wherever a token stands for a medium (``ProcessorMixin.create_mm_token_type_ids``)."""
+_TYPES = "mm_token_type_ids"
+"""The input that is above 0 wherever a token stands for a medium (``ProcessorMixin.create_mm_token_type_ids``)."""
+
+_RENAMED = {"gemma3": "token_type_ids"}
+"""Types of models whose processor calls it otherwise; elsewhere ``token_type_ids`` tell other things apart."""
+
+_RAW = 64.0
+"""Above this no image is that went through a processor, which divides by 255 and by a deviation of 0.2 to 0.5."""
 
 
 class Placeholder(NamedTuple):
@@ -46,7 +53,8 @@ def placeholders_of(root: nn.Module) -> tuple[Placeholder, ...]:
 def medium_facts(batches: tuple[Any, ...], root: nn.Module) -> Iterator[MediumFacts]:
     """Facts on each medium that a model knows, for each batch of tokens."""
     known = placeholders_of(root)
-    types = next((name for name in _TYPES if known and name in _parameters(root)), "")
+    types = _RENAMED.get(str(getattr(getattr(root, "config", None), "model_type", "")), _TYPES)
+    types = types if known and types in _parameters(root) else ""
     for index, batch in enumerate(batches) if known else ():
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_meta or "inputs_embeds" in batch:
@@ -73,6 +81,7 @@ def _facts(
     grid = f"{medium}_grid_thw"
     given = batch.get(types)
     typed = given if isinstance(given, Tensor) and given.shape == ids.shape else None
+    inputs = tuple(_inputs(batch, medium, media))
     return MediumFacts(
         batch=index,
         medium=medium,
@@ -80,14 +89,50 @@ def _facts(
         field=field,
         placeholders=int(there.sum()),
         rows=int(there.any(dim=1).sum()),
-        inputs=tuple(_inputs(batch, medium, media)),
+        inputs=inputs,
         wanted=_wanted(batch.get(grid), root),
         grid=grid,
         targets=int((targets == token).sum()),
         of_targets=int((targets != IGNORED).sum()),
         types=types,
         untyped=None if typed is None else int((there.to(typed.device) & (typed == 0)).sum()),
+        flat=bool(inputs) and grid in batch and _are_flat(batch.get("position_ids"), there, root),
+        raw=tuple(name for name in inputs if medium != "audio" and _is_raw(batch[name])),
     )
+
+
+def _are_flat(positions: Any, there: Tensor, root: nn.Module) -> bool:
+    """Whether positions are those of a text, for a model whose positions of images have three numbers (M-RoPE)."""
+    if not isinstance(positions, Tensor) or positions.is_meta or not _has_grid_positions(root):
+        return False
+    if positions.ndim != 3:
+        return positions.ndim == 2
+    if positions.shape[0] not in (3, 4) or positions.shape[1:] != there.shape:
+        return False
+    time, height, width = positions[-3:]  # a fourth, before them, counts the tokens of a packed text
+    several = (there.sum(dim=1, keepdim=True) > 1) & there
+    apart = ((time != height) | (height != width)) & several.to(positions.device)
+    return bool(several.any()) and not bool(apart.any())
+
+
+def _has_grid_positions(root: nn.Module) -> bool:
+    config: Any = getattr(root, "config", None)
+    for one in (config, getattr(config, "text_config", None)):
+        for name in ("rope_parameters", "rope_scaling"):
+            rotary = getattr(one, name, None)
+            if isinstance(rotary, Mapping) and "mrope_section" in rotary:
+                return True
+    return False
+
+
+def _is_raw(value: Any) -> bool:
+    """Whether an image holds its bytes, which no processor has brought to the range that a tower was trained on."""
+    if not isinstance(value, Tensor) or value.is_meta or not value.numel() or value.ndim < 2:
+        return False
+    if not value.is_floating_point():
+        return value.dtype == torch.uint8
+    low, high = torch.aminmax(value.detach())
+    return bool(low >= 0) and _RAW < float(high) <= 255.0 and bool((value == value.round()).all())
 
 
 def _inputs(batch: Mapping[str, Any], medium: Medium, media: set[Medium]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from pytest_lora.facts.optimizer import GroupFacts, Misshapen, Missing, OptimizerFacts, Part, ScheduleFacts
 from pytest_lora.inspection.base import dtype_name
 from pytest_lora.inspection.layers import UNREAD, read_values
+from pytest_lora.inspection.peft_adalora import allocation_begins
 from pytest_lora.inspection.peft_internals import (
     active_adapters,
     adapter_names,
@@ -77,7 +78,8 @@ def optimizer_facts(model: nn.Module, optimizer: Optimizer) -> OptimizerFacts:
         TypeError: ``optimizer`` has no ``param_groups``.
     """
     groups = param_groups(optimizer)
-    owned = parameter_parts(survey(model))
+    found = survey(model)
+    owned = parameter_parts(found)
     times = Counter(id(p) for group in groups for p in group["params"])
     holds = set(times)
     own = {id(p): (n, p) for n, p in model.named_parameters()}
@@ -94,6 +96,7 @@ def optimizer_facts(model: nn.Module, optimizer: Optimizer) -> OptimizerFacts:
         foreign=len(holds - own.keys()),
         groups=tuple(_group(i, g, own, owned) for i, g in enumerate(groups)),
         doubled=tuple(n for n, p in trainable.items() if times[id(p)] > 1),
+        allocation_begins=allocation_begins(model, found.lora.values()),
         **_state(optimizer, {n: p for n, p in trainable.items() if id(p) in holds}, owned),
     )
 
@@ -107,7 +110,10 @@ def _state(optimizer: Any, held: dict[str, nn.Parameter], owned: dict[int, Owned
     suspects = {
         name: (held[name], average)
         for name, average in averages.items()
-        if steps.get(name, 0) > 1 and id(held[name]) in owned and owned[id(held[name])].part in ("a", "b")
+        if steps.get(name, 0) > 1
+        and id(held[name]) in owned
+        and owned[id(held[name])].part in ("a", "b")
+        and ".lora_E." not in name  # AdaLoRA sets singular values to zero between two steps
     }
     values = read_values(tensor for pair in suspects.values() for tensor in pair)
     return {
@@ -167,6 +173,8 @@ def schedule_facts(scheduler: Any, optimizer: Any) -> ScheduleFacts:
     """A schedule; one that is a function of the step is also looked at beforehand."""
     inner = getattr(scheduler, "scheduler", scheduler)
     rates = dict(_foreseen(inner))
+    if len(rates) == 1:  # step 0 alone says nothing of the later ones
+        rates.clear()
     ends = None
     for step in sorted(rates, reverse=True):
         if rates[step] > 0:
@@ -216,7 +224,8 @@ def _stated(scheduler: Any, name: str) -> int | None:
 
 
 def _foreseen(scheduler: Any) -> Iterator[tuple[int, float]]:
-    """Largest rate of any group at some steps; nothing where the schedule is no function of the step."""
+    """Largest rate of any group at some steps, up to one at which the schedule raises; nothing where it is no function
+    of the step."""
     functions = getattr(scheduler, "lr_lambdas", None)
     if not functions or type(scheduler).__name__ != "LambdaLR":
         return
@@ -224,7 +233,7 @@ def _foreseen(scheduler: Any) -> Iterator[tuple[int, float]]:
     for step in sorted({*HORIZON, *([planned] if planned else [])}):
         try:
             rates = [rate * float(f(step)) for rate, f in zip(scheduler.base_lrs, functions, strict=True)]
-        except (ArithmeticError, LookupError, TypeError, ValueError):
+        except Exception:  # whatever the user's function raises beyond the steps that it is made for
             return
         yield step, max(rates)
 

@@ -13,19 +13,22 @@ from torch import nn
 
 from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import LabelFacts, WholeTargets
+from pytest_lora.facts.model import unusual_inits
 from pytest_lora.facts.optimizer import OptimizerFacts
 from pytest_lora.facts.steps import Failure, Phase, ShiftFacts, StepFacts
-from pytest_lora.facts.training import TrainingFacts, unusual_inits
+from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.inspection.behaviour.batch_law import BatchLaw
 from pytest_lora.inspection.behaviour.texts import pad_token
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.state import Keeper
+from pytest_lora.inspection.training.answers import answer_facts
 from pytest_lora.inspection.training.base_changes import since_probe, since_snapshot
 from pytest_lora.inspection.training.batches import (
     NoLossError,
     generators_of,
     loss_of,
+    names_of,
     require_batches,
     take_batches,
 )
@@ -260,7 +263,7 @@ class Probe:
         """Everything that was seen; ``given`` is the number of batches there are."""
         facts, found, plan = self._facts, self._found, self._plan
         used = max(1, len({step.batch for step in self._steps}))
-        inputs = _names(self._batches[:used])
+        inputs = names_of(self._batches[:used])
         return TrainingFacts(
             model=facts,
             optimizer=self._described,
@@ -275,14 +278,13 @@ class Probe:
             labels=self._labels,
             batches=given,
             inputs=inputs,
-            later_inputs=tuple(n for n in _names(self._batches[used:]) if n not in inputs),
+            later_inputs=tuple(n for n in names_of(self._batches[used:]) if n not in inputs),
             without_graph=self._passed.at_most(Ran.WITHOUT_GRAPH),
             cut=self._passed.at_most(Ran.CUT),
             media=tuple(medium_facts(self._batches, found.root)),
             history=tuple(float(loss) for loss in plan.history),
             changes=(*self._snapshot, *since_probe(found, self._keeper)),
             dropouts=tuple(live_dropouts(found)),
-            lora_dropout=max((layer.dropout for layer in facts.active_layers), default=0.0),
             repacked=tuple(repacked_layers(found)),
             updates=self._updates.facts(ranks=plan.ranks) if self._updates and self._steps else (),
             failure=self._failure,
@@ -291,10 +293,7 @@ class Probe:
             whole_targets=self._whole,
             empty_rows=tuple(empty_rows(self._batches, found.modules, facts.base, pad_token(found.root))),
             optimizer_is_fresh=self._is_fresh,
+            references=self._passed.references(facts.active),
+            answers=tuple(answer_facts(self._batches)),
             switched_off=self._passed.switched_off and not any(layer.disabled for layer in facts.layers),
         )
-
-
-def _names(batches: tuple[Any, ...]) -> tuple[str, ...]:
-    """Names of what some batches hold, each once."""
-    return tuple(dict.fromkeys(str(n) for batch in batches if isinstance(batch, Mapping) for n in batch))

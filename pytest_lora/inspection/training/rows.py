@@ -10,6 +10,7 @@ from pytest_lora.facts.optimizer import OptimizerFacts
 from pytest_lora.facts.training import Objective, TrainingFacts
 from pytest_lora.inspection.behaviour.texts import pad_token
 from pytest_lora.inspection.model import adapted_survey, model_facts
+from pytest_lora.inspection.training.answers import answer_facts
 from pytest_lora.inspection.training.circumstances import spoiled_inputs
 from pytest_lora.inspection.training.empty_rows import empty_rows
 from pytest_lora.inspection.training.labels import label_facts, vocabulary
@@ -43,11 +44,11 @@ def row_facts(
         history=(),
         changes=(),
         dropouts=(),
-        lora_dropout=max((layer.dropout for layer in facts.active_layers), default=0.0),
         repacked=(),
         spoiled=tuple(spoiled_inputs(batches)),
         objective=objective,
         media=tuple(medium_facts(batches, found.root)),
         empty_rows=tuple(empty_rows(batches, found.modules, facts.base, pad_token(found.root))),
+        answers=tuple(answer_facts(batches)),
         whole_targets=tuple(whole_targets(batches, found.root, facts.base)),
     )

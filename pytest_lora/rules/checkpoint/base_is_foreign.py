@@ -3,7 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.facts.saved_tensors import AdaptedModule
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import name_in_keys
@@ -53,7 +55,7 @@ def base_is_foreign(facts: CheckpointFacts, expect: Expect) -> Iterator[Violatio
             severity="info",
         )
         return
-    if renamed := _renamed(facts.adapted[0].name, facts.fit.base.module_names):
+    if renamed := _renamed(facts.adapted[0], facts.fit.base):
         meant = f"the base calls it {renamed!r}: if this is the same model, rename the keys; else {meant}"
     yield Violation(
         where=facts.fit.base.architecture,
@@ -63,11 +65,16 @@ def base_is_foreign(facts: CheckpointFacts, expect: Expect) -> Iterator[Violatio
     )
 
 
-def _renamed(module: str, known: tuple[str, ...]) -> str | None:
-    """The module of the base that stands at the same place of a block, under another path."""
-    parts = module.split(".")
+def _renamed(module: AdaptedModule, base: BaseFacts) -> str | None:
+    """The module of the base at the same place of a block, under another path: of several the one of its sizes."""
+    parts = module.name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     if not number:
         return None
     ending = "." + ".".join(parts[number - 1 :])
-    return next((name for name in known if f".{name}".endswith(ending)), None)
+    there = [name for name in base.module_names if f".{name}".endswith(ending)]
+    inputs = module.a.shape[-1:] if module.a is not None else ()
+    outputs = module.b.shape[:1] if module.b is not None else ()
+    sizes = {known.name: (known.in_features, known.out_features) for known in base.modules}
+    alike = (name for name in there if sizes.get(name) == (*inputs, *outputs))
+    return next(alike, there[0] if len(there) == 1 else None)

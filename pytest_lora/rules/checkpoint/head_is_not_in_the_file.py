@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.base import BaseFacts
+from pytest_lora.facts.base import HEADS_BY_TASK_TYPE, BaseFacts
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import assigned
@@ -72,5 +72,6 @@ _HEADED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Re
 
 
 def _way(head: str, base: BaseFacts) -> str:
-    by_type = assigned(task_type=base.task_type) if base.task_type else assigned(modules_to_save=[head])
+    adds = head in HEADS_BY_TASK_TYPE.get(base.task_type or "", ())
+    by_type = assigned(task_type=base.task_type) if adds else assigned(modules_to_save=[head])
     return f"{by_type}, so that {head!r} is trained and saved"

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.base import HEADS_BY_TASK_TYPE
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.settings import is_named
 from pytest_lora.rules import Violation, rule
@@ -60,14 +61,13 @@ def new_head_is_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
 
 def _fix(head: str, facts: ConfigFacts) -> str:
     settings = facts.settings
-    fields: dict[str, object] = {"modules_to_save": (*settings.modules_to_save, head)}
+    fields: dict[str, object] = {"modules_to_save": tuple(dict.fromkeys((*settings.modules_to_save, head)))}
     if isinstance(settings.target_modules, tuple):
         rest = without(settings.target_modules, *(n for n in settings.target_modules if is_named(head, n)))
         if rest and rest != settings.target_modules:
             fields["target_modules"] = rest
-    # Where it is set already, this head is one that PEFT does not know of, such as the pooler of DeBERTa.
-    known = settings.task_type == facts.base.task_type
-    by_task_type = (
-        "" if known or len(fields) > 1 else f", or {assigned(task_type=facts.base.task_type)}, which adds it"
-    )
+    # PEFT does not know of every head by its name: not of the pooler of DeBERTa, or the projector of Hubert.
+    task_type = facts.base.task_type
+    adds = settings.task_type != task_type and head in HEADS_BY_TASK_TYPE.get(task_type or "", ())
+    by_task_type = f", or {assigned(task_type=task_type)}, which adds it" if adds and len(fields) == 1 else ""
     return f"set {assigned(**fields)}{by_task_type}"

@@ -36,15 +36,17 @@ def parameter_share_is_outside_the_band(facts: ConfigFacts, expect: Expect) -> I
     ## References
     - LoRA, table 15 and QLoRA, section 4: https://arxiv.org/abs/2305.14314
     """
-    trained = facts.trainable_parameters
-    share = trained / (facts.base.parameters + trained) if trained else 0.0
+    if not facts.layers:
+        return
     if expect.param_ratio is not None:
         low, high = expect.param_ratio
     elif facts.base.parameters >= expect.large_base:
         low, high = (percent / 100 for percent in expect.advised_percent)
     else:
         return
-    if facts.layers and not low <= share <= high:
+    trained = facts.trainable_parameters
+    share = trained / (facts.base.parameters + trained)
+    if not low <= share <= high:
         yield Violation(
             where=f"LoraConfig on {facts.base.architecture}",
             observed=f"{trained:,} trained parameters, {share:.4%} of {facts.base.parameters + trained:,}",

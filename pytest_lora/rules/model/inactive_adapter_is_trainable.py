@@ -42,7 +42,8 @@ def inactive_adapter_is_trainable(facts: ModelFacts, expect: Expect) -> Iterator
     training = facts.training_adapters
     if expect.purpose != "train" or not set(training) & set(facts.active):
         return
-    for adapter in [name for name in training if name not in facts.active]:
+    one_with_another = {name for pair in facts.shared for name in pair}
+    for adapter in [name for name in training if name not in (*facts.active, *one_with_another)]:
         numbers = sum(layer.parameters for layer in facts.of(adapter))
         yield Violation(
             where=grouped(layer.module for layer in facts.of(adapter)),

@@ -14,7 +14,8 @@ def value_has_the_wrong_kind(facts: RecipeFacts, expect: Expect) -> Iterator[Vio
 
     ## What it does
     Looks for numbers that YAML reads as text (`1e-4` where the script takes it as it is, `0,0002`), for words that
-    it reads as booleans (`eval_strategy: no`), and for paths that begin with `~`, which nobody expands.
+    it reads as booleans (`eval_strategy: no`), for paths that begin with `~`, which nobody expands, and for words
+    that are none of those that the tool takes (`dtype: bf16` in TRL).
 
     ## Why is this bad?
     The run raises where text is compared with a number, or where a strategy is false; a path with `~` is looked
@@ -55,11 +56,14 @@ def value_has_the_wrong_kind(facts: RecipeFacts, expect: Expect) -> Iterator[Vio
     - YAML 1.1, booleans: https://yaml.org/type/bool.html
     """
     for one in facts.wrong:
+        is_word = one.wanted == "a word" or one.wanted.startswith("one of ")
         yield Violation(
             at(facts, one.line, one.key),
             f"`{one.key}: {one.written}` is {one.became}",
             one.wanted,
-            f"write `{one.key}: {one.mended}`",
-            "error" if one.stops and one.wanted == "a word" else None,
+            f"write `{one.key}: {one.mended}`"
+            if one.mended
+            else f"write one of these words after `{one.key}:`",
+            "error" if one.stops and is_word else None,
             one.line,
         )

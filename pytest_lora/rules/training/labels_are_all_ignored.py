@@ -14,7 +14,8 @@ def labels_are_all_ignored(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
 
     ## What it does
     Counts the labels that are not -100 in each batch; for causal models after their shift, so that a
-    label at the first position does not count. A masked prompt is no finding.
+    label at the first position does not count. A masked prompt is no finding. So are `chosen_labels`,
+    `rejected_labels` and TRL's `completion_mask`, row by row.
 
     ## Why is this bad?
     The mean over no label is NaN, or zero where the trainer divides by a given number. It comes from a
@@ -59,6 +60,17 @@ def labels_are_all_ignored(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
             fix="raise the maximal length so that answers are not cut off, or drop such rows",
             severity="warning",
         )
+    for named in dict.fromkeys(known.named for known in facts.answers):
+        of_name = [known for known in facts.answers if known.named == named]
+        rows, empty_rows = sum(known.rows for known in of_name), sum(known.empty for known in of_name)
+        if rows > 1 and empty_rows >= SHARE * rows:
+            yield Violation(
+                where=named,
+                observed=f"an answer has no token that counts in {empty_rows} of {rows} rows",
+                expected="answers to compare in most rows",
+                fix="raise the maximal length so that answers are not cut off, or drop such rows",
+                severity="warning",
+            )
 
 
 SHARE = 0.25

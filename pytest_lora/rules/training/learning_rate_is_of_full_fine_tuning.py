@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.training import TrainingFacts, unusual_inits
+from pytest_lora.facts.model import unusual_inits
+from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
 MOVES_NOTHING = 0.01

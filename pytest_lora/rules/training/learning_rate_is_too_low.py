@@ -18,8 +18,9 @@ def learning_rate_is_too_low(facts: TrainingFacts, expect: Expect) -> Iterator[V
     Looks for a rate below 1e-7 with an optimizer of the Adam family (below 2e-6 if the losses so far have
     not fallen), times what an `eps` far above the gradients leaves of it, and for one so low with plain SGD
     that a hundred thousand steps (a thousand, if the losses have not fallen) would not lower the loss by
-    1 %. Where the losses have not fallen, also for a schedule that keeps the rate that low now: one that
-    every step halves at least, or a warm-up of more than a hundred times the steps taken.
+    1 %, or that all steps of the run, where it says how many, would not lower it by 0.1 %. Where the losses
+    have not fallen, also for a schedule that keeps the rate that low now: one that every step halves at least,
+    or a warm-up of more than a hundred times the steps taken.
 
     ## Why is this bad?
     With Adam each step moves each number by about the rate. With SGD it moves them by the rate times the
@@ -87,6 +88,9 @@ STEPS, STEPS_FLAT, SHARE = 1e5, 1e3, 0.01
 """A plain gradient step lowers the loss by rate * norm**2; after so many steps this share should be gone. Fewer are
 allowed where the losses so far have not fallen."""
 
+SHARE_OF_A_RUN = 0.001
+"""The same for the steps that a run is known to take: a tenth, as momentum of 0.9 makes ten steps of one."""
+
 OUTWEIGHED = 0.1
 """Where eps takes less than nine tenths of a step, the gradients are small and not the eps large."""
 
@@ -133,7 +137,8 @@ def _kept_low(facts: TrainingFacts, groups: list[GroupFacts], peak: float) -> It
         return
     if last > first:
         until = max(schedule.not_before or 0, schedule.warm_up or 0)
-        in_proportion = schedule.warm_up and schedule.warm_up <= WARM_UP_SHARE * (schedule.planned or 0)
+        whole = schedule.planned
+        in_proportion = whole and schedule.warm_up and schedule.warm_up <= WARM_UP_SHARE * whole
         if not taken or until <= LONG_WARM_UP * taken or in_proportion:
             return
         why = f"warm-up: it is {last:.2g} after {taken} steps, and below its peak of {peak:g} until step {until}"
@@ -163,4 +168,8 @@ def _crawls(facts: TrainingFacts, rate: float) -> bool:
     norms = [s.gradient_norm for s in facts.steps if s.gradient_norm and math.isfinite(s.gradient_norm)]
     loss = facts.steps[0].loss
     steps = STEPS_FLAT if facts.history_is_flat else STEPS
-    return bool(norms) and loss > 0.05 and steps * rate * max(norms) ** 2 < SHARE * loss
+    if not norms or loss <= 0.05:
+        return False
+    planned = facts.known_steps or (facts.schedule.ends if facts.schedule else None)
+    lowered = rate * max(norms) ** 2
+    return steps * lowered < SHARE * loss or bool(planned and planned * lowered < SHARE_OF_A_RUN * loss)

@@ -54,8 +54,8 @@ def learning_rate_is_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
             fix="call scheduler.step() after every optimizer.step(), not once an epoch",
             severity="warning",
         )
-    elif _ends_before(facts):
-        yield from _over_too_soon(facts)
+    elif over := _over_too_soon(facts):
+        yield over
     else:
         yield from _in_some_groups(facts)
 
@@ -64,22 +64,20 @@ LEFT = 0.2
 """Share of a run at a rate of zero that no recipe asks for: cool-downs at zero are a few steps long."""
 
 
-def _ends_before(facts: TrainingFacts) -> bool:
-    ends, total = facts.schedule.ends if facts.schedule else None, facts.total_steps
-    return bool(ends and total and total >= TRIED_OUT and ends <= (1 - LEFT) * total)
-
-
-def _over_too_soon(facts: TrainingFacts) -> Iterator[Violation]:
+def _over_too_soon(facts: TrainingFacts) -> Violation | None:
     schedule, total = facts.schedule, facts.total_steps
-    if schedule is not None and schedule.ends is not None and total is not None:
-        yield Violation(
-            where=f"scheduler ({schedule.schedule})",
-            observed=f"the learning rate is 0 from step {schedule.ends} on, in a run of {total}: the last "
-            f"{total - schedule.ends} steps change nothing",
-            expected="a learning rate above 0 until training ends",
-            fix=f"make the schedule for the optimizer steps of this run: num_training_steps={total}",
-            severity="warning",
-        )
+    if not schedule or not schedule.ends or not total or total < TRIED_OUT:
+        return None
+    if schedule.ends > (1 - LEFT) * total:
+        return None
+    return Violation(
+        where=f"scheduler ({schedule.schedule})",
+        observed=f"the learning rate is 0 from step {schedule.ends} on, in a run of {total}: the last "
+        f"{total - schedule.ends} steps change nothing",
+        expected="a learning rate above 0 until training ends",
+        fix=f"make the schedule for the optimizer steps of this run: num_training_steps={total}",
+        severity="warning",
+    )
 
 
 def _everywhere(facts: TrainingFacts) -> Iterator[Violation]:

@@ -19,13 +19,15 @@ ABOVE = 0.1
 
 @rule("LORA372", severity="warning", needs=TrainingFacts)
 def reference_is_not_the_start(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
-    """The reference of a preference loss is not the model that training begins with.
+    """The reference of a preference or policy loss is not the model that training begins with.
 
     ## What it does
     Looks at the first loss that compares chosen with rejected answers, of an optimizer that has taken no step yet.
     Where the adapter has been trained before and is switched off for the reference, the reference is the base without
     it: a warning if the loss is not ln(2). In a run of TRL's DPOTrainer with the published loss, a first loss more than
-    0.1 above ln(2) shows the same.
+    0.1 above ln(2) shows the same. So does, of a trained adapter and whatever the loss, a reference adapter that
+    is zero everywhere, and an adapter switched off in a loss that rewards sampled answers (inputs called
+    `advantages` or `rewards`).
 
     ## Why is this bad?
     The loss holds the model to its reference. Against the base it takes credit for what supervised fine-tuning had
@@ -81,7 +83,15 @@ def reference_is_not_the_start(facts: TrainingFacts, expect: Expect) -> Iterator
     - Direct Preference Optimization: https://arxiv.org/abs/2305.18290
     - https://github.com/huggingface/trl/issues/1340
     """
-    if not facts.compares_answers or not facts.optimizer_is_fresh or not facts.steps or not facts.finite:
+    if not facts.optimizer_is_fresh or not facts.steps or not facts.finite:
+        return
+    if not facts.is_fresh:
+        known = facts.compares_answers or facts.rewards_answers
+        empty = tuple(name for name in facts.empty_references if known or "ref" in name.lower())
+        if empty or (facts.rewards_answers and facts.switched_off and not facts.compares_answers):
+            yield _of_the_base(empty)
+            return
+    if not facts.compares_answers:
         return
     loss = facts.steps[0].loss
     against_the_base = facts.switched_off and not facts.is_fresh and abs(loss - START) > OFF
@@ -92,6 +102,23 @@ def reference_is_not_the_start(facts: TrainingFacts, expect: Expect) -> Iterator
         where="loss",
         observed=f"the first loss is {loss:.4g}, and {START:.4f} where reference and model are the same{how}",
         expected="a reference that is the model as it starts, with what it learned before",
-        fix="merge the adapter into the base before preference tuning and add a new one, or load it a second time as a "
-        "frozen adapter for the reference",
+        fix=_FIX,
+    )
+
+
+_FIX = (
+    "merge the adapter into the base before preference tuning and add a new one, or load it a second time as a "
+    "frozen adapter for the reference"
+)
+
+
+def _of_the_base(empty: tuple[str, ...]) -> Violation:
+    """A reference that is the base, where training goes on from an adapter."""
+    names = ", ".join(map(repr, empty))
+    why = f"adapter {names}, zero everywhere, is" if empty else "the adapter is disabled for"
+    return Violation(
+        where="loss",
+        observed=f"{why} the reference, which so is the base; the adapter that trains has been trained before",
+        expected="a reference that is the model as it starts, with what it learned before",
+        fix=_FIX,
     )

@@ -12,8 +12,8 @@ def token_types_do_not_fit(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
     """Token types do not say where the images are, or are left out.
 
     ## What it does
-    For models whose forward pass takes `mm_token_type_ids`: looks for placeholders that they call text (0), and for
-    batches with images that leave them out and bring no `position_ids` either.
+    For models whose forward pass takes `mm_token_type_ids` (`token_type_ids` in Gemma 3): looks for placeholders that
+    they call text (0), and for batches with images that leave them out and bring no `position_ids` either.
 
     ## Why is this bad?
     The model places images by them: their rows and columns in the positions, or the tokens that see each other
@@ -43,11 +43,12 @@ def token_types_do_not_fit(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
     for medium in facts.media:
         if not (medium.types and medium.placeholders and medium.inputs):
             continue
-        if medium.untyped is None and "position_ids" not in facts.inputs:
+        placed = "position_ids" in facts.inputs and medium.types.startswith("mm_")
+        if medium.untyped is None and not placed:
             observed = (
                 f"no {medium.types}, though there are {medium.placeholders} {medium.medium} placeholders and "
             )
-            observed += "the model takes it: it reads them at the positions of a text"
+            observed += "the model takes it: it reads them as a text, one after the other"
         elif medium.untyped:
             observed = (
                 f"{medium.types} are 0 (text) at {medium.untyped} of {medium.placeholders} {medium.medium} "

@@ -64,7 +64,7 @@ def training_is_not_finite(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
 
 def _at_a_step(facts: TrainingFacts) -> Iterator[Violation]:
     for number, step in enumerate(facts.steps, 1):
-        if math.isfinite(step.loss) and math.isfinite(step.gradient_norm or 0.0):
+        if step.finite:
             continue
         loss_is_finite = math.isfinite(step.loss)
         if loss_is_finite and facts.scaler and number < len(facts.steps):

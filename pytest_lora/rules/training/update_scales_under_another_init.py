@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from statistics import median
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.model import unusual_inits
 from pytest_lora.facts.steps import UpdateFacts
-from pytest_lora.facts.training import TrainingFacts, unusual_inits
+from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import grouped, starred
 from pytest_lora.rules import Violation, rule
 
@@ -69,7 +70,8 @@ def update_scales_under_another_init(facts: TrainingFacts, expect: Expect) -> It
 def _gradient(facts: TrainingFacts, update: UpdateFacts) -> float:
     """Norm of the gradient of both factors at the last step."""
     own = (t for t in facts.tensors if (t.module, t.adapter) == (update.module, update.adapter))
-    return math.hypot(*((t.gradients[-1] or 0.0) for t in own if t.part in ("a", "b") and t.gradients))
+    last = (t.gradients[-1] for t in own if t.part in ("a", "b") and t.gradients)
+    return math.hypot(*filter(None, last))
 
 
 def _spread(values: Iterator[float]) -> str:

@@ -39,14 +39,14 @@ def weight_decay_erases_the_adapter(facts: OptimizerFacts, expect: Expect) -> It
     for group in facts.groups:
         if not {"a", "b"} & set(group.parts) or expect.purpose != "train":
             continue
-        share = max(group.lr, group.initial_lr or 0.0) * group.weight_decay
+        share = max(group.lr, group.initial_lr or group.lr) * group.weight_decay
         if group.weight_decay >= MOST or share >= MOST_A_STEP:
             yield Violation(
                 where=f"optimizer ({facts.optimizer}), param_groups[{group.index}]",
                 observed=f"weight_decay={group.weight_decay:g} takes {100 * share:.3g} % off the adapter at "
                 "every step",
                 expected="a weight decay of 0 to 0.1; the effect of LoRA is small enough without",
-                fix=_fix(group, max(group.lr, group.initial_lr or 0.0)),
+                fix=_fix(group, max(group.lr, group.initial_lr or group.lr)),
                 severity="error" if share >= MOST_A_STEP else None,
             )
 

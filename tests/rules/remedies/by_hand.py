@@ -1,11 +1,13 @@
 """Rules whose fix no program can apply to a script, and why."""
 
+from __future__ import annotations
+
+from pytest_lora.rules import Rule
+
 _LOADED_ANEW = "the base has to be loaded anew from its files"
 _LOADED_ELSEWHERE = "the example takes a base that is there already; cases that load theirs are mended"
 _VALUES_ARE_LOST = "the values are lost; only a checkpoint of the user's has them"
 _ORDER = "two calls of the user's code have to change places, or one has to go"
-
-_WRAPPED_ANEW = "the model has to be wrapped anew, in a fresh process"
 
 _LOSS_FUNCTION = "the loss function, or the loop around it, is the user's own code"
 _DATA = "the code that makes the data is the user's own"
@@ -39,14 +41,9 @@ BY_HAND: dict[str, str] = {
     "LORA243": _FILE,
     "LORA244": _SET_BY_HAND,
     "LORA247": _ORDER,
-    "LORA249": _ORDER,
-    "LORA250": _ORDER,
-    "LORA251": _WRAPPED_ANEW,
-    "LORA252": _WRAPPED_ANEW,
-    "LORA253": _LOADED_ANEW,
-    "LORA254": _WRAPPED_ANEW,
-    "LORA255": _WRAPPED_ANEW,
-    "LORA256": _WRAPPED_ANEW,
+    "LORA257": _SET_BY_HAND,
+    "LORA258": "which of the ways fits, only the user knows",
+    "LORA259": _LOADED_ANEW,
     "LORA246": "the adapter has to be converted, or to get a base of its own",
     "LORA310": _VALUES_ARE_LOST,
     "LORA311": _LOSS_FUNCTION,
@@ -57,14 +54,15 @@ BY_HAND: dict[str, str] = {
     "LORA328": _DATA,
     "LORA334": _LOADED_ANEW,
     "LORA338": "it is an info that asks for no change",
+    "LORA348": _LOSS_FUNCTION,
     "LORA361": _DATA,
     "LORA363": _DATA,
     "LORA365": "the state of the optimizer has to be loaded from its file",
-    "LORA369": _LOSS_FUNCTION,
     "LORA372": _ORDER,
     "LORA373": _DATA,
-    "LORA374": _DATA,
-    "LORA376": _LOADED_ANEW,
+    "LORA377": _DATA,
+    "LORA378": _DATA,
+    "LORA379": _DATA,
     "LORA401": _FILE,
     "LORA402": _FILE,
     "LORA404": _FILE,
@@ -91,7 +89,6 @@ BY_HAND: dict[str, str] = {
     "LORA443": _FILE,
     "LORA444": _VALUES_ARE_LOST,
     "LORA445": _FILE,
-    "LORA446": _VALUES_ARE_LOST,
     "LORA451": _OTHER_BASE,
     "LORA452": _TRAINING_KNOWS,
     "LORA461": _FILE,
@@ -125,3 +122,8 @@ STAGES_BY_HAND = {
     "sweep": "the sweep is over; only the next one shows what a change does",
 }
 """Stages of which no fix can be applied, and why."""
+
+
+def by_hand(known: Rule) -> str | None:
+    """Why the fix of a rule can not be applied by a program; None where it can."""
+    return BY_HAND.get(known.code, STAGES_BY_HAND.get(known.stage)) or None

@@ -194,6 +194,16 @@ TRAININGS = [
     ("LORA313", training().replace("lora_alpha=16", "lora_alpha=0")),
     ("LORA313", training().replace("lora_alpha=16", "lora_dropout=1.0")),
     (
+        "LORA369",
+        "from transformers import MBartConfig, MBartForCausalLM\n"
+        "sizes = {'d_model': 32, 'decoder_layers': 1, 'decoder_attention_heads': 2, 'decoder_ffn_dim': 64}\n"
+        "sizes.update(vocab_size=128, is_decoder=True, is_encoder_decoder=False)\n"
+        "unshifted = MBartForCausalLM(MBartConfig(**sizes))\n"
+        "model = get_peft_model(unshifted, LoraConfig(target_modules=['q_proj', 'v_proj']))\n"
+        "batch['input_ids'] %= 128\nbatch['labels'] = batch['input_ids'].clone()\n"
+        "report = check_training(model, batch)",
+    ),
+    (
         "LORA321",
         training(
             "batch['input_ids'][:, 6:] = 0\nbatch.pop('attention_mask')\n"

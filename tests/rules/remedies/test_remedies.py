@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cache, partial
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from pytest_lora import Finding
 from pytest_lora.rules import Rule, catalogue
-from tests.rules.remedies.by_hand import BY_HAND, STAGES_BY_HAND
+from tests.rules.remedies.by_hand import BY_HAND, STAGES_BY_HAND, by_hand
 from tests.rules.remedies.cases import CASES
 from tests.rules.remedies.kept import lost, possessions
-from tests.rules.remedies.recipe_lines import Edit, edits, mended_recipe
-from tests.rules.remedies.script import executed, mended
+from tests.rules.remedies.recipe_lines import Edit, edits
+from tests.rules.remedies.rewritten import REWRITTEN, Rewriting
+from tests.rules.remedies.script import executed
+from tests.rules.remedies.ways import offered
 from tests.rules.remedies.words import alternatives
 from tests.rules.test_catalogue import SLOW, code
-
-RECIPES = {known.code for known in catalogue() if known.stage == "recipe"}
 
 every_rule = pytest.mark.parametrize(
     "known",
@@ -39,13 +39,6 @@ def prove(judged: str, source: str) -> int:
     mine = of(judged, findings)
     assert mine, f"{judged} has nothing to say about\n{source}"
     return sum(mends(judged, source, way) for way in range(max(len(offered(f)) for f in mine)))
-
-
-def offered(finding: Finding) -> list[Callable[[str], str | None]]:
-    """The ways of a fix, each as a function from the script with the fault to the script with the fix."""
-    if finding.code in RECIPES:
-        return [partial(mended_recipe, way=way, line=finding.line) for way in edits(finding.fix)]
-    return [partial(mended, steps=way) for way in alternatives(finding.fix)]
 
 
 def mends(judged: str, source: str, way: int) -> bool:
@@ -81,31 +74,36 @@ def of(judged: str, findings: Iterable[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.code == judged]
 
 
-def by_hand(known: Rule) -> str | None:
-    """Why the fix of a rule can not be applied by a program; None where it can."""
-    return BY_HAND.get(known.code, STAGES_BY_HAND.get(known.stage))
-
-
 @every_rule
 def test_the_fix_of_the_example_mends_it(known: Rule) -> None:
     if reason := by_hand(known):
         pytest.skip(reason)
+    if known.code in REWRITTEN:
+        pytest.skip("its fix is prose, and applied below")
     assert prove(known.code, code(known, "Example")), f"{known.code}: no step of the fix could be applied"
 
 
-@every_rule
-def test_a_fix_that_is_done_by_hand_has_nothing_to_apply(known: Rule) -> None:
-    if not (reason := by_hand(known)):
-        pytest.skip("its fix is applied")
-    if known.name in SLOW:
-        pytest.skip("test_catalogue.py runs the example, in several processes")
+@pytest.mark.parametrize(
+    ("judged", "way"), [(judged, way) for judged, ways in REWRITTEN.items() for way in ways]
+)
+def test_lines_that_a_fix_in_prose_changes_mend_the_example(judged: str, way: Rewriting) -> None:
+    (known,) = (one for one in catalogue() if one.code == judged)
     source = code(known, "Example")
-    for finding in of(known.code, outcome(source)[0]):
-        assert all(way(source) is None for way in offered(finding)), f"{reason}: {finding.fix}"
+    assert source.count(way.old) == 1, source
+    script = source.replace(way.old, way.new)
+    (findings, owned), (after, still_owned) = outcome(source), outcome(script)
+    mine = of(judged, findings)
+    assert mine
+    assert all(way.said in finding.fix for finding in mine), mine
+    said = f"{script}\n\n" + "\n\n".join(map(str, after))
+    assert not of(judged, after), said
+    assert grave(after) <= grave(findings), said
+    assert all(way.gone and one.endswith(way.gone) for one in lost(owned, still_owned, mine)), said
 
 
 def test_fixes_that_are_done_by_hand_are_of_rules_that_exist() -> None:
     assert BY_HAND.keys() <= {known.code for known in catalogue()}
+    assert not BY_HAND.keys() & REWRITTEN.keys()
     assert STAGES_BY_HAND.keys() <= {known.stage for known in catalogue()}
 
 

@@ -91,6 +91,9 @@ SMALL = {"gradients": (1.0,), "numbers": 100, "held": True, "part": "b"}
         # A plain gradient step lowers the loss by rate * norm ** 2.
         ({"rates": (3.9e-7,) * 2, "optimizer": "SGD"}, HARDLY),
         ({"rates": (4.1e-7,) * 2, "optimizer": "SGD"}, None),
+        ({"rates": (7.9e-5,) * 2, "optimizer": "SGD", "schedule": schedule(planned=50)}, HARDLY),
+        ({"rates": (7.9e-5,) * 2, "optimizer": "SGD", "schedule": schedule(ends=50)}, HARDLY),
+        ({"rates": (8.1e-5,) * 2, "optimizer": "SGD", "schedule": schedule(planned=50)}, None),
         ({"rates": (3.9e-7,) * 2, "optimizer": "SGD", "norms": (1.0, 2.0)}, None),
         ({"rates": (3.9e-7,) * 2, "optimizer": "SGD", "norms": (None, math.nan)}, None),
         ({"rates": (3.9e-5,) * 2, "optimizer": "SGD", "history": FLAT}, HARDLY),

@@ -1,0 +1,124 @@
+"""Several adapters on one model, compared with each other: shared tensors, and sums that PEFT made of others."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from pytest_lora.facts.adapters_beside import CombinedAdapter
+from pytest_lora.inspection.peft_internals import (
+    Factors,
+    LoraConfig,
+    LoraLayer,
+    adapter_names,
+    factors,
+    further_tensors,
+)
+
+_KINDS = ("use_rslora", "use_dora", "lora_bias", "kasa_config")
+"""What a sum of factors does not carry (huggingface/peft issue 3761)."""
+
+_SAME = 1e-4
+"""Share of its length by which a sum of factors may miss what it is said to be: float32 on the way loses 1e-6."""
+
+
+def shared_adapters(lora: Mapping[str, LoraLayer]) -> tuple[tuple[str, str], ...]:
+    """Pairs of adapters of which both factors are one tensor on every module that both are on."""
+    same: dict[tuple[str, str], bool] = {}
+    for layer in lora.values():
+        for pair in itertools.combinations(adapter_names(layer), 2):
+            if same.get(pair, True):
+                first, second = (factors(layer, name) for name in pair)
+                same[pair] = _is_one(first.a, second.a) and _is_one(first.b, second.b)
+    return tuple(pair for pair, is_one in same.items() if is_one)
+
+
+def _is_one(first: Tensor, second: Tensor) -> bool:
+    if first is second:
+        return True
+    stored = first.device == second.device and not first.is_meta and first.numel() > 0
+    return stored and first.shape == second.shape and first.data_ptr() == second.data_ptr() != 0
+
+
+def combined_adapters(
+    lora: Mapping[str, LoraLayer], configs: Mapping[str, LoraConfig]
+) -> Iterator[CombinedAdapter]:
+    """Adapters that ``add_weighted_adapter`` summed of others whose kind it does not know, as their factors show.
+
+    It scales the factors that it sums, and gives the sum ``lora_alpha = r``; rsLoRA, magnitudes and biases are copied
+    from the first configuration, not combined. A copy of an adapter, and an average that keeps its alpha, are no such.
+    """
+    for at, (name, config) in enumerate(configs.items()):
+        kinds = [kind for kind in _KINDS if getattr(config, kind, False)]
+        before = list(configs)[:at]
+        if not kinds or config.lora_alpha != config.r or config.rank_pattern or not before:
+            continue
+        layers = [layer for layer in lora.values() if name in adapter_names(layer)]
+        used = _summed(layers, name, before)
+        first = configs[next(iter(used))] if used else config
+        if len(used) > 1 and (first.r, first.lora_alpha) == (config.r, config.lora_alpha):
+            continue
+        if used and all(math.isclose(weight, 1.0, rel_tol=_SAME) for weight in used.values()):
+            kinds = [k for k in kinds if k != "use_rslora" and not _alike(layers, name, next(iter(used)))]
+        if used and kinds:
+            yield CombinedAdapter(name, tuple(used), tuple(kinds), float(layers[0].scaling[name]))
+
+
+def _alike(layers: list[LoraLayer], name: str, other: str) -> bool:
+    """Whether two adapters hold the same numbers beside their factors wherever both are."""
+    for layer in layers:
+        own, theirs = (dict(further_tensors(layer, adapter)) for adapter in (name, other))
+        if own.keys() == theirs.keys() and any(not torch.equal(own[part], theirs[part]) for part in own):
+            return False
+    return True
+
+
+def _summed(layers: list[LoraLayer], name: str, others: list[str]) -> dict[str, float]:
+    """Adapters of which another one is a sum on every module, with their share in it; empty where it is none."""
+    found: dict[str, float] = {}
+    for layer in layers:
+        beside = {other: factors(layer, other) for other in others if other in adapter_names(layer)}
+        own = factors(layer, name)
+        if own.b.is_meta or own.b_name != "lora_B" or not bool(own.b.any()):
+            return {}
+        used = _weighted(own, beside) or _stacked(own.b, beside)
+        if not used:
+            return {}
+        found |= used
+    return found
+
+
+def _stacked(b: Tensor, beside: dict[str, Factors]) -> dict[str, float]:
+    """Adapters whose ``lora_B`` stands, as it is, in the columns of a wider one (``combination_type="cat"``)."""
+    found: dict[str, float] = {}
+    for name, (_, _, _, own, _) in beside.items():
+        width = own.shape[-1]
+        fits = own.ndim == 2 and own.shape[0] == b.shape[0] and width < b.shape[1] and bool(own.any())
+        starts = range(b.shape[1] - width + 1) if fits else ()
+        if any(torch.equal(b[:, at : at + width], own) for at in starts):
+            found[name] = math.nan
+    return found
+
+
+def _weighted(own: Factors, beside: dict[str, Factors]) -> dict[str, float]:
+    """Adapters whose factors, both times the same numbers, add up to those of another (``"linear"``)."""
+    alike = {n: f for n, f in beside.items() if f.a.shape == own.a.shape and f.b.shape == own.b.shape}
+    alike = {n: f for n, f in alike.items() if bool(f.b.any())}
+    if not alike:
+        return {}
+    stacked = torch.stack([_as_one(f) for f in alike.values()], 1)
+    wanted = _as_one(own)[:, None]
+    weights = torch.linalg.lstsq(stacked, wanted).solution
+    missed = torch.linalg.vector_norm(stacked @ weights - wanted)
+    if not float(missed) <= _SAME * float(torch.linalg.vector_norm(wanted)):
+        return {}
+    shares = zip(alike, weights.flatten().tolist(), strict=True)
+    return {name: weight for name, weight in shares if abs(weight) > _SAME}
+
+
+def _as_one(pair: Factors) -> Tensor:
+    return torch.cat([tensor.detach().float().flatten() for tensor in (pair.a, pair.b)])

@@ -1,0 +1,112 @@
+"""Fixes in prose that a program can still apply: what each says, and the lines of the example that it changes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Rewriting(NamedTuple):
+    """What the fix has to say, and what a reader of it writes in place of which lines.
+
+    ``gone`` is the end of modules whose values the fix makes anew, as it says, or hides in a flat parameter.
+    """
+
+    said: str
+    old: str
+    new: str
+    gone: str | None = None
+
+
+_DDP = "wrapped = in_one_process(nn.parallel.DistributedDataParallel, model"
+_CAST = """for parameter in model.parameters():
+    if parameter.requires_grad:
+        parameter.data = parameter.data.float()
+"""
+_POLICY = """from peft.utils.other import fsdp_auto_wrap_policy
+settings = {
+    "device_id": torch.device("cpu"),
+    "use_orig_params": False,
+    "auto_wrap_policy": fsdp_auto_wrap_policy(model),
+}
+"""
+_BASE_LAYERS = """for name, module in model.named_modules():
+    if name.endswith("base_layer"):
+        in_one_process(fully_shard, module)
+"""
+_WHOLE_LAYERS = """for layer in model.base_model.model.model.layers:
+    in_one_process(fully_shard, layer)
+"""
+
+REWRITTEN: dict[str, list[Rewriting]] = {
+    "LORA249": [
+        Rewriting(
+            "call set_adapter or requires_grad_ first, then wrap the model in DistributedDataParallel again",
+            f'{_DDP})\nmodel.set_adapter("second")',
+            f'model.set_adapter("second")\n{_DDP})',
+        ),
+    ],
+    "LORA250": [
+        Rewriting("model.set_adapter freezes", _DDP, f'model.set_adapter("default")\n{_DDP}'),
+        Rewriting("find_unused_parameters=True", f"{_DDP})", f"{_DDP}, find_unused_parameters=True)"),
+    ],
+    "LORA251": [
+        Rewriting("use_reentrant False", '"use_reentrant": True', '"use_reentrant": False'),
+        Rewriting("leave find_unused_parameters out", ", find_unused_parameters=True", ""),
+    ],
+    "LORA252": [
+        Rewriting("leave find_unused_parameters out", ", find_unused_parameters=True", ""),
+    ],
+    "LORA253": [
+        Rewriting("bnb_4bit_quant_storage='bfloat16'", "storage=torch.float32", "storage=torch.bfloat16"),
+        Rewriting("take param_dtype out of the policy", "param_dtype=torch.bfloat16", ""),
+    ],
+    "LORA254": [
+        Rewriting("cast what is trained to one dtype", "report =", f"{_CAST}report ="),
+        Rewriting(
+            "shard the modules of the other dtype first",
+            "report =",
+            "in_one_process(fully_shard, model.base_model.model.lm_head.modules_to_save.default)\nreport =",
+        ),
+    ],
+    "LORA255": [
+        Rewriting(
+            "auto_wrap_policy=peft.utils.other.fsdp_auto_wrap_policy(model) and use_orig_params=False",
+            'settings = {"device_id": torch.device("cpu"), "use_orig_params": True}\n',
+            _POLICY,
+            gone="_proj",
+        ),
+        Rewriting(
+            "use the second FSDP (fully_shard)",
+            "in_one_process(FullyShardedDataParallel, model, **settings)",
+            "in_one_process(torch.distributed.fsdp.fully_shard, model)",
+        ),
+    ],
+    "LORA256": [
+        Rewriting("wrap whole decoder layers, not single linear layers", _BASE_LAYERS, _WHOLE_LAYERS),
+    ],
+    "LORA369": [
+        Rewriting(
+            "logits[:, :-1] against labels[:, 1:]",
+            """.logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())""",
+            """.logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())""",
+        ),
+    ],
+    "LORA374": [
+        Rewriting(
+            "write the end token behind each text before it is padded",
+            'batch["input_ids"][:, -1] = torch.tensor([11, 12, 13, 14])\n',
+            'batch["input_ids"][:2, 8], batch["input_ids"][2:, -1] = 2, 2\n',
+        ),
+    ],
+    "LORA376": [
+        Rewriting("load the base with 2 labels (num_labels)", "num_labels=1", "num_labels=2", "score"),
+        Rewriting("give labels as floats", "torch.arange(4) % 2", "torch.arange(4) % 2.0"),
+    ],
+    "LORA446": [
+        Rewriting("save the trained adapter again in float32", ".half()", ".float()"),
+        Rewriting("or bfloat16", ".half()", ".bfloat16()"),
+    ],
+}
+"""The ways of the fix of each rule, on its example."""
