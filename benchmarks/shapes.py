@@ -2,11 +2,13 @@
 
     python benchmarks/shapes.py [--shapes FILE] [--only NAME ...] [--json benchmarks/results/shapes.json]
 
-One process estimates a step of each base at its full size, in bfloat16 and in nf4: batch 1 x 512, gradient
-checkpointing, rank 16 on all linear layers. Where the message of an error names what to exclude, or what to leave
-whole, that is asked next, and the row says so. The hand sum takes the layers that transformers builds: two bytes a
-number, or for nf4 half a byte and a sixteenth for its statistics in linear layers other than the head, and four bytes
-in the rest. Times are those of the processor; the first progress line is timed by the clock."""
+One process estimates a step of each base at its full size, in bfloat16 and in nf4: batch 1 x 512, checkpointing, rank
+16 on all linear layers. Where the message of an error names what to exclude, what to leave whole, or the longest text,
+that is asked next, and the row says so. With ``--only`` the other rows of the file stay as they were. The hand sum is
+of the layers that transformers builds: two bytes a number, or for nf4 half a byte and a sixteenth for its statistics in
+linear layers other than the head, and four bytes in the rest. Times are those of the processor; the first progress
+line is timed by the clock.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ from pytest_lora import estimate_memory
 WHEEL = Path(__file__).parents[1] / "pytest_lora/bases/shapes.json"
 BATCH, LENGTH, RANK = 1, 512, 16
 IN_NF4 = 0.5 + 4 / 64  # half a byte, and a float32 for each block of 64
-MOST_SECONDS, FIRST_LINE, SHARE = 60.0, 10.0, 0.02
+SHARE = 0.02
 
 
 class Heard:
@@ -68,9 +70,10 @@ def built(config: PretrainedConfig, name: str) -> PreTrainedModel:
 def summed(model: PreTrainedModel, left_whole: set[str], *, in_4_bits: bool) -> float:
     """Bytes of the parameters and buffers, by hand."""
     packed: set[int] = set()
+    in_float32 = set(model._keep_in_fp32_modules or ())  # T5's second matrices, for one, which are not packed
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        kept = module is head or left_whole & set(name.split("."))
+        kept = module is head or (left_whole | in_float32) & set(name.split("."))
         if in_4_bits and type(module) in (nn.Linear, transformers.pytorch_utils.Conv1D) and not kept:
             packed.add(id(module.weight))
     total = 0.0
@@ -80,12 +83,18 @@ def summed(model: PreTrainedModel, left_whole: set[str], *, in_4_bits: bool) -> 
     return total
 
 
+LONGER = re.compile(r"maximum allowed length of (\d+)")
+"""What Whisper says of a text that is longer than it writes."""
+
+
 def asked_next(message: str, asked: dict[str, Any]) -> dict[str, Any] | None:
     """What an error says to write, in place of what was asked; None where it says nothing new."""
     changed = dict(asked)
     for name in ("exclude_modules", "llm_int8_skip_modules"):
         if found := re.search(rf"{name}=(\[[^\]]*\])", message):
             changed[name] = sorted({*asked.get(name, ()), *ast.literal_eval(found[1])})
+    if found := LONGER.search(message):
+        changed["seq_len"] = int(found[1])
     return changed if changed != asked else None
 
 
@@ -135,7 +144,12 @@ def estimated(config: PretrainedConfig, asked: dict[str, Any], *, in_4_bits: boo
     if in_4_bits and skip:
         bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skip)
     return estimate_memory(
-        adapter, config, batch_size=BATCH, seq_len=LENGTH, quantization=bits, gradient_checkpointing=True
+        adapter,
+        config,
+        batch_size=BATCH,
+        seq_len=asked.get("seq_len", LENGTH),
+        quantization=bits,
+        gradient_checkpointing=True,
     )
 
 
@@ -149,29 +163,35 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     shapes = json.loads(options.shapes.read_text(encoding="utf-8"))
-    rows = []
-    for name, shape in shapes.items():
+    path: Path | None = options.json
+    before = (
+        json.loads(path.read_text(encoding="utf-8"))["rows"] if path is not None and path.exists() else []
+    )
+    rows = {(one["base"], one["weights"]): one for one in before if options.only is not None}
+    for name in shapes if options.only is None else options.only:
         for in_4_bits in (False, True):
-            if options.only is None or name in options.only:
-                rows.append(row(name, shape, in_4_bits=in_4_bits))
-                print(json.dumps(rows[-1]), flush=True)
+            found = row(name, shapes[name], in_4_bits=in_4_bits)
+            rows[name, found["weights"]] = found
+            print(json.dumps(found), flush=True)
+            if path is not None:
+                path.write_text(json.dumps(summary([*rows.values()]), indent=1) + "\n", encoding="utf-8")
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all rows come to, and the rows."""
     answered = [one for one in rows if "error" not in one]
-    result = {
+    changes = {"exclude_modules", "llm_int8_skip_modules", "seq_len"}
+    return {
         "asked": len(rows),
         "architectures": len({one["kind"] for one in rows}),
         "answered": len(answered),
-        "answered_as_asked": sum(
-            not {"exclude_modules", "llm_int8_skip_modules"} & set(one) for one in answered
-        ),
+        "answered_as_asked": sum(not changes & set(one) for one in answered),
         "within_2_percent": sum(abs(one["over_hand_sum"] - 1) <= SHARE for one in answered),
         "longest_seconds": max(one["seconds"] for one in rows),
         "first_line_after": max(one.get("first_line", 0.0) for one in rows),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
+        "rows": rows,
     }
-    print(json.dumps(result, indent=1))
-    if options.json:
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-        whole = {**result, "versions": versions, "rows": rows}
-        options.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

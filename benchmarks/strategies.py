@@ -1,11 +1,12 @@
 """What a draw costs, and whether what is drawn is what it should be.
 
-``python benchmarks/strategies.py [--searches] [--draws N] [--json PATH]`` searches for a step of Llama-2-7B that does
-not fit 24 GiB: the time until the smallest is found, and with Hypothesis' hundred variations of it, which explain the
-failure. That is all with ``--searches``. Then it times draws of ``lora_configs`` (Llama-2-7B without weights),
-``lora_models`` and ``adapter_folders``, draws N configurations, sound and faulty, on each of six architectures, and
-judges them with ``check_config`` and ``check_model``, and N saved adapters, whole and damaged, with
-``check_checkpoint``. It prints Markdown tables.
+``python benchmarks/strategies.py [--searches] [--starts N] [--draws N] [--json PATH]`` searches for a step of
+Llama-2-7B that does not fit 24 GiB, from N starts: the time until the smallest is found, and with Hypothesis' hundred
+variations of it, which explain the failure. That is all with ``--searches``; the rest of the file then stays as it was.
+A search is in the file once it is over, and Hypothesis bounds it: five minutes to shrink. Then it times draws of
+``lora_configs`` (Llama-2-7B without weights), ``lora_models`` and ``adapter_folders``, draws N configurations, sound
+and faulty, on each of six architectures, and judges them with ``check_config`` and ``check_model``, and N saved
+adapters, whole and damaged, with ``check_checkpoint``. It prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import platform
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -201,30 +203,37 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--searches", action="store_true", help="nothing but the searches")
+    parser.add_argument("--starts", type=int, default=3)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    searched = all_searches()
-    result: dict[str, Any] = {"search": searched, "versions": versions(), "python": platform.python_version()}
+    path: Path | None = options.json
+    result: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    result |= {"search": [], "versions": versions(), "python": platform.python_version()}
+    for row in all_searches(options.starts):
+        result["search"].append(row)
+        write(result, path)
     if not options.searches:
-        result |= drawn(options.draws)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(result | drawn(options.draws), path)
+
+
+def write(result: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:
     return {m.__name__: m.__version__ for m in (hypothesis, peft, transformers, torch)}
 
 
-def all_searches() -> list[dict[str, Any]]:
+def all_searches(starts: int) -> Iterator[dict[str, Any]]:
     print(
         "| search on 24 GiB | CPU until the smallest, s | CPU, s | s | settings tried | smallest that does not fit |"
     )
     print("| --- | ---: | ---: | ---: | ---: | --- |")
-    rows = []
-    for name, start in ((name, start) for name in SEARCHES for start in range(3)):
-        rows.append(search(name, start))
-        print(f"| {' | '.join(map(str, rows[-1].values()))} |", flush=True)
-    return rows
+    for name, start in ((name, start) for name in SEARCHES for start in range(starts)):
+        row = search(name, start)
+        print(f"| {' | '.join(map(str, row.values()))} |", flush=True)
+        yield row
 
 
 def drawn(number: int) -> dict[str, Any]:

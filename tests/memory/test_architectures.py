@@ -154,6 +154,9 @@ def test_a_layer_that_multiplies_by_a_packed_weight_itself_is_named() -> None:
     assert written
     spared = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=ast.literal_eval(written[1]))
     assert estimate(base, adapter(target_modules=["x_proj"]), seq_len=8, quantization=spared).peak_allocated
+    assert "lm_head" in spared.llm_int8_skip_modules, (
+        "which would be packed else, and the hidden states cast to it"
+    )
 
 
 @since_5
@@ -173,6 +176,7 @@ def test_what_takes_long_says_so_and_gives_up(
     estimate(mamba(), config, seq_len=24)
     said = capsys.readouterr().err
     assert "pytest-lora: estimating a step of MambaForCausalLM, batch 2 x 24, r=4: " in said
+    assert "now in the beginning" in said, "before anything that is counted runs"
     monkeypatch.setattr(patience, "GIVES_UP_AFTER", 0.0)
     with pytest.raises(
         ValueError, match=r"^base: a step of MambaForCausalLM, batch 2 x 25, .* shorter seq_len$"

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 from pytest_lora import MemoryEstimate
-from pytest_lora.inspection.memory.layer_stacks import _longest_run, cut_stacks
+from pytest_lora.inspection.memory.layer_stacks import Cut, _longest_run, cut_stacks
 from pytest_lora.inspection.memory.predictor import Predictor
 from pytest_lora.memory.setting import checked_setting
 
@@ -57,10 +57,10 @@ def test_what_is_cut_is_played_as_often_as_it_is_there(setting: dict[str, Any]) 
     config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     asked = replace(checked_setting(**setting), batch_size=3, seq_len=48)
     few, every = (Predictor(base(), config, asked) for _ in range(2))
-    every._together = 0
+    every._cut = Cut(0)
     cut, whole = few.estimate(3, 48, 8), every.estimate(3, 48, 8)
     (stack,) = few._models[8].stacks
-    assert (len(stack.units), stack.copies) == (5, LAYERS - 3)
+    assert stack.copies == LAYERS - 1
     assert every._models[8].stacks == []
     assert replace(cut, timeline=()) == replace(whole, timeline=())
     assert highest(cut) == highest(whole)

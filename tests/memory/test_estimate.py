@@ -17,6 +17,7 @@ from benchmarks.memory_cases import CASES, GIB, adapter_of, base_of, setting_of
 from pytest_lora import MemoryEstimate, StepMemory, estimate_memory, largest_that_fits, step_memory
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.memory import surfaces
+from pytest_lora.inspection.memory.layer_stacks import Cut
 from pytest_lora.inspection.memory.predictor import Predictor, _cache_of_generation
 from pytest_lora.inspection.skeleton import without_initial_values
 
@@ -137,7 +138,7 @@ def test_a_few_layers_stand_for_the_whole_step(seed: int) -> None:
     config.r = rank
     cut = estimate_memory(config, base, batch_size=batch_size, seq_len=seq_len, **setting)
     whole = Predictor(base, config, cut.setting)
-    whole._together = 0  # layers that are cut at once
+    whole._cut = Cut(0)  # layers that are cut at once
     traced = whole.estimate(batch_size, seq_len, rank)
     assert not whole._models[rank].stacks
     assert (cut.peak_allocated, cut.peak_reserved, cut.after_step) == (

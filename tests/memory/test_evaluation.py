@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from pytest_lora import Evaluation, check_memory, estimate_memory, step_memory
 from pytest_lora.inspection.memory import dry_run
+from pytest_lora.inspection.memory.layer_stacks import Cut
 from pytest_lora.inspection.memory.meta_model import build
 from pytest_lora.memory.setting import checked_setting
 from tests.memory.test_trainers import (
@@ -64,7 +65,7 @@ def test_an_evaluation_holds_what_a_real_one_holds(keeps: Any, tmp_path: Path) -
     setting = checked_setting(dtype="float32", autocast=False, trainer="transformers")
     asked = replace(setting, batch_size=1, seq_len=LENGTH)
     evaluation = Evaluation(ROWS, keeps=keeps, batches=batches)
-    traced = dry_run.evaluated(build(BASE, CONFIG, asked, together=0), asked, evaluation)
+    traced = dry_run.evaluated(build(BASE, CONFIG, asked, cut=Cut(0)), asked, evaluation)
     peak, largest = peak_and_largest(traced)
     assert largest == real.largest == (batches * LOGITS if keeps == "logits" else LOGITS)
     assert peak == pytest.approx(real.peak, rel=0.01)
@@ -175,7 +176,7 @@ def test_an_evaluation_of_rewards_holds_what_a_real_one_holds(keeps: Any, tmp_pa
     setting = checked_setting(args=trainer.args, dtype="float32", autocast=False)
     asked = replace(setting, batch_size=BATCH, seq_len=LENGTH)
     evaluation = Evaluation(ROWS, keeps=keeps, batches=batches)
-    traced = dry_run.evaluated(build(BASE, config, asked, together=0), asked, evaluation)
+    traced = dry_run.evaluated(build(BASE, config, asked, cut=Cut(0)), asked, evaluation)
     peak, largest = peak_and_largest(traced)
     assert largest == real.largest
     assert peak == pytest.approx(real.peak, rel=0.01)

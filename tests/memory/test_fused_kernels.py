@@ -14,6 +14,7 @@ from pytest_lora import check_memory, estimate_memory
 from pytest_lora.inspection.memory import dry_run
 from pytest_lora.inspection.memory.dry_run import Trace
 from pytest_lora.inspection.memory.fused_losses import FORMULAS, liger_chunk
+from pytest_lora.inspection.memory.layer_stacks import Cut
 from pytest_lora.inspection.memory.meta_model import build
 from pytest_lora.memory.setting import checked_setting
 
@@ -33,7 +34,7 @@ CHUNKED = hasattr(torch.nn.functional, "linear_cross_entropy")
 
 def traced(config: LoraConfig = ALL, **setting: Any) -> Trace:
     asked = replace(checked_setting(dtype="bfloat16", **setting), batch_size=BATCH, seq_len=LENGTH)
-    return dry_run.trace(build(BASE, config, asked, together=0), asked)
+    return dry_run.trace(build(BASE, config, asked, cut=Cut(0)), asked)
 
 
 def counted(trace: Trace) -> int:
@@ -161,6 +162,6 @@ def test_what_no_fused_loss_is_for_is_refused_by_name() -> None:
 def test_sequences_without_padding_are_one_row() -> None:
     packed = replace(checked_setting(padding_free=True, dtype="bfloat16"), batch_size=BATCH, seq_len=LENGTH)
     row = replace(checked_setting(dtype="bfloat16"), batch_size=1, seq_len=BATCH * LENGTH)
-    of_both = [dry_run.trace(build(BASE, ALL, asked, together=0), asked) for asked in (packed, row)]
+    of_both = [dry_run.trace(build(BASE, ALL, asked, cut=Cut(0)), asked) for asked in (packed, row)]
     assert max(of_both[0].sizes) == max(of_both[1].sizes)
     assert held(of_both[0]) == pytest.approx(held(of_both[1]), rel=0.02)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from pytest_lora.inspection.memory.known_results import KnownResults
 
@@ -23,6 +24,7 @@ CALLS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.silu_backward.default, (meta(3, 5, 4).transpose(1, 2), meta(3, 4, 5))),
     (aten.cat.default, ([meta(2, 3), meta(2, 4)], 1)),
     (aten.mm.default, (meta(3, 4).t(), meta(3, 5))),
+    (aten.native_dropout.default, (meta(3, 4, dtype=torch.bfloat16), 0.1, True)),
 ]
 
 
@@ -33,9 +35,14 @@ def test_the_second_time_is_like_the_first(number: int) -> None:
     for other, others in CALLS:
         results.run(other, others, {})
     assert results._known
+    before = len(results._known)
     found, truth = results.run(func, args, {}), func(*args)
-    assert (found.shape, found.stride(), found.dtype) == (truth.shape, truth.stride(), truth.dtype)
-    assert found.untyped_storage().nbytes() == truth.untyped_storage().nbytes()
+    assert type(found) is type(truth)
+    assert len(results._known) == before
+    for one, real in zip(tree_leaves(found), tree_leaves(truth), strict=True):
+        assert (one.shape, one.stride(), one.dtype) == (real.shape, real.stride(), real.dtype)
+        assert one.untyped_storage().nbytes() == real.untyped_storage().nbytes()
+    assert len({id(one.untyped_storage()) for one in tree_leaves(found)}) == len(tree_leaves(truth))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from pytest_lora import (
 from pytest_lora.facts.memory import MemoryEstimate
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory import dry_run
+from pytest_lora.inspection.memory.layer_stacks import Cut
 from pytest_lora.inspection.memory.meta_model import build
 from pytest_lora.inspection.parallel_files import read_parallel
 from pytest_lora.memory.setting import checked_setting
@@ -348,7 +349,7 @@ def test_two_ranks_allocate_what_is_predicted_and_train_as_one_process_does(
     ranks = run_distributed(sharded_ranks.measured_and_trained, sharded_ranks.RANKS)
     setting = checked_setting(dtype="float32", autocast=False, gpus=sharded_ranks.RANKS, strategy="fsdp2")
     setting = replace(setting, batch_size=sharded_ranks.BATCH, seq_len=sharded_ranks.LENGTH)
-    built = build(sharded_ranks.base(), sharded_ranks.adapter(), setting, together=0)
+    built = build(sharded_ranks.base(), sharded_ranks.adapter(), setting, cut=Cut(0))
     predicted = {
         "held": sum(weight.size for weight in built.held()),
         "added": sharded_ranks.peak_of(dry_run.trace(built, setting)),

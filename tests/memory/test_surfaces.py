@@ -10,7 +10,7 @@ import pytest
 import transformers
 from peft import LoraConfig
 
-from pytest_lora.inspection.memory.layer_stacks import cut_stacks
+from pytest_lora.inspection.memory.layer_stacks import Cut, cut_stacks
 from pytest_lora.inspection.memory.monomials import NotMonomialError, Total, further_points, products
 from pytest_lora.inspection.memory.predictor import Predictor
 from pytest_lora.inspection.memory.sizes import Family
@@ -115,7 +115,7 @@ def test_layers_that_are_adapted_alike_stand_for_one_another(name: str) -> None:
     config = LoraConfig(r=4, task_type="CAUSAL_LM", **LAYERS[name])
     setting = checked_setting(quantization="nf4", gradient_checkpointing=name != "one layer")
     cut, whole = (Predictor(BASES["llama"](15), config, setting) for _ in range(2))
-    whole._together = 0
+    whole._cut = Cut(0)
     found, truth = (predictor.estimate(2, 30, 4) for predictor in (cut, whole))
     assert any(built.stacks for built in cut._models.values())
     assert not any(built.stacks for built in whole._models.values())

@@ -111,6 +111,67 @@ def test_a_step_of_five_layers_tells_that_of_all(first: int, second: int) -> Non
         assert FastPeak(line, storages)(sizes) == int(np.cumsum(changes).max())
 
 
+def played_alike(layers: int) -> Iterator[tuple[str, bool, int]]:
+    """A step whose last layer makes and frees what those before it do; what it hands on is freed outside."""
+    yield "inputs", False, -1
+    for i in range(layers):
+        yield f"hidden {i}", False, i
+        yield f"kept {i}", False, i
+    yield f"back {layers}", False, -1
+    yield f"hidden {layers - 1}", True, -1
+    for i in reversed(range(layers)):
+        yield f"back {i}", False, i
+        yield f"back {i + 1}", True, i
+        if i:  # the gradient ends in the first layer
+            yield f"hidden {i - 1}", True, i
+        yield f"kept {i}", True, i
+        yield f"gradient {i}", False, i
+    yield "back 0", True, -1
+    for i in range(layers):
+        yield f"gradient {i}", True, -1
+
+
+@pytest.mark.parametrize("layers", [4, 7])
+def test_a_step_of_three_layers_tells_that_of_all(layers: int) -> None:
+    names: list[str] = []
+    events, units = [], []
+    for name, is_freed, layer in played_alike(3):
+        names += [] if is_freed else [name]
+        events.append(~names.index(name) if is_freed else names.index(name))
+        units.append(layer + 1 if layer >= 0 else -1)  # the second unit of five is the first one here
+    line = expand(events, units, {0: layers - 1}, [name.split()[0] for name in names])
+    whole = list(played_alike(layers))
+    assert named(line, (events, units, [], names)) == [
+        (name.rstrip("0123456789"), freed, layer) for name, freed, layer in whole
+    ]
+    of: dict[str, int] = {}
+    for instance, (name, *_) in zip(line.instances.tolist(), whole, strict=True):
+        assert of.setdefault(name, instance) == instance
+    assert len(set(of.values())) == len(of)
+
+
+def test_something_else_may_begin_in_the_same_unit() -> None:
+    """The optimizer ends in the last layer, and its gradient is the first to be freed."""
+    events, units = [0, 1, 2, 3, ~1, ~0, ~3, ~2], [2, 3, 2, 3, 3, 2, 3, 2]
+    like: list[object] = ["a", "a", "b", "b"]
+    with pytest.raises(NotRepeatingError):
+        expand(events, units, {0: 3}, like)
+    assert expand(events, units, {0: 3}, like, breaks=[4]).layers.tolist() == [
+        0,
+        1,
+        2,
+        0,
+        1,
+        2,
+        2,
+        1,
+        0,
+        2,
+        1,
+        0,
+    ]
+
+
 def test_the_blocks_of_a_step() -> None:
     # Outside, five layers that each make one storage, and the optimizer that frees all of them.
     events = [0, 1, 2, 3, 4, 5, ~1, ~2, ~3, ~4, ~5, ~0]
@@ -135,7 +196,7 @@ def test_a_step_of_inner_layers_alone() -> None:
     line = expand([0, 1, ~0, ~1], [2, 3, -1, -1], {0: 3}, [None] * 2)
     assert line.instances.tolist() == [2, 3, 4, 2, 3, 4]
     assert line.weights.tolist() == [1, 1, -1, -2]
-    assert line.layers.tolist() == [2, 3, 4, -1, -1, -1]
+    assert line.layers.tolist() == [0, 1, 2, -1, -1, -1]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +205,12 @@ def test_a_step_of_inner_layers_alone() -> None:
         pytest.param([0, 1], [2, 3], {0: 4}, ["a", "b"], id="other storages"),
         pytest.param([0, 1, ~1], [2, 3, 3], {0: 4}, ["a", "a"], id="one frees, one does not"),
         pytest.param([0, 1], [2, -1], {0: 4}, ["a", "a"], id="one alone"),
+        pytest.param(
+            [0, 1, ~1, 2, 3, ~2], [2, 2, 2, 3, 3, 3], {0: 4}, ["a"] * 4, id="frees another of its own"
+        ),
+        pytest.param(
+            [9, 0, 1, ~9, 2, ~2, 3][1:], [2, 2, -1, 3, 3, 3], {0: 4}, ["a"] * 10, id="in another order"
+        ),
         pytest.param([0, 1, 2], [2, -1, 3], {0: 4}, ["a", "b", "a"], id="something between"),
         pytest.param([0, 1, 2, 3], [2, 8, 3, 7], {0: 4, 1: 4}, ["a"] * 4, id="of two stacks"),
         pytest.param([0, 1], [3, 2], {0: 4}, ["a", "b"], id="other storages, falling"),

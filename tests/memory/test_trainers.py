@@ -25,6 +25,7 @@ from pytest_lora import estimate_memory, step_memory
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.inspection.memory import dry_run
 from pytest_lora.inspection.memory.dry_run import Trace
+from pytest_lora.inspection.memory.layer_stacks import Cut
 from pytest_lora.inspection.memory.meta_model import build
 from pytest_lora.memory.setting import checked_setting
 
@@ -248,10 +249,10 @@ def test_a_step_allocates_what_a_real_one_does(
         target_modules=["q_proj", "down_proj"],
         task_type="SEQ_CLS" if trainer == "trl-reward" else "CAUSAL_LM",
     )
-    on_a_gpu = dry_run.trace(build(BASE, config, asked, together=0), asked)
+    on_a_gpu = dry_run.trace(build(BASE, config, asked, cut=Cut(0)), asked)
     assert sum(count for *_, count in on_a_gpu.flops) == counter.get_total_flops()
     monkeypatch.setattr(dry_run, "fused_kernels", as_it_is)
-    peak, largest = peak_and_largest(dry_run.trace(build(BASE, config, asked, together=0), asked))
+    peak, largest = peak_and_largest(dry_run.trace(build(BASE, config, asked, cut=Cut(0)), asked))
     assert largest == real.largest
     assert peak == pytest.approx(real.peak, rel=0.01)
 
@@ -410,7 +411,7 @@ def test_float32_weights_under_autocast_are_kept_in_bfloat16_for_the_backward(tm
         del loss
     setting = checked_setting(dtype="float32", autocast="bfloat16", trainer="loop", outputs_held=False)
     asked = replace(setting, batch_size=BATCH, seq_len=LENGTH)
-    peak, largest = peak_and_largest(dry_run.trace(build(BASE, config, asked, together=0), asked))
+    peak, largest = peak_and_largest(dry_run.trace(build(BASE, config, asked, cut=Cut(0)), asked))
     assert largest == real.largest
     assert peak == pytest.approx(real.peak, rel=0.01)
 

@@ -1,4 +1,4 @@
-"""The dtype of each parameter of a quantized base and its adapter: TRL's trainers are run, the others are read."""
+"""What dtype each parameter of a quantized base and its adapter trains in: TRL's trainers are run and compared."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from pytest_lora.bases.examples.models import quantized
 from pytest_lora.facts.recipe import RunSetting, Value
+from pytest_lora.inspection.memory.layer_stacks import Cut
 from pytest_lora.inspection.memory.meta_model import build
 from pytest_lora.inspection.recipe.adapter import step_arguments
 from pytest_lora.memory.setting import checked_setting
@@ -59,7 +60,7 @@ def really_trained(name: str, folder: Path, config: LoraConfig) -> dict[str, tor
 
 def estimated(config: LoraConfig, **setting: Any) -> dict[str, torch.dtype]:
     asked = checked_setting(quantization="nf4", **setting)
-    return dtypes(build(BASE, config, replace(asked, batch_size=1, seq_len=8), together=0).model)
+    return dtypes(build(BASE, config, replace(asked, batch_size=1, seq_len=8), cut=Cut(0)).model)
 
 
 @pytest.mark.parametrize("dora", [False, True])

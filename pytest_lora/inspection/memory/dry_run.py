@@ -16,7 +16,7 @@ from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.memory_choices import Evaluation
 from pytest_lora.inspection.memory.batches import batch_for
 from pytest_lora.inspection.memory.cuda_kernels import cuda_kernels
-from pytest_lora.inspection.memory.layer_stacks import KEPT
+from pytest_lora.inspection.memory.layer_stacks import KEPT, LAST_INNER
 from pytest_lora.inspection.memory.meta_model import MetaModel
 from pytest_lora.inspection.memory.parallel.model import local
 from pytest_lora.inspection.memory.parallel.strategies import autocasts
@@ -262,6 +262,9 @@ def _following(built: MetaModel, tracker: StorageTracker) -> Iterator[None]:
     """
     handles = []
     for stack in built.stacks if built.rank is None else built.rank.stacks:
+        if not stack.units[-1]:  # what follows is no part of the unit that stands for others
+            last = stack.units[LAST_INNER][-1]
+            handles.append(last.register_forward_hook(tracker.leave, prepend=True))
         for i, layers in enumerate(stack.units):
             for layer in layers:
                 enter = _entering(tracker, KEPT * stack.number + i)

@@ -51,7 +51,7 @@ class StepShape:
     def __init__(self, step: Step) -> None:
         like: list[object] = list(zip(step.sizes, step.categories, step.operations, strict=True))
         self.step = step
-        self.line = expand(step.events, step.units, step.copies, like)
+        self.line = expand(step.events, step.units, step.copies, like, step.breaks)
         events = np.array(step.events, dtype=np.int64)
         self._storages = np.where(events < 0, ~events, events)
         self._frees = events < 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,18 +13,25 @@ class _UnknownError(Exception):
     """An argument that says nothing about the result's shape, or too much."""
 
 
+class _Results(NamedTuple):
+    """Shape, stride and dtype of each result, and whether they come as a tuple."""
+
+    several: bool
+    forms: tuple[tuple[Any, Any, torch.dtype], ...]
+
+
 class KnownResults:
     """Makes the result of an operation that ran before on tensors of the same shapes, strides and dtypes.
 
     Many operations find out on the meta device in Python what shape they give, which takes longer than all
-    else. Only those are remembered whose one result has a storage of its own, filled by it alone.
+    else. Only those are remembered whose results have a storage of their own each, filled by it alone.
 
     Args:
         most: Results that are kept; then all are forgotten.
     """
 
     def __init__(self, most: int = 20_000) -> None:
-        self._known: dict[Any, tuple[Any, Any, torch.dtype]] = {}
+        self._known: dict[Any, _Results] = {}
         self._most = most
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -39,13 +46,16 @@ class KnownResults:
         except (_UnknownError, TypeError):
             return func(*args, **kwargs)
         if known is not None:
-            shape, stride, dtype = known
-            return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+            made = [torch.empty_strided(*form, dtype=dtype, device=_META) for *form, dtype in known.forms]
+            return tuple(made) if known.several else made[0]
         out = func(*args, **kwargs)
-        if _is_of_its_own(out):
+        several = type(out) is tuple
+        results = out if several else (out,)
+        if all(map(_is_of_its_own, results)) and _are_apart(results):
             if len(self._known) >= self._most:
                 self._known.clear()
-            self._known[key] = (out.shape, out.stride(), out.dtype)
+            forms = tuple((one.shape, one.stride(), one.dtype) for one in results)
+            self._known[key] = _Results(several, forms)
         return out
 
 
@@ -83,3 +93,8 @@ def _is_of_its_own(out: Any) -> bool:
         return False
     extent = 1 + sum((size - 1) * stride for size, stride in zip(out.shape, out.stride(), strict=True))
     return bool(out.untyped_storage().nbytes() == extent * out.element_size())
+
+
+def _are_apart(results: tuple[torch.Tensor, ...]) -> bool:
+    """Whether each result has another storage."""
+    return len({id(one.untyped_storage()) for one in results}) == len(results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -19,12 +19,28 @@ FIRST_INNER, LAST_INNER = 2, 3
 one differ from those above it."""
 
 
-@dataclass(frozen=True)
-class Stack:
-    """A run of like units of layers, cut to ``KEPT`` of them.
+class Cut(NamedTuple):
+    """How runs of like layers are cut.
 
     Attributes:
-        units: Layers of each kept unit, in the order in which they run.
+        together: Layers that count as one; 0 for no cut.
+        before, after: Units that stay at the start and at the end of a run, beside the two that stand for the rest.
+    """
+
+    together: int = 1
+    before: int = FIRST_INNER
+    after: int = KEPT - 1 - LAST_INNER
+
+
+USUAL = Cut()
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of like units of layers, cut to ``KEPT`` of them, or to the two that stand for all of it.
+
+    Attributes:
+        units: Layers of each of ``KEPT`` units, in the order in which they run; none for one that is not kept.
         copies: Inner units of the whole run: those that the two kept inner ones stand for.
         number: Position among the stacks of the model.
     """
@@ -35,27 +51,27 @@ class Stack:
 
 
 def cut_stacks(
-    model: nn.Module, together: int = 1, mark: Callable[[str], Hashable] | None = None
+    model: nn.Module, cut: Cut = USUAL, mark: Callable[[str], Hashable] | None = None
 ) -> list[Stack]:
     """Take the inner layers of long runs of like layers out of a model; what stays keeps its name.
 
     Args:
         model: It is changed.
-        together: Layers that count as one, at least: where a layer holds what one further away frees.
+        cut: How; more layers count as one where a layer holds what one further away frees.
         mark: What else tells one module from another, by its name: whether it will be adapted, for one.
     """
     stacks: list[Stack] = []
     for path, layers in list(_outermost_lists(model)):
         names = list(layers._modules)
         kinds = [_signature(layer, f"{path}.{name}", mark) for name, layer in zip(names, layers, strict=True)]
-        for start, period, count in _runs(kinds, together):
-            unit_names = [
-                names[start + i * period : start + (i + 1) * period] for i in (0, 1, 2, count - 2, count - 1)
-            ]
-            for name in names[start + 3 * period : start + (count - 2) * period]:
+        for start, period, count in _runs(kinds, cut.together):
+            run = [names[start + i * period : start + (i + 1) * period] for i in range(count)]
+            for name in (name for unit in run[cut.before + 1 : count - 1 - cut.after] for name in unit):
                 del layers._modules[name]
-            units = tuple(tuple(layers.get_submodule(name) for name in unit) for unit in unit_names)
-            stacks.append(Stack(units, count - 3, len(stacks)))
+            places = (*range(cut.before + 1), *range(count - 1 - cut.after, count))
+            units = [tuple(layers.get_submodule(name) for name in run[place]) for place in places]
+            none = [()] * (FIRST_INNER - cut.before), [()] * (KEPT - 1 - LAST_INNER - cut.after)
+            stacks.append(Stack((*none[0], *units, *none[1]), count - cut.before - cut.after, len(stacks)))
     return stacks
 
 

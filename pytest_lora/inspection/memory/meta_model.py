@@ -18,7 +18,7 @@ from pytest_lora.inspection.limited.patterns import require_matchable
 from pytest_lora.inspection.memory.adapted_layers import is_numbered, marks, same_in_every_layer
 from pytest_lora.inspection.memory.fused_layers import fuse_layers
 from pytest_lora.inspection.memory.fused_losses import fuse_loss
-from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, Stack, cut_stacks
+from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, USUAL, Cut, Stack, cut_stacks
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
 from pytest_lora.inspection.memory.parallel.model import Rank
@@ -94,14 +94,14 @@ def adapted_base(model: nn.Module) -> nn.Module:
     return inner
 
 
-def build(base: Any, config: LoraConfig, setting: StepSetting, *, together: int = 1) -> MetaModel:
+def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: Cut = USUAL) -> MetaModel:
     """Build the model of a setting on the meta device.
 
     Args:
         base: A live model, a ``PretrainedConfig``, or a path; see ``resolve_base``.
         config: The adapter; it is not changed.
         setting: Quantization, dtype and checkpointing.
-        together: Inner layers that are like their neighbours are left out, so many at once; 0 for none.
+        cut: How inner layers that are like their neighbours are left out.
 
     Raises:
         TypeError: ``base`` is nothing that a base can be made of.
@@ -124,7 +124,7 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, together: int 
         model = _in_dtype(skeleton(model), dtype)
     _complete(model)
     plan = plan_of(model, setting)
-    stacks = _cut(model, config, setting, together) if together else []
+    stacks = _cut(model, config, setting, cut) if cut.together else []
     if setting.quantization is not None:
         _quantize(model, setting.quantization, setting)
     before_adapters(model, setting)
@@ -160,14 +160,14 @@ def _complete(model: nn.Module) -> None:
             setattr(transformer.config, name, 0)
 
 
-def _cut(model: nn.Module, config: LoraConfig, setting: StepSetting, together: int) -> list[Stack]:
+def _cut(model: nn.Module, config: LoraConfig, setting: StepSetting, cut: Cut) -> list[Stack]:
     """Take layers out that are adapted like their neighbours."""
     mark = marks(config)
     if mark is None or any(map(is_numbered, setting.frozen)):
         return []
     if not same_in_every_layer(config):
         require_matchable(config, dict(model.named_modules()))
-    return cut_stacks(model, together, mark)
+    return cut_stacks(model, cut, mark)
 
 
 @contextmanager

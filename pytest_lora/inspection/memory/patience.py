@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,21 +40,40 @@ _waits: list[_Wait] = []
 
 
 @contextmanager
-def limited(what: str) -> Iterator[None]:
+def limited(what: str) -> Iterator[_Wait]:
     """Watch the time of an estimate; inside another one, that one's counts.
 
     Raises:
-        TooLongError: It took longer than ``GIVES_UP_AFTER`` seconds; the message has ``what``.
+        TooLongError: It took longer than ``GIVES_UP_AFTER`` seconds; the message has what the wait is for, which may
+            be told more exactly once it is known.
     """
-    if _waits:
-        yield
-        return
     now = time.monotonic()
-    _waits.append(_Wait(what, now, now, time.thread_time()))
+    wait = _Wait(what, now, now, time.thread_time())
+    if _waits:
+        yield wait
+        return
+    # Building a model runs no operation that is counted, so that a clock says the first word.
+    clock = threading.Timer(SPEAKS_AFTER, _speak, (wait, "beginning"))
+    clock.daemon = True
+    clock.start()
+    _waits.append(wait)
     try:
-        yield
+        yield wait
     finally:
         _waits.pop()
+        clock.cancel()
+        clock.join()
+
+
+def _speak(wait: _Wait, place: str) -> None:
+    """Say what is waited for: a run without a word looks like one that hangs."""
+    wait.spoken = time.monotonic()
+    print(
+        f"pytest-lora: estimating {wait.what}: {wait.spoken - wait.since:.0f} s, {wait.operations} operations so far, "
+        f"now in the {place}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def tick(place: str) -> None:
@@ -71,13 +91,7 @@ def tick(place: str) -> None:
             f"{wait.operations} operations; {_SHORTER}"
         )
     if now - wait.spoken > SPEAKS_AFTER:
-        wait.spoken = now
-        print(  # a run without a word looks like one that hangs
-            f"pytest-lora: estimating {wait.what}: {now - wait.since:.0f} s, {wait.operations} operations so far, "
-            f"now in the {place}",
-            file=sys.stderr,
-            flush=True,
-        )
+        _speak(wait, place)
 
 
 def require_few(what: str, events: int) -> None:

@@ -23,6 +23,7 @@ from pytest_lora.inspection.memory.families import numbers_of, shares_of, thresh
 from pytest_lora.inspection.memory.fused_layers import FORMULAS as LAYER_FORMULAS
 from pytest_lora.inspection.memory.fused_losses import FORMULAS as LOSS_FORMULAS
 from pytest_lora.inspection.memory.images import reads_images
+from pytest_lora.inspection.memory.layer_stacks import USUAL, Cut
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
 from pytest_lora.inspection.memory.parallel.strategies import cuts_of
 from pytest_lora.inspection.memory.patience import limited, require_few
@@ -51,8 +52,8 @@ COMPILE_AFTER = 8
 """Replays of the allocator in Python before a compiled one is used, which takes as long to load as about eight
 of a 7B."""
 
-_CUTS = (1, 0)
-"""Layers that are cut at once, in the order in which they are tried: none at last."""
+_CUTS = (Cut(before=1, after=0), USUAL, Cut(together=0))
+"""How layers are cut, in the order in which that is tried: none at last."""
 
 
 class Predictor:
@@ -81,8 +82,8 @@ class Predictor:
         self._surfaces = Surfaces(self._family, self._traced, self._trace, self._step, numbers_of(base))
         self._asked: Point | None = None
         self._quickest = float("inf")  # the first trace imports what it needs
-        self._cuts = iter(_CUTS if setting.parallel is None else cuts_of(setting.parallel))
-        self._together = next(self._cuts)
+        self._cuts = iter(_CUTS if setting.parallel is None else map(Cut, cuts_of(setting.parallel)))
+        self._cut = next(self._cuts)
 
     def _family(self, point: Point) -> Family:
         return Family(point, self._thresholds, self._shares)
@@ -174,9 +175,9 @@ class Predictor:
                 known = next((known for known in self._traced.values() if known.is_like(step)), None)
                 traced = Traced(StepShape(step) if known is None else known.shape, step)
             except (NotRepeatingError, NotTracedError):  # some models count their layers, or address them
-                if not self._together or not any(built.stacks for built in self._models.values()):
+                if not self._cut.together or not any(built.stacks for built in self._models.values()):
                     raise
-                self._together = next(self._cuts)
+                self._cut = next(self._cuts)
                 self._models.clear()
                 return self._trace(point)
             self._traced[point] = traced
@@ -188,12 +189,14 @@ class Predictor:
         model = self._base if isinstance(self._base, nn.Module) else None
         # The step runs on the meta device, so the values of a live model are out of its reach.
         with Keeper(model, values=False), collected_late():
-            built = self._model(rank)
-            what = _in_words(type(built.transformer).__name__, self._asked or point, point)
-            since = time.thread_time()  # on a busy machine a trace is not longer, it only waits
-            with limited(what):
+            asked = self._asked or point
+            kind = type(getattr(self._base, "config", self._base)).__name__
+            with limited(_in_words(kind, asked, point)) as wait:
+                built = self._model(rank)
+                wait.what = _in_words(type(built.transformer).__name__, asked, point)
+                since = time.thread_time()  # on a busy machine a trace is not longer, it only waits
                 step = assemble(built, setting)
-        require_few(what, step.whole_length())
+        require_few(wait.what, step.whole_length())
         self._quickest = min(self._quickest, time.thread_time() - since)
         return step
 
@@ -202,7 +205,7 @@ class Predictor:
             config = copy.copy(self._config)
             config.r = rank
             with quiet():
-                built = build(self._base, config, self.setting, together=self._together)
+                built = build(self._base, config, self.setting, cut=self._cut)
             self._models = dict([*self._models.items()][-1:]) | {rank: built}
         return self._models[rank]
 

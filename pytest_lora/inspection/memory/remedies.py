@@ -9,6 +9,7 @@ from torch import nn
 
 from pytest_lora.inspection.bitsandbytes_internals import quantized_layers
 from pytest_lora.inspection.peft_internals import LoraLayer
+from pytest_lora.inspection.transformers_internals import kept_whole
 
 
 def remedy(error: Exception, model: nn.Module) -> str:
@@ -24,9 +25,11 @@ def remedy(error: Exception, model: nn.Module) -> str:
     for name, module in reversed(path):
         own = sorted({n for n, layer in _own_layers(module) if id(layer) in packed})
         if own and "scalar type" in str(error):
+            # What is written takes the place of what transformers leaves whole by itself: the head.
+            skipped = sorted({*own, *kept_whole(model, None)})
             return (
                 f"; {name} multiplies by a packed weight itself, which fails on a GPU too: leave its layers whole with "
-                f"BitsAndBytesConfig(..., llm_int8_skip_modules={own})"
+                f"BitsAndBytesConfig(..., llm_int8_skip_modules={skipped})"
             )
     return ""
 

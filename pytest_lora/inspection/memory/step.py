@@ -37,6 +37,7 @@ class Step:
         copies: Inner units of the whole model by stack.
         placement: Where layers lie on several GPUs, on which.
         workspaces: Bytes of those that cuBLAS has not allocated yet, by phase.
+        breaks: Events at which gradients begin to be freed: what the optimizer did to the last layer is over.
         flops: Floating-point operations of one of the two steps, of the whole model.
         counted: What they are the sum of: phase, how often, and operations at once, in order.
     """
@@ -55,6 +56,7 @@ class Step:
     copies: dict[int, int] = field(default_factory=dict)
     placement: Placement | None = None
     workspaces: dict[str, int] = field(default_factory=dict)
+    breaks: list[int] = field(default_factory=list)
     flops: StepFlops = NO_FLOPS
     counted: list[tuple[str, int, int]] = field(default_factory=list)
 
@@ -118,6 +120,7 @@ def assemble(built: MetaModel, setting: StepSetting) -> Step:
         for repeated in micro[1:]:
             step.play(repeated)
         _optimize(step, built, trained, setting, first=first)
+        step.breaks.append(len(step.events))
         for index in gradients:
             step.free(index, OPTIMIZER, homes[index])
         if first:

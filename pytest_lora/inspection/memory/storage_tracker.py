@@ -83,6 +83,11 @@ class StorageTracker:
         """Add floating-point operations of what runs now."""
         self.flops.append((self.unit, self.phase, flops))
 
+    def leave(self, *_: Any) -> None:
+        """A hook: the last unit has run. Where it runs again in the backward, its own gradients are next."""
+        if self.phase != "backward":
+            self.unit = OUTSIDE
+
     @contextmanager
     def holding(self, category: str) -> Iterator[None]:
         """What is made inside holds this."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import NamedTuple
@@ -46,7 +46,13 @@ class Timeline:
     layers: Integers
 
 
-def expand(events: list[int], units: list[int], copies: dict[int, int], like: list[object]) -> Timeline:
+def expand(
+    events: list[int],
+    units: list[int],
+    copies: dict[int, int],
+    like: list[object],
+    breaks: Sequence[int] = (),
+) -> Timeline:
     """Play the events of a trace for a whole model.
 
     Args:
@@ -54,31 +60,42 @@ def expand(events: list[int], units: list[int], copies: dict[int, int], like: li
         units: ``KEPT * stack + i`` for unit ``i`` of a stack, negative outside.
         copies: Inner units of the whole model by stack.
         like: For each storage what two storages must share to stand for one another.
+        breaks: Events at which something else begins, be it in the same unit.
 
     Raises:
         NotRepeatingError: The two inner units that were traced differ, or do not follow one another.
     """
-    return _Expansion(events, units, copies, like).timeline()
+    return _Expansion(events, units, copies, like, breaks).timeline()
 
 
 class _Expansion:
     def __init__(
-        self, events: list[int], units: list[int], copies: dict[int, int], like: list[object]
+        self,
+        events: list[int],
+        units: list[int],
+        copies: dict[int, int],
+        like: list[object],
+        breaks: Sequence[int],
     ) -> None:
         self.events = np.array(events, dtype=np.int64)
         self.storage = np.where(self.events < 0, ~self.events, self.events)
         self.copies = copies
-        changes = [0, *(np.flatnonzero(np.diff(units)) + 1).tolist(), len(units)]
+        changes = sorted({0, *(np.flatnonzero(np.diff(units)) + 1).tolist(), *breaks, len(units)})
         self.segments = [(units[low], low, high) for low, high in pairwise(changes)]
         self.home = np.full(len(like), -1, dtype=np.int64)
+        self.units = np.array(units, dtype=np.int64)
         made = self.events >= 0
-        self.home[self.events[made]] = np.array(units, dtype=np.int64)[made]
+        self.home[self.events[made]] = self.units[made]
         self.place = np.zeros(len(like), dtype=np.int64)
         self.start: dict[int, int] = {}
         self.inner: dict[int, int] = {}
         self.total = len(like)
         for stack in copies:
             self._number(stack, like)
+        outside = self.storage[~made & (self.units < 0)]
+        self.left = {stack: self._left_by_the_first(stack, outside) for stack in copies}
+        kept = set(units)
+        self.before = {stack: len({KEPT * stack, KEPT * stack + 1} & kept) for stack in copies}
 
     def _number(self, stack: int, like: list[object]) -> None:
         """Give the storages of a stack's inner units their places, and check that they are alike."""
@@ -89,6 +106,12 @@ class _Expansion:
             self.place[made] = np.arange(len(made))
         self.start[stack], self.inner[stack] = self.total, len(first)
         self.total += len(first) * self.copies[stack]
+
+    def _left_by_the_first(self, stack: int, freed_outside: Integers) -> NDArray[np.bool_]:
+        """Which storages of the first inner unit, by their places, are freed outside of layers; shape (places,)."""
+        left = np.zeros(self.inner[stack], dtype=np.bool_)
+        left[self.place[freed_outside[self.home[freed_outside] == KEPT * stack + FIRST_INNER]]] = True
+        return left
 
     def _made_in(self, unit: int) -> Integers:
         made = self.events[self.events >= 0]
@@ -144,10 +167,21 @@ class _Expansion:
         """The segment of the other inner unit, which must follow and do the same."""
         unit, low, high = self.segments[position]
         for other, next_low, next_high in self.segments[position + 1 : position + 2]:
-            alike = unit // KEPT == other // KEPT and high - low == next_high - next_low
-            if alike and self._is_inner(other):
+            same = unit // KEPT == other // KEPT and high - low == next_high - next_low
+            if same and self._is_inner(other) and self._does_the_same(low, high, next_low):
                 return other, next_low, next_high
         raise NotRepeatingError("inner layers of a stack do not run one after the other and alike")
+
+    def _does_the_same(self, low: int, high: int, other: int) -> bool:
+        """Whether two stretches make and free in the same order, and the same of their own."""
+        mine, theirs = (self._done(np.arange(begin, begin + high - low)) for begin in (low, other))
+        return np.array_equal(mine, theirs)
+
+    def _done(self, index: Integers) -> Integers:
+        """What events do: the place of a storage of their own unit or -1, and whether it is freed: (2, events)."""
+        storage = self.storage[index]
+        place = np.where(self.home[storage] == self.units[index], self.place[storage], -1)
+        return np.stack([place, self.events[index] < 0])
 
     def _is_inner(self, unit: int) -> bool:
         return unit // KEPT in self.copies and unit % KEPT in (FIRST_INNER, LAST_INNER)
@@ -173,8 +207,10 @@ class _Expansion:
                 if not mine.any():
                     continue
                 if stretch.unit < 0 and role == LAST_INNER:
-                    spread.append(self._spread(index[mine], stack))
-                    continue
+                    shared = mine.copy()
+                    shared[mine] = self.left[stack][self.place[storage[mine]]]
+                    spread.append(self._spread(index[shared], stack))
+                    mine &= ~shared
                 copy = self._copy_of(role, stretch, stack) + shifted[mine] * self._twin_shift(stretch.unit)
                 instance[mine] = (
                     self.start[stack] + (copy - 1) * self.inner[stack] + self.place[storage[mine]]
@@ -200,7 +236,7 @@ class _Expansion:
         return found
 
     def _spread(self, index: Integers, stack: int) -> _Part:
-        """Outside of layers, what frees a storage of the last inner unit frees that of each copy but the first."""
+        """Outside of layers, what frees a storage of both inner units frees that of each copy between them."""
         many = np.arange(2, self.copies[stack] + 1)
         places = self.place[self.storage[index]]
         first = self.start[stack] + (many[None, :] - 1) * self.inner[stack] + places[:, None]
@@ -222,8 +258,9 @@ class _Expansion:
             return -1
         stack, role = divmod(stretch.unit, KEPT)
         if role < FIRST_INNER:
-            return role
-        return FIRST_INNER - 1 + (stretch.copy if self._is_inner(stretch.unit) else self.copies[stack] + 1)
+            return role - (FIRST_INNER - self.before[stack])
+        copy = stretch.copy if self._is_inner(stretch.unit) else self.copies[stack] + 1
+        return self.before[stack] - 1 + copy
 
 
 class _Stretch(NamedTuple):
