@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, _init_utils
 from torch.nn import functional
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.loss import loss_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAttention, GPTBigCodeForCausalLM
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from pytest_lora import estimate_memory
 from pytest_lora.facts.parallel import Parallel
@@ -131,11 +134,15 @@ def by_strategy(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def setting_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``estimate_memory``."""
+    """The arguments of ``estimate_memory``.
+
+    answer.ai's script makes its own ``Linear4bit`` and leaves ``compress_statistics`` at bitsandbytes' default, which is
+    to quantize the statistics too (``replace_linear`` of its train.py; bitsandbytes/nn/modules.py).
+    """
     pure = "pure" in str(row.get("dtype"))
     packed = None
     if row.get("quantization"):
-        double = "double quant" in row["quantization"] or "dq" in row["quantization"]
+        double = any(word in row["quantization"] for word in ("double quant", "dq", "own Linear4bit"))
         packed = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -209,10 +216,15 @@ def emulations_of(row: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if any(version in versions for version in OLD):
         found["checkpoints around FSDP"] = checkpoints_around_fsdp
+    if "torch 2.2" in versions:
+        found["broadcasts that NCCL still reads"] = broadcasts_freed_late
     if "gpt_bigcode" in row["base"]:
         found["shifted copy"] = partial(shifted_copy, in_float32=False)
+        found["kept keys and values"] = kept_keys_and_values
     elif "4.48" in versions or "4.38" in versions:
         found["shifted float32 copy"] = shifted_copy
+    if "4.38" in versions:
+        found["outputs with float32 logits"] = float32_logits
     return found
 
 
@@ -268,6 +280,88 @@ def shifted_copy(*, in_float32: bool = True) -> Iterator[None]:
         yield
     finally:
         loss_utils.LOSS_MAPPING["ForCausalLM"] = before
+
+
+@contextmanager
+def float32_logits() -> Iterator[None]:
+    """transformers up to 4.48: the model hands out the logits that it cast to float32 (``logits = logits.float()``).
+
+    That counts where the caller holds its outputs in the backward, as answer.ai's script does.
+    """
+    plain = LlamaForCausalLM.__init__
+
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        self.lm_head.register_forward_hook(lambda _, given, logits: logits.float())
+
+    LlamaForCausalLM.__init__ = made
+    try:
+        yield
+    finally:
+        LlamaForCausalLM.__init__ = plain
+
+
+@contextmanager
+def broadcasts_freed_late() -> Iterator[None]:
+    """torch up to 2.7: what a collective reads is recorded on NCCL's stream (``recordStream``, ProcessGroupNCCL.cpp).
+
+    The allocator does not take such a block again before NCCL is done with it. FSDP1 flattens and cuts a unit right
+    after it has sent it, so that neither finds room in the buffers that were sent.
+    """
+    held: list[torch.Tensor] = []
+    send, cut = dist._broadcast_coalesced, _init_utils._init_param_handle_from_params
+
+    def sent(group: Any, tensors: list[torch.Tensor], size: int, source: int) -> None:
+        for bucket in dist._compute_bucket_assignment_by_size(tensors, [size])[0]:
+            if len(bucket) > 1:  # a tensor that is alone is sent as it lies
+                held.append(torch.cat([tensors[i].reshape(-1) for i in bucket]))
+
+    def cut_before_they_go(*given: Any) -> None:
+        cut(*given)
+        held.clear()
+
+    dist._broadcast_coalesced, _init_utils._init_param_handle_from_params = sent, cut_before_they_go
+    try:
+        yield
+    finally:
+        dist._broadcast_coalesced, _init_utils._init_param_handle_from_params = send, cut
+
+
+@contextmanager
+def kept_keys_and_values() -> Iterator[None]:
+    """transformers up to 4.48: GPTBigCode hands out keys and values of every layer, with checkpointing too.
+
+    They are views of all that ``c_attn`` gives, which so stays until the outputs go (``use_cache`` is not turned off
+    in modeling_gpt_bigcode.py).
+    """
+    plain, attend = GPTBigCodeForCausalLM.forward, GPTBigCodeAttention.forward
+    kept: list[torch.Tensor] = []
+    running = [False]
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        running[0] = True
+        try:
+            outputs = plain(self, *args, **kwargs)
+        finally:
+            running[0] = False
+        outputs["past_key_values"] = tuple(kept)
+        kept.clear()
+        return outputs
+
+    def attended(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not running[0]:  # computed again in the backward
+            return attend(self, *args, **kwargs)
+        handle = self.c_attn.register_forward_hook(lambda _, given, out: kept.append(out.detach()))
+        try:
+            return attend(self, *args, **kwargs)
+        finally:
+            handle.remove()
+
+    GPTBigCodeForCausalLM.forward, GPTBigCodeAttention.forward = called, attended
+    try:
+        yield
+    finally:
+        GPTBigCodeForCausalLM.forward, GPTBigCodeAttention.forward = plain, attend
 
 
 def predicted(row: dict[str, Any]) -> Any:
