@@ -5,8 +5,8 @@
 The rows are a list of objects with ``gpus``, ``strategy``, ``base``, ``quantization``, ``adapter``, ``dtype``,
 ``per_device_batch``, ``seq_len``, ``gradient_checkpointing``, ``cpu_offload``, ``measured`` and ``versions`` in the
 words of who published them. Where the transformers of a row's time did something else than the installed one, that is
-put in, and named; a row whose kernels are not modelled (fused ones, Liger's, a compiled model) is printed, and not
-counted.
+put in, and named; a row whose kernels are not modelled (fused ones, Liger's, a compiled model), or whose figure is one
+of the whole device, is printed, and not counted.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def by_strategy(row: dict[str, Any]) -> dict[str, Any]:
 def setting_of(row: dict[str, Any]) -> dict[str, Any]:
     """The arguments of ``estimate_memory``.
 
-    answer.ai's script makes its own ``Linear4bit`` and leaves ``compress_statistics`` at bitsandbytes' default, which is
-    to quantize the statistics too (``replace_linear`` of its train.py; bitsandbytes/nn/modules.py).
+    answer.ai's script makes its own ``Linear4bit`` and leaves ``compress_statistics`` at bitsandbytes' default, which
+    is to quantize the statistics too (``replace_linear`` of its train.py; bitsandbytes/nn/modules.py).
     """
     pure = "pure" in str(row.get("dtype"))
     packed = None
@@ -168,12 +168,19 @@ def setting_of(row: dict[str, Any]) -> dict[str, Any]:
 
 
 KINDS = ("allocated", "reserved", "device")
-"""``max_memory_allocated``, ``max_memory_reserved``, and a figure that says no more than "per GPU" (screenshots of
-PEFT's documentation, 64 GB being "80 %"): what the device shows, with the CUDA context."""
+"""``max_memory_allocated``, ``max_memory_reserved``, and a figure that says no more than "per GPU"."""
 
-WRITTEN_BESIDE = {"peftdocs-70b-qlora-zero3": {"per_device_batch": 2}}
-"""What the source of a row says and the row does not: ``--per_device_train_batch_size 2``
-(docs/source/accelerate/deepspeed.md of PEFT)."""
+WHOLE_DEVICE = "a figure of the whole device, or of unknown kind"
+"""Why a figure of the last kind is compared, and not counted: PEFT's documentation shows a screenshot, "64 GB (80 %)",
+which is NVML's share of a card in use, and Qwen's README sums what it does not name. That has NCCL's buffers in it, the
+CUDA context, whatever loading and an evaluation left reserved, and no part of it can be told from the others."""
+
+WRITTEN_BESIDE: dict[str, dict[str, Any]] = {
+    "peftdocs-70b-qlora-zero3": {"per_device_batch": 2},
+    "peftdocs-70b-lora-zero3": {"gradient_checkpointing": None},
+}
+"""What the source of a row says and the row does not, or says otherwise: ``--per_device_train_batch_size 2`` and
+``--use_reentrant False`` (docs/source/accelerate/deepspeed.md of PEFT)."""
 
 
 def measured(row: dict[str, Any]) -> tuple[float, str]:
@@ -192,6 +199,11 @@ def of_kind(estimate: Any, kind: str) -> int:
     if kind == "allocated":
         return int(estimate.peak_allocated)
     return int(estimate.peak_reserved + (estimate.cuda_context if kind == "device" else 0))
+
+
+def uncounted(row: dict[str, Any]) -> str:
+    """Why a row does not count; empty where it does."""
+    return unshared(row) or (WHOLE_DEVICE if measured(row)[1] == "device" else "")
 
 
 def unshared(row: dict[str, Any]) -> str:
@@ -312,9 +324,9 @@ def broadcasts_freed_late() -> Iterator[None]:
     send, cut = dist._broadcast_coalesced, _init_utils._init_param_handle_from_params
 
     def sent(group: Any, tensors: list[torch.Tensor], size: int, source: int) -> None:
-        for bucket in dist._compute_bucket_assignment_by_size(tensors, [size])[0]:
-            if len(bucket) > 1:  # a tensor that is alone is sent as it lies
-                held.append(torch.cat([tensors[i].reshape(-1) for i in bucket]))
+        buckets = dist._compute_bucket_assignment_by_size(tensors, [size])[0]
+        together = (bucket for bucket in buckets if len(bucket) > 1)  # what is alone is sent as it lies
+        held.extend(torch.cat([tensors[i].reshape(-1) for i in bucket]) for bucket in together)
 
     def cut_before_they_go(*given: Any) -> None:
         cut(*given)
@@ -376,7 +388,7 @@ def predicted(row: dict[str, Any]) -> Any:
 def compared(row: dict[str, Any]) -> dict[str, Any]:
     """One line of the table."""
     row = {**row, **WRITTEN_BESIDE.get(row["id"], {})}
-    line: dict[str, Any] = {"id": row["id"], "strategy": strategy_of(row), "not_counted": unshared(row)}
+    line: dict[str, Any] = {"id": row["id"], "strategy": strategy_of(row), "not_counted": uncounted(row)}
     try:
         estimate = predicted(row)
     except (ValueError, RuntimeError) as error:
@@ -436,6 +448,8 @@ def main() -> None:
         )
     for strategy in BOUNDS:
         within, of = share(lines, strategy)
+        if of == 0 and any(line["strategy"] == strategy for line in lines):
+            print(f"{strategy}: none counted")
         if of:
             low, high = BOUNDS[strategy]
             kinds = {kind: share(lines, strategy, kind) for kind in KINDS}

@@ -41,7 +41,8 @@ _UNKNOWN_TO_ZERO = {
     "zero_quantized_nontrainable_weights": False,
     "mics_shard_size": -1,
 }
-"""What changes what a rank holds, and is not known, with the value that leaves it off (deepspeed/runtime/zero/config.py)."""
+"""What changes what a rank holds, and is not known, with the value that leaves it off
+(deepspeed/runtime/zero/config.py)."""
 
 _SHARDING = {
     "1": "FULL_SHARD",
