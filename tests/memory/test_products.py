@@ -54,11 +54,11 @@ def test_three_points_tell_a_constant_beside_the_rank_from_one_beside_the_batch(
     first = (37, 211, 184)
     points = [first, *islice(further_points(first, Family(first, (), 8).widest()), 2)]
     layers, rows = (
-        [[1000 + 7 * rank] for _, _, rank in points],
-        [[1000 + 7 * batch] for batch, _, _ in points],
+        [[10**6 + 7 * rank] for _, _, rank in points],
+        [[10**6 + 7 * batch] for batch, _, _ in points],
     )
-    assert products(points, layers) == [Term(Fraction(7), OF_RANK, 1000)]
-    assert products(points, rows) == [Term(Fraction(7), OF_BATCH, 1000)]
+    assert products(points, layers) == [Term(Fraction(7), OF_RANK, 10**6)]
+    assert products(points, rows) == [Term(Fraction(7), OF_BATCH, 10**6)]
 
 
 def test_a_family_reaches_to_the_next_threshold() -> None:
