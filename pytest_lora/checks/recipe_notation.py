@@ -82,6 +82,8 @@ def placed(finding: Finding, facts: RecipeFacts, setting: RunSetting) -> Finding
         value = replace(value, line=setting.r.line)
     if not value.stated and setting.modules_to_save.stated and "save" in finding.rule:
         value = setting.modules_to_save
+    if not value.stated and field == "target_parameters":
+        value = setting.target_modules  # advice to add parameters to the targets
     if not value.stated and setting.exclude_modules.stated and "exclude_modules" in finding.fix:
         value = setting.exclude_modules
     if not value.stated and finding.rule == "new_tokens_are_not_trained":

@@ -117,6 +117,14 @@ def test_findings_stand_at_the_line_of_their_own_key(line: str, code: str, tmp_p
     assert (one.line, one.where.partition(" (")[0]) == (5, f"recipe.yaml:5: {key}")
 
 
+def test_advice_to_add_parameters_stands_at_the_targets(tmp_path: Path) -> None:
+    text = LORA.replace("Qwen/Qwen2.5-0.5B", "Qwen/Qwen1.5-MoE-A2.7B").replace(
+        "q_proj, v_proj", "q_proj, up_proj"
+    )
+    (one,) = found(text, tmp_path, "LORA129")
+    assert (one.line, one.where.partition(" (")[0]) == (4, "recipe.yaml:4: target_modules")
+
+
 def test_a_task_type_stands_at_its_line(tmp_path: Path) -> None:
     text = "model_name_or_path: google/flan-t5-base\nlora_r: 4\nlora_alpha: 8\ntarget_modules: [q, v]\n"
     (one,) = found(f"{text}task_type: CAUSAL_LM\n", tmp_path, "LORA122")
