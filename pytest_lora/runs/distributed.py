@@ -35,6 +35,12 @@ class RanksFailedError(AssertionError):
     """A rank raised, died or did not end in time. The message has the traceback of each that did."""
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for its group: each rank judges, and the first one tells."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is None or not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
 @dataclass(frozen=True)
 class _Task:
     """What a rank does; travels to it by pickle."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pytest_lora.facts.history import as_count, as_number, history_facts
 from pytest_lora.findings import LoraHealthWarning, Report
 from pytest_lora.rules import judge
 from pytest_lora.rules.selection import codes, in_force, selected
+from pytest_lora.runs.distributed import is_first_rank
 from pytest_lora.runs.steps import at_each_step
 from pytest_lora.runs.trackers import PROJECT, TrackedFindings
 from pytest_lora.values import require_one_of
@@ -216,12 +216,6 @@ class Watch:
         grave = new.errors or (new.warnings if in_force().strict else ())
         if grave and self._on_error == "raise":
             raise LoraHealthError(new)
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks for its group: each rank judges, and the first one tells."""
-    dist = sys.modules.get("torch.distributed")
-    return dist is None or not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _with_adapter(expect: Expect, model: nn.Module) -> Expect:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pytest_lora import check_recipe
-from pytest_lora.facts.recipe import Clash
+from pytest_lora.facts.recipe_lines import Clash
 from pytest_lora.findings import Finding
 from pytest_lora.inspection.recipe import recognised
 from pytest_lora.inspection.recipe.clashes import PAIRS, clashes

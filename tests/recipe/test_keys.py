@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pytest_lora.facts.recipe import UnknownKey, Value, WrongKind
+from pytest_lora.facts.recipe import Value
+from pytest_lora.facts.recipe_lines import UnknownKey, WrongKind
 from pytest_lora.inspection.recipe import recognised
 from pytest_lora.inspection.recipe.beside import (
     Tree,

@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
-from pytest_lora.facts.recipe import BaseModel, Flaw, RecipeFacts, RunSetting, SavedAdapter
+from pytest_lora.facts.recipe import BaseModel, RecipeFacts, RunSetting, SavedAdapter
+from pytest_lora.facts.recipe_lines import Flaw
 from pytest_lora.inspection.recipe import axolotl, home_made, llamafactory, ms_swift, trl
 from pytest_lora.inspection.recipe.beside import Tree
 from pytest_lora.inspection.recipe.clashes import clashes

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
-from pytest_lora.facts.recipe import Clash
+from pytest_lora.facts.recipe_lines import Clash
 from pytest_lora.inspection.recipe.keys import Keys, is_filled_in
 from pytest_lora.inspection.recipe.yaml_file import Node
 

@@ -11,7 +11,7 @@ from importlib.resources import files
 from types import ModuleType
 from typing import Any
 
-from pytest_lora.facts.recipe import UnknownKey, UnknownKind, WrongKind
+from pytest_lora.facts.recipe_lines import UnknownKey, UnknownKind, WrongKind
 from pytest_lora.inspection.recipe.keys import Keys, is_filled_in
 from pytest_lora.inspection.recipe.yaml_file import Node, YamlFile
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
-from pytest_lora.facts.recipe import Flaw, Repeated
+from pytest_lora.facts.recipe_lines import Flaw, Repeated
 
 MAX_BYTES = 256 * 2**10
 """A recipe has a few kilobytes."""

@@ -3,7 +3,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.recipe import RecipeFacts, UnknownKey
+from pytest_lora.facts.recipe import RecipeFacts
+from pytest_lora.facts.recipe_lines import UnknownKey
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.recipe_words import at
 
