@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pytest_lora.facts.model import SavedModule, TrainableBase
-from pytest_lora.inspection import model as inspected
+from pytest_lora.inspection import base_values
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.layers import layer_states
 from pytest_lora.inspection.model import carries_lora, model_facts
@@ -211,7 +211,7 @@ def test_numbers_of_the_base_that_are_not_finite(
     base = model.base_model.model
     with torch.no_grad():
         base.embed.weight[0, 0], base.lm_head.bias[0] = math.nan, math.inf
-    monkeypatch.setattr(inspected, "CPU_NUMBERS", most)
+    monkeypatch.setattr(base_values, "CPU_NUMBERS", most)
     assert model_facts(model).nonfinite_base == told
 
 

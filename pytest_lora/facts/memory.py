@@ -221,7 +221,12 @@ class MemoryEstimate:
 
     @property
     def is_mostly_whole(self) -> bool:
-        """Whether quantization leaves more bytes of the base whole, embeddings and head aside, than it packs."""
+        """Whether quantization leaves more bytes of the base whole, embeddings and head aside, than it packs.
+
+        Where weights lie in the host's memory, what is on the GPU says nothing of them.
+        """
+        if self.setting.parallel is not None and self.setting.parallel.offload == "cpu":
+            return False
         packed = self.breakdown.get("quantized base weights", 0)
         packed += self.breakdown.get("parameter shards", 0)  # packed and whole ones share them
         return self.setting.quantization is not None and self.breakdown.get("base weights", 0) > packed

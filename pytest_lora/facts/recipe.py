@@ -143,6 +143,7 @@ class RunSetting:
         adapter: ``"lora"``, or as the tool calls it (``"qlora"``); None where all weights are trained.
         quantization: ``"nf4"``, ``"fp4"``, ``"int8"``, another method, or None.
         double_quant: Whether the constants of the quantization are quantized too.
+        quant_storage: Dtype that packed weights are stored in; None for ``uint8``.
         dtype: Dtype in which the base is loaded.
         precision: ``"bf16"``, ``"fp16"``, or None for float32.
         objective: ``"sft"``, ``"dpo"``, ``"kto"``, ...
@@ -162,6 +163,7 @@ class RunSetting:
     adapter: Value = UNKNOWN
     quantization: Value = UNKNOWN
     double_quant: Value = UNKNOWN
+    quant_storage: Value = UNKNOWN
     dtype: Value = UNKNOWN
     precision: Value = UNKNOWN
     objective: Value = UNKNOWN

@@ -19,8 +19,15 @@ from pytest_lora.inspection.recipe.beside import (
 )
 from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml
 
-_FSDP_OPTIONS = ("backward_prefetch", "forward_prefetch", "use_orig_params", "limit_all_gathers")
+_FSDP_OPTIONS = (
+    "backward_prefetch",
+    "forward_prefetch",
+    "use_orig_params",
+    "limit_all_gathers",
+    "sync_module_states",
+)
 _ZERO_OPTIONS = (
+    "contiguous_gradients",
     "overlap_comm",
     "reduce_bucket_size",
     "stage3_prefetch_bucket_size",
@@ -28,6 +35,15 @@ _ZERO_OPTIONS = (
     "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
 )
+_UNKNOWN_TO_ZERO = {
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "mics_shard_size": -1,
+}
+"""What changes what a rank holds, and is not known, with the value that leaves it off
+(deepspeed/runtime/zero/config.py)."""
+
 _SHARDING = {
     "1": "FULL_SHARD",
     "2": "SHARD_GRAD_OP",
@@ -95,27 +111,27 @@ def _count(gpus: Any) -> int:
 
 
 def _of_accelerate(kind: str, given: Mapping[str, Any], gpus: int | None, folder: Path) -> Parallel:
-    count = gpus if gpus is not None else int(given.get("num_processes") or 1)
     if given.get("parallelism_config"):
         return _of_dimensions(given)
     if kind == "NO":
         return Parallel(1, "ddp")
+    if kind not in ("MULTI_GPU", "FSDP", "DEEPSPEED"):
+        raise ValueError(
+            f"parallel: distributed_type {kind} is not known; known are MULTI_GPU, FSDP, DEEPSPEED and NO"
+        )
+    # Without it accelerate starts a process for every GPU that it finds.
+    count = _count(gpus if gpus is not None else given.get("num_processes"))
     if kind == "MULTI_GPU":
         return Parallel(count, "ddp")
     if kind == "FSDP":
         return _of_fsdp(_mapping(given, "fsdp_config"), count, FSDP_OF_ACCELERATE)
-    if kind == "DEEPSPEED":
-        part = _mapping(given, "deepspeed_config")
-        if part.get("deepspeed_config_file"):
-            return _of_deepspeed(_file(folder / str(part["deepspeed_config_file"])), count)
-        devices = {
-            f"offload_{name}": {"device": part.get(f"offload_{name}_device")}
-            for name in ("param", "optimizer")
-        }
-        return _of_deepspeed({"zero_optimization": {"stage": part.get("zero_stage", 2), **devices}}, count)
-    raise ValueError(
-        f"parallel: distributed_type {kind} is not known; known are MULTI_GPU, FSDP, DEEPSPEED and NO"
-    )
+    part = _mapping(given, "deepspeed_config")
+    if part.get("deepspeed_config_file"):
+        return _of_deepspeed(_file(folder / str(part["deepspeed_config_file"])), count)
+    devices = {
+        f"offload_{name}": {"device": part.get(f"offload_{name}_device")} for name in ("param", "optimizer")
+    }
+    return _of_deepspeed({"zero_optimization": {"stage": part.get("zero_stage", 2), **devices}}, count)
 
 
 def _of_dimensions(given: Mapping[str, Any]) -> Parallel:
@@ -174,7 +190,7 @@ def _of_fsdp(given: Mapping[str, Any], gpus: int, version: int) -> Parallel:
         )
     wrap = plain.get("transformer_layer_cls_to_wrap") or ()
     names = wrap.split(",") if isinstance(wrap, str) else wrap
-    offloads = bool(plain.get("offload_params") or plain.get("cpu_offload"))
+    offloads = _is_on(plain.get("offload_params")) or _is_on(plain.get("cpu_offload"))
     if sharding == "NO_SHARD":
         return Parallel(gpus, "ddp")
     return Parallel(
@@ -183,7 +199,7 @@ def _of_fsdp(given: Mapping[str, Any], gpus: int, version: int) -> Parallel:
         offload="cpu" if offloads else None,
         reshard_after_forward=_reshards(plain, sharding, version),
         wrap=tuple(str(name).strip() for name in names),
-        options=tuple((name, plain[name]) for name in _FSDP_OPTIONS if _said(plain.get(name))),
+        options=tuple((name, _plain(plain[name])) for name in _FSDP_OPTIONS if _said(plain.get(name))),
     )
 
 
@@ -194,7 +210,16 @@ def _reshards(plain: Mapping[str, Any], sharding: str, version: int) -> bool:
 
 
 def _said(value: Any) -> bool:
-    return isinstance(value, (str, bool, int))
+    return isinstance(value, (str, bool, int, float))
+
+
+def _plain(value: Any) -> Any:
+    """A switch that is written as a word, as accelerate and transformers take it too (``str_to_bool``)."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _is_on(value: Any) -> bool:
+    return bool(_plain(value))
 
 
 def _of_deepspeed(given: Mapping[str, Any], gpus: int) -> Parallel:
@@ -202,12 +227,30 @@ def _of_deepspeed(given: Mapping[str, Any], gpus: int) -> Parallel:
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"parallel: zero_optimization has no stage from 0 to 3, but {stage!r}")
     zero = _mapping(given, "zero_optimization")
+    _require_known(given, zero)
     if stage == 0:
         return Parallel(gpus, "ddp")
     options: list[tuple[str, Hashable]] = [
-        (name, zero[name]) for name in _ZERO_OPTIONS if _said(zero.get(name))
+        (name, _plain(zero[name])) for name in _ZERO_OPTIONS if _said(zero.get(name))
     ]
     return Parallel(gpus, f"zero{stage}", offload=_offload(zero, stage), options=tuple(options))
+
+
+def _require_known(given: Mapping[str, Any], zero: Mapping[str, Any]) -> None:
+    """Nothing that changes what a rank holds goes unread.
+
+    Raises:
+        ValueError: Something does, and is not known.
+    """
+    for name, off in _UNKNOWN_TO_ZERO.items():
+        if _plain(zero.get(name, off)) not in (off, None):
+            raise ValueError(
+                f"parallel: {name} of DeepSpeed is not known; leave it out to see the step without"
+            )
+    if int(_mapping(given, "tensor_parallel").get("autotp_size") or 1) > 1:
+        raise ValueError(
+            'parallel: tensor_parallel of DeepSpeed is not known; transformers\' own is, as strategy="tp"'
+        )
 
 
 def _offload(zero: Mapping[str, Any], stage: int) -> Offload | None:

@@ -105,8 +105,8 @@ def test_which_modules_are_meant() -> None:
     assert of(target_modules=r"a\..*").targets("a.q")
     assert not of(target_modules="q").targets("a.q")
     layers = of(layers_to_transform=[1, 2])
-    names = ("l.1.q", "l.3.q", "l.2.3.q", "q", f"l.{'1' * 12}.2.q")
-    assert [name for name in names if layers.skips_layer_of(name)] == [
+    numbered = ("l.1.q", "l.3.q", "l.2.3.q", "q", f"l.{'1' * 12}.2.q")
+    assert [name for name in numbered if layers.skips_layer_of(name)] == [
         "l.3.q", "q",
     ]  # fmt: skip
     assert not of().skips_layer_of("l.1.q")

@@ -319,7 +319,9 @@ def test_configurations_of_accelerate_deepspeed_and_fsdp_are_read(tmp_path: Path
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1e6}
     }
     (tmp_path / "zero3.json").write_text(json.dumps(zero))
-    assert read_parallel(tmp_path / "zero3.json", 2) == Parallel(2, "zero3", offload="optimizer")
+    assert read_parallel(tmp_path / "zero3.json", 2) == Parallel(
+        2, "zero3", offload="optimizer", options=(("reduce_bucket_size", 1e6),)
+    )
     by_file = {
         "distributed_type": "DEEPSPEED",
         "num_processes": 2,

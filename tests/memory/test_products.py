@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -24,21 +25,21 @@ OF_RANK, OF_BATCH, NOTHING = _Kind(0, 0, 0, 1), _Kind(1, 0, 0, 0), _Kind(0, 0, 0
 @pytest.mark.parametrize(
     ("first", "thresholds", "shares", "avoided", "points"),
     [
-        ((2, 30, 6), (), 1, (), [(37, 211, 23), (41, 223, 29), (37, 97, 23), (41, 29, 29), (37, 13, 23)]),
-        ((2, 30, 8), (), 4, (), [(37, 211, 92), (41, 223, 116), (37, 97, 92)]),
-        ((2, 30, 6), (), 4, (), [(37, 211, 6), (41, 223, 6), (37, 97, 6)]),
-        ((2, 30, 6), (), 0, (), [(37, 211, 6), (41, 223, 6), (37, 97, 6)]),
-        ((2, 30, 6), (), 1, (211, 223, 97, 29), [(37, 13, 23), (41, 213, 29), (37, 225, 23)]),
+        ((2, 30, 6), (), 1, (), [(37, 211, 23), (41, 223, 29), (43, 97, 31), (37, 29, 23), (41, 13, 29)]),
+        ((2, 30, 8), (), 4, (), [(37, 211, 92), (41, 223, 116), (43, 97, 124)]),
+        ((2, 30, 6), (), 4, (), [(37, 211, 6), (41, 223, 6), (43, 97, 6)]),
+        ((2, 30, 6), (), 0, (), [(37, 211, 6), (41, 223, 6), (43, 97, 6)]),
+        ((2, 30, 6), (), 1, (211, 223, 97, 29), [(37, 13, 23), (41, 213, 29), (43, 225, 31)]),
         ((2, 20, 6), (13, 29), 1, (), [(37, 13, 23), (41, 26, 29)]),
-        ((2, 20, 6), (14, 18), 1, (211, 223, 97, 29, 31), [(37, 229, 23), (41, 241, 29), (37, 115, 23)]),
+        ((2, 20, 6), (14, 18), 1, (211, 223, 97, 29, 31), [(37, 229, 23), (41, 241, 29), (43, 115, 31)]),
         ((2, 30, 6), (29, 31), 1, (), [(37, 29, 23), (41, 29, 29)]),
         ((2, 30, 6), (28, 31), 1, (29,), []),
-        ((1, 30, 6), (), 1, (), [(1, 211, 23), (1, 223, 29), (1, 97, 23)]),
-        ((2, 30, 1), (), 1, (), [(37, 211, 1), (41, 223, 1), (37, 97, 1)]),
+        ((1, 30, 6), (), 1, (), [(1, 211, 23), (1, 223, 29), (1, 97, 31)]),
+        ((2, 30, 1), (), 1, (), [(37, 211, 1), (41, 223, 1), (43, 97, 1)]),
         ((1, 30, 1), (), 1, (), [(1, 211, 1), (1, 223, 1), (1, 97, 1)]),
         ((2, 1, 6), (), 1, (), [(37, 1, 23), (41, 1, 29)]),
         ((1, 1, 1), (), 1, (), []),
-        ((37, 223, 23), (), 1, (), [(41, 29, 29), (41, 213, 29), (41, 99, 29), (41, 15, 29)]),
+        ((37, 223, 23), (), 1, (), [(43, 97, 31), (41, 13, 29), (43, 213, 31), (41, 99, 29)]),
     ],
 )
 def test_further_points_differ_in_all_that_may_differ(
@@ -46,6 +47,18 @@ def test_further_points_differ_in_all_that_may_differ(
 ) -> None:
     found = list(further_points(first, Family(first, thresholds, shares), avoided))
     assert found[: max(1, len(points))] == points
+
+
+def test_three_points_tell_a_constant_beside_the_rank_from_one_beside_the_batch() -> None:
+    """A layer that is gathered as a whole is its base weights and a multiple of the rank."""
+    first = (37, 211, 184)
+    points = [first, *islice(further_points(first, Family(first, (), 8).widest()), 2)]
+    layers, rows = (
+        [[10**6 + 7 * rank] for _, _, rank in points],
+        [[10**6 + 7 * batch] for batch, _, _ in points],
+    )
+    assert products(points, layers) == [Term(Fraction(7), OF_RANK, 10**6)]
+    assert products(points, rows) == [Term(Fraction(7), OF_BATCH, 10**6)]
 
 
 def test_a_family_reaches_to_the_next_threshold() -> None:

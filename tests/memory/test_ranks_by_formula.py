@@ -84,6 +84,16 @@ SMALL_BUCKET = 64**2 * 2
         ),
         (
             "zero2",
+            {"options": {"reduce_bucket_size": 5e0, "overlap_comm": True, "contiguous_gradients": False}},
+            {"adapters": 1024, "optimizer": 688, "gradients": 344, "reduce buffers": 5 * 2},
+        ),
+        (
+            "zero2",
+            {"options": {**AUTO, "contiguous_gradients": False}, "offload": "optimizer"},
+            {"adapters": 1024, "reduce buffers": SMALL_BUCKET},
+        ),
+        (
+            "zero2",
             {"options": AUTO, "offload": "optimizer"},
             {"adapters": 1024, "reduce buffers": SMALL_BUCKET},
         ),

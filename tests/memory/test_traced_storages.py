@@ -176,7 +176,7 @@ def test_heads_are_copied_side_by_side_where_the_kernel_left_them_first(
     seen = tracker(None)
     with cuda_kernels(None, kernel):
         turned = [t if heads_first else t.transpose(1, 2) for t in (query, key, value)]
-        out = functional.scaled_dot_product_attention(*turned)
+        out = functional.scaled_dot_product_attention(turned[0], turned[1], turned[2])
         seen.ignore(out)
         with seen.recorded():
             joined = out.transpose(1, 2).reshape(2, 5, 3 * 16)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -39,6 +40,29 @@ USUAL = {
 }
 UNCAST = {"prepare_for_kbit": False, "adapter_dtype": "bfloat16"}
 """What TRL leaves as it is in a quantized base, and what it casts."""
+
+
+@pytest.mark.parametrize(
+    ("values", "storage"),
+    [
+        ({"quant_storage": "bfloat16", "strategy": "fsdp1"}, "bfloat16"),
+        ({"quant_storage": "float32", "strategy": "zero3_offload"}, "float32"),
+        ({"quant_storage": "bfloat16", "strategy": "ddp"}, None),
+        ({"quant_storage": "uint8", "strategy": "fsdp1"}, None),
+        ({"strategy": "fsdp1"}, None),
+    ],
+)
+def test_how_packed_weights_are_stored_is_said_where_they_are_divided(
+    values: dict[str, Any], storage: str | None
+) -> None:
+    asked = step_arguments(run(**STEP, quantization="nf4", double_quant=True, **values), "bfloat16")
+    assert asked is not None
+    packed = asked["quantization"]
+    if storage is None:
+        assert packed == "nf4"
+    else:
+        assert packed.bnb_4bit_quant_storage is getattr(torch, storage)
+        assert (packed.bnb_4bit_quant_type, packed.bnb_4bit_use_double_quant) == ("nf4", True)
 
 
 @pytest.mark.parametrize(

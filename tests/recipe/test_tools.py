@@ -61,8 +61,8 @@ SHARED = {
 }
 DEFAULTS = {
     AXOLOTL: {
-        **SHARED, "double_quant": True, "dtype": "bfloat16", "precision": "bf16", "lora_dropout": 0.0, "batch_size": 1,
-        "accumulation": 1, "seq_len": 512, "loss": "full", "kernels": True,
+        **SHARED, "double_quant": True, "quant_storage": "bfloat16", "dtype": "bfloat16", "precision": "bf16",
+        "lora_dropout": 0.0, "batch_size": 1, "accumulation": 1, "seq_len": 512, "loss": "full", "kernels": True,
         "gradient_checkpointing": False, "schedule": "cosine",
         "epochs": 1.0,
     },
@@ -159,9 +159,9 @@ CHANGES = [
     (FACTORY, "quantization_bit: 4\nquantization_type: fp4", {"quantization": "fp4"}),
     (FACTORY, "quantization_bit: 2", {}),
     (FACTORY, "quantization_bit: 2\nquantization_method: hqq", {"quantization": "hqq"}),
-    (FACTORY, "bf16: true", {"precision": "bf16", "dtype": "bfloat16"}),
-    (FACTORY, "pure_bf16: true", {"precision": "bf16", "dtype": "bfloat16"}),
-    (FACTORY, "fp16: true", {"precision": "fp16", "dtype": "float16"}),
+    (FACTORY, "bf16: true", {"quant_storage": "bfloat16", "precision": "bf16", "dtype": "bfloat16"}),
+    (FACTORY, "pure_bf16: true", {"quant_storage": "bfloat16", "precision": "bf16", "dtype": "bfloat16"}),
+    (FACTORY, "fp16: true", {"quant_storage": "float16", "precision": "fp16", "dtype": "float16"}),
     (FACTORY, "enable_liger_kernel: true", {"loss": "chunked"}),
     (FACTORY, "disable_gradient_checkpointing: true", {"gradient_checkpointing": False}),
     (FACTORY, "use_reentrant_gc: false", {"gradient_checkpointing": True}),

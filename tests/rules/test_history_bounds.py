@@ -563,6 +563,8 @@ AGAIN = [5.0, 5.0, 5.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 2.0, 2.0, 2.0]
         (AGAIN, {"jump": None}, False),
         (AGAIN, {"jump": Jump(12, 4.01, 5.0, -5.0)}, False),
         (AGAIN, {"jump": Jump(12, 4.0, 5.0, 0.0)}, True),
+        (AGAIN, {"swings": 1}, True),
+        (AGAIN, {"swings": 2}, False),
     ],
 )
 def test_a_loss_that_starts_over(after: list[float], changes: dict[str, Any], is_told: bool) -> None:
@@ -570,7 +572,11 @@ def test_a_loss_that_starts_over(after: list[float], changes: dict[str, Any], is
     curve = {"start": level(5.0), "jump": Jump(12, 2.0, 5.0, -5.0), **changes}
     facts = known(24, curve, usable=(*AGAIN, *after))
     assert bool(said("loss_starts_over", facts)) is is_told
-    assert said("loss_starts_over", known(24, curve, usable=(*AGAIN, *after), repetition=12)) is None
+    assert said("loss_starts_over", replace(facts, repetition=12)) is None
+    restarts = [
+        bool(said("loss_starts_over", replace(facts, rates=restart_at(at, 24)))) for at in (9, 10, 12, 13)
+    ]
+    assert restarts == [is_told, False, False, is_told]
 
 
 CHANCE = math.log(4)

@@ -107,6 +107,8 @@ def test_weights_that_stay_whole(quantization: Quantization | None, packed: int,
     bare = replace(given, breakdown={"base weights": GIB})
     if quantization:
         says("quantization_leaves_most_weights_whole", MemoryFacts(bare, GIB), "warning: 0 B of weights are")
+        on_host = replace(setting, parallel=Parallel(2, "fsdp1", offload="cpu"))
+        says("quantization_leaves_most_weights_whole", MemoryFacts(replace(bare, setting=on_host), GIB))
 
 
 def test_bounds() -> None:

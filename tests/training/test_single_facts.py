@@ -465,6 +465,7 @@ def test_only_the_first_line_of_an_error_is_kept() -> None:
 
 class Layer(nn.Module):
     disable_adapters = False
+    active_adapter = "default"
 
     def forward(self, values: Any = None) -> Any:
         return values
@@ -493,6 +494,13 @@ def test_how_layers_were_run() -> None:
         "named": Ran.WITH_GRAPH,
     }
     assert not calls.switched_off
+    assert calls.references(("default",)) == ()
+    layers["both"].active_adapter = layers["graph"].active_adapter = "reference"
+    layers["graph"](one)
+    assert calls.references(("default",)) == (), "it ran with gradients on"
+    with torch.no_grad():
+        layers["both"](one)
+    assert calls.references(("default",)) == ("reference",)
     layers["never"].disable_adapters = True
     layers["never"](one)
     layers["graph"](one)

@@ -60,6 +60,9 @@ class StepShape:
         self._phases = np.array([PHASES.index(p) for p in step.phases])
         self._second_step = int(np.flatnonzero(self.line.index >= step.first)[0])
         self._loaded = int(np.flatnonzero(self.line.index >= step.loaded)[0])
+        self._cut = expand(step.loading, step.loading_units, step.copies, like) if step.loading else None
+        self._cut_storages = np.array([e if e >= 0 else ~e for e in step.loading], dtype=np.int64)
+        self._cut_frees = np.array(step.loading, dtype=np.int64) < 0
         self._fast = FastPeak(self.line, self._storages)
         self._gpus = None if step.placement is None else self._gpu_of_events(step)
 
@@ -109,16 +112,33 @@ class StepShape:
         """
         counted = self._counted(sizes)
         index = self.line.index[counted]
+        storages, instances, frees = self._storages[index], self.line.instances[counted], self._frees[index]
         second = int(np.count_nonzero(counted[: self._second_step]))
+        if self._cut is not None:
+            storages, instances, frees = self._after_cutting(storages, instances, frees)
+            second += len(storages) - len(index)
         return max_reserved(
             sizes,
-            self._storages[index],
-            self.line.instances[counted],
-            self._frees[index],
+            storages,
+            instances,
+            frees,
             second if emptied else None,
             replay,
             self._streams,
             caught_up=second if late else None,
+        )
+
+    def _after_cutting(
+        self, storages: Integers, instances: Integers, frees: NDArray[np.bool_]
+    ) -> tuple[Integers, Integers, NDArray[np.bool_]]:
+        """A step's events with those in the place of its weights by which they came to be; see ``Step.load``."""
+        assert self._cut is not None
+        index, first = self._cut.index, self._loaded
+        own = int(instances.max(initial=0)) + 1
+        return (
+            np.concatenate([self._cut_storages[index], storages[first:]]),
+            np.concatenate([self._cut.instances + own, instances[first:]]),
+            np.concatenate([self._cut_frees[index], frees[first:]]),
         )
 
     def figures(self, sizes: Integers) -> Figures:

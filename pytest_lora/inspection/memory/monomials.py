@@ -14,10 +14,12 @@ from pytest_lora.inspection.memory.sizes import Family, Point
 MOST_PARTS = 4096
 """Largest denominator of a coefficient: what is packed or shared among GPUs is a fraction of a product."""
 
-_BATCHES = (37, 41)
-_RANKS = (23, 29)
+_BATCHES = (37, 41, 43)
+_RANKS = (23, 29, 31)
 _LENGTHS = (211, 223, 97, 29, 13)
-"""Primes that divide no usual width, so that what is found at such a point and another one is no coincidence."""
+"""Primes that divide no usual width, so that what is found at such a point and another one is no coincidence.
+
+Batches and ranks do not grow in step: at three points a constant beside one of them is none beside the other."""
 
 
 class _Kind(NamedTuple):

@@ -11,9 +11,10 @@ from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT
 from pytest_lora.inspection.memory.meta_model import MetaModel
 from pytest_lora.inspection.memory.operations import require_like_inner_units, times_played
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, PAGED_FROM, state_bytes
+from pytest_lora.inspection.memory.parallel.model import CUT, Loading
 from pytest_lora.inspection.memory.parallel.placed import Placement
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
-from pytest_lora.inspection.memory.weights import Trained
+from pytest_lora.inspection.memory.weights import Trained, Weight
 
 LOAD, OPTIMIZER = "load", "optimizer"
 PHASES = (LOAD, "forward", "backward", OPTIMIZER, EVALUATION)
@@ -33,6 +34,7 @@ class Step:
         categories, operations, streams: By storage.
         phases: Phase of each event.
         loaded, first, trained: Number of events after loading, after the first step, and after the second.
+        loading, loading_units: Events and units of what is made and freed until a model is cut; without, nothing is.
         paged: Bytes of optimizer state outside of the allocator.
         copies: Inner units of the whole model by stack.
         placement: Where layers lie on several GPUs, on which.
@@ -52,6 +54,8 @@ class Step:
     loaded: int = 0
     first: int = 0
     trained: int = 0
+    loading: list[int] = field(default_factory=list)
+    loading_units: list[int] = field(default_factory=list)
     paged: int = 0
     copies: dict[int, int] = field(default_factory=dict)
     placement: Placement | None = None
@@ -66,13 +70,32 @@ class Step:
         return sum(times.get(unit, 1) for unit in self.units)
 
     def make(self, size: int, category: str, operation: str, phase: str, unit: int) -> int:
-        index = len(self.sizes)
+        index = self._storage(size, category, operation)
+        self._event(index, phase, unit)
+        return index
+
+    def _storage(self, size: int, category: str, operation: str) -> int:
         self.sizes.append(size)
         self.categories.append(category)
         self.operations.append(operation)
         self.streams.append(0)
-        self._event(index, phase, unit)
-        return index
+        return len(self.sizes) - 1
+
+    def load(self, loading: Loading, whole: list[Weight]) -> None:
+        """Note how a model is cut: beside the step's events, as nothing of it is held when the step begins.
+
+        Args:
+            loading: What is made and freed.
+            whole: What is on the device before, and stays.
+        """
+        for weight in whole:
+            self.loading.append(self._storage(weight.size, weight.category, LOAD))
+            self.loading_units.append(weight.unit)
+        offset = len(self.sizes)
+        for size in loading.sizes:
+            self._storage(size, "parameter shards", LOAD)
+        self.loading += [e + offset if e >= 0 else e - offset for e in loading.events]
+        self.loading_units += loading.units
 
     def free(self, index: int, phase: str, unit: int) -> None:
         self._event(~index, phase, unit)
@@ -109,6 +132,8 @@ def assemble(built: MetaModel, setting: StepSetting) -> Step:
         step.make(weight.size, weight.category, "load", LOAD, weight.unit)
     step.workspaces = dict.fromkeys(THREADS, setting.workspace)
     step.loaded = len(step.events)
+    if built.rank is not None and built.rank.loading is not None:
+        step.load(built.rank.loading, [w for w in built.held() if w.category not in CUT])
     micro = [trace(built, setting)]
     if setting.accumulation > 1:
         micro.append(trace(built, setting, gradients_held=True))

@@ -111,6 +111,12 @@ class StorageTracker:
         if after and self.recording:
             self._live[key] = self._new(after, "gather", "gathered parameters")
 
+    def moved_away(self, tensor: torch.Tensor) -> None:
+        """A storage went to another device."""
+        key = id(tensor.untyped_storage())
+        index, self._live[key] = self._live[key], -1
+        self._event(~index)
+
     def recorded(self) -> AbstractContextManager[Any]:
         """Follow what happens inside."""
 

@@ -47,6 +47,7 @@ class Traced(NamedTuple):
         mine = self.step
         same = (
             mine.events == other.events
+            and mine.loading == other.loading
             and mine.units == other.units
             and mine.categories == other.categories
             and mine.operations == other.operations

@@ -87,6 +87,9 @@ def step_arguments(setting: RunSetting, base_dtype: str | None) -> dict[str, Any
         "optimizer": optimizer if optimizer in OPTIMIZERS else "adamw_torch",
         "accumulation": max(1, setting.accumulation.value or 1),
     }
+    storage = setting.quant_storage.value
+    if quantization in ("nf4", "fp4") and storage in _STORAGES and divides_weights(setting.strategy.value):
+        arguments["quantization"] = _stored_as(storage, quantization, dtype, setting)
     if dtype == "float32":
         arguments["autocast"] = False
     if setting.tool in _KEEPS_DTYPE and quantization is not None:
@@ -94,6 +97,24 @@ def step_arguments(setting: RunSetting, base_dtype: str | None) -> dict[str, Any
     if setting.tool == "TRL" and quantization is not None:
         arguments["adapter_dtype"] = "bfloat16"
     return arguments
+
+
+_STORAGES = ("bfloat16", "float16", "float32")
+"""Dtypes of packed weights that FSDP can divide; it refuses ``uint8``."""
+
+
+def _stored_as(storage: str, kind: str, dtype: str, setting: RunSetting) -> Any:
+    """How the base is packed, where that decides whether it can be divided."""
+    from transformers import BitsAndBytesConfig
+
+    make: Any = BitsAndBytesConfig
+    return make(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=bool(setting.double_quant.value),
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
+    )
 
 
 _KEEPS_DTYPE = ("Axolotl", "LLaMA-Factory", "TRL")

@@ -76,6 +76,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         adapter=replace(adapter, value=kind if kind in ("lora", "qlora") else None),
         quantization=_quantization(keys, kind),
         double_quant=Value(True, f"default of {NAME}"),
+        quant_storage=Value("bfloat16", f"default of {NAME}"),  # loaders/model.py, whatever else is asked
         dtype=_dtype(keys),
         precision=_precision(keys),
         objective=keys.word("rl", default="sft"),

@@ -105,6 +105,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         adapter=Value("lora", "its LoRA keys", "lora_r"),
         quantization=_quantization(keys),
         double_quant=keys.flag("bnb_4bit_use_double_quant", "use_nested_quant", default=False),
+        quant_storage=keys.word("bnb_4bit_quant_storage", "bnb_4bit_quant_storage_dtype"),
         dtype=_dtype(keys),
         precision=_precision(keys),
         objective=replace(keys.word("objective", "stage"), value=_objective(keys)),

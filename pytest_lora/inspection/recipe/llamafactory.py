@@ -61,6 +61,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         adapter=replace(keys.word("finetuning_type", default="lora"), value="lora"),
         quantization=_quantization(keys),
         double_quant=keys.flag("double_quantization", default=True),
+        quant_storage=_dtype(keys),  # model_utils/quantization.py: the dtype that is computed in
         dtype=_dtype(keys),
         precision=_precision(keys),
         objective=keys.word("stage", default="sft"),

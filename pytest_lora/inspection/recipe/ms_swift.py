@@ -62,6 +62,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         adapter=replace(keys.word("tuner_type", default="lora"), value="lora"),
         quantization=_quantization(keys),
         double_quant=keys.flag("bnb_4bit_use_double_quant", default=True),
+        quant_storage=keys.word("bnb_4bit_quant_storage"),
         dtype=_dtype(keys),
         precision=_precision(keys),
         objective=kind,

@@ -72,6 +72,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         adapter=_adapter(keys),
         quantization=_quantization(keys),
         double_quant=keys.flag("use_bnb_nested_quant", default=False),
+        quant_storage=keys.word("bnb_4bit_quant_storage"),
         dtype=_dtype(keys),
         precision=_precision(keys),
         objective=objective,

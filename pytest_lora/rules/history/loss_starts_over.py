@@ -14,6 +14,9 @@ all stretches lie within 0.12; of three whose data changed some lie 0.41 to 1.02
 _FEWEST = 3
 """Stretches of 3, 3 and 6 losses: twelve before the jump, and twelve from it on."""
 
+_SWINGS = 1
+"""The jump itself may be one; a loss that swings oftener oscillates (LORA345)."""
+
 _FELL = 0.8
 """The loss has to fall in what is compared: two flat stretches are alike whatever happened."""
 
@@ -26,6 +29,7 @@ def loss_starts_over(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]
     Looks for a step at which the loss jumps up, and compares what follows with the start of the curve, stretch by
     stretch: medians of 3, 3, 6, 12, ... losses. It is told where all of them differ by 15 % at most, over twelve losses
     or more in which the loss falls by a fifth. New data raise the loss too, to a level and along a way of their own.
+    A loss that swings again and again, and a bump where the schedule starts anew, are left alone.
 
     ## Why is this bad?
     What had been learned is gone: the run trains a new adapter. So it is when a resumed script calls `get_peft_model`
@@ -46,9 +50,12 @@ def loss_starts_over(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]
     ## References
     - https://huggingface.co/docs/peft/developer_guides/troubleshooting
     """
-    if facts.curve is None or facts.curve.jump is None or facts.repetition:
+    if facts.curve is None or facts.curve.jump is None or facts.repetition or facts.curve.swings > _SWINGS:
         return
     jump, start = facts.curve.jump, facts.curve.start.value
+    lead = max(1, len(facts.usable) // 10)
+    if any(jump.at - lead <= restart <= jump.at for restart in facts.restarts):
+        return
     apart = apart_from_the_start(facts.usable, jump.at)
     if len(apart) < _FEWEST or max(map(abs, apart)) > _ALIKE or jump.before > _FELL * start:
         return

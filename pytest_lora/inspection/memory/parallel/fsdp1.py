@@ -15,6 +15,7 @@ from torch import nn
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory.layer_stacks import Stack
+from pytest_lora.inspection.memory.parallel.fsdp1_loading import cutting_followed
 from pytest_lora.inspection.memory.parallel.model import (
     OFFLOAD_FORMULA,
     Rank,
@@ -41,14 +42,13 @@ def fsdp1_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Ra
     """Flatten and shard a model as ``Trainer`` and accelerate do with ``fsdp_version: 1``."""
     fsdp: Any = importlib.import_module("torch.distributed.fsdp")
     kind = fsdp.FullyShardedDataParallel
-    if setting.autocast:  # Accelerator.prepare_model holds what is trained in float32 then
-        for parameter in built.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.float32)
+    if setting.autocast:
+        _train_in_float32(built.model)
     with fake_group(parallel.gpus), meta_as_device():
         arguments = _arguments(fsdp, built, setting, parallel)
         try:
-            called = kind(built.model, **arguments)
+            with cutting_followed(built.model, built.unit_of, offloaded=bool(parallel.offload)) as loading:
+                called = kind(built.model, **arguments)
         except ValueError as error:
             raise ValueError(f"strategy: FSDP1 refuses this model: {error}{_remedy(setting)}") from error
         _gathered_once(called)
@@ -66,7 +66,15 @@ def fsdp1_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Ra
         _around,
         lambda: gradients_of(called),
         by_formula=(OFFLOAD_FORMULA,) if parallel.offload else (),
+        loading=loading,
     )
+
+
+def _train_in_float32(model: nn.Module) -> None:
+    """As ``Accelerator.prepare_model`` does before it wraps a model that runs under autocast."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
 
 
 def _gathered_once(called: Any) -> None:
@@ -79,7 +87,7 @@ def _gathered_once(called: Any) -> None:
         if handle is not None:
             handle._training_state = training.FORWARD
             runtime._unshard(state, handle, state._unshard_stream, state._pre_unshard_stream)
-            runtime._reshard(state, handle, True)
+            runtime._reshard(state, handle, handle.uses_sharded_strategy)
             handle._training_state = training.IDLE
 
 
@@ -117,6 +125,7 @@ def _arguments(fsdp: Any, built: MetaModel, setting: StepSetting, parallel: Para
         "backward_prefetch": getattr(fsdp.BackwardPrefetch, prefetch, None),
         "forward_prefetch": bool(parallel.option("forward_prefetch", False)),
         "use_orig_params": bool(parallel.option("use_orig_params", False)),
+        "sync_module_states": bool(parallel.option("sync_module_states", True)),
         "limit_all_gathers": bool(parallel.option("limit_all_gathers", True)),
     }
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from pytest_lora.inspection.memory.parallel.placed import Placement
 
 
+CUT = ("parameter shards", "adapters")
+"""Categories of what is divided."""
+
+
 def _nothing() -> list[torch.Tensor]:
     return []
 
@@ -26,6 +30,20 @@ def _nothing() -> list[torch.Tensor]:
 def nothing_around(tracker: StorageTracker) -> AbstractContextManager[None]:
     """What a step runs within that is shared without anything of its own."""
     return nullcontext()
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Storages that are made and freed until a model is cut; what is left are its parts.
+
+    Attributes:
+        events, units: As in a trace.
+        sizes: Bytes by storage.
+    """
+
+    events: list[int]
+    units: list[int]
+    sizes: list[int]
 
 
 @dataclass
@@ -43,6 +61,7 @@ class Rank:
         by_formula: Parts that are computed, and not run.
         placement: Where layers lie on several GPUs, on which; the figures are then those of the fullest.
         first_differs: Whether the next step is the first one, and not like those after it.
+        loading: What is made on the way to the parts among ``weights``; None where that leaves nothing in the cache.
     """
 
     called: nn.Module
@@ -55,6 +74,7 @@ class Rank:
     notices_gradients: bool = False
     placement: Placement | None = None
     first_differs: bool = False
+    loading: Loading | None = None
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,12 +89,11 @@ def offloaded(weights: list[Weight], trained: list[Trained]) -> tuple[list[Weigh
 
     The part of the largest unit is on the device while it is gathered.
     """
-    moved = ("parameter shards", "adapters")
     by_unit: dict[int, int] = {}
     for weight in weights:
-        if weight.category in moved:
+        if weight.category in CUT:
             by_unit[weight.unit] = by_unit.get(weight.unit, 0) + weight.size
-    kept = [weight for weight in weights if weight.category not in moved]
+    kept = [weight for weight in weights if weight.category not in CUT]
     return [*kept, Weight(max(by_unit.values(), default=0), "gathered parameters", OUTSIDE)], []
 
 

@@ -74,7 +74,8 @@ def zero_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Ran
         held = [*held, *(Weight(p.numel * _FLOAT, "optimizer", p.unit) for p in parts if half)]
     if stage > 1 and parallel.offload is None:
         held = [*held, *(Weight(p.numel * kind, "gradients", p.unit) for p in parts)]
-    buffers = 2 if parallel.option("overlap_comm", False) and stage < 3 else 1
+    contiguous = parallel.option("contiguous_gradients", True) or (stage < 3 and parallel.offload is not None)
+    buffers = int(contiguous) + int(bool(parallel.option("overlap_comm", False)) and stage < 3)
     bucket = _number(parallel, "reduce_bucket_size", REDUCE_BUCKET, _width(built) ** 2) * kind
     held = [*held, *(Weight(bucket, "reduce buffers", OUTSIDE) for _ in range(buffers))]
     return Rank(
