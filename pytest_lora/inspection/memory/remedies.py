@@ -26,7 +26,9 @@ def remedy(error: Exception, model: nn.Module) -> str:
         own = sorted({n for n, layer in _own_layers(module) if id(layer) in packed})
         if own and "scalar type" in str(error):
             # What is written takes the place of what transformers leaves whole by itself: the head.
-            skipped = sorted({*own, *kept_whole(model, None)})
+            modules = dict(model.named_modules())
+            heads = [n for n in kept_whole(model, None) if hasattr(modules.get(n), "in_features")]
+            skipped = sorted({*own, *heads})
             return (
                 f"; {name} multiplies by a packed weight itself, which fails on a GPU too: leave its layers whole with "
                 f"BitsAndBytesConfig(..., llm_int8_skip_modules={skipped})"
