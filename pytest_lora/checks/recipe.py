@@ -30,7 +30,7 @@ def check_recipe(
     *,
     base: nn.Module | PretrainedConfig | str | os.PathLike[str] | None = None,
     budget: str | int | torch.device | None = None,
-    gpus: int = 1,
+    gpus: int | None = None,
     expect: Expect | None = None,
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
@@ -44,8 +44,8 @@ def check_recipe(
     Args:
         path: The recipe.
         base: The base, where it is not to be the one that the recipe names.
-        budget: Memory of one GPU, as in ``"24GiB"``; without it memory is not judged.
-        gpus: How many GPUs take part, unless the recipe says more.
+        budget: Memory of one GPU, as in ``"24GiB"``, or ``"8x80GiB"`` for ``gpus=8``; without it memory is not judged.
+        gpus: How many GPUs take part, unless the recipe says more; 1 by default.
         expect: What is meant, where only the user can know it.
         select: Codes, or starts of codes, to look at; all when empty.
         ignore: Codes, or starts of codes, to leave out.
@@ -56,15 +56,14 @@ def check_recipe(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: There is no file at ``path``, or the budget has no unit.
+        ValueError: There is no file at ``path``, or the budget has no unit or names other cards than ``gpus``.
     """
     from pytest_lora.inspection.recipe import recipe_facts
 
     file = _file(path)
     expect = require_expect(expect)
     select, ignore = codes("select", select), codes("ignore", ignore)
-    cards = require_whole("gpus", gpus, least=1)
-    limit = None if budget is None else _budget(budget)
+    cards, limit = _cards(gpus, budget)
     facts = recipe_facts(file, base if isinstance(base, str) else None)
     run = judged(facts, base, limit, cards, expect, file.parent)
     placed = [replace(one, file=str(path), line=one.line) for one in run.findings]
@@ -83,10 +82,14 @@ def _file(path: Any) -> Path:
     return file
 
 
-def _budget(budget: Any) -> int:
-    from pytest_lora.memory.budget import require_budget
+def _cards(gpus: Any, budget: Any) -> tuple[int, int | None]:
+    """How many GPUs there are, and the bytes of one where memory is to be judged."""
+    from pytest_lora.memory.budget import cards_and_budget, require_budget
 
-    return require_budget(budget)
+    if gpus is not None:
+        require_whole("gpus", gpus, least=1)
+    count, of_one = cards_and_budget(budget, gpus)
+    return count or 1, None if of_one is None else require_budget(of_one)
 
 
 @refusing
@@ -96,7 +99,7 @@ def check_run(
     base: nn.Module | PretrainedConfig | str | os.PathLike[str],
     *,
     budget: str | int | torch.device | None = None,
-    gpus: int = 1,
+    gpus: int | None = None,
     quantization: str | None = None,
     expect: Expect | None = None,
     select: Iterable[str] = (),
@@ -108,8 +111,8 @@ def check_run(
         args: ``TrainingArguments``, or an ``SFTConfig`` or ``DPOConfig`` of TRL; nothing is changed.
         config: The adapter.
         base: The base: a live model, a ``PretrainedConfig``, a path, or the name of a public model.
-        budget: Memory of one GPU, as in ``"24GiB"``; without it memory is not judged.
-        gpus: How many GPUs take part.
+        budget: Memory of one GPU, as in ``"24GiB"``, or ``"8x80GiB"`` for ``gpus=8``; without it memory is not judged.
+        gpus: How many GPUs take part; 1 by default.
         quantization: How the script loads the base: ``"nf4"``, ``"fp4"``, ``"int8"``, or None.
         expect: What is meant, where only the user can know it.
         select: Codes, or starts of codes, to look at; all when empty.
@@ -120,14 +123,13 @@ def check_run(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: The base cannot be built, or the budget has no unit.
+        ValueError: The base cannot be built, or the budget has no unit or names other cards than ``gpus``.
     """
     from pytest_lora.inspection.recipe.script import script_facts
 
     expect = require_expect(expect)
     select, ignore = codes("select", select), codes("ignore", ignore)
-    cards = require_whole("gpus", gpus, least=1)
-    limit = None if budget is None else _budget(budget)
+    cards, limit = _cards(gpus, budget)
     if quantization is not None:
         require_one_of("quantization", quantization, BITSANDBYTES)
     facts = script_facts(args, config, base, quantization)
