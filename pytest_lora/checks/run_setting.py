@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 OF_ALL_LAYERS = ("parameter_share_is_outside_the_band",)
 """Rules whose figures are those of the whole base; without them a few layers stand for all."""
+
+_LONGEST = 120
+"""Characters of a reason that nothing was estimated, which stands in one line of the summary."""
 
 _STRATEGIES = {"zero0": "ddp"}
 """Those of recipes by the names of ``estimate_memory``, where these differ."""
@@ -67,10 +71,10 @@ def judged(
         return JudgedRun(subject, list(judge([facts], expect)), recipe_card(facts))
     known = None if facts.base_is_adapter else known_base(base, facts, folder)
     cards = max(gpus, setting.gpus.value or 1)
-    no_card = () if budget is not None else (("no card given", rules_of("memory")),)
+    left = () if budget is not None else (("no card given", rules_of("memory")),)
     if known is None:
         subject = f"{subject} (not compared with its base: {setting.base.value} is not known)"
-        left = ((f"base not known; {NAMES_A_BASE}", rules_of("config")), *no_card)
+        left = ((f"base not known; {NAMES_A_BASE}", rules_of("config")), *left)
         return JudgedRun(subject, list(judge([facts], expect)), recipe_card(facts, cards, None, budget), left)
     config = config or adapter_of(setting, known)
     whole = expect.param_ratio is not None
@@ -91,12 +95,14 @@ def judged(
         findings += [placed(f, facts, setting) for f in found]
     estimate = None
     if budget is not None and config is not None and (facts.shard is None or facts.shard.fits):
-        estimate = _estimate(facts, setting, config, known, cards)
-        if estimate is not None:
+        estimate, why = _estimate(facts, setting, config, known, cards)
+        if estimate is None:
+            left = ((why, rules_of("memory")),)
+        else:
             findings += _memory(facts, setting, estimate, budget, expect)
     peak = None if estimate is None else estimate.peak_allocated
     may_fit = estimate is not None and budget is not None and _may_fit(setting, estimate, budget)
-    return JudgedRun(subject, findings, recipe_card(facts, cards, peak, budget, may_fit=may_fit), no_card)
+    return JudgedRun(subject, findings, recipe_card(facts, cards, peak, budget, may_fit=may_fit), left)
 
 
 def _with_base(facts: RecipeFacts, on_base: ConfigFacts) -> RecipeFacts:
@@ -136,22 +142,23 @@ def _expected(expect: Expect, setting: RunSetting, on_base: ConfigFacts) -> Expe
 
 def _estimate(
     facts: RecipeFacts, setting: RunSetting, config: LoraConfig, base: Any, cards: int
-) -> MemoryEstimate | None:
-    """The memory of a step of this run; None where the setting lacks something, or such a step cannot be traced."""
+) -> tuple[MemoryEstimate | None, str]:
+    """The memory of a step of this run; or why there is none: the setting lacks something, or it cannot be traced."""
     from pytest_lora.inspection.recipe.adapter import fused_arguments, step_arguments
     from pytest_lora.memory.estimate import estimate_memory
 
     arguments = step_arguments(setting, facts.base.dtype if facts.base else None)
     if arguments is None:
-        return None
+        return None, "batch, length, dtype or quantization of the step not known"
     arguments |= _shared(setting, cards)
     fused = fused_arguments(setting)
+    why = ""
     for more in (fused, {}) if fused else ({},):  # a base that no fused loss is for is estimated without
         try:
-            return estimate_memory(config, base, **arguments, **more)
-        except (ValueError, LookupError, ArithmeticError):  # sizes that no allocator has
-            continue
-    return None
+            return estimate_memory(config, base, **arguments, **more), ""
+        except (ValueError, LookupError, ArithmeticError) as error:  # sizes that no allocator has
+            why = str(error).partition("\n")[0]
+    return None, f"step not estimated: {textwrap.shorten(why, _LONGEST, placeholder=' ...')}"
 
 
 def _memory(

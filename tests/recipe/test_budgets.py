@@ -55,3 +55,30 @@ def test_cards_stand_in_the_budget_or_beside_it(recipe: Path, given: dict[str, A
 def test_cards_that_do_not_go_together_are_refused(recipe: Path, given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check_recipe(recipe, **given)
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "reason"),
+    [
+        (
+            "micro_batch_size: 1",
+            "micro_batch_size: many",
+            "batch, length, dtype or quantization of the step not known",
+        ),
+        (
+            "sequence_len: 1024",
+            "sequence_len: 99999999999",
+            "step not estimated: seq_len must be at most 16,777,216",
+        ),
+    ],
+    ids=["no batch", "no length that there is"],
+)
+def test_a_step_that_is_not_estimated_is_said_to_be_not_judged(
+    recipe: Path, line: str, other: str, reason: str
+) -> None:
+    recipe.write_text(RECIPE.replace(line, other))
+    report = check_recipe(recipe, budget="8x80GiB")
+    ((why, rules),) = report.not_judged
+    assert why.startswith(reason), why
+    assert "memory rules" in rules
+    assert not [f for f in report.findings if f.code.startswith("LORA5")]
