@@ -215,9 +215,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     """Fields that the process is asked about, and the seconds that it is given; each takes 0.4 of them."""
     found: list[tuple[str, float]] = []
 
-    def do(work: str, field: str, value: Any, names: list[str], seconds: float) -> tuple[None, float]:
+    def do(work: str, field: str, value: Any, names: list[str], seconds: float) -> tuple[list[Any], float]:
         found.append((field, seconds))
-        return None, 0.4
+        return [[[], True] for _ in ([value] if isinstance(value, str) else value)], 0.4
 
     monkeypatch.setattr(patterns, "limited", SimpleNamespace(do=do))
     return found

@@ -569,8 +569,9 @@ def test_no_more_than_two_copies_of_a_model_are_on_the_gpu_at_a_time(monkeypatch
     real = copy.deepcopy
 
     def copied(value: Any, *memo: Any) -> Any:
+        is_whole = isinstance(value, nn.Module) and not any(memo)  # a model, not a part of one
         made = real(value, *memo)
-        if isinstance(value, nn.Module) and not memo:  # a model, not a part of one
+        if is_whole:
             alive.append(weakref.ref(made))
             most.append(sum(one() is not None for one in alive))
         return made

@@ -254,7 +254,7 @@ def test_zero_3_keeps_up_to_a_hundred_thousand_numbers_whole() -> None:
 
 def test_each_gpu_of_a_device_map_has_its_own_peak() -> None:
     """Two layers on a GPU each: what the second one makes does not count on the first."""
-    step = Step(placement=Placement(2, ((0, 1),), first=0, last=1))
+    step = Step(placement=Placement(2, ((0, 1),), first=0, last=1), copies={0: 0})
     weights = [step.make(512 * size, "base weights", "load", "load", unit) for size, unit in ((3, 0), (4, 1))]
     step.loaded = step.first = len(step.events)
     hidden = [step.make(512 * size, "activations", "mm", "forward", unit) for size, unit in ((5, 0), (1, 1))]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, get_peft_model
+from transformers import TrainerCallback
 
 from pytest_lora import LoraHealthCallback, LoraHealthWarning
 from tests.runs.test_watch import small, trainer
@@ -37,12 +39,30 @@ def test_a_model_without_lora_is_told_once_and_trains_to_its_end(make: Any, tmp_
     assert not callback.watch.reports
 
 
-def test_adalora_trains_in_silence(tmp_path: Path) -> None:
+class Allocates(TrainerCallback):
+    """What PEFT's documentation has a loop do for AdaLoRA, and the Trainer does not by itself."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "told"), [((Allocates(),), set()), ((), {"LORA348"})], ids=["called", "not"]
+)
+def test_adalora_trains_in_silence_where_its_allocator_is_called(
+    tmp_path: Path, callbacks: tuple[TrainerCallback, ...], told: set[str]
+) -> None:
     callback = LoraHealthCallback(on_error="raise")
     torch.manual_seed(0)
     config = AdaLoraConfig(
         init_r=6, target_r=4, lora_alpha=12, target_modules=["q_proj"], total_step=12, task_type="CAUSAL_LM"
     )
-    trainer(tmp_path, callback, get_peft_model(small(), config), max_steps=4).train()
+    run = trainer(tmp_path, callback, get_peft_model(small(), config), max_steps=4)
+    for one in callbacks:
+        run.add_callback(one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LoraHealthWarning)
+        run.train()
     assert callback.watch.count == 4
-    assert not [f for report in callback.watch.reports for f in (*report.errors, *report.warnings)]
+    found = [f for report in callback.watch.reports for f in (*report.errors, *report.warnings)]
+    assert {f.code for f in found} == told
