@@ -264,6 +264,7 @@ def test_santacoder_today(batch: int, measured: int) -> None:
     assert santacoder(batch).peak_allocated / measured == pytest.approx(0.796, abs=0.006)
 
 
+@pytest.mark.skipif(not NEW_EXPERTS, reason="transformers 4.57 runs the layer of a checkpoint in another way")
 @pytest.mark.usefixtures("keys_and_values_of_bigcode")
 @SANTACODER
 def test_santacoder_with_the_keys_and_values_of_448(batch: int, measured: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,10 @@ def dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 def really_trained(name: str, folder: Path, config: LoraConfig) -> dict[str, torch.dtype]:
     """By the installed trainer, once it has taken a tiny base in 4 bits and bfloat16."""
     kind: Any = LlamaForSequenceClassification if name == "Reward" else LlamaForCausalLM
-    fields = {**BASE.to_dict(), **({"num_labels": 1} if name == "Reward" else {})}
-    base = quantized(kind(LlamaConfig(**fields)).to(torch.bfloat16), compute_dtype=torch.bfloat16)
+    shape = copy.deepcopy(BASE)
+    if name == "Reward":
+        shape.num_labels = 1
+    base = quantized(kind(shape).to(torch.bfloat16), compute_dtype=torch.bfloat16)
     trainer = getattr(trl, f"{name}Trainer")(
         model=base,
         args=getattr(trl, f"{name}Config")(**plain(folder)),
