@@ -60,7 +60,7 @@ def test_what_is_cut_is_played_as_often_as_it_is_there(setting: dict[str, Any]) 
     every._cut = Cut(0)
     cut, whole = few.estimate(3, 48, 8), every.estimate(3, 48, 8)
     (stack,) = few._models[8].stacks
-    # Without checkpointing the last layer frees what the others do in another order, and stays beside them.
+    # Without checkpointing three layers do not repeat, and five are traced.
     assert stack.copies == (LAYERS - 1 if asked.gradient_checkpointing else LAYERS - 3)
     assert every._models[8].stacks == []
     assert replace(cut, timeline=()) == replace(whole, timeline=())
