@@ -85,17 +85,72 @@ def quiet_libraries() -> Iterator[None]:
                 progress.enable_progress_bar()
 
 
+class Collector:
+    """Python's garbage collector, which several threads may pause: it is as it was when the last of them goes on.
+
+    What the process wants of it is asked and said here, as during a pause the collector itself does not tell.
+    """
+
+    def __init__(self) -> None:
+        self._wanted = True
+        self._pauses: dict[int, int] = {}
+        self._lock = threading.RLock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        """After a fork the other threads are gone, and their pauses with them."""
+        self._lock = threading.RLock()
+        if self._pauses:
+            me = threading.get_ident()
+            self._pauses = {me: self._pauses[me]} if me in self._pauses else {}
+            self._set()
+
+    def is_wanted(self) -> bool:
+        """Whether it runs outside of pauses."""
+        with self._lock:
+            return self._wanted if self._pauses else gc.isenabled()
+
+    def want(self, wanted: bool) -> None:
+        """Have it run, or not, outside of pauses."""
+        with self._lock:
+            self._wanted = wanted
+            self._set()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep it from running."""
+        me = threading.get_ident()
+        before = self._pauses.get(me, 0)
+        try:
+            with self._lock:
+                self._wanted = self.is_wanted()
+                self._pauses[me] = before + 1
+                self._set()
+            yield
+        finally:
+            with self._lock:
+                self._pauses[me] = before
+                if not before:
+                    del self._pauses[me]
+                self._set()
+
+    def _set(self) -> None:
+        if self._wanted and not self._pauses:
+            gc.enable()
+        else:
+            gc.disable()
+
+
+collector = Collector()
+
+
 @contextmanager
 def collected_late() -> Iterator[None]:
     """Keep the garbage collector from running: it would free storages at moments that differ from run to run, and go
     through hundreds of thousands of facts again and again, which hold no circles."""
-    enabled = gc.isenabled()
-    try:
-        gc.disable()
+    with collector.paused():
         yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 _EXPLAINER = "hypothesis.internal.scrutineer"

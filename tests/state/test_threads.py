@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -15,7 +16,7 @@ from torch import nn
 from pytest_lora import check_checkpoint, check_config, check_merge, check_model, check_training
 from pytest_lora.bases import examples
 from pytest_lora.inspection.limited.process import limited
-from pytest_lora.inspection.quiet import alone
+from pytest_lora.inspection.quiet import alone, collector
 from tests.state.observed import amid_training, changed, observed
 
 SECONDS = 120
@@ -66,6 +67,59 @@ def test_threads_take_turns_at_one_model_and_leave_the_process_as_it_was() -> No
     assert (
         not get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).unload().lm_head.weight.is_meta
     )
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_garbage_collector_runs_again_when_the_last_pause_ends(wanted: bool) -> None:
+    inner, outer = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with collector.paused():
+            inner.set()
+            outer.wait(SECONDS)
+
+    before = gc.isenabled()
+    (gc.enable if wanted else gc.disable)()
+    try:
+        with collector.paused():
+            thread = threading.Thread(target=hold)
+            thread.start()
+            inner.wait(SECONDS)
+        assert (gc.isenabled(), collector.is_wanted()) == (False, wanted)
+        with collector.paused(), collector.paused():
+            collector.want(
+                collector.is_wanted()
+            )  # as the keeper of a check does that ends amid a pause of another
+        assert not gc.isenabled()
+        outer.set()
+        thread.join(SECONDS)
+        assert (gc.isenabled(), collector.is_wanted()) == (wanted, wanted)
+    finally:
+        outer.set()
+        (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_knows_the_pauses_of_its_own_thread_alone() -> None:
+    inner, outer = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with collector.paused():
+            inner.set()
+            outer.wait(SECONDS)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inner.wait(SECONDS)
+    child = os.fork()
+    if child == 0:
+        with collector.paused():
+            paused = not gc.isenabled()
+        os._exit(7 if paused and gc.isenabled() else 1)
+    outer.set()
+    thread.join(SECONDS)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert gc.isenabled()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

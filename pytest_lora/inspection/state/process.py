@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_lora.inspection.quiet import collector
 from pytest_lora.inspection.state.precision import Float32Precision
 from pytest_lora.inspection.state.randomness import RandomStates
 
@@ -184,7 +184,7 @@ SETTINGS = (
     Setting("logging levels", _read_levels, _write_levels, compared=False),
     Setting("logging handlers", _Handlers.now, _Handlers.restore, compared=False),
     Setting("environment variables", os.environ.copy, _write_environment),
-    Setting("garbage collection", gc.isenabled, lambda before: gc.enable() if before else gc.disable()),
+    Setting("garbage collection", collector.is_wanted, collector.want),
     Setting("disabled logging", lambda: logging.root.manager.disable, logging.disable),
 )
 """What is kept of the process; tests attack each."""
