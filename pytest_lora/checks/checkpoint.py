@@ -92,9 +92,9 @@ def judge_checkpoint(
     folder: Path, base: Base | None, expect: Expect, *, select: Iterable[str] = (), ignore: Iterable[str] = ()
 ) -> Report:
     """The report on one adapter folder; see ``check_checkpoint``."""
-    from pytest_lora.inspection.quiet import collected_late
+    from pytest_lora.inspection.quiet import collector
 
-    with collected_late():
+    with collector.paused():
         return _judged(folder, base, expect, select, ignore)
 
 

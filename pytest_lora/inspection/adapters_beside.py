@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from pytest_lora.inspection.peft_internals import (
     Factors,
     LoraConfig,
     LoraLayer,
+    active_adapters,
     adapter_names,
     factors,
     further_tensors,
@@ -28,13 +29,38 @@ _SAME = 1e-4
 
 def shared_adapters(lora: Mapping[str, LoraLayer]) -> tuple[tuple[str, str], ...]:
     """Pairs of adapters of which both factors are one tensor on every module that both are on."""
-    same: dict[tuple[str, str], bool] = {}
+    return _pairs(lora, adapter_names, _is_one)
+
+
+def equal_adapters(lora: Mapping[str, LoraLayer]) -> tuple[tuple[str, str], ...]:
+    """Pairs of adapters that are active together on some module and hold the same numbers on all of those."""
+    return _pairs(lora, _active_here, _are_equal)
+
+
+def _active_here(layer: LoraLayer) -> list[str]:
+    held = adapter_names(layer)
+    return sorted(name for name in active_adapters(layer) if name in held)
+
+
+def _pairs(
+    lora: Mapping[str, LoraLayer],
+    names: Callable[[LoraLayer], Iterable[str]],
+    alike: Callable[[Tensor, Tensor], bool],
+) -> tuple[tuple[str, str], ...]:
+    """Pairs of adapters of which both factors are alike on every module that has both among its names."""
+    found: dict[tuple[str, str], bool] = {}
     for layer in lora.values():
-        for pair in itertools.combinations(adapter_names(layer), 2):
-            if same.get(pair, True):
+        for pair in itertools.combinations(names(layer), 2):
+            if found.get(pair, True):
                 first, second = (factors(layer, name) for name in pair)
-                same[pair] = _is_one(first.a, second.a) and _is_one(first.b, second.b)
-    return tuple(pair for pair, is_one in same.items() if is_one)
+                found[pair] = alike(first.a, second.a) and alike(first.b, second.b)
+    return tuple(pair for pair, are_alike in found.items() if are_alike)
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    if first.device != second.device or first.is_meta or first.shape != second.shape:
+        return False
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _is_one(first: Tensor, second: Tensor) -> bool:

@@ -28,7 +28,7 @@ from pytest_lora.inspection.peft_internals import (
     lora_configs,
     token_rows,
 )
-from pytest_lora.inspection.quiet import collected_late
+from pytest_lora.inspection.quiet import collector
 from pytest_lora.inspection.rehearsal import refused_initialisation, refused_merge, without_values
 from pytest_lora.inspection.repairs import repairs
 from pytest_lora.inspection.skeleton import resolve_base, skeleton
@@ -42,7 +42,7 @@ MOST_ALONE = 50
 
 
 @leaves_no_trace
-@collected_late()
+@collector.paused()
 def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     """Ask PEFT on a skeleton what a configuration does to a base.
 

@@ -22,6 +22,7 @@ from pytest_lora.inspection.peft_internals import (
     factors,
     further_tensors,
     fused_parameter,
+    groups_of,
     is_adalora,
     own_code,
     own_geometry,
@@ -132,7 +133,7 @@ def _expected_shapes(
     rank, inputs, outputs = geometry["rank"] * geometry["experts"], *_sizes(geometry)
     if pair.a_name == "lora_embedding_B":
         return (outputs, rank), (rank, inputs)
-    groups = getattr(layer.get_base_layer(), "groups", 1)
+    groups = groups_of(layer)
     per_group = rank // groups if stored[1][1] == rank // groups else rank
     return (rank, inputs), (outputs, per_group)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import nn
 
 from pytest_lora.facts.layer_state import LayerState
@@ -13,7 +11,7 @@ from pytest_lora.facts.model import ModelFacts, SavedModule, TrainableBase, Trai
 from pytest_lora.facts.wrappers import Wrappers
 from pytest_lora.inspection import transformers_internals
 from pytest_lora.inspection.adapter_names import colliding_names
-from pytest_lora.inspection.adapters_beside import combined_adapters, shared_adapters
+from pytest_lora.inspection.adapters_beside import combined_adapters, equal_adapters, shared_adapters
 from pytest_lora.inspection.base import BaseParameter, base_facts, base_parameters, dtype_name
 from pytest_lora.inspection.base_values import read_base
 from pytest_lora.inspection.config import live_config_facts
@@ -22,12 +20,10 @@ from pytest_lora.inspection.layers import UNREAD, layer_states, read_values
 from pytest_lora.inspection.parameters import count
 from pytest_lora.inspection.peft_internals import (
     WRAPPERS,
-    LoraLayer,
     ModulesToSaveWrapper,
     active_adapters,
     adapter_names,
     custom_classes,
-    factors,
     lora_configs,
     token_rows,
     trains_xlora,
@@ -112,7 +108,7 @@ def _facts(model: nn.Module, found: Survey, wrapped: Wrappers) -> ModelFacts:
         trainable_parameters=counted.trainable,
         total_parameters=counted.total,
         stored_parameters=counted.stored,
-        duplicates=_duplicates(found.lora),
+        duplicates=equal_adapters(found.lora),
         reentrant_without_inputs=transformers_internals.reentrant_without_inputs(found),
         wrappers=wrapped,
         colliding=tuple(colliding_names(model, found)),
@@ -152,24 +148,6 @@ def _trainable_base(
             meant = parameter.name == "bias" and (biases is None or parameter.module in biases)
             if not meant:
                 yield TrainableBase(parameter.full_name, parameter.numbers)
-
-
-def _duplicates(lora: dict[str, LoraLayer]) -> tuple[tuple[str, str], ...]:
-    """Pairs of adapters that are active together on some module and hold the same numbers on all of those."""
-    equal: dict[tuple[str, str], bool] = {}
-    for layer in lora.values():
-        held = [name for name in active_adapters(layer) if name in adapter_names(layer)]
-        for pair in itertools.combinations(sorted(held), 2):
-            if equal.get(pair, True):
-                first, second = (factors(layer, name) for name in pair)
-                equal[pair] = _equal(first.a, second.a) and _equal(first.b, second.b)
-    return tuple(pair for pair, same in equal.items() if same)
-
-
-def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    if first.device != second.device or first.is_meta or first.shape != second.shape:
-        return False
-    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def _saved_modules(found: Survey, tied: tuple[tuple[str, ...], ...]) -> Iterator[SavedModule]:

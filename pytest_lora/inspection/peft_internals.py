@@ -49,6 +49,7 @@ __all__ = [
     "frozen_factors",
     "further_tensors",
     "fused_parameter",
+    "groups_of",
     "heads_by_task_type",
     "held_layer",
     "is_adalora",
@@ -217,6 +218,12 @@ def xlora_models(model: nn.Module) -> list[Any]:
     outer: Any = next((module for module in model.modules() if isinstance(module, WRAPPERS)), None)
     tuner = getattr(outer, "base_model", None)
     return [tuner] if isinstance(tuner, XLoraModel) else []
+
+
+def groups_of(layer: LoraLayer) -> int:
+    """Groups of the convolution that a layer adapts; 1 for any other module."""
+    groups: int = getattr(layer.get_base_layer(), "groups", 1)
+    return groups
 
 
 def is_adalora(layer: LoraLayer) -> bool:

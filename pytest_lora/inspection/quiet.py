@@ -119,7 +119,8 @@ class Collector:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep it from running."""
+        """Keep it from running: it would free storages at moments that differ from run to run, and go through hundreds
+        of thousands of facts again and again, which hold no circles."""
         me = threading.get_ident()
         before = self._pauses.get(me, 0)
         try:
@@ -143,14 +144,6 @@ class Collector:
 
 
 collector = Collector()
-
-
-@contextmanager
-def collected_late() -> Iterator[None]:
-    """Keep the garbage collector from running: it would free storages at moments that differ from run to run, and go
-    through hundreds of thousands of facts again and again, which hold no circles."""
-    with collector.paused():
-        yield
 
 
 _EXPLAINER = "hypothesis.internal.scrutineer"

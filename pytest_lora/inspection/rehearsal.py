@@ -17,6 +17,7 @@ from pytest_lora.inspection.peft_internals import (
     LoraConfig,
     LoraLayer,
     fused_parameter,
+    groups_of,
 )
 from pytest_lora.inspection.shapes import logical_shape
 
@@ -81,8 +82,7 @@ def refused_merge(config: LoraConfig, layers: Iterable[tuple[LoraLayer, int]]) -
         if kind.merge is BaseTunerLayer.merge:
             return NotImplementedError(f"{kind.__name__} has no merge")
     convolutions = (layer for layer, _ in layers if "Conv" in type(layer).__name__)
-    bases: Any = (layer.get_base_layer() for layer in convolutions)
-    grouped = any(base.groups != 1 for base in bases)
+    grouped = any(groups_of(layer) != 1 for layer in convolutions)
     fields = ("lora_bias", "alora_invocation_tokens", *_VARIANTS)
     if not (grouped or any(_sets(config, name) for name in fields)):
         return None

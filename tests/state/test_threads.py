@@ -69,55 +69,52 @@ def test_threads_take_turns_at_one_model_and_leave_the_process_as_it_was() -> No
     )
 
 
+class Pause:
+    """A pause of the garbage collector that another thread holds until it is ended."""
+
+    def __init__(self) -> None:
+        self._begun, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._hold)
+        self._thread.start()
+        self._begun.wait(SECONDS)
+
+    def _hold(self) -> None:
+        with collector.paused():
+            self._begun.set()
+            self._over.wait(SECONDS)
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join(SECONDS)
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_garbage_collector_runs_again_when_the_last_pause_ends(wanted: bool) -> None:
-    inner, outer = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with collector.paused():
-            inner.set()
-            outer.wait(SECONDS)
-
     before = gc.isenabled()
     (gc.enable if wanted else gc.disable)()
     try:
         with collector.paused():
-            thread = threading.Thread(target=hold)
-            thread.start()
-            inner.wait(SECONDS)
+            other = Pause()
         assert (gc.isenabled(), collector.is_wanted()) == (False, wanted)
         with collector.paused(), collector.paused():
-            collector.want(
-                collector.is_wanted()
-            )  # as the keeper of a check does that ends amid a pause of another
+            # As the keeper of a check does that ends amid a pause of another thread.
+            collector.want(collector.is_wanted())
         assert not gc.isenabled()
-        outer.set()
-        thread.join(SECONDS)
+        other.end()
         assert (gc.isenabled(), collector.is_wanted()) == (wanted, wanted)
     finally:
-        outer.set()
         (gc.enable if before else gc.disable)()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_fork_knows_the_pauses_of_its_own_thread_alone() -> None:
-    inner, outer = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with collector.paused():
-            inner.set()
-            outer.wait(SECONDS)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    inner.wait(SECONDS)
+    other = Pause()
     child = os.fork()
     if child == 0:
         with collector.paused():
             paused = not gc.isenabled()
         os._exit(7 if paused and gc.isenabled() else 1)
-    outer.set()
-    thread.join(SECONDS)
+    other.end()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert gc.isenabled()
 

@@ -63,10 +63,9 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in _MODELS:
+        # An import statement asks first whether the name is there, and throws the answer away.
         if sys._getframe(1).f_code.co_name == "_handle_fromlist":
-            return (
-                None  # an import statement asks first whether the name is there, and throws the answer away
-            )
+            return None
         return import_module(f"{__name__}.models").made(name)
     for module, names in _FUNCTIONS.items():
         if name in names:

@@ -31,6 +31,7 @@ from pytest_lora.inspection.peft_internals import (
     TrainableTokensWrapper,
     active_adapters,
     fused_parameter,
+    groups_of,
     lora_configs,
     own_geometry,
 )
@@ -137,8 +138,9 @@ class _Call:
 
         A variant may keep something beside them; the groups of a convolution divide them.
         """
-        grouped = getattr(self.layer.get_base_layer(), "groups", 1) != 1
-        return not grouped and not any(own_geometry(self.layer, name) for name in active_adapters(self.layer))
+        return groups_of(self.layer) == 1 and not any(
+            own_geometry(self.layer, name) for name in active_adapters(self.layer)
+        )
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ def _leak(adapted: nn.Module, batch: Any) -> Leak | None:
         pair.add_adapter(_SECOND, config)
     except (
         Exception
-    ):  # parameters in PEFT 0.17, KaSA beside plain LoRA, a router of Arrow: each raises its own
+    ):  # each refusal is of its own: parameters in PEFT 0.17, KaSA beside plain LoRA, Arrow's router
         return None
     pair.eval()
     added = output_of(pair, batch)

@@ -32,7 +32,7 @@ from pytest_lora.inspection.memory.storage_tracker import (
 from pytest_lora.inspection.memory.swapped import swapped
 from pytest_lora.inspection.memory.trainers import prediction_step, trl_loss
 from pytest_lora.inspection.memory.trl_kernels import fused_kernels
-from pytest_lora.inspection.quiet import collected_late
+from pytest_lora.inspection.quiet import collector
 from pytest_lora.inspection.transformers_internals import masks_without_values
 
 EVALUATION = "evaluation"
@@ -125,7 +125,7 @@ def trace(
             else nullcontext(),
             built.rank.around(tracker) if built.rank else nullcontext(),
             quiet(),
-            collected_late(),
+            collector.paused(),
             masks_without_values(),
             without_marks(),
             cuda_kernels(autocast, setting.attention, tracker.count),

@@ -32,7 +32,7 @@ from pytest_lora.inspection.memory.step import Step, assemble
 from pytest_lora.inspection.memory.storage_tracker import quiet
 from pytest_lora.inspection.memory.surfaces import Answer, Surfaces, Traced, answer_of
 from pytest_lora.inspection.memory.timeline import NotRepeatingError
-from pytest_lora.inspection.quiet import collected_late, unexplained
+from pytest_lora.inspection.quiet import collector, unexplained
 from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.transformers_internals import runs_images_without_values
 
@@ -188,7 +188,7 @@ class Predictor:
         setting = replace(self.setting, batch_size=batch_size, seq_len=seq_len)
         model = self._base if isinstance(self._base, nn.Module) else None
         # The step runs on the meta device, so the values of a live model are out of its reach.
-        with Keeper(model, values=False), collected_late():
+        with Keeper(model, values=False), collector.paused():
             asked = self._asked or point
             kind = type(getattr(self._base, "config", self._base)).__name__
             with limited(_in_words(kind, asked, point)) as wait:

@@ -20,6 +20,7 @@ from pytest_lora.inspection.peft_internals import (
     dense_weight,
     factors,
     fused_parameter,
+    groups_of,
 )
 from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.survey import Survey
@@ -163,7 +164,7 @@ def _delta(kept: _Kept, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tenso
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             reason = f"get_delta_weight raises {type(error).__name__}"
     left, right = b.to(dtype).flatten(1), a.to(dtype).flatten(1)
-    groups = getattr(kept.layer.get_base_layer(), "groups", 1)
+    groups = groups_of(kept.layer)
     if left.shape[1] * groups != right.shape[0] or left.shape[0] % groups:
         return None, f"{reason}, and the factors are no two matrices of one product"
     product = left.reshape(groups, -1, left.shape[1]) @ right.reshape(groups, -1, right.shape[1])

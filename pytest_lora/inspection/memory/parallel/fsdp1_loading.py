@@ -16,7 +16,7 @@ from pytest_lora.inspection.memory.parallel.ranks import resizes_followed
 from pytest_lora.inspection.memory.stand_ins import StandIns
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, StorageTracker
 from pytest_lora.inspection.memory.swapped import swapped
-from pytest_lora.inspection.quiet import collected_late
+from pytest_lora.inspection.quiet import collector
 
 _HOME = "torch.distributed.fsdp.fully_sharded_data_parallel"
 
@@ -56,7 +56,7 @@ def cutting_followed(model: nn.Module, unit_of: dict[int, int], *, offloaded: bo
     replaced = [(fsdp, cut.__name__, cut_in_its_unit), (first, "_move_module_to_device", moved)]
     found = Loading(tracker.events, tracker.units, tracker.sizes)
     try:
-        with swapped(replaced), resizes_followed(tracker), collected_late(), tracker.recorded():
+        with swapped(replaced), resizes_followed(tracker), collector.paused(), tracker.recorded():
             yield found
     finally:
         tracker.recording = False
