@@ -246,13 +246,12 @@ def _leak(adapted: nn.Module, batch: Any) -> Leak | None:
     config.modules_to_tie = None  # what PEFT itself notes for a tied copy
     config.layer_replication = None  # PEFT would replicate the layers once more
     config.inference_mode = True  # AdaLoRA has one trainable adapter at most
-    # PEFT would truncate the base once more; where it takes no plain adapter beside this one, there is no pair.
+    # PEFT would truncate the base once more. Where it takes no plain adapter beside this one there is no pair: not for
+    # parameters in PEFT 0.17, KaSA, or a router of Arrow.
     config.kasa_config = None
     try:
         pair.add_adapter(_SECOND, config)
-    except (
-        Exception
-    ):  # each refusal is of its own: parameters in PEFT 0.17, KaSA beside plain LoRA, Arrow's router
+    except Exception:  # each refusal raises its own
         return None
     pair.eval()
     added = output_of(pair, batch)
