@@ -138,6 +138,9 @@ def play(monkeypatch: pytest.MonkeyPatch, machine: Machine, *, started: bool = F
     monkeypatch.setattr(cuda.random, "is_initialized", lambda: played.started, raising=False)
     monkeypatch.setattr(cuda.memory, "memory_stats", stats)
     monkeypatch.setattr(cuda.memory, "_get_device_index", lambda device, optional=False: 0)
+    # A torch that is built for CUDA has its optimizers ask here, whatever device the parameters are on.
+    stream = SimpleNamespace(is_capturing=lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(torch.version, "hip", machine.hip)
     monkeypatch.setattr(torch.version, "cuda", None if machine.hip else "13.0")
     for name, value in {

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_a_sweep_measures_everything() -> None:
     assert result.before == toys.evaluate(toys.make_model())
     assert result.settings["fraction"] == "0.5"
     assert result.settings["data"] == "toys"
-    assert result.versions["torch"] == torch.__version__
+    assert result.versions["torch"] == version("torch")
     assert SweepResult.from_json(result.to_json()) == result
 
 
