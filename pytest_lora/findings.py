@@ -11,6 +11,7 @@ from html import escape
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pytest_lora.changes import Change
 from pytest_lora.cleaning import LONGEST_OF_A_FINDING, json_text, printable
 from pytest_lora.facts.figures import Figure, from_plain, to_plain
 from pytest_lora.values import in_short, shown
@@ -48,6 +49,7 @@ class Finding:
         file: Path of the file that it is about, where it is about a line of one; else empty.
         line: That line, from 1.
         by_itself: Whether it stands whatever else was found, although its rule names causes (``Rule.because_of``).
+        changes: The changes of settings that ``fix`` says, in their order there; none where it asks for something else.
     """
 
     code: str
@@ -60,6 +62,7 @@ class Finding:
     file: str = ""
     line: int | None = None
     by_itself: bool = field(default=False, repr=False)
+    changes: tuple[Change, ...] = field(default=(), repr=False, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("code", "rule", "where", "observed", "expected", "fix", "file"):
@@ -67,6 +70,9 @@ class Finding:
             clean = printable(text, LONGEST_OF_A_FINDING)
             if clean is not text:
                 object.__setattr__(self, name, clean)
+        if self.changes != ():
+            said = map(_said, self.changes)  # a fix that was too long says some of them no more
+            object.__setattr__(self, "changes", tuple(one for one in said if one.said in self.fix))
 
     @property
     def title(self) -> str:
@@ -240,6 +246,12 @@ class Report:
             )
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"text is no report: {in_short(error)}") from error
+
+
+def _said(one: Change | dict[str, Any]) -> Change:
+    """A change, or what a report of JSON has of one, as the fix of a finding says it."""
+    read = one if isinstance(one, Change) else Change(**one)
+    return replace(read, said=printable(read.said, LONGEST_OF_A_FINDING))
 
 
 _CARD = ("#c62828", "#b26a00", "#2f5f9a", "#2e7d4f")

@@ -17,7 +17,7 @@ import pytest_lora
 PACKAGE = Path(pytest_lora.__file__).parent
 HEAVY = ("torch", "numpy", "transformers", "peft", "bitsandbytes", "hypothesis", "accelerate", "safetensors")
 
-LOWEST = {"arguments", "cleaning", "expect", "facts", "findings", "reading", "values", "writing"}
+LOWEST = {"arguments", "changes", "cleaning", "expect", "facts", "findings", "reading", "values", "writing"}
 MIDDLE = {"counting", "memory", "bases"}
 FLOORS = {
     **dict.fromkeys(sorted(LOWEST), LOWEST),
@@ -96,7 +96,7 @@ def test_every_part_of_the_package_has_its_floor() -> None:
     assert parts - {"__init__", "__main__", "plugin"} == set(FLOORS)
 
 
-@pytest.mark.parametrize("part", ["facts", "findings", "expect", "rules"])
+@pytest.mark.parametrize("part", ["facts", "findings", "changes", "expect", "rules"])
 def test_facts_and_rules_never_import_heavy_packages(part: str) -> None:
     for file in modules(part):
         assert not {name.split(".")[0] for name in imports(file)} & set(HEAVY), file

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import yaml
 
+from pytest_lora.changes import Change, assigned
 from pytest_lora.facts.recipe import GIVEN, RecipeFacts, RunSetting, Value
 from pytest_lora.findings import Finding
 
-_FIELDS: tuple[tuple[str, str], ...] = (
-    ("layers_to_transform", "layers_to_transform"),
-    ("rank_pattern", "rank_pattern"),
-    ("alpha_pattern", "alpha_pattern"),
-    ("task_type", "task_type"),
-    ("target_modules", "target_modules"),
-    ("target_parameters", "target_parameters"),
-    ("modules_to_save", "modules_to_save"),
-    ("exclude_modules", "exclude_modules"),
-    ("new_tokens", "new_tokens"),
-    ("rank_exceeds", "r"),
-    ("lora_alpha", "lora_alpha"),
-    ("alpha", "lora_alpha"),
-    ("scaling", "lora_alpha"),
-    ("rank", "r"),
-    ("dropout", "lora_dropout"),
-    ("bias", "bias"),
-)
-
-_WHERE_STATED = ("layers_to_transform", "rank_pattern", "alpha_pattern", "task_type")
-"""Fields that advice on others names too."""
+_BESIDE = {
+    "alpha_pattern": ("lora_alpha", "r"),
+    "exclude_modules": ("target_modules",),
+    "layers_to_transform": ("target_modules",),
+    "lora_alpha": ("r",),
+    "modules_to_save": ("new_tokens", "target_modules"),
+    "rank_pattern": ("r",),
+    "target_parameters": ("target_modules",),
+    "task_type": ("target_modules",),
+}
+"""Settings that a reader looks at where the recipe does not have the one that a fix changes."""
 
 _MORE_KEYS = {
     "Axolotl": {
@@ -55,129 +45,90 @@ _IN_4_BITS = {
 _BY_COMMAS = "LLaMA-Factory"
 """The tool whose lists are words with commas between them, and whose word for all linear modules is ``all``."""
 
-_ASSIGNED = re.compile(
-    r"(?:\b(?:set|use|write) )?\b(?P<name>r|lora_\w+|target_\w+|modules_to_save|exclude_modules|layers_to_transform|"
-    r"use_\w+|bias|task_type|(?:rank|alpha)_pattern|init_lora_weights|trainable_token_indices|ensure_weight_tying|"
-    r"batch_size|seq_len|gradient_checkpointing|quantization)=(?=[\[{('\"\w.-])"
-)
-_RANGE = re.compile(r"list\(range\((\d+), (\d+)\)\)")
 _MOST_LISTED = 40
-"""Numbers of a range that are spelled out."""
+"""Rows of an embedding that are spelled out; more are said as a range of Python."""
 
 
 def placed(finding: Finding, facts: RecipeFacts, setting: RunSetting) -> Finding:
     """A finding on the configuration at the line of the recipe that it comes from."""
-    text = f"{finding.rule} {finding.where} {finding.fix}"
-    field = next(
-        (
-            name
-            for word, name in _FIELDS
-            if re.search(rf"\b{word}|{word}\b", text)
-            and (name not in _WHERE_STATED or getattr(setting, name).stated)
-        ),
-        "target_modules",
-    )
-    value: Value = getattr(setting, field)
-    if not value.stated and field == "lora_alpha":
-        value = replace(value, line=setting.r.line)
-    if not value.stated and setting.modules_to_save.stated and "save" in finding.rule:
-        value = setting.modules_to_save
-    if not value.stated and field == "target_parameters":
-        value = setting.target_modules  # advice to add parameters to the targets
-    if not value.stated and setting.exclude_modules.stated and "exclude_modules" in finding.fix:
-        value = setting.exclude_modules
-    if not value.stated and finding.rule == "new_tokens_are_not_trained":
-        value = setting.new_tokens  # the line that asks for what is left out
+    field, value = _decided(finding.changes, setting)
     place = f"{facts.name}:{value.line}" if value.line else facts.name
-    observed = finding.observed
-    if "ParamWrapper" in observed:
-        observed += ": the experts of this base are fused parameters and no modules, which names of them mean"
-    fix = in_its_notation(finding.fix, setting)
+    fix = in_its_notation(finding.fix, finding.changes, setting)
     if fix == finding.fix and value.key and value.key != field:
         fix += f"; in this recipe {field} is `{value.key}`"
     return replace(
-        finding,
-        observed=observed,
-        where=f"{place}: {value.key or field} ({finding.where})",
-        fix=fix,
-        line=value.line,
+        finding, where=f"{place}: {value.key or field} ({finding.where})", fix=fix, line=value.line
     )
 
 
-def in_its_notation(fix: str, setting: RunSetting) -> str:
-    """Advice with each assignment of Python as the line of the recipe that says it.
+def _decided(changes: tuple[Change, ...], setting: RunSetting) -> tuple[str, Value]:
+    """The first setting of the recipe that a fix changes, or one beside it; the targets where it changes none."""
+    changed = [name for change in changes for name in change.settings if hasattr(setting, name)]
+    changed = changed or ["target_modules"]
+    for name in (found for one in changed for found in (one, *_BESIDE.get(one, ()))):
+        value: Value = getattr(setting, name)
+        if value.stated:
+            return name, value
+    return changed[0], getattr(setting, changed[0])
 
-    ``"set lora_alpha=4"`` becomes ``"write `lora_alpha: 4`"``. What is no literal stays, and so does what the tool has
-    no key for, which is said. A script's arguments are Python already.
+
+def in_its_notation(fix: str, changes: tuple[Change, ...], setting: RunSetting) -> str:
+    """A fix with each of its changes as the lines of the recipe that say it.
+
+    ``"set lora_alpha=4"`` becomes ``"write `lora_alpha: 4`"``. What the tool has no key for stays, which is said. A
+    script's arguments are Python already.
     """
     if setting.base.source == GIVEN:
         return fix
-    fix = _RANGE.sub(_spelled_out, fix)
-    parts: list[str] = []
-    at = 0
-    for found in _ASSIGNED.finditer(fix):
-        if found.start() < at:
-            continue
-        end = _end_of_literal(fix, found.end())
-        try:
-            value = ast.literal_eval(fix[found.end() : end])
-        except (ValueError, SyntaxError):
-            continue
-        lines = _lines(found["name"], value, setting)
-        before = fix[at : found.start()]
-        joined = before == ", " and bool(parts) and parts[-1].endswith("`")
-        bare = joined or before.endswith(("such as ", "with "))
-        parts += [" and " if joined else before, lines.removeprefix("write ") if bare else lines]
-        at = end
-    return "".join((*parts, fix[at:]))
+    told, rest = "", fix
+    for change in changes:
+        before, said, after = rest.partition(change.said)
+        if said:
+            told, rest = f"{told}{before}{_in_lines(change, setting)}", after
+    return told + rest
 
 
-def _spelled_out(found: re.Match[str]) -> str:
-    first, end = int(found[1]), int(found[2])
-    return str(list(range(first, end))) if end - first <= _MOST_LISTED else found[0]
+def _in_lines(change: Change, setting: RunSetting) -> str:
+    """``"write `lora_r: 8` and `lora_alpha: 16`"``: what to do to the recipe."""
+    if any(_is_long(value) for value in change.settings.values()):
+        return change.said
+    told, last = "", "write" if change.is_noun else ""
+    for name, value in change.settings.items():
+        verb, line = _line(name, value, setting)
+        if told:
+            told += " and " if last else ", "
+        told += line if verb in ("", last) else f"{verb} {line}"
+        last = verb
+    return told
 
 
-def _end_of_literal(text: str, start: int) -> int:
-    """Where a literal of Python ends: after its last bracket or quote, else after the last character of its word."""
-    depth, at, quote = 0, start, ""
-    while at < len(text):
-        char = text[at]
-        if quote:
-            if char == "\\":
-                at += 1
-            elif char == quote:
-                quote = ""
-        elif char in "'\"":
-            quote = char
-        elif char in "[({":
-            depth += 1
-        elif char in "])}":
-            depth -= 1
-        at += 1
-        if not quote and not depth and (char in "'\"])}" or not re.match(r"[\w+-]|\.\d", text[at : at + 2])):
-            break
-    return at
+def _is_long(value: Any) -> bool:
+    """Whether it holds more rows than are spelled out."""
+    if isinstance(value, Mapping):
+        return any(_is_long(one) for one in value.values())
+    return isinstance(value, list) and len(value) > _MOST_LISTED and isinstance(value[0], int)
 
 
-def _lines(name: str, value: Any, setting: RunSetting) -> str:
-    """What to do to the recipe, so that a field of ``LoraConfig`` or of a step has this value."""
+def _line(name: str, value: Any, setting: RunSetting) -> tuple[str, str]:
+    """What to do to the recipe, so that a field of ``LoraConfig`` or of a step has this value: a verb, and the line; no
+    verb where the tool has no key for it."""
     tool = setting.tool
     if name == "quantization" and value in ("nf4", "fp4"):
-        return "write " + " and ".join(f"`{line}`" for line in _IN_4_BITS.get(tool, ("load_in_4bit: true",)))
+        return "write", " and ".join(f"`{line}`" for line in _IN_4_BITS.get(tool, ("load_in_4bit: true",)))
     held: Value | None = getattr(setting, name, None)
     key = (held.key if held is not None else "") or _MORE_KEYS.get(tool, {}).get(name, "")
     if not key and tool.startswith("a recipe of"):
         key = name
     if not key:
-        return f"{name}={value!r} (for which {tool} has no key)"
+        return "", f"{assigned(**{name: value})} (for which {tool} has no key)"
     if value is None:
-        return f"remove `{key}`"
+        return "remove", f"`{key}`"
     if name == "target_modules":
         return _targets(key, value, tool)
-    return f"write `{key}: {_yaml(_of_tool(value, tool))}`"
+    return "write", f"`{key}: {_yaml(_of_tool(value, tool))}`"
 
 
-def _targets(key: str, value: Any, tool: str) -> str:
+def _targets(key: str, value: Any, tool: str) -> tuple[str, str]:
     """The line with the targets, for which tools have several keys and words."""
     whole = value == "all-linear"
     if tool == "Axolotl":
@@ -193,14 +144,16 @@ def _targets(key: str, value: Any, tool: str) -> str:
                 rf".*\b{re.escape(value[0])}"  # a list of one reaches PEFT as an expression for whole names
             )
         if tool == _BY_COMMAS and isinstance(value, str) and not whole:
-            return f"target_modules={value!r} ({tool} takes names and no patterns)"
+            return "", f"target_modules={value!r} ({tool} takes names and no patterns)"
     line = f"`{own}: {_yaml('all' if whole and tool == _BY_COMMAS else _of_tool(value, tool))}`"
-    return f"write {line} in place of `{key}`" if key == other != own else f"write {line}"
+    return "write", f"{line} in place of `{key}`" if key == other != own else line
 
 
 def _of_tool(value: Any, tool: str) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
+    if isinstance(value, Mapping):
+        return {name: _of_tool(found, tool) for name, found in value.items()}
     return ",".join(map(str, value)) if tool == _BY_COMMAS and isinstance(value, list) else value
 
 
@@ -209,18 +162,10 @@ def _yaml(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def smaller_step(fix: str, setting: RunSetting) -> str:
+def smaller_step(fix: str, changes: tuple[Change, ...], setting: RunSetting) -> str:
     """Advice on the memory of a step in the notation of the recipe."""
-    fix = fix.replace(", unless advise=False,", "")
+    fix = in_its_notation(fix, changes, setting)
     for name in ("batch_size", "seq_len"):
-        key = getattr(setting, name).key
-        if key:
+        if key := getattr(setting, name).key:
             fix = re.sub(rf"\b{name}\b(?!=)", f"`{key}`", fix)
-    return " or ".join(_without_verb(in_its_notation(fix, setting)))
-
-
-def _without_verb(fix: str) -> Iterator[str]:
-    """Parts of ``"take a shorter `a` or write `b: true`"`` with the verb of the first alone."""
-    first, *others = fix.split(" or write `")
-    yield first.replace(", write `", ", `")
-    yield from (f"`{other}" for other in others)
+    return fix

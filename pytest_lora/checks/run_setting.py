@@ -174,7 +174,7 @@ def _memory(
         yield replace(
             finding,
             where=f"{facts.name}:{line}: {finding.where}" if line else f"{facts.name}: {finding.where}",
-            fix=smaller_step(finding.fix, setting),
+            fix=smaller_step(finding.fix, finding.changes, setting),
             line=line,
         )
 

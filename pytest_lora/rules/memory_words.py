@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pytest_lora.changes import Advice, Change, advise, advise_any, noun
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts, StepSetting
 from pytest_lora.facts.parallel import SHARDED
@@ -11,6 +12,7 @@ from pytest_lora.facts.parallel import SHARDED
 _KBIT = "prepare_model_for_kbit_training"
 _INDENT = "\n            "
 _NAMED = 3
+_IN_4_BITS = Change({"quantization": "nf4"}, 'quantization="nf4"', is_noun=True)
 _FROZEN = ("base weights", "quantized base weights", "quantization statistics", "embeddings and head")
 
 
@@ -65,7 +67,7 @@ def in_float32(estimate: MemoryEstimate) -> str:
     return f"; {_KBIT} casts embeddings, norms and head to float32, and hidden states and logits follow them"
 
 
-def advice(facts: MemoryFacts) -> str:
+def advice(facts: MemoryFacts) -> Advice:
     """The smallest change that fits, what else was tried, and whether the rank matters."""
     if not facts.alternatives:
         return _untried(facts.estimate.setting, weights_fit=facts.estimate.loaded <= facts.budget)
@@ -75,21 +77,26 @@ def advice(facts: MemoryFacts) -> str:
         if fitting
         else "none of the changes tried is enough; take a larger GPU, a smaller base, or several GPUs"
     )
-    return _INDENT.join((first, *_rank_words(facts), "what if:", *_rows(facts)))
+    return Advice(_INDENT.join((first, *_rank_words(facts), "what if:", *_rows(facts))))
 
 
-def _untried(setting: StepSetting, *, weights_fit: bool) -> str:
+def _untried(setting: StepSetting, *, weights_fit: bool) -> Advice:
     """What could help, where no change was tried; no smaller step makes room for weights that do not fit."""
     whole = setting.parallel is not None and setting.parallel.strategy not in SHARDED
     step = [
         *(["a smaller batch_size"] if setting.batch_size > 1 else []),
         "a shorter seq_len",
-        *([] if setting.gradient_checkpointing else ["gradient_checkpointing=True"]),
+        *([] if setting.gradient_checkpointing else [noun(gradient_checkpointing=True)]),
     ]
     weights = ["a strategy that divides the weights, as ZeRO-3 and FSDP do,"] if whole else ["a smaller base"]
-    changes = [*(step if weights_fit else weights), *([] if setting.quantization else ['quantization="nf4"'])]
-    named = f"{', '.join(changes[:-1])} or {changes[-1]}" if len(changes) > 1 else changes[0]
-    return f"take {named}; check_memory, unless advise=False, says how much each one saves"
+    ways = [*(step if weights_fit else weights), *([] if setting.quantization else [_IN_4_BITS])]
+    named = advise_any((advise_any(ways[:-1], ", "), ways[-1]) if len(ways) > 1 else ways)
+    return advise("take ", named, "; check_memory with advise=True says how much each one saves")
+
+
+def shorter(setting: StepSetting) -> Change:
+    """A sequence of half the length."""
+    return noun(seq_len=max(1, setting.seq_len // 2))
 
 
 def _rank_words(facts: MemoryFacts) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+from pytest_lora.changes import Advice, Change, advise
 from pytest_lora.expect import Expect
 from pytest_lora.findings import SEVERITIES, Finding, Severity
 from pytest_lora.values import (
@@ -39,6 +40,7 @@ class RuleError(RuntimeError):
 class Violation(NamedTuple):
     """What a rule yields: a finding less what every finding of that rule shares.
 
+    ``fix`` is a sentence; where it asks for changes of settings, it is made of them (``advise``, ``change``).
     ``severity`` overrides the rule's own where the evidence is weaker or stronger than usual; ``line`` is that of the
     file that the facts are about; ``by_itself`` says that none of the rule's causes (``because_of``) explains it.
     """
@@ -46,7 +48,7 @@ class Violation(NamedTuple):
     where: str
     observed: str
     expected: str
-    fix: str
+    fix: str | Change | Advice
     severity: Severity | None = None
     line: int | None = None
     by_itself: bool = False
@@ -112,7 +114,8 @@ class Rule:
     def _found(self, facts: object, expect: Expect) -> Iterator[Finding]:
         violations = iter(self.judge(facts, expect))
         for number, violation in enumerate(islice(violations, MOST), 1):
-            where, observed, expected, fix, severity, line, by_itself = violation
+            where, observed, expected, told, severity, line, by_itself = violation
+            fix, changes = _fix(told)
             said = severity or self.severity
             require_one_of("severity", said, SEVERITIES)
             for name, text in (
@@ -127,8 +130,23 @@ class Rule:
             if number == MOST and next(violations, None) is not None:
                 observed = f"{observed}; and there are more like this"
             yield Finding(
-                self.code, self.name, said, where, observed, expected, fix, line=line, by_itself=by_itself
+                self.code,
+                self.name,
+                said,
+                where,
+                observed,
+                expected,
+                fix,
+                line=line,
+                by_itself=by_itself,
+                changes=changes,
             )
+
+
+def _fix(told: Any) -> tuple[Any, tuple[Change, ...]]:
+    """The sentence of a fix and its changes; what is no fix stays what it is, and is refused as one."""
+    whole = advise(told) if isinstance(told, (Change, Advice)) else Advice(told)
+    return whole.text, whole.changes
 
 
 registered: dict[str, Rule] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from pytest_lora.changes import Advice, Change, advise, change
 from pytest_lora.facts.saved_tensors import Key
 
 if TYPE_CHECKING:
@@ -26,19 +27,6 @@ START_ANEW = (
 def optimizer_anew(rate: float) -> str:
     """An optimizer that holds what trains, with a learning rate."""
     return f"optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr={rate:g})"
-
-
-def assigned(**fields: object) -> str:
-    """``"r=8, target_modules=['q_proj']"``: fields as they are written in a call of ``LoraConfig``."""
-    return ", ".join(f"{name}={_written(value)}" for name, value in fields.items())
-
-
-def _written(value: object) -> str:
-    if isinstance(value, tuple):
-        value = list(value) or None
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {_written(found)}" for key, found in value.items()) + "}"
-    return f"{value:.10g}" if isinstance(value, float) else repr(value)
 
 
 def ending(name: str) -> str:
@@ -86,13 +74,13 @@ def ranked(settings: Settings, module: str, rank: int) -> dict[str, object]:
 START_FRESH = "start fresh with this configuration, or go on with that of the checkpoint"
 
 
-def as_in_checkpoint(facts: ResumptionFacts, *fields: str) -> str:
+def as_in_checkpoint(facts: ResumptionFacts, *fields: str) -> Advice:
     """The fields as the checkpoint has them, or another start."""
     if facts.saved is None:
-        return START_FRESH
+        return advise(START_FRESH)
     values = {field: getattr(facts.saved, field) for field in fields}
     written = {f: dict(value) if f.endswith("pattern") else value for f, value in values.items()}
-    return f"{assigned(**written)}, as in the checkpoint; or {START_FRESH}"
+    return advise(change(**written), f", as in the checkpoint; or {START_FRESH}")
 
 
 def name_in_keys(facts: CheckpointFacts) -> str | None:
@@ -139,23 +127,20 @@ def next_rank(expect: Expect, learning_rate: float | None) -> str:
     return f"double the rank from {rank} to {2 * rank} and lora_alpha with it from {alpha:g} to {2 * alpha:g} ({same})"
 
 
-def ways_to_train_rows(facts: ConfigFacts, side: str, first: int, count: int) -> Iterator[str]:
+def ways_to_train_rows(facts: ConfigFacts, side: str, first: int, count: int) -> Iterator[Change | Advice]:
     """What trains added rows: a copy in full, unless tied or by rows already; rows alone, which older PEFT has for
     embeddings only."""
     leaf = side.rpartition(".")[2]
     if not facts.base.tied_to(side) and side not in facts.token_modules:
-        yield f"set {assigned(modules_to_save=(*facts.settings.modules_to_save, leaf))}"
+        yield change("set", modules_to_save=(*facts.settings.modules_to_save, leaf))
     if side == facts.base.input_embeddings or side in facts.token_modules:
-        yield f"train the new rows alone: trainable_token_indices={{{_rows(facts, leaf, first, count)}}}"
+        rows = _rows(facts, leaf, first, count)
+        yield advise("train the new rows alone: ", change(trainable_token_indices=rows))
 
 
-def _rows(facts: ConfigFacts, leaf: str, first: int, count: int) -> str:
-    """The rows that are trained already and the new ones, as the items of a dictionary."""
-    new = f"list(range({first}, {first + count}))"
+def _rows(facts: ConfigFacts, leaf: str, first: int, count: int) -> dict[str, object]:
+    """The rows that are trained already and the new ones, by the name of the embedding."""
+    new = range(first, first + count)
     others = dict(facts.settings.trainable_token_indices)
-    known = [*others.pop("", ()), *others.pop(leaf, ())]
-    items = {
-        leaf: f"{known} + {new}" if known else new,
-        **{name: list(rows) for name, rows in others.items()},
-    }
-    return ", ".join(f"{name!r}: {rows}" for name, rows in items.items())
+    known = (*others.pop("", ()), *others.pop(leaf, ()))
+    return {leaf: (*known, new) if known else new, **others}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, change, noun
 from pytest_lora.expect import Expect
 from pytest_lora.facts.served import ServedAdapter, padded
 from pytest_lora.facts.server import Feature, Outcome, Server, Treatment
 from pytest_lora.facts.servers import SERVERS
 from pytest_lora.facts.settings import Settings
 from pytest_lora.rules import Violation
-from pytest_lora.rules.remedies import assigned
 
 _MERGE = "merge the adapter into the base (merge_and_unload), and serve the merged model"
 _AGAIN = "train again without it, or " + _MERGE
@@ -50,10 +50,10 @@ NAMES: dict[Feature, str] = {
     "target": "a target that it does not know",
 }
 
-FIXES: dict[Feature, str] = {
+FIXES: dict[Feature, str | Advice] = {
     "dora": _MERGE,
-    "bias": f"train again with {assigned(bias='none')}, or {_MERGE}",
-    "lora_bias": f"train again with {assigned(lora_bias=False)}, or {_MERGE}",
+    "bias": advise("train again with ", noun(bias="none"), f", or {_MERGE}"),
+    "lora_bias": advise("train again with ", noun(lora_bias=False), f", or {_MERGE}"),
     "whole_embeddings": "save with save_embedding_layers=False if they were not trained; else " + _MERGE,
     "rank_pattern": "pad lora_A and lora_B with zeros to one rank, and " + _FOLD,
     "ranks_by_layer": "pad lora_A and lora_B with zeros to one rank, and " + _FOLD,
@@ -135,15 +135,15 @@ def _violation(
     )
 
 
-def _fix(adapter: ServedAdapter, settings: Settings, feature: Feature) -> str:
+def _fix(adapter: ServedAdapter, settings: Settings, feature: Feature) -> str | Advice:
     if feature == "rslora" and not {"rank_pattern", "alpha_pattern"} & set(adapter.features):
         alpha = settings.lora_alpha * settings.r**0.5
-        fields = assigned(use_rslora=False, lora_alpha=alpha)
-        return f"in adapter_config.json write {fields}: the same scaling without rsLoRA"
+        fields = change("write", use_rslora=False, lora_alpha=alpha)
+        return advise("in adapter_config.json ", fields, ": the same scaling without rsLoRA")
     if feature == "rslora":
         return _FOLD
     fix = FIXES.get(feature, _AGAIN)
-    if "{" not in fix:
+    if isinstance(fix, Advice) or "{" not in fix:
         return fix
     wanted = padded(adapter.highest_rank)
     scaling = settings.lora_alpha / (settings.r**0.5 if settings.use_rslora else settings.r)

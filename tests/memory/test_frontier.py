@@ -84,7 +84,7 @@ def test_without_advice_nothing_else_is_estimated() -> None:
     assert [f.code for f in report.errors] == ["LORA502"]
     assert report.errors[0].fix == (
         'take a smaller batch_size, a shorter seq_len, gradient_checkpointing=True or quantization="nf4"; '
-        "check_memory, unless advise=False, says how much each one saves"
+        "check_memory with advise=True says how much each one saves"
     )
     least = {"batch_size": 1, "seq_len": 4096, "gradient_checkpointing": True, "quantization": "nf4"}
     budget = estimate_memory(BASE, CONFIG, **least).peak_allocated - 2**20  # type: ignore[arg-type]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from pytest_lora import Finding, check_recipe, check_run
-from pytest_lora.checks.recipe_notation import in_its_notation, smaller_step
-from pytest_lora.facts.recipe import RunSetting
+from pytest_lora.changes import Advice, advise, advise_any, change, noun
+from pytest_lora.checks.recipe_notation import in_its_notation, placed, smaller_step
+from pytest_lora.facts.recipe import RecipeFacts, RunSetting
 from pytest_lora.inspection.recipe import recipe_facts
 
 BASE = "Qwen/Qwen2.5-0.5B"
@@ -97,42 +99,92 @@ def settings(tmp_path: Path) -> dict[str, RunSetting]:
     return found
 
 
+ALL = {"target_modules": "all-linear"}
+ROWS = {"trainable_token_indices": {"embed_tokens": range(5, 7)}}
+MANY = {"trainable_token_indices": {"embed_tokens": range(5, 46)}}
+
+
 @pytest.mark.parametrize(
     ("tool", "advice", "line"),
     [
-        ("axolotl", "write target_modules='all-linear', as text",
+        ("axolotl", advise(change("write", **ALL), ", as text"),
          "write `lora_target_linear: true` in place of `lora_target_modules`, as text"),
-        ("llamafactory", "use target_modules='all-linear'", "write `lora_target: all`"),
-        ("llamafactory", "set target_modules='.*q'",
+        ("llamafactory", advise(change("use", **ALL)), "write `lora_target: all`"),
+        ("llamafactory", advise(change("set", target_modules=".*q")),
          "target_modules='.*q' (LLaMA-Factory takes names and no patterns)"),
-        ("ms-swift", "set target_modules='.*q'", "write `target_regex: .*q` in place of `target_modules`"),
-        ("trl", "set target_modules=['q_proj']", r"write `lora_target_modules: .*\bq_proj`"),
-        ("trl", "set rank_pattern={'q_proj': 4}", "rank_pattern={'q_proj': 4} (for which TRL has no key)"),
-        ("axolotl", "set r=8, lora_alpha=16.0, which", "write `lora_r: 8` and `lora_alpha: 16`, which"),
-        ("axolotl", "rows: trainable_token_indices={'embed_tokens': list(range(5, 7))}",
+        ("llamafactory", advise(change(target_modules=("q", "v"))), "write `lora_target: q,v`"),
+        ("ms-swift", advise(change("set", target_modules=".*q")),
+         "write `target_regex: .*q` in place of `target_modules`"),
+        ("trl", advise(change("set", target_modules=("q_proj",))), r"write `lora_target_modules: .*\bq_proj`"),
+        ("trl", advise(change("set", rank_pattern={"q_proj": 4})),
+         "rank_pattern={'q_proj': 4} (for which TRL has no key)"),
+        ("trl", advise(change("set", rank_pattern={"q": 4}, r=8)),
+         "rank_pattern={'q': 4} (for which TRL has no key), write `lora_r: 8`"),
+        ("trl", advise(change("set", r=8, rank_pattern={"q": 4})),
+         "write `lora_r: 8` and rank_pattern={'q': 4} (for which TRL has no key)"),
+        ("axolotl", advise(change("set", r=8, lora_alpha=16.0), ", which"),
+         "write `lora_r: 8` and `lora_alpha: 16`, which"),
+        ("axolotl", advise("rows: ", change(**ROWS)),
          "rows: write `peft_trainable_token_indices: {embed_tokens: [5, 6]}`"),
-        ("own", "drop it: exclude_modules=None; set lora_dropout=0.1.",
+        ("axolotl", advise("rows: ", change(**MANY)),
+         "rows: trainable_token_indices={'embed_tokens': list(range(5, 46))}"),
+        ("axolotl", advise("keep it: ", change(alpha_pattern={"q": 16.0, "v": 1.5})),
+         "keep it: write `lora_alpha_pattern: {q: 16, v: 1.5}`"),
+        ("own", advise("drop it: ", change(exclude_modules=None), "; ", change("set", lora_dropout=0.1), "."),
          "drop it: remove `exclude_modules`; write `lora_dropout: 0.1`."),
-        ("axolotl", "target_modules=tuple(x)", "target_modules=tuple(x)"),
+        ("axolotl", advise(change("set", modules_to_save=(), target_modules=("q",), r=4)),
+         "remove `lora_modules_to_save` and write `lora_target_modules: [q]` and `lora_r: 4`"),
+        ("axolotl", advise("with ", noun(r=4, modules_to_save=())),
+         "with `lora_r: 4` and remove `lora_modules_to_save`"),
     ],
 )  # fmt: skip
-def test_assignments_become_lines(settings: dict[str, RunSetting], tool: str, advice: str, line: str) -> None:
-    assert in_its_notation(advice, settings[tool]) == line
+def test_changes_become_lines(settings: dict[str, RunSetting], tool: str, advice: Advice, line: str) -> None:
+    assert in_its_notation(advice.text, advice.changes, settings[tool]) == line
 
 
 def test_what_makes_a_step_smaller_is_named_by_the_keys_of_the_recipe(
     settings: dict[str, RunSetting],
 ) -> None:
-    advice = 'take a smaller batch_size, a shorter seq_len or quantization="nf4"; check_memory, unless advise=False,'
+    advice = advise(
+        "take a smaller batch_size, a shorter seq_len or ", noun(quantization="nf4"), "; check_memory"
+    )
     assert [
-        smaller_step(advice, settings[tool]).partition(";")[0] for tool in ("axolotl", "ms-swift", "trl")
+        smaller_step(advice.text, advice.changes, settings[tool]).partition(";")[0]
+        for tool in ("axolotl", "ms-swift", "trl")
     ] == [
         "take a smaller `micro_batch_size`, a shorter `sequence_len` or `adapter: qlora` and `load_in_4bit: true`",
         "take a smaller `per_device_train_batch_size`, a shorter `max_length` or `quant_method: bnb` and "
         "`quant_bits: 4`",
         "take a smaller `per_device_train_batch_size`, a shorter `max_length` or `load_in_4bit: true`",
     ]
-    assert smaller_step("such as seq_len=512", settings["trl"]) == "such as `max_length: 512`"
+    half = advise("such as ", noun(seq_len=512))
+    assert smaller_step(half.text, half.changes, settings["trl"]) == "such as `max_length: 512`"
+
+
+PLACES = [
+    ("axolotl", [{"lora_alpha": 4}], "axolotl:4: lora_alpha"),
+    ("trl", [{"r": 4, "lora_alpha": 8}], "trl: lora_r"),
+    ("trl", [{"target_parameters": ("x",), "lora_dropout": 0.0}], "trl:4: lora_target_modules"),
+    (
+        "axolotl",
+        [{"ensure_weight_tying": True}, {"modules_to_save": None}],
+        "axolotl:6: lora_modules_to_save",
+    ),
+    ("llamafactory", [{"rank_pattern": {"q": 4}}], "llamafactory:6: lora_rank"),
+    ("own", [{"init_lora_weights": True}], "own:6: target_modules"),
+    ("own", [], "own:6: target_modules"),
+]
+
+
+@pytest.mark.parametrize(("tool", "changes", "place"), PLACES)
+def test_a_finding_is_at_the_line_of_what_it_changes(
+    tool: str, changes: list[dict[str, Any]], place: str, settings: dict[str, RunSetting]
+) -> None:
+    fix = advise_any(change(**one) for one in changes)
+    finding = Finding("X1", "x", "error", "there", "o", "e", fix.text or "mend it", changes=fix.changes)
+    found = placed(finding, RecipeFacts(tool), settings[tool])
+    assert found.where == f"{place} (there)"
+    assert found.line == (int(place.split(":")[1]) if place.count(":") > 1 else None)
 
 
 def test_advice_on_a_script_stays_python(tmp_path: Path) -> None:

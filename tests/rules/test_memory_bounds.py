@@ -176,8 +176,8 @@ UNTRIED: list[tuple[dict[str, Any], str]] = [
 def test_what_could_help_where_nothing_was_tried(changes: dict[str, Any], words: str) -> None:
     given = replace(STEP, loaded=GIB, setting=replace(STEP.setting, **changes))
     assert (
-        advice(MemoryFacts(given, GIB))
-        == f"take {words}; check_memory, unless advise=False, says how much each one saves"
+        advice(MemoryFacts(given, GIB)).text
+        == f"take {words}; check_memory with advise=True says how much each one saves"
     )
 
 
@@ -195,7 +195,7 @@ def test_what_could_help_where_nothing_was_tried(changes: dict[str, Any], words:
 )
 def test_no_smaller_step_makes_room_for_weights(changes: dict[str, Any], words: str) -> None:
     given = replace(STEP, loaded=2 * GIB, setting=replace(STEP.setting, **changes))
-    assert advice(MemoryFacts(given, GIB)).startswith(f"take {words}; check_memory")
+    assert advice(MemoryFacts(given, GIB)).text.startswith(f"take {words}; check_memory")
 
 
 def change(name: str, peak: int, flops: int = 100, smaller_rank: bool = False) -> Alternative:
@@ -210,7 +210,7 @@ def test_the_table_of_what_would_help() -> None:
         change("r=1", 9 * GIB + 1, 40, smaller_rank=True),
     )
     given = MemoryFacts(replace(STEP, flops=StepFlops(60, 40)), 9 * GIB, tried)
-    assert [line.strip() for line in advice(given).splitlines()] == [
+    assert [line.strip() for line in advice(given).text.splitlines()] == [
         "gradient_checkpointing=True with batch_size=1 with accumulation=4: 9.0 GiB",
         "lowering the rank will not help: r=1 saves 1.0 GiB",
         "what if:",
@@ -222,9 +222,9 @@ def test_the_table_of_what_would_help() -> None:
         "r=1                               9.0 GiB  -60 %  same batch     too much",
     ]
     none = replace(given, budget=9 * GIB - 1)
-    assert advice(none).startswith("none of the changes tried is enough")
-    assert "will not help" not in advice(replace(given, budget=9 * GIB + 1))
-    assert "will not help" not in advice(replace(given, alternatives=tried[:2]))
+    assert advice(none).text.startswith("none of the changes tried is enough")
+    assert "will not help" not in advice(replace(given, budget=9 * GIB + 1)).text
+    assert "will not help" not in advice(replace(given, alternatives=tried[:2])).text
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from pytest_lora import Expect
 from pytest_lora.bases.examples.models import BASES
+from pytest_lora.changes import Advice, advise
 from pytest_lora.facts.resumption import ResumptionFacts
 from pytest_lora.facts.served import ServedAdapter, ServedModule
 from pytest_lora.facts.server import Feature, Outcome
@@ -24,11 +25,7 @@ def settings(**fields: Any) -> Settings:
     return Settings.of(LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": ["q"], **fields}))
 
 
-def test_fields_as_they_are_written() -> None:
-    assert remedies.assigned(r=8, names=("q", "v"), none=(), alpha=0.1 + 0.2) == (
-        "r=8, names=['q', 'v'], none=None, alpha=0.3"
-    )
-    assert remedies.assigned(pattern={"q": 1.5, "v": ("a",)}) == "pattern={'q': 1.5, 'v': ['a']}"
+def test_small_remedies() -> None:
     assert remedies.without(("a", "b", "c"), "b", "d") == ("a", "c")
     assert remedies.optimizer_anew(2e-4).endswith("lr=0.0002)")
 
@@ -64,11 +61,11 @@ def test_a_rank_of_four_keeps_its_scaling(config: dict[str, Any], fields: dict[s
 
 def test_fields_of_a_checkpoint() -> None:
     fresh = remedies.START_FRESH
-    assert remedies.as_in_checkpoint(ResumptionFacts("out", None), "r") == fresh
+    assert remedies.as_in_checkpoint(ResumptionFacts("out", None), "r") == Advice(fresh)
     facts = ResumptionFacts("out", None, saved=settings(rank_pattern={"q": 2}))
-    assert remedies.as_in_checkpoint(facts, "r", "rank_pattern") == (
-        f"r=8, rank_pattern={{'q': 2}}, as in the checkpoint; or {fresh}"
-    )
+    fix = remedies.as_in_checkpoint(facts, "r", "rank_pattern")
+    assert fix.text == f"r=8, rank_pattern={{'q': 2}}, as in the checkpoint; or {fresh}"
+    assert [one.settings for one in fix.changes] == [{"r": 8, "rank_pattern": {"q": 2}}]
 
 
 def test_rates_and_ranks() -> None:
@@ -103,7 +100,7 @@ ROWS = [
 @pytest.mark.parametrize(("base", "side", "fields", "ways"), ROWS)
 def test_rows_that_were_added(base: str, side: str, fields: dict[str, Any], ways: list[str]) -> None:
     facts = config_facts(LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], **fields), BASES[base]())
-    found = list(remedies.ways_to_train_rows(facts, side, 100, 3))
+    found = [advise(way).text for way in remedies.ways_to_train_rows(facts, side, 100, 3)]
     assert len(found) == len(ways)
     assert all(words in way for words, way in zip(ways, found, strict=True)), found
 
@@ -133,10 +130,10 @@ def test_a_fix_for_a_server(feature: Feature, fields: dict[str, Any], words: str
     ]
     adapter = served({feature: ("q",)}, *modules, **fields)
     assert adapter.settings is not None
-    assert words in _fix(adapter, adapter.settings, feature)
+    assert words in advise(_fix(adapter, adapter.settings, feature)).text
     if feature == "rslora":
         patterns = served({feature: ("q",), "alpha_pattern": ("q",)}, **fields)
-        assert "multiply each lora_B by the scaling" in _fix(patterns, adapter.settings, feature)
+        assert "multiply each lora_B by the scaling" in advise(_fix(patterns, adapter.settings, feature)).text
 
 
 def test_names_that_are_shown() -> None:

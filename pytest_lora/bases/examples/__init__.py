@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import builtins
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,9 +62,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in _MODELS:
-        # An import statement asks first whether the name is there, and throws the answer away.
-        if sys._getframe(1).f_code.co_name == "_handle_fromlist":
-            return None
+        # An import statement asks whether the name is there before it takes it, and so has two made: 5 ms for a base.
         return import_module(f"{__name__}.models").made(name)
     for module, names in _FUNCTIONS.items():
         if name in names:

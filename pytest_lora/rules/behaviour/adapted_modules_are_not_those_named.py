@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import assigned
 from pytest_lora.expect import Expect
 from pytest_lora.facts.properties import TargetFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
 
 _FEW = 8
 """Names that a line of a test still holds."""

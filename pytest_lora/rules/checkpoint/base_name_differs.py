@@ -3,10 +3,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA453", severity="warning", needs=CheckpointFacts)
@@ -49,8 +49,11 @@ def base_name_differs(facts: CheckpointFacts, expect: Expect) -> Iterator[Violat
         where=f"base_model_name_or_path in {facts.name}",
         observed=f"the adapter is for the base model {named!r}, and the given base is {given!r}",
         expected="the base that the adapter was trained on",
-        fix=f"load it on {named!r}; or, if the two are the same weights, write "
-        f"{assigned(base_model_name_or_path=given)} into the configuration",
+        fix=advise(
+            f"load it on {named!r}; or, if the two are the same weights, ",
+            change("write", base_model_name_or_path=given),
+            " into the configuration",
+        ),
         severity="info" if _is_local(named) or _is_local(given) else None,
     )
 

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CONFIG, CheckpointFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA452", severity="warning", needs=CheckpointFacts)
@@ -56,12 +56,11 @@ def base_name_is_missing(facts: CheckpointFacts, expect: Expect) -> Iterator[Vio
     )
 
 
-def _fix(facts: CheckpointFacts) -> str:
+def _fix(facts: CheckpointFacts) -> Advice:
     given = facts.fit.base_name if facts.fit is not None and not facts.is_foreign else None
     if given:
-        return (
-            f"if it was trained on this base, write {assigned(base_model_name_or_path=given)} into {CONFIG}"
-        )
-    return (
+        named = change("write", base_model_name_or_path=given)
+        return advise("if it was trained on this base, ", named, f" into {CONFIG}")
+    return advise(
         f"write base_model_name_or_path into {CONFIG}: the name of the base that the adapter was trained on"
     )

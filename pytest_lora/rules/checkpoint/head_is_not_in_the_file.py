@@ -3,11 +3,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, noun
 from pytest_lora.expect import Expect
 from pytest_lora.facts.base import HEADS_BY_TASK_TYPE, BaseFacts
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA427", severity="warning", needs=CheckpointFacts)
@@ -52,8 +52,10 @@ def head_is_not_in_the_file(facts: CheckpointFacts, expect: Expect) -> Iterator[
                 observed=f"the file has no weights of the head {head.name!r}, and it is not in modules_to_save: "
                 "the head is new at every load",
                 expected="the head that was trained with the adapter",
-                fix=f"train again with {_way(head.name, facts.fit.base)}; or, if the head comes with the base, say "
-                "Expect(pretrained_head=True)",
+                fix=advise(
+                    _again(head.name, facts.fit.base),
+                    "; or, if the head comes with the base, say Expect(pretrained_head=True)",
+                ),
                 severity=None if head.fresh else "info",
             )
         return
@@ -71,7 +73,7 @@ def head_is_not_in_the_file(facts: CheckpointFacts, expect: Expect) -> Iterator[
 _HEADED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Regression|RewardModel)")
 
 
-def _way(head: str, base: BaseFacts) -> str:
+def _again(head: str, base: BaseFacts) -> Advice:
     adds = head in HEADS_BY_TASK_TYPE.get(base.task_type or "", ())
-    by_type = assigned(task_type=base.task_type) if adds else assigned(modules_to_save=[head])
-    return f"{by_type}, so that {head!r} is trained and saved"
+    way = noun(task_type=base.task_type) if adds else noun(modules_to_save=[head])
+    return advise("train again with ", way, f", so that {head!r} is trained and saved")

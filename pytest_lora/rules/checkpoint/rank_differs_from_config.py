@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Change, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.facts.saved_tensors import AdaptedModule
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA431", severity="error", needs=CheckpointFacts)
@@ -79,22 +79,22 @@ def rank_differs_from_config(facts: CheckpointFacts, expect: Expect) -> Iterator
             observed=f"adapter_config.json says r={configured}, but the tensors have rank {rank} "
             f"in {len(names)} of {len(facts.adapted)} modules",
             expected="the rank of the tensors in r or rank_pattern",
-            fix=f"restore {_fields(facts, names, rank)} and the lora_alpha of the training; ranks are fixed at "
-            "initialisation",
+            fix=advise(
+                _fields(facts, names, rank),
+                " and the lora_alpha of the training; ranks are fixed at initialisation",
+            ),
         )
 
 
-def _fields(facts: CheckpointFacts, names: list[str], rank: int) -> str:
+def _fields(facts: CheckpointFacts, names: list[str], rank: int) -> Change:
     """The rank of the file: for all modules, for the key that decides, or for modules of these names."""
     settings = facts.settings
     if settings is None or len(names) == len(facts.adapted):
-        return (
-            assigned(r=rank)
-            if settings is None or not settings.rank_pattern
-            else assigned(r=rank, rank_pattern={})
-        )
+        if settings is None or not settings.rank_pattern:
+            return change("restore", r=rank)
+        return change("restore", r=rank, rank_pattern={})
     keys = dict.fromkeys(settings.rank_key(name) or name.rpartition(".")[2] for name in names)
-    return assigned(rank_pattern={**dict(settings.rank_pattern), **dict.fromkeys(keys, rank)})
+    return change("restore", rank_pattern={**dict(settings.rank_pattern), **dict.fromkeys(keys, rank)})
 
 
 def _is_decomposed(module: AdaptedModule, facts: CheckpointFacts) -> bool:

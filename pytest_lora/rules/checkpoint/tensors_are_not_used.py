@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, change, noun
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.facts.saved_tensors import WRAPPERS, Key
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, name_in_keys
+from pytest_lora.rules.remedies import name_in_keys
 
 
 @rule("LORA425", severity="error", needs=CheckpointFacts)
@@ -92,18 +93,21 @@ def _reason(facts: CheckpointFacts, unused: tuple[str, ...]) -> str:
     return "the configuration does not adapt these modules"
 
 
-def _fix(facts: CheckpointFacts, unused: tuple[str, ...]) -> str:
+_WITH_DORA = advise("restore the configuration of the training: ", change(use_dora=True))
+
+
+def _fix(facts: CheckpointFacts, unused: tuple[str, ...]) -> Advice:
     if all("lora_magnitude_vector" in name for name in unused):
-        return f"restore the configuration of the training: {assigned(use_dora=True)}"
+        return _WITH_DORA
     return _restore(facts)
 
 
-def _restore(facts: CheckpointFacts) -> str:
+def _restore(facts: CheckpointFacts) -> Advice:
     """The targets of the configuration with those of the file, by the last part of their names."""
     settings = facts.settings
     restore = "restore the adapter_config.json that the adapter was trained with"
     if settings is None or not isinstance(settings.target_modules, tuple):
-        return restore
+        return advise(restore)
     missed = (module.name for module in facts.adapted if not settings.targets(module.name))
     fields: dict[str, object] = {
         "target_modules": tuple(
@@ -112,7 +116,7 @@ def _restore(facts: CheckpointFacts) -> str:
     }
     if any(settings.skips_layer_of(module.name) for module in facts.adapted):
         fields["layers_to_transform"] = None
-    return f"{restore}, with {assigned(**fields)}"
+    return advise(restore, ", with ", noun(**fields))
 
 
 def _untargeted(facts: CheckpointFacts) -> Iterator[Violation]:
@@ -124,7 +128,7 @@ def _untargeted(facts: CheckpointFacts) -> Iterator[Violation]:
             where=grouped(scaled),
             observed="adapter keys hold DoRA magnitudes, but use_dora is not set: they match nothing and are dropped",
             expected="use_dora=true, as in training",
-            fix=f"restore the configuration of the training: {assigned(use_dora=True)}",
+            fix=_WITH_DORA,
         )
     targets = settings.target_modules
     if not targets or str(targets).lower() == "all-linear" or settings.target_parameters:

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, without
+from pytest_lora.rules.remedies import without
 
 ATTENTION_OUTPUT = "NonDynamicallyQuantizableLinear"
 """The class of ``out_proj`` in ``torch.nn.MultiheadAttention``, and of nothing else in torch."""
@@ -53,7 +54,9 @@ def adapter_is_bypassed(facts: ConfigFacts, expect: Expect) -> Iterator[Violatio
             observed=f"{len(bypassed)} of {len(facts.layers)} adapters are on out_proj of torch.nn.MultiheadAttention, "
             "which uses its weight without calling it: they have no effect and get no gradient",
             expected="adapters on modules that the forward pass calls",
-            fix="target the attention itself, which takes out_proj along: "
-            + assigned(target_modules=tuple(dict.fromkeys((*kept, *attention)))),
+            fix=advise(
+                "target the attention itself, which takes out_proj along: ",
+                change(target_modules=tuple(dict.fromkeys((*kept, *attention)))),
+            ),
             severity="error" if len(bypassed) == len(facts.layers) else None,
         )

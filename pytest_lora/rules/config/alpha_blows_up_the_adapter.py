@@ -3,12 +3,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, LayerFacts
 from pytest_lora.facts.settings import Settings
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, scaled
+from pytest_lora.rules.remedies import scaled
 
 
 @rule("LORA103", severity="warning", needs=ConfigFacts, on_saved="alone")
@@ -53,11 +54,11 @@ def alpha_blows_up_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[V
         )
 
 
-def _fix(settings: Settings, layer: LayerFacts) -> str:
+def _fix(settings: Settings, layer: LayerFacts) -> Advice:
     if layer.use_rslora and layer.rank > 1:  # 16 keeps the scaling at 11.3 or less from rank 2 on
         fields = scaled(settings, layer.module, 16 / layer.rank**0.5)
-        return f"keep alpha near 16 under rsLoRA, whatever the rank: {assigned(**fields)}"
-    return f"set {assigned(**scaled(settings, layer.module, 2.0))}, which gives a scaling of 2"
+        return advise("keep alpha near 16 under rsLoRA, whatever the rank: ", change(**fields))
+    return advise(change("set", **scaled(settings, layer.module, 2.0)), ", which gives a scaling of 2")
 
 
 def _limit(layer: LayerFacts, expect: Expect) -> float:

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, scaled
+from pytest_lora.rules.remedies import scaled
 
 
 @rule("LORA102", severity="warning", needs=ConfigFacts, on_saved="alone")
@@ -50,8 +51,11 @@ def alpha_damps_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
             observed=f"r={rank} with alpha={alpha:g}: the scaling is {scaling:.2g}"
             + (", and 8 is PEFT's default for lora_alpha" if left else ""),
             expected=f"a scaling of at least {expect.min_scaling if grave else expect.low_scaling:g}, or a choice",
-            fix=f"scale alpha with {'the root of r under rsLoRA' if layers[0].use_rslora else 'r'}: "
-            f"{assigned(**scaled(facts.settings, layers[0].module, 2.0))} gives a scaling of 2",
+            fix=advise(
+                f"scale alpha with {'the root of r under rsLoRA' if layers[0].use_rslora else 'r'}: ",
+                change(**scaled(facts.settings, layers[0].module, 2.0)),
+                " gives a scaling of 2",
+            ),
             severity="warning" if grave or left else "info",
         )
 

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, scaled
+from pytest_lora.rules.remedies import scaled
 
 
 @rule("LORA101", severity="error", needs=ConfigFacts, on_saved="alone")
@@ -41,5 +42,7 @@ def alpha_is_not_positive(facts: ConfigFacts, expect: Expect) -> Iterator[Violat
             where=grouped(layer.module for layer in layers),
             observed=f"alpha is {alpha:g}, so the scaling alpha/r is {layers[0].configured_scaling:g}",
             expected="alpha above 0; r to 2 * r is usual",
-            fix=f"set {assigned(**scaled(facts.settings, layers[0].module, 2.0))}, which gives a scaling of 2",
+            fix=advise(
+                change("set", **scaled(facts.settings, layers[0].module, 2.0)), ", which gives a scaling of 2"
+            ),
         )

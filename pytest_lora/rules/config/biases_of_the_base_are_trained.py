@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
@@ -40,6 +41,6 @@ def biases_of_the_base_are_trained(facts: ConfigFacts, expect: Expect) -> Iterat
             where=f"bias on {facts.base.architecture}",
             observed=f"bias={bias!r} trains biases of the base; with the adapter disabled they stay changed",
             expected="bias='none', unless the base is never needed again",
-            fix="set bias='none'",
+            fix=change("set", bias="none"),
             severity="warning" if bias == "all" else "info",
         )

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Change, advise, noun
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, LayerFacts
 from pytest_lora.facts.settings import Settings
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA126", severity="error", needs=ConfigFacts, on_saved="alone")
@@ -47,7 +47,11 @@ def differs_from_expected_config(facts: ConfigFacts, expect: Expect) -> Iterator
             where=grouped(modules) if modules else f"LoraConfig on {facts.base.architecture}",
             observed=f"{name} is {seen}",
             expected=f"{name} {wanted}, as in the expected config",
-            fix=f"make the adapter with {_assignment(name, meant)}; LoRA shapes and scalings are fixed when it is made",
+            fix=advise(
+                "make the adapter with ",
+                _decided(name, meant),
+                "; LoRA shapes and scalings are fixed when it is made",
+            ),
         )
 
 
@@ -59,14 +63,14 @@ _DECIDED_BY = {
 """The fields that decide one difference together."""
 
 
-def _assignment(name: str, meant: Settings) -> str:
+def _decided(name: str, meant: Settings) -> Change:
     """The fields of the expected config, less what is empty there."""
     first, *more = _DECIDED_BY.get(name, (name,))
     fields = {first: getattr(meant, first)}
     for field in more:
         value = getattr(meant, field)
         fields[field] = dict(value) if field.endswith("pattern") else value
-    return assigned(**fields)
+    return noun(**fields)
 
 
 Difference = tuple[str, object, object, list[str]]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
@@ -40,15 +41,17 @@ def dropout_starves_the_adapter(facts: ConfigFacts, expect: Expect) -> Iterator[
             where="lora_dropout",
             observed=f"lora_dropout={dropout:g} is no probability; nothing is dropped",
             expected="a probability from 0 to 1",
-            fix="set lora_dropout=0.0 for none, or 0.05",
+            fix=advise(change("set", lora_dropout=0), " for none, or ", change(lora_dropout=0.05)),
         )
     if dropout > expect.max_dropout and expect.purpose == "train":
         yield Violation(
             where="lora_dropout",
             observed=f"lora_dropout={dropout:g} drops {dropout:.0%} of the adapter's input",
             expected=f"at most {expect.max_dropout:g}; 0 to 0.1 is usual",
-            fix=f"set lora_dropout={1 - dropout:.2g}, if that share was to be kept"
+            fix=advise(
+                change("set", lora_dropout=float(f"{1 - dropout:.2g}")), ", if that share was to be kept"
+            )
             if dropout < 1
-            else "set lora_dropout=0.05",
+            else change("set", lora_dropout=0.05),
             severity="error" if dropout >= 1 else "warning",
         )

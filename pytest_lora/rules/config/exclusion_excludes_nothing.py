@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, NameMatch
 from pytest_lora.facts.settings import is_named
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, without
+from pytest_lora.rules.remedies import without
 
 
 @rule("LORA106", severity="warning", needs=ConfigFacts)
@@ -56,16 +57,18 @@ def exclusion_excludes_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[V
         )
 
 
-def _fix(match: NameMatch, inside: list[str], facts: ConfigFacts) -> str:
+def _fix(match: NameMatch, inside: list[str], facts: ConfigFacts) -> Advice:
     written = facts.settings.exclude_modules
     names = (written,) if isinstance(written, str) else written or ()
     rest = without(names, match.name)
-    drop = f"drop it, which changes nothing: {assigned(exclude_modules=rest)}"
+    drop = advise("drop it, which changes nothing: ", change(exclude_modules=rest))
     meant = [name for name in match.similar if any(is_named(module, name) for module in facts.adapted)]
     if meant:
-        return f"did you mean {meant[0]!r}? {assigned(exclude_modules=(*rest, meant[0]))}; else {drop}"
+        named = change(exclude_modules=(*rest, meant[0]))
+        return advise(f"did you mean {meant[0]!r}? ", named, "; else ", drop)
     leaves = sorted({module.rpartition(".")[2] for module in inside})
     caught = {layer.module for layer in facts.layers if layer.leaf in leaves}
     if inside and caught == set(inside) and caught != facts.adapted:
-        return f"name the adapted modules themselves: {assigned(exclude_modules=(*rest, *leaves))}; or {drop}"
-    return f"name adapted modules, or {drop}"
+        named = change(exclude_modules=(*rest, *leaves))
+        return advise("name the adapted modules themselves: ", named, "; or ", drop)
+    return advise("name adapted modules, or ", drop)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
@@ -38,6 +39,8 @@ def frozen_by_inference_mode(facts: ConfigFacts, expect: Expect) -> Iterator[Vio
             where="inference_mode",
             observed="inference_mode=True: the adapter is made frozen, with 0 trainable parameters",
             expected="inference_mode=False where the adapter is to be trained",
-            fix="set inference_mode=False, or load with PeftModel.from_pretrained(..., is_trainable=True) to go on "
-            "training a saved adapter",
+            fix=advise(
+                change("set", inference_mode=False),
+                ", or load with PeftModel.from_pretrained(..., is_trainable=True) to go on training a saved adapter",
+            ),
         )

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Change, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, ending, on_parameters
+from pytest_lora.rules.remedies import ending, on_parameters
 
 
 @rule("LORA129", severity="info", needs=ConfigFacts)
@@ -53,7 +54,7 @@ def fused_experts_are_left_out(facts: ConfigFacts, expect: Expect) -> Iterator[V
             observed=f"'all-linear' adapts {len(facts.layers)} modules; {numbers / facts.base.parameters:.0%} of the "
             "base are fused expert weights without an adapter",
             expected="nothing, if attention alone was meant",
-            fix=f"to adapt the experts too, set {_experts_too(facts, names)}",
+            fix=advise("to adapt the experts too, ", _experts_too(facts, names)),
         )
 
 
@@ -77,11 +78,14 @@ def _named_but_left(facts: ConfigFacts) -> Iterator[Violation]:
         observed=f"{also} match {instead} and its like alone; the routed experts, "
         f"{sum(p.numbers for p in left) / facts.base.parameters:.0%} of the base, are parameters and get no adapter",
         expected="adapters on the experts too, or names that say which modules are meant",
-        fix=f"to adapt the experts, set {_experts_too(facts, names)}; if they are to stay as they are, "
-        f"write more of the name: '{ending(instead)}'",
+        fix=advise(
+            "to adapt the experts, ",
+            _experts_too(facts, names),
+            f"; if they are to stay as they are, write more of the name: '{ending(instead)}'",
+        ),
         severity="warning",
     )
 
 
-def _experts_too(facts: ConfigFacts, names: list[str]) -> str:
-    return assigned(**on_parameters(facts.settings, (*facts.settings.target_parameters, *names)))
+def _experts_too(facts: ConfigFacts, names: list[str]) -> Change:
+    return change("set", **on_parameters(facts.settings, (*facts.settings.target_parameters, *names)))

@@ -3,12 +3,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, LayerFacts
 from pytest_lora.facts.settings import is_named
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, ending, on_parameters
+from pytest_lora.rules.remedies import ending, on_parameters
 
 
 @rule("LORA138", severity="info", needs=ConfigFacts)
@@ -68,7 +69,7 @@ def fused_targets_leave_modules_out(facts: ConfigFacts, expect: Expect) -> Itera
         f"{', '.join(sorted({ending(p.name) for p in fused}))}; {len(left)} modules of these names "
         "carry no adapter",
         expected="nothing, if the routed experts alone were meant",
-        fix=f"to adapt these modules too, set {assigned(**fields)}",
+        fix=advise("to adapt these modules too, ", change("set", **fields)),
     )
 
 

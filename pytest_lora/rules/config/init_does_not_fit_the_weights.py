@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.findings import grouped
@@ -50,8 +51,11 @@ def init_does_not_fit_the_weights(facts: ConfigFacts, expect: Expect) -> Iterato
                 where=grouped(hit),
                 observed=f"init_lora_weights={init!r} on weights that are already quantized to {quantized[hit[0]]}",
                 expected=f"float weights for {init}",
-                fix="initialise on the 16-bit base and quantize what is left of it, or set "
-                "init_lora_weights=True, the default",
+                fix=advise(
+                    "initialise on the 16-bit base and quantize what is left of it, or ",
+                    change("set", init_lora_weights=True),
+                    ", the default",
+                ),
             )
     if init.startswith(READ_WEIGHTS):
         fused = [layer.module for layer in facts.layers if layer.kind == "Parameter"]
@@ -60,5 +64,5 @@ def init_does_not_fit_the_weights(facts: ConfigFacts, expect: Expect) -> Iterato
                 where=grouped(fused),
                 observed=f"init_lora_weights={init!r} on fused parameters, which have no weight of a layer to read",
                 expected="the default initialisation on target_parameters",
-                fix="set init_lora_weights=True, the default",
+                fix=advise(change("set", init_lora_weights=True), ", the default"),
             )

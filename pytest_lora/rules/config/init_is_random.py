@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
@@ -38,5 +39,5 @@ def init_is_random(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
             where="init_lora_weights",
             observed="init_lora_weights=False: lora_A and lora_B both start at random",
             expected="an initialisation under which a fresh adapter leaves the base as it is",
-            fix="set init_lora_weights=True, the default",
+            fix=advise(change("set", init_lora_weights=True), ", the default"),
         )

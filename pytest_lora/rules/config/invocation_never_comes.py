@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
@@ -42,14 +43,16 @@ def invocation_never_comes(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
     tokens, size = facts.settings.alora_invocation_tokens, facts.base.vocab_size
     if tokens is None:
         return
+    plain = advise(change(alora_invocation_tokens=None), " for plain LoRA")
     lost = [token for token in tokens if size is not None and not 0 <= token < size]
     if facts.settings.task_type != "CAUSAL_LM":
         seen = f"task_type={facts.settings.task_type!r}: PEFT looks for them in causal language models alone"
-        fix = "set task_type='CAUSAL_LM', or alora_invocation_tokens=None for plain LoRA"
+        fix = advise(change("set", task_type="CAUSAL_LM"), ", or ", plain)
     elif lost or not tokens:
         seen = f"the vocabulary of {size} tokens does not have {lost[:5]}" if lost else "there are none"
-        fix = "take the ids from tokenizer.encode(invocation, add_special_tokens=False), or set "
-        fix += "alora_invocation_tokens=None for plain LoRA"
+        fix = advise(
+            "take the ids from tokenizer.encode(invocation, add_special_tokens=False), or set ", plain
+        )
     else:
         return
     yield Violation(

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA105", severity="error", needs=ConfigFacts, on_saved="refused")
@@ -42,5 +42,5 @@ def layer_does_not_exist(facts: ConfigFacts, expect: Expect) -> Iterator[Violati
             where=f"layers_to_transform on {facts.base.architecture}",
             observed=f"{lost} of {list(facts.settings.layers_to_transform)} do not exist",
             expected=f"numbers from {known[0]} to {known[-1]}: the base has {len(known)} blocks, counted from 0",
-            fix=f"drop {lost}: {assigned(layers_to_transform=kept)}",
+            fix=advise(f"drop {lost}: ", change(layers_to_transform=kept)),
         )

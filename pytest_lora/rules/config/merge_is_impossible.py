@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
@@ -45,8 +46,12 @@ def merge_is_impossible(facts: ConfigFacts, expect: Expect) -> Iterator[Violatio
 
 
 _FIXES = {
-    "groups": "take the convolutions in groups out of target_modules, or load the adapter beside the base",
-    "bias": "set lora_bias=False, or adapt layers that have a bias",
-    "": "load the adapter beside the base instead of merging it, or train plain LoRA on float weights",
+    "groups": advise(
+        "take the convolutions in groups out of target_modules, or load the adapter beside the base"
+    ),
+    "bias": advise(change("set", lora_bias=False), ", or adapt layers that have a bias"),
+    "": advise(
+        "load the adapter beside the base instead of merging it, or train plain LoRA on float weights"
+    ),
 }
 """What mends each refusal, found by a word of it; the first that fits."""

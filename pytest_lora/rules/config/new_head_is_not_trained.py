@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.base import HEADS_BY_TASK_TYPE
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.settings import is_named
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, without
+from pytest_lora.rules.remedies import without
 
 
 @rule("LORA112", severity="warning", needs=ConfigFacts)
@@ -59,7 +60,7 @@ def new_head_is_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
         )
 
 
-def _fix(head: str, facts: ConfigFacts) -> str:
+def _fix(head: str, facts: ConfigFacts) -> Advice:
     settings = facts.settings
     fields: dict[str, object] = {"modules_to_save": tuple(dict.fromkeys((*settings.modules_to_save, head)))}
     if isinstance(settings.target_modules, tuple):
@@ -69,5 +70,7 @@ def _fix(head: str, facts: ConfigFacts) -> str:
     # PEFT does not know of every head by its name: not of the pooler of DeBERTa, or the projector of Hubert.
     task_type = facts.base.task_type
     adds = settings.task_type != task_type and head in HEADS_BY_TASK_TYPE.get(task_type or "", ())
-    by_task_type = f", or {assigned(task_type=task_type)}, which adds it" if adds and len(fields) == 1 else ""
-    return f"set {assigned(**fields)}{by_task_type}"
+    by_task_type = (
+        (", or ", change(task_type=task_type), ", which adds it") if adds and len(fields) == 1 else ()
+    )
+    return advise(change("set", **fields), *by_task_type)

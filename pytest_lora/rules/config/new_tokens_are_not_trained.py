@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise_any
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
@@ -58,6 +59,6 @@ def new_tokens_are_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[V
             where=side,
             observed=f"{missing} of {tokens} new tokens have rows in {leaf} that are frozen at random values",
             expected="added rows to be trained and saved",
-            fix=" or ".join(ways_to_train_rows(facts, side, first_new, tokens)),
+            fix=advise_any(ways_to_train_rows(facts, side, first_new, tokens)),
             severity="error" if side == base.input_embeddings else "warning",
         )

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, scaled
+from pytest_lora.rules.remedies import scaled
 
 
 @rule("LORA128", severity="error", needs=ConfigFacts)
@@ -51,23 +52,26 @@ def parameter_share_is_outside_the_band(facts: ConfigFacts, expect: Expect) -> I
             where=f"LoraConfig on {facts.base.architecture}",
             observed=f"{trained:,} trained parameters, {share:.4%} of {facts.base.parameters + trained:,}",
             expected=f"{low:.4%} to {high:.4%}",
-            fix=f"{'raise' if share < low else 'lower'} r{_rank(facts, low, high)}, or target "
-            f"{'more' if share < low else 'fewer'} modules",
+            fix=advise(
+                f"{'raise' if share < low else 'lower'} r",
+                _rank(facts, low, high),
+                f", or target {'more' if share < low else 'fewer'} modules",
+            ),
             severity="error" if expect.param_ratio is not None else "info",
         )
 
 
-def _rank(facts: ConfigFacts, low: float, high: float) -> str:
+def _rank(facts: ConfigFacts, low: float, high: float) -> Advice:
     """The rank nearest to the present one under which the share is in the band, with alpha to match."""
     settings, base, layer = facts.settings, facts.base.parameters, facts.layers[0]
     adapters = sum(layer.parameters for layer in facts.layers)
     others = facts.trainable_parameters - adapters
     if settings.rank_pattern or settings.use_dora or settings.r < 1:
-        return ""
+        return advise()
     trained = ((rank, others + adapters // settings.r * rank) for rank in range(1, 513))
     fitting = [rank for rank, numbers in trained if low <= numbers / (base + numbers) <= high]
     if not fitting:
-        return ""
+        return advise()
     rank = min(fitting, key=lambda found: abs(found - settings.r))
     fields = scaled(settings, layer.module, layer.configured_scaling, rank)
-    return f": {assigned(r=rank, **fields)}"
+    return advise(": ", change(r=rank, **fields))

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, Change, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, PatternKey
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base in a model that it has wrapped."""
@@ -53,16 +53,18 @@ def pattern_key_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Vi
             fix = _moved(pattern, facts)
         elif not pattern.is_expression:
             seen = "it is no regular expression"
-            fix = f"write the end of a module's name, or drop it: {_rewritten(pattern, facts)}"
+            fix = advise("write the end of a module's name, or drop it: ", _rewritten(pattern, facts))
         elif pattern.elsewhere:
             seen = f"it matches {grouped(pattern.elsewhere)}, which are no LoRA targets"
-            fix = f"{_targeted(pattern, facts)}drop it: {_rewritten(pattern, facts)}"
+            fix = advise(_targeted(pattern, facts), "drop it: ", _rewritten(pattern, facts))
         elif any(module.startswith(f"{pattern.key}.") for module in facts.base.module_names):
             seen = "it is the start of names, and a key has to match their end"
-            fix = f"for every module inside it write {_rewritten(pattern, facts, pattern.key + '.*')}"
+            fix = advise(
+                "for every module inside it ", _rewritten(pattern, facts, pattern.key + ".*", "write")
+            )
         elif pattern.key.startswith(PREFIX):
             seen = "it matches no module of the base, whose names do not start with what PEFT puts around it"
-            fix = f"write {_rewritten(pattern, facts, pattern.key.removeprefix(PREFIX))}"
+            fix = advise(_rewritten(pattern, facts, pattern.key.removeprefix(PREFIX), "write"))
         else:
             seen = "it matches no module"
             fix = _known(pattern, facts)
@@ -74,36 +76,36 @@ def pattern_key_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Vi
         )
 
 
-def _rewritten(pattern: PatternKey, facts: ConfigFacts, key: str | None = None) -> str:
+def _rewritten(pattern: PatternKey, facts: ConfigFacts, key: str | None = None, verb: str = "") -> Change:
     """The field with the key written anew in its place, or without it."""
     pairs = [
         (key if old == pattern.key else old, value) for old, value in getattr(facts.settings, pattern.field)
     ]
-    return assigned(**{pattern.field: {name: value for name, value in pairs if name is not None}})
+    return change(verb, **{pattern.field: {name: value for name, value in pairs if name is not None}})
 
 
-def _moved(pattern: PatternKey, facts: ConfigFacts) -> str:
+def _moved(pattern: PatternKey, facts: ConfigFacts) -> Advice:
     earlier = next(p for p in facts.patterns if (p.field, p.key) == (pattern.field, pattern.shadowed_by))
-    drop = f"drop it: {_rewritten(pattern, facts)}"
+    drop = advise("drop it: ", _rewritten(pattern, facts))
     if set(earlier.decides) <= set(pattern.own):
-        return f"{earlier.key!r} means the same modules; {drop}"
+        return advise(f"{earlier.key!r} means the same modules; ", drop)
     pairs = dict(getattr(facts.settings, pattern.field))
     first = {pattern.key: pairs.pop(pattern.key), **pairs}
-    return f"put it before {earlier.key!r}: {assigned(**{pattern.field: first})}; or {drop}"
+    return advise(f"put it before {earlier.key!r}: ", change(**{pattern.field: first}), "; or ", drop)
 
 
-def _targeted(pattern: PatternKey, facts: ConfigFacts) -> str:
+def _targeted(pattern: PatternKey, facts: ConfigFacts) -> Advice:
     targets = facts.settings.target_modules
     linear = {module.name: module.leaf for module in facts.base.modules if module.is_linear}
     leaves = sorted({linear[module] for module in pattern.elsewhere if module in linear})
     if not isinstance(targets, tuple) or not leaves or any(facts.modules_of(leaf) for leaf in leaves):
-        return ""
-    return f"adapt it, too: {assigned(target_modules=(*targets, *leaves))}; or "
+        return advise()
+    return advise("adapt it, too: ", change(target_modules=(*targets, *leaves)), "; or ")
 
 
-def _known(pattern: PatternKey, facts: ConfigFacts) -> str:
+def _known(pattern: PatternKey, facts: ConfigFacts) -> Advice:
     key = pattern.key.lstrip("^")
-    drop = f"drop it: {_rewritten(pattern, facts)}"
+    drop = advise("drop it: ", _rewritten(pattern, facts))
     if pattern.by_its_end:
-        return f"write the end of the name: {_rewritten(pattern, facts, key)}; or {drop}"
-    return f"write the end of an adapted module's name, or {drop}"
+        return advise("write the end of the name: ", _rewritten(pattern, facts, key), "; or ", drop)
+    return advise("write the end of an adapted module's name, or ", drop)

@@ -5,62 +5,105 @@ import math
 import re
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, Change, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import NOT_TRIED, ConfigFacts
 from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, without
+from pytest_lora.rules.remedies import without
 
-_FIXES = (
-    ("ParamWrapper does not support lora_dropout", "target_parameters take no dropout: set lora_dropout=0.0"),
-    ("ParamWrapper does not support fan_in_fan_out", "on target_parameters set fan_in_fan_out=False"),
-    ("ParamWrapper does not support lora_bias", "on target_parameters set lora_bias=False"),
-    ("ParamWrapper does not support use_dora", "on target_parameters set use_dora=False"),
-    ("ParamWrapper does not work with DoRA", "on target_parameters set use_dora=False"),
+_DEFAULT_INIT = change("set", init_lora_weights=True)
+
+_FIXES: tuple[tuple[str, Advice], ...] = (
+    (
+        "ParamWrapper does not support lora_dropout",
+        advise("target_parameters take no dropout: ", Change({"lora_dropout": 0.0}, "set lora_dropout=0.0")),
+    ),
+    (
+        "ParamWrapper does not support fan_in_fan_out",
+        advise("on target_parameters ", change("set", fan_in_fan_out=False)),
+    ),
+    (
+        "ParamWrapper does not support lora_bias",
+        advise("on target_parameters ", change("set", lora_bias=False)),
+    ),
+    (
+        "ParamWrapper does not support use_dora",
+        advise("on target_parameters ", change("set", use_dora=False)),
+    ),
+    (
+        "ParamWrapper does not work with DoRA",
+        advise("on target_parameters ", change("set", use_dora=False)),
+    ),
     (
         "pissa_niter_",
-        "write init_lora_weights='pissa', or pissa_niter_16 with a whole number of iterations",
+        advise(
+            change("write", init_lora_weights="pissa"),
+            ", or pissa_niter_16 with a whole number of iterations",
+        ),
     ),
     (
         "invalid literal for int()",
-        "write init_lora_weights='pissa_niter_16', with a whole number of iterations",
+        advise(change("write", init_lora_weights="pissa_niter_16"), ", with a whole number of iterations"),
     ),
-    ("KaSA requires", "set r (or a rank_pattern for these modules) below the smaller side of the weight"),
+    (
+        "KaSA requires",
+        advise("set r (or a rank_pattern for these modules) below the smaller side of the weight"),
+    ),
     (
         "MiCA requires",
-        "set r (or a rank_pattern for these modules) to the smaller side of the weight at most",
+        advise("set r (or a rank_pattern for these modules) to the smaller side of the weight at most"),
     ),
-    ("lora_ga_config must", "set lora_ga_config to a LoraGAConfig, or init_lora_weights=True"),
+    (
+        "lora_ga_config must",
+        advise("set lora_ga_config to a LoraGAConfig, or ", change(init_lora_weights=True)),
+    ),
     (
         "variant combination",
-        "take this kind of layer out of target_modules, or leave the variant of LoRA out",
+        advise("take this kind of layer out of target_modules, or leave the variant of LoRA out"),
     ),
-    ("num_groups", "set num_groups to a divisor of the inputs of every target"),
+    ("num_groups", advise("set num_groups to a divisor of the inputs of every target")),
     (
         "mat1 and mat2",
-        "set init_lora_weights=True: this one fits no layers that are stored transposed (Conv1D)",
+        advise(_DEFAULT_INIT, ": this one fits no layers that are stored transposed (Conv1D)"),
     ),
     (
         "ParamWrapper",
-        "target_parameters take plain LoRA alone: set target_parameters=None, or leave the rest out",
+        advise(
+            "target_parameters take plain LoRA alone: ",
+            change("set", target_parameters=None),
+            ", or leave the rest out",
+        ),
     ),
     (
         "already marked to be trained fully",
-        "train the embedding in one way: set trainable_token_indices=None",
+        advise("train the embedding in one way: ", change("set", trainable_token_indices=None)),
     ),
-    ("Unknown initialization", "set init_lora_weights=True, or to a method that this version of PEFT knows"),
-    ("Requested bias", "set bias='none', or bias='all', or bias='lora_only'"),
-    ("DoRA", "set use_dora=False"),
-    ("lora_bias", "set lora_bias=False"),
+    (
+        "Unknown initialization",
+        advise(_DEFAULT_INIT, ", or to a method that this version of PEFT knows"),
+    ),
+    (
+        "Requested bias",
+        advise(change("set", bias="none"), ", or ", change(bias="all"), ", or ", change(bias="lora_only")),
+    ),
+    ("DoRA", advise(change("set", use_dora=False))),
+    ("lora_bias", advise(change("set", lora_bias=False))),
     (
         "preprocess_corda",
-        "call preprocess_corda of PEFT first, which needs data; or set init_lora_weights=True",
+        advise("call preprocess_corda of PEFT first, which needs data; or ", _DEFAULT_INIT),
     ),
-    ("megatron", "without a base that is built with Megatron set megatron_config=None"),
+    (
+        "megatron",
+        advise("without a base that is built with Megatron ", change("set", megatron_config=None)),
+    ),
     (
         "is out of range",
-        "set layer_replication to ranges [start, end) of blocks of the base, or layer_replication=None",
+        advise(
+            "set layer_replication to ranges [start, end) of blocks of the base, or ",
+            change(layer_replication=None),
+        ),
     ),
 )
 """Words of PEFT's messages, and what to write."""
@@ -97,6 +140,8 @@ def peft_refuses_the_config(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
         return
     message = re.sub(r"\(.*\) is not supported", "(...) is not supported", " ".join(refusal.message.split()))
     about = f"; on {grouped(refusal.modules)}" if refusal.modules else ""
+    if "ParamWrapper" in message and not facts.settings.target_parameters:
+        about += ": the experts of this base are fused parameters and no modules, which names of them mean"
     on_meta_alone = "meta tensor" in message or "meta device" in message
     yield Violation(
         where=f"LoraConfig on {facts.base.architecture}",
@@ -120,72 +165,78 @@ def _explained_elsewhere(facts: ConfigFacts) -> bool:
     return nothing_found or no_such_layer or no_such_row or odd_rank or cannot_generate
 
 
-def _fix(facts: ConfigFacts, message: str) -> str:
+def _fix(facts: ConfigFacts, message: str) -> Advice:
     settings, refusal = facts.settings, facts.refusal
     if refusal is not None and refusal.error == NOT_TRIED:
-        return f"write plain names of modules, and few of them, in {message.partition(':')[0]}"
+        return advise(f"write plain names of modules, and few of them, in {message.partition(':')[0]}")
     if refusal is not None and refusal.exclusion is not None:
         names = refusal.exclusion if isinstance(refusal.exclusion, str) else list(refusal.exclusion)
-        return f"set exclude_modules={names!r}, with which PEFT takes the rest"
+        return advise(change("set", exclude_modules=names), ", with which PEFT takes the rest")
     if broken := facts.repairs.broken:
         mended = _mended_pattern(settings, *broken, facts.repairs.mended)
-        return f"{broken[1]!r} is no regular expression: {mended}"
+        return advise(f"{broken[1]!r} is no regular expression: ", mended)
     if settings.r <= 0 or any(rank <= 0 for _, rank in settings.rank_pattern):
-        return f"a rank is a whole number above 0: {_positive_ranks(settings)}"
+        return advise("a rank is a whole number above 0: ", _positive_ranks(settings))
     if "instances of 'str'" in message or "tuple of ints" in message:
-        return f"write numbers, not text, and a whole number for r: {_numbers(settings)}"
+        return advise("write numbers, not text, and a whole number for r: ", _numbers(settings))
     if "layers_pattern" in message:
-        return "set layers_pattern=None, or to the name of the list that holds the blocks, such as 'layers'"
+        named = ", or to the name of the list that holds the blocks, such as 'layers'"
+        return advise(change("set", layers_pattern=None), named)
     if "`layers_to_transform` cannot be used" in message:
-        return "say the layers in the pattern and set layers_to_transform=None"
+        return advise("say the layers in the pattern and ", change("set", layers_to_transform=None))
     if "No modules were targeted" in message or "All modules were excluded" in message:
-        return f"exclude_modules and modules_to_save leave no target to adapt: {_emptied(facts)}"
+        return advise("exclude_modules and modules_to_save leave no target to adapt: ", _emptied(facts))
     if "is not supported" in message:
-        return f"name linear, embedding or convolution layers themselves: {_supported(facts)}"
+        return advise("name linear, embedding or convolution layers themselves: ", _supported(facts))
     if not settings.target_modules and "target_modules" in message:
-        return "set target_modules='all-linear'"
+        return advise(change("set", target_modules="all-linear"))
     if groups := re.search(r"groups=(\d+) and rank (\d+)", message):
         multiple = math.ceil(int(groups[2]) / int(groups[1])) * int(groups[1])
-        return f"set r, or a rank_pattern for these modules, to a multiple of their groups: r={multiple}"
+        return advise(
+            "set r, or a rank_pattern for these modules, to a multiple of their groups: ", change(r=multiple)
+        )
     if "trainable_token_indices cannot" in message:
-        return f"adapt the embedding in one way: set trainable_token_indices=None{_without_embedding(facts)}"
+        no_rows = change("set", trainable_token_indices=None)
+        return advise("adapt the embedding in one way: ", no_rows, _without_embedding(facts))
     rows = settings.trainable_token_indices
     if unknown := next((name for name, _ in rows if name and not _is_there(name, facts)), None):
-        return f"name the embedding as this base does: {_renamed(unknown, facts)}"
+        return advise(
+            "name the embedding as this base does: ", _renamed(unknown, facts), f", not {unknown!r}"
+        )
     return next((fix for words, fix in _FIXES if words in message), _named_in(message))
 
 
-def _named_in(message: str) -> str:
+def _named_in(message: str) -> Advice:
     fields = [
         field.name for field in dataclasses.fields(Settings) if len(field.name) > 1 and field.name in message
     ]
-    return (
-        f"leave {' or '.join(fields)} at its default" if fields else "change what the message of PEFT names"
-    )
+    if not fields:
+        return advise("change what the message of PEFT names")
+    return advise(f"leave {' or '.join(fields)} at its default")
 
 
-def _mended_pattern(settings: Settings, field: str, text: str, mended: str | None) -> str:
+def _mended_pattern(settings: Settings, field: str, text: str, mended: str | None) -> Change:
     """The field with the pattern mended; without it where it could not be."""
     if field.endswith("_pattern"):
         pairs = [(mended if key == text else key, value) for key, value in getattr(settings, field)]
-        return assigned(**{field: {key: value for key, value in pairs if key is not None}})
-    return assigned(**{field: mended or ("all-linear" if field == "target_modules" else None)})
+        return change(**{field: {key: value for key, value in pairs if key is not None}})
+    return change(**{field: mended or ("all-linear" if field == "target_modules" else None)})
 
 
-def _positive_ranks(settings: Settings) -> str:
+def _positive_ranks(settings: Settings) -> Change:
     fields: dict[str, object] = {} if settings.r > 0 else {"r": 8}  # PEFT's default
     if settings.rank_pattern:
         fields["rank_pattern"] = {key: rank for key, rank in settings.rank_pattern if rank > 0}
-    return assigned(**fields)
+    return change(**fields)
 
 
-def _numbers(settings: Settings) -> str:
+def _numbers(settings: Settings) -> Change:
     patterns = {"rank_pattern": dict(settings.rank_pattern), "alpha_pattern": dict(settings.alpha_pattern)}
     written = {field: pattern for field, pattern in patterns.items() if pattern}
-    return assigned(r=settings.r, lora_alpha=settings.lora_alpha, **written)
+    return change(r=settings.r, lora_alpha=settings.lora_alpha, **written)
 
 
-def _emptied(facts: ConfigFacts) -> str:
+def _emptied(facts: ConfigFacts) -> Change:
     """The lists that take targets away, without what takes them."""
     settings, fields = facts.settings, dict[str, object]()
     if settings.exclude_modules:
@@ -194,15 +245,15 @@ def _emptied(facts: ConfigFacts) -> str:
     saved = [n for n in settings.modules_to_save if any(n in module.split(".") for module in targets)]
     if saved or not fields:
         fields["modules_to_save"] = without(settings.modules_to_save, *saved)
-    return assigned(**fields)
+    return change(**fields)
 
 
-def _supported(facts: ConfigFacts) -> str:
+def _supported(facts: ConfigFacts) -> Advice:
     """The targets with the linear layers inside them instead of blocks, and without norms."""
     targets = facts.settings.target_modules
     linear = [module for module in facts.base.modules if module.is_linear]
     if not isinstance(targets, tuple):
-        return f"with a pattern that fits them alone, or {assigned(target_modules='all-linear')}"
+        return advise("with a pattern that fits them alone, or ", change(target_modules="all-linear"))
     names: list[str] = []
     for target in targets:
         blocks = [m for m in facts.base.module_names if is_named(m, target)]
@@ -210,23 +261,23 @@ def _supported(facts: ConfigFacts) -> str:
         own = any(module.name in blocks for module in linear) or "embed" in target
         names += [target] if own else sorted(inside)
     kept = tuple(dict.fromkeys(names))
-    return assigned(target_modules=kept or "all-linear")
+    return advise(change(target_modules=kept or "all-linear"))
 
 
-def _without_embedding(facts: ConfigFacts) -> str:
+def _without_embedding(facts: ConfigFacts) -> Advice:
     targets = facts.settings.target_modules
     embedding = facts.base.input_embeddings or ""
     if not isinstance(targets, tuple):
-        return ""
+        return advise()
     rest = without(targets, *(name for name in targets if is_named(embedding, name)))
-    return f", or {assigned(target_modules=rest)}" if rest and rest != targets else ""
+    return advise(", or ", change(target_modules=rest)) if rest and rest != targets else advise()
 
 
-def _renamed(name: str, facts: ConfigFacts) -> str:
+def _renamed(name: str, facts: ConfigFacts) -> Change:
     embedding = facts.base.input_embeddings or "embed_tokens"
     rows = {known: list(found) for known, found in facts.settings.trainable_token_indices}
     written = {embedding if known == name else known: found for known, found in rows.items()}
-    return f"trainable_token_indices={written}, not {name!r}"
+    return change(trainable_token_indices=written)
 
 
 def _is_there(name: str, facts: ConfigFacts) -> bool:

@@ -3,11 +3,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, LayerFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, ranked
+from pytest_lora.rules.remedies import ranked
 
 
 @rule("LORA109", severity="warning", needs=ConfigFacts)
@@ -63,7 +64,7 @@ def _low_rank_numbers(layer: LayerFacts) -> int:
     return layer.rank * sum(_matrix(layer))
 
 
-def _fix(larger: list[LayerFacts], facts: ConfigFacts) -> str:
+def _fix(larger: list[LayerFacts], facts: ConfigFacts) -> Advice:
     """An eighth of the smaller dimension, for the whole adapter where all of it is too large."""
     settings = facts.settings
     ranks: dict[str, tuple[int, LayerFacts]] = {}
@@ -74,12 +75,14 @@ def _fix(larger: list[LayerFacts], facts: ConfigFacts) -> str:
         )
     smallest = min(rank for rank, _ in ranks.values())
     if any(rank * sum(_matrix(layer)) > math.prod(_matrix(layer)) for rank, layer in ranks.values()):
-        return "adapt larger modules: rank 1 is too large for these; train them in full by modules_to_save"
+        return advise(
+            "adapt larger modules: rank 1 is too large for these; train them in full by modules_to_save"
+        )
     if len(larger) == len(facts.layers) and not settings.rank_pattern and not settings.alpha_pattern:
-        return f"set {assigned(**ranked(settings, larger[0].module, smallest))}"
+        return advise(change("set", **ranked(settings, larger[0].module, smallest)))
     rank_pattern, alpha_pattern = dict(settings.rank_pattern), dict(settings.alpha_pattern)
     for leaf, (rank, layer) in ranks.items():
         rank_pattern[settings.rank_key(layer.module) or leaf] = rank
         alpha = layer.configured_scaling * (rank**0.5 if layer.use_rslora else rank)
         alpha_pattern[settings.alpha_key(layer.module) or leaf] = alpha
-    return f"set {assigned(rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)}"
+    return advise(change("set", rank_pattern=rank_pattern, alpha_pattern=alpha_pattern))

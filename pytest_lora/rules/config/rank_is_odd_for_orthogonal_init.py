@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, ranked
+from pytest_lora.rules.remedies import ranked
 
 
 @rule("LORA131", severity="error", needs=ConfigFacts)
@@ -43,5 +44,5 @@ def rank_is_odd_for_orthogonal_init(facts: ConfigFacts, expect: Expect) -> Itera
             where=grouped(layer.module for layer in odd),
             observed=f"init_lora_weights='orthogonal' with r={odd[0].rank}",
             expected="an even rank",
-            fix=f"set {assigned(**ranked(facts.settings, odd[0].module, odd[0].rank + 1))}",
+            fix=change("set", **ranked(facts.settings, odd[0].module, odd[0].rank + 1)),
         )

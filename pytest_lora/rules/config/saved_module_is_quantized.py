@@ -2,12 +2,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Change, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.base import BaseModule
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, without
+from pytest_lora.rules.remedies import without
 
 
 @rule("LORA123", severity="error", needs=ConfigFacts)
@@ -42,16 +43,19 @@ def saved_module_is_quantized(facts: ConfigFacts, expect: Expect) -> Iterator[Vi
             where=grouped(m.name for m in saved),
             observed=f"modules_to_save copies layers that are quantized to {saved[0].quantization}",
             expected="float weights in every module that is trained in full",
-            fix=f"target them with LoRA instead: {_targeted(saved, facts)}; or load the base with "
-            f"BitsAndBytesConfig(..., llm_int8_skip_modules=[{saved[0].leaf!r}])",
+            fix=advise(
+                "target them with LoRA instead: ",
+                _targeted(saved, facts),
+                f"; or load the base with BitsAndBytesConfig(..., llm_int8_skip_modules=[{saved[0].leaf!r}])",
+            ),
         )
 
 
-def _targeted(saved: list[BaseModule], facts: ConfigFacts) -> str:
+def _targeted(saved: list[BaseModule], facts: ConfigFacts) -> Change:
     settings = facts.settings
     names = [n for n in settings.modules_to_save if any(n in module.name.split(".") for module in saved)]
     fields: dict[str, object] = {"modules_to_save": without(settings.modules_to_save, *names)}
     if isinstance(settings.target_modules, tuple):
         leaves = sorted({module.leaf for module in saved})
         fields["target_modules"] = (*settings.target_modules, *without(leaves, *settings.target_modules))
-    return assigned(**fields)
+    return change(**fields)

@@ -3,10 +3,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from difflib import get_close_matches
 
+from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, without
+from pytest_lora.rules.remedies import without
 
 
 @rule("LORA110", severity="error", needs=ConfigFacts, on_saved="with_base")
@@ -48,7 +49,9 @@ def saved_module_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator
         if letters
         else f"no module of the base matches {lost}; nothing is trained or saved for it",
         expected="a list of names, each the end of a module's full name",
-        fix=f"put the name into a list: {assigned(modules_to_save=(''.join(facts.settings.modules_to_save),))}"
+        fix=advise(
+            "put the name into a list: ", change(modules_to_save=("".join(facts.settings.modules_to_save),))
+        )
         if letters
         else _fix(lost[0], kept, facts),
     )
@@ -58,17 +61,18 @@ _OF_TASKS = ("score", "classifier", "qa_outputs", "classification_head")
 """Names of heads that predict classes or spans; PEFT knows the first three (``peft.peft_model``)."""
 
 
-def _fix(lost: str, kept: tuple[str, ...], facts: ConfigFacts) -> str:
-    drop = f"drop it: {assigned(modules_to_save=kept)}"
+def _fix(lost: str, kept: tuple[str, ...], facts: ConfigFacts) -> Advice:
+    drop = advise("drop it: ", change(modules_to_save=kept))
     base = facts.base
     if lost in _OF_TASKS and not base.heads:
-        return f"{drop}; {base.architecture} has no head for a task, and one is made where another class loads the base"
+        return advise(
+            drop,
+            f"; {base.architecture} has no head for a task, and one is made where another class loads the base",
+        )
     meant = _meant(lost, facts)
-    return (
-        f"did you mean {meant!r}? {assigned(modules_to_save=_with(kept, meant))}; else {drop}"
-        if meant
-        else drop
-    )
+    if not meant:
+        return drop
+    return advise(f"did you mean {meant!r}? ", change(modules_to_save=_with(kept, meant)), "; else ", drop)
 
 
 def _meant(lost: str, facts: ConfigFacts) -> str | None:

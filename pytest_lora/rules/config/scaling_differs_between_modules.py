@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Change, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, LayerFacts
 from pytest_lora.facts.settings import Settings
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA108", severity="warning", needs=ConfigFacts, on_saved="alone")
@@ -57,11 +57,11 @@ def scaling_differs_between_modules(facts: ConfigFacts, expect: Expect) -> Itera
             observed=f"r={odd.rank} with alpha={odd.alpha:g} gives a scaling of {odd.scaling:.3g}; "
             f"{usual.leaf} has {usual.scaling:.3g}, a factor of {spread:.0f}",
             expected=f"scalings within a factor of {expect.max_scaling_spread:g} in one adapter",
-            fix=f"let alpha follow the rank: {_alpha(facts.settings, odd, usual.scaling)}",
+            fix=advise("let alpha follow the rank: ", _alpha(facts.settings, odd, usual.scaling)),
         )
 
 
-def _alpha(settings: Settings, layer: LayerFacts, scaling: float) -> str:
+def _alpha(settings: Settings, layer: LayerFacts, scaling: float) -> Change:
     key = settings.alpha_key(layer.module) or settings.rank_key(layer.module) or layer.leaf
     alpha = float(scaling * (layer.rank**0.5 if layer.use_rslora else layer.rank))
-    return assigned(alpha_pattern={**dict(settings.alpha_pattern), key: alpha})
+    return change(alpha_pattern={**dict(settings.alpha_pattern), key: alpha})

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Change, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.settings import Settings
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA127", severity="error", needs=ConfigFacts, on_saved="alone")
@@ -47,11 +47,11 @@ def scaling_differs_from_expected(facts: ConfigFacts, expect: Expect) -> Iterato
             where=grouped(layer.module for layer in layers),
             observed=f"r={rank} with alpha={alpha:g}{' under rsLoRA' if rslora else ''}: the scaling is {scaling:.4g}",
             expected=f"a scaling of {ratio:g}",
-            fix=f"set {_alphas(facts.settings, ratio)}",
+            fix=_alphas(facts.settings, ratio),
         )
 
 
-def _alphas(settings: Settings, ratio: float) -> str:
+def _alphas(settings: Settings, ratio: float) -> Change:
     """The alpha of every rank that the configuration has, so that no module is left with another scaling."""
 
     def alpha(rank: int) -> float:
@@ -60,4 +60,4 @@ def _alphas(settings: Settings, ratio: float) -> str:
     fields: dict[str, object] = {"lora_alpha": alpha(settings.r)}
     if settings.rank_pattern or settings.alpha_pattern:
         fields["alpha_pattern"] = {key: alpha(rank) for key, rank in settings.rank_pattern}
-    return assigned(**fields)
+    return change("set", **fields)

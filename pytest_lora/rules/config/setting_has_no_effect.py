@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
@@ -52,12 +53,12 @@ def setting_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Violat
                 where=field,
                 observed=f"{field} is set, but ignored: init_lora_weights is {init}",
                 expected=f"init_lora_weights={needed!r} beside {field}",
-                fix=f"set init_lora_weights={needed!r}, or {field}=None",
+                fix=advise(change("set", init_lora_weights=needed), ", or ", change(**{field: None})),
             )
     if facts.settings.use_qalora and not any(m.quantization == "gptq or awq" for m in facts.base.modules):
         yield Violation(
             where="use_qalora",
             observed="use_qalora=True, but ignored: PEFT has QALoRA for GPTQ layers alone, and this base has none",
             expected="a GPTQ base under QALoRA",
-            fix="load the base quantized with GPTQ, or set use_qalora=False",
+            fix=advise("load the base quantized with GPTQ, or ", change("set", use_qalora=False)),
         )

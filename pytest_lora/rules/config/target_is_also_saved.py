@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, advise_any, change, noun
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, without
+from pytest_lora.rules.remedies import without
 
 
 @rule("LORA111", severity="warning", needs=ConfigFacts)
@@ -46,8 +47,12 @@ def target_is_also_saved(facts: ConfigFacts, expect: Expect) -> Iterator[Violati
             observed=f"{rows} are trained in full by modules_to_save and row by row by trainable_token_indices: the "
             "forward pass fails",
             expected="an embedding trained in one way",
-            fix=f"train a few new rows with {_saved_less(facts, rows)}, or the whole embedding with "
-            "trainable_token_indices=None",
+            fix=advise(
+                "train a few new rows with ",
+                noun(modules_to_save=_saved_less(facts, rows)),
+                ", or the whole embedding with ",
+                noun(trainable_token_indices=None),
+            ),
             severity="error",
         )
     if not isinstance(facts.settings.target_modules, tuple):
@@ -72,21 +77,17 @@ def _is_in_a_head(module: str, facts: ConfigFacts) -> bool:
     return any(module == head.name or module.startswith(f"{head.name}.") for head in facts.base.heads)
 
 
-def _fix(facts: ConfigFacts, both: list[str]) -> str:
+def _fix(facts: ConfigFacts, both: list[str]) -> Advice:
     """One of the two lists without these modules; a head that its task type saves cannot leave the second."""
     settings = facts.settings
     targets = without(settings.target_modules or (), *both)
     saved = _saved_less(facts, [module for name in both for module in facts.modules_of(name)])
-    ways = [f"for a full copy set {assigned(target_modules=targets)}"] if targets else []
-    if not facts.live and saved != assigned(modules_to_save=settings.modules_to_save):
-        ways.append(f"for a LoRA set {saved}")
-    return ", or ".join(ways) or "make a configuration that names it once"
+    ways = [advise("for a full copy ", change("set", target_modules=targets))] if targets else []
+    if not facts.live and saved != settings.modules_to_save:
+        ways.append(advise("for a LoRA ", change("set", modules_to_save=saved)))
+    return advise_any(ways or ["make a configuration that names it once"], ", or ")
 
 
-def _saved_less(facts: ConfigFacts, modules: list[str]) -> str:
+def _saved_less(facts: ConfigFacts, modules: list[str]) -> tuple[str, ...]:
     saved = facts.settings.modules_to_save
-    return assigned(
-        modules_to_save=without(
-            saved, *(name for name in saved if any(name in m.split(".") for m in modules))
-        )
-    )
+    return without(saved, *(name for name in saved if any(name in m.split(".") for m in modules)))

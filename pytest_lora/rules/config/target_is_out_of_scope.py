@@ -3,11 +3,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned
 
 
 @rule("LORA114", severity="warning", needs=ConfigFacts, on_saved="alone")
@@ -50,14 +50,14 @@ def target_is_out_of_scope(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
         )
 
 
-def _fix(scope: str, facts: ConfigFacts) -> str:
+def _fix(scope: str, facts: ConfigFacts) -> Advice:
     settings, within = facts.settings, rf"(.*\.)?{re.escape(scope)}\."
     if not any(f".{scope}." in f".{layer.module}." for layer in facts.layers):
-        return f"name modules inside {scope} in target_modules"
+        return advise(f"name modules inside {scope} in target_modules")
     if isinstance(settings.target_modules, tuple) and not settings.layers_to_transform:
         names = "|".join(map(re.escape, settings.target_modules))
         pattern = rf"{within}(.*\.)?({names})"
-        return f"use a pattern for the whole name: {assigned(target_modules=pattern)}"
+        return advise("use a pattern for the whole name: ", change(target_modules=pattern))
     if settings.exclude_modules is None:
-        return f"leave out what is outside: {assigned(exclude_modules=rf'(?!{within}).*')}"
-    return f"exclude what is outside {scope}, too, in exclude_modules"
+        return advise("leave out what is outside: ", change(exclude_modules=rf"(?!{within}).*"))
+    return advise(f"exclude what is outside {scope}, too, in exclude_modules")

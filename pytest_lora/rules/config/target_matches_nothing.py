@@ -4,11 +4,12 @@ import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 
+from pytest_lora.changes import Advice, Change, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, NameMatch
 from pytest_lora.facts.settings import is_named
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, ending, on_parameters, without
+from pytest_lora.rules.remedies import ending, on_parameters, without
 
 
 @rule("LORA104", severity="error", needs=ConfigFacts, on_saved="refused")
@@ -67,8 +68,11 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
             observed=f"{outside} get no adapter: layers_to_transform={layers} keeps adapters to modules in numbered "
             "blocks, and these are in none",
             expected="every name to match at least one module",
-            fix=f"drop {outside}: {assigned(target_modules=inside)}; or say all in one "
-            " regular expression for target_modules, without layers_to_transform",
+            fix=advise(
+                f"drop {outside}: ",
+                change(target_modules=inside),
+                "; or say all in one  regular expression for target_modules, without layers_to_transform",
+            ),
             severity="warning",
         )
 
@@ -85,27 +89,29 @@ def _is_outside(match: NameMatch, facts: ConfigFacts) -> bool:
     return named and not numbered and facts.adapted.isdisjoint(match.modules)
 
 
-def _fix(field: str, settings: object, lost: list[NameMatch], facts: ConfigFacts) -> str:
+def _fix(field: str, settings: object, lost: list[NameMatch], facts: ConfigFacts) -> Advice:
     if field == "target_parameters":
         return _parameters_fix(lost, facts)
     if isinstance(settings, str):
         return _text_fix(settings, facts)
     kept = without(facts.names_of(field), *(match.name for match in lost))
     if any(_is_all_linear(match.name) for match in lost):
-        return "write target_modules='all-linear', as text and not in a list"
+        return advise(change("write", target_modules="all-linear"), ", as text and not in a list")
     if experts := _experts(lost, facts):
-        return f"the experts are fused parameters, not modules: {assigned(**_fused(kept, experts, facts))}"
+        fused = change(**_fused(kept, experts, facts))
+        return advise("the experts are fused parameters, not modules: ", fused)
     if any(match.is_pattern for match in lost):
         pattern = _joined([match.name for match in lost], kept, facts)
-        return f"names in a list are no patterns; give the pattern as one string, {pattern}"
+        return advise("names in a list are no patterns; give the pattern as one string, ", pattern)
     meant = tuple(dict.fromkeys(name for match in lost for name in _meant(match, facts)))
-    drop = f"drop the name: {assigned(target_modules=kept)}" if kept else ""
+    drop = advise("drop the name: ", change(target_modules=kept)) if kept else None
     if meant:
-        named = assigned(target_modules=tuple(dict.fromkeys((*kept, *meant))))
-        return f"did you mean {' and '.join(map(repr, meant))}? {named}" + (f"; else {drop}" if drop else "")
+        named = change(target_modules=tuple(dict.fromkeys((*kept, *meant))))
+        rest = ("; else ", drop) if drop else ()
+        return advise(f"did you mean {' and '.join(map(repr, meant))}? ", named, *rest)
     others = without(_linear(facts), *kept)
     more = f"; or use names of this model: {', '.join(others[:12])}" if others else ""
-    return f"{drop}{more}" if drop else _any(facts)
+    return advise(drop, more) if drop else _any(facts)
 
 
 def _is_all_linear(text: str) -> bool:
@@ -116,17 +122,16 @@ def _linear(facts: ConfigFacts) -> list[str]:
     return sorted({module.leaf for module in facts.base.modules if module.is_linear})
 
 
-def _any(facts: ConfigFacts) -> str:
+def _any(facts: ConfigFacts) -> Advice:
     """What to write where nothing tells what was meant: names of this base."""
     if linear := _linear(facts):
-        return (
-            f"use names of this model: {', '.join(linear[:12])}; or all of them, target_modules='all-linear'"
-        )
+        named = f"use names of this model: {', '.join(linear[:12])}; or all of them, "
+        return advise(named, change(target_modules="all-linear"))
     if facts.base.fused:
         experts = sorted({ending(parameter.name) for parameter in facts.base.fused})
-        return f"this base has fused parameters instead: {assigned(**_fused((), experts, facts))}"
+        return advise("this base has fused parameters instead: ", change(**_fused((), experts, facts)))
     leaves = sorted({module.leaf for module in facts.base.modules})
-    return f"this base has no linear layers; name others: {assigned(target_modules=tuple(leaves[:12]))}"
+    return advise("this base has no linear layers; name others: ", change(target_modules=tuple(leaves[:12])))
 
 
 def _experts(lost: list[NameMatch], facts: ConfigFacts) -> list[str]:
@@ -143,15 +148,15 @@ def _fused(kept: tuple[str, ...], experts: list[str], facts: ConfigFacts) -> dic
     return {"target_modules": kept or [], **on_parameters(facts.settings, (*known, *experts))}
 
 
-def _parameters_fix(lost: list[NameMatch], facts: ConfigFacts) -> str:
+def _parameters_fix(lost: list[NameMatch], facts: ConfigFacts) -> Advice:
     fused = sorted({ending(parameter.name) for parameter in facts.base.fused})
     kept = without(facts.names_of("target_parameters"), *(match.name for match in lost))
     if fused:
-        return f"use {assigned(target_parameters=tuple(dict.fromkeys((*kept, *fused))))}"
+        return advise(change("use", target_parameters=tuple(dict.fromkeys((*kept, *fused)))))
     fields: dict[str, object] = {"target_parameters": kept}
     if not kept and not facts.settings.target_modules:
         fields["target_modules"] = "all-linear"
-    return f"this base stacks no weights; name its modules in target_modules: {assigned(**fields)}"
+    return advise("this base stacks no weights; name its modules in target_modules: ", change(**fields))
 
 
 def _meant(match: NameMatch, facts: ConfigFacts) -> list[str]:
@@ -163,31 +168,31 @@ def _meant(match: NameMatch, facts: ConfigFacts) -> list[str]:
     return [name for name in match.similar if name not in known][:1]
 
 
-def _text_fix(text: str, facts: ConfigFacts) -> str:
+def _text_fix(text: str, facts: ConfigFacts) -> Advice:
     """What to write instead of a string, which PEFT reads as a regular expression for the whole name."""
     if _is_all_linear(text):
-        return _any(facts) if text == "all-linear" else "write target_modules='all-linear'"
+        return _any(facts) if text == "all-linear" else advise(change("write", target_modules="all-linear"))
     leaves = _linear(facts)
     names = [name for name in re.split(r"[\s|,;()\[\]'\"]+", text) if name]
     if all(re.fullmatch(r"[\w.]+", name) for name in names):
         known = [n for n in names if any(is_named(m, n) for m in facts.base.module_names)]
         known = known or [close for n in names for close in get_close_matches(n, leaves, n=1)]
         if known:
-            written = assigned(target_modules=tuple(dict.fromkeys(known)))
-            return f"a string is a regular expression for the whole name; for plain names write {written}"
+            plain = change("write", target_modules=tuple(dict.fromkeys(known)))
+            return advise("a string is a regular expression for the whole name; for plain names ", plain)
     if pattern := dict(facts.repairs.fitting).get(text):
-        return f"a string is a regular expression for the whole name: {assigned(target_modules=pattern)}"
+        mended = change(target_modules=pattern)
+        return advise("a string is a regular expression for the whole name: ", mended)
     words = [word for word in re.findall(r"[A-Za-z]\w+", re.sub(r"\\\w", " ", text)) if word in leaves]
     if words:
-        return (
-            f"the pattern fits no whole name; name modules instead: {assigned(target_modules=tuple(words))}"
-        )
-    return f"the pattern fits no whole name; {_any(facts)}"
+        named = change(target_modules=tuple(words))
+        return advise("the pattern fits no whole name; name modules instead: ", named)
+    return advise("the pattern fits no whole name; ", _any(facts))
 
 
-def _joined(patterns: list[str], names: tuple[str, ...], facts: ConfigFacts) -> str:
+def _joined(patterns: list[str], names: tuple[str, ...], facts: ConfigFacts) -> Change | Advice:
     """Patterns of a list and the names beside them as one regular expression, as far as they match."""
     fitting = dict(facts.repairs.fitting)
     repaired = [fitting[text] for text in patterns if text in fitting]
     plain = [rf"(.*\.)?({'|'.join(map(re.escape, names))})"] if names else []
-    return assigned(target_modules="|".join((*plain, *repaired))) if repaired or plain else _any(facts)
+    return change(target_modules="|".join((*plain, *repaired))) if repaired or plain else _any(facts)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
@@ -40,6 +41,6 @@ def task_type_contradicts_the_model(facts: ConfigFacts, expect: Expect) -> Itera
         where=f"task_type on {facts.base.architecture}",
         observed=f"task_type={written!r} on a {facts.base.architecture}",
         expected=f"task_type={fits!r}",
-        fix=f"set task_type={fits!r}, or load the base as a model for {written}",
+        fix=advise(change("set", task_type=fits), f", or load the base as a model for {written}"),
         severity="error" if facts.refusal else "warning",
     )

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.settings import is_named
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, without
+from pytest_lora.rules.remedies import without
 
 
 @rule("LORA113", severity="error", needs=ConfigFacts, on_saved="merged")
@@ -66,20 +67,28 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
             expected="tied modules to be adapted together or not at all"
             if others
             else "one adapter for one weight",
-            fix=f"set ensure_weight_tying=True (newer PEFT), or {_without(touched, bool(adapted), facts)}",
+            fix=advise(
+                change("set", ensure_weight_tying=True),
+                " (newer PEFT), or ",
+                _without(touched, bool(adapted), facts),
+            ),
         )
 
 
-def _without(modules: list[str], target: bool, facts: ConfigFacts) -> str:
+def _without(modules: list[str], target: bool, facts: ConfigFacts) -> Advice:
     field = "target_modules" if target else "modules_to_save"
     names = getattr(facts.settings, field)
     if not isinstance(names, tuple):
         excluded = facts.settings.exclude_modules or ()
         leaves = [module.rpartition(".")[2] for module in modules]
         more = (excluded, *leaves) if isinstance(excluded, str) else (*excluded, *leaves)
-        return f"leave it out: {assigned(exclude_modules=more)}"
+        return advise("leave it out: ", change(exclude_modules=more))
     rest = without(names, *(name for name in names for module in modules if is_named(module, name)))
-    return f"take it out: {assigned(**{field: rest})}" if rest or not target else "adapt other modules"
+    return (
+        advise("take it out: ", change(**{field: rest}))
+        if rest or not target
+        else advise("adapt other modules")
+    )
 
 
 def _rows_of_one_side(facts: ConfigFacts) -> Iterator[Violation]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
@@ -48,5 +49,8 @@ def tied_weight_is_copied_twice(facts: ConfigFacts, expect: Expect) -> Iterator[
                 observed=f"{' and '.join(group)} share one weight, and PEFT trains a copy for each (modules_to_save): "
                 f"{sizes.get(group[0], 0):,} numbers {len(group)} times, which come apart and stay apart after a merge",
                 expected="one copy, or two that are meant to differ",
-                fix="set ensure_weight_tying=True (newer PEFT) for one copy; nothing, if they are to differ",
+                fix=advise(
+                    change("set", ensure_weight_tying=True),
+                    " (newer PEFT) for one copy; nothing, if they are to differ",
+                ),
             )

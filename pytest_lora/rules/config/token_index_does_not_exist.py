@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.rules import Violation, rule
@@ -45,14 +46,15 @@ def token_index_does_not_exist(facts: ConfigFacts, expect: Expect) -> Iterator[V
             )
 
 
-def _fix(module: str, rows: tuple[int, ...], lost: list[int], facts: ConfigFacts) -> str:
+def _fix(module: str, rows: tuple[int, ...], lost: list[int], facts: ConfigFacts) -> Advice:
     if min(lost) >= 0:
-        return (
+        return advise(
             f"for new tokens call base.resize_token_embeddings({max(lost) + 1}), the length of the tokenizer, before "
             "get_peft_model; else take the ids from the tokenizer"
         )
     kept = [row for row in rows if row not in lost]
-    others = {name: list(found) for name, found in facts.settings.trainable_token_indices if name != module}
-    return (
-        f"drop {lost[:5]}: trainable_token_indices={ {**others, module: kept} if module else kept or None }"
+    others = {name: found for name, found in facts.settings.trainable_token_indices if name != module}
+    return advise(
+        f"drop {lost[:5]}: ",
+        change(trainable_token_indices={**others, module: kept} if module else tuple(kept)),
     )

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise
 from pytest_lora.expect import Expect
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.memory_words import step_in_words
+from pytest_lora.rules.memory_words import shorter, step_in_words
 
 
 @rule("LORA504", severity="info", needs=MemoryFacts)
@@ -46,6 +47,8 @@ def allocator_may_run_short(facts: MemoryFacts, expect: Expect) -> Iterator[Viol
         f"{format_bytes(estimate.peak_allocated)}, with a CUDA context of about "
         f"{format_bytes(estimate.cuda_context)} beside it, on a budget of {format_bytes(facts.budget)}",
         expected="room for what the allocator keeps",
-        fix="set PYTORCH_CUDA_ALLOC_CONF to expandable_segments:True, or shorten the sequence, such as "
-        f"seq_len={max(1, estimate.setting.seq_len // 2)}",
+        fix=advise(
+            "set PYTORCH_CUDA_ALLOC_CONF to expandable_segments:True, or shorten the sequence, such as ",
+            shorter(estimate.setting),
+        ),
     )

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise
 from pytest_lora.expect import Expect
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.memory_words import step_in_words
+from pytest_lora.rules.memory_words import shorter, step_in_words
 
 
 @rule("LORA503", severity="warning", needs=MemoryFacts)
@@ -45,6 +46,9 @@ def no_room_for_the_cuda_context(facts: MemoryFacts, expect: Expect) -> Iterator
         observed=f"the peak of {format_bytes(estimate.peak_allocated)} and a CUDA context of about "
         f"{format_bytes(estimate.cuda_context)} exceed the budget of {format_bytes(facts.budget)}",
         expected=f"a peak of at most {format_bytes(facts.budget - estimate.cuda_context)}",
-        fix=f"shorten the sequence or the batch, such as seq_len={max(1, estimate.setting.seq_len // 2)}; if the "
-        "budget is what torch may allocate, the context aside, ignore this rule",
+        fix=advise(
+            "shorten the sequence or the batch, such as ",
+            shorter(estimate.setting),
+            "; if the budget is what torch may allocate, the context aside, ignore this rule",
+        ),
     )

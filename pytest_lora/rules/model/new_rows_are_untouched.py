@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise_any
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.model import InitialRows, ModelFacts
@@ -58,7 +59,7 @@ def new_rows_are_untouched(facts: ModelFacts, expect: Expect) -> Iterator[Violat
             "resize_token_embeddings puts new ones, and nothing trains them"
             + (": fine if they are there for the alignment alone" if aligned else ""),
             expected="added rows to be trained and saved",
-            fix=" or ".join(ways_to_train_rows(config, rows.module, rows.first, rows.count))
+            fix=advise_any(ways_to_train_rows(config, rows.module, rows.first, rows.count))
             if config
             else "train the new rows (trainable_token_indices, or modules_to_save)",
             severity="info" if aligned else None,

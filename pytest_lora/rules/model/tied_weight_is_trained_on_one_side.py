@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.model import ModelFacts, SavedModule
 from pytest_lora.facts.settings import is_named
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import assigned, without
+from pytest_lora.rules.remedies import without
 
 
 @rule("LORA213", severity="error", needs=ModelFacts)
@@ -61,12 +62,14 @@ def tied_weight_is_trained_on_one_side(facts: ModelFacts, expect: Expect) -> Ite
             )
 
 
-def _fix(copy: SavedModule, facts: ModelFacts) -> str:
+def _fix(copy: SavedModule, facts: ModelFacts) -> Advice:
     config = facts.config_of(copy.adapter)
     saved = config.settings.modules_to_save if config else ()
     tied = (copy.module, *copy.tied)
     rest = without(saved, *(name for name in saved for module in tied if is_named(module, name)))
-    return (
-        f"set ensure_weight_tying=True (newer PEFT), or leave them out: {assigned(modules_to_save=rest)}, with "
-        "trainable_token_indices for new rows"
+    return advise(
+        change("set", ensure_weight_tying=True),
+        " (newer PEFT), or leave them out: ",
+        change(modules_to_save=rest),
+        ", with trainable_token_indices for new rows",
     )

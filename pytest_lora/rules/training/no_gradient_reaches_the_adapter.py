@@ -3,11 +3,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from pytest_lora.changes import Advice, Change, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import START_ANEW, assigned, scaled
+from pytest_lora.rules.remedies import START_ANEW, scaled
 
 
 @rule(
@@ -81,7 +82,7 @@ def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Ite
     )
 
 
-_FIXES = {
+_FIXES: dict[str, str | Change] = {
     "past the hook": "call inputs_embeds.requires_grad_(True), or set use_reentrant=False",
     "past the embeddings": "give input_ids, or adapt modules behind the embeddings",
     "is not active": "call model.set_adapter({idle!r}), the adapter that is to train, before the optimizer is made",
@@ -92,8 +93,8 @@ _FIXES = {
     "outside the forward": "adapt modules that the forward pass runs through",
     "checkpointing": "call model.enable_input_require_grads(), or set "
     "gradient_checkpointing_kwargs={{'use_reentrant': False}}",
-    "scaling": "set {alpha}, which gives a scaling of 2",
-    "lora_dropout": "set lora_dropout=0.05",
+    "scaling": "give the adapter a lora_alpha above 0",
+    "lora_dropout": change("set", lora_dropout=0.05),
     "both zero": START_ANEW,
     "no adapter": "call model.set_adapter({active!r}), the adapter that is to train",
     "": "look for detach, torch.no_grad or a saturated output between the adapter and the loss",
@@ -101,13 +102,13 @@ _FIXES = {
 """What mends each reason, found by words of it; the first that fits."""
 
 
-def _fix(facts: TrainingFacts, reason: str, idle: list[str]) -> str:
+def _fix(facts: TrainingFacts, reason: str, idle: list[str]) -> str | Change | Advice:
     """The remedy for a reason, with the names that the model has."""
     model = facts.model
     active = next(iter((*model.active, *model.adapters)), "default")
     config = model.config_of(active)
-    alpha = (
-        assigned(**scaled(config.settings, model.layers[0].module, 2.0)) if config and model.layers else ""
-    )
-    words = next(words for start, words in _FIXES.items() if start in reason)
-    return words.format(idle=idle[0] if idle else active, active=active, alpha=alpha)
+    start, fix = next((start, fix) for start, fix in _FIXES.items() if start in reason)
+    if start == "scaling" and config and model.layers:
+        fields = scaled(config.settings, model.layers[0].module, 2.0)
+        return advise(change("set", **fields), ", which gives a scaling of 2")
+    return fix if isinstance(fix, Change) else fix.format(idle=idle[0] if idle else active, active=active)

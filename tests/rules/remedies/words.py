@@ -38,6 +38,11 @@ class Step:
         return ast.parse(self.code).body[0]
 
 
+def setting(name: str, value: object) -> Step:
+    """A setting of a call as a step."""
+    return Step(f"{name}={value!r}", "", is_keyword=True)
+
+
 def alternatives(fix: str) -> list[list[Step]]:
     """The ways that a fix offers, each as the steps to take."""
     spans = list(_code_spans(fix))
