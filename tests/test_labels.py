@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pytest_lora.facts.labels import LabelFacts
-from pytest_lora.inspection.training.labels import Vocabulary, label_facts, vocabulary
+from pytest_lora.inspection.training.labels import label_facts
+from pytest_lora.inspection.training.special_tokens import Vocabulary, vocabulary
 
 N = -100
 PAD, BEGIN, END = 0, 1, 2
@@ -28,6 +29,8 @@ def words(**changes: Any) -> Vocabulary:
         ends=(END,),
         single_label=True,
         both_ways=False,
+        opens=None,
+        positions=None,
     )
     return usual._replace(**changes)
 
@@ -227,7 +230,8 @@ def test_special_tokens_are_those_of_the_configuration(
     config: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
     base: Any = SimpleNamespace(task_type="CAUSAL_LM", vocab_size=50)
-    root: Any = SimpleNamespace(config=SimpleNamespace(**config))
+    root: Any = torch.nn.Module()
+    root.config = SimpleNamespace(**config)
     found = vocabulary(root, base)
     assert {name: getattr(found, name) for name in wanted} == wanted
     assert found.outputs == 50

@@ -32,6 +32,11 @@ class TextBounds:
         closed: Rows, of those whose last token is a target, that have an end token there.
         last_tokens: How many different tokens those rows end with.
         prompted: Rows whose first tokens have no label, and later ones have.
+        last: The token that all those rows end with, or None.
+        opens: The begin token of a base that cannot do without it, or None.
+        opened: Rows that hold that token.
+        furthest: Positions that the longest text or packed document takes.
+        positions: Those that the base was trained for, where it goes beyond them without an error, or None.
     """
 
     filler: int | None
@@ -44,6 +49,11 @@ class TextBounds:
     closed: int
     last_tokens: int
     prompted: int
+    last: int | None = None
+    opens: int | None = None
+    opened: int = 0
+    furthest: int = 0
+    positions: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ class GroupFacts:
         eps: The term that keeps Adam from dividing by zero, or None.
         parts: What trainable parameters of this model it holds, by kind, each once.
         dtypes: Dtypes of these parameters, each once.
+        floor: Where the step is the rate times the size of the parameter (Adafactor), the least size that it takes;
+            None where the rate is taken as it is.
     """
 
     index: int
@@ -40,6 +42,7 @@ class GroupFacts:
     eps: float | None
     parts: tuple[Part, ...]
     dtypes: tuple[str, ...]
+    floor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

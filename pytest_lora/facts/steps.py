@@ -120,10 +120,26 @@ class EmptyRows:
     tokens: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PaddingFacts:
+    """What padding has to do with a loss, by its gradients at the embedded tokens.
+
+    Attributes:
+        batch: Index of the batch.
+        rows: Rows with padding that ``attention_mask`` hides.
+        share: Norm of the gradient at padded positions over that at all of them.
+    """
+
+    batch: int
+    rows: int
+    share: float
+
+
 Phase = Literal["forward pass", "backward pass", "optimizer step"]
 
 FailureKind = Literal[
     "text too long",
+    "inputs of other lengths",
     "state of another shape",
     "label dtype",
     "label shape",
@@ -154,6 +170,7 @@ class Failure:
         message: The first line of what it said.
         length: Tokens in a row of the batch, where it has rows of tokens, else None.
         positions: Positions that the model was made for, where its configuration says so, else None.
+        odd: Inputs that ought to have a value for each token and have more or fewer, with their shapes.
     """
 
     step: int
@@ -164,6 +181,7 @@ class Failure:
     message: str
     length: int | None
     positions: int | None
+    odd: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from pytest_lora.facts.steps import (
     BaseChange,
     EmptyRows,
     Failure,
+    PaddingFacts,
     ShiftFacts,
     StepFacts,
     TensorFacts,
@@ -69,6 +70,9 @@ class TrainingFacts:
         whole_targets: Whole numbers as labels of a classifier with one output.
         total_steps: Optimizer steps that the run is to take, where it says so.
         answers: Chosen and rejected answers, and masks of answers, of each batch that holds such.
+        rows: Rows of the first batch that a step was taken on; 0 where that cannot be told.
+        blank: Weights, rewards and masks of answers that are zero throughout every batch that a step was taken on.
+        padding: How much of the loss is made of padding, where a loss of the user's own tells.
     """
 
     model: ModelFacts
@@ -105,6 +109,9 @@ class TrainingFacts:
     whole_targets: tuple[WholeTargets, ...] = ()
     total_steps: int | None = None
     answers: tuple[AnswerFacts, ...] = ()
+    rows: int = 0
+    blank: tuple[str, ...] = ()
+    padding: PaddingFacts | None = None
 
     @property
     def is_fresh(self) -> bool:
@@ -244,40 +251,6 @@ class TrainingFacts:
         return tuple(
             layer for layer in self.model.active_layers if (layer.module, layer.adapter) not in reached
         )
-
-    def why_silent(self, layer: LayerState) -> str | None:
-        """What keeps gradients from one adapter on one module, where that can be told."""
-        if layer.disabled:
-            return "adapters are disabled (disable_adapters or disable_adapter_layers)"
-        if layer.merged:
-            return "the adapter is merged into the base weights"
-        if not layer.trainable:
-            return "its tensors are frozen (requires_grad=False)"
-        embeds = "inputs_embeds" in self.inputs
-        if layer.module in self.untouched:
-            outside = "the module is outside the forward pass"
-            past = embeds and layer.module == self.model.base.input_embeddings
-            return f"{outside}: inputs_embeds come from outside, past the embeddings" if past else outside
-        if layer.module in self.cut:
-            why = "reentrant gradient checkpointing runs it without a graph: no input of its block requires gradients"
-            return (
-                f"{why}, as inputs_embeds come from outside, past the hook on the embeddings"
-                if embeds
-                else why
-            )
-        if layer.module in self.without_graph and self.has_graph:
-            return "it runs under torch.no_grad()"
-        if self.model.reentrant_without_inputs:
-            return "reentrant gradient checkpointing without input gradients cuts the graph"
-        if layer.scaling == 0:
-            return f"lora_alpha={layer.alpha:g}: the scaling is 0"
-        if layer.dropout >= 1:
-            return "lora_dropout=1 drops every input"
-        if layer.b.zero and not layer.b.trainable:
-            return f"{layer.b.name} is zero and frozen"
-        if layer.a.zero and layer.b.zero:
-            return f"{layer.a.name} and {layer.b.name} are both zero"
-        return None
 
 
 LOGGED_AS_ZERO = 5e-5

@@ -142,5 +142,5 @@ def _rows(facts: ConfigFacts, leaf: str, first: int, count: int) -> dict[str, ob
     """The rows that are trained already and the new ones, by the name of the embedding."""
     new = range(first, first + count)
     others = dict(facts.settings.trainable_token_indices)
-    known = (*others.pop("", ()), *others.pop(leaf, ()))
+    known = [row for row in (*others.pop("", ()), *others.pop(leaf, ())) if row not in new]
     return {leaf: (*known, new) if known else new, **others}

@@ -11,6 +11,7 @@ import pytest
 from pytest_lora.bases.examples.models import language_batch
 from pytest_lora.facts.layer_state import LayerState
 from pytest_lora.facts.optimizer import GroupFacts, ScheduleFacts
+from pytest_lora.facts.silence import why_silent
 from pytest_lora.facts.training import LOGGED_AS_ZERO, TrainingFacts, fell
 from pytest_lora.inspection.training.plan import Plan
 from pytest_lora.inspection.training.probe import training_facts
@@ -276,7 +277,7 @@ def test_why_an_adapter_is_silent(
     known = facts.model.layers[0]
     other = facts.model.layers[1].module
     changes = {name: (other, known.module) if value == "it" else value for name, value in training.items()}
-    said = replace(facts, **changes).why_silent(replace(known, **layer))
+    said = why_silent(replace(facts, **changes), replace(known, **layer))
     assert said is why is None or (why is not None and said is not None and why in said)
 
 
@@ -287,17 +288,17 @@ def factors(layer: LayerState, a: dict[str, Any], b: dict[str, Any]) -> LayerSta
 def test_why_the_factors_keep_an_adapter_silent(facts: TrainingFacts) -> None:
     layer = facts.model.layers[0]
     frozen = {"trainable": False}
-    assert facts.why_silent(factors(layer, frozen, frozen)) == "its tensors are frozen (requires_grad=False)"
-    assert facts.why_silent(factors(layer, {}, {"zero": True, **frozen})) == "lora_B is zero and frozen"
+    assert why_silent(facts, factors(layer, frozen, frozen)) == "its tensors are frozen (requires_grad=False)"
+    assert why_silent(facts, factors(layer, {}, {"zero": True, **frozen})) == "lora_B is zero and frozen"
     assert (
-        facts.why_silent(factors(layer, {"zero": True}, {"zero": True})) == "lora_A and lora_B are both zero"
+        why_silent(facts, factors(layer, {"zero": True}, {"zero": True})) == "lora_A and lora_B are both zero"
     )
-    assert facts.why_silent(factors(layer, {"zero": True}, {"zero": False})) is None
-    assert facts.why_silent(factors(layer, frozen, {"zero": False})) is None
+    assert why_silent(facts, factors(layer, {"zero": True}, {"zero": False})) is None
+    assert why_silent(facts, factors(layer, frozen, {"zero": False})) is None
     cut = replace(facts, model=replace(facts.model, reentrant_without_inputs=True))
-    assert "without input gradients cuts the graph" in str(cut.why_silent(layer))
+    assert "without input gradients cuts the graph" in str(why_silent(cut, layer))
     no_graph = with_steps(replace(facts, without_graph=(layer.module,)), {"has_graph": False})
-    assert no_graph.why_silent(layer) is None
+    assert why_silent(no_graph, layer) is None
 
 
 def test_embeddings_are_passed_by_where_embeddings_are_given(facts: TrainingFacts) -> None:
@@ -309,7 +310,7 @@ def test_embeddings_are_passed_by_where_embeddings_are_given(facts: TrainingFact
         inputs=("inputs_embeds",),
     )
     first, second = facts.model.layers[:2]
-    assert str(changed.why_silent(first)).endswith("past the embeddings")
-    assert changed.why_silent(second) == "the module is outside the forward pass"
+    assert str(why_silent(changed, first)).endswith("past the embeddings")
+    assert why_silent(changed, second) == "the module is outside the forward pass"
     tokens = replace(changed, inputs=("input_ids",))
-    assert tokens.why_silent(first) == "the module is outside the forward pass"
+    assert why_silent(tokens, first) == "the module is outside the forward pass"

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from pytest_lora.facts.model import ModelFacts
     from pytest_lora.facts.saved_tensors import AdaptedModule
     from pytest_lora.facts.settings import Settings
+    from pytest_lora.facts.silence import why_silent
     from pytest_lora.facts.steps import TensorFacts
-    from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.facts.training import TrainingFacts
 
 SHOWN_ADAPTERS = 8
 """Maps of one model; of more adapters the active ones come first."""
@@ -117,7 +118,7 @@ class _Steps:
             (layer.module, layer.adapter)
             for layer in judged
             # Data of a few steps does not reach every expert.
-            if not layer.in_expert or (training and training.why_silent(layer))
+            if not layer.in_expert or (training and why_silent(training, layer))
         }
 
     def unreached(self, layer: LayerState) -> bool:

@@ -21,6 +21,26 @@ def spoiled_inputs(batches: tuple[Any, ...]) -> Iterator[str]:
                 yield f"batch {index}: {name}"
 
 
+def blank_inputs(batches: tuple[Any, ...]) -> Iterator[str]:
+    """Weights, rewards and masks of answers that are zero in every one of some batches."""
+    first = batches[0] if batches and isinstance(batches[0], Mapping) else {}
+    for name in first:
+        values = [batch.get(name) for batch in batches if isinstance(batch, Mapping)]
+        known = all(isinstance(v, Tensor) and v.device.type != "meta" and v.numel() for v in values)
+        if _WEIGHS.search(str(name)) and known and not any(bool(v.any()) for v in values if v is not None):
+            yield str(name)
+
+
+_WEIGHS = re.compile(r"advantage|reward|weight|^(?!.*attention).*mask")
+"""Names of what a loss is multiplied by."""
+
+
+def row_count(batches: tuple[Any, ...]) -> int:
+    """Rows of the first batch, by its first tensor."""
+    first = batches[0] if batches and isinstance(batches[0], Mapping) else {}
+    return next((v.shape[0] for v in first.values() if isinstance(v, Tensor) and v.ndim), 0)
+
+
 def live_dropouts(found: Survey) -> Iterator[str]:
     for name, module in found.modules.items():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:

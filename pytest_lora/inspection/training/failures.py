@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,10 +56,12 @@ def failure_of(
     if not isinstance(error, _RAISED_BY_TORCH) or isinstance(error, torch.OutOfMemoryError):
         return None
     message = str(error).strip()
-    length, positions = _length(batch), _positions(model)
+    length, positions, odd = _length(batch), _positions(model), tuple(_odd(batch))
     kind: FailureKind | None
     if phase == "forward pass" and length and positions and length > positions:
         kind = "text too long"
+    elif phase == "forward pass" and odd:
+        kind = "inputs of other lengths"
     elif phase == "forward pass" and grids_disagree(batch, model):
         kind = "placeholders"
     elif phase == "optimizer step" and "size" in message:
@@ -69,7 +71,22 @@ def failure_of(
     if kind is None:
         return None
     first_line = next(iter(message.splitlines()), "")[:300]
-    return Failure(step, index, phase, kind, type(error).__name__, first_line, length, positions)
+    return Failure(step, index, phase, kind, type(error).__name__, first_line, length, positions, odd)
+
+
+_A_TOKEN_EACH = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+"""Inputs that have a value for each token of ``input_ids``, where they have two dimensions."""
+
+
+def _odd(batch: Any) -> Iterator[str]:
+    """Inputs of another length than ``input_ids``. A mask may be longer, by the keys of a cache."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or "past_key_values" in batch:
+        return
+    for name in _A_TOKEN_EACH:
+        value = batch.get(name)
+        if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] != ids.shape[1]:
+            yield f"{name} of shape {list(value.shape)} beside input_ids of {list(ids.shape)}"
 
 
 def _length(batch: Any) -> int | None:

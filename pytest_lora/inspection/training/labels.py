@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.labels import IGNORED, LabelFacts, LabelKind
+from pytest_lora.inspection.training.special_tokens import Vocabulary
 from pytest_lora.inspection.training.text_bounds import text_bounds
-from pytest_lora.inspection.transformers_internals import reads_both_ways
 
 ALIKE = 0.95
 """Share of labels equal to inputs from which on a model of unknown class is taken for a language model."""
@@ -22,53 +21,6 @@ _KINDS: dict[str | None, LabelKind] = {
     "TOKEN_CLS": "tokens",
     "SEQ_CLS": "classes",
 }
-
-
-class Vocabulary(NamedTuple):
-    """Special tokens and sizes that a model's configuration states."""
-
-    task: str | None
-    rows: int | None
-    outputs: int | None
-    classes: int | None
-    pad: int | None
-    begin: int | None
-    decoder_start: int | None
-    ends: tuple[int, ...]
-    single_label: bool
-    both_ways: bool
-
-
-def vocabulary(root: nn.Module, base: BaseFacts) -> Vocabulary:
-    """Read the configuration of a base."""
-    config: Any = getattr(root, "config", None)
-    pad = getattr(config, "pad_token_id", None)
-    begin = getattr(config, "bos_token_id", None)
-    start = getattr(config, "decoder_start_token_id", None)
-    end = getattr(config, "eos_token_id", None)
-    ends = end if isinstance(end, (list, tuple)) else () if end is None else (end,)
-    get = getattr(root, "get_output_embeddings", lambda: None)
-    try:
-        head = get()
-    except (NotImplementedError, AttributeError):
-        head = None
-    # A head that PEFT ties to an embedding in modules_to_save states its two sizes the wrong way round in the copy.
-    outputs = getattr(getattr(head, "original_module", head), "out_features", None) or base.vocab_size
-    classes = getattr(config, "num_labels", None)
-    problem = getattr(config, "problem_type", None)
-    return Vocabulary(
-        task=base.task_type,
-        rows=base.vocab_size,
-        outputs=outputs,
-        classes=classes if isinstance(classes, int) else None,
-        pad=pad if isinstance(pad, int) else None,
-        begin=begin if isinstance(begin, int) else None,
-        decoder_start=start if isinstance(start, int) else None,
-        ends=tuple(int(e) for e in ends),
-        # With one output and nothing said, transformers takes the labels for numbers.
-        single_label=problem == "single_label_classification" or (problem is None and classes != 1),
-        both_ways=reads_both_ways(config),
-    )
 
 
 def label_facts(batches: tuple[Any, ...], words: Vocabulary) -> Iterator[LabelFacts]:
@@ -148,7 +100,7 @@ def _facts(
         double_starts=_double_starts(ids, mask, words) if causal and ids is not None else 0,
         still_positions=_still_positions(batch),
         visible=_visible(labels, batch) if kind == "sequence" else 0.0,
-        bounds=text_bounds(kind, labels, ids, batch, ends=words.ends, start=words.decoder_start),
+        bounds=text_bounds(kind, labels, ids, batch, words),
     )
 
 

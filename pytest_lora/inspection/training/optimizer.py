@@ -94,7 +94,7 @@ def optimizer_facts(model: nn.Module, optimizer: Optimizer) -> OptimizerFacts:
         ),
         frozen=sum(1 for i, (_, p) in own.items() if i in holds and not p.requires_grad),
         foreign=len(holds - own.keys()),
-        groups=tuple(_group(i, g, own, owned) for i, g in enumerate(groups)),
+        groups=tuple(_group(i, g, own, owned, _floor(optimizer, g)) for i, g in enumerate(groups)),
         doubled=tuple(n for n, p in trainable.items() if times[id(p)] > 1),
         allocation_begins=allocation_begins(model, found.lora.values()),
         **_state(optimizer, {n: p for n, p in trainable.items() if id(p) in holds}, owned),
@@ -150,7 +150,11 @@ def param_groups(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def _group(
-    index: int, group: dict[str, Any], own: dict[int, tuple[str, nn.Parameter]], owned: dict[int, Owned]
+    index: int,
+    group: dict[str, Any],
+    own: dict[int, tuple[str, nn.Parameter]],
+    owned: dict[int, Owned],
+    floor: float | None,
 ) -> GroupFacts:
     held = [own[id(p)] for p in group["params"] if id(p) in own and p.requires_grad]
     return GroupFacts(
@@ -161,7 +165,16 @@ def _group(
         eps=as_float(group["eps"]) if isinstance(group.get("eps"), (int, float)) else None,
         parts=tuple(dict.fromkeys(part_of(n, p, owned) for n, p in held)),
         dtypes=tuple(dict.fromkeys(dtype_name(p.dtype) for _, p in held)),
+        floor=floor,
     )
+
+
+def _floor(optimizer: Any, group: dict[str, Any]) -> float | None:
+    """The least size of a parameter that an Adafactor scales its rate by; that of torch always does."""
+    made = type(getattr(optimizer, "optimizer", optimizer))
+    eps = group.get("eps")
+    known = made.__name__ == "Adafactor" and isinstance(eps, (tuple, list)) and len(eps) == 2
+    return float(eps[1]) if known and eps and group.get("scale_parameter", "beta2_decay" in group) else None
 
 
 def as_float(value: Any) -> float:

@@ -15,9 +15,8 @@ from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import LabelFacts, WholeTargets
 from pytest_lora.facts.model import unusual_inits
 from pytest_lora.facts.optimizer import OptimizerFacts
-from pytest_lora.facts.steps import Failure, Phase, ShiftFacts, StepFacts
+from pytest_lora.facts.steps import Failure, Phase, StepFacts
 from pytest_lora.facts.training import TrainingFacts
-from pytest_lora.inspection.behaviour.batch_law import BatchLaw
 from pytest_lora.inspection.behaviour.texts import pad_token
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.inspection.model import adapted_survey, model_facts
@@ -32,11 +31,18 @@ from pytest_lora.inspection.training.batches import (
     require_batches,
     take_batches,
 )
-from pytest_lora.inspection.training.circumstances import live_dropouts, repacked_layers, spoiled_inputs
+from pytest_lora.inspection.training.beside import Beside
+from pytest_lora.inspection.training.circumstances import (
+    blank_inputs,
+    live_dropouts,
+    repacked_layers,
+    row_count,
+    spoiled_inputs,
+)
 from pytest_lora.inspection.training.empty_rows import empty_rows
 from pytest_lora.inspection.training.failures import StepError, failure_of
 from pytest_lora.inspection.training.graph import Passed, Ran
-from pytest_lora.inspection.training.labels import label_facts, vocabulary
+from pytest_lora.inspection.training.labels import label_facts
 from pytest_lora.inspection.training.media import medium_facts
 from pytest_lora.inspection.training.optimizer import (
     as_float,
@@ -48,7 +54,7 @@ from pytest_lora.inspection.training.optimizer import (
 )
 from pytest_lora.inspection.training.plan import Plan
 from pytest_lora.inspection.training.rate import suitable_rate
-from pytest_lora.inspection.training.shift import Shift
+from pytest_lora.inspection.training.special_tokens import vocabulary
 from pytest_lora.inspection.training.updates import Updates
 from pytest_lora.inspection.training.watch import Watch
 from pytest_lora.inspection.training.whole_targets import whole_targets
@@ -123,9 +129,7 @@ class Probe:
         self._steps: list[StepFacts] = []
         self._failure: Failure | None = None
         self._schedule_over = False
-        self._shift: ShiftFacts | None = None
-        self._law: BatchLaw | None = None
-        self._alone: AloneFacts | None = None
+        self._beside = Beside(model, self._found.root, plan, self._passed)
         measured = plan.ranks or bool(unusual_inits(self._facts))
         self._updates = Updates(self._found, keeper) if measured and plan.steps else None
 
@@ -133,7 +137,8 @@ class Probe:
         """Take the batches for the steps, and look at their labels."""
         self._batches = batches
         self._whole = tuple(whole_targets(batches, self._found.root, self._facts.base))
-        self._labels = tuple(label_facts(batches, vocabulary(self._found.root, self._facts.base)))
+        self._words = vocabulary(self._found.root, self._facts.base)
+        self._labels = tuple(label_facts(batches, self._words))
 
     @property
     def runnable(self) -> bool:
@@ -162,20 +167,9 @@ class Probe:
                 break
 
     def batch_law(self) -> AloneFacts | None:
-        """A text alone against the same text in its batch, where the model itself makes the loss."""
-        if self._plan.loss_fn is not None or self._failure is not None:
-            return None
-        if self._law is not None:
-            return self._alone
+        """A text alone against the same text in its batch, where that can be asked."""
         used = dict(enumerate(self._batches[: len(self._steps)]))
-        return BatchLaw(self._model, self._found.root, used).compared()
-
-    def _law_of(self, number: int, batch: int) -> BatchLaw | None:
-        """The law, asked of the last forward pass: the model may keep something of a text alone (positions, caches)."""
-        if number != self._plan.steps or self._plan.loss_fn is not None:
-            return None
-        law = BatchLaw(self._model, self._found.root, {batch: self._batches[batch]})
-        return law if law.asks else None
+        return None if self._failure is not None else self._beside.batch_law(used)
 
     def _step(self, number: int, batch: int) -> bool:
         """Take one step; False if no further one can be taken."""
@@ -184,19 +178,17 @@ class Probe:
         scaler = plan.scaler if plan.scaler is not None and plan.scaler.is_enabled() else None
         for p in (*self._model.parameters(), *(p for group in self._groups for p in group["params"])):
             p.grad = None
-        shift = Shift(self._found.root) if number == 1 else None
-        self._law = self._law_of(number, batch)
+        given = self._batches[batch]
+        graphs = all(step.has_graph for step in self._steps)
+        self._beside.begin(number, batch, given, self._words, graphs=graphs)
         with noting("forward pass"):
-            loss = loss_of(self._model, self._batches[batch], plan.loss_fn)
-        if shift:
-            self._shift = shift.compared(loss, self._batches[batch], self._labels, batch)
+            loss = loss_of(self._model, given, plan.loss_fn)
+        self._beside.loss_made(loss, batch, given, self._labels)
         has_graph = loss.requires_grad
         if has_graph:
             with noting("backward pass"):
                 (scaler.scale(loss) if scaler else loss).backward()
-        if self._law:
-            with self._passed.looking_away():
-                self._alone = self._law.compared()
+        self._beside.followed_back(batch)
         unscaled = not scaler or not has_graph or self._unscale(scaler)
         self._steps.append(
             StepFacts(
@@ -289,11 +281,14 @@ class Probe:
             updates=self._updates.facts(ranks=plan.ranks) if self._updates and self._steps else (),
             failure=self._failure,
             spoiled=tuple(spoiled_inputs(self._batches)),
-            shift=self._shift,
+            shift=self._beside.shift,
             whole_targets=self._whole,
             empty_rows=tuple(empty_rows(self._batches, found.modules, facts.base, pad_token(found.root))),
             optimizer_is_fresh=self._is_fresh,
             references=self._passed.references(facts.active),
             answers=tuple(answer_facts(self._batches)),
+            rows=row_count(self._batches),
+            blank=tuple(blank_inputs(self._batches[:used])),
+            padding=self._beside.padding,
             switched_off=self._passed.switched_off and not any(layer.disabled for layer in facts.layers),
         )

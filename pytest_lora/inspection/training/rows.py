@@ -13,8 +13,9 @@ from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.training.answers import answer_facts
 from pytest_lora.inspection.training.circumstances import spoiled_inputs
 from pytest_lora.inspection.training.empty_rows import empty_rows
-from pytest_lora.inspection.training.labels import label_facts, vocabulary
+from pytest_lora.inspection.training.labels import label_facts
 from pytest_lora.inspection.training.media import medium_facts
+from pytest_lora.inspection.training.special_tokens import vocabulary
 from pytest_lora.inspection.training.whole_targets import whole_targets
 
 

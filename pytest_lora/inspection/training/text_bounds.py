@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from pytest_lora.facts.labels import IGNORED, LabelKind, TextBounds
+from pytest_lora.inspection.training.special_tokens import Vocabulary
+
+PLAIN_TEXT = {"input_ids", "attention_mask", "labels", "token_type_ids", "position_ids", "num_items_in_batch"}
+"""What a batch of nothing but texts holds, in which tokens and positions are the same in number."""
 
 FEW = 2
 """Tokens at the end of a row in which an end token may stand: chat templates write a line break behind theirs."""
@@ -20,9 +24,7 @@ def text_bounds(
     labels: Tensor,
     ids: Tensor | None,
     batch: Mapping[str, Any],
-    *,
-    ends: tuple[int, ...],
-    start: int | None,
+    words: Vocabulary,
 ) -> TextBounds:
     """Facts on the beginnings and the ends of texts.
 
@@ -31,23 +33,27 @@ def text_bounds(
         labels: Shape ``[rows, positions]``, or ``[rows]`` of classes.
         ids: ``input_ids`` of shape ``[rows, positions]``, or None.
         batch: What else the model gets.
-        ends: End tokens of the model.
-        start: The token that an encoder-decoder puts before the labels, or None.
+        words: Special tokens and sizes of the model.
     """
     filler, filled = _filler(labels, ids) if kind == "causal" and ids is not None else (None, 0.0)
     crossing, firsts = _crossing(labels, batch) if kind == "causal" else (0, 0)
-    finished, closed, last = _closed(labels, ids, batch, ends) if kind == "causal" else (0, 0, 0)
+    finished, closed, last = _closed(labels, ids, batch, words.ends) if kind == "causal" else (0, 0, set())
     return TextBounds(
         filler=filler,
         filled=filled,
-        started=_started(labels, start) if kind == "sequence" else 0,
-        start=start,
+        started=_started(labels, words.decoder_start) if kind == "sequence" else 0,
+        start=words.decoder_start,
         crossing=crossing,
         crossing_tokens=firsts,
         finished=finished,
         closed=closed,
-        last_tokens=last,
+        last_tokens=len(last),
+        last=next(iter(last)) if len(last) == 1 else None,
         prompted=_prompted(labels, batch) if kind == "causal" else 0,
+        opens=words.opens,
+        opened=0 if ids is None or words.opens is None else int((ids == words.opens).any(1).sum()),
+        furthest=0 if ids is None or kind != "causal" else _furthest(ids, batch),
+        positions=words.positions,
     )
 
 
@@ -84,8 +90,8 @@ def _crossing(labels: Tensor, batch: Mapping[str, Any]) -> tuple[int, int]:
 
 def _closed(
     labels: Tensor, ids: Tensor | None, batch: Mapping[str, Any], ends: tuple[int, ...]
-) -> tuple[int, int, int]:
-    """Rows whose text ends before the row does, those of them with an end token there, and different last tokens.
+) -> tuple[int, int, set[int]]:
+    """Rows whose text ends before the row does, those of them with an end token there, and their last tokens.
 
     A text that fills its row may have been cut off. The last token has to be a target.
     """
@@ -97,8 +103,8 @@ def _closed(
         or mask.shape != ids.shape
         or "position_ids" in batch
     ):
-        return 0, 0, 0
-    finished, closed, last = 0, 0, set()
+        return 0, 0, set()
+    finished, closed, last = 0, 0, set[int]()
     for row, seen in enumerate(mask.cpu().bool()):
         known = seen.nonzero().flatten()
         whole = len(known) == len(seen)
@@ -110,7 +116,19 @@ def _closed(
         finished += not whole
         closed += bool({*tail, *behind} & set(ends))
         last.add(tail[-1])
-    return finished, closed, len(last)
+    return finished, closed, last
+
+
+def _furthest(ids: Tensor, batch: Mapping[str, Any]) -> int:
+    """How many positions the longest text takes, padding aside; of packed ones, the longest document."""
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if not set(batch) <= PLAIN_TEXT:
+        return 0
+    if isinstance(positions, Tensor):
+        return int(positions.max()) + 1 if positions.shape == ids.shape else 0
+    if isinstance(mask, Tensor):
+        return int((mask != 0).sum(1).max()) if mask.shape == ids.shape else 0
+    return ids.shape[1]
 
 
 def _prompted(labels: Tensor, batch: Mapping[str, Any]) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.model import ModelFacts
-from pytest_lora.findings import grouped
+from pytest_lora.findings import Severity, grouped
 from pytest_lora.rules import Violation, rule
 
 
@@ -14,7 +14,8 @@ def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation
 
     ## What it does
     Compares the scaling in effect with alpha / r (alpha / sqrt(r) under rsLoRA). At inference a scaling set
-    by hand is usual and only an info.
+    by hand is usual and only an info; one of zero in every module of what `Expect(fresh=False)` calls trained is a
+    warning.
 
     ## Why is this bad?
     Scaling lives in the layer and is not saved: the reloaded adapter acts with alpha / r again, so that
@@ -53,5 +54,12 @@ def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation
             expected=f"alpha / {root} = {first.configured_scaling:g} (alpha={first.alpha:g}, r={first.rank})",
             fix="leave it if an adapter of another alpha was hot-swapped in; else put it back: "
             f"for layer in model.modules(): hasattr(layer, 'set_scale') and layer.set_scale({first.adapter!r}, 1)",
-            severity="info" if expect.purpose == "inference" else "error" if value == 0 else None,
+            severity=_severity(value == 0, len(layers) == len(facts.active_layers), expect),
         )
+
+
+def _severity(silent: bool, everywhere: bool, expect: Expect) -> Severity | None:
+    """A copy of a model whose scaling was not copied along (an EMA) answers as its base."""
+    if expect.purpose != "inference":
+        return "error" if silent else None
+    return "warning" if silent and everywhere and expect.fresh is False else "info"

@@ -15,7 +15,8 @@ def some_adapters_are_frozen(facts: ModelFacts, expect: Expect) -> Iterator[Viol
 
     ## What it does
     Compares the modules of each active adapter, and each factor of them. A factor that is frozen everywhere
-    (LoRA-FA) or by the variant's own design is no mistake.
+    (LoRA-FA) or by the variant's own design is no mistake. The magnitudes of DoRA, frozen everywhere while both factors
+    train, are one.
 
     ## Why is this bad?
     The frozen part keeps its initial zero and does nothing, though the configuration and the saved file say
@@ -74,3 +75,19 @@ def _frozen_factors(adapter: str, layers: list[LayerState]) -> Iterator[Violatio
                 expected=f"{name} trainable everywhere, or frozen everywhere (LoRA-FA)",
                 fix=f"call model.set_adapter({adapter!r}), which makes all of an adapter trainable",
             )
+        elif (
+            name == MAGNITUDE
+            and all(frozen.values())
+            and all(x.a.trainable and x.b.trainable for x in layers)
+        ):
+            yield Violation(
+                where=grouped(frozen),
+                observed=f"the magnitudes ({name}) of adapter {adapter!r} are frozen in all {len(frozen)} DoRA "
+                "modules: it learns what LoRA learns, at the price of DoRA",
+                expected="magnitudes that train, which is what DoRA adds to LoRA",
+                fix=f"call model.set_adapter({adapter!r}), which makes all of an adapter trainable, or leave "
+                "use_dora out",
+            )
+
+
+MAGNITUDE = "lora_magnitude_vector"

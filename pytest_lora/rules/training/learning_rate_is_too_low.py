@@ -16,7 +16,9 @@ def learning_rate_is_too_low(facts: TrainingFacts, expect: Expect) -> Iterator[V
 
     ## What it does
     Looks for a rate below 1e-7 with an optimizer of the Adam family (below 2e-6 if the losses so far have
-    not fallen), times what an `eps` far above the gradients leaves of it, and for one so low with plain SGD
+    not fallen), times what an `eps` far above the gradients leaves of it, for an Adafactor that multiplies its rate by
+    the size of a `lora_B` that is zero (1e-3 at least), so that 500 steps and more pass before it reaches that size (a
+    tenth of the run, where its length is known), and for one so low with plain SGD
     that a hundred thousand steps (a thousand, if the losses have not fallen) would not lower the loss by
     1 %, or that all steps of the run, where it says how many, would not lower it by 0.1 %. Where the losses
     have not fallen, also for a schedule that keeps the rate that low now: one that every step halves at least,
@@ -46,6 +48,10 @@ def learning_rate_is_too_low(facts: TrainingFacts, expect: Expect) -> Iterator[V
     groups = _deciding_groups(facts)
     rate = facts.peak_rate
     if not facts.steps or not rate > 0:
+        return
+    least = max(OFF_THE_FLOOR, WARM_UP_SHARE * (facts.known_steps or 0))
+    if (floor := _floor(facts, groups)) and 1 / rate > least:
+        yield _scaled_by_nothing(facts, rate, floor)
         return
     eps, left = _left_by_eps(facts, groups)
     if facts.optimizer.adaptive:
@@ -78,6 +84,10 @@ def _of(groups: list[GroupFacts]) -> str:
     return " of lora_B" if all("a" not in group.parts for group in groups) else ""
 
 
+OFF_THE_FLOOR = 500
+"""Steps in which Adafactor is to bring `lora_B` from zero to the floor of its scaling: each moves it by rate * floor,
+so that it takes 1 / rate of them. torch's default rate of 1e-2 takes 100, and Adam's 2e-4, left as it is, 5,000."""
+
 ADAPTIVE_LIMIT = 1e-7
 """Below this, ten thousand Adam steps move a number by less than 1e-3; LoRA's preference tuning goes to 5e-7."""
 
@@ -99,6 +109,23 @@ LONG_WARM_UP = 100
 
 WARM_UP_SHARE = 0.1
 """Of the steps that a schedule was made for, a warm-up up to this share is the usual one, however long it is."""
+
+
+def _floor(facts: TrainingFacts, groups: list[GroupFacts]) -> float | None:
+    """What the rate is multiplied by at the start of an adapter, under an optimizer that scales it by parameters."""
+    floors = [g.floor for g in groups]
+    return max(f for f in floors if f) if facts.is_fresh and floors and all(floors) else None
+
+
+def _scaled_by_nothing(facts: TrainingFacts, rate: float, floor: float) -> Violation:
+    return Violation(
+        where=f"optimizer ({facts.optimizer.optimizer})",
+        observed=f"the learning rate of {rate:g} is multiplied by the size of lora_B, which is zero and counts as "
+        f"{floor:g}: a step moves it by {rate * floor:.1g}, and {1 / rate:,.0f} steps pass until it is that large",
+        expected="a rate that is taken as it is",
+        fix="set scale_parameter=False, relative_step=False with lr=2e-4 in transformers' Adafactor (a Trainer's "
+        "optim='adafactor' does), or with torch's set lr=1e-2",
+    )
 
 
 def _left_by_eps(facts: TrainingFacts, groups: list[GroupFacts]) -> tuple[float, float]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.silence import why_silent
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
@@ -36,7 +37,7 @@ def loss_has_no_graph(facts: TrainingFacts, expect: Expect) -> Iterator[Violatio
     """
     detached = [number for number, step in enumerate(facts.steps, 1) if not step.has_graph]
     made_for_inference = any(part.is_inference for layer in facts.model.active_layers for part in layer.parts)
-    if detached and any(facts.why_silent(layer) is None for layer in facts.model.active_layers):
+    if detached and any(why_silent(facts, layer) is None for layer in facts.model.active_layers):
         yield Violation(
             where=f"steps {', '.join(map(str, detached))}",
             observed="the loss has no graph (it does not require a gradient): it is detached from the adapter"

@@ -37,7 +37,24 @@ def loss_is_exactly_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Viola
     if facts.loss_is_zero and not facts.labels_ignored:
         yield Violation(
             where="the loss",
-            observed=f"the loss is exactly 0 at all {len(facts.steps)} steps, and no gradient is left",
+            observed=f"the loss is exactly 0 at all {len(facts.steps)} steps, and no gradient is left"
+            + (f": {' and '.join(facts.blank)} is 0 throughout" if facts.blank else ""),
             expected="a loss above 0 that depends on the adapter",
-            fix="look at what the loss selects and multiplies: labels, weights, masks",
+            fix=_looked_at(facts),
         )
+
+
+def _looked_at(facts: TrainingFacts) -> str:
+    if any("advantage" in name for name in facts.blank):
+        return (
+            "look at the rewards: where all answers to a question get the same, their advantages are 0; raise the "
+            "number of answers or the temperature, or give rewards that tell answers apart"
+        )
+    if facts.blank:
+        return f"look at what makes {' and '.join(facts.blank)}: an answer that was cut off has nothing left to count"
+    if facts.custom_loss and facts.rows == 1:
+        return (
+            "look at what the loss selects and multiplies; one that compares a row with the others of its batch needs "
+            "two rows at least"
+        )
+    return "look at what the loss selects and multiplies: labels, weights, masks"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from pytest_lora.changes import Advice, Change, advise, change
 from pytest_lora.expect import Expect
+from pytest_lora.facts.silence import why_silent
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
@@ -67,7 +68,7 @@ def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Ite
     if facts.model.trains_xlora:
         return
     layers = facts.model.active_layers
-    reasons = Counter(facts.why_silent(layer) for layer in layers)
+    reasons = Counter(why_silent(facts, layer) for layer in layers)
     if not facts.has_graph and None in reasons:
         return
     reason = reasons.most_common(1)[0][0] if reasons else "no adapter is active"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.layer_state import LayerState
+from pytest_lora.facts.silence import why_silent
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import Severity, grouped
 from pytest_lora.rules import Violation, rule
@@ -48,7 +49,7 @@ def some_adapters_get_no_gradient(facts: TrainingFacts, expect: Expect) -> Itera
     silent: dict[tuple[str | None, Severity], list[str]] = {}
     for layer in facts.unlearning:
         if layer.trainable:
-            reason = facts.why_silent(layer)
+            reason = why_silent(facts, layer)
             # An expert may also run for the last token alone, which predicts nothing.
             optional = _is_expert(layer.module) or (
                 layer.module in facts.untouched and _input_comes_later(facts, layer)

@@ -54,6 +54,8 @@ def _remedy(failure: Failure) -> str:
             f"cut the texts: rows are {failure.length} tokens long, and the model has {failure.positions} positions "
             "(max_position_embeddings)"
         )
+    if failure.kind == "inputs of other lengths":
+        return f"give each token one value: {'; '.join(failure.odd)}; pad and cut them all together, in one place"
     return _FIXES[failure.kind]
 
 

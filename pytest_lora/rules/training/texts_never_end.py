@@ -14,9 +14,10 @@ def texts_never_end(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]
 
     ## What it does
     Looks for rows of a causal model whose texts end before the row does, so that nothing was cut off, and of which
-    none ends with an `eos_token_id`. Where all end with one and the same token, that is taken for an end of their
-    own. An info where prompts are masked, and a warning where `Expect(completion_only=True)` says that answers are
-    to be learned.
+    none ends with an `eos_token_id`, nor with a further token at which `generate` stops (`generation_config`). Where
+    all end with one and the same token, that is an end of their own, at which only who serves the model can stop: an
+    info. Else an info where prompts are masked, and a warning where `Expect(completion_only=True)` says that answers
+    are to be learned.
 
     ## Why is this bad?
     The model is never taught to stop and rambles on until the longest answer is reached. Some tokenizers write a
@@ -53,7 +54,18 @@ def texts_never_end(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]
     if not answers or expect.purpose != "train" or any(k.bounds.closed for k in known):
         return
     finished = sum(k.bounds.finished for k in known)
-    if finished >= ENOUGH and any(k.bounds.last_tokens > 1 for k in known):
+    own = {k.bounds.last for k in known}
+    if sum(k.rows for k in known) >= ENOUGH_OF_ONE and len(own) == 1 and None not in own:
+        (token,) = own
+        yield Violation(
+            where=f"{named_batches(known)}: input_ids",
+            observed=f"all texts end with token {token}, which is no end token of the model (eos_token_id)",
+            expected="an end token at which generate stops",
+            fix=f"set model.generation_config.eos_token_id = {token}, as a list beside the others if there are any, or "
+            "end texts with the end token of the base",
+            severity="info",
+        )
+    elif finished >= ENOUGH and any(k.bounds.last_tokens > 1 for k in known):
         yield Violation(
             where=f"{named_batches(known)}: input_ids",
             observed=f"{finished} texts end before their row does, and none of them with an end token (eos_token_id)",
@@ -65,3 +77,6 @@ def texts_never_end(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]
 
 ENOUGH = 2
 """Texts that a verdict needs."""
+
+ENOUGH_OF_ONE = 4
+"""Texts of which all end alike: with 100 full stops, commas and line breaks to end with, four do so by design."""

@@ -104,6 +104,50 @@ REWRITTEN: dict[str, list[Rewriting]] = {
         Rewriting("load the base with 2 labels (num_labels)", "num_labels=1", "num_labels=2", "score"),
         Rewriting("give labels as floats", "torch.arange(4) % 2", "torch.arange(4) % 2.0"),
     ],
+    "LORA381": [
+        Rewriting(
+            "cut or divide the texts",
+            "report = check_training(model, batch)",
+            "batch = {n: v[:, :12] for n, v in batch.items()}\nreport = check_training(model, batch)",
+        ),
+        Rewriting(
+            "rope_parameters of the type 'yarn' or 'linear'",
+            "model.config.max_position_embeddings = 12",
+            "model.config.max_position_embeddings = 12\n"
+            'model.config.rope_parameters = {"rope_type": "linear", "factor": 2.0}',
+        ),
+    ],
+    "LORA382": [
+        Rewriting(
+            "leave the begin token that a chat template writes where it is",
+            "report = check_training(model, batch)",
+            'batch["input_ids"][:, 0] = batch["labels"][:, 0] = 2\nreport = check_training(model, batch)',
+        ),
+    ],
+    "LORA385": [
+        Rewriting(
+            "call initialize_lora_eva_weights(model, dataloader) behind get_peft_model",
+            "report = check_training(model, batch",
+            "from peft import initialize_lora_eva_weights\n"
+            'texts = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}\n'
+            "initialize_lora_eva_weights(model, [texts] * 4, show_progress_bar=False)\n"
+            "report = check_training(model, batch",
+        ),
+        Rewriting("leave init_lora_weights out", 'init_lora_weights="eva", eva_config=EvaConfig()', ""),
+    ],
+    "LORA386": [
+        Rewriting(
+            "hidden[torch.arange(len(hidden)), attention_mask.sum(1) - 1]",
+            "last = states[:, -1]",
+            'last = states[torch.arange(len(states)), batch["attention_mask"].sum(1) - 1]',
+        ),
+        Rewriting(
+            "multiply what each token gives by attention_mask, and divide by its sum",
+            "last = states[:, -1]",
+            'mask = batch["attention_mask"]\n'
+            "    last = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)",
+        ),
+    ],
     "LORA446": [
         Rewriting("save the trained adapter again in float32", ".half()", ".float()"),
         Rewriting("or bfloat16", ".half()", ".bfloat16()"),

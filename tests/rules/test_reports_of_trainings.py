@@ -1,0 +1,412 @@
+"""Faults of public reports of trainings, each beside sound set-ups that look alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import EvaConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.optim import Adafactor
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaForCausalLM,
+    LlamaModel,
+    get_linear_schedule_with_warmup,
+)
+from transformers.optimization import Adafactor as OldAdafactor
+
+from pytest_lora import Expect, Finding, Report, check_model, check_training, diagnose_history
+from pytest_lora.bases.examples.models import language_batch, llama_config, made
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TARGETS = ["q_proj", "v_proj"]
+PAD = 0
+
+
+@pytest.fixture(autouse=True)
+def one_seed() -> None:
+    torch.manual_seed(0)
+
+
+def adapted(base: nn.Module | None = None, **changes: Any) -> Any:
+    fields: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS, **changes}
+    model = LlamaForCausalLM(llama_config()) if base is None else base
+    return get_peft_model(model, LoraConfig(**fields)).train()
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def only(report: Report, code: str) -> Finding:
+    """The one error or warning of a report."""
+    (loud,) = (*report.errors, *report.warnings)
+    assert loud.code == code, str(report)
+    return loud
+
+
+def silent(report: Report) -> None:
+    assert not (*report.errors, *report.warnings), str(report)
+
+
+def padded(side: str = "right") -> dict[str, Tensor]:
+    """Four texts of different lengths."""
+    batch = language_batch()
+    for row, length in enumerate((16, 9, 6, 4)):
+        rest = slice(length, 16) if side == "right" else slice(0, 16 - length)
+        batch["input_ids"][row, rest], batch["attention_mask"][row, rest] = PAD, 0
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    return batch
+
+
+# ------------------------------------------------------------------------------- texts and positions
+
+
+def longer(length: int, base: nn.Module | None = None, **changes: Any) -> Report:
+    base = LlamaForCausalLM(llama_config(max_position_embeddings=12, **changes)) if base is None else base
+    return check_training(adapted(base), {**language_batch(length=length)})
+
+
+def test_texts_beyond_the_positions_of_the_base() -> None:
+    finding = only(longer(16), "LORA381")
+    assert "up to 16 tokens" in finding.observed
+    assert ":12]" in finding.fix
+
+
+def test_texts_within_the_positions_of_the_base() -> None:
+    silent(longer(12))
+    rescaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+    if not hasattr(llama_config(), "rope_parameters"):
+        rescaled = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    silent(longer(16, **rescaled))
+
+
+def test_padding_and_packed_documents_take_no_positions() -> None:
+    model = adapted(LlamaForCausalLM(llama_config(max_position_embeddings=12)))
+    batch = language_batch()
+    batch["input_ids"][:, 12:], batch["attention_mask"][:, 12:] = PAD, 0
+    batch["labels"][:, 12:] = -100
+    silent(check_training(model, batch))
+    packed = language_batch()
+    del packed["attention_mask"]
+    packed["position_ids"] = torch.arange(8).repeat(4, 2)
+    silent(check_training(model, packed))
+
+
+def gemma(change: Callable[[dict[str, Tensor]], None] = lambda _: None, **fields: Any) -> Report:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}
+    config = GemmaConfig(vocab_size=128, intermediate_size=128, num_hidden_layers=1, **sizes, **fields)
+    batch = language_batch(rows=2)
+    change(batch)
+    return check_training(adapted(GemmaForCausalLM(config)), batch)
+
+
+def test_texts_of_gemma_without_a_begin_token() -> None:
+    assert "begin token 2" in only(gemma(), "LORA382").observed
+
+
+def begun(row: int, place: int) -> Callable[[dict[str, Tensor]], None]:
+    def change(batch: dict[str, Tensor]) -> None:
+        batch["input_ids"][row, place] = batch["labels"][row, place] = 2
+
+    return change
+
+
+def test_texts_that_need_no_further_begin_token() -> None:
+    silent(gemma(begun(0, 0)))
+    silent(gemma(begun(1, 7)))  # one document goes on where the row before broke off, and another begins
+    silent(gemma(bos_token_id=None))
+    silent(check_training(adapted(), language_batch()))  # Llama does without
+
+
+def test_an_end_of_their_own_is_told_and_no_alarm() -> None:
+    model = adapted()
+    model.config.eos_token_id = model.generation_config.eos_token_id = 2
+    batch = language_batch()
+    batch["input_ids"][:, -1] = batch["labels"][:, -1] = 9
+    batch["labels"][:, :4] = -100
+
+    def infos() -> list[str]:
+        report = check_training(model, batch, expect=Expect(completion_only=True))
+        silent(report)
+        return [f.observed for f in report.findings if f.code == "LORA374"]
+
+    assert "end with token 9" in infos()[0]
+    model.generation_config.eos_token_id = [2, 9]
+    assert not infos()
+
+
+# ------------------------------------------------------------------------------- what raises
+
+
+def test_inputs_of_another_length_are_named() -> None:
+    batch = language_batch()
+    batch["position_ids"] = torch.arange(13).repeat(4, 1)
+    finding = only(check_training(adapted(), batch), "LORA319")
+    assert "position_ids of shape [4, 13] beside input_ids of [4, 16]" in finding.fix
+    batch["position_ids"] = torch.arange(16).repeat(4, 1)
+    silent(check_training(adapted(), batch))
+
+
+# ------------------------------------------------------------------------------- losses
+
+
+def policy(model: Any, batch: Any) -> Tensor:
+    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
+    logits = model(ids, batch["attention_mask"]).logits[:, :-1]
+    kept = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    ratio = (kept - kept.detach()).exp()
+    return -(ratio * batch["advantages"][:, None] * mask).sum() / mask.sum().clamp(min=1)
+
+
+def rewarded(advantages: list[float], counted: int = 8) -> Report:
+    batch = language_batch()
+    del batch["labels"]
+    batch["completion_mask"] = torch.zeros(4, 16)
+    batch["completion_mask"][:, 16 - counted :] = 1 if counted else 0
+    batch["advantages"] = torch.tensor(advantages)
+    return check_training(adapted(), batch, loss_fn=policy)
+
+
+def test_what_makes_a_loss_of_zero_is_named() -> None:
+    equal = only(rewarded([0.0] * 4), "LORA311")
+    assert equal.observed.endswith("advantages is 0 throughout")
+    assert "rewards" in equal.fix
+    cut = only(rewarded([1.0, -1.0, 0.5, -0.5], counted=0), "LORA311")
+    assert cut.observed.endswith("completion_mask is 0 throughout")
+    assert "cut off" in cut.fix
+
+
+def test_a_policy_loss_that_begins_at_zero_is_no_fault() -> None:
+    silent(rewarded([1.0, -1.0, 0.5, -0.5]))
+    silent(rewarded([1.0, 0.0, 0.0, -1.0]))  # one question whose answers are all alike
+
+
+def in_batch_negatives(rows: int) -> Report:
+    def loss(model: Any, batch: Any) -> Tensor:
+        states = model(batch["input_ids"], output_hidden_states=True).hidden_states[-1]
+        pooled = nn.functional.normalize(states.mean(1), dim=-1)
+        return nn.functional.cross_entropy(20 * pooled @ pooled.detach().flip(0).T, torch.arange(rows))
+
+    batch = language_batch(rows)
+    del batch["labels"]
+    return check_training(adapted(), batch, loss_fn=loss)
+
+
+def test_a_comparison_with_nobody() -> None:
+    assert "two rows at least" in only(in_batch_negatives(1), "LORA311").fix
+    silent(in_batch_negatives(2))
+
+
+Read = Callable[[Tensor, Tensor], Tensor]
+
+
+def at_the_end(states: Tensor, mask: Tensor) -> Tensor:
+    return states[:, -1]
+
+
+def at_the_last_token(states: Tensor, mask: Tensor) -> Tensor:
+    return states[torch.arange(len(states)), mask.sum(1) - 1]
+
+
+def of_all_positions(states: Tensor, mask: Tensor) -> Tensor:
+    return states.mean(1)
+
+
+def of_the_text(states: Tensor, mask: Tensor) -> Tensor:
+    return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def embedded(
+    read: Read, side: str = "right", base: nn.Module | None = None, filler: int = PAD, **given: Any
+) -> Report:
+    """An embedding model: texts are to lie near to those of the next row."""
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        states = model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+        pooled = nn.functional.normalize(read(states, batch["attention_mask"]), dim=-1)
+        return nn.functional.cross_entropy(5 * pooled @ pooled.roll(1, 0).T, torch.arange(4))
+
+    batch = padded(side)
+    del batch["labels"]
+    batch["input_ids"][batch["attention_mask"] == 0] = filler
+    base = LlamaModel(llama_config(pad_token_id=PAD)) if base is None else base
+    return check_training(adapted(base), batch, loss_fn=loss, **given)
+
+
+@pytest.mark.parametrize("read", [at_the_end, of_all_positions])
+def test_a_loss_that_reads_the_padding(read: Read) -> None:
+    finding = only(embedded(read), "LORA386")
+    assert "3 padded rows" in finding.where
+    assert "% of the gradient" in finding.observed
+
+
+@pytest.mark.parametrize(
+    "sound",
+    [
+        lambda: embedded(at_the_last_token),
+        lambda: embedded(of_the_text),
+        lambda: embedded(at_the_end, "left"),
+        lambda: embedded(of_the_text, "left"),
+        # ColBERT fills its queries with a token that it does not attend to and reads all the same.
+        lambda: embedded(of_all_positions, filler=99),
+    ],
+    ids=["last token", "mean of the text", "left", "mean on the left", "filled on purpose"],
+)
+def test_a_loss_that_reads_texts(sound: Callable[[], Report]) -> None:
+    silent(sound())
+
+
+def test_padding_is_not_asked_where_a_graph_hangs_on_it() -> None:
+    base = LlamaModel(llama_config(pad_token_id=PAD))
+    base.gradient_checkpointing_enable()
+    assert "LORA386" not in {f.code for f in embedded(at_the_end, base=base).findings}
+    assert "LORA386" not in {f.code for f in embedded(at_the_end, steps=1).findings}
+
+
+def test_asking_for_padding_takes_no_pass_more() -> None:
+    calls = 0
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return model(batch["input_ids"], batch["attention_mask"]).last_hidden_state[:, -1].pow(2).mean()
+
+    batch = padded()
+    model = adapted(LlamaModel(llama_config(pad_token_id=PAD)))
+    passes: list[bool] = []
+    model.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    report = check_training(model, batch, loss_fn=loss, steps=3)
+    assert "LORA386" in {f.code for f in report.findings}
+    assert (calls, passes) == (3, [True] * 3)
+    embeddings = model.get_input_embeddings()
+    assert not embeddings._forward_hooks
+    assert not embeddings(batch["input_ids"]).requires_grad
+
+
+# ------------------------------------------------------------------------------- rates
+
+
+def stepped(optimizer: Callable[[list[nn.Parameter]], Any], run: int | None = None) -> Report:
+    model = adapted()
+    made_one = optimizer(trained(model))
+    schedule = None if run is None else get_linear_schedule_with_warmup(made_one, 0, run)
+    return check_training(model, language_batch(), optimizer=made_one, scheduler=schedule)
+
+
+def old(lr: float, *, scaled: bool) -> Callable[[list[nn.Parameter]], Any]:
+    return lambda p: OldAdafactor(p, lr=lr, scale_parameter=scaled, relative_step=False, warmup_init=False)
+
+
+def test_an_adafactor_that_scales_by_a_zero_factor() -> None:
+    finding = only(stepped(old(2e-4, scaled=True)), "LORA305")
+    assert "counts as 0.001" in finding.observed
+    assert "5,000 steps pass" in finding.observed
+    assert "scale_parameter=False" in finding.fix
+    only(stepped(lambda p: Adafactor(p, lr=2e-4)), "LORA305")
+
+
+def test_an_adafactor_that_moves_the_adapter() -> None:
+    silent(stepped(old(2e-4, scaled=False)))
+    silent(stepped(lambda p: Adafactor(p)))  # torch's own rate
+    silent(stepped(old(1e-3, scaled=True), run=100_000))  # a thousand steps of so many
+    only(stepped(old(1e-3, scaled=True)), "LORA305")
+
+
+def curve(rates: list[float]) -> Report:
+    peak, losses, loss = max(rates), [], 2.5
+    for i, rate in enumerate(rates):
+        loss -= 0.03 * (loss - 0.8) * rate / peak
+        losses.append(loss + (37 * i * i % 101) / 1000)
+    return diagnose_history(losses, learning_rate=rates)
+
+
+def test_a_schedule_that_ends_before_the_run() -> None:
+    finding = only(curve([2e-4 * max(0.0, 1 - i / 100) for i in range(200)]), "LORA383")
+    assert "0 since step 100, for 100 steps, 50%" in finding.observed
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        [2e-4 * (1 - i / 200) for i in range(201)],
+        [2e-4 * max(0.0, 1 - i / 190) for i in range(200)],  # a line to zero, a little early
+        [2e-4 * max(1e-3, 1 - i / 100) for i in range(200)],  # down to a least rate, on purpose
+        [2e-4 * (i >= 30) for i in range(200)],  # one that begins late
+    ],
+    ids=["to the end", "a little early", "least rate", "late"],
+)
+def test_a_schedule_that_ends_with_the_run(rates: list[float]) -> None:
+    assert "LORA383" not in {f.code for f in curve(rates).findings}
+
+
+# ------------------------------------------------------------------------------- adapters
+
+
+def test_magnitudes_that_never_train() -> None:
+    model = adapted(use_dora=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_A" in name or "lora_B" in name)
+    assert "lora_magnitude_vector" in only(check_model(model), "LORA209").observed
+    model.set_adapter("default")
+    silent(check_model(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name or "magnitude" in name)
+    silent(check_model(model))  # DoRA with a frozen lora_A
+
+
+def test_a_copy_without_its_scaling() -> None:
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    served = Expect(purpose="inference", fresh=False)
+    silent(check_model(model.eval(), expect=served))
+    layers = [module for module in model.modules() if hasattr(module, "set_scale")]
+    for layer in layers:
+        layer.scaling["default"] = 0.0
+    assert "does nothing" in only(check_model(model, expect=served), "LORA228").observed
+    silent(check_model(model, expect=Expect(purpose="inference")))  # switched off by hand
+    layers[0].scaling["default"] = 1.0
+    silent(check_model(model, expect=served))  # other weights for some layers, as diffusers has
+
+
+def from_data(init: str, change: Callable[[Any], None] = lambda _: None) -> Report:
+    config = {"init_lora_weights": init} | ({"eva_config": EvaConfig()} if init == "eva" else {})
+    model = adapted(**config)
+    change(model)
+    return check_training(model, language_batch())
+
+
+def lengthened(model: Any) -> None:
+    """Directions of length one, as EVA has them."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.data = nn.functional.normalize(parameter.data, dim=1)
+
+
+def moved(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.01)
+
+
+def test_an_initialisation_that_waits_for_a_call() -> None:
+    assert "initialize_lora_eva_weights" in only(from_data("eva"), "LORA385").fix
+    silent(from_data("eva", lengthened))
+    silent(from_data("eva", moved))  # loaded, or trained since
+    silent(from_data("orthogonal"))
+
+
+def test_rows_that_are_trained_in_part_are_advised_once() -> None:
+    base = made("tied_base")
+    assert isinstance(base, LlamaForCausalLM)
+    base.resize_token_embeddings(131)
+    model = adapted(base, trainable_token_indices={"embed_tokens": [5, 128]})
+    finding = only(check_model(model), "LORA248")
+    assert "[5] + list(range(128, 131))" in finding.fix
