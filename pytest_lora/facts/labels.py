@@ -35,6 +35,8 @@ class TextBounds:
         last: The token that all those rows end with, or None.
         opens: The begin token of a base that cannot do without it, or None.
         opened: Rows that hold that token.
+        hidden: Share of the labels of a causal model at places where the input is one and the same other token.
+        header: Rows that end with the three tokens that come before their first label.
         furthest: Positions that the longest text or packed document takes.
         positions: Those that the base was trained for, where it goes beyond them without an error, or None.
     """
@@ -52,6 +54,8 @@ class TextBounds:
     last: int | None = None
     opens: int | None = None
     opened: int = 0
+    hidden: float = 0.0
+    header: int = 0
     furthest: int = 0
     positions: int | None = None
 

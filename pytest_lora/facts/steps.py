@@ -135,6 +135,19 @@ class PaddingFacts:
     share: float
 
 
+@dataclass(frozen=True, slots=True)
+class SpreadFacts:
+    """Two tensors that a loss compares, of which each is spread over the other.
+
+    Attributes:
+        target: Sizes of what is to be predicted.
+        given: Sizes of what is predicted.
+    """
+
+    target: tuple[int, ...]
+    given: tuple[int, ...]
+
+
 Phase = Literal["forward pass", "backward pass", "optimizer step"]
 
 FailureKind = Literal[

@@ -21,6 +21,7 @@ from pytest_lora.facts.steps import (
     Failure,
     PaddingFacts,
     ShiftFacts,
+    SpreadFacts,
     StepFacts,
     TensorFacts,
     UpdateFacts,
@@ -73,6 +74,9 @@ class TrainingFacts:
         rows: Rows of the first batch that a step was taken on; 0 where that cannot be told.
         blank: Weights, rewards and masks of answers that are zero throughout every batch that a step was taken on.
         padding: How much of the loss is made of padding, where a loss of the user's own tells.
+        odd: Masks of another length than the tokens that they are for, with both shapes.
+        spread: What the first loss compares each with each.
+        at_itself: Whether an active adapter took part in a forward pass with gradients off, as its own reference.
     """
 
     model: ModelFacts
@@ -112,6 +116,9 @@ class TrainingFacts:
     rows: int = 0
     blank: tuple[str, ...] = ()
     padding: PaddingFacts | None = None
+    odd: tuple[str, ...] = ()
+    spread: tuple[SpreadFacts, ...] = ()
+    at_itself: bool = False
 
     @property
     def is_fresh(self) -> bool:

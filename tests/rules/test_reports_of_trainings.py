@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from transformers import (
     GemmaForCausalLM,
     LlamaForCausalLM,
     LlamaModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
     get_linear_schedule_with_warmup,
 )
 from transformers.optimization import Adafactor as OldAdafactor
@@ -410,3 +413,135 @@ def test_rows_that_are_trained_in_part_are_advised_once() -> None:
     model = adapted(base, trainable_token_indices={"embed_tokens": [5, 128]})
     finding = only(check_model(model), "LORA248")
     assert "[5] + list(range(128, 131))" in finding.fix
+
+
+# ------------------------------------------------------------------------------- masks, collators, references
+
+
+def masked(change: Callable[[dict[str, Tensor]], None], **given: Any) -> Report:
+    batch = padded()
+    change(batch)
+    return check_training(adapted(), batch, **given)
+
+
+def turned_round(batch: dict[str, Tensor]) -> None:
+    batch["attention_mask"] = 1 - batch["attention_mask"]
+
+
+def test_a_mask_that_says_the_opposite() -> None:
+    report = masked(turned_round)
+    (finding,) = (f for f in report.errors if f.code == "LORA321")
+    assert "it says the opposite" in finding.observed
+    assert finding.fix.endswith("1 - batch['attention_mask']")
+    silent(masked(lambda _: None))
+    hidden = masked(lambda batch: batch["attention_mask"].zero_())
+    assert any("as it does all of them" in f.observed for f in hidden.errors)
+
+
+def test_a_mask_that_ends_before_the_tokens() -> None:
+    def cut(batch: dict[str, Tensor]) -> None:
+        batch["attention_mask"] = batch["attention_mask"][:, :12]
+
+    assert "[4, 12], input_ids of [4, 16]" in only(masked(cut, ignore=["LORA319"]), "LORA384").where
+    silent(masked(cut, ignore=["LORA319"], expect=Expect(purpose="inference")))
+
+
+def collated(left: float) -> Report:
+    """What a collator for masked language models makes: a few labels, most behind the mask token, some as they were."""
+    batch = language_batch(length=64)
+    hidden = torch.rand(4, 64) < 0.3
+    batch["labels"][~hidden] = -100
+    batch["input_ids"][hidden & (torch.rand(4, 64) >= left)] = 4
+    return check_training(adapted(), batch)
+
+
+def test_a_collator_for_masked_language_models() -> None:
+    assert "mlm=False" in only(collated(0.2), "LORA326").fix
+    silent(collated(0.0))  # a diffusion language model fills in what is hidden
+    silent(collated(1.0))  # labels for some tokens of a text
+
+
+def test_a_header_behind_which_no_answer_comes() -> None:
+    model = adapted()
+
+    def ended(last: list[int], rows: int = 4) -> Report:
+        batch = language_batch()
+        batch["input_ids"][:, 3:6] = torch.tensor([5, 6, 7])
+        batch["input_ids"][:rows, 13:] = torch.tensor(last)
+        batch["labels"] = batch["input_ids"].clone()
+        batch["labels"][:, :6] = -100
+        return check_training(model, batch)
+
+    assert "all 4 texts" in only(ended([5, 6, 7]), "LORA389").observed
+    silent(ended([9, 6, 7]))
+    silent(ended([5, 6, 7], rows=3))  # answers that quote it
+
+
+def scored(labels: Tensor, places: Any) -> Report:
+    def loss(model: Any, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(model(batch["input_ids"]).logits[:, -1][:, places], labels)
+
+    batch = language_batch()
+    del batch["labels"]
+    return check_training(adapted(), batch, loss_fn=loss)
+
+
+def test_scores_that_are_spread_over_labels() -> None:
+    finding = only(scored(torch.arange(4.0), slice(1)), "LORA388")
+    assert "shape [4, 1] are compared with labels of shape [4]" in finding.observed
+    silent(scored(torch.arange(4.0), 0))
+    silent(scored(torch.tensor(0.5), slice(1)))  # one number for all
+    silent(scored(torch.arange(4.0)[:, None], slice(3)))  # one label for three scores
+
+
+def test_what_torch_says_is_still_heard(recwarn: pytest.WarningsRecorder) -> None:
+    scored(torch.arange(4.0), slice(1))
+    assert any("Using a target size" in str(one.message) for one in recwarn)
+
+
+def preferred(reference: Callable[[Any], Any], rate: float = 5e-6) -> Report:
+    def score(model: Any, ids: Tensor) -> Tensor:
+        kept = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        return kept.gather(-1, ids[:, 1:, None]).sum((1, 2))
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        pair = batch["chosen_input_ids"], batch["rejected_input_ids"]
+        gained = score(model, pair[0]) - score(model, pair[1])
+        with torch.no_grad(), reference(model) as other:
+            before = score(other, pair[0]) - score(other, pair[1])
+        return -nn.functional.logsigmoid(0.1 * (gained - before)).mean()
+
+    model = adapted()
+    ids = language_batch()["input_ids"]
+    pairs = {"chosen_input_ids": ids[:2], "rejected_input_ids": ids[2:]}
+    optimizer = torch.optim.AdamW(trained(model), lr=rate)
+    return check_training(model, pairs, optimizer=optimizer, loss_fn=loss)
+
+
+@contextmanager
+def switched_off(model: Any) -> Iterator[Any]:
+    with model.disable_adapter():
+        yield model
+
+
+def test_a_reference_that_is_the_policy() -> None:
+    assert "ln 2 to the last digit" in only(preferred(nullcontext), "LORA387").observed
+    silent(preferred(switched_off))
+    silent(preferred(switched_off, rate=5e-7))
+    frozen = LlamaForCausalLM(llama_config())
+    silent(preferred(lambda _: nullcontext(frozen)))
+
+
+def test_labels_that_do_not_fit_into_the_frames() -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    convolutions = {"conv_dim": (16, 16), "conv_kernel": (10, 4), "conv_stride": (5, 4)}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0}
+    config = Wav2Vec2Config(vocab_size=32, **small, **convolutions, **positions)
+    model = adapted(Wav2Vec2ForCTC(config))
+
+    def heard(labels: int) -> Report:
+        batch = {"input_values": torch.randn(2, 800), "labels": torch.arange(3, 3 + labels).repeat(2, 1) % 32}
+        return check_training(model, batch)
+
+    assert "ctc_zero_infinity" in only(heard(60), "LORA310").fix
+    silent(heard(12))

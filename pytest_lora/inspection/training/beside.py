@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import LabelFacts
-from pytest_lora.facts.steps import PaddingFacts, ShiftFacts
+from pytest_lora.facts.steps import PaddingFacts, ShiftFacts, SpreadFacts
 from pytest_lora.inspection.behaviour.batch_law import BatchLaw
 from pytest_lora.inspection.training.graph import Passed, Ran
 from pytest_lora.inspection.training.padding import Padding
 from pytest_lora.inspection.training.plan import Plan
 from pytest_lora.inspection.training.shift import Shift
 from pytest_lora.inspection.training.special_tokens import Vocabulary
+from pytest_lora.inspection.training.spread import listening
 
 
 class Beside:
@@ -24,11 +26,13 @@ class Beside:
     Attributes:
         shift: The first loss beside what the logits give, where that can be asked.
         padding: How much of a loss of the user's own is made of padding, where that can be asked.
+        spread: What the first loss compares each with each.
     """
 
     def __init__(self, model: nn.Module, root: nn.Module, plan: Plan, passed: Passed) -> None:
         self.shift: ShiftFacts | None = None
         self.padding: PaddingFacts | None = None
+        self.spread: list[SpreadFacts] = []
         self._model, self._root, self._plan, self._passed = model, root, plan, passed
         self._shift: Shift | None = None
         self._padding: Padding | None = None
@@ -48,6 +52,10 @@ class Beside:
         self._shift = Shift(self._root) if number == 1 else None
         self._law = self._law_of(number, {index: batch})
         self._padding = Padding(self._root, words) if graphs and self._asks_for_padding(number) else None
+
+    def hearing(self, number: int) -> AbstractContextManager[None]:
+        """To be entered while the loss of a step is made."""
+        return listening(self.spread) if number == 1 else nullcontext()
 
     def loss_made(self, loss: Tensor, index: int, batch: Any, labels: tuple[LabelFacts, ...]) -> None:
         """The forward pass of the step is done."""

@@ -35,6 +35,18 @@ _WEIGHS = re.compile(r"advantage|reward|weight|^(?!.*attention).*mask")
 """Names of what a loss is multiplied by."""
 
 
+def odd_masks(batches: tuple[Any, ...]) -> Iterator[str]:
+    """Masks that are shorter than the tokens that they are for; longer ones count keys of a cache too."""
+    for index, batch in enumerate(batches):
+        ids, mask = (
+            map(batch.get, ("input_ids", "attention_mask")) if isinstance(batch, Mapping) else (None, None)
+        )
+        if not (isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.ndim == mask.ndim == 2):
+            continue
+        if mask.shape[1] < ids.shape[1]:
+            yield f"batch {index}: attention_mask of shape {list(mask.shape)}, input_ids of {list(ids.shape)}"
+
+
 def row_count(batches: tuple[Any, ...]) -> int:
     """Rows of the first batch, by its first tensor."""
     first = batches[0] if batches and isinstance(batches[0], Mapping) else {}

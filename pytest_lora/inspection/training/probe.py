@@ -35,6 +35,7 @@ from pytest_lora.inspection.training.beside import Beside
 from pytest_lora.inspection.training.circumstances import (
     blank_inputs,
     live_dropouts,
+    odd_masks,
     repacked_layers,
     row_count,
     spoiled_inputs,
@@ -181,7 +182,7 @@ class Probe:
         given = self._batches[batch]
         graphs = all(step.has_graph for step in self._steps)
         self._beside.begin(number, batch, given, self._words, graphs=graphs)
-        with noting("forward pass"):
+        with noting("forward pass"), self._beside.hearing(number):
             loss = loss_of(self._model, given, plan.loss_fn)
         self._beside.loss_made(loss, batch, given, self._labels)
         has_graph = loss.requires_grad
@@ -290,5 +291,8 @@ class Probe:
             rows=row_count(self._batches),
             blank=tuple(blank_inputs(self._batches[:used])),
             padding=self._beside.padding,
+            odd=tuple(odd_masks(self._batches[:used])),
+            spread=tuple(self._beside.spread),
+            at_itself=bool(self._passed.without_gradient.intersection(facts.active)),
             switched_off=self._passed.switched_off and not any(layer.disabled for layer in facts.layers),
         )

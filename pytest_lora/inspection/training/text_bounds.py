@@ -52,6 +52,8 @@ def text_bounds(
         prompted=_prompted(labels, batch) if kind == "causal" else 0,
         opens=words.opens,
         opened=0 if ids is None or words.opens is None else int((ids == words.opens).any(1).sum()),
+        hidden=_hidden(labels, ids) if kind == "causal" and ids is not None else 0.0,
+        header=_headers(labels, ids, batch) if kind == "causal" and ids is not None else 0,
         furthest=0 if ids is None or kind != "causal" else _furthest(ids, batch),
         positions=words.positions,
     )
@@ -117,6 +119,33 @@ def _closed(
         closed += bool({*tail, *behind} & set(ends))
         last.add(tail[-1])
     return finished, closed, last
+
+
+def _hidden(labels: Tensor, ids: Tensor) -> float:
+    """Share of labels that stand where the input is one token, mostly another than the label, as a mask token is."""
+    counted = labels != IGNORED
+    inputs = ids[counted & (labels != ids)].tolist()
+    if not inputs:
+        return 0.0
+    ((token, _),) = Counter(inputs).most_common(1)
+    return float((ids[counted] == token).float().mean())
+
+
+HEADER = 3
+"""Tokens of the header of an answer that are compared: chat templates have as many, and texts rarely end with those."""
+
+
+def _headers(labels: Tensor, ids: Tensor, batch: Mapping[str, Any]) -> int:
+    """Rows that end with the tokens which come before their first label: a header with no answer behind it."""
+    mask, found = batch.get("attention_mask"), 0
+    text = mask.cpu() != 0 if isinstance(mask, Tensor) and mask.shape == ids.shape else ids == ids
+    for row, counted in enumerate(labels != IGNORED):
+        places = counted.nonzero().flatten()
+        first = int(places[0]) if len(places) else 0
+        last = ids[row][text[row]][-HEADER:].tolist()
+        before = ids[row, max(0, first - HEADER) : first].tolist()
+        found += len(set(before)) > 1 and len(before) == HEADER and before == last
+    return found
 
 
 def _furthest(ids: Tensor, batch: Mapping[str, Any]) -> int:

@@ -14,8 +14,9 @@ def labels_are_of_another_text(facts: TrainingFacts, expect: Expect) -> Iterator
 
     ## What it does
     Compares labels with input ids at the same position. Where hardly any are equal, and they are no shifted
-    input either, they are tokens of something else. Labels at places where the input is one mask token are
-    no finding, nor are labels for a custom loss.
+    input either, they are tokens of something else. Where most stand at places where the input is one mask token, and
+    some do not, a collator for masked language models made them. Labels of nothing but such places are no finding, nor
+    are labels for a custom loss.
 
     ## Why is this bad?
     A causal model reads question and answer as one text, and its labels are that text again. With the
@@ -51,7 +52,16 @@ def labels_are_of_another_text(facts: TrainingFacts, expect: Expect) -> Iterator
         and not known.masked_inputs
         and max(known.same, known.ahead, known.behind) < UNLIKE
     ]
-    if strange and 2 * len(strange) > len(facts.labels):
+    hidden = [k for k in facts.labels if k.labels >= ENOUGH and HIDDEN <= k.bounds.hidden < ALL]
+    if hidden and 2 * len(hidden) > len(facts.labels) and not facts.custom_loss and facts.shifts:
+        yield Violation(
+            where=f"{named_batches(hidden)}: labels",
+            observed=f"{hidden[0].bounds.hidden:.0%} of the labels are at places where the input is one and the same "
+            "other token: they are those of a masked language model, and this one predicts the next token",
+            expected="whole texts as inputs, and labels for all of their tokens",
+            fix="make batches with DataCollatorForLanguageModeling(tokenizer, mlm=False); mlm=True is its default",
+        )
+    elif strange and 2 * len(strange) > len(facts.labels):
         first = strange[0]
         yield Violation(
             where=f"{named_batches(strange)}: labels",
@@ -63,6 +73,10 @@ def labels_are_of_another_text(facts: TrainingFacts, expect: Expect) -> Iterator
             "if they are meant to be that, look for shuffled rows and for another tokenizer",
         )
 
+
+HIDDEN, ALL = 0.6, 0.99
+"""Shares of labels. A collator for masked language models hides 80 % of them behind its mask token, and leaves a tenth
+as it is; what all labels are hidden behind is what a diffusion language model is to fill in."""
 
 ENOUGH, UNLIKE = 8, 0.2
 """Labels that a verdict needs, and the share of equal ones that two texts have by chance at most."""

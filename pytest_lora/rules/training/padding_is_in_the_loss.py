@@ -42,7 +42,9 @@ def padding_is_in_the_loss(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
     - https://huggingface.co/docs/transformers/tasks/language_modeling
     """
     labels, padding = (sum(getattr(k, name) for k in facts.labels) for name in ("labels", "padding"))
-    if padding:
+    if padding == labels and all(known.padding_by == "attention_mask" for known in facts.labels) and padding:
+        yield _inverted(any(known.unlabelled for known in facts.labels), labels)
+    elif padding:
         by = next(known.padding_by for known in facts.labels if known.padding)
         yield Violation(
             where=f"labels, told by {by}",
@@ -59,3 +61,19 @@ def padding_is_in_the_loss(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
 
 SHARE = 0.1
 """From this share on the loss says more about padding than a reader of it will expect."""
+
+
+def _inverted(shows_others: bool, labels: int) -> Violation:
+    """A mask that hides every token with a label."""
+    return Violation(
+        where="attention_mask",
+        observed=f"all {labels} labels that count are at positions which attention_mask hides (0)"
+        + (
+            ", and what it shows (1) has none: it says the opposite"
+            if shows_others
+            else ", as it does all of them"
+        ),
+        expected="an attention_mask of 1 at text and 0 at padding",
+        fix="turn the mask round: batch['attention_mask'] = 1 - batch['attention_mask']",
+        severity="error",
+    )

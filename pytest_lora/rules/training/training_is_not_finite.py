@@ -79,9 +79,24 @@ def _at_a_step(facts: TrainingFacts) -> Iterator[Violation]:
             )
             + (f"; base weights are too: {grouped(base)}" if base else ""),
             expected="finite losses and gradients",
-            fix="load the base anew" if base else _remedy(number),
+            fix="load the base anew"
+            if base
+            else _OF_CTC
+            if _is_too_long(facts, step.loss)
+            else _remedy(number),
         )
         return
+
+
+_OF_CTC = (
+    "drop rows whose labels are longer than the frames that the model makes of their audio, for which there is no CTC "
+    "loss, or set model.config.ctc_zero_infinity = True"
+)
+
+
+def _is_too_long(facts: TrainingFacts, loss: float) -> bool:
+    """A CTC loss is infinite, and not NaN, where labels do not fit into the frames."""
+    return facts.model.base.architecture.endswith("CTC") and math.isinf(loss)
 
 
 def _remedy(number: int) -> str:

@@ -124,6 +124,13 @@ REWRITTEN: dict[str, list[Rewriting]] = {
             'batch["input_ids"][:, 0] = batch["labels"][:, 0] = 2\nreport = check_training(model, batch)',
         ),
     ],
+    "LORA384": [
+        Rewriting(
+            "pad and cut input_ids, labels and attention_mask together",
+            'batch["attention_mask"] = batch["attention_mask"][:, :12]',
+            "batch = {name: values[:, :12] for name, values in batch.items()}",
+        ),
+    ],
     "LORA385": [
         Rewriting(
             "call initialize_lora_eva_weights(model, dataloader) behind get_peft_model",
@@ -147,6 +154,17 @@ REWRITTEN: dict[str, list[Rewriting]] = {
             'mask = batch["attention_mask"]\n'
             "    last = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)",
         ),
+    ],
+    "LORA387": [
+        Rewriting(
+            "with torch.no_grad(), model.disable_adapter():",
+            "with torch.no_grad():",
+            "with torch.no_grad(), model.disable_adapter():",
+        ),
+    ],
+    "LORA388": [Rewriting("predictions.squeeze(-1)", "[:, -1, :1]", "[:, -1, :1].squeeze(-1)")],
+    "LORA389": [
+        Rewriting("add_generation_prompt=False", "for start in (3, 13):", "for start in (3,):"),
     ],
     "LORA446": [
         Rewriting("save the trained adapter again in float32", ".half()", ".float()"),
