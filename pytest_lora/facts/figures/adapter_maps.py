@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from pytest_lora.facts.model import ModelFacts
     from pytest_lora.facts.saved_tensors import AdaptedModule
     from pytest_lora.facts.settings import Settings
-    from pytest_lora.facts.silence import why_silent
     from pytest_lora.facts.steps import TensorFacts
-from pytest_lora.facts.training import TrainingFacts
+    from pytest_lora.facts.training import TrainingFacts
 
 SHOWN_ADAPTERS = 8
 """Maps of one model; of more adapters the active ones come first."""
@@ -104,6 +103,13 @@ def _saved(module: AdaptedModule, settings: Settings | None) -> Cell:
     return state, rank, scaling, None, None if size is None else _rounded(size)
 
 
+def _why_silent(training: TrainingFacts | None, layer: LayerState) -> str | None:
+    # Facts of a training are loaded where there is one.
+    from pytest_lora.facts.silence import why_silent
+
+    return None if training is None else why_silent(training, layer)
+
+
 class _Steps:
     """What the last step showed of each adapter on each module."""
 
@@ -118,7 +124,7 @@ class _Steps:
             (layer.module, layer.adapter)
             for layer in judged
             # Data of a few steps does not reach every expert.
-            if not layer.in_expert or (training and why_silent(training, layer))
+            if not layer.in_expert or _why_silent(training, layer)
         }
 
     def unreached(self, layer: LayerState) -> bool:
