@@ -348,6 +348,17 @@ def test_a_schedule_that_ends_with_the_run(rates: list[float]) -> None:
     assert "LORA383" not in {f.code for f in curve(rates).findings}
 
 
+def test_a_rate_that_never_arrives_is_advised_and_no_rank() -> None:
+    def fix(rate: float) -> str:
+        losses = [2.5 + (37 * i * i % 101) / 1000 for i in range(200)]
+        report = diagnose_history(losses, learning_rate=[rate] * 200)
+        return only(report, "LORA344").fix
+
+    assert "5e-08 at most" in fix(5e-8)
+    assert "rank" not in fix(5e-8)
+    assert "double the rank" in fix(2e-7)
+
+
 # ------------------------------------------------------------------------------- adapters
 
 
@@ -355,9 +366,12 @@ def test_magnitudes_that_never_train() -> None:
     model = adapted(use_dora=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_A" in name or "lora_B" in name)
-    assert "lora_magnitude_vector" in only(check_model(model), "LORA209").observed
+    report = check_model(model)
+    silent(report)
+    (told,) = (f for f in report.findings if f.code == "LORA209")
+    assert "lora_magnitude_vector" in told.observed
     model.set_adapter("default")
-    silent(check_model(model))
+    assert "LORA209" not in {f.code for f in check_model(model).findings}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name or "magnitude" in name)
     silent(check_model(model))  # DoRA with a frozen lora_A

@@ -40,6 +40,9 @@ _ALL_WORSE = 1.02
 _LONGEST_WARM_UP = 0.5
 """Share of a run. A warm-up beyond it leaves no time at the rate that was set; LORA329 tells one over the whole run."""
 
+_MOVES_NOTHING = 1e-7
+"""Below this rate ten thousand Adam steps move a number by less than 1e-3, whatever the rank (LORA305)."""
+
 _FELL = -3.0
 """z of the trend of training losses that fall: one in 700 by chance."""
 
@@ -90,10 +93,21 @@ def loss_stays_on_a_plateau(facts: HistoryFacts, expect: Expect) -> Iterator[Vio
         where="train_losses",
         observed=f"{observed} after {facts.steps} steps{of_the_run}",
         expected="a clear fall within the first 10 to 20 % of the run",
-        fix=f"stop, load the base anew, {next_rank(expect, facts.learning_rate)}, and start from step 0, which costs "
-        f"{_cost(facts)}: never resume a checkpoint with another rank. If a higher rank changes nothing, raise the "
-        "learning rate",
+        fix=_fix(facts, expect),
         severity="info" if seen < enough or _is_to_come(facts) else None,
+    )
+
+
+def _fix(facts: HistoryFacts, expect: Expect) -> str:
+    if facts.learning_rate is not None and 0 < facts.learning_rate < _MOVES_NOTHING:
+        return (
+            f"raise the learning rate, which was {facts.learning_rate:.2g} at most: look whether the schedule is stepped "
+            "at every optimizer step (interval='step' in Lightning), and whether its warm-up is counted in them"
+        )
+    return (
+        f"stop, load the base anew, {next_rank(expect, facts.learning_rate)}, and start from step 0, which costs "
+        f"{_cost(facts)}: never resume a checkpoint with another rank. If a higher rank changes nothing, raise the "
+        "learning rate"
     )
 
 
