@@ -101,8 +101,8 @@ def loss_stays_on_a_plateau(facts: HistoryFacts, expect: Expect) -> Iterator[Vio
 def _fix(facts: HistoryFacts, expect: Expect) -> str:
     if facts.learning_rate is not None and 0 < facts.learning_rate < _MOVES_NOTHING:
         return (
-            f"raise the learning rate, which was {facts.learning_rate:.2g} at most: look whether the schedule is stepped "
-            "at every optimizer step (interval='step' in Lightning), and whether its warm-up is counted in them"
+            f"raise the learning rate, which was {facts.learning_rate:.2g} at most: look whether the schedule is "
+            "stepped at every optimizer step (interval='step' in Lightning), and whether its warm-up is counted in them"
         )
     return (
         f"stop, load the base anew, {next_rank(expect, facts.learning_rate)}, and start from step 0, which costs "
