@@ -548,6 +548,8 @@ def test_a_reference_that_is_the_policy() -> None:
     silent(preferred(switched_off, rate=5e-7))
     frozen = LlamaForCausalLM(llama_config())
     silent(preferred(lambda _: nullcontext(frozen)))
+    crawling = preferred(switched_off, rate=1e-12)  # ln 2 to the last digit too, and not of the reference
+    assert "LORA387" not in {f.code for f in crawling.findings}
 
 
 def test_labels_that_do_not_fit_into_the_frames() -> None:
