@@ -341,8 +341,9 @@ def test_a_schedule_that_ends_before_the_run() -> None:
         [2e-4 * max(0.0, 1 - i / 190) for i in range(200)],  # a line to zero, a little early
         [2e-4 * max(1e-3, 1 - i / 100) for i in range(200)],  # down to a least rate, on purpose
         [2e-4 * (i >= 30) for i in range(200)],  # one that begins late
+        [2e-4 * max(0.0, 1 - i / 975) for i in range(1000)],  # the last few of many
     ],
-    ids=["to the end", "a little early", "least rate", "late"],
+    ids=["to the end", "a little early", "least rate", "late", "last few"],
 )
 def test_a_schedule_that_ends_with_the_run(rates: list[float]) -> None:
     assert "LORA383" not in {f.code for f in curve(rates).findings}
