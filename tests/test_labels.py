@@ -29,6 +29,7 @@ def words(**changes: Any) -> Vocabulary:
         ends=(END,),
         single_label=True,
         both_ways=False,
+        stops=(END,),
         opens=None,
         positions=None,
     )

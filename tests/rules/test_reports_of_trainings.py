@@ -24,6 +24,7 @@ from transformers.optimization import Adafactor as OldAdafactor
 
 from pytest_lora import Expect, Finding, Report, check_model, check_training, diagnose_history
 from pytest_lora.bases.examples.models import language_batch, llama_config, made
+from pytest_lora.inspection.training.circumstances import odd_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -272,6 +273,17 @@ def test_padding_is_not_asked_where_a_graph_hangs_on_it() -> None:
     assert "LORA386" not in {f.code for f in embedded(at_the_end, steps=1).findings}
 
 
+def test_a_model_may_add_to_what_it_embedded_in_place() -> None:
+    class Scaled(LlamaModel):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, **given: Any) -> Any:
+            embedded_tokens = self.embed_tokens(input_ids)
+            embedded_tokens.mul_(2.0)
+            return super().forward(inputs_embeds=embedded_tokens, attention_mask=attention_mask, **given)
+
+    only(embedded(at_the_end, base=Scaled(llama_config(pad_token_id=PAD))), "LORA386")
+    silent(embedded(at_the_last_token, base=Scaled(llama_config(pad_token_id=PAD))))
+
+
 def test_asking_for_padding_takes_no_pass_more() -> None:
     calls = 0
 
@@ -463,6 +475,8 @@ def test_a_mask_that_ends_before_the_tokens() -> None:
 
     assert "[4, 12], input_ids of [4, 16]" in only(masked(cut, ignore=["LORA319"]), "LORA384").where
     silent(masked(cut, ignore=["LORA319"], expect=Expect(purpose="inference")))
+    with_cache = {"input_ids": torch.ones(2, 4), "attention_mask": torch.ones(2, 6)}
+    assert not list(odd_masks((with_cache,)))
 
 
 def collated(left: float) -> Report:

@@ -46,7 +46,7 @@ def rows(*values: list[int]) -> Tensor:
 
 
 def bounds(kind: Any, labels: Tensor, ids: Tensor | None = None, **batch: Any) -> TextBounds:
-    return text_bounds(kind, labels, ids, batch, words(ends=(2, 3), decoder_start=0))
+    return text_bounds(kind, labels, ids, batch, words(stops=(2, 3), decoder_start=0))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_rows_that_begin_with_the_token_that_the_model_puts_there() -> None:
     labels = rows([0, 5], [0, 0], [0, N], [5, 0])
     assert bounds("sequence", labels).started == 1
     assert bounds("causal", labels).started == 0
-    assert text_bounds("sequence", labels, None, {}, words(ends=())).started == 0
+    assert text_bounds("sequence", labels, None, {}, words(stops=())).started == 0
     assert bounds("sequence", rows([0], [0])).started == 0
     assert bounds("sequence", torch.tensor([0, 5])).started == 0
 
@@ -111,7 +111,7 @@ def test_texts_that_end_before_their_row() -> None:
     assert closed(ids, ids, mask[:1]) == (0, 0, 0)
     three_back = rows([5, 2, 9, 9, 0])
     assert closed(three_back, three_back, rows([1, 1, 1, 1, 0])) == (1, 0, 1)
-    whole = text_bounds("causal", ids, ids, {"attention_mask": mask}, words(ends=(), decoder_start=0))
+    whole = text_bounds("causal", ids, ids, {"attention_mask": mask}, words(stops=(), decoder_start=0))
     assert (whole.finished, whole.closed, whole.last_tokens) == (0, 0, 0)
 
 

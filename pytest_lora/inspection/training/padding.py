@@ -55,21 +55,23 @@ class Padding:
     def _is_plain(self, fillers: Tensor) -> bool:
         """Whether what the mask hides is padding: tokens may be hidden and read all the same (ColBERT's queries)."""
         tokens = set(fillers.tolist())
-        pads = {self._words.pad, *self._words.ends} - {None}
+        pads = {self._words.pad, *self._words.stops} - {None}
         return len(tokens) == 1 and (self._words.pad is None or tokens <= pads)
 
-    def _embedded(self, module: nn.Module, arguments: Any, output: Any) -> None:
+    def _embedded(self, module: nn.Module, arguments: Any, output: Any) -> Tensor | None:
         ids, padded = self._ids, self._padded
         read = arguments[0] if arguments else None
         if ids is None or padded is None or not isinstance(read, Tensor) or not isinstance(output, Tensor):
-            return
+            return None
         if read.shape != ids.shape or output.ndim != 3 or not torch.equal(read, ids):
-            return
-        if not output.requires_grad:
+            return None
+        leaf = not output.requires_grad
+        if leaf:
             output.requires_grad_()
         self._rows += int(padded.any(1).sum())
         follow: Any = output.register_hook
         follow(partial(self._arrived, padded.to(output.device)))
+        return output.clone() if leaf else None  # a model may add to what it embedded in place
 
     def _arrived(self, padded: Tensor, gradient: Tensor) -> None:
         squares = gradient.detach().float().pow(2).sum(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -16,8 +16,8 @@ from pytest_lora.inspection.transformers_internals import reads_both_ways
 class Vocabulary(NamedTuple):
     """Special tokens and sizes that a model's configuration states.
 
-    ``opens`` is the begin token of a base that cannot do without it, ``positions`` the length that rotary positions
-    were trained for and are not rescaled beyond.
+    ``stops`` are the tokens at which ``generate`` ends, ``opens`` is the begin token of a base that cannot do without
+    it, ``positions`` the length that rotary positions were trained for and are not rescaled beyond.
     """
 
     task: str | None
@@ -30,6 +30,7 @@ class Vocabulary(NamedTuple):
     ends: tuple[int, ...]
     single_label: bool
     both_ways: bool
+    stops: tuple[int, ...]
     opens: int | None
     positions: int | None
 
@@ -57,10 +58,11 @@ def vocabulary(root: nn.Module, base: BaseFacts) -> Vocabulary:
         pad=pad if isinstance(pad, int) else None,
         begin=begin if isinstance(begin, int) else None,
         decoder_start=start if isinstance(start, int) else None,
-        ends=tuple(dict.fromkeys(_ends(root))),
+        ends=_ends(config),
         # With one output and nothing said, transformers takes the labels for numbers.
         single_label=problem == "single_label_classification" or (problem is None and classes != 1),
         both_ways=reads_both_ways(config),
+        stops=tuple(dict.fromkeys((*_ends(config), *_ends(getattr(root, "generation_config", None))))),
         opens=begin if isinstance(begin, int) and _NEEDS_BEGIN.fullmatch(_family(root)) else None,
         positions=_rotary_positions(root),
     )
@@ -75,11 +77,9 @@ def _family(root: nn.Module) -> str:
     return str(getattr(text_config(root), "model_type", ""))
 
 
-def _ends(root: nn.Module) -> Iterator[int]:
-    """End tokens of the configuration, and those at which ``generate`` stops."""
-    for config in (getattr(root, "config", None), getattr(root, "generation_config", None)):
-        end = getattr(config, "eos_token_id", None)
-        yield from map(int, end if isinstance(end, (list, tuple)) else () if end is None else (end,))
+def _ends(config: Any) -> tuple[int, ...]:
+    end = getattr(config, "eos_token_id", None)
+    return tuple(int(e) for e in (end if isinstance(end, (list, tuple)) else () if end is None else (end,)))
 
 
 def _rotary_positions(root: nn.Module) -> int | None:

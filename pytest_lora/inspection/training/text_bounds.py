@@ -37,7 +37,7 @@ def text_bounds(
     """
     filler, filled = _filler(labels, ids) if kind == "causal" and ids is not None else (None, 0.0)
     crossing, firsts = _crossing(labels, batch) if kind == "causal" else (0, 0)
-    finished, closed, last = _closed(labels, ids, batch, words.ends) if kind == "causal" else (0, 0, set())
+    finished, closed, last = _closed(labels, ids, batch, words.stops) if kind == "causal" else (0, 0, set())
     return TextBounds(
         filler=filler,
         filled=filled,

@@ -13,7 +13,8 @@ def mask_is_too_short(facts: TrainingFacts, expect: Expect) -> Iterator[Violatio
 
     ## What it does
     Compares the shapes of `attention_mask` and `input_ids` of each batch that a step was taken on. A mask may be
-    longer, by keys of a cache; what a model raises at another length is LORA319.
+    longer, by keys of a cache, and with a `loss_fn` be for other tokens; what a model raises at another length is
+    LORA319.
 
     ## Why is this bad?
     transformers fills a mask that is too short with zeros and says nothing: the last tokens of every row are hidden,
@@ -35,7 +36,7 @@ def mask_is_too_short(facts: TrainingFacts, expect: Expect) -> Iterator[Violatio
     ## References
     - https://github.com/hiyouga/LlamaFactory/issues/10736
     """
-    if facts.odd and expect.purpose == "train":
+    if facts.odd and not facts.custom_loss and expect.purpose == "train":
         yield Violation(
             where="; ".join(facts.odd[:8]),
             observed="the mask ends before the tokens do: transformers hides those that are left",
