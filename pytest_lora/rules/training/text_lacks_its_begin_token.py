@@ -7,6 +7,9 @@ from pytest_lora.facts.labels import named_batches
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
+ENOUGH = 2
+"""Rows that a verdict needs: a single one may go on where another broke off."""
+
 
 @rule("LORA382", severity="warning", needs=TrainingFacts)
 def text_lacks_its_begin_token(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
@@ -55,7 +58,3 @@ def text_lacks_its_begin_token(facts: TrainingFacts, expect: Expect) -> Iterator
             fix="tokenize plain text with add_special_tokens=True, and leave the begin token that a chat template "
             "writes where it is",
         )
-
-
-ENOUGH = 2
-"""Rows that a verdict needs: a single one may go on where another broke off."""
