@@ -252,15 +252,17 @@ def _predictor(base: Any, config: LoraConfig, setting: StepSetting) -> Predictor
     """
     from transformers import PretrainedConfig
 
+    from pytest_lora.inspection.memory.cut_bases import kept_for
     from pytest_lora.inspection.memory.predictor import Predictor
 
     if not isinstance(base, PretrainedConfig):
         return Predictor(base, config, setting)
-    key = (identity(base), type(config), identity(what_takes_memory(config)), setting)
+    of_base = identity(base)
+    key = (of_base, type(config), identity(what_takes_memory(config)), setting)
     if key not in _predictors:
         if len(_predictors) >= _KEPT:
             del _predictors[next(iter(_predictors))]
-        _predictors[key] = Predictor(copy.deepcopy(base), copy.deepcopy(config), setting)
+        _predictors[key] = Predictor(copy.deepcopy(base), copy.deepcopy(config), setting, kept_for(of_base))
     return _predictors[key]
 
 

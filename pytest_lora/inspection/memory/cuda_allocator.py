@@ -86,7 +86,7 @@ def max_reserved(
     copies = int(instances.max(initial=-1)) + 1
     of_stream = np.zeros(len(storages), dtype=np.int64) if streams is None else streams[storages]
     total = 0
-    for stream in np.unique(of_stream):
+    for stream in np.unique(of_stream) if of_stream.any() else (0,):
         for small, smallest_rest in ((True, 1), (False, _SMALL + 1)):
             chosen = (of_small == small) & (of_stream == stream)
             emptied = _NEVER if emptied_before is None else int(np.count_nonzero(chosen[:emptied_before]))

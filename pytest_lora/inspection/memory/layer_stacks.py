@@ -50,29 +50,87 @@ class Stack:
     number: int
 
 
+class LayerList(NamedTuple):
+    """A list of layers in a model, by names.
+
+    Attributes:
+        path: Where it is in the model.
+        names: The layers' in the list.
+        kinds: A number for each layer; like layers have the same.
+        modules: The names in the model of each layer's modules, its own first.
+    """
+
+    path: str
+    names: list[str]
+    kinds: list[int]
+    modules: list[list[str]]
+
+
+class Run(NamedTuple):
+    """Layers of one list that follow each other, by their names; every ``period`` of them are a unit like the next."""
+
+    path: str
+    names: tuple[str, ...]
+    period: int
+
+
+def layer_lists(model: nn.Module) -> list[LayerList]:
+    """The outermost lists of layers in a model; what layers hold, experts for one, is not looked at."""
+    found: list[LayerList] = []
+    numbers: dict[Any, int] = {}
+    for path, layers in _outermost_lists(model):
+        names = list(layers._modules)
+        kinds = [numbers.setdefault(_signature(layer), len(numbers)) for layer in layers]
+        modules = [
+            [f"{path}.{name}.{inner}" if inner else f"{path}.{name}" for inner, _ in layer.named_modules()]
+            for name, layer in zip(names, layers, strict=True)
+        ]
+        found.append(LayerList(path, names, kinds, modules))
+    return found
+
+
+def runs_of(
+    lists: list[LayerList], cut: Cut = USUAL, mark: Callable[[str], Hashable] | None = None
+) -> tuple[Run, ...]:
+    """Runs of like layers that are worth a cut.
+
+    Args:
+        lists: Those of a whole model.
+        cut: More layers count as one where a layer holds what one further away frees.
+        mark: What else tells one module from another, by its name: whether it will be adapted, for one.
+    """
+    found: list[Run] = []
+    for path, names, numbers, modules in lists:
+        kinds: list[Any] = [
+            (number, *map(mark, within)) if mark is not None else number
+            for number, within in zip(numbers, modules, strict=True)
+        ]
+        for start, period, count in _runs(kinds, cut.together):
+            found.append(Run(path, tuple(names[start : start + period * count]), period))
+    return tuple(found)
+
+
+def take_out(model: nn.Module, runs: tuple[Run, ...], cut: Cut = USUAL) -> list[Stack]:
+    """Take the inner layers of runs out of a model, which is changed; what stays keeps its name."""
+    stacks: list[Stack] = []
+    for path, names, period in runs:
+        layers = model.get_submodule(path)
+        count = len(names) // period
+        units = [names[i * period : (i + 1) * period] for i in range(count)]
+        for name in (name for unit in units[cut.before + 1 : count - 1 - cut.after] for name in unit):
+            del layers._modules[name]
+        places = (*range(cut.before + 1), *range(count - 1 - cut.after, count))
+        kept = [tuple(layers.get_submodule(name) for name in units[place]) for place in places]
+        none = [()] * (FIRST_INNER - cut.before), [()] * (KEPT - 1 - LAST_INNER - cut.after)
+        stacks.append(Stack((*none[0], *kept, *none[1]), count - cut.before - cut.after, len(stacks)))
+    return stacks
+
+
 def cut_stacks(
     model: nn.Module, cut: Cut = USUAL, mark: Callable[[str], Hashable] | None = None
 ) -> list[Stack]:
-    """Take the inner layers of long runs of like layers out of a model; what stays keeps its name.
-
-    Args:
-        model: It is changed.
-        cut: How; more layers count as one where a layer holds what one further away frees.
-        mark: What else tells one module from another, by its name: whether it will be adapted, for one.
-    """
-    stacks: list[Stack] = []
-    for path, layers in list(_outermost_lists(model)):
-        names = list(layers._modules)
-        kinds = [_signature(layer, f"{path}.{name}", mark) for name, layer in zip(names, layers, strict=True)]
-        for start, period, count in _runs(kinds, cut.together):
-            run = [names[start + i * period : start + (i + 1) * period] for i in range(count)]
-            for name in (name for unit in run[cut.before + 1 : count - 1 - cut.after] for name in unit):
-                del layers._modules[name]
-            places = (*range(cut.before + 1), *range(count - 1 - cut.after, count))
-            units = [tuple(layers.get_submodule(name) for name in run[place]) for place in places]
-            none = [()] * (FIRST_INNER - cut.before), [()] * (KEPT - 1 - LAST_INNER - cut.after)
-            stacks.append(Stack((*none[0], *units, *none[1]), count - cut.before - cut.after, len(stacks)))
-    return stacks
+    """Take the inner layers of long runs of like layers out of a model, which is changed; see ``runs_of``."""
+    return take_out(model, runs_of(layer_lists(model), cut, mark), cut)
 
 
 def _outermost_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
@@ -95,10 +153,8 @@ def _runs(kinds: list[Any], together: int) -> Iterator[tuple[int, int, int]]:
     yield from ((end + after, width, units) for after, width, units in _runs(kinds[end:], together))
 
 
-def _signature(
-    layer: nn.Module, path: str = "", mark: Callable[[str], Hashable] | None = None
-) -> tuple[Any, ...]:
-    """What tells one layer from another but for its index: modules, shapes, plain attributes, and marks."""
+def _signature(layer: nn.Module) -> tuple[Any, ...]:
+    """What tells one layer from another but for its index: modules, shapes, and plain attributes."""
     return tuple(
         (
             name,
@@ -106,7 +162,6 @@ def _signature(
             tuple((n, p.shape, p.dtype) for n, p in module._parameters.items() if p is not None),
             tuple((n, b.shape, b.dtype) for n, b in module._buffers.items() if b is not None),
             tuple((n, v) for n, v in vars(module).items() if isinstance(v, _PLAIN) and n not in _INDICES),
-            mark(f"{path}.{name}" if name else path) if mark is not None else None,
         )
         for name, module in layer.named_modules()
     )

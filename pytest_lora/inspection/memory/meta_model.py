@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +13,20 @@ from torch import nn
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
 from pytest_lora.inspection.limited.patterns import require_matchable
-from pytest_lora.inspection.memory.adapted_layers import is_numbered, marks, same_in_every_layer
+from pytest_lora.inspection.memory.cut_bases import KeptBases, cut_base
 from pytest_lora.inspection.memory.fused_layers import fuse_layers
 from pytest_lora.inspection.memory.fused_losses import fuse_loss
-from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, USUAL, Cut, Stack, cut_stacks
+from pytest_lora.inspection.memory.layer_stacks import (
+    FIRST_INNER,
+    KEPT,
+    USUAL,
+    Cut,
+    Stack,
+)
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
 from pytest_lora.inspection.memory.parallel.model import Rank
-from pytest_lora.inspection.memory.parallel.strategies import before_adapters, distributed, plan_of
+from pytest_lora.inspection.memory.parallel.strategies import before_adapters, distributed
 from pytest_lora.inspection.memory.remedies import excluded_by_peft
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 from pytest_lora.inspection.memory.trainers import set_up
@@ -31,9 +35,6 @@ from pytest_lora.inspection.peft_internals import freeze, store_adapter
 from pytest_lora.inspection.rehearsal import without_values
 from pytest_lora.inspection.skeleton import (
     META,
-    require_no_adapter,
-    resolve_base,
-    skeleton,
     without_initial_values,
 )
 from pytest_lora.inspection.transformers_internals import kept_whole, quantized_linears
@@ -94,7 +95,14 @@ def adapted_base(model: nn.Module) -> nn.Module:
     return inner
 
 
-def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: Cut = USUAL) -> MetaModel:
+def build(
+    base: Any,
+    config: LoraConfig,
+    setting: StepSetting,
+    *,
+    cut: Cut = USUAL,
+    kept: KeptBases | None = None,
+) -> MetaModel:
     """Build the model of a setting on the meta device.
 
     Args:
@@ -102,29 +110,14 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: Cut = USU
         config: The adapter; it is not changed.
         setting: Quantization, dtype and checkpointing.
         cut: How inner layers that are like their neighbours are left out.
+        kept: Bases that were built of the same ``base`` before.
 
     Raises:
         TypeError: ``base`` is nothing that a base can be made of.
         ValueError: The base cannot be built, carries an adapter, or PEFT refuses the configuration.
     """
-    from transformers import PretrainedConfig, PreTrainedModel
-
-    dtype: torch.dtype = getattr(torch, setting.dtype)
-    task = getattr(config.task_type, "value", config.task_type)
-    if setting.trainer == "trl-reward" and isinstance(base, PretrainedConfig):
-        base, task = _scoring(base), "SEQ_CLS"
-    with _default_dtype(dtype):
-        model = resolve_base(base, task)
-    if isinstance(base, nn.Module):
-        require_no_adapter(model)
-        if not isinstance(model, PreTrainedModel):
-            raise ValueError(
-                f"base: a step can be run of transformers models, not of a {type(model).__name__}"
-            )
-        model = _in_dtype(skeleton(model), dtype)
-    _complete(model)
-    plan = plan_of(model, setting)
-    stacks = _cut(model, config, setting, cut) if cut.together else []
+    bare = cut_base(base, config, setting, cut, kept)
+    model, stacks = bare.model, bare.stacks
     if setting.quantization is not None:
         _quantize(model, setting.quantization, setting)
     before_adapters(model, setting)
@@ -139,52 +132,8 @@ def build(base: Any, config: LoraConfig, setting: StepSetting, *, cut: Cut = USU
     if setting.by_trl:
         set_up(adapted, adapted_base(adapted), setting)
     unit_of = units_of(stacks)
-    built = MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of), plan)
+    built = MetaModel(adapted, stacks, unit_of, loaded_weights(adapted, unit_of), bare.plan)
     return built if setting.parallel is None else distributed(built, setting, setting.parallel)
-
-
-def _scoring(base: Any) -> Any:
-    """The configuration of a model with one number as its output, which TRL builds to learn rewards."""
-    scoring = copy.deepcopy(base)
-    scoring.architectures = None
-    scoring.id2label = {0: "LABEL_0"}
-    scoring.label2id = {"LABEL_0": 0}
-    return scoring
-
-
-def _complete(model: nn.Module) -> None:
-    """Give a configuration the token numbers that every training sets; which number it is does not matter."""
-    transformer: Any = model
-    for name in ("pad_token_id", "image_token_id", "image_token_index"):
-        if getattr(transformer.config, name, "absent") is None:
-            setattr(transformer.config, name, 0)
-
-
-def _cut(model: nn.Module, config: LoraConfig, setting: StepSetting, cut: Cut) -> list[Stack]:
-    """Take layers out that are adapted like their neighbours."""
-    mark = marks(config)
-    if mark is None or any(map(is_numbered, setting.frozen)):
-        return []
-    if not same_in_every_layer(config):
-        require_matchable(config, dict(model.named_modules()))
-    return cut_stacks(model, cut, mark)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    return model
 
 
 def _quantize(model: nn.Module, quantization: Quantization, setting: StepSetting) -> None:

@@ -17,6 +17,7 @@ from pytest_lora.facts.parallel import FSDP
 from pytest_lora.inspection.memory.batches import has_tokens
 from pytest_lora.inspection.memory.compiled_replay import fastest_replay
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
+from pytest_lora.inspection.memory.cut_bases import KeptBases
 from pytest_lora.inspection.memory.dry_run import NotTracedError
 from pytest_lora.inspection.memory.estimate import StepShape
 from pytest_lora.inspection.memory.families import numbers_of, shares_of, thresholds_of
@@ -63,6 +64,7 @@ class Predictor:
         base: A live model, a ``PretrainedConfig``, or a path.
         config: The adapter.
         setting: Everything else; its batch size and sequence length do not matter.
+        kept: Bases that predictors of the same ``base`` share.
 
     Raises:
         TypeError, ValueError: See ``meta_model.build``.
@@ -71,8 +73,11 @@ class Predictor:
     _replays = 0
     """Of all predictors: compiling is worth it once for all of them."""
 
-    def __init__(self, base: Any, config: LoraConfig, setting: StepSetting) -> None:
+    def __init__(
+        self, base: Any, config: LoraConfig, setting: StepSetting, kept: KeptBases | None = None
+    ) -> None:
         self.setting = setting
+        self._kept = kept
         self._base = base
         self._config = config
         self._thresholds = thresholds_of(base)
@@ -205,7 +210,7 @@ class Predictor:
             config = copy.copy(self._config)
             config.r = rank
             with quiet():
-                built = build(self._base, config, self.setting, cut=self._cut)
+                built = build(self._base, config, self.setting, cut=self._cut, kept=self._kept)
             self._models = dict([*self._models.items()][-1:]) | {rank: built}
         return self._models[rank]
 

@@ -51,6 +51,10 @@ class StandIns:
         }
         self._answers = {id(func): answer for func, answer in answers.items()}
 
+    def knows(self, func: Any) -> bool:
+        """Whether there is a stand-in for an operation's result, for some of its arguments."""
+        return id(func) in self._answers
+
     def answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The stand-in for an operation's result; None where it can run."""
         known = self._answers.get(id(func))

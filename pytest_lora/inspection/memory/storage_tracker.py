@@ -27,6 +27,20 @@ _RESULTS = KnownResults()
 """Of all steps: those of one base have most shapes in common."""
 
 
+_OPERATIONS: dict[int, tuple[Any, tuple[str, bool]]] = {}
+"""By their id, which they keep as they are kept here: torch hashes and names them in Python."""
+
+
+def _operation(func: Any) -> tuple[str, bool]:
+    """The name of an operation, and whether all that it gives are views of what it is given."""
+    known = _OPERATIONS.get(id(func))
+    if known is None:
+        aliases = [part.alias_info for part in func._schema.returns]
+        looks = bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+        known = _OPERATIONS[id(func)] = func, (str(func), looks)
+    return known[1]
+
+
 class NeedsValuesError(RuntimeError):
     """An operation cannot run without values."""
 
@@ -135,23 +149,29 @@ class StorageTracker:
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tick(self.phase)
-        meanwhile = self._stand_ins.held_by_the_kernel(func, args)
-        for name, tensor in meanwhile:
-            self._made(tensor, name)
-        out = self._stand_ins.answer(func, args, kwargs)
+        name, looks = _operation(func)
+        looks = looks and not self._stand_ins.knows(func)
+        out = None
+        if not looks:
+            for kernel, tensor in self._stand_ins.held_by_the_kernel(func, args):
+                self._made(tensor, kernel)
+            out = self._stand_ins.answer(func, args, kwargs)
         try:
-            out = self._computed(func, args, kwargs) if out is None else out
+            if looks:
+                out = func(*args, **kwargs)
+            elif out is None:
+                out = self._computed(func, args, kwargs)
         except (NotImplementedError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise NeedsValuesError(f"{func} in the {self.phase} needs values: {reason}") from error
-        if flops := flops_of(func, args, kwargs, out):
+        if not looks and (flops := flops_of(func, args, kwargs, out)):
             self.count(flops)
         if isinstance(out, torch.Tensor):
-            self._made(out, func)
+            self._made(out, name)
         elif out is not None:
             for leaf in tree_leaves(out):
                 if isinstance(leaf, torch.Tensor):
-                    self._made(leaf, func)
+                    self._made(leaf, name)
         return out
 
     def _computed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,7 +187,7 @@ class StorageTracker:
             args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(_META), (args, kwargs))
             return _RESULTS.run(func, args, kwargs)
 
-    def _made(self, tensor: torch.Tensor, func: Any) -> None:
+    def _made(self, tensor: torch.Tensor, name: str) -> None:
         if tensor.device != self._device:
             return
         part: torch.Tensor = getattr(tensor, "_local_tensor", tensor)  # of a distributed tensor
@@ -178,7 +198,6 @@ class StorageTracker:
         size = storage.nbytes()
         if not size:
             return
-        name = str(func)
         self._watched[key] = weakref.ref(storage, lambda _: self._freed(key))
         self._live[key] = self._new(size, name, self._held_for or self._category(name, tensor))
 
