@@ -16,6 +16,8 @@ from pytest_lora.inspection.memory.step import PHASES, Step
 from pytest_lora.inspection.memory.timeline import Timeline, expand
 
 Integers = NDArray[np.int64]
+_CATEGORY = {category: number for number, category in enumerate(CATEGORIES)}
+_PHASE = {phase: number for number, phase in enumerate(PHASES)}
 
 
 class FastPeak:
@@ -56,8 +58,8 @@ class StepShape:
         self._storages = np.where(events < 0, ~events, events)
         self._frees = events < 0
         self._streams = np.array(step.streams, dtype=np.int64)
-        self._categories = np.array([CATEGORIES.index(c) for c in step.categories])
-        self._phases = np.array([PHASES.index(p) for p in step.phases])
+        self._categories = np.array(list(map(_CATEGORY.__getitem__, step.categories)))
+        self._phases = np.array(list(map(_PHASE.__getitem__, step.phases)))
         self._second_step = int(np.flatnonzero(self.line.index >= step.first)[0])
         self._loaded = int(np.flatnonzero(self.line.index >= step.loaded)[0])
         self._cut = expand(step.loading, step.loading_units, step.copies, like) if step.loading else None

@@ -125,13 +125,14 @@ class _Expansion:
             for (low, high), group in groupby(played, key=lambda stretch: stretch[:2])
         ]
         weights = np.where(self.events < 0, -1, 1)
-        parts = []
-        for stretch in played:
-            part = self._part(stretch)
-            parts.append(part)
-            low, high = stretch.low, stretch.high
-            if len(part.events) != high - low:
-                weights[low:high] *= np.bincount(part.events - low, minlength=high - low)
+        parts: list[_Part] = []
+        for _, same in groupby(played, key=lambda stretch: (*stretch[:3], stretch.partner)):
+            stretches = list(same)
+            made = list(self._parts(stretches))
+            parts += made
+            low, high = stretches[0].low, stretches[0].high
+            if len(stretches) == 1 and len(made[0].events) != high - low:
+                weights[low:high] *= np.bincount(made[0].events - low, minlength=high - low)
         index, instances, layers = (np.concatenate(column) for column in zip(*parts, strict=True))
         self._check(index, instances)
         return Timeline(tuple(blocks), weights, index, instances, layers)
@@ -185,6 +186,22 @@ class _Expansion:
 
     def _is_inner(self, unit: int) -> bool:
         return unit // KEPT in self.copies and unit % KEPT in (FIRST_INNER, LAST_INNER)
+
+    def _parts(self, stretches: list[_Stretch]) -> Iterator[_Part]:
+        """What the same events do in one copy after another: from two of them, as every number rises alike."""
+        if len(stretches) < 4:
+            yield from map(self._part, stretches)
+            return
+        moved = [stretch for stretch in stretches if not self._is_original(stretch)]
+        first, second = map(self._part, moved[:2])
+        times = np.arange(len(moved))[:, None]
+        instances, layers = (
+            (one + times * (other - one)).ravel()
+            for one, other in ((first.instance, second.instance), (first.layer, second.layer))
+        )
+        together = _Part(np.tile(first.events, len(moved)), instances, layers)
+        original = [self._part(stretch) for stretch in stretches if self._is_original(stretch)]
+        yield from (*original, together) if self._is_original(stretches[0]) else (together, *original)
 
     def _part(self, stretch: _Stretch) -> _Part:
         index = np.arange(stretch.low, stretch.high)
