@@ -23,6 +23,7 @@ from pytest_lora.checks.properties import check_adapter_shapes, check_alpha_rati
 from pytest_lora.checks.recipe import check_recipe, check_run
 from pytest_lora.checks.training import check_loss_decreases, check_training
 from pytest_lora.findings import LoraHealthWarning, Report
+from pytest_lora.inspection.quiet import unexplained
 from pytest_lora.rules.selection import in_force
 
 P = ParamSpec("P")
@@ -84,7 +85,9 @@ def asserting(check: Callable[P, Report], name: str) -> Callable[P, Report]:
     @wraps(check)
     def asserted(*args: P.args, **kwargs: P.kwargs) -> Report:
         __tracebackhide__ = True
-        return demand(check(*args, **kwargs))
+        with unexplained():
+            report = check(*args, **kwargs)
+        return demand(report)
 
     doc = (check.__doc__ or "").replace(
         "    Raises:\n", "    Raises:\n        LoraHealthError: There are errors.\n", 1

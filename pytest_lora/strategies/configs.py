@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from pytest_lora.expect import Expect
+from pytest_lora.inspection.quiet import unexplained
 from pytest_lora.strategies.bases import BaseTargets, Target, targets_of
 from pytest_lora.strategies.search_space import (
     INITS,
@@ -103,7 +104,8 @@ class Kind(NamedTuple):
 @st.composite
 def drawn_configs(draw: Draw, space: SearchSpace) -> LoraConfig:
     """One configuration out of what a base has space for."""
-    return made(draw, drawn_fields(draw, space))
+    with unexplained():
+        return made(draw, drawn_fields(draw, space))
 
 
 def made(draw: Draw, fields: dict[str, Any]) -> LoraConfig:

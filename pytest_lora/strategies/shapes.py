@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from pytest_lora.facts.parallel import STRATEGIES
+from pytest_lora.inspection.quiet import unexplained
 
 QUANTIZATIONS = (None, "nf4", "fp4", "int8")
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "sgd")
@@ -105,18 +106,19 @@ def _shapes(
     With batch and sequence drawn apart, a fault of their product would not shrink: a smaller batch needs a
     longer sequence. So a smaller batch has the longer sequence.
     """
-    tokens = draw(st.integers(1, longest) | st.integers(1, longest * largest_batch))
-    batch_size = draw(st.integers(1, largest_batch))
-    cards = draw(gpus)
-    return TrainingShape(
-        batch_size=batch_size,
-        seq_len=min(longest, max(1, tokens // batch_size)),
-        gradient_checkpointing=draw(checkpointing),
-        quantization=draw(quantizations),
-        optimizer=draw(optimizers),
-        gpus=cards,
-        strategy=draw(strategies) if cards > 1 else STRATEGIES[0],
-    )
+    with unexplained():
+        tokens = draw(st.integers(1, longest) | st.integers(1, longest * largest_batch))
+        batch_size = draw(st.integers(1, largest_batch))
+        cards = draw(gpus)
+        return TrainingShape(
+            batch_size=batch_size,
+            seq_len=min(longest, max(1, tokens // batch_size)),
+            gradient_checkpointing=draw(checkpointing),
+            quantization=draw(quantizations),
+            optimizer=draw(optimizers),
+            gpus=cards,
+            strategy=draw(strategies) if cards > 1 else STRATEGIES[0],
+        )
 
 
 def _listed(name: str, values: Any) -> list[Any]:

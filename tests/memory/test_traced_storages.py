@@ -10,7 +10,12 @@ from torch.nn import functional
 
 from pytest_lora.inspection.memory.cuda_kernels import _Autocast, cuda_kernels
 from pytest_lora.inspection.memory.stand_ins import StandIns
-from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, NeedsValuesError, StorageTracker
+from pytest_lora.inspection.memory.storage_tracker import (
+    OUTSIDE,
+    NeedsValuesError,
+    StorageTracker,
+    _operation,
+)
 
 HALF = torch.bfloat16
 
@@ -225,3 +230,38 @@ def test_autocast_where_torch_has_none() -> None:
     assert _Autocast(HALF).dtype_of("meta") == HALF
     assert _Autocast(None).dtype_of("meta") == torch.get_autocast_dtype("cuda")
     assert _Autocast(HALF).dtype_of("cpu") == torch.get_autocast_dtype("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "looks"),
+    [
+        ("view", True),
+        ("t", True),
+        ("split.Tensor", True),
+        ("detach", True),
+        ("mm", False),
+        ("add_.Tensor", False),
+    ],
+)
+def test_operations_that_only_look_at_what_they_are_given(name: str, looks: bool) -> None:
+    packet, _, overload = name.partition(".")
+    func = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    assert _operation(func) == (str(func), looks)
+
+
+def test_a_look_at_a_storage_from_outside_is_where_it_is_met_first() -> None:
+    """What was there before the step and is no weight counts from where the step first sees it."""
+    seen, outside = tracker(), meta(3, 4)
+    with seen.recorded():
+        views = outside.view(4, 3), *outside.unbind()
+    assert (seen.sizes, seen.operations, seen.events) == ([48], ["aten.view.default"], [0])
+    assert len(views) == 4
+
+
+def test_a_look_that_fails_without_values_is_said_to_need_them() -> None:
+    seen = tracker()
+    with (
+        seen.recorded(),
+        pytest.raises(NeedsValuesError, match=r"aten\.view\.default in the forward needs values"),
+    ):
+        torch.ops.aten.view.default(meta(3, 4), [5])

@@ -12,9 +12,11 @@ from peft import LoraConfig
 from transformers import GPT2Config, LlamaConfig
 
 from pytest_lora import estimate_memory
+from pytest_lora.assertions import asserting
+from pytest_lora.findings import Report
 from pytest_lora.inspection.memory.predictor import Predictor
 from pytest_lora.inspection.quiet import unexplained
-from pytest_lora.strategies import lora_configs, training_shapes
+from pytest_lora.strategies import configs, lora_configs, shapes, training_shapes
 from tests.strategies.test_configs import draws
 
 SMALL = LlamaConfig(
@@ -60,6 +62,39 @@ def test_hypothesis_notes_no_line_of_a_dry_run(monkeypatch: pytest.MonkeyPatch) 
         sys.settrace(tracer)
     assert (True, False, True) in seen, "noted before and after, and not within"
     assert not any(within for _, within, _ in seen)
+
+
+def test_hypothesis_notes_no_line_of_a_draw_nor_of_an_assertion(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[bool]] = {"config": [], "shape": [], "check": [], "test": []}
+
+    def noting(what: str, function: Any) -> Any:
+        def noted(*args: Any, **named: Any) -> Any:
+            seen[what].append(lines_are_noted())
+            return function(*args, **named)
+
+        return noted
+
+    monkeypatch.setattr(configs, "drawn_fields", noting("config", configs.drawn_fields))
+    monkeypatch.setattr(shapes, "TrainingShape", noting("shape", shapes.TrainingShape))
+    report = Report("nothing", ())
+    assertion = asserting(noting("check", lambda base: report), "assert_nothing")
+
+    @settings(draws(4), phases=settings().phases, print_blob=False)
+    @given(lora_configs(), training_shapes())
+    def fails(config: Any, shape: Any) -> None:
+        assert assertion(None) is report
+        seen["test"].append(lines_are_noted())
+        raise AssertionError
+
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        with pytest.raises(AssertionError):
+            fails()
+    finally:
+        sys.settrace(tracer)
+    assert any(seen.pop("test"))
+    assert all(noted and not any(noted) for noted in seen.values()), seen
 
 
 def test_tracers_of_others_stay() -> None:

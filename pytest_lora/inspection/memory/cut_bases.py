@@ -81,6 +81,7 @@ class KeptBases:
         made = make()
         if len(self._asked) >= _MOST:
             self._asked.clear()
+            self._whole.clear()
         self._whole[key] = made.layers, made.modules
         asked = key, made.runs
         if asked not in self._asked:  # most are asked for once

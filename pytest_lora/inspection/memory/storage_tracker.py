@@ -137,8 +137,9 @@ class StorageTracker:
         def dispatch(
             mode: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
-            if any(kind.__name__ == "DTensor" for kind in types):
-                return NotImplemented  # it takes itself apart into operations on what this rank holds
+            for kind in types:
+                if kind.__name__ == "DTensor":
+                    return NotImplemented  # it takes itself apart into operations on what this rank holds
             return self._run(func, args, kwargs or {})
 
         # Without the wrapper that keeps torch.compile out of it, which costs a tenth of a trace.
