@@ -27,10 +27,10 @@ from pytest_lora.inspection.memory.operations import FlopsSurface, require_like_
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, state_bytes
 from pytest_lora.inspection.memory.packed_weights import _STORED, pack_weights
 from pytest_lora.inspection.memory.parallel import placed, whole
-from pytest_lora.inspection.memory.parallel.placed import Placement, _gpu_of, _whole
+from pytest_lora.inspection.memory.parallel.placed import Placement, _gpu_of, _whole, moved_between_gpus
 from pytest_lora.inspection.memory.parallel.strategies import autocasts, cuts_of
 from pytest_lora.inspection.memory.parallel.whole import _gathered, _number, _part, _width
-from pytest_lora.inspection.memory.predictor import _cache_of_generation, _moved_between_gpus
+from pytest_lora.inspection.memory.predictor import _cache_of_generation
 from pytest_lora.inspection.memory.stand_ins import StandIns, _ctc_loss, _grouped_mm, _masked, _split
 from pytest_lora.inspection.memory.step import Step, _flops
 from pytest_lora.inspection.memory.timeline import NotRepeatingError, Timeline
@@ -245,14 +245,14 @@ def test_what_accelerate_moves_and_generation_caches() -> None:
     )
     setting = StepSetting(5, 7, workspace=11)
     assert _cache_of_generation(config, setting) == 2 * 2 * 3 * 2 * 8 * 5 * 7
-    assert _moved_between_gpus(config, setting) == 4 * (100 + 2 * 64) * 5 * 7 + 11
+    assert moved_between_gpus(config, setting) == 4 * (100 + 2 * 64) * 5 * 7 + 11
     config.head_dim, config.num_key_value_heads = 16, None
     assert _cache_of_generation(config, setting) == 2 * 2 * 3 * 8 * 16 * 5 * 7
     assert _cache_of_generation(SimpleNamespace(text_config=config), setting) == 4 * 3 * 8 * 16 * 35
     for missing in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         partly = SimpleNamespace(**{**vars(config), missing: None})
         assert _cache_of_generation(partly, setting) == 0
-    assert _moved_between_gpus(SimpleNamespace(hidden_size=None, vocab_size=None), setting) == 11
+    assert moved_between_gpus(SimpleNamespace(hidden_size=None, vocab_size=None), setting) == 11
 
 
 # ---------------------------------------------------------------------------------- families

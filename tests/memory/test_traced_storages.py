@@ -265,3 +265,11 @@ def test_a_look_that_fails_without_values_is_said_to_need_them() -> None:
         pytest.raises(NeedsValuesError, match=r"aten\.view\.default in the forward needs values"),
     ):
         torch.ops.aten.view.default(meta(3, 4), [5])
+
+
+def test_a_look_with_a_stand_in_is_answered_by_it() -> None:
+    """Images whose sizes are not known get equal shares."""
+    seen = tracker()
+    with seen.recorded():
+        parts = torch.ops.aten.split_with_sizes.default(meta(2, 6), [1, 2, 4], 1)
+    assert [tuple(part.shape) for part in parts] == [(2, 2)] * 3

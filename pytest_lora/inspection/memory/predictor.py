@@ -26,6 +26,7 @@ from pytest_lora.inspection.memory.fused_losses import FORMULAS as LOSS_FORMULAS
 from pytest_lora.inspection.memory.images import reads_images
 from pytest_lora.inspection.memory.layer_stacks import USUAL, Cut
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
+from pytest_lora.inspection.memory.parallel.placed import moved_between_gpus
 from pytest_lora.inspection.memory.parallel.strategies import cuts_of
 from pytest_lora.inspection.memory.patience import limited, require_few
 from pytest_lora.inspection.memory.sizes import Family, Point
@@ -259,7 +260,7 @@ def _unmodelled(setting: StepSetting, model: nn.Module, breakdown: Mapping[str, 
         kept = _IN_FLOAT32 * (shared.shard_size or shared.gpus) * breakdown.get("adapters", 0)
         yield Unmodelled("gradients that no_sync keeps whole between micro-batches are", "at least", kept)
     if shared is not None and shared.strategy == "device_map":
-        moved = _moved_between_gpus(getattr(model, "config", None), setting)
+        moved = moved_between_gpus(getattr(model, "config", None), setting)
         yield Unmodelled(
             "hidden states and logits that accelerate copies to another GPU are", "at least", moved
         )
@@ -296,10 +297,3 @@ def _cache_of_generation(config: Any, setting: StepSetting) -> int:
     groups: int = getattr(text, "num_key_value_heads", None) or heads
     each: int = getattr(text, "head_dim", None) or width // heads
     return 2 * 2 * layers * groups * each * setting.batch_size * setting.seq_len
-
-
-def _moved_between_gpus(config: Any, setting: StepSetting) -> int:
-    """Bytes of the logits and of hidden states with their gradient in float32, and of a workspace of cuBLAS."""
-    text = getattr(config, "text_config", config)
-    numbers = (getattr(text, "vocab_size", 0) or 0) + 2 * (getattr(text, "hidden_size", 0) or 0)
-    return 4 * numbers * setting.batch_size * setting.seq_len + setting.workspace
