@@ -11,7 +11,7 @@ from torch import nn
 
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.facts.memory_choices import Evaluation
-from pytest_lora.inspection.memory import dry_run, fused_layers, meta_model
+from pytest_lora.inspection.memory import cut_bases, dry_run, fused_layers
 from pytest_lora.inspection.memory.dry_run import _entering, _evaluate, _first_of, _times
 from pytest_lora.inspection.memory.live_model import _commonest, described, left_out
 from pytest_lora.inspection.memory.meta_model import _bitsandbytes_config, _hint, _prepare
@@ -87,14 +87,14 @@ def test_what_to_write_where_a_packed_head_is_to_be_trained() -> None:
 
 def test_a_model_with_one_score() -> None:
     given = SimpleNamespace(architectures=["A"], id2label={0: "x", 1: "y"}, label2id={"x": 0, "y": 1})
-    scoring = meta_model._scoring(given)
+    scoring = cut_bases._scoring(given)
     assert (scoring.architectures, scoring.id2label, scoring.label2id) == (
         None,
         {0: "LABEL_0"},
         {"LABEL_0": 0},
     )
     assert given.architectures == ["A"]
-    halved = meta_model._in_dtype(nn.Linear(2, 2), torch.float16)
+    halved = cut_bases._in_dtype(nn.Linear(2, 2), torch.float16)
     assert {parameter.dtype for parameter in halved.parameters()} == {torch.float16}
 
 
