@@ -22,8 +22,9 @@ from peft import LoraConfig
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 
 from pytest_lora import estimate_memory
-from pytest_lora.checks.run_setting import estimate_of_run
-from pytest_lora.inspection.recipe import read_recipe
+from pytest_lora.checks.run_base import adapter_of
+from pytest_lora.inspection.recipe import recipe_facts
+from pytest_lora.inspection.recipe.adapter import fused_arguments, step_arguments
 
 GIB, GB = 2**30, 10**9
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -407,14 +408,23 @@ def of_axolotl() -> Iterator[Row]:
 ROWS = (of_fms, of_peft, of_litgpt, of_qwen, of_axolotl)
 
 
+def of_recipe(path: Path, config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
+    run = recipe_facts(path).setting
+    assert run is not None
+    step = step_arguments(run, None)
+    assert step is not None
+    return adapter_of(run, config), step | fused_arguments(run)
+
+
 def predicted(row: Row) -> int:
     if "recipe" in row.setting:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "recipe.yaml"
             path.write_text(row.setting["recipe"])
-            estimate = estimate_of_run(read_recipe(path), row.base)
+            adapter, setting = of_recipe(path, row.base)
     else:
-        estimate = estimate_memory(row.adapter, row.base, **row.setting)
+        adapter, setting = row.adapter, row.setting
+    estimate = estimate_memory(adapter, row.base, **setting)
     return estimate.peak_reserved if row.kind == "reserved" else estimate.peak_allocated
 
 
