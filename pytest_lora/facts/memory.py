@@ -93,6 +93,7 @@ class StepSetting:
         accumulation: Micro-batches to one optimizer step.
         outputs_held: Whether the training loop keeps the model's outputs until the step has ended.
         prepare_for_kbit: Whether ``prepare_model_for_kbit_training`` casts what is not quantized to float32.
+        upcast: Parts of parameter names; what has one of them is in float32.
         autocast: Dtype of the ``torch.autocast`` that the forward runs under; empty where it runs under none.
         use_cache: Whether the model keeps keys and values for generation.
         empty_cache: Whether the training loop empties the allocator's cache between steps.
@@ -114,6 +115,7 @@ class StepSetting:
     accumulation: int = 1
     outputs_held: bool = False
     prepare_for_kbit: bool = False
+    upcast: tuple[str, ...] = ()
     autocast: str = ""
     use_cache: bool = False
     empty_cache: bool = False

@@ -60,6 +60,8 @@ def estimate_memory(
             does not; a loop does.
         prepare_for_kbit: Whether PEFT's ``prepare_model_for_kbit_training`` is called, which casts what is not
             quantized to float32. Default: yes if the base is quantized, unless FSDP divides it.
+        upcast: Parts of parameter names: what has one of them is in float32, as ``["norm"]`` where norms alone are
+            cast. Default: none.
         autocast: Whether the forward runs under ``torch.autocast``, as in the Trainer with ``bf16=True`` or
             ``fp16=True``, or the dtype of it. Default: yes where ``dtype`` is one of these.
         adapter_dtype: Dtype of the adapter: PEFT keeps it in ``"float32"`` unless
