@@ -154,8 +154,9 @@ def _quantization(keys: Keys, adapter: str | None) -> Value:
 def _upcast(keys: Keys) -> Value:
     """What ``prepare_model_for_kbit_training`` casts and nothing casts back under ``embeddings_skip_upcast``.
 
-    The key spares parameters called embed_tokens and lm_head (``PATCHED_PREPARE_CODE`` in monkeypatch/peft/utils.py), and
-    leaves out the cast back of all embeddings (``_configure_embedding_dtypes`` in loaders/model.py).
+    The key spares parameters called embed_tokens and lm_head (``PATCHED_PREPARE_CODE`` in
+    monkeypatch/peft/utils.py), and leaves out the cast back of all embeddings (``_configure_embedding_dtypes`` in
+    loaders/model.py).
     """
     skips = keys.flag("embeddings_skip_upcast", default=False)
     return replace(skips, value=_OTHER_EMBEDDINGS if skips.value and keys.says("load_in_4bit") else None)
