@@ -158,7 +158,9 @@ def of_fms() -> Iterator[Row]:
     yield row("Llama-2-70B GPTQ (4.48)", "a100_80gb.csv", tf448, gptq(llama70()), 4, 67_069_711_872, **half)
     yield row("PowerLM-3B bf16", "a100_80gb_granite.csv", tf445, powerlm(), 8, 33_152_880_128)
     yield row("PowerLM-3B nf4", "a100_80gb_granite.csv", tf445, powerlm(), 4, 15_151_677_952, **packed)
-    norms = "norms are cast to float32, embeddings and head are cast back (TRL 0.13 peft_module_casting_to_bf16)"
+    norms = (
+        "norms are cast to float32, embeddings and head are cast back (TRL 0.13 peft_module_casting_to_bf16)"
+    )
     for batch, measured in ((4, 20_669_338_112), (8, 37_002_646_016)):
         yield row(
             "Mistral-7B nf4 by TRL 0.13 (4.48)",
