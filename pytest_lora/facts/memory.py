@@ -12,6 +12,7 @@ from pytest_lora.facts.memory_choices import Attention, Evaluation, Kernels, Los
 from pytest_lora.facts.operations import NO_FLOPS, StepFlops, operation_in_words
 from pytest_lora.facts.parallel import Parallel
 
+Bound = Literal["at least", "at most"]
 Checkpointing = bool | Literal["reentrant"]
 
 CATEGORIES = (
@@ -147,7 +148,7 @@ class Unmodelled(NamedTuple):
     """Something that a prediction leaves out, and so what it is: ``"at least"`` or ``"at most"`` what is needed."""
 
     what: str
-    bound: Literal["at least", "at most"]
+    bound: Bound
     most: int | None = None
     """Bytes that the part needs at most, where that is known."""
 

@@ -13,6 +13,7 @@ from pytest_lora.facts.operations import StepFlops
 from pytest_lora.facts.parallel import SHARDED
 from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.identity import identity, what_takes_memory
+from pytest_lora.memory.not_modelled import not_modelled
 from pytest_lora.memory.setting import checked_setting, declared_quantization, require_point
 from pytest_lora.memory.trainer import read_arguments
 
@@ -188,6 +189,8 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
             **given,
         }
     left_out = _left_out(base)
+    if hasattr(given.get("args"), "per_device_train_batch_size"):
+        left_out += not_modelled(given["args"], setting)
     by_args = setting.get("evaluation") is None and given.get("evaluation") is not None
     if by_args and _is_sharded(given):
         given["evaluation"] = None

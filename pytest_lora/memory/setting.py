@@ -169,7 +169,7 @@ def checked_setting(
         evaluation=checked_evaluation(evaluation, sharded=shared is not None and shared.strategy in SHARDED),
         loss=checked_loss(loss, kernels, trainer),
         kernels=checked_kernels(kernels),
-        args=() if args is None or not by_trl else loss_fields(args),
+        args=() if args is None else loss_fields(args, whole=by_trl),
         **flags,
     )
 

@@ -239,7 +239,7 @@ def _prepare(model: nn.Module, setting: StepSetting) -> None:
 
 
 def _upcast(model: nn.Module, names: tuple[str, ...]) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # a tied head has another's
         if parameter.is_floating_point() and any(part in name for part in names):
             parameter.data = parameter.data.to(torch.float32)
 
