@@ -291,7 +291,6 @@ def litgpt(monkeypatch: pytest.MonkeyPatch) -> None:
     ("size", "batch", "length", "rank", "measured"),
     [
         ("7B", 1, 1304, 8, 21.30),
-        ("7B", 2, 1304, 8, 29.07),
         ("13B", 1, 1304, 8, 38.12),
         ("7B", 2, 512, 32, 19.77),
     ],
@@ -319,11 +318,11 @@ def test_litgpt(size: str, batch: int, length: int, rank: int, measured: float) 
 
 @pytest.mark.lora_slow
 @pytest.mark.usefixtures("loss_before_450")
-@pytest.mark.parametrize(("batch", "measured"), [(4, 20_669_338_112), (8, 37_002_646_016)])
-def test_norms_that_trl_013_cast_to_float32(batch: int, measured: int) -> None:
+def test_norms_that_trl_013_cast_to_float32() -> None:
     """``peft_module_casting_to_bf16`` (``trl/trainer/utils.py``) cast embeddings and head back, and norms not."""
-    without = step(MISTRAL, batch, packed=True).peak_allocated / measured
-    found = step(MISTRAL, batch, packed=True, upcast=["norm"])
+    measured = 20_669_338_112
+    without = step(MISTRAL, 4, packed=True).peak_allocated / measured
+    found = step(MISTRAL, 4, packed=True, upcast=["norm"])
     assert without < 0.8
     assert found.peak_allocated / measured == pytest.approx(1.0, abs=0.004)
     assert found.after_step / 4_307_028_992 == pytest.approx(1.0, abs=0.0005)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 from dataclasses import fields, replace
 from importlib.metadata import version
@@ -28,7 +29,6 @@ from tests.memory.test_trainers import (
     BATCH,
     CONFIG,
     LENGTH,
-    PROMPT,
     REAL,
     SEVEN,
     Allocations,
@@ -44,18 +44,12 @@ trl = pytest.importorskip("trl", minversion="1.16")
 NUMBERS = torch.zeros(BATCH)
 STEPS: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor]]] = {
     "SFT smooths labels": ("trl-sft", {"label_smoothing_factor": 0.1}, {}),
-    "DPO of two losses": ("trl-dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, {}),
     "DPO knows its reference": (
         "trl-dpo",
         {"precompute_ref_log_probs": True},
         {"ref_chosen_logps": NUMBERS, "ref_rejected_logps": NUMBERS},
     ),
     "KTO without KL": ("trl-kto", {"loss_type": "apo_zero_unpaired"}, {}),
-    "GRPO with reference": (
-        "trl-grpo",
-        {"beta": 0.04},
-        {"ref_per_token_logps": torch.zeros(BATCH, LENGTH - PROMPT)},
-    ),
     "GRPO on some tokens": ("trl-grpo", {"top_entropy_quantile": 0.5}, {}),
     "GRPO with its head in float32": ("trl-grpo", {"cast_lm_head_to_fp32": True}, {}),
 }
@@ -189,6 +183,24 @@ def test_what_is_read_beside_the_usual(tmp_path: Path) -> None:
     assert read_arguments(sft)["kernels"] == "liger"
     sft.liger_kernel_config = {"swiglu": False}
     assert read_arguments(sft)["kernels"] is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_grpo_casts_is_in_float32_and_what_it_is_tied_to_hands_on_bfloat16(
+    tied: bool, tmp_path: Path
+) -> None:
+    base = copy.deepcopy(BASE)
+    base.tie_word_embeddings = tied
+    with contextlib.suppress(ImportError):
+        args = trl.GRPOConfig(**plain(tmp_path, num_generations=BATCH, cast_lm_head_to_fp32=True))
+    setting = checked_setting(args=args, upcast=read_arguments(args)["upcast"])
+    asked = replace(setting, batch_size=BATCH, seq_len=LENGTH)
+    transformer: Any = build(base, CONFIG, asked, cut=Cut(0)).transformer
+    embeddings = transformer.get_input_embeddings()
+    assert transformer.lm_head.weight.dtype is torch.float32
+    assert (embeddings.weight is transformer.lm_head.weight) is tied
+    assert embeddings.weight.dtype is (torch.float32 if tied else torch.bfloat16)
+    assert embeddings(torch.zeros(1, 1, dtype=torch.long, device="meta")).dtype is torch.bfloat16
 
 
 READ = """
