@@ -12,6 +12,7 @@ from pytest_lora.facts.memory_choices import Attention, Evaluation, Kernels, Los
 from pytest_lora.facts.operations import NO_FLOPS, StepFlops, operation_in_words
 from pytest_lora.facts.parallel import Parallel
 
+Bound = Literal["at least", "at most"]
 Checkpointing = bool | Literal["reentrant"]
 
 CATEGORIES = (
@@ -93,6 +94,7 @@ class StepSetting:
         accumulation: Micro-batches to one optimizer step.
         outputs_held: Whether the training loop keeps the model's outputs until the step has ended.
         prepare_for_kbit: Whether ``prepare_model_for_kbit_training`` casts what is not quantized to float32.
+        upcast: Parts of parameter names; what has one of them is in float32.
         autocast: Dtype of the ``torch.autocast`` that the forward runs under; empty where it runs under none.
         use_cache: Whether the model keeps keys and values for generation.
         empty_cache: Whether the training loop empties the allocator's cache between steps.
@@ -114,6 +116,7 @@ class StepSetting:
     accumulation: int = 1
     outputs_held: bool = False
     prepare_for_kbit: bool = False
+    upcast: tuple[str, ...] = ()
     autocast: str = ""
     use_cache: bool = False
     empty_cache: bool = False
@@ -145,7 +148,7 @@ class Unmodelled(NamedTuple):
     """Something that a prediction leaves out, and so what it is: ``"at least"`` or ``"at most"`` what is needed."""
 
     what: str
-    bound: Literal["at least", "at most"]
+    bound: Bound
     most: int | None = None
     """Bytes that the part needs at most, where that is known."""
 

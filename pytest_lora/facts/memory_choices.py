@@ -16,6 +16,9 @@ LOSSES: tuple[Loss, ...] = get_args(Loss)
 Kernels = Literal["liger", "axolotl"]
 KERNELS: tuple[Kernels, ...] = get_args(Kernels)
 
+SMOOTHING = "label_smoothing_factor"
+"""The argument of the Trainer that decides its loss."""
+
 Kept = Literal["loss", "logits", "predictions"]
 EVALUATION_KEEPS: tuple[Kept, ...] = get_args(Kept)
 _MOST = {"batch_size": 2**28, "seq_len": 2**24, "batches": 2**28}

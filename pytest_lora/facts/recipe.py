@@ -58,6 +58,8 @@ class RunSetting:
         gpus: How many take part.
         strategy: ``"ddp"``, ``"zero1"`` to ``"zero3"``, ``"fsdp1"``, ``"fsdp2"``, the last three with ``"_offload"``
             where weights lie in the host's memory; None on one GPU.
+        upcast: Parts of parameter names of what the tool casts to float32.
+        adapter_dtype: Dtype of the adapter, where the recipe decides it.
         loss_on: ``"all tokens"`` or ``"answers"``.
         loss: ``"full"`` where all logits are held, ``"chunked"`` where they are not.
         kernels: Whether the tool's own fused kernels for LoRA run; None where it has none.
@@ -104,6 +106,8 @@ class RunSetting:
     warmup_ratio: Value = UNKNOWN
     epochs: Value = UNKNOWN
     max_steps: Value = UNKNOWN
+    upcast: Value = UNKNOWN
+    adapter_dtype: Value = UNKNOWN
     loss_on: Value = UNKNOWN
     eval_strategy: Value = UNKNOWN
     eval_steps: Value = UNKNOWN

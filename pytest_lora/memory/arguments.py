@@ -33,6 +33,7 @@ class StepArguments(TypedDict, total=False):
     accumulation: int
     outputs_held: bool | None
     prepare_for_kbit: bool | None
+    upcast: Sequence[str]
     autocast: bool | str | None
     adapter_dtype: str | torch.dtype | None
     use_cache: bool

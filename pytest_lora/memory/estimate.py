@@ -13,6 +13,7 @@ from pytest_lora.facts.operations import StepFlops
 from pytest_lora.facts.parallel import SHARDED
 from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.identity import identity, what_takes_memory
+from pytest_lora.memory.not_modelled import not_modelled
 from pytest_lora.memory.setting import checked_setting, declared_quantization, require_point
 from pytest_lora.memory.trainer import read_arguments
 
@@ -60,6 +61,8 @@ def estimate_memory(
             does not; a loop does.
         prepare_for_kbit: Whether PEFT's ``prepare_model_for_kbit_training`` is called, which casts what is not
             quantized to float32. Default: yes if the base is quantized, unless FSDP divides it.
+        upcast: Parts of parameter names: what has one of them is in float32, as ``["norm"]`` where norms alone are
+            cast. Default: none.
         autocast: Whether the forward runs under ``torch.autocast``, as in the Trainer with ``bf16=True`` or
             ``fp16=True``, or the dtype of it. Default: yes where ``dtype`` is one of these.
         adapter_dtype: Dtype of the adapter: PEFT keeps it in ``"float32"`` unless
@@ -186,6 +189,8 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
             **given,
         }
     left_out = _left_out(base)
+    if hasattr(given.get("args"), "per_device_train_batch_size"):
+        left_out += not_modelled(given["args"], setting)
     by_args = setting.get("evaluation") is None and given.get("evaluation") is not None
     if by_args and _is_sharded(given):
         given["evaluation"] = None

@@ -79,6 +79,7 @@ def checked_setting(
     accumulation: int = 1,
     outputs_held: bool | None = None,
     prepare_for_kbit: bool | None = None,
+    upcast: Sequence[str] = (),
     autocast: bool | str | None = None,
     adapter_dtype: str | torch.dtype | None = None,
     use_cache: bool = False,
@@ -159,7 +160,8 @@ def checked_setting(
         accumulation=require_whole("accumulation", accumulation, least=1),
         workspace=AMPERE_WORKSPACE if workspace is None else parse_bytes(workspace, "workspace"),
         attention=attention,
-        frozen=_names("frozen", frozen),
+        frozen=_names("frozen", frozen, "lora_A"),
+        upcast=_names("upcast", upcast, "norm"),
         images=require_whole("images", images, least=0, most=MOST_IMAGES),
         image_size=_image_size(image_size),
         trainer=trainer,
@@ -167,7 +169,7 @@ def checked_setting(
         evaluation=checked_evaluation(evaluation, sharded=shared is not None and shared.strategy in SHARDED),
         loss=checked_loss(loss, kernels, trainer),
         kernels=checked_kernels(kernels),
-        args=() if args is None or not by_trl else loss_fields(args),
+        args=() if args is None else loss_fields(args, whole=by_trl),
         **flags,
     )
 
@@ -238,13 +240,10 @@ def _bitsandbytes(values: dict[str, Any]) -> Any:
     return make.from_dict(values)
 
 
-def _names(name: str, given: Any) -> tuple[str, ...]:
-    if (
-        isinstance(given, str)
-        or not isinstance(given, Sequence)
-        or not all(isinstance(n, str) for n in given)
-    ):
-        raise TypeError(f'{name} must be a list of names such as ["lora_A"], not {shown(given)}')
+def _names(name: str, given: Any, example: str) -> tuple[str, ...]:
+    listed = isinstance(given, Sequence) and not isinstance(given, str)
+    if not listed or not all(isinstance(one, str) and one for one in given):
+        raise TypeError(f'{name} must be a list of names such as ["{example}"], not {shown(given)}')
     return tuple(given)
 
 

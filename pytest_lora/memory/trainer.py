@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from pytest_lora.facts.memory_choices import Evaluation
+from pytest_lora.facts.memory_choices import SMOOTHING, Evaluation
+from pytest_lora.memory.not_modelled import takes_layers
 from pytest_lora.values import shown
 
 _BY_ARGUMENTS = {
@@ -18,6 +19,8 @@ _BY_ARGUMENTS = {
 TRAINERS = ("transformers", *_BY_ARGUMENTS.values(), "loop")
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+_DETERMINISTIC_WORKSPACE = 16 * 1024 * 8
+"""``CUBLAS_WORKSPACE_CONFIG=":16:8"`` of ``transformers.enable_full_determinism``: KiB, and how many."""
 _OTHERS = frozenset({"output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id"})
 """Fields that only say where things go."""
 
@@ -62,20 +65,28 @@ def read_arguments(args: Any) -> dict[str, Any]:
         "autocast": autocast or False,
         "empty_cache": values.get("torch_empty_cache_steps") is not None,
     }
+    if values.get("use_cache") is not None:
+        found["use_cache"] = values["use_cache"]
+    if values.get("full_determinism"):
+        found["workspace"] = _DETERMINISTIC_WORKSPACE
+    if values.get("cast_lm_head_to_fp32"):
+        found["upcast"] = ("lm_head",)
     if values.get("use_liger_kernel"):
-        found["kernels"] = "liger"
-        found["loss"] = _loss_of_liger(values.get("liger_kernel_config") or {}, trainer)
+        config = values.get("liger_kernel_config") or {}
+        found["kernels"] = "liger" if takes_layers(config) else None
+        found["loss"] = _loss_of_liger(config, trainer)
     strategy = values.get("eval_strategy", "no")
-    if getattr(strategy, "value", strategy) != "no":
+    if getattr(strategy, "value", strategy) != "no" or values.get("eval_on_start"):
         found["evaluation"] = Evaluation(
             values["per_device_eval_batch_size"], batches=values.get("eval_accumulation_steps")
         )
-    length = values.get("max_length")
-    if length is not None:
-        found["seq_len"] = length
     packed = bool(values.get("packing")) and values.get("packing_strategy", "bfd").startswith("bfd")
     if packed or values.get("padding_free"):
         found["padding_free"] = True
+    length = values.get("max_length")
+    if length is not None:
+        multiple = 1 if found.get("padding_free") else values.get("pad_to_multiple_of") or 1
+        found["seq_len"] = -(-length // multiple) * multiple
     return found
 
 
@@ -98,10 +109,18 @@ def _checkpointing(trainer: str, values: Mapping[str, Any]) -> bool | str:
     return "reentrant" if (older if asked is None else asked) else True
 
 
-def loss_fields(args: Any) -> tuple[tuple[str, Hashable], ...]:
-    """The fields of a trainer's arguments that its loss may read, as facts."""
+def loss_fields(args: Any, *, whole: bool) -> tuple[tuple[str, Hashable], ...]:
+    """The fields of a trainer's arguments that its loss may read, as facts.
+
+    Args:
+        args: The arguments, or their fields already.
+        whole: Whether all are taken, as the losses of TRL read them; the Trainer's smooths labels or not.
+    """
     if isinstance(args, tuple):
         return args
+    if not whole:
+        smoothing = getattr(args, SMOOTHING, 0.0)
+        return ((SMOOTHING, smoothing),) if smoothing else ()
     return tuple(
         (name, fact) for name, value in vars(args).items() if (fact := _fact(name, value)) is not None
     )

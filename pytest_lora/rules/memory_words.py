@@ -24,6 +24,8 @@ def step_in_words(estimate: MemoryEstimate) -> str:
         double = " with double quantization" if asked.quantization.double_quant else ""
         rest = f"float32 by {_KBIT}" if asked.prepare_for_kbit else asked.dtype
         stored = f"{asked.quantization.method}{double}, else {rest}"
+    if asked.upcast:
+        stored += f", {' and '.join(asked.upcast)} in float32"
     shared = f", the fullest of {asked.parallel}" if asked.parallel else ""
     return (
         f"a step of {estimate.architecture}{shared}, {estimate.batch}, r={estimate.rank}, "

@@ -78,7 +78,8 @@ def test_usual_spellings_are_taken(written: Any, meant: Any) -> None:
     assert checked_setting(**written) == checked_setting(**meant)
 
 
-def test_frozen_is_a_list_of_names() -> None:
-    wrong: Any = "lora_A"
-    with pytest.raises(TypeError, match=r'^frozen must be a list of names such as \["lora_A"\], not '):
-        estimate_memory(CONFIG, BASE, batch_size=1, seq_len=8, frozen=wrong)
+@pytest.mark.parametrize(("name", "example"), [("frozen", "lora_A"), ("upcast", "norm")])
+@pytest.mark.parametrize("wrong", ["norm", [1], [""]])
+def test_names_are_a_list(name: str, example: str, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=rf'^{name} must be a list of names such as \["{example}"\], not '):
+        checked_setting(**{name: wrong})

@@ -6,7 +6,7 @@ Measured by fms-acceleration (``scripts/benchmarks/refs/a100_80gb.csv``) on an A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -54,7 +54,9 @@ def nf4(*, twice: bool = True) -> Any:
     )
 
 
-def step(base: Any, batch: int, *, packed: bool = False, prepared: bool = False) -> MemoryEstimate:
+def step(
+    base: Any, batch: int, *, packed: bool = False, prepared: bool = False, upcast: Sequence[str] = ()
+) -> MemoryEstimate:
     return estimate_memory(
         ADAPTER,
         base,
@@ -62,6 +64,7 @@ def step(base: Any, batch: int, *, packed: bool = False, prepared: bool = False)
         seq_len=4096,
         quantization=nf4() if packed else None,
         prepare_for_kbit=prepared,
+        upcast=upcast,
         autocast=packed,
         gradient_checkpointing="reentrant",
     )
@@ -217,6 +220,112 @@ def logits_and_mask_of_438(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(code, "create_causal_mask", mask)
     monkeypatch.setattr(code.LlamaAttention, "forward", attending)
+
+
+class Kept(torch.autograd.Function):
+    """Lets through what it is given, and holds a tensor of another width beside it until the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, width: int) -> torch.Tensor:
+        ctx.save_for_backward(values.new_empty(*values.shape[:-1], width))
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+@pytest.fixture
+def litgpt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """litgpt of the week in which its table was published (0cc02afa, 27 October 2023), on Lightning 2.1.
+
+    One projection for q, k and v, which all three are views of; the update of the adapter is held before it is padded
+    (``LoRAQKVLinear.zero_pad``: ``index_copy`` keeps its source); the head runs over 128 tokens at once, and Fabric
+    hands its outputs on in float32 (``convert_output``); the loss of each part is its own (``chunked_cross_entropy``).
+    RMSNorm computes in float32 as transformers' does (``rmsnorm.py``; in 8641822, which the table names, it did not).
+    """
+    code = transformers.models.llama.modeling_llama
+    make, make_model = code.LlamaAttention.__init__, code.LlamaForCausalLM.__init__
+
+    def made(self: Any, config: Any, layer_idx: int) -> None:
+        make(self, config, layer_idx)
+        width = config.hidden_size
+        del self.q_proj, self.k_proj, self.v_proj
+        self.qkv = torch.nn.Linear(width, 3 * width, bias=False)
+
+    def attending(
+        self: Any, hidden_states: torch.Tensor, position_embeddings: Any, *_: Any, **__: Any
+    ) -> Any:
+        rows, length, width = hidden_states.shape
+        merged = Kept.apply(self.qkv(hidden_states), 2 * width)
+        parts = merged.view(rows, length, -1, 3, self.head_dim).permute(0, 2, 3, 1, 4).split(1, dim=2)
+        q, k, v = (part.reshape(rows, -1, length, self.head_dim) for part in parts)
+        q, k = code.apply_rotary_pos_emb(q, k, *position_embeddings)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(out.transpose(1, 2).reshape(rows, length, width)), None
+
+    def made_model(self: Any, config: Any) -> None:
+        make_model(self, config)
+        weight = self.lm_head.weight
+        self.lm_head.forward = lambda hidden: [
+            torch.nn.functional.linear(part, weight).float() for part in hidden.split(128, dim=1)
+        ]
+
+    def loss(logits: list[torch.Tensor], labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
+        parts = zip(logits, labels.split(128, dim=1), strict=True)
+        losses = [
+            torch.nn.functional.cross_entropy(part.reshape(-1, vocab_size), of.reshape(-1), reduction="none")
+            for part, of in parts
+        ]
+        return torch.cat(losses).mean()
+
+    monkeypatch.setattr(code.LlamaAttention, "__init__", made)
+    monkeypatch.setattr(code.LlamaAttention, "forward", attending)
+    monkeypatch.setattr(code.LlamaForCausalLM, "__init__", made_model)
+    monkeypatch.setitem(loss_utils.LOSS_MAPPING, "ForCausalLM", loss)
+
+
+@pytest.mark.lora_slow
+@pytest.mark.usefixtures("litgpt")
+@pytest.mark.parametrize(
+    ("size", "batch", "length", "rank", "measured"),
+    [
+        ("7B", 1, 1304, 8, 21.30),
+        ("13B", 1, 1304, 8, 38.12),
+        ("7B", 2, 512, 32, 19.77),
+    ],
+)
+def test_litgpt(size: str, batch: int, length: int, rank: int, measured: float) -> None:
+    """https://github.com/Lightning-AI/litgpt, tutorials/resource-tables.md and config_hub/finetune/README.md."""
+    wide: dict[str, int] = {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    }
+    base = LlamaConfig(**(wide if size == "13B" else {}), max_position_embeddings=4096)
+    found = estimate_memory(
+        LoraConfig(task_type="CAUSAL_LM", r=rank, lora_dropout=0.05, target_modules=["qkv"]),
+        base,
+        batch_size=batch,
+        seq_len=length,
+        trainer="loop",
+        adapter_dtype="bfloat16",
+        accumulation=2,
+    )
+    assert found.peak_allocated / 10**9 / measured == pytest.approx(1.0, abs=0.005)
+
+
+@pytest.mark.lora_slow
+@pytest.mark.usefixtures("loss_before_450")
+def test_norms_that_trl_013_cast_to_float32() -> None:
+    """``peft_module_casting_to_bf16`` (``trl/trainer/utils.py``) cast embeddings and head back, and norms not."""
+    measured = 20_669_338_112
+    without = step(MISTRAL, 4, packed=True).peak_allocated / measured
+    found = step(MISTRAL, 4, packed=True, upcast=["norm"])
+    assert without < 0.8
+    assert found.peak_allocated / measured == pytest.approx(1.0, abs=0.004)
+    assert found.after_step / 4_307_028_992 == pytest.approx(1.0, abs=0.0005)
 
 
 @pytest.mark.lora_slow

@@ -11,8 +11,14 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
-from pytest_lora.inspection.memory import trainers
-from pytest_lora.inspection.memory.trainers import TRL, _Accelerator, _defaults, _trainer, trainer_arguments
+from pytest_lora.inspection.memory import trainer_steps, trainers
+from pytest_lora.inspection.memory.trainers import (
+    TRL,
+    _Accelerator,
+    defaults_of,
+    trainer_arguments,
+    trainer_without_data,
+)
 
 
 @pytest.fixture
@@ -94,8 +100,8 @@ class Declared:
 
 
 def test_arguments_are_the_defaults_and_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _defaults(Declared) == {"given": 3, "made": [4], "steps_per_generation": None}
-    monkeypatch.setattr(trainers, "_trl", lambda name: Declared)
+    assert defaults_of(Declared) == {"given": 3, "made": [4], "steps_per_generation": None}
+    monkeypatch.setattr(trainers, "class_of_trl", lambda name: Declared)
     asked = StepSetting(1, 1, trainer="trl-sft", accumulation=5, args=(("given", 7),))
     found = trainer_arguments(asked)
     assert (found.given, found.made, found.steps_per_generation) == (7, [4], 5)
@@ -106,7 +112,7 @@ def test_arguments_are_the_defaults_and_what_was_given(monkeypatch: pytest.Monke
 
 
 def made(trainer: str = "trl-dpo", **arguments: Any) -> Any:
-    return _trainer(
+    return trainer_without_data(
         Plain,
         nn.Module(),
         SimpleNamespace(**arguments),
@@ -136,7 +142,7 @@ def test_what_a_loss_finds_set_up() -> None:
     one = _Accelerator()
     assert (one.num_processes, one.is_main_process, one.sync_gradients) == (1, True, True)
     assert one.gather(torch.empty(3, device="meta")).tolist() == [0.0] * 3
-    assert trainers._OF_ONE_GPU["n_gpu"] == trainers._OF_ONE_GPU["world_size"] == 1
+    assert trainer_steps._OF_ONE_GPU["n_gpu"] == trainer_steps._OF_ONE_GPU["world_size"] == 1
 
 
 @pytest.mark.parametrize(
@@ -189,9 +195,9 @@ def test_what_an_evaluation_keeps(
             asked.append(prediction_loss_only)
             return None, (torch.ones(2, 3, 5), 7), None
 
-    monkeypatch.setattr(trainers, "_trl", lambda name: Trainer)
+    monkeypatch.setattr(trainer_steps, "class_of_trl", lambda name: Trainer)
     setting = StepSetting(1, 2, trainer="trl-sft")
-    _, logits, _ = trainers.prediction_step(nn.Module(), nn.Linear(1, 1), setting, None, keeps)
+    _, logits, _ = trainer_steps.prediction_step(nn.Module(), nn.Linear(1, 1), setting, None, keeps)
     assert asked == [only_loss]
     if width is None:
         assert logits.shape == (2, 3)

@@ -115,10 +115,10 @@ def numbers(*shape: int) -> torch.Tensor:
     return torch.randint(4, VOCABULARY, shape)
 
 
-def sft(path: Path) -> tuple[Any, dict[str, Any]]:
+def sft(path: Path, **more: Any) -> tuple[Any, dict[str, Any]]:
     trainer = trl.SFTTrainer(
         model=LlamaForCausalLM(BASE),
-        args=trl.SFTConfig(**plain(path)),
+        args=trl.SFTConfig(**plain(path, **more)),
         train_dataset=rows(text=["w5 w6 w7"] * 4),
         processing_class=tokenizer(),
         peft_config=CONFIG,
@@ -127,10 +127,10 @@ def sft(path: Path) -> tuple[Any, dict[str, Any]]:
     return trainer, {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
 
 
-def dpo(path: Path) -> tuple[Any, dict[str, Any]]:
+def dpo(path: Path, **more: Any) -> tuple[Any, dict[str, Any]]:
     trainer = trl.DPOTrainer(
         model=LlamaForCausalLM(BASE),
-        args=trl.DPOConfig(**plain(path)),
+        args=trl.DPOConfig(**plain(path, **more)),
         train_dataset=rows(prompt=["w5"] * 4, chosen=["w6 w7"] * 4, rejected=["w8"] * 4),
         processing_class=tokenizer(),
         peft_config=CONFIG,
@@ -140,10 +140,10 @@ def dpo(path: Path) -> tuple[Any, dict[str, Any]]:
     return trainer, {"input_ids": ids, "attention_mask": ones, "completion_mask": ones.clone()}
 
 
-def kto(path: Path) -> tuple[Any, dict[str, Any]]:
+def kto(path: Path, **more: Any) -> tuple[Any, dict[str, Any]]:
     trainer = trl.KTOTrainer(
         model=LlamaForCausalLM(BASE),
-        args=trl.KTOConfig(**plain(path)),
+        args=trl.KTOConfig(**plain(path, **more)),
         train_dataset=rows(prompt=["w5"] * 4, completion=["w6 w7"] * 4, label=[True, False] * 2),
         processing_class=tokenizer(),
         peft_config=CONFIG,
@@ -156,10 +156,10 @@ def kto(path: Path) -> tuple[Any, dict[str, Any]]:
     return trainer, batch
 
 
-def reward(path: Path) -> tuple[Any, dict[str, Any]]:
+def reward(path: Path, **more: Any) -> tuple[Any, dict[str, Any]]:
     trainer = trl.RewardTrainer(
         model=LlamaForSequenceClassification(LlamaConfig(**{**BASE.to_dict(), "num_labels": 1})),
-        args=trl.RewardConfig(**plain(path)),
+        args=trl.RewardConfig(**plain(path, **more)),
         train_dataset=rows(chosen=["w6 w7"] * 4, rejected=["w8"] * 4),
         processing_class=tokenizer(),
         peft_config=LoraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="SEQ_CLS"),
@@ -169,11 +169,11 @@ def reward(path: Path) -> tuple[Any, dict[str, Any]]:
     return trainer, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def grpo(path: Path) -> tuple[Any, dict[str, Any]]:
+def grpo(path: Path, **more: Any) -> tuple[Any, dict[str, Any]]:
     completion = LENGTH - PROMPT
     trainer = trl.GRPOTrainer(
         model=LlamaForCausalLM(BASE),
-        args=trl.GRPOConfig(**plain(path, num_generations=BATCH, max_completion_length=completion)),
+        args=trl.GRPOConfig(**plain(path, num_generations=BATCH, max_completion_length=completion, **more)),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         train_dataset=rows(prompt=["w5 w6"] * 4),
         processing_class=tokenizer(),
@@ -191,7 +191,7 @@ def grpo(path: Path) -> tuple[Any, dict[str, Any]]:
     }
 
 
-REAL: dict[str, Callable[[Path], tuple[Any, dict[str, Any]]]] = {
+REAL: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "trl-sft": sft,
     "trl-dpo": dpo,
     "trl-kto": kto,
@@ -219,12 +219,10 @@ def in_place(into: Any, left: Any, right: Any, **_: Any) -> int:
     return int(2 * left[0] * left[1] * right[1])
 
 
-@pytest.mark.lora_slow
-@pytest.mark.parametrize("trainer", REAL)
-def test_a_step_allocates_what_a_real_one_does(
-    trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def require_same(
+    trainer: str, made: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch, config: Any = None
 ) -> None:
-    made, batch = REAL[trainer](tmp_path)
+    """Hold a step of a real trainer against the one that is traced for its arguments."""
     made.model.train()
     made.model.gradient_checkpointing_enable(made.args.gradient_checkpointing_kwargs)
     gc.collect()
@@ -244,7 +242,7 @@ def test_a_step_allocates_what_a_real_one_does(
     )
     point = {"batch_size": BATCH, "seq_len": LENGTH}
     asked = StepSetting(**{**{n: getattr(setting, n) for n in setting.__dataclass_fields__}, **point})
-    config = LoraConfig(
+    config = config or LoraConfig(
         r=8,
         target_modules=["q_proj", "down_proj"],
         task_type="SEQ_CLS" if trainer == "trl-reward" else "CAUSAL_LM",
@@ -255,6 +253,15 @@ def test_a_step_allocates_what_a_real_one_does(
     peak, largest = peak_and_largest(dry_run.trace(build(BASE, config, asked, cut=Cut(0)), asked))
     assert largest == real.largest
     assert peak == pytest.approx(real.peak, rel=0.01)
+
+
+@pytest.mark.lora_slow
+@pytest.mark.parametrize("trainer", REAL)
+def test_a_step_allocates_what_a_real_one_does(
+    trainer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, batch = REAL[trainer](tmp_path)
+    require_same(trainer, made, batch, monkeypatch)
 
 
 SEVEN: Any = LlamaConfig(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from pytest_lora.facts.memory import Quantization
 from pytest_lora.facts.recipe import RunSetting, Value
 from pytest_lora.inspection.recipe.adapter import linear_names, lora_config, step_arguments, weights_at_least
 from pytest_lora.inspection.recipe.beside import (
@@ -38,7 +38,7 @@ USUAL = {
     "optimizer": "adamw_torch",
     "accumulation": 1,
 }
-UNCAST = {"prepare_for_kbit": False, "adapter_dtype": "bfloat16"}
+UNCAST = {"prepare_for_kbit": False, "adapter_dtype": "bfloat16", "upcast": ("lora_magnitude_vector",)}
 """What TRL leaves as it is in a quantized base, and what it casts."""
 
 
@@ -52,17 +52,12 @@ UNCAST = {"prepare_for_kbit": False, "adapter_dtype": "bfloat16"}
         ({"strategy": "fsdp1"}, None),
     ],
 )
-def test_how_packed_weights_are_stored_is_said_where_they_are_divided(
+def test_packed_weights_are_stored_in_floats_where_they_are_divided(
     values: dict[str, Any], storage: str | None
 ) -> None:
     asked = step_arguments(run(**STEP, quantization="nf4", double_quant=True, **values), "bfloat16")
     assert asked is not None
-    packed = asked["quantization"]
-    if storage is None:
-        assert packed == "nf4"
-    else:
-        assert packed.bnb_4bit_quant_storage is getattr(torch, storage)
-        assert (packed.bnb_4bit_quant_type, packed.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert asked["quantization"] == Quantization("nf4", double_quant=True, storage=storage or "uint8")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +68,7 @@ def test_how_packed_weights_are_stored_is_said_where_they_are_divided(
         ({"dtype": "bfloat16"}, "float16", {}),
         ({"dtype": "float32"}, None, {"dtype": "float32", "autocast": False}),
         ({}, "float8_e4m3fn", None),
-        ({"quantization": "nf4"}, None, {"quantization": "nf4", **UNCAST}),
+        ({"quantization": "nf4"}, None, {"quantization": Quantization("nf4"), **UNCAST}),
         ({"quantization": "int8"}, None, {"quantization": "int8", **UNCAST}),
         ({"quantization": "gptq"}, None, None),
         ({"batch_size": 1}, None, {"batch_size": 1}),

@@ -30,7 +30,8 @@ from pytest_lora.inspection.memory.storage_tracker import (
     quiet,
 )
 from pytest_lora.inspection.memory.swapped import swapped
-from pytest_lora.inspection.memory.trainers import prediction_step, trl_loss
+from pytest_lora.inspection.memory.trainer_steps import prediction_step, smoothed_loss
+from pytest_lora.inspection.memory.trainers import trl_loss
 from pytest_lora.inspection.memory.trl_kernels import fused_kernels
 from pytest_lora.inspection.quiet import collector
 from pytest_lora.inspection.transformers_internals import masks_without_values
@@ -170,6 +171,8 @@ def _step(built: MetaModel, called: nn.Module, setting: StepSetting, tracker: St
     loss: Any
     if setting.by_trl:
         loss = trl_loss(called, setting)
+    elif setting.args:
+        loss = smoothed_loss(called, setting, batch_for(built.transformer, setting))
     else:
         outputs: Any = called(**batch_for(built.transformer, setting))
         loss = outputs["loss"] if "loss" in outputs else outputs[0].float().mean()

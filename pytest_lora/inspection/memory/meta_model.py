@@ -124,6 +124,7 @@ def build(
     _prepare(model, setting)
     adapted = _with_adapter(model, config, setting).train()
     store_adapter(adapted, getattr(torch, setting.adapter_dtype), magnitudes=not setting.by_trl)
+    _upcast(adapted, setting.upcast)
     freeze(adapted, (*setting.frozen, *OPTIMIZERS[setting.optimizer].frozen))
     if setting.loss != "full":
         fuse_loss(adapted_base(adapted), setting)
@@ -184,6 +185,12 @@ def _prepare(model: nn.Module, setting: StepSetting) -> None:
             transformer.enable_input_require_grads()
     if checkpointing or not setting.use_cache:
         transformer.config.use_cache = False
+
+
+def _upcast(model: nn.Module, names: tuple[str, ...]) -> None:
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # a tied head has another's
+        if parameter.is_floating_point() and any(part in name for part in names):
+            parameter.data = parameter.data.to(torch.float32)
 
 
 def _with_adapter(model: nn.Module, config: LoraConfig, setting: StepSetting) -> nn.Module:

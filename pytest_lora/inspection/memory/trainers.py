@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
+from pytest_lora.facts.memory_choices import SMOOTHING
 from pytest_lora.inspection.skeleton import META
 
 
@@ -128,7 +129,7 @@ TRL: dict[str, TrainerKind] = {
 }
 
 
-def _trl(name: str) -> Any:
+def class_of_trl(name: str) -> Any:
     """A class of TRL.
 
     Raises:
@@ -144,13 +145,13 @@ def _trl(name: str) -> Any:
 
 def trainer_arguments(setting: StepSetting) -> Any:
     """The arguments of a TRL trainer: its own defaults, and what was given."""
-    values = {**_defaults(_trl(TRL[setting.trainer].arguments)), **dict(setting.args)}
+    values = {**defaults_of(class_of_trl(TRL[setting.trainer].arguments)), **dict(setting.args)}
     if values.get("steps_per_generation", "absent") is None:
         values["steps_per_generation"] = setting.accumulation
     return SimpleNamespace(**values)
 
 
-def _defaults(kind: Any) -> dict[str, Any]:
+def defaults_of(kind: Any) -> dict[str, Any]:
     """What a dataclass has where nothing is given."""
     declared: Any = fields(kind)
     return {
@@ -171,12 +172,17 @@ def set_up(adapted: nn.Module, transformer: Any, setting: StepSetting) -> None:
         return
     more = {}
     if setting.trainer == "trl-grpo":
-        more = {
-            "temperature": arguments.temperature,
-            "cast_lm_head_to_fp32": arguments.cast_lm_head_to_fp32,
-        }
+        cast = arguments.cast_lm_head_to_fp32
+        more = {"temperature": arguments.temperature, "cast_lm_head_to_fp32": cast}
+        if cast and transformer.config.tie_word_embeddings:
+            _embed_in(transformer, getattr(torch, setting.dtype))
     weighted = ("log_sum_sq_probs",) if getattr(arguments, "use_weighting", False) else ()
     fuse(transformer, outputs=(*kind.scored, *weighted), **more)
+
+
+def _embed_in(transformer: Any, dtype: torch.dtype) -> None:
+    """As ``GRPOTrainer`` does where the embeddings are tied to a head that it casts."""
+    transformer.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
 
 
 def _utilities() -> Any:
@@ -186,45 +192,19 @@ def _utilities() -> Any:
 def trl_loss(model: nn.Module, setting: StepSetting) -> torch.Tensor:
     """The loss that the installed trainer computes for a batch, its reference model and metrics included."""
     kind = TRL[setting.trainer]
-    trainer = _trainer(_trl(kind.name), model, trainer_arguments(setting), setting)
+    trainer = trainer_without_data(class_of_trl(kind.name), model, trainer_arguments(setting), setting)
     batch = kind.batch(setting)
     count = torch.empty((), dtype=torch.long, device=META)
     loss: torch.Tensor = trainer.compute_loss(model, batch, num_items_in_batch=count)
     return loss
 
 
-def prediction_step(
-    model: nn.Module, transformer: nn.Module, setting: StepSetting, batch: dict[str, Any] | None, keeps: str
-) -> tuple[Any, Any, Any]:
-    """Loss, logits and labels that the installed trainer takes from a batch of an evaluation.
-
-    Args:
-        model: What is called.
-        transformer: The base, whose class says what labels are.
-        setting: Trainer, and size of the batch.
-        batch: Of a trainer that is not of TRL.
-        keeps: As of ``Evaluation``.
-    """
-    transformers: Any = importlib.import_module("transformers")
-    if setting.by_trl:
-        kind, arguments = _trl(TRL[setting.trainer].name), trainer_arguments(setting)
-        batch = TRL[setting.trainer].batch(setting)
-    else:
-        defaults = _defaults(transformers.TrainingArguments)
-        kind, arguments = transformers.Trainer, SimpleNamespace(**defaults, **_OF_ONE_GPU)
-    trainer = _trainer(kind, model, arguments, setting)
-    trainer.label_names = transformers.utils.find_labels(type(transformer))
-    loss, logits, labels = trainer.prediction_step(model, batch, prediction_loss_only=keeps == "loss")
-    if keeps == "predictions" and logits is not None:
-        logits = (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
-    return loss, logits, labels
+def _label_smoother(arguments: Any) -> Any:
+    factor = getattr(arguments, SMOOTHING, 0.0)
+    return importlib.import_module("transformers.trainer_pt_utils").LabelSmoother(factor) if factor else None
 
 
-_OF_ONE_GPU = {"device": META, "n_gpu": 1, "world_size": 1}
-"""What arguments find out."""
-
-
-def _trainer(kind: Any, model: nn.Module, arguments: Any, setting: StepSetting) -> Any:
+def trainer_without_data(kind: Any, model: nn.Module, arguments: Any, setting: StepSetting) -> Any:
     """A trainer that was never set up: no data, no processes; what its loss asks for is there."""
     losses = getattr(arguments, "loss_type", None)
     losses = [losses] if isinstance(losses, str) and setting.trainer == "trl-dpo" else losses
@@ -242,7 +222,7 @@ def _trainer(kind: Any, model: nn.Module, arguments: Any, setting: StepSetting) 
         "aux_loss_enabled": False,
         "router_aux_loss_coef": 0.0,
         "compute_loss_func": None,
-        "label_smoother": None,
+        "label_smoother": _label_smoother(arguments),
         "calculate_KL": _estimates_kl(arguments),
         "precompute_ref_logps": getattr(arguments, "precompute_ref_log_probs", False),
         "loss_types": list(losses) if isinstance(losses, (list, tuple)) else losses,
@@ -278,6 +258,9 @@ class _Accelerator:
 
     gather_for_metrics = gather
     reduce = gather
+
+    def pad_across_processes(self, value: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        return value
 
     def unwrap_model(self, model: nn.Module, *rest: Any, **named: Any) -> nn.Module:
         return model

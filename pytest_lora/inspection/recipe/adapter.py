@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from pytest_lora.facts.memory import Quantization
 from pytest_lora.facts.parallel import divides_weights
 from pytest_lora.facts.recipe import RunSetting
 
@@ -74,7 +75,7 @@ def step_arguments(setting: RunSetting, base_dtype: str | None) -> dict[str, Any
     quantization = setting.quantization.value
     if not isinstance(batch, int) or not isinstance(length, int) or batch < 1 or length < 1:
         return None
-    if dtype not in ("bfloat16", "float16", "float32") or quantization not in (None, "nf4", "fp4", "int8"):
+    if dtype not in _FLOATS or quantization not in (None, "nf4", "fp4", "int8"):
         return None
     optimizer = str(setting.optimizer.value or "adamw_torch")
     optimizer = _OPTIMIZERS.get(optimizer, optimizer)
@@ -87,33 +88,39 @@ def step_arguments(setting: RunSetting, base_dtype: str | None) -> dict[str, Any
         "optimizer": optimizer if optimizer in OPTIMIZERS else "adamw_torch",
         "accumulation": max(1, setting.accumulation.value or 1),
     }
-    storage = setting.quant_storage.value
-    if quantization in ("nf4", "fp4") and storage in _STORAGES and divides_weights(setting.strategy.value):
-        arguments["quantization"] = _stored_as(storage, quantization, dtype, setting)
-    if dtype == "float32":
+    if quantization in ("nf4", "fp4"):
+        arguments["quantization"] = _packed(quantization, dtype, setting)
+    if dtype == "float32" or setting.precision.key in _WITHOUT_AUTOCAST:
         arguments["autocast"] = False
     if setting.tool in _KEEPS_DTYPE and quantization is not None:
         arguments["prepare_for_kbit"] = False
     if setting.tool == "TRL" and quantization is not None:
-        arguments["adapter_dtype"] = "bfloat16"
+        arguments |= {"adapter_dtype": "bfloat16", "upcast": ("lora_magnitude_vector",)}
+    if setting.adapter_dtype.value in _FLOATS:
+        arguments["adapter_dtype"] = setting.adapter_dtype.value
+    if setting.upcast.value:
+        arguments["upcast"] = setting.upcast.value
     return arguments
 
 
-_STORAGES = ("bfloat16", "float16", "float32")
-"""Dtypes of packed weights that FSDP can divide; it refuses ``uint8``."""
+_FLOATS = ("bfloat16", "float16", "float32")
+"""Dtypes of what is trained; FSDP divides packed weights that are stored in one of them, and refuses ``uint8``."""
+
+_WITHOUT_AUTOCAST = ("pure_bf16",)
+"""Keys of LLaMA-Factory that say the dtype and leave ``TrainingArguments.bf16`` off (hparams/parser.py).
+
+Adapters are in float32 all the same: ``get_peft_model`` is called with PEFT's defaults (model/adapter.py).
+"""
 
 
-def _stored_as(storage: str, kind: str, dtype: str, setting: RunSetting) -> Any:
-    """How the base is packed, where that decides whether it can be divided."""
-    from transformers import BitsAndBytesConfig
-
-    make: Any = BitsAndBytesConfig
-    return make(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=bool(setting.double_quant.value),
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=storage,
+def _packed(kind: str, dtype: str, setting: RunSetting) -> Quantization:
+    storage = setting.quant_storage.value
+    divided = storage in _FLOATS and divides_weights(setting.strategy.value)
+    return Quantization(
+        kind,
+        double_quant=bool(setting.double_quant.value),
+        storage=str(storage) if divided else "uint8",
+        compute_dtype=dtype,
     )
 
 

@@ -79,6 +79,8 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         quant_storage=Value("bfloat16", f"default of {NAME}"),  # loaders/model.py, whatever else is asked
         dtype=_dtype(keys),
         precision=_precision(keys),
+        upcast=_upcast(keys),
+        adapter_dtype=_adapter_dtype(keys),
         objective=keys.word("rl", default="sft"),
         r=keys.count("lora_r"),
         lora_alpha=keys.number("lora_alpha"),
@@ -147,6 +149,27 @@ def _quantization(keys: Keys, adapter: str | None) -> Value:
         line = keys.lines["load_in_8bit"]
         return Value("int8", f"line {line}", "load_in_8bit", line)
     return Value(None, f"default of {NAME}", "load_in_4bit")
+
+
+def _upcast(keys: Keys) -> Value:
+    """What ``prepare_model_for_kbit_training`` casts and nothing casts back under ``embeddings_skip_upcast``.
+
+    The key spares parameters called embed_tokens and lm_head (``PATCHED_PREPARE_CODE`` in
+    monkeypatch/peft/utils.py), and leaves out the cast back of all embeddings (``_configure_embedding_dtypes`` in
+    loaders/model.py).
+    """
+    skips = keys.flag("embeddings_skip_upcast", default=False)
+    return replace(skips, value=_OTHER_EMBEDDINGS if skips.value and keys.says("load_in_4bit") else None)
+
+
+_OTHER_EMBEDDINGS = ("embed_in", "embed_out", "word_embeddings")
+"""Of GPT-NeoX and Falcon (``get_linear_embedding_layers`` in loaders/utils.py)."""
+
+
+def _adapter_dtype(keys: Keys) -> Value:
+    """PEFT casts adapters to float32 unless ``peft_autocast_adapter_dtype`` says no (``load_lora``)."""
+    casts = keys.flag("peft_autocast_adapter_dtype", default=True)
+    return replace(casts, value=_dtype(keys).value if casts.value is False else None)
 
 
 def _precision(keys: Keys) -> Value:

@@ -64,6 +64,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         quant_storage=_dtype(keys),  # model_utils/quantization.py: the dtype that is computed in
         dtype=_dtype(keys),
         precision=_precision(keys),
+        upcast=_upcast(keys),
         objective=keys.word("stage", default="sft"),
         r=rank,
         lora_alpha=alpha,
@@ -141,6 +142,12 @@ def _quantization(keys: Keys) -> Value:
     kind = keys.word("quantization_type", default="nf4").value
     found = {4: kind, 8: "int8"}.get(bits.value) if method.value == "bnb" else method.value
     return replace(bits, value=found)
+
+
+def _upcast(keys: Keys) -> Value:
+    """Norms, by the parts of names that ``prepare_model_for_training`` looks for (``LAYERNORM_NAMES``)."""
+    norms = keys.flag("upcast_layernorm", default=False)
+    return replace(norms, value=("norm", "ln") if norms.value else None)
 
 
 def _precision(keys: Keys) -> Value:
