@@ -175,12 +175,16 @@ WHOLE_DEVICE = "a figure of the whole device, or of unknown kind"
 which is NVML's share of a card in use, and Qwen's README sums what it does not name. That has NCCL's buffers in it, the
 CUDA context, whatever loading and an evaluation left reserved, and no part of it can be told from the others."""
 
+_EARLY_2024 = {"versions": "transformers 4.38 or 4.39"}
 WRITTEN_BESIDE: dict[str, dict[str, Any]] = {
-    "peftdocs-70b-qlora-zero3": {"per_device_batch": 2},
-    "peftdocs-70b-lora-zero3": {"gradient_checkpointing": None},
+    "peftdocs-70b-lora-zero3": {"gradient_checkpointing": None, **_EARLY_2024},
+    "peftdocs-70b-qlora-zero3": {"per_device_batch": 2, **_EARLY_2024},
+    "peftdocs-70b-qlora-fsdp-offload": _EARLY_2024,
+    "peftdocs-70b-qlora-fsdp": _EARLY_2024,
 }
-"""What the source of a row says and the row does not, or says otherwise: ``--per_device_train_batch_size 2`` and
-``--use_reentrant False`` (docs/source/accelerate/deepspeed.md of PEFT)."""
+"""What the source of a row says and the row does not, or says otherwise: ``--per_device_train_batch_size 2``,
+``--use_reentrant False``, and when its figures were written: in February and March 2024, for ``transformers>4.38.2``
+(docs/source/accelerate/deepspeed.md and fsdp.md of PEFT, commits aa2ca83 and 6008f27)."""
 
 
 def measured(row: dict[str, Any]) -> tuple[float, str]:
@@ -219,14 +223,14 @@ def unshared(row: dict[str, Any]) -> str:
     return ""
 
 
-OLD = ("4.48", "4.45")
+OLD = ("4.48", "4.45", "4.39")
 
 
 def emulations_of(row: dict[str, Any]) -> dict[str, Any]:
     """What the transformers that a row was measured with does otherwise than the installed one, by name."""
     versions = str(row.get("versions", ""))
     found: dict[str, Any] = {}
-    if any(version in versions for version in OLD):
+    if strategy_of(row) == "fsdp1" and any(version in versions for version in OLD):
         found["checkpoints around FSDP"] = checkpoints_around_fsdp
     if "torch 2.2" in versions:
         found["broadcasts that NCCL still reads"] = broadcasts_freed_late

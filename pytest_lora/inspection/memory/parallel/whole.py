@@ -12,6 +12,7 @@ import torch
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory.parallel.model import Rank, nothing_around
+from pytest_lora.inspection.memory.parallel.zero3_linear import zero3_linears
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, StorageTracker
 from pytest_lora.inspection.memory.weights import Trained, Weight, loaded_weights
 
@@ -83,7 +84,7 @@ def zero_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Ran
         [] if parallel.offload else parts,
         held,
         built.stacks,
-        _reduced_at_once(built.model) if stage > 1 else nothing_around,
+        _around_of_zero(built.model, stage, parallel),
         by_formula=(
             f"partitions, buckets{' and gathered parameters' if stage == 3 else ''} of ZeRO-{stage}, with DeepSpeed's "
             "defaults where nothing else is given",
@@ -166,6 +167,23 @@ def _gathered(total: int, largest: int, repeated: int, ahead: int, parallel: Par
     )
     bucket = min(total, ahead * _HALF + repeated) if ahead else 0
     return min(total, max(largest, reuse // 2 * _HALF)) + 2 * bucket
+
+
+def _around_of_zero(
+    model: nn.Module, stage: int, parallel: Parallel
+) -> Callable[[StorageTracker], AbstractContextManager[None]]:
+    if stage == 1:
+        return nothing_around
+    reduced = _reduced_at_once(model)
+    if stage == 2 or not parallel.option("memory_efficient_linear", True):
+        return reduced
+
+    @contextmanager
+    def around(tracker: StorageTracker) -> Iterator[None]:
+        with reduced(tracker), zero3_linears():
+            yield
+
+    return around
 
 
 def _reduced_at_once(model: nn.Module) -> Callable[[StorageTracker], AbstractContextManager[None]]:
