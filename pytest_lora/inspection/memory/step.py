@@ -35,6 +35,7 @@ class Step:
         phases: Phase of each event.
         loaded, first, trained: Number of events after loading, after the first step, and after the second.
         loading, loading_units: Events and units of what is made and freed until a model is cut; without, nothing is.
+        cut_before_anything: Whether the cache is emptied once the model is cut.
         paged: Bytes of optimizer state outside of the allocator.
         copies: Inner units of the whole model by stack.
         placement: Where layers lie on several GPUs, on which.
@@ -56,6 +57,7 @@ class Step:
     trained: int = 0
     loading: list[int] = field(default_factory=list)
     loading_units: list[int] = field(default_factory=list)
+    cut_before_anything: bool = False
     paged: int = 0
     copies: dict[int, int] = field(default_factory=dict)
     placement: Placement | None = None
@@ -91,6 +93,7 @@ class Step:
         for weight in whole:
             self.loading.append(self._storage(weight.size, weight.category, LOAD))
             self.loading_units.append(weight.unit)
+        self.cut_before_anything = loading.emptied
         offset = len(self.sizes)
         for size in loading.sizes:
             self._storage(size, "parameter shards", LOAD)
@@ -133,7 +136,8 @@ def assemble(built: MetaModel, setting: StepSetting) -> Step:
     step.workspaces = dict.fromkeys(THREADS, setting.workspace)
     step.loaded = len(step.events)
     if built.rank is not None and built.rank.loading is not None:
-        step.load(built.rank.loading, [w for w in built.held() if w.category not in CUT])
+        later = (*CUT, *built.rank.loading.later)
+        step.load(built.rank.loading, [w for w in built.held() if w.category not in later])
     micro = [trace(built, setting)]
     if setting.accumulation > 1:
         micro.append(trace(built, setting, gradients_held=True))

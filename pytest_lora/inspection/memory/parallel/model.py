@@ -39,11 +39,15 @@ class Loading:
     Attributes:
         events, units: As in a trace.
         sizes: Bytes by storage.
+        later: Categories of weights that are made afterwards.
+        emptied: Whether the cache is emptied afterwards.
     """
 
     events: list[int]
     units: list[int]
     sizes: list[int]
+    later: tuple[str, ...] = ()
+    emptied: bool = False
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.memory.parallel.model import Rank, nothing_around
+from pytest_lora.inspection.memory.parallel.model import Loading, Rank, nothing_around
 from pytest_lora.inspection.memory.parallel.zero3_linear import zero3_linears
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, StorageTracker
 from pytest_lora.inspection.memory.weights import Trained, Weight, loaded_weights
@@ -90,7 +90,41 @@ def zero_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Ran
             "defaults where nothing else is given",
         ),
         notices_gradients=stage == 1,
+        loading=_whole_at_first(built, parallel) if stage == 3 and setting.quantization else None,
     )
+
+
+def _whole_at_first(built: MetaModel, parallel: Parallel) -> Loading:
+    """A quantized model, which each GPU has as a whole before DeepSpeed divides it.
+
+    transformers leaves ``zero.Init`` out for it (``PreTrainedModel.get_init_context``), and the engine then moves all
+    of it (``DeepSpeedEngine._configure_distributed_model``), with ``offload="cpu"`` too. Trained parts are put together
+    afterwards, for which the cache is emptied (``defragment`` in stage3.py).
+    """
+    found = Loading(
+        [], [], [], ("gathered parameters", "reduce buffers", "optimizer", "gradients"), emptied=True
+    )
+
+    def make(size: int, unit: int) -> int:
+        found.sizes.append(size)
+        found.events.append(len(found.sizes) - 1)
+        found.units.append(unit)
+        return found.events[-1]
+
+    whole = [
+        (parameter, unit := built.unit_of.get(id(parameter), OUTSIDE), make(_bytes(parameter), unit))
+        for parameter in built.model.parameters()
+    ]
+    for parameter, unit, made in whole:
+        if parallel.offload != "cpu":
+            make(_part(parameter.numel(), parallel.gpus) * parameter.dtype.itemsize, unit)
+        found.events.append(~made)
+        found.units.append(unit)
+    return found
+
+
+def _bytes(parameter: torch.Tensor) -> int:
+    return parameter.numel() * parameter.dtype.itemsize
 
 
 def _part(numel: int, gpus: int) -> int:

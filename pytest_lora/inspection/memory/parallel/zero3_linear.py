@@ -38,8 +38,6 @@ class _Linear(torch.autograd.Function):
         (gradient,) = gradients
         of_input = gradient.matmul(weight) if ctx.needs_input_grad[0] else None
         rows = gradient.reshape(-1, gradient.shape[-1])
-        of_weight = (
-            rows.t().matmul(given.reshape(-1, given.shape[-1])) if ctx.needs_input_grad[1] else None
-        )
+        of_weight = rows.t().matmul(given.reshape(-1, given.shape[-1])) if ctx.needs_input_grad[1] else None
         of_bias = rows.sum(0) if bias is not None and ctx.needs_input_grad[2] else None
         return of_input, of_weight, of_bias
