@@ -14,6 +14,7 @@ from pytest_lora import check_memory, estimate_memory
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory.beside_torch import communication_of
 from pytest_lora.inspection.memory.meta_model import build
+from pytest_lora.inspection.memory.parallel.zero3_gathers import Gathered, Limits, Part, gathered
 from pytest_lora.inspection.memory.parallel.zero3_linear import zero3_linears
 from pytest_lora.memory.setting import checked_setting
 from tests.memory.test_parallel import BASE, LORA
@@ -101,7 +102,7 @@ WIDE = LlamaConfig(**{**BASE.to_dict(), "hidden_size": 1024, "intermediate_size"
 
 def test_what_loading_takes_is_told_and_decides_whether_it_fits() -> None:
     zero = {"stage": 3, "reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 0}
-    zero |= {"stage3_max_live_parameters": 1, "stage3_param_persistence_threshold": 1}
+    zero |= {"stage3_max_reuse_distance": 1, "stage3_param_persistence_threshold": 1}
     asked: dict[str, Any] = {"batch_size": 1, "seq_len": 8, "gpus": 8, **PACKED}
     asked["parallel"] = {"zero_optimization": zero}
     found = estimate_memory(LORA, WIDE, **asked)
@@ -113,6 +114,45 @@ def test_what_loading_takes_is_told_and_decides_whether_it_fits() -> None:
     report = check_memory(LORA, WIDE, budget=found.loading - 1, **asked)
     assert [finding.code for finding in report.findings] == ["LORA501"]
     assert "it is divided afterwards" in report.findings[0].observed
+
+
+SHORT = [[[1024]], [[512], [512]], [[2048]]]
+"""Numbers of embeddings, of the two modules of a layer, and of a head."""
+
+
+def parts(
+    *layers: int, checkpointed: bool = False, ahead: int = 0, reuse: int = 0, live: int = 10**9
+) -> Gathered:
+    units = [[[Part(numel, 1) for numel in module] for module in unit] for unit in SHORT]
+    again = [False, checkpointed, False]
+    for _ in layers:
+        units.insert(1, units[1])
+        again.insert(1, checkpointed)
+    return gathered(units, again, Limits(ahead, reuse, live))
+
+
+def test_gathered_one_by_one_the_largest_is_whole() -> None:
+    assert parts().allocated == 2048
+
+
+def test_what_is_gathered_ahead_lies_in_a_buffer_beside_its_copies() -> None:
+    """Both modules of the layer come together in 1,024, of which each is copied out while the head comes too."""
+    assert parts(ahead=1000).allocated == 1024 + 2 * 512 + 2048
+    assert parts(ahead=500).allocated < parts(ahead=1000).allocated, "one alone needs no copy"
+    assert parts(ahead=1000, live=1000).allocated < 4096, "the embeddings leave no room"
+
+
+def test_what_is_used_again_soon_stays() -> None:
+    assert parts(reuse=10**9).allocated == 512 + 512 + 2048, "embeddings go: nothing of them goes backward"
+    assert parts(reuse=10**9, checkpointed=True).allocated == 1024 + 512 + 512 + 2048
+    assert parts(reuse=4097).allocated == 2048 + 512, "the second module, beyond the head and its backward"
+    assert parts(reuse=4096).allocated == 2048
+
+
+def test_the_allocator_reserves_whole_segments_for_it() -> None:
+    found = parts(ahead=1000)
+    assert found.reserved == 2 * MIB
+    assert gathered([[]], [False], Limits(1, 1, 1)) == Gathered(0, 0)
 
 
 def test_what_nccl_takes_beside_the_step() -> None:

@@ -131,7 +131,8 @@ class StepShape:
             self._streams,
             caught_up=second if late else None,
         )
-        return max(step, while_cut)
+        apart = int(sizes[self.step.apart]) if self.step.apart >= 0 else 0
+        return max(step + apart, while_cut)
 
     def _cutting(self) -> tuple[Integers, Integers, NDArray[np.bool_]]:
         """The storage, the copy of it and whether it is freed, of each event until a model is cut."""

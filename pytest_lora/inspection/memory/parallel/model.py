@@ -66,6 +66,7 @@ class Rank:
         placement: Where layers lie on several GPUs, on which; the figures are then those of the fullest.
         first_differs: Whether the next step is the first one, and not like those after it.
         loading: What is made on the way to the parts among ``weights``; None where that leaves nothing in the cache.
+        apart: Bytes that are reserved beside what is allocated, for a stream that is followed apart.
     """
 
     called: nn.Module
@@ -79,6 +80,7 @@ class Rank:
     placement: Placement | None = None
     first_differs: bool = False
     loading: Loading | None = None
+    apart: int = 0
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
