@@ -287,6 +287,8 @@ def emulations_of(row: dict[str, Any]) -> dict[str, Any]:
         found["shifted float32 copy"] = shifted_copy
     if "4.38" in versions:
         found["outputs with float32 logits"] = float32_logits
+    if row["base"].startswith("Qwen-"):  # its own code: ``QWenLMHeadModel.forward``
+        found["shifted copy"] = partial(shifted_copy, in_float32=False)
     if row.get("all_weights_train"):
         found["all weights train"] = all_weights_train
     return found

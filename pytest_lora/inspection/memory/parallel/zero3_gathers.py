@@ -43,8 +43,9 @@ class Gathered(NamedTuple):
 def gathered(units: list[list[list[Part]]], again: list[bool], limits: Limits) -> Gathered:
     """Two steps of a model as ``PartitionedParameterCoordinator`` runs them: one to learn the order, one ahead.
 
-    Parameters that are freed can be taken again at once. A device that still reads them while the host goes on
-    (``record_stream``) makes it more, by as much as it is behind.
+    What is freed is still read on the device (``record_stream``), and the host goes on: it waits for a gather only
+    where two more are on their way (``__max_ongoing_fetch_events``), so that the allocator takes a block again as late
+    as FSDP1's. Where the device is further behind, with long steps, more is reserved.
 
     Args:
         units: Layers and what is around them, in the order in which they run, with the parameters of each module.
@@ -54,15 +55,18 @@ def gathered(units: list[list[list[Part]]], again: list[bool], limits: Limits) -
     parts = [part for unit in units for module in unit for part in module]
     order = list(_order(units, again))
     step = _Coordinator(parts, order, limits)
-    for ahead in (False, True):
-        step.run(ahead=ahead)
+    step.run(ahead=False)
+    learned = len(step.events)
+    step.run(ahead=True)
     sizes = np.array(step.sizes, dtype=np.int64)
     events = np.array(step.events, dtype=np.int64)
     if not len(events):
         return Gathered(0, 0)
     storages, frees = np.where(events < 0, ~events, events), events < 0
     level = np.cumsum(np.where(frees, -1, 1) * rounded(sizes)[storages])
-    return Gathered(int(level.max()), max_reserved(sizes, storages, storages, frees))
+    of_gathers = np.ones(len(sizes), dtype=np.int64)
+    reserved = max_reserved(sizes, storages, storages, frees, streams=of_gathers, caught_up=learned)
+    return Gathered(int(level.max()), reserved)
 
 
 def _order(units: list[list[list[Part]]], again: list[bool]) -> Iterator[list[int]]:
