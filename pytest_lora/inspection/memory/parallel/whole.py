@@ -206,7 +206,9 @@ def _modules(built: MetaModel, small: int) -> Iterator[tuple[int, list[torch.Ten
     """The unit and the parameters of each module that has some which are divided, in the order of the model."""
     seen: set[int] = set()
     for module in built.model.modules():
-        own = [p for p in module.parameters(recurse=False) if p.numel() > small and id(p) not in seen]
+        own: list[torch.Tensor] = [
+            p for p in module.parameters(recurse=False) if p.numel() > small and id(p) not in seen
+        ]
         seen.update(map(id, own))
         if own:
             yield built.unit_of.get(id(own[0]), OUTSIDE), own
