@@ -10,11 +10,19 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from pytest_lora import check_memory, estimate_memory
+from pytest_lora import check_memory, estimate_memory, step_memory
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory.beside_torch import communication_of
 from pytest_lora.inspection.memory.meta_model import build
-from pytest_lora.inspection.memory.parallel.zero3_gathers import Gathered, Limits, Part, gathered
+from pytest_lora.inspection.memory.parallel import whole
+from pytest_lora.inspection.memory.parallel.zero3_gathers import (
+    Gathered,
+    Limits,
+    Part,
+    _Coordinator,
+    _order,
+    gathered,
+)
 from pytest_lora.inspection.memory.parallel.zero3_linear import zero3_linears
 from pytest_lora.memory.setting import checked_setting
 from tests.memory.test_parallel import BASE, LORA
@@ -84,8 +92,8 @@ def test_a_quantized_base_is_whole_on_each_gpu_before_it_is_divided(offload: Any
     rank = rank_of(offload=offload, **PACKED)
     loading = rank.loading
     held = list(accumulate(loading.sizes[e] if e >= 0 else -loading.sizes[~e] for e in loading.events))
-    whole = sum(p.numel() * p.dtype.itemsize for p in rank.called.parameters())
-    assert held[len(list(rank.called.parameters())) - 1] == whole
+    everything = sum(p.numel() * p.dtype.itemsize for p in rank.called.parameters())
+    assert held[len(list(rank.called.parameters())) - 1] == everything
     parts = sum(w.size for w in rank.weights if w.category in ("parameter shards", "adapters"))
     assert held[-1] == parts
     assert (parts == 0) is (offload == "cpu")
@@ -149,10 +157,33 @@ def test_what_is_used_again_soon_stays() -> None:
     assert parts(reuse=4096).allocated == 2048
 
 
+def test_what_the_queue_has_passed_is_kept_for_its_last_use() -> None:
+    """All comes at once, one buffer and three copies beside the embeddings, and nothing a second time."""
+    units = [[[Part(numel, 1) for numel in module] for module in unit] for unit in SHORT]
+    order = list(_order(units, [False] * 3))
+    assert order == [[0], [1], [2], [3], [3], [2], [1]]
+    everything = [part for unit in units for module in unit for part in module]
+    step = _Coordinator(everything, order, Limits(ahead=10**6, reuse=0, live=10**9))
+    step.run(ahead=True)
+    assert step.sizes == [1024, 512 + 512 + 2048, 512, 512, 2048]
+
+
 def test_the_allocator_reserves_whole_segments_for_it() -> None:
     found = parts(ahead=1000)
     assert found.reserved == 2 * MIB
     assert gathered([[]], [False], Limits(1, 1, 1)) == Gathered(0, 0)
+
+
+@pytest.mark.parametrize("more", [0, 6 * MIB])
+def test_it_is_reserved_beside_the_step(monkeypatch: pytest.MonkeyPatch, more: int) -> None:
+    monkeypatch.setattr(whole, "gathered", lambda *_: Gathered(4 * MIB, 4 * MIB + more))
+    asked: Any = {"parallel": Parallel(2, "zero3", options=(("reduce_bucket_size", 1000 + more),))}
+    found = step_memory(LORA, BASE, **asked)
+    monkeypatch.setattr(whole, "gathered", lambda *_: Gathered(4 * MIB, 4 * MIB))
+    asked = {"parallel": Parallel(2, "zero3", options=(("reduce_bucket_size", 1000 + more), ("a", "b")))}
+    plain = step_memory(LORA, BASE, **asked)
+    assert found.peak_reserved(1, 8) - plain.peak_reserved(1, 8) == more
+    assert found.peak_allocated(1, 8) == plain.peak_allocated(1, 8)
 
 
 def test_what_nccl_takes_beside_the_step() -> None:
