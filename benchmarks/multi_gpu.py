@@ -5,8 +5,9 @@
 The rows are a list of objects with ``gpus``, ``strategy``, ``base``, ``quantization``, ``adapter``, ``dtype``,
 ``per_device_batch``, ``seq_len``, ``gradient_checkpointing``, ``cpu_offload``, ``measured`` and ``versions`` in the
 words of who published them. Where the transformers of a row's time did something else than the installed one, that is
-put in, and named; a row whose kernels are not modelled (fused ones, Liger's, a compiled model), or whose figure is one
-of the whole device, is printed, and not counted.
+put in, and named; a row whose kernels are not modelled (fused ones, Liger's, a compiled model) is printed, and not
+counted. A figure of the whole device is compared with all that is reserved, CUDA's context and NCCL
+(``estimate.on_device``); rows that have one beside another figure are compared twice.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, _init_utils
 from torch.nn import functional
@@ -35,6 +37,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from pytest_lora import estimate_memory
 from pytest_lora.facts.parallel import Parallel
+from pytest_lora.inspection.memory.beside_torch import COMMUNICATORS
 from pytest_lora.memory import estimate as kept_estimates
 
 GIB = 2**30
@@ -130,6 +133,8 @@ def by_strategy(row: dict[str, Any]) -> dict[str, Any]:
     """How its GPUs share the step; answer.ai's DDP is FSDP1 that divides nothing."""
     if "NO_SHARD" in row["strategy"]:
         return {"parallel": Parallel(row["gpus"], "fsdp1", options=(("sharding_strategy", "NO_SHARD"),))}
+    if "zero" in row:
+        return {"parallel": Parallel(row["gpus"], strategy_of(row), options=tuple(row["zero"].items()))}
     return {"strategy": strategy_of(row)}
 
 
@@ -152,6 +157,7 @@ def setting_of(row: dict[str, Any]) -> dict[str, Any]:
         )
     autocast = bool(row.get("trainer_bf16", not pure))
     offloads = row.get("cpu_offload") or "offload_params" in row["strategy"]
+    whole = row.get("dtype") == "float32"
     return {
         "batch_size": row.get("per_device_batch") or 1,
         "seq_len": row.get("seq_len") or 2048,
@@ -160,27 +166,64 @@ def setting_of(row: dict[str, Any]) -> dict[str, Any]:
         "offload": "cpu" if offloads else None,
         "quantization": packed,
         "prepare_for_kbit": False,
-        "gradient_checkpointing": "reentrant" if row.get("gradient_checkpointing") is not None else True,
-        "autocast": autocast,
+        "gradient_checkpointing": row.get(
+            "checkpointing", "reentrant" if row.get("gradient_checkpointing") is not None else True
+        ),
+        **({"dtype": "float32"} if whole else {}),
+        "autocast": "bfloat16" if whole and autocast else autocast,
         "adapter_dtype": "bfloat16" if pure else "float32",
-        "outputs_held": pure,
+        "outputs_held": pure or bool(row.get("outputs_held")),
     }
 
 
 KINDS = ("allocated", "reserved", "device")
-"""``max_memory_allocated``, ``max_memory_reserved``, and a figure that says no more than "per GPU"."""
+"""``max_memory_allocated``, ``max_memory_reserved``, and a figure of the whole device: ``nvidia-smi``'s, or one that
+says no more than "per GPU". PEFT's documentation has a screenshot, "64 GB (80 %)", and Qwen's README a sum."""
 
-WHOLE_DEVICE = "a figure of the whole device, or of unknown kind"
-"""Why a figure of the last kind is compared, and not counted: PEFT's documentation shows a screenshot, "64 GB (80 %)",
-which is NVML's share of a card in use, and Qwen's README sums what it does not name. That has NCCL's buffers in it, the
-CUDA context, whatever loading and an evaluation left reserved, and no part of it can be told from the others."""
+NVLS = 16 * 2 * (4 + 2) * 8 * 2**20
+"""Bytes that a communicator of eight H100s behind an NVSwitch takes for NVLink SHARP: 16 channels, a buffer of 4 MiB
+and 2 MiB of flags for each direction and each of eight heads (``nvlsPerRankSize`` in NCCL's nvls.cc since 2.18)."""
 
+_EARLY_2024 = {"versions": "transformers 4.38 or 4.39"}
 WRITTEN_BESIDE: dict[str, dict[str, Any]] = {
-    "peftdocs-70b-qlora-zero3": {"per_device_batch": 2},
-    "peftdocs-70b-lora-zero3": {"gradient_checkpointing": None},
+    "peftdocs-70b-lora-zero3": {"gradient_checkpointing": None, **_EARLY_2024},
+    "peftdocs-70b-qlora-zero3": {"per_device_batch": 2, **_EARLY_2024},
+    "peftdocs-70b-qlora-fsdp-offload": _EARLY_2024,
+    "peftdocs-70b-qlora-fsdp": _EARLY_2024,
+    "qwen-72b-lora-zero3-4gpu": {
+        "zero": {
+            "overlap_comm": True,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+        }
+    },
 }
-"""What the source of a row says and the row does not, or says otherwise: ``--per_device_train_batch_size 2`` and
-``--use_reentrant False`` (docs/source/accelerate/deepspeed.md of PEFT)."""
+"""What the source of a row says and the row does not, or says otherwise: ``--per_device_train_batch_size 2``,
+``--use_reentrant False``, and when its figures were written: in February and March 2024, for ``transformers>4.38.2``
+(docs/source/accelerate/deepspeed.md and fsdp.md of PEFT, commits aa2ca83 and 6008f27). Qwen's script takes
+finetune/ds_config_zero3.json."""
+
+FURTHER: list[dict[str, Any]] = [
+    {
+        "id": "accelerate-benchmark-fsdp2-full",
+        "gpus": 8,
+        "strategy": "FSDP2 (accelerate, transformer_based_wrap)",
+        "base": "Qwen/Qwen2.5-1.5B",
+        "adapter": {"r": 1, "target_modules": ["q_proj"]},
+        "all_weights_train": True,
+        "dtype": "float32",
+        "trainer_bf16": True,
+        "outputs_held": True,
+        "checkpointing": False,
+        "per_device_batch": 2,
+        "seq_len": 128,
+        "measured": {"bytes": 4400 * 2**20, "reserved_bytes": 7050 * 2**20},
+        "source": "benchmarks/fsdp2/imgs/allocated_memory.png and reserved_memory.png of accelerate, to 25 MiB",
+    },
+]
+"""Published steps that are not in the file. The first trains all weights, which an adapter of rank 1 stands beside; its
+curves are samples of what is allocated, 10 ms apart (measure_utils.py), not the largest figure."""
 
 
 def measured(row: dict[str, Any]) -> tuple[float, str]:
@@ -194,16 +237,23 @@ def measured(row: dict[str, Any]) -> tuple[float, str]:
     return size, "allocated" if "bytes" in found else "reserved" if "gib" in found else "device"
 
 
-def of_kind(estimate: Any, kind: str) -> int:
+def of_kind(row: dict[str, Any], estimate: Any, kind: str) -> int:
     """The predicted figure that a measured one of this kind is compared with."""
     if kind == "allocated":
         return int(estimate.peak_allocated)
-    return int(estimate.peak_reserved + (estimate.cuda_context if kind == "device" else 0))
+    if kind == "reserved":
+        return int(estimate.peak_reserved)
+    has_nvls = row["gpus"] == 8 and "H100" in row.get("gpu", "")
+    communicators = COMMUNICATORS.get(strategy_of(row), 1)
+    return int(estimate.on_device + (communicators * NVLS if has_nvls else 0))
 
 
-def uncounted(row: dict[str, Any]) -> str:
-    """Why a row does not count; empty where it does."""
-    return unshared(row) or (WHOLE_DEVICE if measured(row)[1] == "device" else "")
+def also_measured(row: dict[str, Any]) -> dict[str, float]:
+    """Bytes of further kinds that a row has."""
+    found = row["measured"]
+    found = {"device": found.get("nvidia_smi_mib_mean"), "reserved": found.get("reserved_bytes")}
+    units = {"device": 2**20, "reserved": 1}
+    return {kind: float(size) * units[kind] for kind, size in found.items() if size}
 
 
 def unshared(row: dict[str, Any]) -> str:
@@ -219,14 +269,14 @@ def unshared(row: dict[str, Any]) -> str:
     return ""
 
 
-OLD = ("4.48", "4.45")
+OLD = ("4.48", "4.45", "4.39")
 
 
 def emulations_of(row: dict[str, Any]) -> dict[str, Any]:
     """What the transformers that a row was measured with does otherwise than the installed one, by name."""
     versions = str(row.get("versions", ""))
     found: dict[str, Any] = {}
-    if any(version in versions for version in OLD):
+    if strategy_of(row) == "fsdp1" and any(version in versions for version in OLD):
         found["checkpoints around FSDP"] = checkpoints_around_fsdp
     if "torch 2.2" in versions:
         found["broadcasts that NCCL still reads"] = broadcasts_freed_late
@@ -237,6 +287,10 @@ def emulations_of(row: dict[str, Any]) -> dict[str, Any]:
         found["shifted float32 copy"] = shifted_copy
     if "4.38" in versions:
         found["outputs with float32 logits"] = float32_logits
+    if row["base"].startswith("Qwen-"):  # its own code: ``QWenLMHeadModel.forward``
+        found["shifted copy"] = partial(shifted_copy, in_float32=False)
+    if row.get("all_weights_train"):
+        found["all weights train"] = all_weights_train
     return found
 
 
@@ -376,6 +430,17 @@ def kept_keys_and_values() -> Iterator[None]:
         GPTBigCodeForCausalLM.forward, GPTBigCodeAttention.forward = plain, attend
 
 
+@contextmanager
+def all_weights_train() -> Iterator[None]:
+    """A base that PEFT does not freeze."""
+    freeze = BaseTuner._mark_only_adapters_as_trainable
+    BaseTuner._mark_only_adapters_as_trainable = lambda self, model: None
+    try:
+        yield
+    finally:
+        BaseTuner._mark_only_adapters_as_trainable = freeze
+
+
 def predicted(row: dict[str, Any]) -> Any:
     """The estimate, with what the libraries of the row's time do otherwise."""
     with ExitStack() as old:
@@ -388,13 +453,16 @@ def predicted(row: dict[str, Any]) -> Any:
 def compared(row: dict[str, Any]) -> dict[str, Any]:
     """One line of the table."""
     row = {**row, **WRITTEN_BESIDE.get(row["id"], {})}
-    line: dict[str, Any] = {"id": row["id"], "strategy": strategy_of(row), "not_counted": uncounted(row)}
+    line: dict[str, Any] = {"id": row["id"], "strategy": strategy_of(row), "not_counted": unshared(row)}
     try:
         estimate = predicted(row)
     except (ValueError, RuntimeError) as error:
         return {**line, "error": str(error)[:200]}
     size, kind = measured(row)
-    peak = of_kind(estimate, kind)
+    peak = of_kind(row, estimate, kind)
+    further = {
+        f"{more}_ratio": of_kind(row, estimate, more) / held for more, held in also_measured(row).items()
+    }
     after = row["measured"].get("after_step_bytes")
     return {
         **line,
@@ -403,9 +471,23 @@ def compared(row: dict[str, Any]) -> dict[str, Any]:
         "predicted_gib": peak / GIB,
         "ratio": peak / size if size else None,
         "after_step_ratio": estimate.after_step / after if after else None,
+        **further,
         "phase": estimate.peak_phase,
         "breakdown_gib": {name: round(held / GIB, 2) for name, held in estimate.breakdown.items()},
     }
+
+
+FURTHER_RATIOS = ("reserved_ratio", "device_ratio")
+WHOLE_DEVICE = (0.93, 1.07)
+"""Bounds of what is compared beside another figure."""
+
+
+def share_of_devices(lines: list[dict[str, Any]], word: str = "") -> tuple[int, int]:
+    """How many readings of whole devices beside another figure lie within the bounds, and of how many."""
+    counted = [line for line in lines if word in line["id"] and not line["not_counted"]]
+    found = [line["device_ratio"] for line in counted if "device_ratio" in line]
+    low, high = WHOLE_DEVICE
+    return sum(low <= ratio <= high for ratio in found), len(found)
 
 
 def share(lines: list[dict[str, Any]], strategy: str, kind: str = "") -> tuple[int, int]:
@@ -431,7 +513,7 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     lines = []
-    for row in json.loads(asked.rows.read_text()):
+    for row in [*json.loads(asked.rows.read_text()), *FURTHER]:
         if asked.only not in row["id"] or (asked.counted and unshared(row)):
             continue
         line = compared(row)
@@ -441,6 +523,7 @@ def main() -> None:
             f"{line['id']:72s} {line['strategy']:6s}",
             line["error"] if "error" in line else f"{line['ratio'] or 0:6.3f}",
             f"after step {after:.3f}" if after else "",
+            *(f"{name.split('_')[0]} {line[name]:.3f}" for name in FURTHER_RATIOS if name in line),
             line.get("kind", ""),
             line["not_counted"] or line.get("emulated", ""),
             line.get("breakdown_gib", "") if asked.details else "",
@@ -455,6 +538,10 @@ def main() -> None:
             kinds = {kind: share(lines, strategy, kind) for kind in KINDS}
             parts = ", ".join(f"{some} of {all_} {kind}" for kind, (some, all_) in kinds.items() if all_)
             print(f"{strategy}: {within} of {of} within {low} to {high} ({parts})")
+    for word in ("", *OLD):
+        within, of = share_of_devices(lines, word)
+        if of:
+            print(f"whole devices, {word or 'all'}: {within} of {of} within {WHOLE_DEVICE}")
     if asked.json:
         found = {"torch": torch.__version__, "transformers": version("transformers"), "rows": lines}
         asked.json.write_text(json.dumps(found, indent=1) + "\n")

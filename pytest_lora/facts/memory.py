@@ -8,31 +8,12 @@ from typing import Literal, NamedTuple
 
 from pytest_lora.facts.alternatives import Alternative
 from pytest_lora.facts.byte_sizes import format_bytes
-from pytest_lora.facts.memory_choices import Attention, Evaluation, Kernels, Loss, peak_rows
+from pytest_lora.facts.memory_choices import Attention, Evaluation, Kernels, Loss, TimelinePoint, peak_rows
 from pytest_lora.facts.operations import NO_FLOPS, StepFlops, operation_in_words
 from pytest_lora.facts.parallel import Parallel
 
 Bound = Literal["at least", "at most"]
 Checkpointing = bool | Literal["reentrant"]
-
-CATEGORIES = (
-    "parameter shards",
-    "base weights",
-    "quantized base weights",
-    "quantization statistics",
-    "embeddings and head",
-    "adapters",
-    "gradients",
-    "buckets",
-    "optimizer",
-    "gathered parameters",
-    "reduce buffers",
-    "activations",
-    "logits and loss",
-    "dequantization buffers",
-    "workspace",
-)
-"""What memory is held for, in the order in which it is shown."""
 
 AMPERE_WORKSPACE = 8_519_680
 """Bytes of one workspace of cuBLAS on Ampere and Ada (torch's ``CUBLAS_WORKSPACE_CONFIG``); on Hopper 32 MiB."""
@@ -153,14 +134,6 @@ class Unmodelled(NamedTuple):
     """Bytes that the part needs at most, where that is known."""
 
 
-class TimelinePoint(NamedTuple):
-    """A stretch of the step: its phase, the repeated layer it ran in (None outside), its peak in bytes."""
-
-    phase: str
-    layer: int | None
-    peak: int
-
-
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """Predicted GPU memory of a training step, in bytes.
@@ -173,6 +146,8 @@ class MemoryEstimate:
             allocator does not split: at most 1 MiB each, 0 to 0.5 % of 33 published steps.
         peak_reserved: What ``torch.cuda.max_memory_reserved`` would say, with the allocator's own rounding.
         loaded: Allocated once the model is loaded, before the first step.
+        loading: Allocated at most until a model is divided, where it is only after it came onto the GPU: FSDP1 cuts it
+            unit by unit, ZeRO-3 divides a quantized one that each GPU has as a whole. 0 for the others.
         after_step: Allocated between two steps: weights, quantization statistics, optimizer state.
         breakdown: Bytes by category at the peak; they add up to ``peak_allocated``.
         peak_phase: ``"forward"``, ``"backward"``, ``"optimizer"`` or ``"evaluation"``.
@@ -180,6 +155,7 @@ class MemoryEstimate:
         timeline: Peak of each stretch of the step, in order.
         paged: Optimizer state in unified memory, which the allocator does not count.
         cuda_context: What the CUDA context takes beside it, a rough figure; ``nvidia-smi`` counts it.
+        communication: What NCCL takes beside it on each of several GPUs, as published for A100s with NVLink.
         flops: Floating-point operations of one optimizer step.
         has_tokens: Whether the step has tokens at all; with images alone, their length means nothing.
         unmodelled: What is left out, which makes the figures a bound.
@@ -209,6 +185,28 @@ class MemoryEstimate:
     by_formula: tuple[str, ...] = ()
     training_peak: int = 0
     evaluation_peak: int = 0
+    loading: int = 0
+    communication: int = 0
+
+    @property
+    def peak_loading(self) -> int:
+        """Allocated at most before the first step."""
+        return max(self.loaded, self.loading)
+
+    @property
+    def most_allocated(self) -> int:
+        """Allocated at most, loading and the step together."""
+        return max(self.peak_allocated, self.peak_loading)
+
+    @property
+    def beside_torch(self) -> int:
+        """What the device needs beside torch's allocator, roughly."""
+        return self.cuda_context + self.communication
+
+    @property
+    def on_device(self) -> int:
+        """What ``nvidia-smi`` would show at most, roughly: all that is reserved, CUDA's context and NCCL."""
+        return self.peak_reserved + self.beside_torch
 
     @property
     def bound(self) -> Literal["at least", "at most", "about"] | None:
@@ -219,8 +217,8 @@ class MemoryEstimate:
         return bounds.pop() if len(bounds) == 1 else "about"
 
     def fits(self, budget: int) -> bool:
-        """Whether the peak that is allocated stays within so many bytes; a bound says no more than it can."""
-        return self.peak_allocated <= budget
+        """Whether what is allocated stays within so many bytes; a bound says no more than it can."""
+        return self.most_allocated <= budget
 
     @property
     def is_mostly_whole(self) -> bool:
@@ -254,7 +252,9 @@ class MemoryEstimate:
             ("peak reserved", self.peak_reserved),
             ("between steps", self.after_step),
             *((("optimizer state in paged memory", self.paged),) if self.paged else ()),
+            *((("while it is loaded", self.loading),) if self.loading > self.peak_allocated else ()),
             ("CUDA context beside it, roughly", self.cuda_context),
+            *((("NCCL beside it, roughly", self.communication),) if self.communication else ()),
             *((("peaks of all GPUs together", self.over_ranks),) if self.over_ranks else ()),
         ]
         left_out = [

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from pytest_lora.values import require_one_of, require_whole
+
+CATEGORIES = (
+    "parameter shards",
+    "base weights",
+    "quantized base weights",
+    "quantization statistics",
+    "embeddings and head",
+    "adapters",
+    "gradients",
+    "buckets",
+    "optimizer",
+    "gathered parameters",
+    "reduce buffers",
+    "activations",
+    "logits and loss",
+    "dequantization buffers",
+    "workspace",
+)
+"""What memory is held for, in the order in which it is shown."""
 
 Attention = Literal["math", "flash", "efficient", "cudnn"]
 ATTENTION_KERNELS: tuple[Attention, ...] = get_args(Attention)
@@ -58,6 +77,14 @@ class Evaluation:
         """``"an evaluation by 8 x 512 tokens, which keeps the loss"``."""
         length = f" x {self.seq_len} tokens" if self.seq_len and with_tokens else ""
         return f"an evaluation by {self.batch_size}{length}, which keeps the {self.keeps}"
+
+
+class TimelinePoint(NamedTuple):
+    """A stretch of the step: its phase, the repeated layer it ran in (None outside), its peak in bytes."""
+
+    phase: str
+    layer: int | None
+    peak: int
 
 
 def peak_rows(evaluation: int, training: int, either: int) -> tuple[tuple[str, int], ...]:

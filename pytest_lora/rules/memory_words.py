@@ -166,3 +166,9 @@ def left_whole(estimate: MemoryEstimate) -> str:
         return ""
     kept = sum(estimate.breakdown.get(name, 0) for name in _FROZEN)
     return f"; {shared.strategy} does not divide the weights: {format_bytes(kept)} of them stay on every card"
+
+
+def beside_in_words(estimate: MemoryEstimate) -> str:
+    """``"a CUDA context of about 512.0 MiB"``, and NCCL with several GPUs."""
+    what = "a CUDA context and NCCL's buffers" if estimate.communication else "a CUDA context"
+    return f"{what} of about {format_bytes(estimate.beside_torch)}"

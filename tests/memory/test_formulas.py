@@ -29,7 +29,7 @@ from pytest_lora.inspection.memory.packed_weights import _STORED, pack_weights
 from pytest_lora.inspection.memory.parallel import placed, whole
 from pytest_lora.inspection.memory.parallel.placed import Placement, _gpu_of, _whole, moved_between_gpus
 from pytest_lora.inspection.memory.parallel.strategies import autocasts, cuts_of
-from pytest_lora.inspection.memory.parallel.whole import _gathered, _number, _part, _width
+from pytest_lora.inspection.memory.parallel.whole import _number, _part, _width
 from pytest_lora.inspection.memory.predictor import _cache_of_generation
 from pytest_lora.inspection.memory.stand_ins import StandIns, _ctc_loss, _grouped_mm, _masked, _split
 from pytest_lora.inspection.memory.step import Step, _flops
@@ -117,24 +117,6 @@ def test_numbers_of_a_configuration_of_deepspeed() -> None:
     assert _number(options(size="auto"), "size", 500, 0) == 500
     assert _number(options(size="1e3"), "size", 500, 30) == 1000
     assert _number(options(size=7), "size", 500, 30) == 7
-
-
-@pytest.mark.parametrize(
-    ("sizes", "given", "whole"),
-    [
-        ((100, 10, 4, 0), {}, 100),
-        ((10**10, 10, 4, 0), {}, 10**9),
-        ((100, 10, 4, 0), {"stage3_max_reuse_distance": 41}, 40),
-        ((100, 60, 4, 0), {"stage3_max_reuse_distance": 41}, 60),
-        ((100, 10, 4, 3), {"stage3_max_reuse_distance": 40}, 40 + 2 * 10),
-        ((100, 10, 4, 3), {"stage3_max_live_parameters": 20}, 20 + 2 * 10),
-        ((100, 10, 4, 100), {"stage3_max_reuse_distance": 40}, 40 + 200),
-    ],
-)
-def test_what_zero_3_holds_whole_at_once(
-    sizes: tuple[int, int, int, int], given: dict[str, int], whole: int
-) -> None:
-    assert _gathered(*sizes, options(**given)) == whole
 
 
 def test_numbers_that_others_have_fixed() -> None:

@@ -27,7 +27,7 @@ from pytest_lora.inspection.memory.parallel import placed
 from pytest_lora.inspection.memory.parallel.fsdp1 import _policy, _remedy
 from pytest_lora.inspection.memory.parallel.model import offloaded
 from pytest_lora.inspection.memory.parallel.placed import Placement, _of_units, placed_rank, planned
-from pytest_lora.inspection.memory.parallel.whole import _cast, _divided
+from pytest_lora.inspection.memory.parallel.whole import PERSISTENT_UP_TO, _cast, _divided
 from pytest_lora.inspection.memory.step import Step
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 from pytest_lora.inspection.memory.weights import Trained, Weight
@@ -239,16 +239,12 @@ def test_zero_3_keeps_up_to_a_hundred_thousand_numbers_whole() -> None:
         model=held,
         weights=[],
         unit_of={},
-        copies_of=lambda unit: 1,
-        transformer=SimpleNamespace(config=SimpleNamespace(hidden_size=8)),
     )
-    options = (("stage3_prefetch_bucket_size", 0),)
-    found = [*_divided(built, Parallel(2, "zero3", options=options))]
+    found = [*_divided(built, Parallel(2, "zero3"), PERSISTENT_UP_TO)]
     assert found == [
         Weight(50_000 * 4, "adapters", OUTSIDE),
         Weight(100_000 * 4, "gathered parameters", OUTSIDE),
         Weight(50_001 * 4, "adapters", OUTSIDE),
-        Weight(100_001 * 4, "gathered parameters", OUTSIDE),
     ]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pytest_lora.facts.memory import CATEGORIES, TimelinePoint
+from pytest_lora.facts.memory_choices import CATEGORIES, TimelinePoint
 from pytest_lora.inspection.memory.cards import gpu_of_events
 from pytest_lora.inspection.memory.cuda_allocator import Replay, max_reserved, rounded
 from pytest_lora.inspection.memory.dry_run import EVALUATION
@@ -65,6 +65,7 @@ class StepShape:
         self._cut = expand(step.loading, step.loading_units, step.copies, like) if step.loading else None
         self._cut_storages = np.array([e if e >= 0 else ~e for e in step.loading], dtype=np.int64)
         self._cut_frees = np.array(step.loading, dtype=np.int64) < 0
+        self._starts_empty = step.cut_before_anything
         self._fast = FastPeak(self.line, self._storages)
         self._gpus = None if step.placement is None else self._gpu_of_events(step)
 
@@ -116,10 +117,13 @@ class StepShape:
         index = self.line.index[counted]
         storages, instances, frees = self._storages[index], self.line.instances[counted], self._frees[index]
         second = int(np.count_nonzero(counted[: self._second_step]))
-        if self._cut is not None:
+        while_cut = 0
+        if self._cut is not None and self._starts_empty:
+            while_cut = max_reserved(sizes, *self._cutting(), replay=replay)
+        elif self._cut is not None:
             storages, instances, frees = self._after_cutting(storages, instances, frees)
             second += len(storages) - len(index)
-        return max_reserved(
+        step = max_reserved(
             sizes,
             storages,
             instances,
@@ -129,18 +133,33 @@ class StepShape:
             self._streams,
             caught_up=second if late else None,
         )
+        apart = int(sizes[self.step.apart]) if self.step.apart >= 0 else 0
+        return max(step + apart, while_cut)
+
+    def _cutting(self) -> tuple[Integers, Integers, NDArray[np.bool_]]:
+        """The storage, the copy of it and whether it is freed, of each event until a model is cut."""
+        assert self._cut is not None
+        index = self._cut.index
+        return self._cut_storages[index], self._cut.instances, self._cut_frees[index]
+
+    def _while_loading(self, sizes: Integers) -> int:
+        """The most bytes allocated until a model is cut; 0 where that is not followed."""
+        if self._cut is None:
+            return 0
+        storages, _, frees = self._cutting()
+        return int(np.cumsum(np.where(frees, -1, 1) * rounded(sizes)[storages]).max())
 
     def _after_cutting(
         self, storages: Integers, instances: Integers, frees: NDArray[np.bool_]
     ) -> tuple[Integers, Integers, NDArray[np.bool_]]:
         """A step's events with those in the place of its weights by which they came to be; see ``Step.load``."""
-        assert self._cut is not None
-        index, first = self._cut.index, self._loaded
+        cut_storages, cut_instances, cut_frees = self._cutting()
+        first = self._loaded
         own = int(instances.max(initial=0)) + 1
         return (
-            np.concatenate([self._cut_storages[index], storages[first:]]),
-            np.concatenate([self._cut.instances + own, instances[first:]]),
-            np.concatenate([self._cut_frees[index], frees[first:]]),
+            np.concatenate([cut_storages, storages[first:]]),
+            np.concatenate([cut_instances + own, instances[first:]]),
+            np.concatenate([cut_frees, frees[first:]]),
         )
 
     def figures(self, sizes: Integers) -> Figures:
@@ -159,6 +178,7 @@ class StepShape:
         return Figures(
             peak_allocated=int(level[peak]),
             loaded=int(level[self._loaded - 1]),
+            loading=self._while_loading(sizes),
             after_step=int(level[trained - 1]),
             training_peak=int(level[~evaluating].max()),
             evaluation_peak=int(level[evaluating].max(initial=0)),
@@ -187,6 +207,7 @@ class Figures:
 
     peak_allocated: int
     loaded: int
+    loading: int
     after_step: int
     training_peak: int
     evaluation_peak: int

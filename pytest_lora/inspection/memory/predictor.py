@@ -15,6 +15,7 @@ from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
 from pytest_lora.facts.operations import StepFlops
 from pytest_lora.facts.parallel import FSDP
 from pytest_lora.inspection.memory.batches import has_tokens
+from pytest_lora.inspection.memory.beside_torch import CUDA_CONTEXT, communication_of
 from pytest_lora.inspection.memory.compiled_replay import fastest_replay
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
 from pytest_lora.inspection.memory.cut_bases import KeptBases
@@ -40,9 +41,6 @@ from pytest_lora.inspection.transformers_internals import runs_images_without_va
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-CUDA_CONTEXT = 512 * 2**20
-"""Bytes that CUDA's context takes on the device beside the allocator; 0.4 to 0.6 GiB is usual."""
 
 WORTH_FITTING = 3.0
 """Seconds of the processor for a trace up to which further ones for a surface are worth the wait."""
@@ -118,6 +116,7 @@ class Predictor:
         found = self._at(point)
         figures = found.shape.figures(found.sizes)
         model = next(iter(self._models.values())).transformer
+        shared = self.setting.parallel
         return MemoryEstimate(
             setting=replace(self.setting, batch_size=batch_size, seq_len=seq_len),
             architecture=type(model).__name__,
@@ -126,6 +125,7 @@ class Predictor:
             peak_reserved=self._reserved(found),
             after_step=figures.after_step,
             loaded=figures.loaded,
+            loading=figures.loading,
             breakdown=figures.breakdown,
             peak_phase=figures.peak_phase,
             peak_operation=figures.peak_operation,
@@ -136,9 +136,8 @@ class Predictor:
             cuda_context=CUDA_CONTEXT,
             flops=found.flops or self.flops(*point),
             has_tokens=has_tokens(model),
-            over_ranks=found.shape.over_gpus(found.sizes, self.setting.parallel.gpus)
-            if self.setting.parallel
-            else 0,
+            over_ranks=found.shape.over_gpus(found.sizes, shared.gpus) if shared else 0,
+            communication=communication_of(shared),
             by_formula=self._by_formula(),
             unmodelled=(
                 *_of_adapter(self._config),

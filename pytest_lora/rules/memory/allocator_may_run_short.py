@@ -7,7 +7,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.memory_words import shorter, step_in_words
+from pytest_lora.rules.memory_words import beside_in_words, shorter, step_in_words
 
 
 @rule("LORA504", severity="info", needs=MemoryFacts)
@@ -16,7 +16,7 @@ def allocator_may_run_short(facts: MemoryFacts, expect: Expect) -> Iterator[Viol
 
     ## What it does
     Replays the step on CUDA's caching allocator and compares the most that it would reserve, and the CUDA
-    context, with the budget, where the allocated peak fits.
+    context and NCCL, with the budget, where the allocated peak fits.
 
     ## Why is this bad?
     The allocator then has to give memory back and ask for it again in every step, which is slow, and free
@@ -38,14 +38,13 @@ def allocator_may_run_short(facts: MemoryFacts, expect: Expect) -> Iterator[Viol
     - The caching allocator: https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf
     """
     estimate = facts.estimate
-    needed = estimate.peak_reserved + estimate.cuda_context
-    if estimate.peak_allocated + estimate.cuda_context > facts.budget or needed <= facts.budget:
+    if estimate.most_allocated + estimate.beside_torch > facts.budget or estimate.on_device <= facts.budget:
         return
     yield Violation(
         where=step_in_words(estimate),
         observed=f"the allocator would reserve {format_bytes(estimate.peak_reserved)} for a peak of "
-        f"{format_bytes(estimate.peak_allocated)}, with a CUDA context of about "
-        f"{format_bytes(estimate.cuda_context)} beside it, on a budget of {format_bytes(facts.budget)}",
+        f"{format_bytes(estimate.most_allocated)}, with {beside_in_words(estimate)} beside it, on a budget of "
+        f"{format_bytes(facts.budget)}",
         expected="room for what the allocator keeps",
         fix=advise(
             "set PYTORCH_CUDA_ALLOC_CONF to expandable_segments:True, or shorten the sequence, such as ",

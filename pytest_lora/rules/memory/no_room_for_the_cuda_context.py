@@ -7,7 +7,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.memory_words import shorter, step_in_words
+from pytest_lora.rules.memory_words import beside_in_words, shorter, step_in_words
 
 
 @rule("LORA503", severity="warning", needs=MemoryFacts)
@@ -15,8 +15,8 @@ def no_room_for_the_cuda_context(facts: MemoryFacts, expect: Expect) -> Iterator
     """A step fits the memory of the GPU only if CUDA itself needed none.
 
     ## What it does
-    Adds to the predicted peak what the CUDA context takes on the device, roughly 0.5 GiB, and compares that
-    with the budget.
+    Adds to the predicted peak what the CUDA context takes on the device, roughly 0.5 GiB, and on several GPUs the
+    buffers of NCCL, 0.5 to 1.4 GiB, and compares that with the budget.
 
     ## Why is this bad?
     The budget of a card is what is printed on it; CUDA's context and kernels take their share first, and
@@ -38,14 +38,14 @@ def no_room_for_the_cuda_context(facts: MemoryFacts, expect: Expect) -> Iterator
     - Memory use with CUDA: https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management
     """
     estimate = facts.estimate
-    needed = estimate.peak_allocated + estimate.cuda_context
-    if estimate.peak_allocated > facts.budget or needed <= facts.budget:
+    needed = estimate.most_allocated + estimate.beside_torch
+    if not estimate.fits(facts.budget) or needed <= facts.budget:
         return
     yield Violation(
         where=step_in_words(estimate),
-        observed=f"the peak of {format_bytes(estimate.peak_allocated)} and a CUDA context of about "
-        f"{format_bytes(estimate.cuda_context)} exceed the budget of {format_bytes(facts.budget)}",
-        expected=f"a peak of at most {format_bytes(facts.budget - estimate.cuda_context)}",
+        observed=f"the peak of {format_bytes(estimate.most_allocated)} and {beside_in_words(estimate)} exceed the "
+        f"budget of {format_bytes(facts.budget)}",
+        expected=f"a peak of at most {format_bytes(facts.budget - estimate.beside_torch)}",
         fix=advise(
             "shorten the sequence or the batch, such as ",
             shorter(estimate.setting),

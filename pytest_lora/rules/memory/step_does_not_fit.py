@@ -46,7 +46,11 @@ def step_does_not_fit(facts: MemoryFacts, expect: Expect) -> Iterator[Violation]
     - Anatomy of a model's memory: https://huggingface.co/docs/transformers/model_memory_anatomy
     """
     estimate = facts.estimate
-    if estimate.peak_allocated <= facts.budget or estimate.loaded > facts.budget or may_need_less(estimate):
+    if (
+        estimate.peak_allocated <= facts.budget
+        or estimate.peak_loading > facts.budget
+        or may_need_less(estimate)
+    ):
         return
     yield Violation(
         where=step_in_words(estimate),

@@ -26,7 +26,8 @@ def weights_do_not_fit(facts: MemoryFacts, expect: Expect) -> Iterator[Violation
     """The model does not fit the memory of the GPU, before a single step is taken.
 
     ## What it does
-    Compares what is allocated once base and adapter are loaded with the budget.
+    Compares what is allocated once base and adapter are loaded, or on the way to it, with the budget. ZeRO-3 divides a
+    quantized base only after each GPU had it as a whole.
 
     ## Why is this bad?
     Loading the model runs out of memory. Neither a smaller batch nor a shorter sequence helps.
@@ -47,7 +48,10 @@ def weights_do_not_fit(facts: MemoryFacts, expect: Expect) -> Iterator[Violation
     - Anatomy of a model's memory: https://huggingface.co/docs/transformers/model_memory_anatomy
     """
     estimate = facts.estimate
-    if estimate.loaded <= facts.budget or may_need_less(estimate):
+    if estimate.peak_loading <= facts.budget or may_need_less(estimate):
+        return
+    if estimate.loaded <= facts.budget:
+        yield _divided_too_late(facts)
         return
     yield Violation(
         where=step_in_words(estimate),
@@ -56,4 +60,16 @@ def weights_do_not_fit(facts: MemoryFacts, expect: Expect) -> Iterator[Violation
         f"{largest_parts(estimate, _WEIGHTS)}{left_whole(estimate)}",
         expected=f"weights below the budget of {format_bytes(facts.budget)}, with room for a step",
         fix=advice(facts),
+    )
+
+
+def _divided_too_late(facts: MemoryFacts) -> Violation:
+    estimate = facts.estimate
+    return Violation(
+        where=step_in_words(estimate),
+        observed=f"while it is loaded, the model needs {format_bytes(estimate.loading)} on each GPU, "
+        f"{format_bytes(estimate.loading - facts.budget)} more than the budget: it is divided afterwards, to "
+        f"{format_bytes(estimate.loaded)}",
+        expected=f"no more than the budget of {format_bytes(facts.budget)} before the model is divided",
+        fix='take strategy="fsdp", which divides it in the host\'s memory, or larger cards; more of them do not help',
     )

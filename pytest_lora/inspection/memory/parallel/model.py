@@ -39,11 +39,15 @@ class Loading:
     Attributes:
         events, units: As in a trace.
         sizes: Bytes by storage.
+        later: Categories of weights that are made afterwards.
+        emptied: Whether the cache is emptied afterwards.
     """
 
     events: list[int]
     units: list[int]
     sizes: list[int]
+    later: tuple[str, ...] = ()
+    emptied: bool = False
 
 
 @dataclass
@@ -62,6 +66,7 @@ class Rank:
         placement: Where layers lie on several GPUs, on which; the figures are then those of the fullest.
         first_differs: Whether the next step is the first one, and not like those after it.
         loading: What is made on the way to the parts among ``weights``; None where that leaves nothing in the cache.
+        apart: Bytes that are reserved beside what is allocated, for a stream that is followed apart.
     """
 
     called: nn.Module
@@ -75,6 +80,7 @@ class Rank:
     placement: Placement | None = None
     first_differs: bool = False
     loading: Loading | None = None
+    apart: int = 0
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.memory.parallel.model import Rank, nothing_around
+from pytest_lora.inspection.memory.parallel.model import Loading, Rank, nothing_around
+from pytest_lora.inspection.memory.parallel.zero3_gathers import Gathered, Limits, Part, gathered
+from pytest_lora.inspection.memory.parallel.zero3_linear import zero3_linears
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, StorageTracker
 from pytest_lora.inspection.memory.weights import Trained, Weight, loaded_weights
 
@@ -67,7 +70,12 @@ def zero_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Ran
         Trained((_part(t.numel, parallel.gpus),), torch.float32 if half else t.dtype, t.unit)
         for t in built.trained()
     ]
-    held = [*_divided(built, parallel)] if stage == 3 else weights
+    held, apart = weights, 0
+    if stage == 3:
+        small = _number(parallel, "stage3_param_persistence_threshold", PERSISTENT_UP_TO, 10 * _width(built))
+        whole = _gathered(built, setting, parallel, small)
+        held = [*_divided(built, parallel, small), Weight(whole.allocated, "gathered parameters", OUTSIDE)]
+        apart = whole.reserved - whole.allocated
     # What the engine keeps of each rank's part: gradients in the precision of the model, weights in float32.
     kind = _HALF if half else _FLOAT
     if parallel.offload is None:
@@ -83,13 +91,48 @@ def zero_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> Ran
         [] if parallel.offload else parts,
         held,
         built.stacks,
-        _reduced_at_once(built.model) if stage > 1 else nothing_around,
+        _around_of_zero(built.model, stage, parallel),
         by_formula=(
             f"partitions, buckets{' and gathered parameters' if stage == 3 else ''} of ZeRO-{stage}, with DeepSpeed's "
             "defaults where nothing else is given",
         ),
         notices_gradients=stage == 1,
+        loading=_whole_at_first(built, parallel) if stage == 3 and setting.quantization else None,
+        apart=apart,
     )
+
+
+def _whole_at_first(built: MetaModel, parallel: Parallel) -> Loading:
+    """A quantized model, which each GPU has as a whole before DeepSpeed divides it.
+
+    transformers leaves ``zero.Init`` out for it (``PreTrainedModel.get_init_context``), and the engine then moves all
+    of it (``DeepSpeedEngine._configure_distributed_model``), with ``offload="cpu"`` too. Trained parts are put together
+    afterwards, for which the cache is emptied (``defragment`` in stage3.py).
+    """
+    found = Loading(
+        [], [], [], ("gathered parameters", "reduce buffers", "optimizer", "gradients"), emptied=True
+    )
+
+    def make(size: int, unit: int) -> int:
+        found.sizes.append(size)
+        found.events.append(len(found.sizes) - 1)
+        found.units.append(unit)
+        return found.events[-1]
+
+    whole = [
+        (parameter, unit := built.unit_of.get(id(parameter), OUTSIDE), make(_bytes(parameter), unit))
+        for parameter in built.model.parameters()
+    ]
+    for parameter, unit, made in whole:
+        if parallel.offload != "cpu":
+            make(_part(parameter.numel(), parallel.gpus) * parameter.dtype.itemsize, unit)
+        found.events.append(~made)
+        found.units.append(unit)
+    return found
+
+
+def _bytes(parameter: torch.Tensor) -> int:
+    return parameter.numel() * parameter.dtype.itemsize
 
 
 def _part(numel: int, gpus: int) -> int:
@@ -104,8 +147,8 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _divided(built: MetaModel, parallel: Parallel) -> Iterator[Weight]:
-    """Weights under ZeRO-3: each rank's part, small ones whole as well, and those that are gathered at once."""
+def _divided(built: MetaModel, parallel: Parallel, small: int) -> Iterator[Weight]:
+    """Weights under ZeRO-3: each rank's part, and small ones whole as well."""
     statistics = (w for w in built.weights if w.category == "quantization statistics")
     yield from statistics
     yield from (
@@ -113,8 +156,6 @@ def _divided(built: MetaModel, parallel: Parallel) -> Iterator[Weight]:
         for b in built.model.buffers()
         if b.is_meta
     )
-    small = _number(parallel, "stage3_param_persistence_threshold", PERSISTENT_UP_TO, 10 * _width(built))
-    gathered, largest, repeated = 0, 0, 0
     for parameter in built.model.parameters():
         numel, width = parameter.numel(), parameter.dtype.itemsize
         unit = built.unit_of.get(id(parameter), OUTSIDE)
@@ -123,14 +164,6 @@ def _divided(built: MetaModel, parallel: Parallel) -> Iterator[Weight]:
             yield Weight(_part(numel, parallel.gpus) * width, category, unit)
         if numel <= small:
             yield Weight(numel * width, "gathered parameters", unit)
-        else:
-            copies = built.copies_of(unit)
-            gathered += numel * width * copies
-            largest = max(largest, numel * width)
-            repeated = max(repeated, numel * width if unit != OUTSIDE else 0)
-    ahead = _number(parallel, "stage3_prefetch_bucket_size", PREFETCH_BUCKET, int(0.9 * _width(built) ** 2))
-    whole = _gathered(gathered, largest, repeated or largest, ahead, parallel)
-    yield Weight(whole, "gathered parameters", OUTSIDE)
 
 
 def _width(built: MetaModel) -> int:
@@ -144,28 +177,58 @@ def _number(parallel: Parallel, name: str, default: int, auto: int) -> int:
     return auto if given == "auto" and auto else default if given == "auto" else int(float(given))
 
 
-def _gathered(total: int, largest: int, repeated: int, ahead: int, parallel: Parallel) -> int:
-    """Bytes that are whole at once, in 16 bits.
-
-    A parameter that is used again within the reuse distance stays. Where a forward turns into the backward, that of the
-    model or of a layer that is computed again, every parameter lies twice on that way, so that half of the distance is
-    whole. What is gathered ahead ends with the parameter that fills the bucket
-    (``PartitionedParameterCoordinator.fetch_sub_module``), and is copied out of the buffer that all ranks write into
-    (``AllGatherCoalescedHandle.wait``): it is there twice.
-
-    Args:
-        total: Bytes of all parameters that are divided.
-        largest: Bytes of the largest of them.
-        repeated: Bytes of the largest one in a layer.
-        ahead: Numbers that are gathered ahead.
-        parallel: The distances.
-    """
-    reuse = min(
+def _gathered(built: MetaModel, setting: StepSetting, parallel: Parallel, small: int) -> Gathered:
+    """What is whole at once of the frozen parameters, and of those of one layer that are trained."""
+    reuse, live = (
         _number(parallel, name, REUSE_DISTANCE, REUSE_DISTANCE)
         for name in ("stage3_max_reuse_distance", "stage3_max_live_parameters")
     )
-    bucket = min(total, ahead * _HALF + repeated) if ahead else 0
-    return min(total, max(largest, reuse // 2 * _HALF)) + 2 * bucket
+    ahead = _number(parallel, "stage3_prefetch_bucket_size", PREFETCH_BUCKET, int(0.9 * _width(built) ** 2))
+    units: list[list[list[Part]]] = []
+    again: list[bool] = []
+    trained: dict[int, int] = {}
+    for unit, modules in groupby(_modules(built, small), key=lambda module: module[0]):
+        parameters = [own for _, own in modules]
+        layer = [
+            [Part(p.numel(), p.dtype.itemsize) for p in own if not p.requires_grad] for own in parameters
+        ]
+        numbers = sum(part.numel for module in layer for part in module)
+        # More layers than those that are whole before and after a turn change nothing.
+        times = min(built.copies_of(unit), 4 + 3 * reuse // max(1, numbers))
+        units += [layer] * times
+        again += [bool(setting.gradient_checkpointing) and unit != OUTSIDE] * times
+        trained[unit] = sum(_bytes(p) for own in parameters for p in own if p.requires_grad)
+    frozen = gathered(units, again, Limits(ahead, reuse, live))
+    return Gathered(*(size + max(trained.values(), default=0) for size in frozen))
+
+
+def _modules(built: MetaModel, small: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """The unit and the parameters of each module that has some which are divided, in the order of the model."""
+    seen: set[int] = set()
+    for module in built.model.modules():
+        own: list[torch.Tensor] = [
+            p for p in module.parameters(recurse=False) if p.numel() > small and id(p) not in seen
+        ]
+        seen.update(map(id, own))
+        if own:
+            yield built.unit_of.get(id(own[0]), OUTSIDE), own
+
+
+def _around_of_zero(
+    model: nn.Module, stage: int, parallel: Parallel
+) -> Callable[[StorageTracker], AbstractContextManager[None]]:
+    if stage == 1:
+        return nothing_around
+    reduced = _reduced_at_once(model)
+    if stage == 2 or not parallel.option("memory_efficient_linear", True):
+        return reduced
+
+    @contextmanager
+    def around(tracker: StorageTracker) -> Iterator[None]:
+        with reduced(tracker), zero3_linears():
+            yield
+
+    return around
 
 
 def _reduced_at_once(model: nn.Module) -> Callable[[StorageTracker], AbstractContextManager[None]]:
