@@ -106,6 +106,8 @@ class CheckpointFacts:
         unread: Bytes of tensors whose values were not read.
         fit: How it fits a base; None where no base is given.
         names_itself: Whether the configuration names the folder itself as the base.
+        pickle_differs: Whether ``adapter_model.bin`` beside safetensors holds other numbers; None where there is none
+            or it cannot be told.
     """
 
     name: str
@@ -122,6 +124,7 @@ class CheckpointFacts:
     fit: Fit | None = None
     keys: dict[str, Key] = field(default_factory=dict)
     names_itself: bool = False
+    pickle_differs: bool | None = None
 
     @property
     def settings(self) -> Settings | None:

@@ -654,6 +654,36 @@ def test_two_files_of_weights_that_cannot_hold_the_same(names: Namespace) -> Non
     assert both(path, names["base"]) == [["LORA403"], ["LORA403"]]
 
 
+def test_two_files_of_weights_with_other_numbers(names: Namespace) -> None:
+    """The bytes tell, in whatever order and under whatever names they lie; the pickle is not opened."""
+    path = names.adapter()
+    tensors = {k: v.clone() for k, v in load_file(path / "adapter_model.safetensors").items()}
+    for same in (dict(reversed(tensors.items())), {f"module.{k}": v for k, v in tensors.items()}):
+        torch.save(same, path / "adapter_model.bin")
+        assert both(path, names["base"]) == [[], []]
+    (path / "adapter_model.bin").write_bytes(b"?" * (path / "adapter_model.safetensors").stat().st_size)
+    assert both(path, names["base"]) == [[], []]
+    last = list(tensors)[-1]
+    torch.save({**tensors, last: tensors[last] + 1e-3}, path / "adapter_model.bin")
+    for report in (check_checkpoint(path), check_checkpoint(path, names["base"])):
+        assert loud(report) == ["LORA403"]
+        assert "the same sizes with other numbers, so one of the two is stale" in report.warnings[0].observed
+    (path / "adapter_model.bin").unlink()  # as the fix says
+    assert both(path, names["base"]) == [[], []]
+
+
+def test_one_storage_for_two_tensors_is_not_compared(names: Namespace) -> None:
+    path = names.adapter()
+    tensors = load_file(path / "adapter_model.safetensors")
+    shared = torch.cat([v.flatten() for v in tensors.values()])
+    parts = shared.split([v.numel() for v in tensors.values()])
+    torch.save(
+        {k: p.view(v.shape) for (k, v), p in zip(tensors.items(), parts, strict=True)},
+        path / "adapter_model.bin",
+    )
+    assert both(path, names["base"]) == [[], []]
+
+
 def test_arguments_are_named(names: Namespace, tmp_path: Path) -> None:
     wrong: Any = 3
     with pytest.raises(TypeError, match="path must be a path, not 3"):
