@@ -151,7 +151,8 @@ def test_a_model_that_takes_no_input_ids_has_no_task_type(task_type: str | None)
     failed = [f for f in check_training(model, batch).errors if f.code == "LORA319"]
     assert len(failed) == len(said)
     for finding in failed:
-        assert finding.observed.startswith("TypeError: ") and "'input_ids'" in finding.observed
+        assert finding.observed.startswith("TypeError: ")
+        assert "'input_ids'" in finding.observed
         assert "task_type=None" in finding.fix
 
 
