@@ -179,7 +179,8 @@ class CheckpointFacts:
         if not self.is_judged or (self.fit is not None and self.fit.loads):
             return ()
         keys = self.keys
-        return tuple([t for t in self.lora if _is_misnamed(keys[t.name])])
+        known = ("",) if self.fit is not None and self.fit.drops_named else ("", "default")
+        return tuple([t for t in self.lora if _is_misnamed(keys[t.name], known)])
 
     @cached_property
     def is_foreign(self) -> bool:
@@ -262,8 +263,8 @@ class CheckpointFacts:
         return any(_owns(module, self.key(tensor)) for tensor in self.plain)
 
 
-def _is_misnamed(key: Key) -> bool:
-    strange = key.wrappers or key.tool_name or key.is_cut or key.adapter not in ("", "default")
+def _is_misnamed(key: Key, adapters: tuple[str, ...]) -> bool:
+    strange = key.wrappers or key.tool_name or key.is_cut or key.adapter not in adapters
     return key.prefixes != 1 or bool(strange)
 
 

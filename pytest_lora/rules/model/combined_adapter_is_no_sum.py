@@ -54,8 +54,8 @@ def combined_adapter_is_no_sum(facts: ModelFacts, expect: Expect) -> Iterator[Vi
             yield Violation(
                 where=f"adapter {combined.adapter!r}",
                 observed=f"{combined.adapter!r} is to be {', '.join(map(repr, combined.sources))} with {off} taken "
-                f"off, and its update is {combined.missed:.0%} of that difference away from it: each factor was summed by "
-                "itself",
+                f"off, and its update is {combined.missed:.0%} of that difference away from it: each factor was "
+                "summed by itself",
                 expected="the difference of the updates",
                 fix="combine them with combination_type='cat', whose update is the weighted sum of theirs",
             )
