@@ -144,7 +144,7 @@ def _subtracted(layers: list[LoraLayer], name: str, others: list[str]) -> Iterat
     for layer in layers:
         beside = {other: factors(layer, other) for other in others if other in adapter_names(layer)}
         own = factors(layer, name)
-        beside = {n: f for n, f in beside.items() if f.a.shape == own.a.shape and f.b.shape == own.b.shape}
+        beside = {n: f for n, f in beside.items() if _of_one_form(f, own)}
         if own.b_name != "lora_B" or own.b.is_meta or own.b.ndim != 2 or len(beside) < 2:
             return
         first = _shares(own.a, [f.a for f in beside.values()])
@@ -165,14 +165,21 @@ def _subtracted(layers: list[LoraLayer], name: str, others: list[str]) -> Iterat
         yield CombinedAdapter(name, used, (), float(layers[0].scaling[name]), off, math.sqrt(missed / meant))
 
 
+def _of_one_form(first: Factors, second: Factors) -> bool:
+    pairs = ((first.a, second.a), (first.b, second.b))
+    return all(one.shape == other.shape and one.device == other.device for one, other in pairs)
+
+
 def _shares(own: Tensor, beside: list[Tensor]) -> list[float] | None:
     """The numbers that others have to be multiplied with to add up to a factor; None where they do not."""
     stacked = torch.stack([tensor.detach().float().flatten() for tensor in beside], 1)
     wanted = own.detach().float().flatten()[:, None]
+    length = float(torch.linalg.vector_norm(wanted))
+    if not length or not bool(stacked.isfinite().all()) or not math.isfinite(length):
+        return None
     shares = torch.linalg.lstsq(stacked, wanted).solution
     missed = torch.linalg.vector_norm(stacked @ shares - wanted)
-    length = float(torch.linalg.vector_norm(wanted))
-    return shares.flatten().tolist() if length and float(missed) <= _SAME * length else None
+    return shares.flatten().tolist() if float(missed) <= _SAME * length else None
 
 
 def _weighted(own: Factors, beside: dict[str, Factors]) -> dict[str, float]:
@@ -181,14 +188,10 @@ def _weighted(own: Factors, beside: dict[str, Factors]) -> dict[str, float]:
     alike = {n: f for n, f in alike.items() if bool(f.b.any())}
     if not alike:
         return {}
-    stacked = torch.stack([_as_one(f) for f in alike.values()], 1)
-    wanted = _as_one(own)[:, None]
-    weights = torch.linalg.lstsq(stacked, wanted).solution
-    missed = torch.linalg.vector_norm(stacked @ weights - wanted)
-    if not float(missed) <= _SAME * float(torch.linalg.vector_norm(wanted)):
+    weights = _shares(_as_one(own), [_as_one(f) for f in alike.values()])
+    if weights is None:
         return {}
-    shares = zip(alike, weights.flatten().tolist(), strict=True)
-    return {name: weight for name, weight in shares if abs(weight) > _SAME}
+    return {name: weight for name, weight in zip(alike, weights, strict=True) if abs(weight) > _SAME}
 
 
 def _as_one(pair: Factors) -> Tensor:

@@ -131,6 +131,15 @@ def test_what_is_combined_as_asked_is_left_alone(weights: list[float], kind: str
     assert not taken_off(both(weights, kind))
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}])
+def test_adapters_that_are_not_finite_are_not_added_up(fields: dict[str, bool]) -> None:
+    model = adapted("second", "third", **fields)
+    for name, parameter in model.named_parameters():
+        if ".third" in name and "lora_B" in name:
+            parameter.data[0, 0] = float("nan")
+    assert combined(model) == {}
+
+
 def shared(model: Any, *parts: str) -> list[str]:
     for module in model.modules():
         for part in parts if hasattr(module, "lora_A") else ():
