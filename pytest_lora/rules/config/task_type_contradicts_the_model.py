@@ -42,7 +42,7 @@ def task_type_contradicts_the_model(facts: ConfigFacts, expect: Expect) -> Itera
             where=f"task_type on {facts.base.architecture}",
             observed=f"task_type={written!r}, for which PEFT hands on input_ids; the model takes none",
             expected="no task_type on a model that takes other inputs",
-            fix="set task_type=None",
+            fix=advise(change("set", task_type=None)),
         )
         return
     if written in (None, "FEATURE_EXTRACTION") or fits is None or written == fits:
