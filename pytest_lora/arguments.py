@@ -127,10 +127,15 @@ def is_meant(error: Exception) -> bool:
     passing = isinstance(error, Warning) or type(error).__name__ in ("OutOfMemoryError", "MemoryError")
     if passing or hasattr(error, "__notes__"):
         return True
+    return raised_on_purpose(error, "pytest_lora")
+
+
+def raised_on_purpose(error: Exception, package: str) -> bool:
+    """Whether a line of this package says ``raise``, and took no error of another one by surprise."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    if trace is None or trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] != "pytest_lora":
+    if trace is None or trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] != package:
         return False
     # A conversion or an index that fails has the same frame, and another instruction.
     return trace.tb_frame.f_code.co_code[trace.tb_lasti] in _RAISING

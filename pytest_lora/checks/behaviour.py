@@ -127,9 +127,10 @@ def check_lora_laws(
     gives what it gave unmerged, and unmerged again it has the same weights; saved and loaded it is bit for bit what
     it was; each layer's effect is linear in its scaling (not under DoRA); padding the rank with zeros changes
     nothing; and a second adapter that is not active changes nothing. Laws that do not apply to a model are left
-    out: what is not a ``PeftModel``, or takes no second adapter in PEFT, gets none; a fused parameter and attention as
-    a whole have no law of a single layer, a grouped convolution none of the padded rank; and an adapter that PEFT
-    refuses to merge is not merged, which ``not_judged`` says. Done on copies: the model is left bit for bit as it was.
+    out: what is not a ``PeftModel`` gets no second adapter; a fused parameter and attention as a whole have no law of a
+    single layer, a grouped convolution none of the padded rank. An adapter that PEFT refuses to merge is not merged,
+    and where no second adapter can be added, none is compared: ``not_judged`` says so, and whether PEFT refused it or
+    something else was raised. Done on copies: the model is left bit for bit as it was.
 
     Args:
         model: A model that carries LoRA layers.
@@ -158,5 +159,7 @@ def check_lora_laws(
     trips: list[object] = [merged] if merged.refusal is None else []
     trips += [reload_facts(model, batch)] if facts.loads_as_it_is else []
     findings = [*judge([facts], expect), *(f for f in judge(trips, expect) if f.severity == "error")]
-    left_out = () if merged.refusal is None else ((f"PEFT refuses to merge: {merged.refusal}", "merging"),)
-    return reported(f"laws of {type(model).__name__}", findings, select, ignore, not_judged=left_out)
+    left_out = [] if merged.refusal is None else [(f"PEFT refuses to merge: {merged.refusal}", "merging")]
+    if facts.not_added is not None:
+        left_out.append((facts.not_added, "a second adapter"))
+    return reported(f"laws of {type(model).__name__}", findings, select, ignore, not_judged=tuple(left_out))

@@ -113,6 +113,7 @@ class BaseFacts:
         quantization: None where nothing is or claims to be quantized.
         carries_adapter: Whether there are PEFT layers in it already.
         fused: Parameters that stack several weights (experts of a mixture), which no module name targets.
+        takes_input_ids: Whether its forward takes ``input_ids``, which the classes that PEFT has for tasks hand on.
     """
 
     architecture: str
@@ -132,6 +133,7 @@ class BaseFacts:
     quantization: Quantization | None
     carries_adapter: bool
     fused: tuple[FusedParameter, ...]
+    takes_input_ids: bool = True
 
     @property
     def title(self) -> str:

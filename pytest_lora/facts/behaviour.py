@@ -93,6 +93,7 @@ class LawFacts:
         padded: LoRA layers that act otherwise with zeros padded to their rank, and how far each is off.
         leak: A second adapter that changes the first.
         loads_as_it_is: Whether saving and loading it is meant to be exact.
+        not_added: Why no second adapter could be added beside the first; None where one was, or none belongs there.
     """
 
     disabled: float | None = None
@@ -101,6 +102,7 @@ class LawFacts:
     padded: tuple[tuple[str, float], ...] = ()
     leak: Leak | None = None
     loads_as_it_is: bool = True
+    not_added: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

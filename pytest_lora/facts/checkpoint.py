@@ -106,6 +106,8 @@ class CheckpointFacts:
         unread: Bytes of tensors whose values were not read.
         fit: How it fits a base; None where no base is given.
         names_itself: Whether the configuration names the folder itself as the base.
+        pickle_differs: Whether ``adapter_model.bin`` beside safetensors holds other numbers; None where there is none
+            or it cannot be told.
     """
 
     name: str
@@ -122,6 +124,7 @@ class CheckpointFacts:
     fit: Fit | None = None
     keys: dict[str, Key] = field(default_factory=dict)
     names_itself: bool = False
+    pickle_differs: bool | None = None
 
     @property
     def settings(self) -> Settings | None:
@@ -176,7 +179,8 @@ class CheckpointFacts:
         if not self.is_judged or (self.fit is not None and self.fit.loads):
             return ()
         keys = self.keys
-        return tuple([t for t in self.lora if _is_misnamed(keys[t.name])])
+        known = ("",) if self.fit is not None and self.fit.drops_named else ("", "default")
+        return tuple([t for t in self.lora if _is_misnamed(keys[t.name], known)])
 
     @cached_property
     def is_foreign(self) -> bool:
@@ -259,8 +263,8 @@ class CheckpointFacts:
         return any(_owns(module, self.key(tensor)) for tensor in self.plain)
 
 
-def _is_misnamed(key: Key) -> bool:
-    strange = key.wrappers or key.tool_name or key.is_cut or key.adapter not in ("", "default")
+def _is_misnamed(key: Key, adapters: tuple[str, ...]) -> bool:
+    strange = key.wrappers or key.tool_name or key.is_cut or key.adapter not in adapters
     return key.prefixes != 1 or bool(strange)
 
 

@@ -34,6 +34,7 @@ class Fit:
         wrapper: Part of the base's live names (``"_orig_mod"``) by which alone the keys of the file differ; else empty.
         read_by_load_adapter: Whether the adapter is for the same model with or without its head, whose
             ``load_adapter`` (transformers) then finds the places that PEFT does not.
+        drops_named: Whether PEFT finds every tensor once the adapter's name is out of the keys, and not before.
         may_be_extended: Whether the base is known by nothing but the adapter's own name for it, so that its vocabulary
             may have been extended since.
     """
@@ -50,3 +51,4 @@ class Fit:
     wrapper: str = ""
     read_by_load_adapter: bool = False
     may_be_extended: bool = False
+    drops_named: bool = False

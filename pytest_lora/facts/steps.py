@@ -163,6 +163,7 @@ FailureKind = Literal[
     "devices",
     "inference tensors",
     "unknown input",
+    "input of the wrapper",
     "graph used twice",
     "changed in place",
     "placeholders",
@@ -180,7 +181,7 @@ class Failure:
         phase: What raised.
         kind: What is wrong, by the words of the exception.
         error: Class name of the exception.
-        message: The first line of what it said.
+        message: The first line of what it said, or the one that tells.
         length: Tokens in a row of the batch, where it has rows of tokens, else None.
         positions: Positions that the model was made for, where its configuration says so, else None.
         odd: Inputs that ought to have a value for each token and have more or fewer, with their shapes.

@@ -81,9 +81,12 @@ def combined_adapters(
     for at, (name, config) in enumerate(configs.items()):
         kinds = [kind for kind in _KINDS if getattr(config, kind, False)]
         before = list(configs)[:at]
-        if not kinds or config.lora_alpha != config.r or config.rank_pattern or not before:
+        if config.lora_alpha != config.r or config.rank_pattern or not before:
             continue
         layers = [layer for layer in lora.values() if name in adapter_names(layer)]
+        yield from _subtracted(layers, name, before)
+        if not kinds:
+            continue
         used = _summed(layers, name, before)
         first = configs[next(iter(used))] if used else config
         if len(used) > 1 and (first.r, first.lora_alpha) == (config.r, config.lora_alpha):
@@ -130,20 +133,65 @@ def _stacked(b: Tensor, beside: dict[str, Factors]) -> dict[str, float]:
     return found
 
 
+def _subtracted(layers: list[LoraLayer], name: str, others: list[str]) -> Iterator[CombinedAdapter]:
+    """An adapter whose two factors are sums by themselves, of which one takes something off.
+
+    Their product has the products of unlike sources in it as well: ``(B1 - B2)(A1 + A2)`` is not
+    ``B1 A1 - B2 A2`` (huggingface/peft issue 3004).
+    """
+    shares: dict[str, float] = {}
+    meant = missed = 0.0
+    for layer in layers:
+        beside = {other: factors(layer, other) for other in others if other in adapter_names(layer)}
+        own = factors(layer, name)
+        beside = {n: f for n, f in beside.items() if _of_one_form(f, own)}
+        if own.b_name != "lora_B" or own.b.is_meta or own.b.ndim != 2 or len(beside) < 2:
+            return
+        first = _shares(own.a, [f.a for f in beside.values()])
+        second = _shares(own.b, [f.b for f in beside.values()])
+        if first is None or second is None:
+            return
+        here = {n: a * b for n, a, b in zip(beside, first, second, strict=True)}
+        if not shares and not any(share < -_SAME for share in here.values()):
+            return  # what most adapters are, told by their first module
+        shares = shares or here
+        wanted = sum((here[n] * (f.b.detach().float() @ f.a.detach().float()) for n, f in beside.items()))
+        update = own.b.detach().float() @ own.a.detach().float()
+        meant += float(torch.linalg.vector_norm(wanted)) ** 2
+        missed += float(torch.linalg.vector_norm(update - wanted)) ** 2
+    used = tuple(n for n, share in shares.items() if abs(share) > _SAME)
+    off = tuple(n for n in used if shares[n] < 0)
+    if off and meant and len(used) > 1:
+        yield CombinedAdapter(name, used, (), float(layers[0].scaling[name]), off, math.sqrt(missed / meant))
+
+
+def _of_one_form(first: Factors, second: Factors) -> bool:
+    pairs = ((first.a, second.a), (first.b, second.b))
+    return all(one.shape == other.shape and one.device == other.device for one, other in pairs)
+
+
+def _shares(own: Tensor, beside: list[Tensor]) -> list[float] | None:
+    """The numbers that others have to be multiplied with to add up to a factor; None where they do not."""
+    stacked = torch.stack([tensor.detach().float().flatten() for tensor in beside], 1)
+    wanted = own.detach().float().flatten()[:, None]
+    length = float(torch.linalg.vector_norm(wanted))
+    if not length or not bool(stacked.isfinite().all()) or not math.isfinite(length):
+        return None
+    shares = torch.linalg.lstsq(stacked, wanted).solution
+    missed = torch.linalg.vector_norm(stacked @ shares - wanted)
+    return shares.flatten().tolist() if float(missed) <= _SAME * length else None
+
+
 def _weighted(own: Factors, beside: dict[str, Factors]) -> dict[str, float]:
     """Adapters whose factors, both times the same numbers, add up to those of another (``"linear"``)."""
     alike = {n: f for n, f in beside.items() if f.a.shape == own.a.shape and f.b.shape == own.b.shape}
     alike = {n: f for n, f in alike.items() if bool(f.b.any())}
     if not alike:
         return {}
-    stacked = torch.stack([_as_one(f) for f in alike.values()], 1)
-    wanted = _as_one(own)[:, None]
-    weights = torch.linalg.lstsq(stacked, wanted).solution
-    missed = torch.linalg.vector_norm(stacked @ weights - wanted)
-    if not float(missed) <= _SAME * float(torch.linalg.vector_norm(wanted)):
+    weights = _shares(_as_one(own), [_as_one(f) for f in alike.values()])
+    if weights is None:
         return {}
-    shares = zip(alike, weights.flatten().tolist(), strict=True)
-    return {name: weight for name, weight in shares if abs(weight) > _SAME}
+    return {name: weight for name, weight in zip(alike, weights, strict=True) if abs(weight) > _SAME}
 
 
 def _as_one(pair: Factors) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections import Counter
@@ -104,9 +105,10 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
     names = {id(module): name for name, module in modules.items()}
     input_embeddings = _embedding(root, "get_input_embeddings", names)
     output_embeddings = _embedding(root, "get_output_embeddings", names)
+    takes_ids = _takes_input_ids(root)
     return BaseFacts(
         architecture=type(root).__name__,
-        task_type=task_of(type(root).__name__, _config(root)),
+        task_type=task_of(type(root).__name__, _config(root)) if takes_ids else None,
         modules=tuple(_base_modules(modules)),
         module_names=tuple(name for name in modules if name),
         parameters=sum(p.numbers for p in parameters),
@@ -124,7 +126,23 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
         fused=tuple(
             FusedParameter(p.full_name, p.numbers) for p in parameters if _stacks_experts(p, modules)
         ),
+        takes_input_ids=takes_ids,
     )
+
+
+def _takes_input_ids(root: nn.Module) -> bool:
+    """Whether a forward takes ``input_ids``, as an argument of its own or among keywords that it leaves alone.
+
+    The speech models of transformers 5 hand all keywords on to a decoder that has ``input_ids`` already.
+    """
+    try:
+        arguments = inspect.signature(type(root).forward).parameters
+    except (TypeError, ValueError):
+        return True
+    if "input_ids" in arguments or not any("input" in name or "values" in name for name in arguments):
+        return True
+    leaves_them = any(a.kind is inspect.Parameter.VAR_KEYWORD for a in arguments.values())
+    return leaves_them and not type(root).__name__.endswith("ForConditionalGeneration")
 
 
 def _stacks_experts(parameter: BaseParameter, modules: dict[str, nn.Module]) -> bool:

@@ -213,6 +213,50 @@ def test_a_merge_that_peft_refuses_breaks_no_law() -> None:
     assert [(what, "PEFT refuses" in why) for why, what in report.not_judged] == [("merging", True)]
 
 
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (None, "PEFT refuses it: "),
+        (KeyError("lost"), "no refusal of PEFT: KeyError: 'lost'"),
+        (ValueError("of a hook"), "no refusal of PEFT: ValueError: of a hook"),
+    ],
+)
+def test_only_a_refusal_of_peft_counts_as_one(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception | None, said: str
+) -> None:
+    """A second adapter that cannot be added breaks no law, and what was raised is told as what it is."""
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> None:
+        if raised is not None:
+            raise raised
+
+    def refusing(self: Any, config: Any) -> None:
+        if config.init_lora_weights is False:
+            not_a_config: Any = 1
+            LoraConfig(r=2, layers_to_transform=[0], target_modules="q_proj", modules_to_save=not_a_config)
+
+    model = adapted()
+    if raised is not None:
+        monkeypatch.setattr(type(model), "add_adapter", failing)
+    else:
+        monkeypatch.setattr(type(model.base_model), "_check_new_adapter_config", refusing)
+    report = check_lora_laws(model, BATCH)
+    assert not report.findings
+    ((why, what),) = report.not_judged
+    assert (what, said in why) == ("a second adapter", True)
+
+
+def test_memory_that_runs_out_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+
+    def exhausted(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(type(model), "add_adapter", exhausted)
+    with pytest.raises(MemoryError):
+        check_lora_laws(model, BATCH)
+
+
 def test_a_second_adapter_does_not_replicate_layers_again() -> None:
     model = adapted(layer_replication=[(0, 2), (1, 2)])
     # The merge is off: replicated layers share the weight that each of their adapters is merged into.

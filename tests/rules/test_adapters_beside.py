@@ -92,6 +92,54 @@ def test_copies_averages_and_others_are_no_sums(fields: dict[str, bool]) -> None
     assert combined(plain_sum) == {}, "what PEFT combines as it should"
 
 
+def both(weights: list[float], kind: str, **fields: Any) -> Any:
+    model = adapted("second", **fields)
+    try:
+        model.add_weighted_adapter(["default", "second"], weights, "both", combination_type=kind)
+    except ValueError as error:  # a root of a negative number
+        pytest.skip(f"this version of PEFT combines with no negative weight: {error}")
+    model.set_adapter("both")
+    return model
+
+
+def taken_off(model: Any) -> list[str]:
+    report = check_model(model, expect=Expect(purpose="inference", fresh=False))
+    return [f.observed for f in report.warnings if f.code == "LORA258"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"lora_alpha": 16}, {"use_rslora": True}])
+@pytest.mark.parametrize("weight", [-1.0, -0.2])
+def test_linear_takes_no_adapter_off(weight: float, fields: dict[str, Any]) -> None:
+    model = both([1.0, weight], "linear", **fields)
+    meant = missed = 0.0
+    for layer in model.base_model.model.values():
+        first, second, sum_of_both = (layer.get_delta_weight(n) for n in ("default", "second", "both"))
+        scaling = layer.scaling["both"]  # rsLoRA scales the sum once more, which is told of by itself
+        meant += float((first + weight * second).norm()) ** 2
+        missed += float((sum_of_both / scaling - first - weight * second).norm()) ** 2
+    (said,) = [words for words in taken_off(model) if "taken off" in words]
+    assert "'default', 'second' with 'second' taken off" in said
+    assert f"is {(missed / meant) ** 0.5:.0%} of that difference away" in said
+
+
+@pytest.mark.parametrize(
+    ("weights", "kind"),
+    [([1.0, -1.0], "cat"), ([1.0, -1.0], "svd"), ([0.7, 0.3], "linear"), ([1.0, 1.0], "linear")],
+)
+def test_what_is_combined_as_asked_is_left_alone(weights: list[float], kind: str) -> None:
+    """``cat`` is what the fix asks for; a positive average by factors is what ``linear`` is chosen for."""
+    assert not taken_off(both(weights, kind))
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}])
+def test_adapters_that_are_not_finite_are_not_added_up(fields: dict[str, bool]) -> None:
+    model = adapted("second", "third", **fields)
+    for name, parameter in model.named_parameters():
+        if ".third" in name and "lora_B" in name:
+            parameter.data[0, 0] = float("nan")
+    assert combined(model) == {}
+
+
 def shared(model: Any, *parts: str) -> list[str]:
     for module in model.modules():
         for part in parts if hasattr(module, "lora_A") else ():

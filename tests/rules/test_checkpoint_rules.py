@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -134,9 +134,16 @@ def test_an_adapter_of_an_older_transformers_loads_where_peft_converts_it(names:
     assert loud(check_checkpoint(path, base)) == []
 
 
-def test_the_name_default_in_the_keys_is_what_peft_loads(names: Namespace) -> None:
+def test_the_name_default_in_the_keys_is_told_where_peft_drops_them(names: Namespace) -> None:
+    """PEFT 0.17 drops such keys, later ones find them; without a base nobody is asked."""
     path = edit(names.adapter(), lambda t: {k.replace(".weight", ".default.weight"): v for k, v in t.items()})
-    assert both(path, names["base"]) == [[], []]
+    served = PeftModel.from_pretrained(BASES["base"](), path)
+    found = any(bool(p.any()) for name, p in served.named_parameters() if "lora_B" in name)
+    assert both(path, names["base"]) == [[], [] if found else ["LORA422"]]
+    edit(
+        path, lambda t: {k: v for k, v in t.items() if ".layers.1." not in k}
+    )  # what else is wrong is told alone
+    assert both(path, names["base"])[1] == ["LORA424"]
 
 
 def test_a_resized_vocabulary_that_peft_saved_is_sound_on_a_resized_base(names: Namespace) -> None:
@@ -652,6 +659,36 @@ def test_two_files_of_weights_that_cannot_hold_the_same(names: Namespace) -> Non
     assert both(path, names["base"]) == [[], []]
     torch.save({k: torch.cat([v, v]) for k, v in tensors.items()}, path / "adapter_model.bin")
     assert both(path, names["base"]) == [["LORA403"], ["LORA403"]]
+
+
+def test_two_files_of_weights_with_other_numbers(names: Namespace) -> None:
+    """The bytes tell, in whatever order and under whatever names they lie; the pickle is not opened."""
+    path = names.adapter()
+    tensors = {k: v.clone() for k, v in load_file(path / "adapter_model.safetensors").items()}
+    for same in (dict(reversed(tensors.items())), {f"module.{k}": v for k, v in tensors.items()}):
+        torch.save(same, path / "adapter_model.bin")
+        assert both(path, names["base"]) == [[], []]
+    (path / "adapter_model.bin").write_bytes(b"?" * (path / "adapter_model.safetensors").stat().st_size)
+    assert both(path, names["base"]) == [[], []]
+    last = list(tensors)[-1]
+    torch.save({**tensors, last: tensors[last] + 1e-3}, path / "adapter_model.bin")
+    for report in (check_checkpoint(path), check_checkpoint(path, names["base"])):
+        assert loud(report) == ["LORA403"]
+        assert "the same sizes with other numbers, so one of the two is stale" in report.warnings[0].observed
+    (path / "adapter_model.bin").unlink()  # as the fix says
+    assert both(path, names["base"]) == [[], []]
+
+
+def test_one_storage_for_two_tensors_is_not_compared(names: Namespace) -> None:
+    path = names.adapter()
+    tensors = load_file(path / "adapter_model.safetensors")
+    shared = torch.cat([v.flatten() for v in tensors.values()])
+    parts = shared.split([v.numel() for v in tensors.values()])
+    torch.save(
+        {k: p.view(v.shape) for (k, v), p in zip(tensors.items(), parts, strict=True)},
+        path / "adapter_model.bin",
+    )
+    assert both(path, names["base"]) == [[], []]
 
 
 def test_arguments_are_named(names: Namespace, tmp_path: Path) -> None:

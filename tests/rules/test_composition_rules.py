@@ -150,6 +150,31 @@ def test_a_scaling_chosen_at_inference_is_an_info() -> None:
     ]
 
 
+def test_patterns_that_a_swap_forgets_are_told_at_inference(tmp_path: Path) -> None:
+    changes = {"lora_alpha": 9, "rank_pattern": {"v_proj": 4}}
+    path = file_of(tmp_path, **changes)
+    model = serving(adapted(**changes), "default")
+    assert not check_model(model, expect=SERVING).findings
+    hotswap_adapter(model, path, adapter_name="default")
+    if not found("LORA228", model, SERVING):
+        pytest.skip("this version of PEFT minds patterns in a swap")
+    (finding,) = found("LORA228", model, SERVING)
+    assert finding.severity == "warning"
+    assert "1.125 in 2 of 4 modules, as if no pattern named them" in finding.observed
+    for layer in model.modules():  # as the fix says
+        hasattr(layer, "set_scale") and layer.set_scale("default", 1)
+    assert not check_model(model, expect=SERVING).findings
+
+
+@pytest.mark.parametrize("only", ["v_proj", "q_proj", ""])
+def test_a_scaling_that_is_set_under_patterns_is_an_info(only: str) -> None:
+    model = serving(adapted(lora_alpha=9, rank_pattern={"v_proj": 4}), "default")
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear) and only in name:
+            module.set_scale("default", 0.7)
+    assert {f.severity for f in found("LORA228", model, SERVING)} == {"info"}
+
+
 # ---------------------------------------------------------------------------------------- filled in part
 
 

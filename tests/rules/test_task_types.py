@@ -10,7 +10,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from pytest_lora import check_checkpoint, check_config, estimate_memory
+from pytest_lora import check_checkpoint, check_config, check_training, estimate_memory
 from pytest_lora.inspection.skeleton import resolve_base
 
 SMALL: dict[str, Any] = {
@@ -122,3 +122,70 @@ def test_a_base_with_code_of_its_own_is_to_be_built_by_the_user(tmp_path: Path, 
     )
     with pytest.raises(ValueError, match="never run here; build the model yourself"):
         check_config(LoraConfig(target_modules=["q_proj"]), tmp_path)
+
+
+def speech() -> Any:
+    names = ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+    config = transformers.WhisperConfig(
+        vocab_size=96,
+        d_model=16,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_mel_bins=4,
+        max_source_positions=8,
+        max_target_positions=16,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1),
+        **dict.fromkeys(names, 1),
+    )
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_2_SEQ_LM", "CAUSAL_LM", None])
+def test_a_model_that_takes_no_input_ids_has_no_task_type(task_type: str | None) -> None:
+    """The class that PEFT has for the task hands on what the batch does not have; with None the step is taken."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type=task_type)
+    said = [f for f in check_config(config, speech()).findings if f.code == "LORA122"]
+    assert [f.fix for f in said] == ([] if task_type is None else ["set task_type=None"])
+    model = get_peft_model(speech(), config)
+    batch = {"input_features": torch.randn(2, 4, 16), "labels": torch.full((2, 5), 7)}
+    failed = [f for f in check_training(model, batch).errors if f.code == "LORA319"]
+    assert len(failed) == len(said)
+    for finding in failed:
+        assert finding.observed.startswith("TypeError: ")
+        assert "'input_ids'" in finding.observed
+        assert "task_type=None" in finding.fix
+
+
+def test_an_image_classifier_may_have_its_task_type() -> None:
+    """Its forward takes further keywords and leaves them alone."""
+    config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=8)
+    base = transformers.ViTForImageClassification(config)
+    targets = ["q_proj"] if any("q_proj" in name for name, _ in base.named_modules()) else ["query"]
+    report = check_config(LoraConfig(r=2, target_modules=targets, task_type="SEQ_CLS"), base)
+    assert "LORA122" not in report.codes
+
+
+class _OfSound(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = torch.nn.Linear(4, 4)
+
+    def forward(self, input_values: torch.Tensor) -> Any:
+        return self.q_proj(input_values)
+
+
+class _OfMore(_OfSound):
+    def forward(self, input_values: torch.Tensor, **more: Any) -> Any:
+        return self.q_proj(input_values)
+
+
+@pytest.mark.parametrize(("base", "told"), [(_OfSound, ["LORA122"]), (_OfMore, [])])
+def test_what_a_forward_leaves_alone_does_no_harm(base: type[torch.nn.Module], told: list[str]) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="FEATURE_EXTRACTION")
+    model = get_peft_model(base(), config)  # type: ignore[arg-type]
+    assert [f.code for f in check_config(config, base()).warnings if f.code == "LORA122"] == told
+    if told:
+        with pytest.raises(TypeError, match="input_ids"):
+            model(input_values=torch.ones(1, 4))
+    else:
+        model(input_values=torch.ones(1, 4))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_lora.arguments import raised_on_purpose
 from pytest_lora.facts.behaviour import LawFacts, Leak
 from pytest_lora.facts.settings import rewriter
 from pytest_lora.inspection.behaviour.copies import (
@@ -38,6 +39,7 @@ from pytest_lora.inspection.peft_internals import (
 from pytest_lora.inspection.quiet import quiet_libraries
 from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.state.precision import in_float64, without_tf32
+from pytest_lora.values import in_short
 
 _SECOND = "pytest_lora_second"
 
@@ -55,11 +57,11 @@ def law_facts(model: nn.Module, batch: Any) -> LawFacts:
         layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
         stable_output(adapted, batch)
         disabled = _disabled(adapted, batch)
-        leak = _leak(adapted, batch)
+        leak, not_added = _leak(adapted, batch)
         nonlinear, padded = _layer_laws(adapted, layers, batch)
         # Last, as it takes what the adapters have learned.
         zeroed = _zeroed(adapted, layers, batch)
-        return LawFacts(disabled, zeroed, nonlinear, padded, leak, _loads_as_it_is(adapted))
+        return LawFacts(disabled, zeroed, nonlinear, padded, leak, _loads_as_it_is(adapted), not_added)
 
 
 def _loads_as_it_is(adapted: nn.Module) -> bool:
@@ -227,32 +229,53 @@ def _deviation_when_padded(call: _Call) -> float | None:
     return None if _near(after, before) else distance(after, before)
 
 
-def _leak(adapted: nn.Module, batch: Any) -> Leak | None:
-    """A second adapter that is not active changes nothing, neither when it comes nor when it was active."""
+def _leak(adapted: nn.Module, batch: Any) -> tuple[Leak | None, str | None]:
+    """A second adapter that is not active changes nothing, neither when it comes nor when it was active.
+
+    Returns:
+        What it changes, and why none could be added, each None where there is nothing to say.
+    """
     from peft import PeftModel
 
     if not isinstance(adapted, PeftModel):
-        return None
+        return None, None
     if any(getattr(config, "arrow_config", None) for config in adapted.peft_config.values()):
-        return None  # its router takes in every adapter that comes
+        return None, None  # its router takes in every adapter that comes
     pair: Any = copy.deepcopy(adapted)
     first = list(pair.base_model.active_adapters)
     before = output_of(pair, batch)
+    try:
+        pair.add_adapter(_SECOND, _second_config(pair.peft_config[first[0]]))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        return None, _why_alone(error)
+    return _changed(pair, batch, first, before), None
+
+
+def _second_config(config: Any) -> Any:
+    """The configuration of a plain adapter on the same modules."""
+    second = copy.deepcopy(config)
+    second.init_lora_weights, second.bias = False, "none"
+    second.modules_to_save = second.trainable_token_indices = None
+    second.modules_to_tie = None  # what PEFT itself notes for a tied copy
+    second.layer_replication = None  # PEFT would replicate the layers once more
+    second.inference_mode = True  # AdaLoRA has one trainable adapter at most
+    second.kasa_config = None  # PEFT would truncate the base once more
+    return second
+
+
+def _why_alone(error: Exception) -> str:
+    """Why there is no second adapter: PEFT refuses it in its own words, or something else went wrong."""
+    if isinstance(error, (ValueError, TypeError, NotImplementedError)) and raised_on_purpose(error, "peft"):
+        return f"PEFT refuses it: {in_short(error)}"
+    return f"adding it fails, which is no refusal of PEFT: {type(error).__name__}: {in_short(error)}"
+
+
+def _changed(pair: Any, batch: Any, first: list[str], before: Tensor) -> Leak | None:
+    """What a second adapter changes when it is there, and when it was active."""
     # PEFT's attention layer merges and unmerges in every forward.
     rounds = any("Attention" in type(m).__name__ for m in pair.modules() if isinstance(m, LoraLayer))
-    config = copy.deepcopy(pair.peft_config[first[0]])
-    config.init_lora_weights, config.bias = False, "none"
-    config.modules_to_save = config.trainable_token_indices = None
-    config.modules_to_tie = None  # what PEFT itself notes for a tied copy
-    config.layer_replication = None  # PEFT would replicate the layers once more
-    config.inference_mode = True  # AdaLoRA has one trainable adapter at most
-    # PEFT would truncate the base once more. Where it takes no plain adapter beside this one there is no pair: not for
-    # parameters in PEFT 0.17, KaSA, or a router of Arrow.
-    config.kasa_config = None
-    try:
-        pair.add_adapter(_SECOND, config)
-    except Exception:  # each refusal raises its own
-        return None
     pair.eval()
     added = output_of(pair, batch)
     pair.set_adapter(_SECOND)

@@ -101,6 +101,7 @@ def _facts(path: Path, base: Base | None, read_pickle: bool) -> CheckpointFacts:
         unread=reading.unread,
         keys=keys,
         names_itself=config is not None and _is_folder(config.base, reading.folder),
+        pickle_differs=_pickle_differs(reading.folder, weights),
     )
     if base is None or raw is None or config is None or config.settings is None or not facts.is_judged:
         return facts
@@ -198,6 +199,14 @@ class _Reading:
         except UnreadableError as error:
             self.faults.append(error.fault)
             return None
+
+
+def _pickle_differs(folder: Folder, weights: str | None) -> bool | None:
+    if weights != WEIGHTS or not folder.exists(PICKLED):
+        return None
+    from pytest_lora.inspection.checkpoint.other_numbers import holds_other_numbers
+
+    return holds_other_numbers(folder, WEIGHTS, PICKLED)
 
 
 def _is_folder(name: str | None, folder: Folder) -> bool:

@@ -54,6 +54,11 @@ class Archive:
             raise self.fault("it is no archive of torch.save: it has no data.pkl, or a record twice")
         self._entries = {e.filename.removeprefix(top): e for e in entries if e.filename.startswith(top)}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its records, without the folder that they are in."""
+        return tuple(self._entries)
+
     def fault(self, observed: str) -> UnreadableError:
         """A fault of this file."""
         return UnreadableError(FileFault(self._name, "format", observed[:300]))

@@ -175,6 +175,8 @@ def _compared(plain: Fit, injected: nn.Module, tensors: tuple[TensorFacts, ...],
         wanted=wanted_names,
         compared=True,
         wrapper=_wrapper(wanted_names, unused),
+        drops_named=any(keys[t.name].adapter == ADAPTER for t in tensors)
+        and _loads(injected, tuple(t._replace(name=keys[t.name].peft_name) for t in tensors)),
     )
 
 

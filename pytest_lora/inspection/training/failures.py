@@ -32,6 +32,9 @@ _WORDS: dict[str, FailureKind] = {
 """Words of torch and transformers, and what they say; the first that fit count."""
 
 
+_ARGUMENT = re.compile(r"(?:unexpected keyword|multiple values for (?:keyword )?)\s*argument '(\w+)'")
+
+
 class StepError(Exception):
     """A step raised, for a reason that is known."""
 
@@ -64,14 +67,24 @@ def failure_of(
         kind = "inputs of other lengths"
     elif phase == "forward pass" and grids_disagree(batch, model):
         kind = "placeholders"
+    elif phase == "forward pass" and _is_handed_on(message, batch):
+        kind = "input of the wrapper"
     elif phase == "optimizer step" and "size" in message:
         kind = "state of another shape"
     else:
         kind = next((kind for words, kind in _WORDS.items() if re.search(words, message)), None)
     if kind is None:
         return None
-    first_line = next(iter(message.splitlines()), "")[:300]
-    return Failure(step, index, phase, kind, type(error).__name__, first_line, length, positions, odd)
+    lines = message.splitlines() or [""]
+    # torch prints a whole module before what it says.
+    line = next((line.strip(" )") for line in lines if _ARGUMENT.search(line)), lines[0])
+    return Failure(step, index, phase, kind, type(error).__name__, line[:300], length, positions, odd)
+
+
+def _is_handed_on(message: str, batch: Any) -> bool:
+    """Whether an argument is refused that is not in the batch."""
+    found = _ARGUMENT.search(message)
+    return found is not None and isinstance(batch, Mapping) and found[1] not in batch
 
 
 _A_TOKEN_EACH = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")

@@ -15,8 +15,8 @@ def weights_are_pickled(facts: CheckpointFacts, expect: Expect) -> Iterator[Viol
     ## What it does
     Names adapter_model.bin where it is the only file with weights. Under `Expect(read_pickle=True)` it is
     read: nothing is built of it but names and shapes, in a process with limits. Where it lies beside
-    adapter_model.safetensors, their sizes say whether it can hold the same tensors. Other pickles in the folder are
-    mentioned.
+    adapter_model.safetensors, their sizes and bytes say whether it holds the same numbers; it is not opened for that.
+    Other pickles in the folder are mentioned.
 
     ## Why is this bad?
     Loading a pickle can run any code. PEFT has written safetensors by default since 0.6. Of two files with
@@ -48,12 +48,10 @@ def weights_are_pickled(facts: CheckpointFacts, expect: Expect) -> Iterator[Viol
             "reads its tensors and nothing else",
         )
         names = tuple(name for name in names if name != PICKLED)
-    elif other := facts.other_pickle:
-        size = next(entry.bytes for entry in facts.files if entry.name == facts.weights)
+    elif stale := _stale(facts):
         yield Violation(
             where=f"{PICKLED} in {facts.name}",
-            observed=f"{PICKLED} of {format_bytes(other.bytes)} lies beside {WEIGHTS} of {format_bytes(size)}: "
-            "by their sizes they hold different tensors, so one of the two is stale",
+            observed=f"{stale}, so one of the two is stale",
             expected="the weights once",
             fix=f"delete the older one; PEFT loads {WEIGHTS}, and never looks at {PICKLED} beside it",
         )
@@ -66,3 +64,17 @@ def weights_are_pickled(facts: CheckpointFacts, expect: Expect) -> Iterator[Viol
             fix="leave them out where the adapter is published; PEFT does not load them",
             severity="info",
         )
+
+
+def _stale(facts: CheckpointFacts) -> str | None:
+    """What tells that two files of weights are not the same adapter."""
+    other = facts.other_pickle
+    if other is not None:
+        size = next(entry.bytes for entry in facts.files if entry.name == facts.weights)
+        return (
+            f"{PICKLED} of {format_bytes(other.bytes)} lies beside {WEIGHTS} of {format_bytes(size)}: by their sizes "
+            "they hold different tensors"
+        )
+    if facts.pickle_differs:
+        return f"{PICKLED} lies beside {WEIGHTS} and holds tensors of the same sizes with other numbers"
+    return None

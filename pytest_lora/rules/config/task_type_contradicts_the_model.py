@@ -13,7 +13,8 @@ def task_type_contradicts_the_model(facts: ConfigFacts, expect: Expect) -> Itera
     """task_type is that of another kind of model.
 
     ## What it does
-    Compares `task_type` with the class of the base. Where PEFT refuses the combination it is an error.
+    Compares `task_type` with the class of the base. Where PEFT refuses the combination it is an error. A model that
+    takes no `input_ids` (speech, images) needs none: the classes that PEFT has for tasks hand them on.
 
     ## Why is this bad?
     PEFT chooses its wrapper, the head to save and how generation works by the task type. With that of
@@ -33,8 +34,17 @@ def task_type_contradicts_the_model(facts: ConfigFacts, expect: Expect) -> Itera
 
     ## References
     - https://huggingface.co/docs/peft/package_reference/peft_types#peft.TaskType
+    - https://github.com/huggingface/peft/issues/1988
     """
     written, fits = facts.settings.task_type, facts.base.task_type
+    if written is not None and not facts.base.takes_input_ids:
+        yield Violation(
+            where=f"task_type on {facts.base.architecture}",
+            observed=f"task_type={written!r}, for which PEFT hands on input_ids; the model takes none",
+            expected="no task_type on a model that takes other inputs",
+            fix=advise(change("set", task_type=None)),
+        )
+        return
     if written in (None, "FEATURE_EXTRACTION") or fits is None or written == fits:
         return
     yield Violation(

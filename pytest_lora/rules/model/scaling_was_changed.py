@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.layer_state import LayerState
 from pytest_lora.facts.model import ModelFacts
 from pytest_lora.findings import Severity, grouped
 from pytest_lora.rules import Violation, rule
@@ -15,7 +17,8 @@ def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation
     ## What it does
     Compares the scaling in effect with alpha / r (alpha / sqrt(r) under rsLoRA). At inference a scaling set
     by hand is usual and only an info; one of zero in every module of what `Expect(fresh=False)` calls trained is a
-    warning.
+    warning, and so are modules that rank_pattern or alpha_pattern name and that act with the scaling of those that no
+    pattern names: PEFT's hot-swap leaves it so.
 
     ## Why is this bad?
     Scaling lives in the layer and is not saved: the reloaded adapter acts with alpha / r again, so that
@@ -39,6 +42,7 @@ def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation
 
     ## References
     - https://huggingface.co/docs/peft/package_reference/helpers#peft.helpers.rescale_adapter_scale
+    - https://github.com/huggingface/peft/issues/3738
     """
     changed = [
         layer for layer in facts.active_layers if not layer.is_scaled_as_configured and not layer.is_swapped
@@ -47,19 +51,46 @@ def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation
         layers = [layer for layer in changed if layer.scaling == value]
         first = layers[0]
         root = "sqrt(r)" if first.use_rslora else "r"
+        unnamed = _is_of_no_pattern(facts, layers)
         yield Violation(
             where=grouped(layer.module for layer in layers),
             observed=f"scaling is {value:g} in {len(layers)} of {len(facts.active_layers)} modules"
-            + (", so that the adapter does nothing and gets no gradient" if value == 0 else ""),
+            + (", so that the adapter does nothing and gets no gradient" if value == 0 else "")
+            + (", as if no pattern named them" if unnamed else ""),
             expected=f"alpha / {root} = {first.configured_scaling:g} (alpha={first.alpha:g}, r={first.rank})",
-            fix="leave it if an adapter of another alpha was hot-swapped in; else put it back: "
-            f"for layer in model.modules(): hasattr(layer, 'set_scale') and layer.set_scale({first.adapter!r}, 1)",
-            severity=_severity(value == 0, len(layers) == len(facts.active_layers), expect),
+            fix=(
+                "load the adapter (load_adapter) instead of swapping it in, or put the scaling back: "
+                if unnamed
+                else "leave it if an adapter of another alpha was hot-swapped in; else put it back: "
+            )
+            + f"for layer in model.modules(): hasattr(layer, 'set_scale') and layer.set_scale({first.adapter!r}, 1)",
+            severity=_severity(value == 0, len(layers) == len(facts.active_layers), unnamed, expect),
         )
 
 
-def _severity(silent: bool, everywhere: bool, expect: Expect) -> Severity | None:
+def _severity(silent: bool, everywhere: bool, unnamed: bool, expect: Expect) -> Severity | None:
     """A copy of a model whose scaling was not copied along (an EMA) answers as its base."""
     if expect.purpose != "inference":
         return "error" if silent else None
-    return "warning" if silent and everywhere and expect.fresh is False else "info"
+    return "warning" if unnamed or (silent and everywhere and expect.fresh is False) else "info"
+
+
+def _is_of_no_pattern(facts: ModelFacts, layers: list[LayerState]) -> bool:
+    """Whether patterns name all these modules, and they act with the scaling that modules without a pattern have.
+
+    All other modules of the adapter act as configured: a scaling set by hand is set everywhere.
+    """
+    adapter = layers[0].adapter
+    config = facts.config_of(adapter)
+    if config is None or any(layer.adapter != adapter for layer in layers):
+        return False
+    settings = config.settings
+    plain = settings.scaling_of("")
+    named = [bool(settings.rank_key(layer.module) or settings.alpha_key(layer.module)) for layer in layers]
+    others = [layer for layer in facts.of(adapter) if layer not in layers]
+    return (
+        plain is not None
+        and all(named)
+        and math.isclose(layers[0].scaling, plain, rel_tol=1e-5)
+        and all(layer.is_scaled_as_configured for layer in others)
+    )

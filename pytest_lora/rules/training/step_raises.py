@@ -74,6 +74,8 @@ _FIXES: dict[FailureKind, str] = {
     "index": "look for ids without a row and for texts longer than the model has positions",
     "devices": "bring the model, the adapter and the batch to one device",
     "inference tensors": "build the model outside of inference mode (torch.inference_mode)",
+    "input of the wrapper": "the batch does not have it: PEFT's class for the task_type hands it on. Make the adapter "
+    "with task_type=None where the model takes other inputs than text",
     "unknown input": "leave out of the batch what the model does not take",
     "graph used twice": "make the graph anew at every step: call the model again and keep no tensor of the step before",
     "placeholders": "make text and media in one call of the model's own processor, and cut neither afterwards: each "
