@@ -42,7 +42,7 @@ _SCALED_ONCE = """model.peft_config["combined"].use_rslora = False
 for module in model.modules():
     if hasattr(module, "lora_A"):
         module.scaling["combined"] = 1.0
-        module.use_rslora["combined"] = False
+        getattr(module, "use_rslora", {})["combined"] = False  # of newer PEFT
 """
 _EMPTIED = """with torch.no_grad():
     for weight in base.model.layers[1].parameters():
@@ -50,7 +50,8 @@ _EMPTIED = """with torch.no_grad():
 """
 _LOADED_AGAIN = "base = type(base).from_pretrained('base')\n"
 _POSITIONS = 'grid_batch["position_ids"] = torch.arange(16).expand(2, 16)\n'
-_OWN_POSITIONS = """own = {name: kept for name, kept in grid_batch.items() if name not in ("labels", "pixel_values")}
+_OWN_POSITIONS = """grid_batch["input_ids"][:, 0] = 7  # the start of an image, as its processor puts it there
+own = {name: kept for name, kept in grid_batch.items() if name not in ("labels", "pixel_values")}
 grid_batch["position_ids"] = model.base_model.model.model.get_rope_index(**own)[0]
 """
 _DIFFERENT = """differ = (pairs["chosen_input_ids"] != pairs["rejected_input_ids"]).any(1)
