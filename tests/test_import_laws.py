@@ -17,7 +17,18 @@ import pytest_lora
 PACKAGE = Path(pytest_lora.__file__).parent
 HEAVY = ("torch", "numpy", "transformers", "peft", "bitsandbytes", "hypothesis", "accelerate", "safetensors")
 
-LOWEST = {"arguments", "changes", "cleaning", "expect", "facts", "findings", "reading", "values", "writing"}
+LOWEST = {
+    "arguments",
+    "changes",
+    "cleaning",
+    "expect",
+    "facts",
+    "findings",
+    "patterns",
+    "reading",
+    "values",
+    "writing",
+}
 MIDDLE = {"counting", "memory", "bases"}
 FLOORS = {
     **dict.fromkeys(sorted(LOWEST), LOWEST),

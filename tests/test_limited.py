@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pytest_lora import check_checkpoint, check_config, check_memory, check_model, check_recipe, check_resume
-from pytest_lora.facts import patterns as meaning
+from pytest_lora import patterns as meaning
 from pytest_lora.inspection.limited import patterns
 from pytest_lora.inspection.limited.patterns import patterns_kept, unmatchable
 from pytest_lora.inspection.limited.process import LimitedProcess, LimitError, WorkError, limited

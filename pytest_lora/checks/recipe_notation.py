@@ -57,7 +57,11 @@ def placed(finding: Finding, facts: RecipeFacts, setting: RunSetting) -> Finding
     if fix == finding.fix and value.key and value.key != field:
         fix += f"; in this recipe {field} is `{value.key}`"
     return replace(
-        finding, where=f"{place}: {value.key or field} ({finding.where})", fix=fix, line=value.line
+        finding,
+        where=f"{place}: {value.key or field} ({finding.where})",
+        fix=fix,
+        line=value.line,
+        changes=said_there(finding.changes, setting),
     )
 
 
@@ -86,6 +90,11 @@ def in_its_notation(fix: str, changes: tuple[Change, ...], setting: RunSetting) 
         if said:
             told, rest = f"{told}{before}{_in_lines(change, setting)}", after
     return told + rest
+
+
+def said_there(changes: tuple[Change, ...], setting: RunSetting) -> tuple[Change, ...]:
+    """The same changes, as a fix in the notation of the recipe says them."""
+    return tuple(replace(one, said=in_its_notation(one.said, (one,), setting)) for one in changes)
 
 
 def _in_lines(change: Change, setting: RunSetting) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_lora.checks.judging import NAMES_A_BASE, NotJudged, rules_of
-from pytest_lora.checks.recipe_notation import placed, smaller_step
+from pytest_lora.checks.recipe_notation import placed, said_there, smaller_step
 from pytest_lora.checks.run_base import adapter_of, facts_on_base, known_base
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.recipes import RecipeCard, recipe_card
@@ -175,6 +175,7 @@ def _memory(
             finding,
             where=f"{facts.name}:{line}: {finding.where}" if line else f"{facts.name}: {finding.where}",
             fix=smaller_step(finding.fix, finding.changes, setting),
+            changes=said_there(finding.changes, setting),
             line=line,
         )
 

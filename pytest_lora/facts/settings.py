@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-from pytest_lora.facts.patterns import deciding_key, matches
+from pytest_lora.patterns import deciding_key, matches
 
 N = TypeVar("N")
 

@@ -14,7 +14,6 @@ from torch import nn
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import NOT_TRIED, ConfigFacts, LayerFacts, NameMatch, PatternKey, Refusal
-from pytest_lora.facts.patterns import deciding_key, is_expression, matches
 from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.exclusion import explained
@@ -34,6 +33,7 @@ from pytest_lora.inspection.repairs import repairs
 from pytest_lora.inspection.skeleton import resolve_base, skeleton
 from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey
+from pytest_lora.patterns import deciding_key, is_expression, matches
 
 ADAPTER = "default"
 

@@ -103,6 +103,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+LEFT_OUT = ("-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:anyio", "-p", "no:html")
+"""What has no part in these sessions: the second looks ten times for garbage among all that torch brings, which is
+four fifths of a session that only collects, and the session around them does so too."""
+
+
 def run_pytest(place: Path, *args: str, plugins: tuple[object, ...] = ()) -> int:
     """Run pytest in this process, which has imported torch already, and leave nothing of it behind."""
     profile = settings.get_current_profile_name()
@@ -111,7 +116,7 @@ def run_pytest(place: Path, *args: str, plugins: tuple[object, ...] = ()) -> int
         patch.delenv("PYTEST_ADDOPTS", raising=False)
         patch.setenv("COLUMNS", "120")
         patch.setenv("HF_HUB_OFFLINE", "1")
-        code = int(pytest.main(["-p", "no:cacheprovider", *args], plugins=plugins))
+        code = int(pytest.main([*LEFT_OUT, *args], plugins=plugins))
     settings.load_profile(profile)
     delivered.clear()
     return code

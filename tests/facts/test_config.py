@@ -10,9 +10,9 @@ from peft import LoraConfig
 
 from pytest_lora.bases.examples.models import BASES
 from pytest_lora.facts.config import ConfigFacts
-from pytest_lora.facts.patterns import deciding_key, matches
 from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.inspection.config import config_facts
+from pytest_lora.patterns import deciding_key, matches
 
 
 @pytest.fixture(scope="module")

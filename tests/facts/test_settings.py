@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pytest_lora.facts.patterns import matches
 from pytest_lora.facts.settings import Settings, is_named, rewriter, rewrites_base
+from pytest_lora.patterns import matches
 
 
 def of(**fields: Any) -> Settings:

@@ -72,6 +72,10 @@ def test_the_lines_that_are_printed_mend_the_recipe(tool: str, tmp_path: Path) -
     found = {f.code: f for f in report.findings if f.severity != "info"}
     assert {"LORA104"} < set(found) <= {"LORA103", "LORA104", "LORA110", "LORA121"}
     for finding in found.values():
+        assert finding.changes
+        assert all(
+            one.said in finding.fix and one.said.startswith(("write", "remove")) for one in finding.changes
+        )
         assert not re.search(r"\w=[\w\[{'\"]", finding.fix), finding.fix
         recipe.write_text(_mended(recipe.read_text(), finding))
     assert {f.severity for f in check_recipe(recipe).findings} <= {"info"}, recipe.read_text()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from pytest_lora import Expect, Violation, rule
+from pytest_lora.changes import change
 from pytest_lora.facts.config import ConfigFacts
 
 
@@ -35,5 +36,5 @@ def rank_is_no_power_of_two(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
             where="r",
             observed=f"r={rank} is no power of two",
             expected="4, 8, 16, 32 or 64",
-            fix=f"r={1 << rank.bit_length()}",
+            fix=change(r=1 << rank.bit_length()),
         )

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pytest_lora.facts.patterns import learn
 from pytest_lora.inspection.limited.process import SECONDS, LimitError, limited
 from pytest_lora.inspection.limited.worker import CACHE, KEPT
+from pytest_lora.patterns import learn
 
 FIELDS = (
     "target_modules",

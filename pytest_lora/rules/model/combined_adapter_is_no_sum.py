@@ -68,7 +68,7 @@ def combined_adapter_is_no_sum(facts: ModelFacts, expect: Expect) -> Iterator[Vi
             expected="a combined adapter that does what its sources do together",
             fix="activate the sources together (set_adapter of the tuner takes a list of names), or merge one after "
             "the other into the base, each with its weight. A sum of rsLoRA adapters is right once its scaling is 1 "
-            "and its configuration no longer asks for rsLoRA",
+            "and neither its configuration nor its layers ask for rsLoRA",
         )
 
 

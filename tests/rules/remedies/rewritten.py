@@ -37,6 +37,27 @@ _WHOLE_LAYERS = """for layer in model.base_model.model.model.layers:
     in_one_process(fully_shard, layer)
 """
 
+_COMBINED = 'model.add_weighted_adapter(["default"], [1.0], "combined", combination_type="linear")\n'
+_SCALED_ONCE = """model.peft_config["combined"].use_rslora = False
+for module in model.modules():
+    if hasattr(module, "lora_A"):
+        module.scaling["combined"] = 1.0
+        getattr(module, "use_rslora", {})["combined"] = False  # of newer PEFT
+"""
+_EMPTIED = """with torch.no_grad():
+    for weight in base.model.layers[1].parameters():
+        weight.zero_()
+"""
+_LOADED_AGAIN = "base = type(base).from_pretrained('base')\n"
+_POSITIONS = 'grid_batch["position_ids"] = torch.arange(16).expand(2, 16)\n'
+_OWN_POSITIONS = """grid_batch["input_ids"][:, 0] = 7  # the start of an image, as its processor puts it there
+own = {name: kept for name, kept in grid_batch.items() if name not in ("labels", "pixel_values")}
+grid_batch["position_ids"] = model.base_model.model.model.get_rope_index(**own)[0]
+"""
+_DIFFERENT = """differ = (pairs["chosen_input_ids"] != pairs["rejected_input_ids"]).any(1)
+pairs = {name: values[differ] for name, values in pairs.items()}
+"""
+
 REWRITTEN: dict[str, list[Rewriting]] = {
     "LORA249": [
         Rewriting(
@@ -83,6 +104,43 @@ REWRITTEN: dict[str, list[Rewriting]] = {
     ],
     "LORA256": [
         Rewriting("wrap whole decoder layers, not single linear layers", _BASE_LAYERS, _WHOLE_LAYERS),
+    ],
+    "LORA257": [
+        Rewriting(
+            "copy the numbers, not the tensors: own.weight.data.copy_(other.weight.data)",
+            """.weight = module.lora_A["default"].weight
+        module.lora_B["reference"].weight = module.lora_B["default"].weight
+""",
+            """.weight.data.copy_(module.lora_A["default"].weight.data)
+        module.lora_B["reference"].weight.data.copy_(module.lora_B["default"].weight.data)
+""",
+        ),
+    ],
+    "LORA258": [
+        Rewriting(
+            "activate the sources together (set_adapter of the tuner takes a list of names)",
+            _COMBINED,
+            'model.base_model.set_adapter(["default"])\n',
+            gone="q_proj",  # the sum is not made
+        ),
+        Rewriting(
+            "its scaling is 1 and neither its configuration nor its layers ask for rsLoRA",
+            "report =",
+            f"{_SCALED_ONCE}report =",
+        ),
+    ],
+    "LORA259": [
+        Rewriting(
+            "load the base again", _EMPTIED, f'base.save_pretrained("base")\n{_EMPTIED}{_LOADED_AGAIN}'
+        ),
+    ],
+    "LORA348": [
+        Rewriting(
+            "let the loop call update_and_allocate of the tuner (model.base_model) with the number of the step",
+            "    optimizer.step()\n",
+            "    optimizer.step()\n    model.base_model.update_and_allocate(step)\n",
+            gone="_proj",  # it trains otherwise
+        ),
     ],
     "LORA369": [
         Rewriting(
@@ -165,6 +223,15 @@ REWRITTEN: dict[str, list[Rewriting]] = {
     "LORA388": [Rewriting("predictions.squeeze(-1)", "[:, -1, :1]", "[:, -1, :1].squeeze(-1)")],
     "LORA389": [
         Rewriting("add_generation_prompt=False", "for start in (3, 13):", "for start in (3,):"),
+    "LORA377": [
+        Rewriting("leave position_ids out of the batch", _POSITIONS, ""),
+        Rewriting("make them with its own get_rope_index and keep all three", _POSITIONS, _OWN_POSITIONS),
+    ],
+    "LORA378": [
+        Rewriting("keep do_rescale and do_normalize on", "pixels.float()", "(pixels / 255 - 0.48) / 0.27"),
+    ],
+    "LORA379": [
+        Rewriting("drop such pairs", "report =", f"{_DIFFERENT}report ="),
     ],
     "LORA446": [
         Rewriting("save the trained adapter again in float32", ".half()", ".float()"),
