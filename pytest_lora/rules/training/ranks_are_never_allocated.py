@@ -70,7 +70,7 @@ def ranks_are_never_allocated(facts: OptimizerFacts, expect: Expect) -> Iterator
             observed=f"{facts.optimizer} has counted {facts.steps} steps, and update_and_allocate was never called: "
             f"ranks were to be taken away from step {begins} on (tinit + deltaT), and all still are init_r",
             expected="a call at every step, between optimizer.step() and zero_grad()",
-            fix="let the loop call model.base_model.update_and_allocate(step) after each step of the optimizer and "
-            "before the gradients are cleared; no trainer does it by itself, so under transformers' or TRL's write "
-            f"trainer.add_callback(AllocateRanks()) with {CALLBACK}",
+            fix="let the loop call update_and_allocate of the tuner (model.base_model) with the number of the step, "
+            "after each step of the optimizer and before the gradients are cleared; no trainer does it by itself, so "
+            f"under transformers' or TRL's add an instance of this callback: {CALLBACK}",
         )
