@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from pytest_lora import count_parameters
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.model import InitialRows
 from pytest_lora.inspection import vocabulary
 from pytest_lora.inspection.base import base_facts, base_parameters, quantization_of, task_of
 from pytest_lora.inspection.shapes import logical_shape
+from pytest_lora.inspection.skeleton import skeleton
 from pytest_lora.inspection.survey import survey
 from pytest_lora.inspection.vocabulary import initial_rows
 
@@ -55,6 +57,34 @@ def test_what_lora_can_adapt_has_a_shape(module: Any, shape: tuple[int, int] | N
 )
 def test_methods_of_quantization(module: Any, method: str | None) -> None:
     assert quantization_of(module) == method
+
+
+class Packed(nn.Module):
+    """A linear layer as HQQ keeps it: two numbers a byte, and what unpacks them in a dict beside the parameters."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.W_q = nn.Parameter(torch.zeros(inputs * outputs // 2, 1, dtype=torch.uint8), requires_grad=False)
+        self.meta = {"scale": torch.ones(1), "nbits": 4}
+        self.device = "cpu"
+
+    def dequantize(self) -> torch.Tensor:
+        whole = self.W_q.repeat(2, 1).reshape(self.out_features, self.in_features).to(self.device)
+        made: torch.Tensor = whole * self.meta["scale"].reshape(1, 1)  # a scalar would take any device
+        return made
+
+
+def test_weights_that_hqq_packs_count_in_full_and_dequantize_on_a_skeleton() -> None:
+    base = nn.Sequential(Packed(8, 4))
+    (weight,) = base_parameters(survey(base))
+    assert (weight.quantization, weight.numbers, weight.tensor.numel()) == ("hqq", 32, 16)
+    assert count_parameters(base).total == 32
+    copied: Any = skeleton(base).get_submodule("0")
+    assert copied.dequantize().is_meta
+    layer: Any = base[0]
+    assert not layer.meta["scale"].is_meta
+    assert layer.device == "cpu"
 
 
 @pytest.mark.parametrize(

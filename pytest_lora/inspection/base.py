@@ -68,11 +68,11 @@ class BaseParameter(NamedTuple):
 
 
 def own_parameters(module_name: str, module: nn.Module) -> Iterator[BaseParameter]:
-    """The parameters that one module holds itself; a packed 4-bit byte stands for two numbers."""
+    """The parameters that one module holds itself; a packed byte stands for several numbers."""
     own = [(name, tensor) for name, tensor in module._parameters.items() if tensor is not None]
     method = quantization_of(module) if own else None
     for name, tensor in own:
-        packed = method == "4bit" and name == "weight"
+        packed = (method, name) in (("4bit", "weight"), ("hqq", "W_q"))
         shape = logical_shape(module) if packed else _packed_from(module, tensor)
         numbers = tensor.numel() if shape is None else math.prod(shape)
         yield BaseParameter(module_name, name, method, tensor, numbers)

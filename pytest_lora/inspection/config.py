@@ -69,7 +69,7 @@ def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     tried = copy.deepcopy(config)
     injected, error = dry_run(tried, skeleton(model))
     after = found if injected is None else survey(injected)
-    layers = tuple(layer_facts(after.lora, ADAPTER))
+    layers = tuple(layer_facts(after.layers, ADAPTER))
     ranked = with_ranks(after, ADAPTER)
     refusal = refused(error or refused_initialisation(config, ranked))
     if refusal is not None and injected is None:
@@ -97,9 +97,7 @@ def refused(error: Exception | None) -> Refusal | None:
 
 def with_ranks(found: Survey, adapter: str) -> list[tuple[LoraLayer, int]]:
     """The layers of an adapter, each with its rank there."""
-    return [
-        (layer, int(layer.r[adapter])) for layer in found.lora.values() if adapter in adapter_names(layer)
-    ]
+    return [(layer, int(layer.r[adapter])) for _, layer in found.layers if adapter in adapter_names(layer)]
 
 
 def dry_run(

@@ -73,27 +73,27 @@ def _readable(data: torch.Tensor) -> bool:
     return wide_float and not sharded and data.device.type != "meta" and data.numel() > 0
 
 
-def layer_facts(lora: dict[str, LoraLayer], adapter: str) -> Iterator[LayerFacts]:
+def layer_facts(layers: Iterable[tuple[str, LoraLayer]], adapter: str) -> Iterator[LayerFacts]:
     """The geometry of one adapter on every module that has it."""
-    for module, layer in lora.items():
+    for module, layer in layers:
         if adapter in adapter_names(layer):
             pair, others = factors(layer, adapter), tuple(further_tensors(layer, adapter))
             yield LayerFacts(**_geometry(module, layer, adapter, pair, others))
 
 
 def layer_states(
-    lora: dict[str, LoraLayer],
+    layers: Iterable[tuple[str, LoraLayer]],
     rslora: frozenset[str] = frozenset(),
     registered: frozenset[type] = frozenset(),
 ) -> Iterator[LayerState]:
     """Every adapter on every module as it stands.
 
     Args:
-        lora: LoRA layers by module name.
+        layers: LoRA layers, each with the name of what it adapts.
         rslora: Adapters whose configuration sets ``use_rslora``.
         registered: Classes of layers that a configuration registers for modules of its own.
     """
-    found = [(m, layer, a, factors(layer, a)) for m, layer in lora.items() for a in adapter_names(layer)]
+    found = [(m, layer, a, factors(layer, a)) for m, layer in layers for a in adapter_names(layer)]
     further = [tuple(further_tensors(layer, adapter)) for _, layer, adapter, _ in found]
     both = zip(found, further, strict=True)
     values = read_values(t for (_, _, _, f), others in both for t in (f.a, f.b, *(o for _, o in others)))

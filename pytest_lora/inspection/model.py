@@ -81,7 +81,7 @@ def _facts(model: nn.Module, found: Survey, wrapped: Wrappers) -> ModelFacts:
     configs = lora_configs(found.root)
     rslora = frozenset(name for name, config in configs.items() if config.use_rslora)
     registered = frozenset[type]().union(*map(custom_classes, configs.values()))
-    layers = tuple(layer_states(found.lora, rslora, registered))
+    layers = tuple(layer_states(found.layers, rslora, registered))
     by_adapter: dict[str, list[LayerState]] = {}
     for layer in layers:
         by_adapter.setdefault(layer.adapter, []).append(layer)

@@ -47,7 +47,7 @@ def scaling_facts(model_or_config: nn.Module | LoraConfig, expected: float) -> S
             f"model_or_config must be a model with LoRA layers or a LoraConfig, not {shown(model_or_config)}"
         )
     found: dict[tuple[float, float, int, bool], list[str]] = {}
-    for layer in layer_states(adapted_survey(model_or_config, "model_or_config").lora):
+    for layer in layer_states(adapted_survey(model_or_config, "model_or_config").layers):
         key = layer.scaling, layer.alpha, layer.rank, layer.use_rslora
         found.setdefault(key, []).append(layer.module)
     scalings = (ModuleScaling(grouped(dict.fromkeys(modules)), *key) for key, modules in found.items())
@@ -80,7 +80,7 @@ def shape_facts(model: nn.Module) -> ShapeFacts:
         TypeError: ``model`` carries no LoRA layers.
     """
     wrong: dict[tuple[str, str], list[str]] = {}
-    for layer in layer_states(adapted_survey(model).lora):
+    for layer in layer_states(adapted_survey(model).layers):
         for factor, expected in ((layer.a, layer.expected_a), (layer.b, layer.expected_b)):
             if factor.shape[:2] != expected or len(factor.shape) < 2:
                 asked = (
@@ -103,7 +103,7 @@ def target_facts(model: nn.Module, targets: str | tuple[str, ...]) -> TargetFact
         TypeError: ``model`` carries no LoRA layers.
     """
     found = adapted_survey(model)
-    adapted = {layer.module for layer in layer_states(found.lora)}
+    adapted = {layer.module for layer in layer_states(found.layers)}
     names = list(dict.fromkeys([*(name for name in found.modules if name), *adapted]))
     meant, unknown = _meant(found, adapted, names, targets)
     leaves = sorted({name.rpartition(".")[2] for name in names})

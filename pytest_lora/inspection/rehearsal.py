@@ -147,7 +147,8 @@ def _for_these(config: LoraConfig, ranks: dict[str, int]) -> Any:
 def _small_layers(layers: Iterable[tuple[LoraLayer, int]], *, whole: bool) -> Iterator[tuple[nn.Module, int]]:
     """One small layer of each kind, with its rank.
 
-    Sizes are cut to one more than the rank, which leaves what is larger than what as it is.
+    Sizes are cut to one more than the rank, which leaves what is larger than what as it is. LoRA-GA divides twice the
+    rank of directions between its factors, so that a layer with a gradient keeps one more than that.
     """
     seen = set()
     for layer, rank in layers:
@@ -155,8 +156,9 @@ def _small_layers(layers: Iterable[tuple[LoraLayer, int]], *, whole: bool) -> It
         shape = None if fused_parameter(layer) else logical_shape(base)
         if shape is None:
             continue
-        inputs, outputs = shape if whole else (min(size, rank + 1) for size in shape)
         prepared = hasattr(base, _GRADIENT)
+        most = (2 if prepared else 1) * rank + 1
+        inputs, outputs = shape if whole else (min(size, most) for size in shape)
         biased = any(getattr(base, name, None) is not None for name in ("bias", "in_proj_bias"))
         key = (type(base), inputs, outputs, getattr(base, "groups", None), rank, prepared, biased)
         if key not in seen:

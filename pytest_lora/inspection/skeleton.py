@@ -263,6 +263,14 @@ class _Copier:
         state["_parameters"] = {n: self._tensor(p) for n, p in module._parameters.items()}
         state["_buffers"] = {n: self._tensor(b) for n, b in module._buffers.items()}
         state["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+        if (
+            quantization_of(module) == "hqq"
+        ):  # it keeps scales beside its parameters, and dequantizes with them
+            beside = state.get("meta") or {}
+            state["meta"] = {
+                n: self._tensor(t) if isinstance(t, torch.Tensor) else t for n, t in beside.items()
+            }
+            state["device"] = META
         if "config" in state:  # modules that share theirs go on to
             own = state["config"]
             state["config"] = self.configs.setdefault(id(own), copy.copy(own))

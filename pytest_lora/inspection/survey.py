@@ -41,6 +41,7 @@ class Survey:
         saved: ``modules_to_save`` wrappers by module name.
         tokens: ``trainable_token_indices`` wrappers by module name.
         other_tuners: Names of modules that another PEFT method adapts.
+        covering: LoRA layers over those of ``lora``, with the names of these: a mixed model puts AdaLoRA over LoRA.
     """
 
     root: nn.Module
@@ -50,6 +51,12 @@ class Survey:
     saved: dict[str, ModulesToSaveWrapper] = field(default_factory=dict)
     tokens: dict[str, TrainableTokensWrapper] = field(default_factory=dict)
     other_tuners: list[str] = field(default_factory=list)
+    covering: list[tuple[str, LoraLayer]] = field(default_factory=list)
+
+    @property
+    def layers(self) -> list[tuple[str, LoraLayer]]:
+        """Every LoRA layer with the name of what it adapts."""
+        return [*self.lora.items(), *self.covering]
 
     @property
     def carries_adapter(self) -> bool:
@@ -79,8 +86,11 @@ class Survey:
 
     def _visit_lora(self, layer: LoraLayer, name: str) -> None:
         parameter = fused_parameter(layer)
-        self.lora[f"{name}.{parameter[0]}" if parameter else name] = layer
+        adapts = f"{name}.{parameter[0]}" if parameter else name
+        self.lora[adapts] = layer
         self.visit(layer.base_layer, name)
+        if self.lora[adapts] is not layer:
+            self.covering.append((adapts, layer))
 
 
 _PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

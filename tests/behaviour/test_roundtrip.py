@@ -31,7 +31,7 @@ from pytest_lora import (
 )
 from pytest_lora.bases.examples.models import BASES
 from pytest_lora.inspection.behaviour import copies, merge, reload
-from pytest_lora.inspection.peft_internals import BaseTunerLayer, ModulesToSaveWrapper
+from pytest_lora.inspection.peft_internals import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper
 
 BATCH = {"input_ids": torch.arange(3, 35).view(2, 16)}
 
@@ -310,6 +310,15 @@ def test_a_refused_merge_is_named() -> None:
     report = check_merge(model, BATCH)
     assert codes(report) == {"LORA919": "error"}
     assert "not this one" in report.errors[0].observed
+
+
+def test_layers_that_cannot_be_unmerged_are_reloaded_all_the_same() -> None:
+    """Those over the weights of GPTQ, AWQ and others have neither merge nor unmerge."""
+    model = adapted()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            vars(module).update(merge=_refuse, unmerge=_refuse)
+    assert not codes(check_reload(model, BATCH))
 
 
 def _refuse(*_: Any, **__: Any) -> None:

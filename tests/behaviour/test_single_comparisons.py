@@ -26,7 +26,7 @@ from pytest_lora.inspection.behaviour.batch_law import (
 from pytest_lora.inspection.behaviour.combination import _beyond
 from pytest_lora.inspection.behaviour.copies import distance, identical, largest, main_tensor
 from pytest_lora.inspection.behaviour.laws import _deviation_from_linear, _near
-from pytest_lora.inspection.behaviour.merge import _allowed, _restored, _rounded_away
+from pytest_lora.inspection.behaviour.merge import _allowed, _is_quantized, _restored, _rounded_away
 from pytest_lora.inspection.behaviour.texts import Text, _run, mask_of, pad_token, texts_of
 
 N = -100
@@ -41,6 +41,20 @@ def rows(*values: list[int]) -> Tensor:
 def text_of(batch: dict[str, Any], root: Any = PLAIN) -> Text | None:
     (found,) = texts_of({0: batch}, root)
     return found
+
+
+@pytest.mark.parametrize(
+    ("base", "quantized"),
+    [
+        (nn.Linear(2, 2), False),
+        (nn.Linear(2, 2).to(torch.bfloat16), False),
+        (SimpleNamespace(weight=torch.zeros(2, dtype=torch.int8)), True),
+        (SimpleNamespace(W_q=torch.zeros(2, dtype=torch.uint8)), True),
+        (SimpleNamespace(), False),
+    ],
+)
+def test_what_merging_rounds_once_more(base: Any, quantized: bool) -> None:
+    assert _is_quantized(SimpleNamespace(get_base_layer=lambda: base)) == quantized
 
 
 # ---------------------------------------------------------------------------------- texts

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft.tuners.lora import config as variants
+from transformers import BartConfig, LlamaConfig, LlamaForCausalLM, T5Config
 
 from pytest_lora import estimate_memory
 from pytest_lora.memory.estimate import estimate_of_model
@@ -74,3 +75,85 @@ def test_an_activated_adapter_is_estimated_as_a_plain_one() -> None:
     assert found.bound == "about"
     assert (found.loaded, found.after_step) == (estimate().loaded, estimate().after_step)
     assert not estimate().unmodelled
+
+
+def variant(field: str, **values: Any) -> LoraConfig:
+    """A variant of LoRA on the queries and values of the base."""
+    if field not in LoraConfig.__dataclass_fields__:
+        pytest.skip(f"this PEFT has no {field}")
+    classes = {
+        "kasa_config": "KasaConfig",
+        "use_bdlora": "BdLoraConfig",
+        "monteclora_config": "MontecloraConfig",
+        "velora_config": "VeloraConfig",
+    }
+    made = getattr(variants, classes[field])(**values)
+    return LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **{field: made})
+
+
+MODULES = 2 * 7
+"""Adapted modules: queries and values in seven layers, each of 128 x 128."""
+PLAIN = LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def two(config: LoraConfig, **setting: Any) -> list[Any]:
+    return [estimate_memory(c, BASE, batch_size=2, seq_len=32, **setting) for c in (PLAIN, config)]
+
+
+@pytest.mark.parametrize("setting", [{}, {"gradient_checkpointing": True}])
+def test_kasa_holds_a_diagonal_more_than_plain_lora(setting: dict[str, Any]) -> None:
+    """The base weights that it cuts once, when they are loaded, are no part of a step."""
+    plain, kasa = two(variant("kasa_config"), **setting)
+    diagonals = 512 * MODULES  # 16 numbers in float32, and no tensor takes less than 512 bytes
+    assert kasa.loaded - plain.loaded == diagonals
+    assert kasa.after_step - plain.after_step == 3 * diagonals
+
+
+def test_block_diagonal_factors_are_smaller_by_their_blocks() -> None:
+    plain, blocks = two(
+        variant("use_bdlora", target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=4)
+    )
+    saved = 4 * 16 * 128 * 3 // 4  # of one factor in each module
+    assert plain.loaded - blocks.loaded == MODULES * saved
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [("bfloat16", 2), ("float32", 4)])
+def test_monteclora_keeps_the_noise_of_many_steps(dtype: str, noise: int) -> None:
+    plain, sampled = two(variant("monteclora_config", buffer_size=10, num_samples=4), dtype=dtype)
+    kept = [10 * 4 * 128 * 16, 10 * 16 * 16, 10 * 4]  # z_mvn, z_wishart, z_dirichlet
+    states = [16 * 16, 4]  # the prior of the variance, the weights of the samples
+    held = sum(-(-numbers * noise // 512) * 512 for numbers in (*kept, *states))
+    trained = 2 * 512  # 16 and 4 numbers in float32
+    assert sampled.loaded - plain.loaded == MODULES * (held + trained)
+    drawn = sampled.after_step - sampled.loaded - (plain.after_step - plain.loaded)
+    assert drawn >= MODULES * 2 * trained, "the moments, and what a forward leaves on the sampler"
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        T5Config(
+            d_model=64, d_ff=128, d_kv=16, num_layers=2, num_heads=4, vocab_size=512, decoder_start_token_id=0
+        ),
+        BartConfig(
+            d_model=64,
+            encoder_ffn_dim=128,
+            decoder_ffn_dim=128,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            vocab_size=512,
+        ),
+    ],
+    ids=["T5", "BART"],
+)
+def test_classifiers_that_count_their_ends_of_sequences_are_estimated(base: Any) -> None:
+    config = LoraConfig(
+        r=8,
+        target_modules=["q", "v", "q_proj", "v_proj"],
+        task_type="SEQ_CLS",
+        modules_to_save=["classification_head"],
+    )
+    one, two = (estimate_memory(config, base, batch_size=2, seq_len=length) for length in (32, 64))
+    assert one.peak_allocated < two.peak_allocated

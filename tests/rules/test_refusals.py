@@ -76,14 +76,16 @@ def asked(fields: dict[str, Any], rank: int) -> LoraConfig:
 @pytest.mark.parametrize("rank", [3, 4, 64, 65])
 def test_the_verdict_is_that_of_peft(fields: dict[str, Any], kind: str, rank: int) -> None:
     config = asked(fields, rank)
-    try:
-        get_peft_model(made(kind), copy.deepcopy(config))
-    except Exception:
-        takes = False
-    else:
-        takes = True
     report = check_config(config, made(kind))
-    assert (not report.errors) == takes, report
+    assert (not report.errors) == _is_taken(config, made(kind)), report
+
+
+def _is_taken(config: LoraConfig, base: nn.Module) -> bool:
+    try:
+        get_peft_model(base, copy.deepcopy(config))
+    except Exception:
+        return False
+    return True
 
 
 def test_lora_ga_without_its_config_is_refused_where_the_gradients_are_there() -> None:
@@ -97,6 +99,26 @@ def test_lora_ga_without_its_config_is_refused_where_the_gradients_are_there() -
         "LORA124",
         "set lora_ga_config to a LoraGAConfig, or init_lora_weights=True",
     )
+
+
+@pytest.mark.parametrize("rank", [4, 32, 40])
+@pytest.mark.parametrize("direction", ["ArBr", "A2rBr", "ArB2r", "random"])
+def test_lora_ga_is_taken_where_twice_the_rank_fits(direction: str, rank: int) -> None:
+    if "lora_ga_config" not in FIELDS:
+        pytest.skip("this PEFT has no LoRA-GA")
+    fields = {
+        "init_lora_weights": "lora_ga",
+        "lora_ga_config": lambda: lora_config.LoraGAConfig(direction=direction),
+    }
+
+    def base() -> nn.ModuleDict:
+        prepared = made("linear")
+        prepared["layer"]._peft_loraga_grad = torch.randn(64, 64)
+        return prepared
+
+    taken = _is_taken(asked(fields, rank), base())
+    assert taken == (not check_config(asked(fields, rank), base()).errors)
+    assert taken or rank == 40
 
 
 def test_what_peft_is_asked_leaves_random_numbers_alone() -> None:

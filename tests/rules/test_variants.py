@@ -26,6 +26,7 @@ from pytest_lora import (
     check_config,
     check_model,
     check_training,
+    count_parameters,
 )
 from pytest_lora.bases.examples.models import FUSED_BY_PEFT, made
 from pytest_lora.inspection.model import model_facts
@@ -176,6 +177,18 @@ def test_another_method_over_lora_leaves_the_lora_below_it_in_sight(both: bool) 
     model.add_adapter("b", LoHaConfig(r=2, target_modules=["q_proj"]))
     model.set_adapter(["a", "b"])
     assert not loud(check_model(model))
+
+
+def test_adalora_over_lora_is_seen_beside_the_lora_below_it() -> None:
+    model: Any = get_peft_model(linears(), LoraConfig(r=2, target_modules=["q_proj"]), "a", mixed=True)
+    model.add_adapter(
+        "b", AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=["q_proj", "v_proj"])
+    )
+    model.set_adapter(["a", "b"])
+    assert not loud(check_model(model))
+    seen = {(layer.adapter, layer.module) for layer in model_facts(model).layers}
+    assert {adapter for adapter, module in seen if module == "q_proj"} == {"a", "b"}
+    assert count_parameters(model).trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 # ---------------------------------------------------------------------------------------------- names of users

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import AdaLoraConfig, IA3Config, get_peft_model
 from transformers import TrainerCallback
 
 from pytest_lora import LoraHealthCallback, LoraHealthWarning
+from pytest_lora.rules.training.ranks_are_never_allocated import CALLBACK
 from tests.runs.test_watch import small, trainer
 
 
@@ -39,18 +41,19 @@ def test_a_model_without_lora_is_told_once_and_trains_to_its_end(make: Any, tmp_
     assert not callback.watch.reports
 
 
-class Allocates(TrainerCallback):
-    """What PEFT's documentation has a loop do for AdaLoRA, and the Trainer does not by itself."""
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        model.base_model.update_and_allocate(state.global_step)
+def allocates() -> TrainerCallback:
+    """The callback that the fix of LORA348 spells out."""
+    names: dict[str, Any] = {"TrainerCallback": TrainerCallback}
+    exec(CALLBACK, names)
+    made: TrainerCallback = names["AllocateRanks"]()
+    return made
 
 
 @pytest.mark.parametrize(
-    ("callbacks", "told"), [((Allocates(),), set()), ((), {"LORA348"})], ids=["called", "not"]
+    ("callbacks", "told"), [([allocates], set()), ([], {"LORA348"})], ids=["called", "not"]
 )
 def test_adalora_trains_in_silence_where_its_allocator_is_called(
-    tmp_path: Path, callbacks: tuple[TrainerCallback, ...], told: set[str]
+    tmp_path: Path, callbacks: list[Callable[[], TrainerCallback]], told: set[str]
 ) -> None:
     callback = LoraHealthCallback(on_error="raise")
     torch.manual_seed(0)
@@ -59,10 +62,13 @@ def test_adalora_trains_in_silence_where_its_allocator_is_called(
     )
     run = trainer(tmp_path, callback, get_peft_model(small(), config), max_steps=4)
     for one in callbacks:
-        run.add_callback(one)
+        run.add_callback(one())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LoraHealthWarning)
         run.train()
     assert callback.watch.count == 4
     found = [f for report in callback.watch.reports for f in (*report.errors, *report.warnings)]
     assert {f.code for f in found} == told
+    assert all(CALLBACK in f.fix for f in found)
+    allocator: Any = run.model
+    assert bool(allocator.base_model.rankallocator.ipt) == bool(callbacks), "whether the ranks were weighed"

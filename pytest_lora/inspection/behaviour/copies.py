@@ -118,7 +118,7 @@ def base_without_adapter(adapted: nn.Module, *, forget_trained: bool = False) ->
     """
     base = copy.deepcopy(adapted_survey(adapted).root)
     for layer in list(base.modules()):
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLayer) and layer.merged:  # layers over GPTQ's and others' cannot be unmerged
             layer.unmerge()
     _unwrap(base)
     forget_adapters(base)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.behaviour import MergeFacts
-from pytest_lora.inspection.base import dtype_name
+from pytest_lora.inspection.base import dtype_name, quantization_of
 from pytest_lora.inspection.behaviour.copies import (
     TOLERANCES,
     adapted_copy,
@@ -145,8 +145,9 @@ def _allowed(
 
 
 def _is_quantized(layer: Any) -> bool:
-    weight = getattr(layer.get_base_layer(), "weight", None)
-    return weight is not None and not weight.is_floating_point()
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    return quantization_of(base) is not None or (weight is not None and not weight.is_floating_point())
 
 
 def _restored(before: Tensor, after: Tensor, merged_size: float) -> bool:

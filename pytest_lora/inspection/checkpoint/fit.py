@@ -136,7 +136,7 @@ class Base:
         added = heads_by_task_type(written.task_type)
         saved = tuple(n for n in written.modules_to_save if n not in added or self._has(n))
         written = replace(written, inference_mode=False, modules_to_save=saved)
-        layers = tuple(layer_facts(after.lora, ADAPTER))
+        layers = tuple(layer_facts(after.layers, ADAPTER))
         return assembled(ADAPTER, written, applied, self.facts, after, layers, refusal, live=True)
 
     def _has(self, name: str) -> bool:

@@ -27,6 +27,7 @@ from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
 from pytest_lora.inspection.memory.parallel.model import Rank
 from pytest_lora.inspection.memory.parallel.strategies import before_adapters, distributed
+from pytest_lora.inspection.memory.put_off import finish
 from pytest_lora.inspection.memory.remedies import excluded_by_peft
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 from pytest_lora.inspection.memory.trainers import set_up
@@ -216,6 +217,8 @@ def _with_adapter(model: nn.Module, config: LoraConfig, setting: StepSetting) ->
         raise ValueError(
             f"config: PEFT refuses it on this base: {error}{_hint(error, setting)}{excluded_by_peft(error)}"
         ) from error
+    with torch.random.fork_rng(devices=[]):
+        finish(adapted)
     return adapted
 
 

@@ -16,7 +16,7 @@ class StandIns:
     """Answers for tensors on the meta device.
 
     - ``all()`` of a mask is true unless the batch is padded, ``any()`` is false: nothing is infinite or packed.
-    - A mask selects everything, where it is asked for what it selects.
+    - A mask selects everything, where it is asked for what it selects; neighbours that are counted are all equal.
     - Experts get equal shares of the tokens; in float32 they multiply as in bfloat16, which the meta kernel asks for.
 
     Args:
@@ -45,6 +45,7 @@ class StandIns:
             _aten._local_scalar_dense.default: self._scalar,
             _aten.split_with_sizes.default: _split,
             _aten.masked_select.default: lambda values, mask: values.new_empty(values.numel()),
+            _aten.unique_consecutive.default: _all_equal,
             _aten._ctc_loss.Tensor: _ctc_loss,
             _aten._ctc_loss_backward.Tensor: lambda grad, log_probs, *rest: torch.empty_like(log_probs),
             _aten._grouped_mm.default: _grouped_mm,
@@ -104,6 +105,12 @@ def _split(values: torch.Tensor, sizes: list[int], dim: int = 0) -> Any:
     if sum(sizes) == length or length % len(sizes):
         return None
     return list(_aten.split.Tensor(values, length // len(sizes), dim))
+
+
+def _all_equal(values: torch.Tensor, *rest: Any, **named: Any) -> tuple[torch.Tensor, ...]:
+    """Every row has as many ends of sequences as another, which is what classifiers of T5 and BART ask."""
+    places = torch.empty_like(values, dtype=torch.long)
+    return values.new_empty(1), places, places.new_empty(1)
 
 
 def _ctc_loss(

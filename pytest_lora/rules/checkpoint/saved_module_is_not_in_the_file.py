@@ -37,6 +37,7 @@ def saved_module_is_not_in_the_file(facts: CheckpointFacts, expect: Expect) -> I
     - https://huggingface.co/docs/peft/developer_guides/troubleshooting
     """
     settings = facts.settings
+    fix = "save through save_pretrained of the PeftModel, without a filter on 'lora' in the keys"
     if not facts.is_judged or settings is None or facts.misnamed or not facts.lora or facts.is_foreign:
         return
     if facts.fit is not None and facts.fit.compared:
@@ -49,12 +50,15 @@ def saved_module_is_not_in_the_file(facts: CheckpointFacts, expect: Expect) -> I
         of_its_own = any("head" in name for name in wanted)
         if settings.modules_to_save and added and not (of_its_own or any(map(facts.holds, added))):
             lost.append(" or ".join(added))
+            fix += (
+                "; a head of another name (classification_head in T5 and BART) has to be in modules_to_save"
+            )
     if lost:
         yield Violation(
             where=", ".join(dict.fromkeys(lost)),
             observed=f"{_field(facts, settings)} asks for it, but it is missing: the file has no weights of it",
             expected="the weights of every module that the configuration saves",
-            fix="save through save_pretrained of the PeftModel, without a filter on 'lora' in the keys",
+            fix=fix,
         )
     if settings.trainable_token_indices and not facts.fit and not any("token" in t.name for t in facts.plain):
         yield Violation(

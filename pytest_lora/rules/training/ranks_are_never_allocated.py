@@ -6,6 +6,12 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.optimizer import OptimizerFacts
 from pytest_lora.rules import Violation, rule
 
+CALLBACK = (
+    "class AllocateRanks(TrainerCallback): on_optimizer_step = lambda self, args, state, control, model, **_: "
+    "model.base_model.update_and_allocate(state.global_step)"
+)
+"""What transformers' ``Trainer`` needs, which calls it between ``optimizer.step()`` and ``zero_grad()``."""
+
 
 @rule("LORA348", severity="warning", needs=OptimizerFacts)
 def ranks_are_never_allocated(facts: OptimizerFacts, expect: Expect) -> Iterator[Violation]:
@@ -17,7 +23,12 @@ def ranks_are_never_allocated(facts: OptimizerFacts, expect: Expect) -> Iterator
 
     ## Why is this bad?
     Every module keeps `init_r`: the run is a LoRA of a higher rank with a penalty. The training loop has to call
-    `update_and_allocate`; transformers' `Trainer` does not.
+    `update_and_allocate`. Nothing does it by itself: neither the trainers of transformers and TRL nor Lightning's nor
+    PEFT. Under a `Trainer`, a callback of three lines does:
+
+        class AllocateRanks(TrainerCallback):
+            def on_optimizer_step(self, args, state, control, model, **kwargs):
+                model.base_model.update_and_allocate(state.global_step)
 
     ## Example
     ```python
@@ -60,6 +71,6 @@ def ranks_are_never_allocated(facts: OptimizerFacts, expect: Expect) -> Iterator
             f"ranks were to be taken away from step {begins} on (tinit + deltaT), and all still are init_r",
             expected="a call at every step, between optimizer.step() and zero_grad()",
             fix="let the loop call update_and_allocate of the tuner (model.base_model) with the number of the step, "
-            "after each step of the optimizer and before the gradients are cleared; transformers' Trainer needs a "
-            "callback for it (on_optimizer_step)",
+            "after each step of the optimizer and before the gradients are cleared; no trainer does it by itself, so "
+            f"under transformers' or TRL's add an instance of this callback: {CALLBACK}",
         )
