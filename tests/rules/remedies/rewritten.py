@@ -162,6 +162,16 @@ REWRITTEN: dict[str, list[Rewriting]] = {
         Rewriting("load the base with 2 labels (num_labels)", "num_labels=1", "num_labels=2", "score"),
         Rewriting("give labels as floats", "torch.arange(4) % 2", "torch.arange(4) % 2.0"),
     ],
+    "LORA377": [
+        Rewriting("leave position_ids out of the batch", _POSITIONS, ""),
+        Rewriting("make them with its own get_rope_index and keep all three", _POSITIONS, _OWN_POSITIONS),
+    ],
+    "LORA378": [
+        Rewriting("keep do_rescale and do_normalize on", "pixels.float()", "(pixels / 255 - 0.48) / 0.27"),
+    ],
+    "LORA379": [
+        Rewriting("drop such pairs", "report =", f"{_DIFFERENT}report ="),
+    ],
     "LORA381": [
         Rewriting(
             "cut or divide the texts",
@@ -223,15 +233,6 @@ REWRITTEN: dict[str, list[Rewriting]] = {
     "LORA388": [Rewriting("predictions.squeeze(-1)", "[:, -1, :1]", "[:, -1, :1].squeeze(-1)")],
     "LORA389": [
         Rewriting("add_generation_prompt=False", "for start in (3, 13):", "for start in (3,):"),
-    "LORA377": [
-        Rewriting("leave position_ids out of the batch", _POSITIONS, ""),
-        Rewriting("make them with its own get_rope_index and keep all three", _POSITIONS, _OWN_POSITIONS),
-    ],
-    "LORA378": [
-        Rewriting("keep do_rescale and do_normalize on", "pixels.float()", "(pixels / 255 - 0.48) / 0.27"),
-    ],
-    "LORA379": [
-        Rewriting("drop such pairs", "report =", f"{_DIFFERENT}report ="),
     ],
     "LORA446": [
         Rewriting("save the trained adapter again in float32", ".half()", ".float()"),
