@@ -23,6 +23,7 @@ from pytest_lora.inspection.memory.families import numbers_of, shares_of, thresh
 from pytest_lora.inspection.memory.fused_losses import liger_chunk
 from pytest_lora.inspection.memory.images import image_edges, images_for
 from pytest_lora.inspection.memory.known_results import KnownResults, _is_of_its_own
+from pytest_lora.inspection.memory.layer_stacks import Cut
 from pytest_lora.inspection.memory.operations import FlopsSurface, require_like_inner_units, times_played
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, state_bytes
 from pytest_lora.inspection.memory.packed_weights import _STORED, pack_weights
@@ -30,10 +31,10 @@ from pytest_lora.inspection.memory.parallel import placed, whole
 from pytest_lora.inspection.memory.parallel.placed import Placement, _gpu_of, _whole
 from pytest_lora.inspection.memory.parallel.strategies import autocasts, cuts_of
 from pytest_lora.inspection.memory.parallel.whole import _gathered, _number, _part, _width
-from pytest_lora.inspection.memory.predictor import _cache_of_generation, _moved_between_gpus
 from pytest_lora.inspection.memory.stand_ins import StandIns, _ctc_loss, _grouped_mm, _masked, _split
 from pytest_lora.inspection.memory.step import Step, _flops
 from pytest_lora.inspection.memory.timeline import NotRepeatingError, Timeline
+from pytest_lora.inspection.memory.unmodelled import _cache_of_generation, _moved_between_gpus
 
 aten = torch.ops.aten
 
@@ -182,8 +183,12 @@ def test_the_kernel_of_attention_that_torch_chooses(
 
 
 def test_layers_that_are_cut_at_once_and_who_casts() -> None:
-    assert cuts_of(Parallel(2, "fsdp1")) == (2, 4, 0)
-    assert cuts_of(Parallel(2, "ddp")) == (1, 2, 4, 0)
+    first = cuts_of(Parallel(2, "fsdp1"))
+    assert first == (Cut(2, before=1, after=1), Cut(2), Cut(4), Cut(0))
+    placed = Cut(1), Cut(2), Cut(4), Cut(0)
+    assert cuts_of(Parallel(2, "device_map")) == placed
+    for strategy in ("ddp", "fsdp2", "hsdp", "tp", "zero3"):
+        assert cuts_of(Parallel(2, strategy)) == (Cut(1, before=1, after=1), *placed)
     autocast = StepSetting(1, 1, autocast="bfloat16")
     assert autocasts(autocast)
     assert not autocasts(StepSetting(1, 1, autocast="bfloat16", parallel=Parallel(2, "zero2")))
