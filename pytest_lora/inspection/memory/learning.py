@@ -79,9 +79,16 @@ class Learner(Generic[Found]):
         return known(point) if known is not None else None
 
     def learn(self, point: Point) -> None:
-        """Find out about the family of a point that is asked for."""
+        """Find out about the family of a point that is asked for.
+
+        Where a trace of the point shows that no products hold that are known, it is the answer; those of its own
+        family are looked for once another point of it is asked for.
+        """
         family = self._family(point)
-        if not self._fits(point, family) and family.key not in self._refused:
+        new = self._products and not self._was_traced(family)
+        if family.key in self._known or ((new or family.key in self._refused) and self._fits(point, family)):
+            return
+        if not new and family.key not in self._refused:
             self._pair(family)
             self._fits(point, family)
 
@@ -91,10 +98,13 @@ class Learner(Generic[Found]):
             family = self._family((batch, *point[1:]))
             if family.key in self._known or family.key in self._refused:
                 continue
-            if not any(self._family(near).key == family.key for near in self._traced):
+            if not self._was_traced(family):
                 for near in islice(further_points(point, family, self._avoided, self._ranks(family)), 1):
                     self._trace(near)
             self._pair(family)
+
+    def _was_traced(self, family: Family) -> bool:
+        return any(self._family(point).key == family.key for point in self._traced)
 
     def _ranks(self, family: Family) -> list[int]:
         """Ranks that were traced within the reach of a family, the last ones first."""
@@ -117,10 +127,10 @@ class Learner(Generic[Found]):
         first = self._first(family)
         if first is None:
             return
-        own = self._family(first)
+        own, ranks = self._family(first), self._ranks(family)
         for wanted in dict.fromkeys((own.widest(), own)):
             known = {first: self._traced[first]}
-            for further in islice(further_points(first, wanted, self._avoided, self._ranks(family)), 2):
+            for further in islice(further_points(first, wanted, self._avoided, ranks), 2):
                 known[further] = self._trace(further)
                 if not known[first].is_like(known[further]):
                     break

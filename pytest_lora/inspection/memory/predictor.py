@@ -176,7 +176,7 @@ class Predictor:
             # Losses in chunks make as many as there are tokens for.
             if self._quickest < WORTH_FITTING and self.setting.loss == "full":
                 self._surfaces.learn(point)
-            found = self._surfaces(point)
+            found: Answer | None = self._surfaces(point)
             if found is not None and point not in self._traced:
                 return found
         answer = answer_of(self._trace(point))

@@ -138,8 +138,8 @@ def record(built: MetaModel, setting: StepSetting) -> Recorded:
     micro = [trace(built, setting)]
     if setting.accumulation > 1:
         micro.append(trace(built, setting, gradients_held=True))
-    evaluation = setting.evaluation and evaluated(built, setting, setting.evaluation)
-    return Recorded(tuple(micro), evaluation)
+    evaluation = setting.evaluation
+    return Recorded(tuple(micro), evaluated(built, setting, evaluation) if evaluation is not None else None)
 
 
 def assemble(built: MetaModel, setting: StepSetting, recorded: Recorded | None = None) -> Step:
