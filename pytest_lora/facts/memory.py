@@ -184,6 +184,8 @@ class MemoryEstimate:
         by_formula: Parts of a step that are computed, where the library's own code cannot run.
         training_peak: That of the training alone; 0 for no evaluation.
         evaluation_peak: That of the evaluation alone; 0 for none.
+        cutting_peak: The most that is allocated before the first step, while FSDP1 cuts the model into parts; 0 for
+            other strategies. It is no part of ``peak_allocated``, but of ``peak_reserved``.
     """
 
     setting: StepSetting
@@ -206,6 +208,7 @@ class MemoryEstimate:
     by_formula: tuple[str, ...] = ()
     training_peak: int = 0
     evaluation_peak: int = 0
+    cutting_peak: int = 0
 
     @property
     def bound(self) -> Literal["at least", "at most", "about"] | None:
@@ -251,6 +254,7 @@ class MemoryEstimate:
             ("peak reserved", self.peak_reserved),
             ("between steps", self.after_step),
             *((("optimizer state in paged memory", self.paged),) if self.paged else ()),
+            *((("while FSDP1 cuts the model", self.cutting_peak),) if self.cutting_peak else ()),
             ("CUDA context beside it, roughly", self.cuda_context),
             *((("peaks of all GPUs together", self.over_ranks),) if self.over_ranks else ()),
         ]

@@ -13,6 +13,7 @@ from pytest_lora.facts.operations import StepFlops
 from pytest_lora.facts.parallel import SHARDED
 from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.identity import identity, what_takes_memory
+from pytest_lora.memory.parallel import with_what_is_said
 from pytest_lora.memory.setting import checked_setting, declared_quantization, require_point
 from pytest_lora.memory.trainer import read_arguments
 
@@ -185,6 +186,11 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
             **{name: value for name, value in read.items() if name not in ("batch_size", "seq_len")},
             **given,
         }
+        # What these do not switch on, a configuration may.
+        said = with_what_is_said(given.get("parallel"), None, None)
+        for name, value in zip(("gradient_checkpointing", "autocast"), said, strict=True):
+            if setting.get(name) is None and not given[name] and value is not None:
+                given[name] = value
     left_out = _left_out(base)
     by_args = setting.get("evaluation") is None and given.get("evaluation") is not None
     if by_args and _is_sharded(given):

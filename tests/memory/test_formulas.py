@@ -19,7 +19,7 @@ from pytest_lora.inspection.memory import devices, operations, optimizers
 from pytest_lora.inspection.memory.adapted_layers import is_numbered, marks, same_in_every_layer
 from pytest_lora.inspection.memory.cards import _filled, gpu_of_events
 from pytest_lora.inspection.memory.devices import _attention
-from pytest_lora.inspection.memory.families import numbers_of, shares_of, thresholds_of
+from pytest_lora.inspection.memory.families import numbers_of, runs_alike, shares_of, thresholds_of
 from pytest_lora.inspection.memory.fused_losses import liger_chunk
 from pytest_lora.inspection.memory.images import image_edges, images_for
 from pytest_lora.inspection.memory.known_results import KnownResults, _is_of_its_own
@@ -269,6 +269,17 @@ def test_what_ranks_are_shared_by() -> None:
     assert shares_of(StepSetting(1, 1, optimizer="paged_adamw_32bit")) == 0
     assert shares_of(StepSetting(1, 1, parallel=Parallel(6, "zero3"))) == 0
     assert shares_of(StepSetting(1, 1, parallel=Parallel(6, "fsdp2"))) == 6
+    assert shares_of(StepSetting(1, 1, parallel=Parallel(16, "hsdp", shard_size=8))) == 8
+    for strategy, optimizer in (
+        ("zero3", "adamw_torch"),
+        ("zero2", "adamw_8bit"),
+        ("ddp", "paged_adamw_32bit"),
+    ):
+        assert runs_alike(StepSetting(1, 1, optimizer=optimizer, parallel=Parallel(6, strategy)))
+    for strategy in ("fsdp1", "fsdp2", "hsdp", "tp", "device_map"):
+        assert not runs_alike(StepSetting(1, 1, optimizer="adamw_8bit", parallel=Parallel(6, strategy)))
+    assert not runs_alike(StepSetting(1, 1, parallel=Parallel(6, "zero2")))
+    assert not runs_alike(StepSetting(1, 1, optimizer="adamw_8bit"))
     assert shares_of(StepSetting(1, 1, parallel=Parallel(6, "ddp"))) == 1
 
 

@@ -72,6 +72,14 @@ class StepShape:
             return max(self._peaks(sizes, self._gpus))
         return self._fast(rounded(sizes))
 
+    def cutting_peak(self, sizes: Integers) -> int:
+        """The most bytes allocated at once while a model is cut, before its step; 0 where it is not."""
+        if self._cut is None:
+            return 0
+        index = self._cut.index
+        held = rounded(sizes)[self._cut_storages[index]]
+        return int(np.cumsum(np.where(self._cut_frees[index], -held, held)).max())
+
     def over_gpus(self, sizes: Integers, gpus: int) -> int:
         """The peaks of all GPUs together."""
         return (

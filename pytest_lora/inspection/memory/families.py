@@ -21,7 +21,9 @@ def shares_of(setting: StepSetting) -> int:
     small = shared is not None and shared.strategy == "zero3"
     if small or OPTIMIZERS[setting.optimizer].paged or "8bit" in setting.optimizer:
         return 0
-    return shared.gpus if shared is not None and shared.strategy == "fsdp2" else 1
+    if shared is None or shared.strategy not in ("fsdp2", "hsdp"):
+        return 1
+    return shared.shard_size or shared.gpus
 
 
 def runs_alike(setting: StepSetting) -> bool:

@@ -31,7 +31,7 @@ from pytest_lora.inspection.memory.step import Recorded, Step, assemble, record
 from pytest_lora.inspection.memory.storage_tracker import quiet
 from pytest_lora.inspection.memory.surfaces import Answer, Surfaces, Traced, answer_of
 from pytest_lora.inspection.memory.timeline import NotRepeatingError
-from pytest_lora.inspection.memory.unmodelled import of_adapter, of_setting
+from pytest_lora.inspection.memory.unmodelled import of_adapter, of_cutting, of_setting
 from pytest_lora.inspection.quiet import collector, unexplained
 from pytest_lora.inspection.state import Keeper
 
@@ -124,6 +124,7 @@ class Predictor:
         point = (batch_size, seq_len, rank)
         found = self._at(point)
         figures = found.shape.figures(found.sizes)
+        cutting_peak = found.shape.cutting_peak(found.sizes)
         model = next(iter(self._models.values())).transformer
         return MemoryEstimate(
             setting=replace(self.setting, batch_size=batch_size, seq_len=seq_len),
@@ -139,6 +140,7 @@ class Predictor:
             timeline=figures.timeline,
             training_peak=figures.training_peak,
             evaluation_peak=figures.evaluation_peak,
+            cutting_peak=cutting_peak,
             paged=found.paged,
             cuda_context=CUDA_CONTEXT,
             flops=found.flops or self.flops(*point),
@@ -149,6 +151,7 @@ class Predictor:
             by_formula=self._by_formula(),
             unmodelled=(
                 *of_adapter(self._config),
+                *of_cutting(cutting_peak, figures.peak_allocated),
                 *of_setting(
                     replace(self.setting, batch_size=batch_size, seq_len=seq_len), model, figures.breakdown
                 ),

@@ -96,3 +96,14 @@ def _moved_between_gpus(config: Any, setting: StepSetting) -> int:
     text = getattr(config, "text_config", config)
     numbers = (getattr(text, "vocab_size", 0) or 0) + 2 * (getattr(text, "hidden_size", 0) or 0)
     return 4 * numbers * setting.batch_size * setting.seq_len + setting.workspace
+
+
+def of_cutting(cutting_peak: int, peak_allocated: int) -> Iterator[Unmodelled]:
+    """What FSDP1 needs before the step, where that is more than the step does.
+
+    The unit that is cut last, with the embeddings and the head, is on the device whole, flat, and as it is sent to the
+    other ranks, beside the parts of all others (``torch.distributed.fsdp._init_utils``).
+    """
+    if cutting_peak > peak_allocated:
+        words = f"that FSDP1 holds {format_bytes(cutting_peak)} while it cuts the model, before the step, is"
+        yield Unmodelled(words, "at least", cutting_peak - peak_allocated)
