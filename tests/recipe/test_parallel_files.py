@@ -241,7 +241,8 @@ def test_alternatives_of_a_step_keep_what_its_configuration_says() -> None:
     whole = {"fsdp_sharding_strategy": "NO_SHARD", "fsdp_activation_checkpointing": True}
     setting = {"parallel": accelerate("FSDP", num_processes=2, fsdp_config=whole)}
     estimate = estimate_memory(config, SMALL, batch_size=2, seq_len=256, **setting)
-    tried = {one.changes: one.peak_allocated for one in alternatives(SMALL, config, setting, estimate, 1)}
+    found = alternatives(SMALL, config, setting, estimate, estimate.peak_allocated)
+    tried = {one.changes: one.peak_allocated for one in found}
     checkpointed, plain = (
         estimate_memory(config, SMALL, gpus=2, gradient_checkpointing=on, **asked) for on in (True, False)
     )
