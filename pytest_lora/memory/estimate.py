@@ -94,7 +94,8 @@ def estimate_memory(
         wrap: Classes of the layers that FSDP gathers as a whole; default: those that transformers names.
         shard_size: Under ``"hsdp"`` how many GPUs divide the weights: a divisor of ``gpus``, default 8, a machine.
         parallel: An accelerate configuration or a DeepSpeed JSON as a path, or the mapping in it, or FSDP arguments;
-            it says the five above.
+            it says the five above, and its precision and checkpointing of layers are ``autocast`` and
+            ``gradient_checkpointing`` where these are not given.
         evaluation: ``Evaluation(batch_size=8)``, which runs between the steps; with ``compute_metrics`` it has
             ``keeps="logits"``. The larger of both is the peak, and the estimate says which. Default: none, or as
             ``args`` has it (``eval_strategy``, ``per_device_eval_batch_size``, ``eval_accumulation_steps``), keeping
