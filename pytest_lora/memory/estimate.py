@@ -155,6 +155,11 @@ class StepMemory:
         """Everything about one step."""
         return _with(self._left_out, self._predictor.estimate(*self._point(batch_size, seq_len, r)))
 
+    def once(self, batch_size: int, seq_len: int) -> MemoryEstimate:
+        """As ``estimate``, where it is not followed by others, so that nothing is learned for them."""
+        point = self._point(batch_size, seq_len, None)
+        return _with(self._left_out, self._predictor.estimate(*point, ahead=False))
+
     def _point(self, batch_size: int, seq_len: int, r: int | None) -> tuple[int, int, int]:
         return require_point(batch_size, seq_len, self.rank if r is None else r)
 

@@ -119,10 +119,12 @@ class Predictor:
         return self._at(point).flops or self._trace(point).step.flops
 
     @unexplained()
-    def estimate(self, batch_size: int, seq_len: int, rank: int) -> MemoryEstimate:
-        """Everything about one step."""
+    def estimate(self, batch_size: int, seq_len: int, rank: int, *, ahead: bool = True) -> MemoryEstimate:
+        """Everything about one step; ``ahead`` of others, which are learned about with the first of them."""
         point = (batch_size, seq_len, rank)
         found = self._at(point)
+        if ahead:
+            self._learn_ahead(point)
         figures = found.shape.figures(found.sizes)
         cutting_peak = found.shape.cutting_peak(found.sizes)
         model = next(iter(self._models.values())).transformer
@@ -178,19 +180,18 @@ class Predictor:
         if point not in self._traced:
             # Losses in chunks make as many as there are tokens for.
             if self._quickest < WORTH_FITTING and self.setting.loss == "full":
+                if self._recordings is not None:
+                    self._recordings.learn(point)
                 self._surfaces.learn(point)
             found: Answer | None = self._surfaces(point)
             if found is not None and point not in self._traced:
                 return found
-        answer = answer_of(self._trace(point))
-        if self._learns_ahead:
-            self._learns_ahead = False
-            self._learn_ahead(point)
-        return answer
+        return answer_of(self._trace(point))
 
     def _learn_ahead(self, point: Point) -> None:
-        """Learn the families of a shared step with the first answer, as each trace of one is long."""
-        if self._quickest < WORTH_LEARNING_AT_ONCE:
+        """Learn the families of a shared step with the first estimate, as each trace of one is long."""
+        wanted, self._learns_ahead = self._learns_ahead, False
+        if wanted and point in self._traced and self._quickest < WORTH_LEARNING_AT_ONCE:
             with suppress(NotRepeatingError, ValueError):  # who asks for such a step is told
                 if self._recordings is not None:
                     self._recordings.learn_ahead(point)
