@@ -202,7 +202,7 @@ def undecided(quickest: float, **setting: Any) -> tuple[Predictor, list[Point]]:
         "_quickest": quickest,
         "setting": StepSetting(1, 1, **setting),
         "_traced": {},
-        "_learns_ahead": False,
+        "_recordings": None,
     }
     values |= {
         "_surfaces": Asked(),
