@@ -149,8 +149,8 @@ def with_what_is_said(parallel: Any, checkpointing: Any, autocast: Any) -> tuple
     if autocast is None:
         return checkpointing, dtype
     # A trainer's own precision counts over "no", which is what accelerate writes where nothing is asked for.
-    other = {True: dtype, False: ""}.get(autocast, autocast) if isinstance(autocast, bool | str) else dtype
-    if dtype and _PRECISIONS.get(other, str(other).removeprefix("torch.")) != dtype:
+    named = str(autocast).removeprefix("torch.")
+    if dtype and autocast is not True and _PRECISIONS.get(named, named) != dtype:
         raise ValueError(
             f"autocast: parallel says mixed_precision {said.precision!r}, autocast {shown(autocast)}; "
             "leave one of them out"
