@@ -146,11 +146,11 @@ def with_what_is_said(parallel: Any, checkpointing: Any, autocast: Any) -> tuple
             )
         checkpointing = True
     dtype = _PRECISIONS.get(said.precision)
-    if autocast is None:
+    if autocast is None or (autocast is True and dtype):
         return checkpointing, dtype
     # A trainer's own precision counts over "no", which is what accelerate writes where nothing is asked for.
     named = str(autocast).removeprefix("torch.")
-    if dtype and autocast is not True and _PRECISIONS.get(named, named) != dtype:
+    if dtype and _PRECISIONS.get(named, named) != dtype:
         raise ValueError(
             f"autocast: parallel says mixed_precision {said.precision!r}, autocast {shown(autocast)}; "
             "leave one of them out"

@@ -186,7 +186,7 @@ def test_what_a_configuration_says_reaches_the_setting_unless_it_is_given() -> N
     assert (read.gradient_checkpointing, read.autocast) == (True, "bfloat16")
     agreed = checked_setting(parallel=SAID, gradient_checkpointing=True, autocast="bf16")
     assert (agreed.gradient_checkpointing, agreed.autocast) == (True, "bfloat16")
-    assert checked_setting(parallel=SAID, autocast=True).autocast == "bfloat16"
+    assert checked_setting(parallel={**SAID, "mixed_precision": "fp16"}, autocast=True).autocast == "float16"
     off = {**SAID, "mixed_precision": "no", "fsdp_config": {"fsdp_activation_checkpointing": False}}
     assert checked_setting(parallel=off).autocast == ""
     # accelerate writes "no" where nothing is asked for, and a trainer's bf16=True counts over it.
