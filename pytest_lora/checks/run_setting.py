@@ -145,17 +145,18 @@ def _estimate(
 ) -> tuple[MemoryEstimate | None, str]:
     """The memory of a step of this run; or why there is none: the setting lacks something, or it cannot be traced."""
     from pytest_lora.inspection.recipe.adapter import fused_arguments, step_arguments
-    from pytest_lora.memory.estimate import estimate_memory
+    from pytest_lora.memory.estimate import step_memory
 
     arguments = step_arguments(setting, facts.base.dtype if facts.base else None)
     if arguments is None:
         return None, "batch, length, dtype or quantization of the step not known"
     arguments |= _shared(setting, cards)
+    point = arguments.pop("batch_size"), arguments.pop("seq_len")
     fused = fused_arguments(setting)
     why = ""
     for more in (fused, {}) if fused else ({},):  # a base that no fused loss is for is estimated without
         try:
-            return estimate_memory(config, base, **arguments, **more), ""
+            return step_memory(config, base, **arguments, **more).once(*point), ""
         except (ValueError, LookupError, ArithmeticError) as error:  # sizes that no allocator has
             why = str(error).partition("\n")[0]
     return None, f"step not estimated: {textwrap.shorten(why, _LONGEST, placeholder=' ...')}"

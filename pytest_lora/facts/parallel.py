@@ -16,6 +16,9 @@ STRATEGIES = ("ddp", "fsdp1", "fsdp2", "hsdp", "zero1", "zero2", "zero3", "tp", 
 FSDP = ("fsdp1", "fsdp2", "hsdp")
 """Those of torch's fully sharded data parallelism."""
 
+WHOLE = ("ddp", "zero1", "zero2")
+"""Those that leave every weight of the base on every GPU."""
+
 SHARDED = (*FSDP, "zero3", "tp", "device_map")
 """Those that divide the weights of the base too."""
 

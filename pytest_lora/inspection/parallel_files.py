@@ -7,7 +7,7 @@ import os
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pytest_lora.facts.parallel import Offload, Parallel
 from pytest_lora.inspection.recipe.beside import (
@@ -66,15 +66,8 @@ def read_parallel(given: Any, gpus: int | None) -> Parallel:
         TypeError, ValueError: It is none of these, or shares a step in a way that is not known; the message says
             ``parallel``.
     """
-    folder, name = Path(), "it"
-    if isinstance(given, (str, os.PathLike)):
-        folder, name = Path(given).parent, repr(str(given))
-        given = _file(Path(given))
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            "parallel must be the path of an accelerate or DeepSpeed configuration, or a mapping, not "
-            f"{type(given).__name__}"
-        )
+    name = repr(str(given)) if isinstance(given, (str, os.PathLike)) else "it"
+    given, folder = _opened(given)
     kind = str(given.get("distributed_type", "")).upper()
     if kind:
         return _of_accelerate(kind, given, gpus, folder)
@@ -88,6 +81,49 @@ def read_parallel(given: Any, gpus: int | None) -> Parallel:
         f"parallel: {name} is no accelerate configuration (it has no distributed_type), no DeepSpeed configuration "
         "(no zero_optimization), and holds no FSDP arguments"
     )
+
+
+class SaidOfStep(NamedTuple):
+    """What a configuration says of a step beside how it is shared.
+
+    Attributes:
+        checkpointing: Whether FSDP checkpoints the layers that it gathers.
+        precision: ``"bf16"``, ``"fp16"``, ``"no"``, or nothing where the trainer decides.
+    """
+
+    checkpointing: bool = False
+    precision: str = ""
+
+
+def said_of_step(given: Any) -> SaidOfStep:
+    """What a configuration says of a step; it is read, and refused, as by ``read_parallel``."""
+    given, folder = _opened(given)
+    of_fsdp = _mapping(given, "fsdp_config") if given.get("distributed_type") else given
+    checkpointing = any(_is_on(of_fsdp.get(f"{prefix}activation_checkpointing")) for prefix in ("fsdp_", ""))
+    precision = str(given.get("mixed_precision") or "").lower()
+    deepspeed = _mapping(given, "deepspeed_config").get("deepspeed_config_file")
+    if deepspeed:  # accelerate leaves its own precision out beside one
+        given, precision = _file(folder / str(deepspeed)), ""
+    for name in ("bf16", "fp16"):
+        part = given.get(name)
+        if isinstance(part, Mapping) and _is_on(part.get("enabled")) and part.get("enabled") != "auto":
+            precision = name
+    if precision not in ("", "no", "bf16", "fp16"):
+        raise ValueError(f"parallel: mixed_precision {precision!r} is not known; known are no, fp16, bf16")
+    return SaidOfStep(checkpointing, precision)
+
+
+def _opened(given: Any) -> tuple[Mapping[str, Any], Path]:
+    """The mapping in a configuration, and the folder that other files are named from."""
+    folder = Path()
+    if isinstance(given, (str, os.PathLike)):
+        folder, given = Path(given).parent, _file(Path(given))
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "parallel must be the path of an accelerate or DeepSpeed configuration, or a mapping, not "
+            f"{type(given).__name__}"
+        )
+    return given, folder
 
 
 def _file(path: Path) -> Any:

@@ -14,6 +14,7 @@ from pytest_lora.facts.parallel import SHARDED
 from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.identity import identity, what_takes_memory
 from pytest_lora.memory.not_modelled import not_modelled
+from pytest_lora.memory.parallel import with_what_is_said
 from pytest_lora.memory.setting import checked_setting, declared_quantization, require_point
 from pytest_lora.memory.trainer import read_arguments
 
@@ -96,7 +97,8 @@ def estimate_memory(
         wrap: Classes of the layers that FSDP gathers as a whole; default: those that transformers names.
         shard_size: Under ``"hsdp"`` how many GPUs divide the weights: a divisor of ``gpus``, default 8, a machine.
         parallel: An accelerate configuration or a DeepSpeed JSON as a path, or the mapping in it, or FSDP arguments;
-            it says the five above.
+            it says the five above, and its precision and checkpointing of layers are ``autocast`` and
+            ``gradient_checkpointing`` where these are not given.
         evaluation: ``Evaluation(batch_size=8)``, which runs between the steps; with ``compute_metrics`` it has
             ``keeps="logits"``. The larger of both is the peak, and the estimate says which. Default: none, or as
             ``args`` has it (``eval_strategy``, ``per_device_eval_batch_size``, ``eval_accumulation_steps``), keeping
@@ -156,6 +158,11 @@ class StepMemory:
         """Everything about one step."""
         return _with(self._left_out, self._predictor.estimate(*self._point(batch_size, seq_len, r)))
 
+    def once(self, batch_size: int, seq_len: int) -> MemoryEstimate:
+        """As ``estimate``, where it is not followed by others, so that nothing is learned for them."""
+        point = self._point(batch_size, seq_len, None)
+        return _with(self._left_out, self._predictor.estimate(*point, ahead=False))
+
     def _point(self, batch_size: int, seq_len: int, r: int | None) -> tuple[int, int, int]:
         return require_point(batch_size, seq_len, self.rank if r is None else r)
 
@@ -188,6 +195,11 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
             **{name: value for name, value in read.items() if name not in ("batch_size", "seq_len")},
             **given,
         }
+        # What these do not switch on, a configuration may.
+        said = with_what_is_said(given.get("parallel"), None, None)
+        for name, value in zip(("gradient_checkpointing", "autocast"), said, strict=True):
+            if setting.get(name) is None and not given[name] and value is not None:
+                given[name] = value
     left_out = _left_out(base)
     if hasattr(given.get("args"), "per_device_train_batch_size"):
         left_out += not_modelled(given["args"], setting)

@@ -122,3 +122,37 @@ def _require_together(asked: Parallel) -> None:
         raise ValueError(
             f"reshard_after_forward: {asked.strategy} has no such setting; {', '.join(FSDP)} have"
         )
+
+
+_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "no": ""}
+
+
+def with_what_is_said(parallel: Any, checkpointing: Any, autocast: Any) -> tuple[Any, Any]:
+    """Checkpointing and autocast as they are given, or as a configuration says where they are not.
+
+    Raises:
+        TypeError, ValueError: The configuration cannot be read, or says something else.
+    """
+    if parallel is None or isinstance(parallel, Parallel):
+        return checkpointing, autocast
+    from pytest_lora.inspection.parallel_files import said_of_step
+
+    said = said_of_step(parallel)
+    if said.checkpointing:
+        if checkpointing not in (None, True):
+            raise ValueError(
+                "gradient_checkpointing: parallel says activation_checkpointing True, gradient_checkpointing "
+                f"{checkpointing!r}; leave one of them out"
+            )
+        checkpointing = True
+    dtype = _PRECISIONS.get(said.precision)
+    if autocast is None or (autocast is True and dtype):
+        return checkpointing, dtype
+    # A trainer's own precision counts over "no", which is what accelerate writes where nothing is asked for.
+    named = str(autocast).removeprefix("torch.")
+    if dtype and _PRECISIONS.get(named, named) != dtype:
+        raise ValueError(
+            f"autocast: parallel says mixed_precision {said.precision!r}, autocast {shown(autocast)}; "
+            "leave one of them out"
+        )
+    return checkpointing, autocast

@@ -16,7 +16,7 @@ from pytest_lora.facts.memory import (
 from pytest_lora.facts.memory_choices import ATTENTION_KERNELS, Attention, Evaluation, Kernels, Loss
 from pytest_lora.facts.parallel import FSDP, SHARDED, Offload
 from pytest_lora.memory.choices import checked_evaluation, checked_kernels, checked_loss
-from pytest_lora.memory.parallel import checked_parallel
+from pytest_lora.memory.parallel import checked_parallel, with_what_is_said
 from pytest_lora.memory.trainer import TRAINERS, loss_fields, trainer_of
 from pytest_lora.values import require_flag, require_one_of, require_whole, shown
 
@@ -124,6 +124,7 @@ def checked_setting(
     by_fsdp = shared is not None and shared.strategy in FSDP
     kbit = packed is not None and (packed.by_bitsandbytes or packed.method == "gptq")
     kbit = kbit and not by_trl and not by_fsdp
+    gradient_checkpointing, autocast = with_what_is_said(parallel, gradient_checkpointing, autocast)
     if adapter_dtype is None:  # TRL keeps adapters of QLoRA in bfloat16, PEFT in float32
         adapter_dtype = "bfloat16" if by_trl and packed is not None else "float32"
     if gradient_checkpointing is None:

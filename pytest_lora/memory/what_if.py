@@ -57,6 +57,10 @@ def alternatives(
     Where none fits that keeps the sequence, two are tried together, then three, then four; where that does not
     either, with shorter sequences.
     """
+    if setting.get("parallel") is not None:  # what it says beside how a step is shared holds for others too
+        asked = estimate.setting
+        said = {"gradient_checkpointing": asked.gradient_checkpointing, "autocast": asked.autocast}
+        setting = {**setting, **said}
     now = _Change((), config, {}, estimate.setting.batch_size, estimate.setting.seq_len, config.r)
 
     def estimated(changes: Iterable[_Change]) -> list[_Tried]:

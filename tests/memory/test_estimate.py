@@ -18,7 +18,8 @@ from pytest_lora import MemoryEstimate, StepMemory, estimate_memory, largest_tha
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.inspection.memory import surfaces
 from pytest_lora.inspection.memory.layer_stacks import Cut
-from pytest_lora.inspection.memory.predictor import Predictor, _cache_of_generation
+from pytest_lora.inspection.memory.predictor import Predictor
+from pytest_lora.inspection.memory.unmodelled import _cache_of_generation
 from pytest_lora.inspection.skeleton import without_initial_values
 
 SMALL: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}

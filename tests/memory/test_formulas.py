@@ -19,10 +19,11 @@ from pytest_lora.inspection.memory import devices, operations, optimizers
 from pytest_lora.inspection.memory.adapted_layers import is_numbered, marks, same_in_every_layer
 from pytest_lora.inspection.memory.cards import _filled, gpu_of_events
 from pytest_lora.inspection.memory.devices import _attention
-from pytest_lora.inspection.memory.families import numbers_of, shares_of, thresholds_of
+from pytest_lora.inspection.memory.families import numbers_of, runs_alike, shares_of, thresholds_of
 from pytest_lora.inspection.memory.fused_losses import liger_chunk
 from pytest_lora.inspection.memory.images import image_edges, images_for
 from pytest_lora.inspection.memory.known_results import KnownResults, _is_of_its_own
+from pytest_lora.inspection.memory.layer_stacks import Cut
 from pytest_lora.inspection.memory.operations import FlopsSurface, require_like_inner_units, times_played
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, state_bytes
 from pytest_lora.inspection.memory.packed_weights import _STORED, pack_weights
@@ -30,10 +31,10 @@ from pytest_lora.inspection.memory.parallel import placed, whole
 from pytest_lora.inspection.memory.parallel.placed import Placement, _gpu_of, _whole, moved_between_gpus
 from pytest_lora.inspection.memory.parallel.strategies import autocasts, cuts_of
 from pytest_lora.inspection.memory.parallel.whole import _number, _part, _width
-from pytest_lora.inspection.memory.predictor import _cache_of_generation
 from pytest_lora.inspection.memory.stand_ins import StandIns, _ctc_loss, _grouped_mm, _masked, _split
 from pytest_lora.inspection.memory.step import Step, _flops
 from pytest_lora.inspection.memory.timeline import NotRepeatingError, Timeline
+from pytest_lora.inspection.memory.unmodelled import _cache_of_generation
 
 aten = torch.ops.aten
 
@@ -164,8 +165,12 @@ def test_the_kernel_of_attention_that_torch_chooses(
 
 
 def test_layers_that_are_cut_at_once_and_who_casts() -> None:
-    assert cuts_of(Parallel(2, "fsdp1")) == (2, 4, 0)
-    assert cuts_of(Parallel(2, "ddp")) == (1, 2, 4, 0)
+    first = cuts_of(Parallel(2, "fsdp1"))
+    assert first == (Cut(2, before=1, after=1), Cut(2), Cut(4), Cut(0))
+    placed = Cut(1), Cut(2), Cut(4), Cut(0)
+    assert cuts_of(Parallel(2, "device_map")) == placed
+    for strategy in ("ddp", "fsdp2", "hsdp", "tp", "zero3"):
+        assert cuts_of(Parallel(2, strategy)) == (Cut(1, before=1, after=1), *placed)
     autocast = StepSetting(1, 1, autocast="bfloat16")
     assert autocasts(autocast)
     assert not autocasts(StepSetting(1, 1, autocast="bfloat16", parallel=Parallel(2, "zero2")))
@@ -246,6 +251,17 @@ def test_what_ranks_are_shared_by() -> None:
     assert shares_of(StepSetting(1, 1, optimizer="paged_adamw_32bit")) == 0
     assert shares_of(StepSetting(1, 1, parallel=Parallel(6, "zero3"))) == 0
     assert shares_of(StepSetting(1, 1, parallel=Parallel(6, "fsdp2"))) == 6
+    assert shares_of(StepSetting(1, 1, parallel=Parallel(16, "hsdp", shard_size=8))) == 8
+    for strategy, optimizer in (
+        ("zero3", "adamw_torch"),
+        ("zero2", "adamw_8bit"),
+        ("ddp", "paged_adamw_32bit"),
+    ):
+        assert runs_alike(StepSetting(1, 1, optimizer=optimizer, parallel=Parallel(6, strategy)))
+    for strategy in ("fsdp1", "fsdp2", "hsdp", "tp", "device_map"):
+        assert not runs_alike(StepSetting(1, 1, optimizer="adamw_8bit", parallel=Parallel(6, strategy)))
+    assert not runs_alike(StepSetting(1, 1, parallel=Parallel(6, "zero2")))
+    assert not runs_alike(StepSetting(1, 1, optimizer="adamw_8bit"))
     assert shares_of(StepSetting(1, 1, parallel=Parallel(6, "ddp"))) == 1
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from pytest_lora import step_memory
+from pytest_lora import estimate_memory, step_memory
 from pytest_lora.facts.parallel import Parallel
+from pytest_lora.inspection.memory.layer_stacks import USUAL, Cut
 from pytest_lora.inspection.memory.meta_model import build
 from pytest_lora.inspection.memory.parallel.model import CUT, Loading, Rank
 from pytest_lora.inspection.memory.step import Step
@@ -26,8 +27,8 @@ def fsdp1(**options: Any) -> dict[str, Any]:
     }
 
 
-def rank_of(base: Any = BASE, **options: Any) -> Rank:
-    rank = build(base, LORA, checked_setting(dtype="bfloat16", **fsdp1(**options))).rank
+def rank_of(base: Any = BASE, cut: Cut = USUAL, **options: Any) -> Rank:
+    rank = build(base, LORA, checked_setting(dtype="bfloat16", **fsdp1(**options)), cut=cut).rank
     assert rank is not None
     return rank
 
@@ -75,3 +76,20 @@ def test_reserved_memory_at_other_points_counts_it_too() -> None:
     memory.peak_reserved(2, 16, 8)
     memory.peak_reserved(3, 24, 8)
     assert memory.peak_reserved(4, 48, 16) == alone.peak_reserved(4, 48, 16)
+
+
+def test_the_peak_of_cutting_is_that_of_all_layers_and_said_where_a_step_takes_less() -> None:
+    base = LlamaConfig(**{**BASE.to_dict(), "vocab_size": 400_000})
+    rank = rank_of(base, Cut(0))
+    beside = sum(w.size for w in rank.weights if w.category not in CUT)
+    asked: dict[str, Any] = {"batch_size": 1, "gradient_checkpointing": True}
+    short, long = (estimate_memory(LORA, base, seq_len=n, **fsdp1(), **asked) for n in (8, 2048))
+    assert short.loading == long.loading
+    assert short.loading == pytest.approx(max(held(rank.loading)) + beside, rel=1e-3)
+    assert long.peak_allocated > short.loading > short.peak_allocated
+    assert short.fits(short.loading)
+    assert not short.fits(short.loading - 1)
+    assert "while it is loaded" in str(short)
+    assert "while it is loaded" not in str(long)
+    other = estimate_memory(LORA, base, seq_len=8, gpus=2, strategy="fsdp2", **asked)
+    assert other.loading == 0

@@ -16,10 +16,11 @@ from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory import predictor
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
 from pytest_lora.inspection.memory.estimate import StepShape
-from pytest_lora.inspection.memory.predictor import Predictor, _unmodelled
+from pytest_lora.inspection.memory.predictor import Predictor
 from pytest_lora.inspection.memory.sizes import Family, Point
-from pytest_lora.inspection.memory.step import Step
-from pytest_lora.inspection.memory.surfaces import Surfaces, Traced, _renumbered
+from pytest_lora.inspection.memory.step import Step, renumbered
+from pytest_lora.inspection.memory.surfaces import Surfaces, Traced
+from pytest_lora.inspection.memory.unmodelled import of_setting
 
 # ---------------------------------------------------------------------------------- surfaces
 
@@ -135,8 +136,8 @@ def test_steps_that_do_something_else_have_no_products() -> None:
 
 
 def test_streams_are_known_by_their_first_use() -> None:
-    assert _renumbered([0, 7, 3, 7, 0]) == [0, 1, 2, 1, 0] == _renumbered([0, 3, 9, 3, 0])
-    assert _renumbered([5, 0]) == [1, 0]
+    assert renumbered([0, 7, 3, 7, 0]) == [0, 1, 2, 1, 0] == renumbered([0, 3, 9, 3, 0])
+    assert renumbered([5, 0]) == [1, 0]
 
 
 # ---------------------------------------------------------------------------------- figures
@@ -197,7 +198,12 @@ def undecided(quickest: float, **setting: Any) -> tuple[Predictor, list[Point]]:
         def __call__(self, point: Point) -> Any:
             return None
 
-    values = {"_quickest": quickest, "setting": StepSetting(1, 1, **setting), "_traced": {}}
+    values = {
+        "_quickest": quickest,
+        "setting": StepSetting(1, 1, **setting),
+        "_traced": {},
+        "_recordings": None,
+    }
     values |= {
         "_surfaces": Asked(),
         "_trace": lambda point: Traced("s", SimpleNamespace(sizes=[1], paged=0, flops=2)),
@@ -251,7 +257,7 @@ def said(
     model: Any = None, breakdown: dict[str, int] | None = None, **setting: Any
 ) -> list[tuple[str, str, int]]:
     model = nn.Module() if model is None else model
-    found = _unmodelled(StepSetting(2, 3, workspace=0, **setting), model, breakdown or {})
+    found = of_setting(StepSetting(2, 3, workspace=0, **setting), model, breakdown or {})
     return [(one.what.split(",")[0].split(" ")[0], one.bound, one.most or 0) for one in found]
 
 
@@ -295,6 +301,6 @@ def test_what_generates_completions_is_said(args: dict[str, Any], words: list[st
     model: Any = nn.Module()
     model.config = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4, hidden_size=32)
     setting = StepSetting(2, 3, trainer="trl-grpo", args=tuple(args.items()))
-    assert [one.what for one in _unmodelled(setting, model, {})] == words
+    assert [one.what for one in of_setting(setting, model, {})] == words
     without = StepSetting(2, 3, trainer="trl-grpo")
-    assert [one.what for one in _unmodelled(without, nn.Module(), {})] == ["generation is"]
+    assert [one.what for one in of_setting(without, nn.Module(), {})] == ["generation is"]

@@ -17,7 +17,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from pytest_lora.facts.memory import AMPERE_WORKSPACE, Quantization, StepSetting
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.memory import batches, predictor
+from pytest_lora.inspection.memory import batches, unmodelled
 from pytest_lora.inspection.memory.batches import batch_for
 from pytest_lora.inspection.memory.compiled_replay import _bisect_left
 from pytest_lora.inspection.memory.devices import _attention, _workspace
@@ -89,9 +89,9 @@ def test_samples_need_convolutions_and_convolutions_samples() -> None:
 def test_images_are_left_out_where_the_library_compares_their_values(
     monkeypatch: pytest.MonkeyPatch, runs: bool, images: int
 ) -> None:
-    monkeypatch.setattr(predictor, "runs_images_without_values", lambda: runs)
-    monkeypatch.setattr(predictor, "reads_images", lambda read: True)
-    found = predictor._unmodelled(StepSetting(1, 1, images=images), nn.Module(), {})
+    monkeypatch.setattr(unmodelled, "runs_images_without_values", lambda: runs)
+    monkeypatch.setattr(unmodelled, "reads_images", lambda read: True)
+    found = unmodelled.of_setting(StepSetting(1, 1, images=images), nn.Module(), {})
     assert any(one.what.startswith("images") for one in found) is (bool(images) and not runs)
 
 

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import transformers
 from peft import LoraConfig
+from transformers import BitsAndBytesConfig
 
+from pytest_lora.facts.memory import StepSetting
+from pytest_lora.facts.parallel import Parallel
+from pytest_lora.inspection.memory import step as step_module
+from pytest_lora.inspection.memory.dry_run import trace
 from pytest_lora.inspection.memory.layer_stacks import Cut, cut_stacks
 from pytest_lora.inspection.memory.monomials import NotMonomialError, Total, further_points, products
 from pytest_lora.inspection.memory.predictor import Predictor
@@ -54,6 +59,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "encoder and decoder": ("t5", {}, {"autocast": False}),
     "ZeRO-3, small parameters whole": ("llama", {}, {"gpus": 4, "strategy": "zero3"}),
     "FSDP2, ranks that it cannot divide": ("llama", {}, {"gpus": 2, "strategy": "fsdp2"}),
+    "ZeRO-2, small states in 32 bits": (
+        "llama",
+        {"target_modules": ["q_proj", "up_proj"]},
+        {"gpus": 4, "strategy": "zero2", "optimizer": "adamw_8bit", "accumulation": 2},
+    ),
 }
 POINTS = (
     (2, 30, 6),
@@ -93,13 +103,76 @@ def test_steps_that_were_not_traced_are_what_a_trace_says(
     )
     predictor = Predictor(BASES[kind](6), config, checked_setting(**setting))
     said = {point: predictor._at(point) for point in points}
-    composed = [point for point in points if point not in predictor._traced]
+    run = predictor._traced if predictor._recordings is None else predictor._recordings._traced
+    composed = [point for point in points if point not in run]
     assert composed
+    predictor._recordings = None  # so that a step is run
     for point in sorted(composed, key=lambda point: point[2]):  # a model is built for each rank anew
         step = predictor._step(point)
         found = said[point]
         assert (found.sizes.tolist(), found.paged, found.flops) == (step.sizes, step.paged, step.flops)
         assert found.shape.step.events == step.events
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "fsdp1": {"strategy": "fsdp1"},
+    "fsdp2": {"strategy": "fsdp2"},
+    "hsdp": {"strategy": "hsdp", "shard_size": 2},
+    "ddp": {"strategy": "ddp"},
+    "zero3": {
+        "parallel": Parallel(
+            4, "zero3", options=(("stage3_param_persistence_threshold", 6 * SMALL["hidden_size"]),)
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("packed", [pytest.param(True, marks=pytest.mark.lora_slow), False])
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.lora_slow] * (way in ("hsdp", "ddp"))) for way in WAYS]
+)
+def test_after_its_first_answer_a_shared_step_is_run_no_more_and_said_to_the_byte(
+    monkeypatch: pytest.MonkeyPatch, way: str, packed: bool
+) -> None:
+    """With one sequence and several, and with ranks on both sides of ZeRO-3's threshold, which is 6 here."""
+    traces: list[StepSetting] = []
+
+    def counted(built: Any, setting: StepSetting, **how: Any) -> Any:
+        traces.append(setting)
+        return trace(built, setting, **how)
+
+    monkeypatch.setattr(step_module, "trace", counted)
+    stored = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage="bfloat16"
+    )
+    setting = checked_setting(
+        **{
+            "gpus": 4,
+            "gradient_checkpointing": not packed,
+            "quantization": stored if packed else None,
+            **WAYS[way],
+        }
+    )
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    base = transformers.LlamaConfig(**{**SMALL, "vocab_size": 1009}, num_hidden_layers=12)
+    predictor, exact = (Predictor(base, config, setting) for _ in range(2))
+    exact._learns_ahead, exact._recordings = False, None
+    predictor.estimate(1, 30, 4)
+    first = len(traces)
+    ranks = (8, 12) if way in ("fsdp2", "hsdp") else (6, 7)
+    points = [(3, 41, ranks[0]), (1, 57, ranks[1])]
+    said = [(predictor.estimate(*point), predictor._at(point)) for point in points]
+    assert first <= 6
+    assert len(traces) == first
+    for point, (estimate, answer) in zip(points, said, strict=True):
+        assert estimate == exact.estimate(*point)
+        step = exact._traced[point].step
+        assert (answer.sizes.tolist(), answer.flops) == (step.sizes, step.flops)
+    if way == "zero3":
+        several, one = (len(answer.sizes) for _, answer in said)
+        assert several > one + 3, (
+            "from rank 7 on most factors are divided, and no longer whole beside their part"
+        )
 
 
 LAYERS: dict[str, dict[str, Any]] = {

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from peft import LoraConfig
 
+from pytest_lora import estimate_memory
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.parallel_files import read_parallel
+from pytest_lora.inspection.parallel_files import SaidOfStep, read_parallel, said_of_step
 from pytest_lora.inspection.recipe.beside import fsdp_version_of_arguments
+from pytest_lora.memory.setting import checked_setting
+from pytest_lora.memory.what_if import alternatives
 
 FSDP = f"fsdp{fsdp_version_of_arguments()}"
 
@@ -135,3 +140,110 @@ def test_configurations_in_files(tmp_path: Path) -> None:
             read_parallel(tmp_path / name, 2)
     with pytest.raises(TypeError, match="parallel must be the path"):
         read_parallel(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_activation_checkpointing": "true"}},
+            SaidOfStep(True),
+        ),
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_activation_checkpointing": False}}, SaidOfStep()),
+        ({"fsdp_version": 2, "activation_checkpointing": True}, SaidOfStep(True)),
+        ({"distributed_type": "FSDP", "mixed_precision": "bf16"}, SaidOfStep(False, "bf16")),
+        ({"distributed_type": "NO", "mixed_precision": "No"}, SaidOfStep(False, "no")),
+        ({**zero(stage=2), "bf16": {"enabled": True}, "fp16": {"enabled": False}}, SaidOfStep(False, "bf16")),
+        ({**zero(stage=2), "fp16": {"enabled": "true"}}, SaidOfStep(False, "fp16")),
+        ({**zero(stage=2), "fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}}, SaidOfStep()),
+        (zero(stage=2), SaidOfStep()),
+    ],
+)
+def test_what_configurations_say_of_a_step_beside_how_it_is_shared(given: Any, said: SaidOfStep) -> None:
+    assert said_of_step(given) == said
+
+
+def test_a_deepspeed_file_counts_and_not_the_precision_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({**zero(stage=3), "fp16": {"enabled": True}}))
+    (tmp_path / "plain.json").write_text(json.dumps(zero(stage=3)))
+    for name, precision in (("ds.json", "fp16"), ("plain.json", "")):
+        written = tmp_path / "accelerate.json"
+        part = {"deepspeed_config_file": name}
+        written.write_text(json.dumps(accelerate("DEEPSPEED", mixed_precision="bf16", deepspeed_config=part)))
+        assert said_of_step(written) == SaidOfStep(False, precision)
+
+
+SMALL: Any = transformers.LlamaConfig(
+    hidden_size=64, intermediate_size=96, num_attention_heads=4, num_hidden_layers=6, vocab_size=320
+)
+SAID: dict[str, Any] = accelerate(
+    "FSDP", num_processes=2, mixed_precision="bf16", fsdp_config={"fsdp_activation_checkpointing": True}
+)
+
+
+def test_what_a_configuration_says_reaches_the_setting_unless_it_is_given() -> None:
+    read = checked_setting(parallel=SAID, dtype="float32")
+    assert (read.gradient_checkpointing, read.autocast) == (True, "bfloat16")
+    agreed = checked_setting(parallel=SAID, gradient_checkpointing=True, autocast="bf16")
+    assert (agreed.gradient_checkpointing, agreed.autocast) == (True, "bfloat16")
+    assert checked_setting(parallel={**SAID, "mixed_precision": "fp16"}, autocast=True).autocast == "float16"
+    off = {**SAID, "mixed_precision": "no", "fsdp_config": {"fsdp_activation_checkpointing": False}}
+    assert checked_setting(parallel=off).autocast == ""
+    # accelerate writes "no" where nothing is asked for, and a trainer's bf16=True counts over it.
+    assert checked_setting(parallel=off, autocast=True, gradient_checkpointing=True).autocast == "bfloat16"
+    unsaid = checked_setting(parallel={**zero(stage=2)}, gpus=2)
+    assert (unsaid.gradient_checkpointing, unsaid.autocast) == (False, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"gradient_checkpointing": False},
+            "gradient_checkpointing: parallel says activation_checkpointing True, ",
+        ),
+        (
+            {"gradient_checkpointing": "reentrant"},
+            "gradient_checkpointing 'reentrant'; leave one of them out",
+        ),
+        ({"autocast": False}, "autocast: parallel says mixed_precision 'bf16', autocast False; leave one"),
+        ({"autocast": "float16"}, "autocast: parallel says mixed_precision 'bf16', autocast 'float16'"),
+        ({"parallel": {**SAID, "mixed_precision": "fp8"}}, "parallel: mixed_precision 'fp8' is not known"),
+    ],
+)
+def test_what_contradicts_a_configuration_is_refused_and_both_are_named(
+    given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        checked_setting(**{"parallel": SAID, **given})
+
+
+def test_arguments_of_a_trainer_that_switch_nothing_on_leave_it_to_the_configuration(tmp_path: Path) -> None:
+    plain = transformers.TrainingArguments(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+    def found(parallel: Any) -> tuple[Any, str]:
+        setting = estimate_memory(config, SMALL, args=plain, seq_len=16, parallel=parallel).setting
+        return setting.gradient_checkpointing, setting.autocast
+
+    zero2 = accelerate("DEEPSPEED", num_processes=2)
+    assert found(zero2) == (False, "")
+    assert found({**zero2, "mixed_precision": "fp16"}) == (False, "float16")
+    assert (
+        found({**SAID, "fsdp_config": {"fsdp_version": 2, "fsdp_activation_checkpointing": True}})[0] is True
+    )
+
+
+def test_alternatives_of_a_step_keep_what_its_configuration_says() -> None:
+    """FSDP that divides nothing is DDP, and with the weights divided it still checkpoints."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    asked: dict[str, Any] = {"batch_size": 2, "seq_len": 256, "strategy": "zero3"}
+    whole = {"fsdp_sharding_strategy": "NO_SHARD", "fsdp_activation_checkpointing": True}
+    setting = {"parallel": accelerate("FSDP", num_processes=2, fsdp_config=whole)}
+    estimate = estimate_memory(config, SMALL, batch_size=2, seq_len=256, **setting)
+    found = alternatives(SMALL, config, setting, estimate, estimate.peak_allocated)
+    tried = {one.changes: one.peak_allocated for one in found}
+    checkpointed, plain = (
+        estimate_memory(config, SMALL, gpus=2, gradient_checkpointing=on, **asked) for on in (True, False)
+    )
+    assert tried[('strategy="zero3"',)] == checkpointed.peak_allocated < plain.peak_allocated

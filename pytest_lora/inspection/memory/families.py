@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pytest_lora.facts.memory import StepSetting
+from pytest_lora.facts.parallel import WHOLE
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window")
@@ -20,7 +21,18 @@ def shares_of(setting: StepSetting) -> int:
     small = shared is not None and shared.strategy == "zero3"
     if small or OPTIMIZERS[setting.optimizer].paged or "8bit" in setting.optimizer:
         return 0
-    return shared.gpus if shared is not None and shared.strategy == "fsdp2" else 1
+    if shared is None or shared.strategy not in ("fsdp2", "hsdp"):
+        return 1
+    return shared.shard_size or shared.gpus
+
+
+def runs_alike(setting: StepSetting) -> bool:
+    """Whether a shared step runs the same at each rank, though no two ranks hold alike: see ``shares_of``.
+
+    FSDP gathers what it divides while the step runs; DDP and ZeRO by formula hold it beside the step.
+    """
+    shared = setting.parallel
+    return shared is not None and shared.strategy in (*WHOLE, "zero3") and not shares_of(setting)
 
 
 def numbers_of(base: Any) -> set[int]:

@@ -43,22 +43,26 @@ _KINDS = tuple(
 )
 
 
-def further_points(first: Point, family: Family, avoided: Container[int] = ()) -> Iterator[Point]:
+def further_points(
+    first: Point, family: Family, avoided: Container[int] = (), ranks: Iterable[int] = ()
+) -> Iterator[Point]:
     """Points of a family at which every kind of product can be told from every other, given the first point.
 
     Args:
         first: The point that is known.
         family: Where.
         avoided: Lengths that mean something else to the model: a tensor as long as the vocabulary is taken for logits.
+        ranks: Those that are tried before others, as there are models of them.
     """
     low, high = family.between
     lengths = [n for n in (*_LENGTHS, *(low + n for n in _LENGTHS)) if low <= n < high and n not in avoided]
-    lengths = [1] if low == 1 else lengths
+    lengths = [1] if low == 1 else _others(lengths, first[1])
     if not lengths:
         return
-    batches = (1,) if family.single_batch else _BATCHES
+    batches = [1] if family.single_batch else _others(_BATCHES, first[0])
     own = 1 if family.rank_one else family.alone
-    ranks = [own] if own else [family.shares * rank for rank in _RANKS]
+    known = [rank for rank in ranks if rank > 1 and family.shares and not rank % family.shares]
+    ranks = [own] if own else _others((*known, *(family.shares * rank for rank in _RANKS)), first[2])
     steps = max(len(lengths), len(batches), len(ranks))
     for i in range(steps):
         point = batches[i % len(batches)], lengths[i % len(lengths)], ranks[i % len(ranks)]
@@ -66,6 +70,11 @@ def further_points(first: Point, family: Family, avoided: Container[int] = ()) -
         fixed = len(batches) == 1, low == 1, len(ranks) == 1
         if any(moved) and all(map(max, moved, fixed)) and _kinds_by_ratio(first, point) is not None:
             yield point
+
+
+def _others(values: Iterable[int], first: int) -> list[int]:
+    """Each value once, but for the one that is known."""
+    return [value for value in dict.fromkeys(values) if value != first]
 
 
 def _kinds_by_ratio(first: Point, second: Point) -> dict[Fraction, _Kind] | None:

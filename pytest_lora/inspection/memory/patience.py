@@ -28,7 +28,9 @@ class TooLongError(ValueError):
 
 
 @dataclass
-class _Wait:
+class Wait:
+    """What is waited for, since when, and how much was done meanwhile."""
+
     what: str
     since: float
     spoken: float
@@ -36,11 +38,11 @@ class _Wait:
     operations: int = 0
 
 
-_waits: list[_Wait] = []
+_waits: list[Wait] = []
 
 
 @contextmanager
-def limited(what: str) -> Iterator[_Wait]:
+def limited(what: str) -> Iterator[Wait]:
     """Watch the time of an estimate; inside another one, that one's counts.
 
     Raises:
@@ -48,7 +50,7 @@ def limited(what: str) -> Iterator[_Wait]:
             be told more exactly once it is known.
     """
     now = time.monotonic()
-    wait = _Wait(what, now, now, time.thread_time())
+    wait = Wait(what, now, now, time.thread_time())
     if _waits:
         yield wait
         return
@@ -65,7 +67,7 @@ def limited(what: str) -> Iterator[_Wait]:
         clock.join()
 
 
-def _speak(wait: _Wait, place: str) -> None:
+def _speak(wait: Wait, place: str) -> None:
     """Say what is waited for: a run without a word looks like one that hangs."""
     wait.spoken = time.monotonic()
     print(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from pytest_lora.facts.byte_sizes import format_bytes
-from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
+from pytest_lora.facts.memory import MemoryEstimate, StepSetting
 from pytest_lora.facts.operations import StepFlops
-from pytest_lora.facts.parallel import FSDP
 from pytest_lora.inspection.memory.batches import has_tokens
 from pytest_lora.inspection.memory.beside_torch import CUDA_CONTEXT, communication_of
 from pytest_lora.inspection.memory.compiled_replay import fastest_replay
@@ -21,23 +20,22 @@ from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
 from pytest_lora.inspection.memory.cut_bases import KeptBases
 from pytest_lora.inspection.memory.dry_run import NotTracedError
 from pytest_lora.inspection.memory.estimate import StepShape
-from pytest_lora.inspection.memory.families import numbers_of, shares_of, thresholds_of
+from pytest_lora.inspection.memory.families import numbers_of, runs_alike, shares_of, thresholds_of
 from pytest_lora.inspection.memory.fused_layers import FORMULAS as LAYER_FORMULAS
 from pytest_lora.inspection.memory.fused_losses import FORMULAS as LOSS_FORMULAS
-from pytest_lora.inspection.memory.images import reads_images
 from pytest_lora.inspection.memory.layer_stacks import USUAL, Cut
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
-from pytest_lora.inspection.memory.parallel.placed import moved_between_gpus
 from pytest_lora.inspection.memory.parallel.strategies import cuts_of
-from pytest_lora.inspection.memory.patience import limited, require_few
+from pytest_lora.inspection.memory.patience import Wait, limited, require_few
+from pytest_lora.inspection.memory.recordings import Recordings
 from pytest_lora.inspection.memory.sizes import Family, Point
-from pytest_lora.inspection.memory.step import Step, assemble
+from pytest_lora.inspection.memory.step import Recorded, Step, assemble, record
 from pytest_lora.inspection.memory.storage_tracker import quiet
 from pytest_lora.inspection.memory.surfaces import Answer, Surfaces, Traced, answer_of
 from pytest_lora.inspection.memory.timeline import NotRepeatingError
+from pytest_lora.inspection.memory.unmodelled import of_adapter, of_setting
 from pytest_lora.inspection.quiet import collector, unexplained
 from pytest_lora.inspection.state import Keeper
-from pytest_lora.inspection.transformers_internals import runs_images_without_values
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -48,9 +46,18 @@ WORTH_FITTING = 3.0
 LONG = 200_000
 """Events from which the compiled replay of the allocator is worth loading at once."""
 
+WORTH_LEARNING_AT_ONCE = 1.0
+"""Seconds of the processor for a trace of a shared step up to which its families are learned with the first answer:
+that takes about five more, and every answer after it none."""
+
 COMPILE_AFTER = 8
 """Replays of the allocator in Python before a compiled one is used, which takes as long to load as about eight
 of a 7B."""
+
+KEPT_MODELS = 3
+"""Ranks whose model is kept: what is learned of a family takes as many."""
+
+Made = TypeVar("Made")
 
 _CUTS = (Cut(before=1, after=0), USUAL, Cut(together=0))
 """How layers are cut, in the order in which that is tried: none at last."""
@@ -84,13 +91,18 @@ class Predictor:
         self._models: dict[int, MetaModel] = {}
         self._traced: dict[Point, Traced] = {}
         self._surfaces = Surfaces(self._family, self._traced, self._trace, self._step, numbers_of(base))
+        self._recordings = self._no_recordings() if runs_alike(setting) else None
+        self._learns_ahead = setting.parallel is not None and setting.loss == "full"
         self._asked: Point | None = None
         self._quickest = float("inf")  # the first trace imports what it needs
-        self._cuts = iter(_CUTS if setting.parallel is None else map(Cut, cuts_of(setting.parallel)))
+        self._cuts = iter(_CUTS if setting.parallel is None else cuts_of(setting.parallel))
         self._cut = next(self._cuts)
 
     def _family(self, point: Point) -> Family:
         return Family(point, self._thresholds, self._shares)
+
+    def _no_recordings(self) -> Recordings:
+        return Recordings(lambda point: Family(point, self._thresholds), self._record, numbers_of(self._base))
 
     @unexplained()
     def peak_allocated(self, batch_size: int, seq_len: int, rank: int) -> int:
@@ -110,10 +122,12 @@ class Predictor:
         return self._at(point).flops or self._trace(point).step.flops
 
     @unexplained()
-    def estimate(self, batch_size: int, seq_len: int, rank: int) -> MemoryEstimate:
-        """Everything about one step."""
+    def estimate(self, batch_size: int, seq_len: int, rank: int, *, ahead: bool = True) -> MemoryEstimate:
+        """Everything about one step; ``ahead`` of others, which are learned about with the first of them."""
         point = (batch_size, seq_len, rank)
         found = self._at(point)
+        if ahead:
+            self._learn_ahead(point)
         figures = found.shape.figures(found.sizes)
         model = next(iter(self._models.values())).transformer
         shared = self.setting.parallel
@@ -140,8 +154,8 @@ class Predictor:
             communication=communication_of(shared),
             by_formula=self._by_formula(),
             unmodelled=(
-                *_of_adapter(self._config),
-                *_unmodelled(
+                *of_adapter(self._config),
+                *of_setting(
                     replace(self.setting, batch_size=batch_size, seq_len=seq_len), model, figures.breakdown
                 ),
             ),
@@ -167,30 +181,62 @@ class Predictor:
         if point not in self._traced:
             # Losses in chunks make as many as there are tokens for.
             if self._quickest < WORTH_FITTING and self.setting.loss == "full":
+                if self._recordings is not None:
+                    self._recordings.learn(point)
                 self._surfaces.learn(point)
-            found = self._surfaces(point)
+            found: Answer | None = self._surfaces(point)
             if found is not None and point not in self._traced:
                 return found
         return answer_of(self._trace(point))
+
+    def _learn_ahead(self, point: Point) -> None:
+        """Learn the families of a shared step with the first estimate, as each trace of one is long."""
+        wanted, self._learns_ahead = self._learns_ahead, False
+        if wanted and point in self._traced and self._quickest < WORTH_LEARNING_AT_ONCE:
+            with suppress(NotRepeatingError, ValueError):  # who asks for such a step is told
+                if self._recordings is not None:
+                    self._recordings.learn_ahead(point)
+                self._surfaces.learn_ahead(point)
 
     def _trace(self, point: Point) -> Traced:
         if point not in self._traced:
             try:
                 step = self._step(point)
-                known = next((known for known in self._traced.values() if known.is_like(step)), None)
+                known = next(
+                    (known for known in self._traced.values() if known.shares_its_shape_with(step)), None
+                )
                 traced = Traced(StepShape(step) if known is None else known.shape, step)
             except (NotRepeatingError, NotTracedError):  # some models count their layers, or address them
                 if not self._cut.together or not any(built.stacks for built in self._models.values()):
                     raise
                 self._cut = next(self._cuts)
                 self._models.clear()
+                self._recordings = self._recordings and self._no_recordings()
                 return self._trace(point)
             self._traced[point] = traced
         return self._traced[point]
 
     def _step(self, point: Point) -> Step:
+        recorded = None if self._recordings is None else self._recordings.at(point)
+        with self._at_work(point) as (built, setting, wait):
+            step = self._timed(lambda: assemble(built, setting, recorded))
+        require_few(wait.what, step.whole_length())
+        return step
+
+    def _record(self, point: Point) -> Recorded:
+        with self._at_work(point) as (built, setting, _):
+            return self._timed(lambda: record(built, setting))
+
+    def _timed(self, work: Callable[[], Made]) -> Made:
+        since = time.thread_time()  # on a busy machine a trace is not longer, it only waits
+        made = work()
+        self._quickest = min(self._quickest, time.thread_time() - since)
+        return made
+
+    @contextmanager
+    def _at_work(self, point: Point) -> Iterator[tuple[MetaModel, StepSetting, Wait]]:
+        """The model of a point, its setting, and how long it may take, while its step is run."""
         batch_size, seq_len, rank = point
-        setting = replace(self.setting, batch_size=batch_size, seq_len=seq_len)
         model = self._base if isinstance(self._base, nn.Module) else None
         # The step runs on the meta device, so the values of a live model are out of its reach.
         with Keeper(model, values=False), collector.paused():
@@ -199,11 +245,7 @@ class Predictor:
             with limited(_in_words(kind, asked, point)) as wait:
                 built = self._model(rank)
                 wait.what = _in_words(type(built.transformer).__name__, asked, point)
-                since = time.thread_time()  # on a busy machine a trace is not longer, it only waits
-                step = assemble(built, setting)
-        require_few(wait.what, step.whole_length())
-        self._quickest = min(self._quickest, time.thread_time() - since)
-        return step
+                yield built, replace(self.setting, batch_size=batch_size, seq_len=seq_len), wait
 
     def _model(self, rank: int) -> MetaModel:
         if rank not in self._models:
@@ -211,7 +253,7 @@ class Predictor:
             config.r = rank
             with quiet():
                 built = build(self._base, config, self.setting, cut=self._cut, kept=self._kept)
-            self._models = dict([*self._models.items()][-1:]) | {rank: built}
+            self._models = dict([*self._models.items()][1 - KEPT_MODELS :]) | {rank: built}
         return self._models[rank]
 
 
@@ -221,78 +263,3 @@ def _in_words(architecture: str, asked: Point, traced: Point) -> str:
     if traced == asked:
         return step
     return f"{step} (from how it grows, seen at batch {traced[0]} x {traced[1]}, r={traced[2]})"
-
-
-_IN_FLOAT32 = 2
-"""Bytes of a number in float32 for each in the smallest dtype of adapters, which are 16 bits."""
-
-
-def _of_adapter(config: LoraConfig) -> Iterator[Unmodelled]:
-    if getattr(config, "alora_invocation_tokens", None):
-        yield Unmodelled("that an activated LoRA leaves the tokens before its invocation alone is", "at most")
-        yield Unmodelled("copies of the tokens after it are", "at least")
-
-
-def _unmodelled(setting: StepSetting, model: nn.Module, breakdown: Mapping[str, int]) -> Iterator[Unmodelled]:
-    asked: dict[str, Any] = dict(setting.args)
-    if setting.images and reads_images(model) and not runs_images_without_values():
-        yield Unmodelled(
-            "images, which transformers 4 compares with the text by their values, are", "at least"
-        )
-    if asked.get("activation_offloading"):
-        yield Unmodelled("activations that are moved to the host are", "at most")
-    if setting.kernels == "liger":
-        yield Unmodelled("that Liger rotates queries and keys in place is", "at most")
-    evaluation = setting.evaluation
-    held = evaluation is not None and evaluation.keeps != "loss" and setting.trainer != "trl-grpo"
-    if evaluation is not None and held and evaluation.batches is None:
-        yield Unmodelled(
-            f"{evaluation.keeps} of further batches of the evaluation, which stay on the GPU without "
-            "eval_accumulation_steps, are",
-            "at least",
-        )
-    if setting.trainer == "trl-grpo":
-        yield from _generation(asked, getattr(model, "config", None), setting)
-    shared = setting.parallel
-    if shared is not None and shared.strategy in FSDP and setting.accumulation > 1:
-        # Every trained parameter is an adapter here; FSDP keeps a gradient in float32 at most.
-        kept = _IN_FLOAT32 * (shared.shard_size or shared.gpus) * breakdown.get("adapters", 0)
-        yield Unmodelled("gradients that no_sync keeps whole between micro-batches are", "at least", kept)
-    if shared is not None and shared.strategy == "device_map":
-        moved = moved_between_gpus(getattr(model, "config", None), setting)
-        yield Unmodelled(
-            "hidden states and logits that accelerate copies to another GPU are", "at least", moved
-        )
-    packed = setting.quantization
-    if packed is not None and not packed.by_bitsandbytes:
-        yield Unmodelled(f"kernels of {packed.method} that unpack a weight in parts are", "at most")
-    if packed is not None and packed.method == "mxfp4":
-        yield Unmodelled(
-            "that transformers trains mxfp4 only with Mxfp4Config(dequantize=True) is", "at least"
-        )
-
-
-def _generation(asked: Mapping[str, Any], config: Any, setting: StepSetting) -> Iterator[Unmodelled]:
-    """What generates completions for GRPO: the model itself between steps, vLLM beside it, or a server elsewhere."""
-    if asked.get("use_vllm"):
-        if asked.get("vllm_mode") != "server":
-            share = asked.get("vllm_gpu_memory_utilization")
-            words = f", which is given {100 * share:g} % of the GPU," if share else ""
-            yield Unmodelled(f"vLLM on the same GPU{words} is", "at least")
-        return
-    batches = asked.get("steps_per_generation") or setting.accumulation
-    cache = batches * _cache_of_generation(config, setting)
-    words = f", whose keys and values take {format_bytes(cache)} or more beside the weights," if cache else ""
-    yield Unmodelled(f"generation{words} is", "at least")
-
-
-def _cache_of_generation(config: Any, setting: StepSetting) -> int:
-    """Bytes of keys and values of a batch of sequences, two bytes a number; 0 where they are not known."""
-    text = getattr(config, "text_config", config)
-    layers, heads = (getattr(text, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
-    width = getattr(text, "hidden_size", None)
-    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(width, int)):
-        return 0
-    groups: int = getattr(text, "num_key_value_heads", None) or heads
-    each: int = getattr(text, "head_dim", None) or width // heads
-    return 2 * 2 * layers * groups * each * setting.batch_size * setting.seq_len

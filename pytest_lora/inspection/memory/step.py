@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.operations import NO_FLOPS, StepFlops
@@ -129,8 +131,31 @@ class Step:
         return left
 
 
-def assemble(built: MetaModel, setting: StepSetting) -> Step:
-    """Load the model, then run two optimizer steps: the first has no optimizer state yet."""
+class Recorded(NamedTuple):
+    """What runs in a step: its micro-batches, the first and one of the others, and an evaluation."""
+
+    micro: tuple[Trace, ...]
+    evaluation: Trace | None
+
+
+def record(built: MetaModel, setting: StepSetting) -> Recorded:
+    """Run the micro-batches of a step, and an evaluation, once each."""
+    micro = [trace(built, setting)]
+    if setting.accumulation > 1:
+        micro.append(trace(built, setting, gradients_held=True))
+    evaluation = setting.evaluation
+    return Recorded(tuple(micro), evaluated(built, setting, evaluation) if evaluation is not None else None)
+
+
+def assemble(built: MetaModel, setting: StepSetting, recorded: Recorded | None = None) -> Step:
+    """Load the model, then run two optimizer steps: the first has no optimizer state yet.
+
+    Args:
+        built: The model.
+        setting: The step.
+        recorded: What runs in it; None to find out.
+    """
+    micro, evaluation = recorded or record(built, setting)
     step = Step(copies={stack.number: stack.copies for stack in built.stacks})
     step.placement = None if built.rank is None else built.rank.placement
     for weight in built.held():
@@ -142,9 +167,6 @@ def assemble(built: MetaModel, setting: StepSetting) -> Step:
     if built.rank is not None and built.rank.loading is not None:
         later = (*CUT, *built.rank.loading.later)
         step.load(built.rank.loading, [w for w in built.held() if w.category not in later])
-    micro = [trace(built, setting)]
-    if setting.accumulation > 1:
-        micro.append(trace(built, setting, gradients_held=True))
     step.flops, step.counted = _flops(micro, step.copies, setting.accumulation)
     trained = built.trained()
     for first in (True, False):
@@ -159,13 +181,13 @@ def assemble(built: MetaModel, setting: StepSetting) -> Step:
         if first:
             step.first = len(step.events)
     step.trained = len(step.events)
-    if setting.evaluation is not None:
-        step.play(evaluated(built, setting, setting.evaluation))
+    if evaluation is not None:
+        step.play(evaluation)
     return step
 
 
 def _flops(
-    micro: list[Trace], copies: dict[int, int], accumulation: int
+    micro: Sequence[Trace], copies: dict[int, int], accumulation: int
 ) -> tuple[StepFlops, list[tuple[str, int, int]]]:
     """Of the first micro-batch, and of the others, which are all like the second."""
     counted: list[tuple[str, int, int]] = []
@@ -209,3 +231,9 @@ def _optimize(
             temporaries.append((made, parameter.unit))
     for made, unit in temporaries:
         step.free(made, OPTIMIZER, unit)
+
+
+def renumbered(streams: Sequence[int]) -> list[int]:
+    """Streams by their first use: which number a stream has differs from trace to trace; 0 is the computation's."""
+    seen = {0: 0}
+    return [seen.setdefault(stream, len(seen)) for stream in streams]

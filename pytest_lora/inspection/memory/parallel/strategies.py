@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
+from pytest_lora.inspection.memory.layer_stacks import Cut
 from pytest_lora.inspection.memory.parallel.fsdp1 import fsdp1_rank
 from pytest_lora.inspection.memory.parallel.fsdp2 import fsdp2_rank
 from pytest_lora.inspection.memory.parallel.placed import placed_rank, planned
@@ -38,12 +39,14 @@ def autocasts(setting: StepSetting) -> bool:
     return bool(setting.autocast) and not by_deepspeed
 
 
-def cuts_of(parallel: Parallel) -> tuple[int, ...]:
-    """Layers that may be cut at once, in the order in which they are tried.
+def cuts_of(parallel: Parallel) -> tuple[Cut, ...]:
+    """How layers may be cut, in the order in which that is tried.
 
-    FSDP1 gathers the parameters of a layer while the second one after it goes backward.
+    FSDP1 gathers the parameters of a layer while the second one after it goes backward. The last layer stays, as it
+    prefetches nothing; the second one goes where it is like those above it. Over GPUs, layers are placed by all five.
     """
-    return (2, 4, 0) if parallel.strategy == "fsdp1" else (1, 2, 4, 0)
+    usual = tuple(Cut(n) for n in ((2, 4, 0) if parallel.strategy == "fsdp1" else (1, 2, 4, 0)))
+    return usual if parallel.strategy == "device_map" else (usual[0]._replace(before=1), *usual)
 
 
 def plan_of(model: nn.Module, setting: StepSetting) -> dict[str, int] | None:
