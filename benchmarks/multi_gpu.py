@@ -38,7 +38,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from pytest_lora import estimate_memory
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory.beside_torch import COMMUNICATORS
-from pytest_lora.memory import estimate as kept_estimates
+from pytest_lora.memory import kept
 
 GIB = 2**30
 BOUNDS = {"fsdp1": (0.95, 1.05), "fsdp2": (0.93, 1.07), "zero3": (0.93, 1.07), "ddp": (0.95, 1.05)}
@@ -322,12 +322,11 @@ def checkpoints_around_fsdp() -> Iterator[None]:
 @contextmanager
 def estimated_anew() -> Iterator[None]:
     """Traces with one behaviour say nothing of the other."""
-    known = kept_estimates._predictors
-    kept_estimates._predictors = {}
+    kept.forget()
     try:
         yield
     finally:
-        kept_estimates._predictors = known
+        kept.forget()
 
 
 @contextmanager

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
-from pytest_lora.facts.memory import MemoryEstimate, StepSetting, Unmodelled
+from pytest_lora.facts.memory import MemoryEstimate, Unmodelled
 from pytest_lora.facts.operations import StepFlops
 from pytest_lora.facts.parallel import SHARDED
 from pytest_lora.memory.arguments import StepArguments, names_settings
-from pytest_lora.memory.identity import identity, what_takes_memory
+from pytest_lora.memory.kept import predictor_for
 from pytest_lora.memory.not_modelled import not_modelled
 from pytest_lora.memory.parallel import with_what_is_said
 from pytest_lora.memory.setting import checked_setting, declared_quantization, require_point
@@ -207,7 +206,7 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
     if by_args and _is_sharded(given):
         given["evaluation"] = None
         left_out += (Unmodelled("the evaluation, where weights are cut over several GPUs, is", "at least"),)
-    return StepMemory(_predictor(base, config, checked_setting(**given)), config.r, left_out)
+    return StepMemory(predictor_for(base, config, checked_setting(**given)), config.r, left_out)
 
 
 def _is_sharded(given: Mapping[str, Any]) -> bool:
@@ -257,32 +256,6 @@ def _answers(base: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
     return {name: answer for name, answer in of_model(base)._asdict().items() if setting.get(name) is None}
 
 
-_KEPT = 256
-"""Predictors, some MB each: a search over targets comes back to those it has tried."""
-_predictors: dict[Any, Predictor] = {}
-
-
-def _predictor(base: Any, config: LoraConfig, setting: StepSetting) -> Predictor:
-    """What predicts for a base, an adapter of any rank, and a setting; kept, as its traces are worth keeping.
-
-    A live model may change, so that nothing is kept for it.
-    """
-    from transformers import PretrainedConfig
-
-    from pytest_lora.inspection.memory.cut_bases import kept_for
-    from pytest_lora.inspection.memory.predictor import Predictor
-
-    if not isinstance(base, PretrainedConfig):
-        return Predictor(base, config, setting)
-    of_base = identity(base)
-    key = (of_base, type(config), identity(what_takes_memory(config)), setting)
-    if key not in _predictors:
-        if len(_predictors) >= _KEPT:
-            del _predictors[next(iter(_predictors))]
-        _predictors[key] = Predictor(copy.deepcopy(base), copy.deepcopy(config), setting, kept_for(of_base))
-    return _predictors[key]
-
-
 def estimate_of_model(model: nn.Module, batch: Any) -> MemoryEstimate | None:
     """What ``estimate_memory`` says of a live model with an adapter and a batch for it, with AdamW.
 
@@ -300,6 +273,6 @@ def estimate_of_model(model: nn.Module, batch: Any) -> MemoryEstimate | None:
     found = described(model, int(ids.shape[0]), int(ids.shape[1]))
     if found is None:
         return None
-    predictor = _predictor(found.base, found.config, found.setting)
+    predictor = predictor_for(found.base, found.config, found.setting)
     estimate = predictor.estimate(found.setting.batch_size, found.setting.seq_len, found.config.r)
     return _with(_left_out(model), estimate)

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, GPTBigCodeConfig, LlamaConfig, Mist
 from transformers.loss import loss_utils
 
 from pytest_lora import MemoryEstimate, estimate_memory
-from pytest_lora.memory import estimate as kept
+from pytest_lora.memory import kept
 
 NEW_EXPERTS = Version(transformers.__version__) >= Version("5")
 CLOSE = pytest.approx(1.0, abs=0.015)
@@ -73,9 +73,9 @@ def step(
 @pytest.fixture(autouse=True)
 def nothing_kept() -> Iterator[None]:
     """Predictions are kept by base and setting, which do not say what a test has put in."""
-    kept._predictors.clear()
+    kept.forget()
     yield
-    kept._predictors.clear()
+    kept.forget()
 
 
 @pytest.fixture
@@ -335,7 +335,7 @@ def test_norms_that_trl_013_cast_to_float32() -> None:
 )
 def test_the_logits_of_445(monkeypatch: pytest.MonkeyPatch, packed: bool, measured: int) -> None:
     before = step(MISTRAL, 4, packed=packed).peak_allocated / measured
-    kept._predictors.clear()
+    kept.forget()
     hand_out_wide_logits(monkeypatch, transformers.models.mistral.modeling_mistral.MistralForCausalLM)
     after = step(MISTRAL, 4, packed=packed).peak_allocated / measured
     assert after == pytest.approx(1.0, abs=0.001)
