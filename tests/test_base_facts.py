@@ -121,6 +121,10 @@ class ToyForCausalLM(nn.Module):
         )
         self.positions = nn.Parameter(torch.ones(2, 4, 8, dtype=torch.bfloat16))
 
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.embed(input_ids))
+        return logits
+
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
 

@@ -55,7 +55,7 @@ def test_what_a_layer_trains_beside_its_factors(fields: dict[str, Any], names: l
     assert not own_geometry(layer, "default")
     layer.lora_variant["default"] = object()
     assert own_geometry(layer, "default")
-    (state,) = layer_states(survey(model).lora)
+    (state,) = layer_states(survey(model).layers)
     assert state.parameters == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
 
 
@@ -67,7 +67,7 @@ def test_the_weight_that_is_adapted() -> None:
     assert dense_weight(layer) is None
     attention: Any = first(adapted(nn.Sequential(nn.MultiheadAttention(4, 2)), target_modules=["0"]))
     assert adapted_weight(attention) is attention.base_layer.in_proj_weight
-    (state,) = layer_states({"0": attention})
+    (state,) = layer_states([("0", attention)])
     assert (state.base_device, state.out_features) == ("cpu", 12)
 
 
@@ -140,7 +140,7 @@ def test_geometry_of_an_adapter(
     module: nn.Module, fields: Any, sizes: Any, kernel: int, expected_a: Any, expected_b: Any
 ) -> None:
     model = adapted(nn.Sequential(module), **{"target_modules": ["0"], "lora_dropout": 0.5, **fields})
-    (state,) = layer_states(survey(model).lora)
+    (state,) = layer_states(survey(model).layers)
     assert ((state.in_features, state.out_features), state.kernel, state.experts) == (sizes, kernel, 1)
     assert (state.expected_a, state.expected_b) == (expected_a, expected_b)
     assert (state.a.shape[:2], state.b.shape[:2]) == (expected_a, expected_b)
@@ -155,7 +155,7 @@ def test_geometry_of_an_adapter(
     assert state.parameters == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     assert (state.base_device, state.active, state.disabled, state.merged) == ("cpu", True, False, False)
     model.eval()
-    (still,) = layer_states(survey(model).lora)
+    (still,) = layer_states(survey(model).layers)
     assert not still.dropout_live
 
 
@@ -167,14 +167,14 @@ def test_rslora_is_told_by_the_layer_or_by_its_scaling(
     rank: int, alpha: int, use_rslora: bool, scaling: float
 ) -> None:
     layer: Any = first(adapted(r=rank, lora_alpha=alpha, use_rslora=use_rslora))
-    (known,) = layer_states({"q": layer})
+    (known,) = layer_states([("q", layer)])
     is_noted = hasattr(layer, "use_rslora")  # which older PEFT does not
     assert (known.use_rslora, known.scaling) == (use_rslora and (is_noted or rank > 1), scaling)
     layer.use_rslora = None  # as in PEFT that keeps no record
-    (seen,) = layer_states({"q": layer})
+    (seen,) = layer_states([("q", layer)])
     assert seen.use_rslora is (use_rslora and rank > 1)
     layer.scaling["default"] = layer.lora_alpha["default"] = 0.0
-    assert not next(layer_states({"q": layer})).use_rslora
+    assert not next(layer_states([("q", layer)])).use_rslora
 
 
 # ------------------------------------------------------------------ the base

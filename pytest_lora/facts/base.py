@@ -97,7 +97,7 @@ class BaseFacts:
 
     Attributes:
         architecture: Class name (``"LlamaForCausalLM"``).
-        task_type: The PEFT task type that fits the class, or None where there is none.
+        task_type: The PEFT task type of what the class is made for, or None where there is none.
         modules: Modules that may be targets, in order.
         module_names: Every module of the base, in order.
         parameters: Logical number of parameters, tied ones once.
@@ -134,6 +134,11 @@ class BaseFacts:
     carries_adapter: bool
     fused: tuple[FusedParameter, ...]
     takes_input_ids: bool = True
+
+    @property
+    def fitting_task_type(self) -> str | None:
+        """The task type to give to a configuration: none where PEFT's class for it would not run."""
+        return self.task_type if self.takes_input_ids else None
 
     @property
     def title(self) -> str:

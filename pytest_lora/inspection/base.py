@@ -105,10 +105,9 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
     names = {id(module): name for name, module in modules.items()}
     input_embeddings = _embedding(root, "get_input_embeddings", names)
     output_embeddings = _embedding(root, "get_output_embeddings", names)
-    takes_ids = _takes_input_ids(root)
     return BaseFacts(
         architecture=type(root).__name__,
-        task_type=task_of(type(root).__name__, _config(root)) if takes_ids else None,
+        task_type=task_of(type(root).__name__, _config(root)),
         modules=tuple(_base_modules(modules)),
         module_names=tuple(name for name in modules if name),
         parameters=sum(p.numbers for p in parameters),
@@ -126,7 +125,7 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
         fused=tuple(
             FusedParameter(p.full_name, p.numbers) for p in parameters if _stacks_experts(p, modules)
         ),
-        takes_input_ids=takes_ids,
+        takes_input_ids=_takes_input_ids(root),
     )
 
 

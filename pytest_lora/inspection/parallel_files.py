@@ -18,6 +18,7 @@ from pytest_lora.inspection.recipe.beside import (
     zero_stage,
 )
 from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml
+from pytest_lora.values import in_short
 
 _FSDP_OPTIONS = (
     "backward_prefetch",
@@ -127,8 +128,8 @@ def _opened(given: Any) -> tuple[Mapping[str, Any], Path]:
 
 
 def _file(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"parallel: there is no file {str(path)!r}")
+    if not os.path.isfile(path):  # unlike pathlib's, it takes a name that no file can have
+        raise ValueError(f"parallel: there is no file {in_short(path)}")
     with path.open("rb") as file:
         data = file.read(MAX_BYTES)
     try:

@@ -19,7 +19,7 @@ from tests.test_live_facts import adapted
 
 @pytest.fixture
 def layer() -> LayerState:
-    return next(layer_states(survey(adapted()).lora))
+    return next(layer_states(survey(adapted()).layers))
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,6 @@ _HEADED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Re
 
 
 def _again(head: str, base: BaseFacts) -> Advice:
-    adds = head in HEADS_BY_TASK_TYPE.get(base.task_type or "", ())
-    way = noun(task_type=base.task_type) if adds else noun(modules_to_save=[head])
+    adds = head in HEADS_BY_TASK_TYPE.get(base.fitting_task_type or "", ())
+    way = noun(task_type=base.fitting_task_type) if adds else noun(modules_to_save=[head])
     return advise("train again with ", way, f", so that {head!r} is trained and saved")

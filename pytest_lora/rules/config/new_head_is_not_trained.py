@@ -68,7 +68,7 @@ def _fix(head: str, facts: ConfigFacts) -> Advice:
         if rest and rest != settings.target_modules:
             fields["target_modules"] = rest
     # PEFT does not know of every head by its name: not of the pooler of DeBERTa, or the projector of Hubert.
-    task_type = facts.base.task_type
+    task_type = facts.base.fitting_task_type
     adds = settings.task_type != task_type and head in HEADS_BY_TASK_TYPE.get(task_type or "", ())
     by_task_type = (
         (", or ", change(task_type=task_type), ", which adds it") if adds and len(fields) == 1 else ()

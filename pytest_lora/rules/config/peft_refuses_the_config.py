@@ -161,7 +161,9 @@ def _explained_elsewhere(facts: ConfigFacts) -> bool:
     rows = [row for _, group in settings.trainable_token_indices for row in group]
     no_such_row = base.vocab_size is not None and any(row >= base.vocab_size for row in rows)
     odd_rank = "Orthogonal initialization requires" in str(facts.refusal)
-    cannot_generate = "prepare_inputs_for_generation" in str(facts.refusal) and base.task_type is not None
+    cannot_generate = (
+        "prepare_inputs_for_generation" in str(facts.refusal) and base.fitting_task_type is not None
+    )
     return nothing_found or no_such_layer or no_such_row or odd_rank or cannot_generate
 
 

@@ -36,7 +36,7 @@ def task_type_contradicts_the_model(facts: ConfigFacts, expect: Expect) -> Itera
     - https://huggingface.co/docs/peft/package_reference/peft_types#peft.TaskType
     - https://github.com/huggingface/peft/issues/1988
     """
-    written, fits = facts.settings.task_type, facts.base.task_type
+    written, fits = facts.settings.task_type, facts.base.fitting_task_type
     if written is not None and not facts.base.takes_input_ids:
         yield Violation(
             where=f"task_type on {facts.base.architecture}",
