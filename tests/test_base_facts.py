@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pytest_lora import count_parameters
-from pytest_lora.facts.base import BaseFacts
+from pytest_lora.facts.base import BaseFacts, TaskHead
 from pytest_lora.facts.model import InitialRows
 from pytest_lora.inspection import vocabulary
 from pytest_lora.inspection.base import base_facts, base_parameters, quantization_of, task_of
@@ -180,6 +181,74 @@ def test_a_head_is_fresh_within_five_deviations_of_its_deviation(
     assert (head.name, head.fresh) == ("score", fresh)
     (unknown,) = facts_of(ToyForSequenceClassification(std, bias).to("meta")).heads
     assert unknown.fresh is None
+
+
+def classifier(kind: str, **sizes: Any) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=96, d_model=32, **sizes)
+    return getattr(transformers, f"{kind}ForSequenceClassification")(config)
+
+
+def small_t5(**fields: Any) -> Any:
+    return classifier("T5", d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, **fields)
+
+
+def small_bart(**fields: Any) -> Any:
+    each = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
+    sizes = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in each.items()}
+    return classifier("Bart", **sizes, **fields)
+
+
+def change_a_bias(model: Any) -> None:
+    model.classification_head.dense.bias.data[0] = 1e-4
+
+
+def scale_a_weight(model: Any) -> None:
+    model.classification_head.out_proj.weight.data *= 4
+
+
+def stretch_a_weight(model: Any) -> None:
+    weight = model.classification_head.dense.weight.data
+    weight *= 0.02 * (1 + 6 / math.sqrt(2 * weight.numel())) / weight.std()
+
+
+def ask_for_more(model: Any) -> None:
+    model._init_weights = lambda module: module.not_there
+
+
+@pytest.mark.parametrize(
+    ("make", "fields", "change", "fresh"),
+    [
+        (small_t5, {}, None, True),
+        (small_t5, {"initializer_factor": 0.5}, None, True),
+        (small_t5, {}, torch.nn.Module.bfloat16, True),
+        (small_bart, {}, None, True),
+        (small_bart, {"init_std": 0.1}, None, True),
+        (small_t5, {}, change_a_bias, False),
+        (small_t5, {}, scale_a_weight, False),
+        (small_bart, {}, scale_a_weight, False),
+        (small_bart, {}, stretch_a_weight, False),
+        (small_t5, {}, ask_for_more, False),
+    ],
+)
+def test_a_head_is_fresh_if_it_looks_like_what_its_class_makes(
+    make: Any, fields: dict[str, Any], change: Any, fresh: bool
+) -> None:
+    model = make(**fields)
+    if change is not None:
+        change(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    assert facts_of(model).heads == (TaskHead("classification_head", fresh),)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_embedding_beside_the_body_is_no_new_head() -> None:
+    sizes = {"d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=96, d_model=32, **sizes)
+    heads = facts_of(transformers.T5ForQuestionAnswering(config)).heads
+    assert {head.name for head in heads if head.fresh} <= {"qa_outputs"}
 
 
 # ------------------------------------------------------------------ rows that were added

@@ -17,6 +17,10 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 
+REFERENCES = ("ref", "reference")
+"""Names of the frozen copy of a policy's start, which PEFT saves in the folder of the policy: TRL's trainers for DPO,
+KTO, GRPO and RLOO add ``ref`` to a ``PeftModel``; TRL's guide to DPO with two adapters says ``reference``."""
+
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 _PLAIN_FACTORS = ("", "LORA", "ADALORA", "XLORA")
@@ -108,6 +112,7 @@ class CheckpointFacts:
         names_itself: Whether the configuration names the folder itself as the base.
         pickle_differs: Whether ``adapter_model.bin`` beside safetensors holds other numbers; None where there is none
             or it cannot be told.
+        is_reference: Whether it lies in the folder of another adapter, and is called as a frozen copy of its start is.
     """
 
     name: str
@@ -125,6 +130,7 @@ class CheckpointFacts:
     keys: dict[str, Key] = field(default_factory=dict)
     names_itself: bool = False
     pickle_differs: bool | None = None
+    is_reference: bool = False
 
     @property
     def settings(self) -> Settings | None:

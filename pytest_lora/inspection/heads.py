@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterator
@@ -30,7 +31,10 @@ def task_heads(root: nn.Module, modules: dict[str, nn.Module], output: str | Non
         inside = [m for n, m in modules.items() if n == name or n.startswith(f"{name}.")]
         linear = [m for m in inside if logical_shape(m)]
         if headed and linear:
-            yield TaskHead(name, _all_fresh(linear, std))
+            fresh = _all_fresh(linear, std)
+            if fresh is False and not any(_has_bias(module) for module in linear):
+                fresh = _is_as_its_class_makes_it(root, name, inside, std)
+            yield TaskHead(name, fresh)
         elif (
             not headed
             and name in SCALAR_HEADS
@@ -67,9 +71,61 @@ def _is_as_torch_makes_it(module: Any) -> bool:
     return float(values.abs().max()) <= bound * rounded and near
 
 
+def _is_as_its_class_makes_it(root: nn.Module, name: str, inside: list[nn.Module], std: float) -> bool:
+    """Whether a head of linear layers looks like one that its class initialises, where that draws other numbers.
+
+    T5 draws with ``initializer_factor * d_model**-0.5``, BART with ``init_std``.
+    """
+    weighted = [module for module in inside if module._parameters]
+    if not all(isinstance(module, nn.Linear) for module in weighted):
+        return False  # an embedding or a tower that stands beside the body
+    copies: dict[int, Any] = {}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            _initialise(root, name, _emptied(inside[0], copies))
+    except Exception:  # whatever a class asks for that its head alone does not have
+        return False
+    made = [copies[id(module)] for module in weighted]
+    if _all_fresh(made, std):
+        return False  # it draws what was looked for already
+    return all(_are_alike(*pair) for pair in zip(weighted, made, strict=True))
+
+
+def _emptied(module: nn.Module, copies: dict[int, Any]) -> nn.Module:
+    """A copy that holds zeros and shares no tensor; ``copies`` gets that of each part, by the ``id`` of the part."""
+    own = copies[id(module)] = copy.copy(module)
+    own.__dict__.update(
+        _buffers={},
+        _parameters={
+            n: p if p is None else nn.Parameter(torch.zeros(p.shape)) for n, p in module._parameters.items()
+        },
+        _modules={n: m if m is None else _emptied(m, copies) for n, m in module._modules.items()},
+    )
+    return own
+
+
+def _initialise(root: Any, name: str, head: nn.Module) -> None:
+    """Let a model initialise a head as transformers does: its modules first, then the model that it is in."""
+    around = copy.copy(root)
+    around.__dict__.update(_parameters={}, _buffers={}, _modules={name: head})
+    for module in (*reversed(list(head.modules())), around):
+        root._init_weights(module)
+
+
+def _are_alike(module: Any, made: Any) -> bool:
+    """Whether two samples of n numbers have one deviation: their difference scatters by ``std / sqrt(n)``."""
+    std = float(made.weight.detach().std())
+    return abs(float(module.weight.detach().float().std()) - std) <= 5 * std / math.sqrt(made.weight.numel())
+
+
 def _all_fresh(modules: list[nn.Module], std: float) -> bool | None:
     verdicts = [_is_fresh(module, std) for module in modules]
     return None if None in verdicts else all(verdicts)
+
+
+def _has_bias(module: nn.Module) -> bool:
+    bias = getattr(module, "bias", None)
+    return isinstance(bias, torch.Tensor) and bias.device.type != "meta" and bool(bias.detach().any())
 
 
 def _is_fresh(module: nn.Module, std: float) -> bool | None:
@@ -77,10 +133,10 @@ def _is_fresh(module: nn.Module, std: float) -> bool | None:
 
     The sample deviation of n normal numbers scatters by ``std / sqrt(2 n)``; five of these are allowed.
     """
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.device.type == "meta" or not weight.is_floating_point():
         return None
-    if isinstance(bias, torch.Tensor) and bool(bias.detach().any()):
+    if _has_bias(module):
         return False
     deviation = float(weight.detach().float().std())
     return abs(deviation - std) <= 5 * std / math.sqrt(2 * weight.numel())

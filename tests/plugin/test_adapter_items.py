@@ -104,6 +104,16 @@ def test_failures_show_the_report(adapters: Path, pytester: pytest.Pytester, mod
     )
 
 
+def test_the_reference_in_the_folder_of_a_trained_adapter_passes(
+    adapters: Path, pytester: pytest.Pytester
+) -> None:
+    for name in ("ref", "second"):
+        shutil.copytree(adapters / "zeros", adapters / "sound" / name)
+    result = run(pytester, "--lora-adapters", "adapters/sound")
+    result.assert_outcomes(passed=17, failed=1)
+    result.stdout.fnmatch_lines(["FAILED adapters/sound/second/adapter_config.json::values*"])
+
+
 def test_one_adapter_is_named_on_the_command_line(adapters: Path, pytester: pytest.Pytester) -> None:
     run(pytester, "adapters/sound/adapter_config.json").assert_outcomes(passed=6)
     run(pytester, "adapters/rank/adapter_config.json::shapes").assert_outcomes(failed=1)

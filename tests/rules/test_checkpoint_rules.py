@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -642,6 +643,22 @@ def test_parts_that_may_never_have_run_are_mentioned_only(names: Namespace, part
     change_values(lambda k, v: v * 0 if "layers.1." in k and "lora_B" in k else v)(path)
     rename_keys(lambda k: k.replace("model.layers", f"{part}.layers"))(path)
     assert [(f.severity, f.code) for f in check_checkpoint(path).findings] == [(severity, "LORA442")]
+
+
+@pytest.mark.parametrize(
+    ("name", "severity"), [("ref", "info"), ("reference", "info"), ("second", "error"), ("prefs", "error")]
+)
+def test_the_reference_that_a_preference_trainer_saves_beside_its_adapter(
+    names: Namespace, name: str, severity: str
+) -> None:
+    trained = names.adapter()
+    empty = trained / name
+    shutil.copytree(trained, empty)
+    change_values(lambda k, v: v * 0 if "lora_B" in k else v)(empty)
+    assert [(f.severity, f.code) for f in check_checkpoint(empty).findings] == [(severity, "LORA442")]
+    assert not check_checkpoint(trained).findings
+    (trained / "adapter_config.json").unlink()  # no adapter around it any more
+    assert [f.severity for f in check_checkpoint(empty).findings] == ["error"]
 
 
 def test_an_adapter_that_names_itself_as_its_base(names: Namespace) -> None:

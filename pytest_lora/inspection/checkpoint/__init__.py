@@ -14,6 +14,7 @@ from pytest_lora.arguments import hub_hint
 from pytest_lora.facts.checkpoint import (
     CONFIG,
     PICKLED,
+    REFERENCES,
     WEIGHTS,
     CheckpointFacts,
     ConfigFile,
@@ -102,6 +103,7 @@ def _facts(path: Path, base: Base | None, read_pickle: bool) -> CheckpointFacts:
         keys=keys,
         names_itself=config is not None and _is_folder(config.base, reading.folder),
         pickle_differs=_pickle_differs(reading.folder, weights),
+        is_reference=_is_reference(reading.folder.real),
     )
     if base is None or raw is None or config is None or config.settings is None or not facts.is_judged:
         return facts
@@ -214,6 +216,11 @@ def _is_folder(name: str | None, folder: Folder) -> bool:
     if name is None or not os.path.isabs(name):
         return False
     return Path(os.path.normpath(name)) in (folder.real, Path(os.path.abspath(folder.path)))
+
+
+def _is_reference(folder: Path) -> bool:
+    """Whether a folder is called like a reference and lies in that of an adapter, of which nothing is read."""
+    return folder.name in REFERENCES and os.path.lexists(folder.parent / CONFIG)
 
 
 def _id(text: str) -> int | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
+from pytest_lora.facts.saved_tensors import AdaptedModule
 from pytest_lora.findings import Severity, grouped, starred
 from pytest_lora.rules import Violation, rule
 
@@ -16,7 +17,8 @@ def saved_adapter_holds_no_update(facts: CheckpointFacts, expect: Expect) -> Ite
     Looks for modules of which one factor is all zero (usually lora_B, which starts at zero). Under
     `Expect(fresh=True)` that is meant. Layers at zero beside trained layers of the same kind, and targets at zero
     beside trained targets of the same block, are a warning. So are heads and embeddings in the file whose
-    weights are all zero.
+    weights are all zero. A folder `ref` or `reference` in that of an adapter is an info: TRL's preference trainers
+    keep the start of the policy there.
 
     ## Why is this bad?
     The adapter was saved before training, or training did not reach it: the optimizer did not hold it, another
@@ -50,6 +52,9 @@ def saved_adapter_holds_no_update(facts: CheckpointFacts, expect: Expect) -> Ite
     dead = [m for m in whole if m.holds_nothing]
     if not dead:
         return
+    if facts.is_reference:
+        yield _of_a_reference(dead)
+        return
     kind: Severity | None = None
     if len(dead) < len(whole):
         alive = {starred(m.name) for m in whole if not m.holds_nothing}
@@ -65,6 +70,16 @@ def saved_adapter_holds_no_update(facts: CheckpointFacts, expect: Expect) -> Ite
         expected="trained values",
         fix="check that the optimizer held the adapter and that the trained copy was saved, then train and save again",
         severity=kind,
+    )
+
+
+def _of_a_reference(dead: list[AdaptedModule]) -> Violation:
+    return Violation(
+        where=grouped(m.name for m in dead),
+        observed=f"{dead[0].zero_parts[0]} is all zero, as in the reference that a training from a new adapter keeps",
+        expected="the trained adapter to be loaded from the folder around this one",
+        fix="load the folder around this one; this one changes nothing",
+        severity="info",
     )
 
 

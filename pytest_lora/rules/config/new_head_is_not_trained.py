@@ -17,7 +17,8 @@ def new_head_is_not_trained(facts: ConfigFacts, expect: Expect) -> Iterator[Viol
 
     ## What it does
     For classes such as `...ForSequenceClassification`, looks whether the head is in `modules_to_save`
-    (PEFT adds it by itself for some task types). So for a layer with one output that reward and value models of
+    (PEFT adds it by itself for some task types, if it is called `classifier`, `score` or `qa_outputs`; that of T5
+    and BART is a `classification_head`). So for a layer with one output that reward and value models of
     one's own call `v_head`, `value_head`, `reward_head` or `score`. A head whose values are no longer those of the
     initialisation is taken as trained elsewhere, and so is one under `Expect(pretrained_head=True)`.
 

@@ -122,7 +122,16 @@ report = check_model(model)
 """
 FOUR_BITS = ", quantization_config=BitsAndBytesConfig(load_in_4bit=True)"
 
+SEQUENCES = """
+from transformers import T5Config, T5ForSequenceClassification
+sizes = dict(vocab_size=128, d_model=64, d_ff=64, d_kv=16, num_layers=1, num_heads=4, decoder_start_token_id=0)
+t5 = T5ForSequenceClassification(T5Config(**sizes))
+config = LoraConfig(r=8, lora_alpha=16, target_modules=["q", "v"], task_type="SEQ_CLS")
+"""
+
 MODELS = [
+    ("LORA112", SEQUENCES + "report = check_config(config, t5)\n"),
+    ("LORA112", SEQUENCES + "model = get_peft_model(t5, config)\nreport = check_model(model)\n"),
     ("LORA221", LOADED % ("", "base.config.quantization_config = {'load_in_4bit': True}")),
     ("LORA223", LOADED % (FOUR_BITS, "")),
     ("LORA201", "model = PeftModel.from_pretrained(base, adapter())\nreport = check_model(model)"),
