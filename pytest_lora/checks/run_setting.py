@@ -12,7 +12,7 @@ from pytest_lora.checks.judging import NAMES_A_BASE, NotJudged, rules_of
 from pytest_lora.checks.recipe_notation import placed, said_there, smaller_step
 from pytest_lora.checks.run_base import adapter_of, facts_on_base, known_base
 from pytest_lora.expect import Expect
-from pytest_lora.facts.figures.recipes import RecipeCard, recipe_card
+from pytest_lora.facts.figures.recipes import OWN_LOSS_NOT_RUN, RecipeCard, recipe_card
 from pytest_lora.facts.parallel import OFFLOAD_ENDING, divides_weights
 from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard
 from pytest_lora.findings import Finding
@@ -102,7 +102,13 @@ def judged(
             findings += _memory(facts, setting, estimate, budget, expect)
     peak = None if estimate is None else estimate.peak_allocated
     may_fit = estimate is not None and budget is not None and _may_fit(setting, estimate, budget)
-    return JudgedRun(subject, findings, recipe_card(facts, cards, peak, budget, may_fit=may_fit), left)
+    at_most = estimate is not None and _without_its_loss(setting, estimate)
+    if may_fit and at_most:
+        left = (
+            (f"the peak is at most: {OWN_LOSS_NOT_RUN.format(tool=setting.tool)}", "whether a step fits"),
+        )
+    card = recipe_card(facts, cards, peak, budget, may_fit=may_fit, at_most=at_most)
+    return JudgedRun(subject, findings, card, left)
 
 
 def _with_base(facts: RecipeFacts, on_base: ConfigFacts) -> RecipeFacts:
@@ -144,19 +150,20 @@ def _estimate(
     facts: RecipeFacts, setting: RunSetting, config: LoraConfig, base: Any, cards: int
 ) -> tuple[MemoryEstimate | None, str]:
     """The memory of a step of this run; or why there is none: the setting lacks something, or it cannot be traced."""
-    from pytest_lora.inspection.recipe.adapter import fused_arguments, step_arguments
+    from pytest_lora.inspection.recipe.adapter import step_arguments, ways_of_a_step
     from pytest_lora.memory.estimate import step_memory
 
     arguments = step_arguments(setting, facts.base.dtype if facts.base else None)
     if arguments is None:
         return None, "batch, length, dtype or quantization of the step not known"
     arguments |= _shared(setting, cards)
-    point = arguments.pop("batch_size"), arguments.pop("seq_len")
-    fused = fused_arguments(setting)
+    batch, length = arguments.pop("batch_size"), arguments.pop("seq_len")
     why = ""
-    for more in (fused, {}) if fused else ({},):  # a base that no fused loss is for is estimated without
+    for way in ways_of_a_step(setting):
         try:
-            return step_memory(config, base, **arguments, **more).once(*point), ""
+            step = step_memory(config, base, **{**arguments, **way.arguments})
+            found = step.once(batch * way.sequences, length)
+            return replace(found, setting=replace(found.setting, batch_size=batch)), ""
         except (ValueError, LookupError, ArithmeticError) as error:  # sizes that no allocator has
             why = str(error).partition("\n")[0]
     return None, f"step not estimated: {textwrap.shorten(why, _LONGEST, placeholder=' ...')}"
@@ -193,6 +200,14 @@ def _shared(setting: RunSetting, cards: int) -> dict[str, Any]:
 
 def _may_fit(setting: RunSetting, estimate: MemoryEstimate, budget: int) -> bool:
     """Whether a step may fit though it is estimated with all logits: the tool holds them in part or not at all."""
-    partly = setting.loss.value == "chunked" and estimate.setting.loss == "full"
+    if estimate.setting.trainer:
+        return False
+    chunked = setting.loss.value == "chunked" and estimate.setting.loss == "full"
+    partly = chunked or _without_its_loss(setting, estimate)
     saved = estimate.breakdown.get("logits and loss", 0) if partly else 0
     return budget < estimate.peak_allocated <= budget + saved
+
+
+def _without_its_loss(setting: RunSetting, estimate: MemoryEstimate) -> bool:
+    """Whether the tool's trainer has a loss of its own, and the step was estimated without it."""
+    return bool(setting.by_trainer) and not estimate.setting.trainer

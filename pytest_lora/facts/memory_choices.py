@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -37,6 +38,13 @@ KERNELS: tuple[Kernels, ...] = get_args(Kernels)
 
 SMOOTHING = "label_smoothing_factor"
 """The argument of the Trainer that decides its loss."""
+
+
+class TrainerFields(tuple[tuple[str, Hashable], ...]):
+    """Fields of a trainer's arguments by name, where no arguments were made; the others are its defaults."""
+
+    __slots__ = ()
+
 
 Kept = Literal["loss", "logits", "predictions"]
 EVALUATION_KEEPS: tuple[Kept, ...] = get_args(Kept)

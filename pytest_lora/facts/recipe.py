@@ -66,6 +66,8 @@ class RunSetting:
         continues: Folder of the adapter that training goes on from.
         new_tokens: How many tokens are added.
         scope: Part of the base that adapters may touch, as it is called in module names.
+        by_trainer: Arguments of ``estimate_memory`` that the trainer of the tool decides, where its own loss is run
+            for the estimate.
     """
 
     tool: str
@@ -119,6 +121,7 @@ class RunSetting:
     continues: Value = UNKNOWN
     new_tokens: Value = UNKNOWN
     scope: Value = UNKNOWN
+    by_trainer: tuple[tuple[str, Any], ...] = ()
 
     def values(self) -> Iterator[tuple[str, Value]]:
         """Every value that is known, by its name."""

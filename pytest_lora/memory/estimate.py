@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from pytest_lora.facts.memory import MemoryEstimate, Unmodelled
+from pytest_lora.facts.memory_choices import TrainerFields
 from pytest_lora.facts.operations import StepFlops
 from pytest_lora.facts.parallel import SHARDED
 from pytest_lora.memory.arguments import StepArguments, names_settings
@@ -188,7 +189,7 @@ def step_memory(config: LoraConfig, base: Base, **setting: Unpack[StepArguments]
         **_answers(base, setting),
         "quantization": _as_stored(base, setting.get("quantization")),
     }
-    if given.get("args") is not None:
+    if given.get("args") is not None and not isinstance(given["args"], TrainerFields):
         read = read_arguments(given["args"])
         given = {
             **{name: value for name, value in read.items() if name not in ("batch_size", "seq_len")},

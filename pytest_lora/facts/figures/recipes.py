@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Value
 
 
+OWN_LOSS_NOT_RUN = (
+    "{tool}'s own loss, which holds fewer logits, was not run (pip install trl where it is missing)"
+)
+"""Why the peak of a recipe is an upper bound."""
+
+
 @dataclass(frozen=True, slots=True)
 class SettingRow:
     """One value of the effective setting: its name, what the run has, where that is from; and what was asked for,
@@ -58,6 +64,7 @@ def recipe_card(
     budget: int | None = None,
     *,
     may_fit: bool = False,
+    at_most: bool = False,
 ) -> RecipeCard | None:
     """The card of a recipe; None where it has no setting.
 
@@ -67,6 +74,7 @@ def recipe_card(
         peak: Predicted memory of a step on one card, in bytes.
         budget: What a card has, in bytes.
         may_fit: Whether the tool's own code may save what is too much.
+        at_most: Whether the peak is that of a step that holds all logits, as the tool's own loss was not run.
     """
     setting = facts.setting
     if setting is None:
@@ -77,7 +85,11 @@ def recipe_card(
         )
         for name, value in setting.values()
     )
-    note, fits = "", None if peak is None or budget is None else peak <= budget
+    own = OWN_LOSS_NOT_RUN.format(tool=setting.tool)
+    note, fits = (
+        f"at most: {own}" if at_most else "",
+        None if peak is None or budget is None else peak <= budget,
+    )
     if may_fit:
         note, fits = f"{setting.tool}'s own kernels take less, and it may fit", None
     elif peak is None and facts.shard is not None:

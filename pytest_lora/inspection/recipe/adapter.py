@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -157,6 +158,32 @@ def fused_arguments(setting: RunSetting) -> dict[str, Any]:
     if setting.kernels.value and setting.quantization.value != "int8" and whole:
         found.setdefault("kernels", "axolotl")
     return found
+
+
+class StepWay(NamedTuple):
+    """A way to estimate a step: more arguments of ``estimate_memory``, and sequences for each one of the batch."""
+
+    arguments: dict[str, Any]
+    sequences: int = 1
+
+
+def ways_of_a_step(setting: RunSetting) -> Iterator[StepWay]:
+    """Ways to estimate a step, the truest first: a base that no fused kernels are for is estimated without.
+
+    Those after the trainer's own loss, which runs where its package is installed, hold all logits, of both answers of
+    a pair.
+    """
+    from pytest_lora.inspection.memory.trainers import TRL
+
+    own, fused = dict(setting.by_trainer), fused_arguments(setting)
+    if "kernels" in own:
+        yield StepWay(own)
+    if own:
+        yield StepWay({name: value for name, value in own.items() if name != "kernels"})
+    sequences = TRL[own["trainer"]].sequences if own else 1
+    if fused:
+        yield StepWay(fused, sequences)
+    yield StepWay({}, sequences)
 
 
 def weights_at_least(setting: RunSetting, parameters: int, base_dtype: str | None) -> int:

@@ -17,6 +17,7 @@ from pytest_lora.inspection.recipe.beside import (
     strategy_of_accelerate,
 )
 from pytest_lora.inspection.recipe.keys import Keys, number
+from pytest_lora.inspection.recipe.trl_step import by_trainer, objective_of
 
 NAME = "TRL"
 KEYS = "trl"
@@ -36,15 +37,7 @@ _LORA = (
     "use_dora",
 )
 _BLOCKS = ("lora", "peft", "peft_config", "lora_config")
-_RATES = {"sft": 2e-5, "dpo": 1e-6, "grpo": 1e-6}
-_PREFERENCE = (
-    "beta",
-    "loss_weights",
-    "precompute_ref_log_probs",
-    "max_prompt_length",
-    "rpo_alpha",
-    "label_smoothing",
-)
+_RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "grpo": 1e-6, "reward": 1e-4}
 
 
 def is_mine(keys: Keys) -> bool:
@@ -65,7 +58,7 @@ def _block(keys: Keys, name: str) -> bool:
 
 def setting(keys: Keys, tree: Tree) -> RunSetting:
     """The effective setting."""
-    objective = _objective(keys)
+    objective, precision = objective_of(keys), _precision(keys)
     return RunSetting(
         tool=NAME,
         base=keys.word("model_name_or_path"),
@@ -74,7 +67,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         double_quant=keys.flag("use_bnb_nested_quant", default=False),
         quant_storage=keys.word("bnb_4bit_quant_storage"),
         dtype=_dtype(keys),
-        precision=_precision(keys),
+        precision=precision,
         objective=objective,
         r=keys.count("lora_r", default=16),
         lora_alpha=keys.number("lora_alpha", default=32),
@@ -106,6 +99,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         load_best_model_at_end=keys.flag("load_best_model_at_end", default=False),
         gpus=keys.count("num_processes"),
         strategy=_strategy(keys, tree),
+        by_trainer=by_trainer(keys, objective, precision),
     )
 
 
@@ -143,16 +137,6 @@ def _precision(keys: Keys) -> Value:
         return Value("fp16", f"line {keys.lines['fp16']}", "fp16", keys.lines["fp16"])
     found = keys.flag("bf16", default=True)
     return replace(found, value="bf16" if found.value else None)
-
-
-def _objective(keys: Keys) -> Value:
-    found = keys.node(*_PREFERENCE)
-    if found is not None:
-        name = found[0]
-        return Value("dpo", f"line {keys.lines[name]}", name, keys.lines[name])
-    if keys.has("num_generations", "reward_funcs"):
-        return Value("grpo", "", "num_generations")
-    return Value("sft", "the keys of trl sft")
 
 
 def _targets(keys: Keys) -> Value:
