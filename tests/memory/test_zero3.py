@@ -24,6 +24,9 @@ from pytest_lora.inspection.memory.parallel.zero3_gathers import (
     gathered,
 )
 from pytest_lora.inspection.memory.parallel.zero3_linear import zero3_linears
+from pytest_lora.inspection.memory.stand_ins import StandIns
+from pytest_lora.inspection.memory.storage_tracker import StorageTracker
+from pytest_lora.inspection.parallel_files import read_parallel
 from pytest_lora.memory.setting import checked_setting
 from tests.memory.test_parallel import BASE, LORA
 
@@ -75,6 +78,22 @@ def activations(**options: Any) -> int:
 def test_its_layers_keep_more() -> None:
     """What goes into ``gate_proj`` and ``up_proj`` is the input of frozen weights, and kept by nobody else."""
     assert activations() > activations(memory_efficient_linear=False)
+
+
+@pytest.mark.parametrize(
+    ("said", "on"),
+    [
+        ({}, True),
+        ({"memory_efficient_linear": True}, True),
+        ({"memory_efficient_linear": False}, False),
+        ({"memory_efficient_linear": "false"}, False),
+    ],
+)
+def test_a_configuration_says_whether_they_are_put_in(said: dict[str, Any], on: bool) -> None:
+    read = read_parallel({"zero_optimization": {"stage": 3, **said}}, 2)
+    theirs = functional.linear
+    with whole._around_of_zero(torch.nn.Linear(2, 2), 3, read)(StorageTracker(None, StandIns(padded=False, experts=None))):
+        assert (functional.linear is not theirs) is on
 
 
 def rank_of(strategy: str = "zero3", offload: Any = None, **more: Any) -> Any:
