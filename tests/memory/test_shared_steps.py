@@ -155,7 +155,9 @@ def test_parameters_that_fsdp1_flattens_cannot_be_adapted(whole: bool) -> None:
     shared = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": fsdp}
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     asked: dict[str, Any] = {"batch_size": 1, "seq_len": 16}
-    with pytest.raises(ValueError, match=r"PEFT adapts model\.layers\.\d+\.mlp\..* as a parameter, and FSDP1") as told:
+    with pytest.raises(
+        ValueError, match=r"PEFT adapts model\.layers\.\d+\.mlp\..* as a parameter, and FSDP1"
+    ) as told:
         estimate_memory(config, MIXTURE, parallel=shared, **asked)
     assert 'write strategy="fsdp2"' in str(told.value)
     assert "target_modules=['q_proj', 'v_proj']" in str(told.value)

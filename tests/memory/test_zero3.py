@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from pytest_lora import check_memory, estimate_memory, step_memory
+from pytest_lora import check_memory, estimate_memory, largest_that_fits, step_memory
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory.beside_torch import communication_of
 from pytest_lora.inspection.memory.meta_model import build
@@ -92,7 +92,9 @@ def test_its_layers_keep_more() -> None:
 def test_a_configuration_says_whether_they_are_put_in(said: dict[str, Any], on: bool) -> None:
     read = read_parallel({"zero_optimization": {"stage": 3, **said}}, 2)
     theirs = functional.linear
-    with whole._around_of_zero(torch.nn.Linear(2, 2), 3, read)(StorageTracker(None, StandIns(padded=False, experts=None))):
+    with whole._around_of_zero(torch.nn.Linear(2, 2), 3, read)(
+        StorageTracker(None, StandIns(padded=False, experts=None))
+    ):
         assert (functional.linear is not theirs) is on
 
 
@@ -138,6 +140,9 @@ def test_what_loading_takes_is_told_and_decides_whether_it_fits() -> None:
     assert found.fits(found.loading)
     assert not found.fits(found.loading - 1)
     assert "while it is loaded" in str(found)
+    sizes = {name: value for name, value in asked.items() if name != "batch_size"}
+    assert largest_that_fits(LORA, WIDE, found.loading - 1, vary="batch_size", **sizes) == 0
+    assert largest_that_fits(LORA, WIDE, found.loading, vary="batch_size", **sizes) > 0
     report = check_memory(LORA, WIDE, budget=found.loading - 1, **asked)
     assert [finding.code for finding in report.findings] == ["LORA501"]
     assert "it is divided afterwards" in report.findings[0].observed

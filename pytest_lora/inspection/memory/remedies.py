@@ -23,11 +23,13 @@ def remedy(error: Exception, model: nn.Module) -> str:
             f"; {path[-1][0]} returns several tensors, and PEFT can adapt layers that return one: write "
             f"exclude_modules=[{name!r}] in the LoraConfig"
         )
-    adapted = [f"{n}.{fused[0]}" for n, m in path if isinstance(m, LoraLayer) and (fused := fused_parameter(m))]
+    adapted = [
+        f"{n}.{fused[0]}" for n, m in path if isinstance(m, LoraLayer) and (fused := fused_parameter(m))
+    ]
     if adapted and any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return (
             f"; PEFT adapts {adapted[-1]} as a parameter, and FSDP1 has flattened it, which fails on GPUs too: write "
-            'strategy="fsdp2" (fsdp_version: 2), or target modules alone, as target_modules=[\'q_proj\', \'v_proj\']'
+            "strategy=\"fsdp2\" (fsdp_version: 2), or target modules alone, as target_modules=['q_proj', 'v_proj']"
         )
     packed = {id(layer) for layer in quantized_layers(model)}
     for name, module in reversed(path):
