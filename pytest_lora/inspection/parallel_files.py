@@ -35,6 +35,7 @@ _ZERO_OPTIONS = (
     "stage3_param_persistence_threshold",
     "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
+    "memory_efficient_linear",
 )
 _UNKNOWN_TO_ZERO = {
     "zero_hpz_partition_size": 1,

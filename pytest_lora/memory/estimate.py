@@ -146,6 +146,10 @@ class StepMemory:
         """What ``torch.cuda.max_memory_allocated`` would say."""
         return self._predictor.peak_allocated(*self._point(batch_size, seq_len, r))
 
+    def most_allocated(self, batch_size: int, seq_len: int, r: int | None = None) -> int:
+        """The same, or what loading takes where that is more: what has to fit."""
+        return self._predictor.most_allocated(*self._point(batch_size, seq_len, r))
+
     def peak_reserved(self, batch_size: int, seq_len: int, r: int | None = None) -> int:
         """What ``torch.cuda.max_memory_reserved`` would say."""
         return self._predictor.peak_reserved(*self._point(batch_size, seq_len, r))

@@ -58,7 +58,7 @@ def largest_that_fits(
     point = {"batch_size": batch_size, "seq_len": seq_len, "r": config.r}
 
     def fits(value: int) -> bool:
-        return memory.peak_allocated(**{**point, vary: value}) <= limit
+        return memory.most_allocated(**{**point, vary: value}) <= limit
 
     return _largest(fits, vary, most_of(vary, batch_size, seq_len))
 
@@ -180,7 +180,7 @@ def largest_batch(memory: StepMemory, limit: int, seq_len: int, r: int | None = 
     """The largest micro-batch whose peak stays within so many bytes, 0 if none does."""
 
     def fits(batch_size: int) -> bool:
-        return memory.peak_allocated(batch_size, seq_len, r) <= limit
+        return memory.most_allocated(batch_size, seq_len, r) <= limit
 
     return _largest(fits, "batch_size", most_of("batch_size", 1, seq_len))
 

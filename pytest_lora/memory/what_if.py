@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple, get_args
 
 from pytest_lora.facts.alternatives import Alternative, Seen
@@ -79,7 +80,7 @@ def alternatives(
     found = estimated(_single(base, storage, now))
     together: list[_Tried] = []
     shortened = now
-    if estimate.loaded <= budget:
+    if estimate.peak_loading <= budget:
         found += _until_one_fits(estimated, _smaller_batches(accumulation, now), budget)
     if not any_fits():
         cards = (now._replace(texts=(text,), fields=fields) for text, fields in more_cards(estimate))
@@ -92,7 +93,7 @@ def alternatives(
             if together and together[-1].peak <= budget:
                 break
         found += together
-    if estimate.has_tokens and estimate.loaded <= budget:
+    if estimate.has_tokens and estimate.peak_loading <= budget:
         found += _until_one_fits(estimated, _shorter_sequences(now), budget)
     if estimate.has_tokens and together and not any_fits():
         found += _until_one_fits(estimated, _shorter_sequences(shortened), budget)
@@ -126,18 +127,30 @@ def _single(base: Any, storage: Iterable[_Storage], now: _Change) -> Iterator[_C
 
 
 def _until_one_fits(
-    estimated: Callable[[list[_Change]], list[_Tried]], changes: Iterator[_Change], budget: int
+    estimated: Callable[[Iterable[_Change]], list[_Tried]], changes: Iterator[_Change], budget: int
 ) -> list[_Tried]:
-    """The first change, and the first that fits if that is another one."""
-    found: list[_Tried] = []
-    for change in changes:
+    """The first change, and the first that fits if that is another one; each takes less than the one before it.
+
+    Where the last is too much, so are all before it. Where it cannot be estimated, as a sequence that is too short for
+    the model, they are tried in turn.
+    """
+
+    def fits(tried: list[_Tried]) -> bool:
+        return any(one.peak <= budget for one in tried)
+
+    found, others = estimated(islice(changes, 1)), [*changes]
+    if fits(found) or not others:
+        return found
+    last = estimated(others[-1:])
+    if found and last and not fits(last):
+        return found
+    for change in others[:-1]:
         tried = estimated([change])
-        fits = any(t.peak <= budget for t in tried)
-        if fits or not found:
+        if fits(tried) or not found:
             found += tried
-        if fits:
-            break
-    return found
+        if fits(tried):
+            return found
+    return found + last if fits(last) or not found else found
 
 
 def _smaller_batches(now_accumulated: int, now: _Change) -> Iterator[_Change]:
@@ -166,7 +179,13 @@ def _together(
     whole = f"batch_size=1 with accumulation={accumulation * now.batch}"
     if now.batch > 1:
         saving[whole] = min(batches, default=peak)
-    best = sorted(saving, key=lambda text: saving[text])
+    fields_of = {one.text: one.fields for one in storage}
+    best: list[str] = []
+    for text in sorted(
+        saving, key=lambda text: saving[text]
+    ):  # of two for the same field the one that saves more
+        if not any(fields_of.get(text, {}).keys() & fields_of.get(other, {}).keys() for other in best):
+            best.append(text)
     for count in range(2, min(len(best), _MOST_JOINED) + 1):
         chosen = tuple(text for text in saving if text in best[:count])
         joined = [one for one in storage if one.text in chosen]
@@ -207,7 +226,7 @@ def _other_weights(estimate: MemoryEstimate) -> Iterator[_Storage]:
 def _tried(base: Any, setting: dict[str, Any], change: _Change) -> _Tried:
     memory = step_memory(change.config, base, **{**setting, **change.fields})
     point = (change.batch, change.length, change.rank)
-    return _Tried(change, memory.peak_allocated(*point), memory.flops(*point).total)
+    return _Tried(change, memory.most_allocated(*point), memory.flops(*point).total)
 
 
 def _fewer_targets(base: Any, config: Any) -> set[str] | None:

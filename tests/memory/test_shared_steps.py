@@ -146,6 +146,25 @@ def test_a_mixture_on_64_gpus_is_planned_and_says_that_no_measurement_is_behind_
     assert held(on(64, "fsdp2"), "parameter shards") > MIXTURE.num_hidden_layers * one_expert
 
 
+@pytest.mark.skipif(
+    int(transformers.__version__.partition(".")[0]) < 5, reason="each expert has layers of its own there"
+)
+@pytest.mark.parametrize("whole", [False, True], ids=["flattened", "original"])
+def test_parameters_that_fsdp1_flattens_cannot_be_adapted(whole: bool) -> None:
+    fsdp = {"fsdp_version": 1, "fsdp_use_orig_params": whole}
+    shared = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": fsdp}
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    asked: dict[str, Any] = {"batch_size": 1, "seq_len": 16}
+    with pytest.raises(
+        ValueError, match=r"PEFT adapts model\.layers\.\d+\.mlp\..* as a parameter, and FSDP1"
+    ) as told:
+        estimate_memory(config, MIXTURE, parallel=shared, **asked)
+    assert 'write strategy="fsdp2"' in str(told.value)
+    assert "target_modules=['q_proj', 'v_proj']" in str(told.value)
+    assert estimate_memory(config, MIXTURE, gpus=4, strategy="fsdp2", **asked).peak_allocated > 0
+    assert estimate_memory(LORA_OF_ATTENTION, MIXTURE, parallel=shared, **asked).peak_allocated > 0
+
+
 def test_a_stream_of_its_own_takes_blocks_that_no_other_stream_takes() -> None:
     sizes = np.array([4 * 2**20, 4 * 2**20], dtype=np.int64)
     storages = np.array([0, 0, 1, 1])

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from pytest_lora import check_memory, estimate_memory, step_memory
+from pytest_lora import check_memory, estimate_memory, largest_that_fits, step_memory
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory.beside_torch import communication_of
 from pytest_lora.inspection.memory.meta_model import build
@@ -24,6 +24,9 @@ from pytest_lora.inspection.memory.parallel.zero3_gathers import (
     gathered,
 )
 from pytest_lora.inspection.memory.parallel.zero3_linear import zero3_linears
+from pytest_lora.inspection.memory.stand_ins import StandIns
+from pytest_lora.inspection.memory.storage_tracker import StorageTracker
+from pytest_lora.inspection.parallel_files import read_parallel
 from pytest_lora.memory.setting import checked_setting
 from tests.memory.test_parallel import BASE, LORA
 
@@ -77,6 +80,24 @@ def test_its_layers_keep_more() -> None:
     assert activations() > activations(memory_efficient_linear=False)
 
 
+@pytest.mark.parametrize(
+    ("said", "on"),
+    [
+        ({}, True),
+        ({"memory_efficient_linear": True}, True),
+        ({"memory_efficient_linear": False}, False),
+        ({"memory_efficient_linear": "false"}, False),
+    ],
+)
+def test_a_configuration_says_whether_they_are_put_in(said: dict[str, Any], on: bool) -> None:
+    read = read_parallel({"zero_optimization": {"stage": 3, **said}}, 2)
+    theirs = functional.linear
+    with whole._around_of_zero(torch.nn.Linear(2, 2), 3, read)(
+        StorageTracker(None, StandIns(padded=False, experts=None))
+    ):
+        assert (functional.linear is not theirs) is on
+
+
 def rank_of(strategy: str = "zero3", offload: Any = None, **more: Any) -> Any:
     setting = checked_setting(parallel=Parallel(4, strategy, offload=offload), **more)
     model = build(BASE, LORA, setting)
@@ -119,6 +140,9 @@ def test_what_loading_takes_is_told_and_decides_whether_it_fits() -> None:
     assert found.fits(found.loading)
     assert not found.fits(found.loading - 1)
     assert "while it is loaded" in str(found)
+    sizes = {name: value for name, value in asked.items() if name != "batch_size"}
+    assert largest_that_fits(LORA, WIDE, found.loading - 1, vary="batch_size", **sizes) == 0
+    assert largest_that_fits(LORA, WIDE, found.loading, vary="batch_size", **sizes) > 0
     report = check_memory(LORA, WIDE, budget=found.loading - 1, **asked)
     assert [finding.code for finding in report.findings] == ["LORA501"]
     assert "it is divided afterwards" in report.findings[0].observed

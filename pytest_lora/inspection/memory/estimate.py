@@ -142,7 +142,7 @@ class StepShape:
         index = self._cut.index
         return self._cut_storages[index], self._cut.instances, self._cut_frees[index]
 
-    def _while_loading(self, sizes: Integers) -> int:
+    def while_loading(self, sizes: Integers) -> int:
         """The most bytes allocated until a model is cut; 0 where that is not followed."""
         if self._cut is None:
             return 0
@@ -178,7 +178,7 @@ class StepShape:
         return Figures(
             peak_allocated=int(level[peak]),
             loaded=int(level[self._loaded - 1]),
-            loading=self._while_loading(sizes),
+            loading=self.while_loading(sizes),
             after_step=int(level[trained - 1]),
             training_peak=int(level[~evaluating].max()),
             evaluation_peak=int(level[evaluating].max(initial=0)),

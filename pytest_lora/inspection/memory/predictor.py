@@ -111,6 +111,12 @@ class Predictor:
         return found.shape.peak_allocated(found.sizes)
 
     @unexplained()
+    def most_allocated(self, batch_size: int, seq_len: int, rank: int) -> int:
+        """Bytes allocated at most, while the model is loaded and in a step."""
+        found = self._at((batch_size, seq_len, rank))
+        return max(found.shape.peak_allocated(found.sizes), found.shape.while_loading(found.sizes))
+
+    @unexplained()
     def peak_reserved(self, batch_size: int, seq_len: int, rank: int) -> int:
         """Bytes that ``torch.cuda.max_memory_reserved`` would give."""
         return self._reserved(self._at((batch_size, seq_len, rank)))

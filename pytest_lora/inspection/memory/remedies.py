@@ -8,18 +8,28 @@ from collections.abc import Iterator
 from torch import nn
 
 from pytest_lora.inspection.bitsandbytes_internals import quantized_layers
-from pytest_lora.inspection.peft_internals import LoraLayer
+from pytest_lora.inspection.peft_internals import LoraLayer, fused_parameter
 from pytest_lora.inspection.transformers_internals import kept_whole
 
 
 def remedy(error: Exception, model: nn.Module) -> str:
     """``"; ..."`` with what to write; empty where the cause is not known."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     path = _modules_at(error, model)
     if isinstance(error, AttributeError) and path and isinstance(path[-1][1], LoraLayer):
         name = path[-1][0].rpartition(".")[2]
         return (
             f"; {path[-1][0]} returns several tensors, and PEFT can adapt layers that return one: write "
             f"exclude_modules=[{name!r}] in the LoraConfig"
+        )
+    adapted = [
+        f"{n}.{fused[0]}" for n, m in path if isinstance(m, LoraLayer) and (fused := fused_parameter(m))
+    ]
+    if adapted and any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return (
+            f"; PEFT adapts {adapted[-1]} as a parameter, and FSDP1 has flattened it, which fails on GPUs too: write "
+            "strategy=\"fsdp2\" (fsdp_version: 2), or target modules alone, as target_modules=['q_proj', 'v_proj']"
         )
     packed = {id(layer) for layer in quantized_layers(model)}
     for name, module in reversed(path):
@@ -63,7 +73,7 @@ def _own_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _clean(name: str) -> str:
-    return re.sub(r"(^|\.)base_layer(?=\.|$)", "", name)
+    return re.sub(r"(^|\.)(base_layer|_fsdp_wrapped_module)(?=\.|$)", "", name)
 
 
 def excluded_by_peft(error: Exception) -> str:
