@@ -1,4 +1,4 @@
-"""Each number in the rules that public reports gave rise to, on both sides: two sound steps with single facts changed."""
+"""Each number in the rules on public reports, on both sides: two sound steps with single facts changed."""
 
 from __future__ import annotations
 
