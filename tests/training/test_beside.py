@@ -45,13 +45,19 @@ def test_sizes_are_listened_to_at_the_first_step() -> None:
     known = looking(Plan(steps=3, rate=None))
     for number in (1, 2, 3):
         with warnings.catch_warnings(record=True), known.hearing(number):
-            nn.functional.mse_loss(torch.zeros(4, 1), torch.zeros(4))
+            nn.functional.mse_loss(torch.zeros(3 + number, 1), torch.zeros(3 + number))
     assert known.spread == [SpreadFacts(target=(4,), given=(4, 1))]
 
 
 @pytest.mark.parametrize(
     ("given", "target", "spread"),
-    [((4, 1), (4,), True), ((4, 3), (4, 1), False), ((4, 1), (1,), False), ((1, 4), (4, 1), True)],
+    [
+        ((4, 1), (4,), True),
+        ((4, 3), (4, 1), False),
+        ((4, 1), (1,), False),
+        ((1, 4), (4,), False),
+        ((1, 4), (4, 1), True),
+    ],
 )
 def test_what_is_spread_is_more_than_either(
     given: tuple[int, ...], target: tuple[int, ...], spread: bool
