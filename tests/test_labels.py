@@ -244,7 +244,7 @@ def test_special_tokens_are_those_of_the_configuration(
     assert vocabulary(root, base).outputs == 70
 
 
-def positions(rotary: bool = True, **config: Any) -> int | None:
+def positions(*, rotary: bool = True, **config: Any) -> int | None:
     root: Any = torch.nn.Module()
     if rotary:
         root.turn = type("OwnRotaryEmbedding", (torch.nn.Module,), {})()

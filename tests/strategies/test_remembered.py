@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from pytest_lora.inspection.behaviour.copies import TOLERANCES
+from pytest_lora.rules import catalogue
+from pytest_lora.strategies import remembered
 from pytest_lora.strategies.remembered import RememberedOutputs
 
 
@@ -62,3 +66,37 @@ def test_adapters_of_each_variant() -> None:
         (False, False),
     ]
     assert (plain.r, plain.lora_alpha) == (4, 8)
+
+
+PASSING = next(rule.code for rule in catalogue() if rule.passing)
+
+
+@pytest.mark.parametrize(
+    ("known", "code", "passes"),
+    [
+        ({"merged": True}, PASSING, True),
+        ({"disabled": True}, PASSING, True),
+        ({}, PASSING, False),
+        ({"merged": True}, "LORA000", False),
+    ],
+)
+def test_errors_that_merged_and_disabled_adapters_may_have(
+    monkeypatch: pytest.MonkeyPatch, known: dict[str, bool], code: str, passes: bool
+) -> None:
+    report = SimpleNamespace(errors=[SimpleNamespace(code=code)])
+    monkeypatch.setattr(remembered, "check_model", lambda model, expect: report)
+    with nullcontext() if passes else pytest.raises(AssertionError, match=code):
+        machine(model=None, **known).checks_pass()
+
+
+def test_disabled_adapters_give_the_base_and_each_state_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RememberedOutputs, "steps", 0)
+    plain, other = torch.zeros(2), torch.ones(2)
+    machine(disabled=True, plain=plain, _now=lambda: plain.clone()).laws_hold()
+    with pytest.raises(AssertionError, match="disabled adapters"):
+        machine(disabled=True, plain=plain, _now=lambda: other).laws_hold()
+    merged = {"merged": True, "outputs": {"it": other}, "model": SimpleNamespace(active_adapter="it")}
+    machine(**merged, _now=lambda: other.clone()).laws_hold()
+    with pytest.raises(AssertionError, match="adapter 'it'"):
+        machine(**merged, _now=lambda: plain).laws_hold()
+    assert RememberedOutputs.steps == 4
