@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from pytest_lora.facts.memory import StepSetting
+from pytest_lora.inspection.memory import trainer_steps
 from pytest_lora.inspection.memory.dry_run import Trace
 from pytest_lora.inspection.memory.recordings import Recording, Recordings
 from pytest_lora.inspection.memory.sizes import Family, Point
@@ -156,3 +160,52 @@ def test_what_is_no_product_is_run() -> None:
         known.learn(point)
         assert known.at(point) == runs.value(point)
     assert known((2, 60, 8)) is None
+
+
+def test_as_little_is_run_as_tells() -> None:
+    alike = Runs()
+    known = alike.recordings()
+    known.at((1, 30, 8))
+    known.learn_ahead((1, 30, 8))
+    assert alike.points == [(1, 30, 8), (37, 211, 23)], "one and several in one product"
+    apart = Runs(named=lambda point: "bmm" if point[0] == 1 else "mm")
+    known = apart.recordings()
+    known.at((1, 30, 8))
+    known.learn_ahead((1, 30, 8))
+    assert apart.points == [(1, 30, 8), (37, 211, 23), (1, 211, 23), (41, 223, 8)]
+
+
+def test_what_is_refused_is_not_tried_again() -> None:
+    runs = Runs(beside=lambda point: point[1] % 7)
+    known = runs.recordings()
+    known.at((2, 30, 8))
+    for point in ((2, 40, 16), (2, 50, 32)):
+        known.learn(point)
+    assert runs.points == [(2, 30, 8), (37, 211, 23), (41, 223, 29)]
+
+
+def test_what_runs_on_one_side_of_a_threshold_says_nothing_of_the_other() -> None:
+    runs = Runs()
+    known = Recordings(lambda point: Family(point, (35,)), runs)
+    known.at((2, 30, 8))
+    known.learn((2, 40, 16))
+    assert runs.points == [(2, 30, 8)]
+    assert known((2, 40, 16)) is None
+
+
+@pytest.mark.parametrize("logits", [torch.eye(3)[1:], (torch.eye(3)[1:], torch.zeros(1)), None])
+@pytest.mark.parametrize("keeps", ["loss", "logits", "predictions"])
+def test_predictions_are_the_largest_logits(monkeypatch: pytest.MonkeyPatch, logits: Any, keeps: str) -> None:
+    def step(model: Any, batch: Any, prediction_loss_only: bool) -> Any:
+        assert prediction_loss_only is (keeps == "loss")
+        return 1.0, logits, "labels"
+
+    trainer = SimpleNamespace(prediction_step=step)
+    monkeypatch.setattr(trainer_steps, "_of_transformers", lambda model, setting: trainer)
+    layer = torch.nn.Linear(1, 1)
+    loss, found, labels = trainer_steps.prediction_step(layer, layer, StepSetting(1, 1), {}, keeps)
+    assert (loss, labels) == (1.0, "labels")
+    if keeps == "predictions" and logits is not None:
+        assert found.tolist() == [1, 2]
+    else:
+        assert found is logits
