@@ -242,3 +242,51 @@ def test_special_tokens_are_those_of_the_configuration(
         out_features=4, original_module=torch.nn.Linear(4, 70)
     )
     assert vocabulary(root, base).outputs == 70
+
+
+def positions(*, rotary: bool = True, **config: Any) -> int | None:
+    root: Any = torch.nn.Module()
+    if rotary:
+        root.turn = type("OwnRotaryEmbedding", (torch.nn.Module,), {})()
+    root.config = SimpleNamespace(**{"max_position_embeddings": 12, **config})
+    base: Any = SimpleNamespace(task_type="CAUSAL_LM", vocab_size=50)
+    return vocabulary(root, base).positions
+
+
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_positions_are_those_of_a_rotation_that_is_not_rescaled(field: str, key: str) -> None:
+    assert positions(**{field: {key: "default", "rope_theta": 1e4}}) == 12
+    assert positions(**{field: {key: "linear", "factor": 2.0}}) is None
+    near, far = {key: "default"}, {key: "yarn"}
+    assert positions(**{field: {"near": near, "far": near}}) == 12
+    assert positions(**{field: {"near": near, "far": far}}) is None
+
+
+def test_positions_that_nothing_is_said_of() -> None:
+    assert positions() == positions(rope_scaling=None) == 12
+    assert positions(rotary=False) is None, "learned positions raise"
+    assert positions(max_position_embeddings=None) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "needs"),
+    [("gemma", True), ("gemma2", True), ("gemma3_text", True), ("gemma3n_text", True), ("llama", False)]
+    + [(name, False) for name in ("t5gemma", "gemma_like", "shieldgemma2", "")],
+)
+def test_bases_that_cannot_do_without_a_begin_token(family: str, needs: bool) -> None:
+    root: Any = torch.nn.Module()
+    root.config = SimpleNamespace(model_type=family, bos_token_id=0)
+    base: Any = SimpleNamespace(task_type="CAUSAL_LM", vocab_size=50)
+    assert vocabulary(root, base).opens == (0 if needs else None)
+    root.config.bos_token_id = None
+    assert vocabulary(root, base).opens is None
+
+
+def test_tokens_at_which_generation_stops_are_added_to_the_ends() -> None:
+    root: Any = torch.nn.Module()
+    root.config = SimpleNamespace(eos_token_id=2)
+    root.generation_config = SimpleNamespace(eos_token_id=[2, 9])
+    base: Any = SimpleNamespace(task_type="CAUSAL_LM", vocab_size=50)
+    found = vocabulary(root, base)
+    assert (found.ends, found.stops) == ((2,), (2, 9))

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
+from pytest_lora.inspection.memory import put_off
 from pytest_lora.inspection.memory.cut_bases import KeptBases, cut_base, kept_for
 from pytest_lora.inspection.memory.layer_stacks import USUAL, Cut
 from pytest_lora.inspection.memory.meta_model import build
 from pytest_lora.inspection.memory.step import assemble
+from pytest_lora.memory import kept as predictors
 from pytest_lora.memory.setting import checked_setting
 from pytest_lora.strategies import lora_configs
 
@@ -126,3 +128,61 @@ def test_no_more_are_kept_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
             asked(kept, layers_to_transform=[layer])
     assert len(kept._asked) <= 2
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_copies_are_given_from_the_second_time_on_and_on_one_gpu_alone() -> None:
+    kept = KeptBases()
+    for _ in range(2):
+        asked(kept, setting={"gpus": 2})
+    assert not kept._asked
+    asked(kept)
+    assert list(kept._asked.values()) == [None]
+    asked(kept)
+    assert None not in kept._asked.values()
+
+
+def test_rewards_alone_are_learned_with_a_score() -> None:
+    assert type(asked(KeptBases()).model).__name__ == "LlamaForCausalLM"
+    for task in (None, "CAUSAL_LM"):
+        scoring = asked(KeptBases(), setting={"trainer": "trl-reward"}, task_type=task).model
+        assert type(scoring).__name__ == "LlamaForSequenceClassification"
+        assert scoring.score.out_features == 1
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, 0), (3, 3)])
+def test_a_padding_token_is_set_where_there_is_none(given: int | None, found: int) -> None:
+    base = LlamaConfig(**{**LLAMA.to_dict(), "pad_token_id": given})
+    cut = cut_base(base, LoraConfig(target_modules=["q_proj"]), checked_setting(), USUAL)
+    config: Any = cut.model.config
+    assert config.pad_token_id == found
+    assert not hasattr(config, "image_token_id")
+
+
+def test_no_more_predictors_are_kept_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LoraConfig(target_modules=["q_proj"])
+    settings = [checked_setting(optimizer=name) for name in ("adamw_torch", "sgd", "adagrad")]
+    monkeypatch.setattr(predictors, "_predictors", {})
+    monkeypatch.setattr(predictors, "_KEPT", 2)
+    first, second = (predictors.predictor_for(LLAMA, config, setting) for setting in settings[:2])
+    assert predictors.predictor_for(LLAMA, config, settings[0]) is first
+    predictors.predictor_for(LLAMA, config, settings[2])
+    assert next(iter(predictors._predictors.values())) is second, "the oldest is forgotten"
+    assert predictors.predictor_for(LLAMA, config, settings[1]) is second
+    predictors.forget()
+    assert predictors.predictor_for(LLAMA, config, settings[1]) is not second
+    live = cut_base(LLAMA, config, settings[0], USUAL).model
+    assert predictors.predictor_for(live, config, settings[0]) is not predictors.predictor_for(
+        live, config, settings[0]
+    )
+    assert len(predictors._predictors) == 1
+
+
+def test_what_peft_puts_off_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(put_off, "_sampler", lambda layer, adapter, config: (adapter, config))
+    layer: Any = torch.nn.Linear(2, 2)
+    layer._lora_kasa_truncation_deferred = {"one"}
+    layer._lora_monteclora_config = {"one": 1, "two": 2}
+    layer.lora_monteclora_sampler = {"one": "made before"}
+    put_off.finish(torch.nn.Sequential(layer, torch.nn.Linear(2, 2)))
+    assert layer.lora_monteclora_sampler == {"one": "made before", "two": ("two", 2)}
+    assert layer._lora_kasa_truncation_deferred == set()

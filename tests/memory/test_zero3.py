@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from pytest_lora import check_memory, estimate_memory, largest_that_fits, step_memory
@@ -214,8 +215,42 @@ def test_what_nccl_takes_beside_the_step() -> None:
     assert communication_of(None) == communication_of(Parallel(4, "device_map")) == 0
     assert communication_of(Parallel(2, "ddp")) == 544 * MIB
     assert communication_of(Parallel(8, "fsdp2")) == 688 * MIB
-    assert communication_of(Parallel(8, "zero3")) == communication_of(Parallel(8, "hsdp")) == 2 * 688 * MIB
+    for strategy in ("hsdp", "zero1", "zero2", "zero3"):
+        assert communication_of(Parallel(8, strategy)) == 2 * 688 * MIB
     found = estimate_memory(LORA, BASE, batch_size=1, seq_len=8, gpus=2)
     assert found.on_device == found.peak_reserved + 512 * MIB + 544 * MIB
     assert "NCCL beside it" in str(found)
     assert "NCCL" not in str(estimate_memory(LORA, BASE, batch_size=1, seq_len=8))
+
+
+def test_its_operations_are_those_of_deepspeed() -> None:
+    """One for a matrix with a bias, two for more dimensions; no gradient for a bias that is frozen."""
+
+    class Said(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def operations(*shape: int, frozen: bool = True) -> set[str]:
+        given, bias = torch.ones(*shape, 4, requires_grad=True), torch.ones(5, requires_grad=not frozen)
+        with Said() as said, zero3_linears():
+            functional.linear(given, torch.ones(5, 4), bias).backward(torch.ones(*shape, 5))
+        return {name for name in said.names if name in ("addmm", "add_", "sum")}
+
+    assert operations(2) == {"addmm"}
+    assert operations(2, 3) == {"add_"}
+    assert operations(2, frozen=False) == {"addmm", "sum"}
+
+
+def test_embeddings_that_go_backward_are_gathered_ahead_too() -> None:
+    units = [[[Part(numel, 1) for numel in module] for module in unit] for unit in SHORT]
+    order = list(_order(units, [False, True, False]))
+    assert order[-1] == [0]
+    everything = [part for unit in units for module in unit for part in module]
+    step = _Coordinator(everything, order, Limits(ahead=600, reuse=0, live=10**9))
+    step.run(ahead=True)
+    assert 512 + 1024 in step.sizes, "a buffer for the layer's first module and the embeddings"

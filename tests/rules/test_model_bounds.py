@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pytest_lora import Expect
+from pytest_lora.facts.adapters_beside import CombinedAdapter
 from pytest_lora.facts.base import BaseFacts, Quantization
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.layer_state import Factor, LayerState
@@ -1229,3 +1230,29 @@ def test_the_name_of_a_group(rule: str, facts: dict[str, Any]) -> None:
         "the model",
         "layers.0",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kinds": ("use_rslora",), "scaling": 4.0}, ["warning: and use_rslora scales it by 4 once more"]),
+        ({"kinds": ("use_dora",)}, ["warning: and the magnitudes of DoRA"]),
+        ({"kinds": ("lora_bias",)}, ["warning: and the biases of its sources"]),
+        ({"kinds": ("kasa_config",)}, ["warning: and the diagonals of KaSA"]),
+        ({"subtracted": ("b",), "missed": 0.11}, ["warning: its update is 11% of that difference away"]),
+        ({"subtracted": ("b",), "missed": 0.1}, []),
+        ({"missed": 0.11}, []),
+        ({}, []),
+    ],
+)
+def test_a_sum_of_adapters(changes: dict[str, Any], words: list[str]) -> None:
+    made = CombinedAdapter(**{"adapter": "c", "sources": ("a", "b"), "kinds": (), "scaling": 1.0, **changes})
+    says("combined_adapter_is_no_sum", model(STATE, combined=(made,)), *words)
+
+
+def test_each_loss_of_a_sum_is_told_by_itself() -> None:
+    made = CombinedAdapter("c", ("a", "b"), ("use_dora", "use_rslora"), 1.0)
+    (found,) = told("combined_adapter_is_no_sum", model(STATE, combined=(made,)))
+    assert found.observed.endswith(
+        "and the magnitudes of DoRA (use_dora) are those of the base, not of its sources"
+    )
