@@ -149,6 +149,7 @@ def test_a_mixture_on_64_gpus_is_planned_and_says_that_no_measurement_is_behind_
 @pytest.mark.skipif(
     int(transformers.__version__.partition(".")[0]) < 5, reason="each expert has layers of its own there"
 )
+@pytest.mark.lora_slow
 @pytest.mark.parametrize("whole", [False, True], ids=["flattened", "original"])
 def test_parameters_that_fsdp1_flattens_cannot_be_adapted(whole: bool) -> None:
     fsdp = {"fsdp_version": 1, "fsdp_use_orig_params": whole}
