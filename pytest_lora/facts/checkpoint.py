@@ -185,8 +185,17 @@ class CheckpointFacts:
         if not self.is_judged or (self.fit is not None and self.fit.loads):
             return ()
         keys = self.keys
-        known = ("",) if self.fit is not None and self.fit.drops_named else ("", "default")
-        return tuple([t for t in self.lora if _is_misnamed(keys[t.name], known)])
+        dropped = self.fit is not None and self.fit.drops_named
+        own = (
+            {t.name for t in self.lora} if dropped else set()
+        )  # beside its own name a named key is one too many
+        return tuple(
+            t
+            for t in self.lora
+            if _is_misnamed(
+                keys[t.name], ("",) if dropped and keys[t.name].peft_name not in own else ("", "default")
+            )
+        )
 
     @cached_property
     def is_foreign(self) -> bool:
