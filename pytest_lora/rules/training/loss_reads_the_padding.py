@@ -6,6 +6,10 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
+NO_PART = 0.1
+"""Share of a gradient. Hidden padding has none of one that is read at texts; the loss that balances experts, which some
+models take over padding too, has far less."""
+
 
 @rule("LORA386", severity="warning", needs=TrainingFacts)
 def loss_reads_the_padding(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
@@ -63,8 +67,3 @@ def loss_reads_the_padding(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
             fix="read a row at its last token, hidden[torch.arange(len(hidden)), attention_mask.sum(1) - 1] where "
             "padding is on the right; multiply what each token gives by attention_mask, and divide by its sum",
         )
-
-
-NO_PART = 0.1
-"""Share of a gradient. Hidden padding has none of one that is read at texts; the loss that balances experts, which some
-models take over padding too, has far less."""
