@@ -47,6 +47,7 @@ def step_of(base: Any, config: LoraConfig, setting: dict[str, Any], kept: KeptBa
 KEPT = KeptBases()
 
 
+@pytest.mark.lora_slow
 @settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(lora_configs(LLAMA, ranks=[4, 8]), st.sampled_from(SETTINGS))
 def test_a_copy_makes_the_storages_of_a_new_one(config: LoraConfig, setting: dict[str, Any]) -> None:
