@@ -36,6 +36,9 @@ LOSSES: tuple[Loss, ...] = get_args(Loss)
 Kernels = Literal["liger", "axolotl"]
 KERNELS: tuple[Kernels, ...] = get_args(Kernels)
 
+LIGER_LAYERS = ("rms_norm", "swiglu")
+"""Layers of Liger that are counted where a trainer takes them, as ``liger_kernel_config`` calls them."""
+
 SMOOTHING = "label_smoothing_factor"
 """The argument of the Trainer that decides its loss."""
 

@@ -263,10 +263,8 @@ class _Copier:
         state["_parameters"] = {n: self._tensor(p) for n, p in module._parameters.items()}
         state["_buffers"] = {n: self._tensor(b) for n, b in module._buffers.items()}
         state["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-        if (
-            quantization_of(module) == "hqq"
-        ):  # it keeps scales beside its parameters, and dequantizes with them
-            beside = state.get("meta") or {}
+        if quantization_of(module) == "hqq":
+            beside = state.get("meta") or {}  # scales, with which it dequantizes
             state["meta"] = {
                 n: self._tensor(t) if isinstance(t, torch.Tensor) else t for n, t in beside.items()
             }

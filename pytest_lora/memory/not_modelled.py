@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pytest_lora.facts.memory import Bound, Unmodelled
+from pytest_lora.facts.memory_choices import LIGER_LAYERS
 
 _SHARING = ("deepspeed", "fsdp")
-LIGER_LAYERS = ("rms_norm", "swiglu")
-"""Of Liger's kernels those that are counted where a trainer takes them."""
 
 
 def not_modelled(args: Any, setting: Mapping[str, Any]) -> tuple[Unmodelled, ...]:

@@ -16,13 +16,7 @@ from pytest_lora.inspection.limited.patterns import require_matchable
 from pytest_lora.inspection.memory.cut_bases import KeptBases, cut_base
 from pytest_lora.inspection.memory.fused_layers import fuse_layers
 from pytest_lora.inspection.memory.fused_losses import fuse_loss
-from pytest_lora.inspection.memory.layer_stacks import (
-    FIRST_INNER,
-    KEPT,
-    USUAL,
-    Cut,
-    Stack,
-)
+from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, USUAL, Cut, Stack
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
 from pytest_lora.inspection.memory.parallel.model import Rank
@@ -34,10 +28,7 @@ from pytest_lora.inspection.memory.trainers import set_up
 from pytest_lora.inspection.memory.weights import Trained, Weight, loaded_weights, units_of
 from pytest_lora.inspection.peft_internals import freeze, store_adapter
 from pytest_lora.inspection.rehearsal import without_values
-from pytest_lora.inspection.skeleton import (
-    META,
-    without_initial_values,
-)
+from pytest_lora.inspection.skeleton import META, without_initial_values
 from pytest_lora.inspection.transformers_internals import kept_whole, quantized_linears
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from typing import Any
 
-from pytest_lora.facts.memory_choices import SMOOTHING, TrainerFields
+from pytest_lora.facts.memory_choices import LIGER_LAYERS, SMOOTHING, TrainerFields
 from pytest_lora.facts.recipe import Value
 from pytest_lora.inspection.recipe.keys import Keys, flag, names_in, number
 from pytest_lora.inspection.recipe.yaml_file import Node
@@ -55,7 +55,6 @@ _FIELDS = {
 }
 """Keys that a loss of TRL reads, or that change its model before it."""
 
-_OF_LIGER = ("rms_norm", "swiglu")
 _PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -95,7 +94,7 @@ def by_trainer(keys: Keys, objective: Value, precision: Value) -> tuple[tuple[st
     packed = keys.says("packing") and str(keys.word("packing_strategy").value or "bfd").startswith("bfd")
     if objective.value == "sft" and (packed or keys.says("padding_free")):
         found["padding_free"] = True
-    if keys.says("use_liger_kernel") and not _part(keys, "liger_kernel_config", _OF_LIGER, switched=False):
+    if keys.says("use_liger_kernel") and not _part(keys, "liger_kernel_config", LIGER_LAYERS, switched=False):
         found["kernels"] = "liger"
     asked = keys.flag("gradient_checkpointing", default=True).value
     if asked and _part(keys, "gradient_checkpointing_kwargs", ("use_reentrant",), switched=True):
