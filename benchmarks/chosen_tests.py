@@ -48,7 +48,7 @@ NEAREST = (
     ("inspection/recipe", ("tests/recipe",)),
     ("inspection/resumption", ("tests/checkpoint/test_resumable.py",)),
     ("inspection/properties", ("tests/test_shape_assertions.py",)),
-    ("inspection/ranks", ("tests/runs/test_distributed.py",)),
+    ("inspection/wrappers", ("tests/runs/test_distributed.py",)),
     (
         "inspection/training",
         (

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
-    from pytest_lora.inspection.adapter_size import AdapterSize
+    from pytest_lora.inspection.parameters import AdapterSize
 
 MEGABYTE = 10**6
 
@@ -212,9 +212,8 @@ def rank_table(
     dtype_name, itemsize = _require_dtype(adapter_dtype)
     config = _lora_config(lora_kwargs)
 
-    from pytest_lora.inspection.adapter_size import adapter_sizes
     from pytest_lora.inspection.base import base_facts, base_parameters
-    from pytest_lora.inspection.parameters import stored_in_4bit
+    from pytest_lora.inspection.parameters import adapter_sizes, stored_in_4bit
     from pytest_lora.inspection.skeleton import require_no_adapter, resolve_base
     from pytest_lora.inspection.survey import survey
 

@@ -12,17 +12,15 @@ from torch import nn
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import ConfigFacts, NameMatch, PatternKey, Refusal
-from pytest_lora.inspection import adapter_size, wrappers
-from pytest_lora.inspection.adapter_size import AdapterSize, adapter_sizes
+from pytest_lora.inspection import parameters, wrappers
 from pytest_lora.inspection.base import base_facts, base_parameters, is_index
 from pytest_lora.inspection.config import config_facts
-from pytest_lora.inspection.exclusion import explained
-from pytest_lora.inspection.factor_fill import FULL, fills
 from pytest_lora.inspection.fsdp_internals import Group, Held, Place
-from pytest_lora.inspection.layers import read_values
-from pytest_lora.inspection.parameters import count, stored_in_4bit
+from pytest_lora.inspection.layers import FULL, fills, read_values
+from pytest_lora.inspection.parameters import AdapterSize, adapter_sizes, count, stored_in_4bit
 from pytest_lora.inspection.peft_internals import BaseTunerLayer
 from pytest_lora.inspection.rehearsal import refused_merge
+from pytest_lora.inspection.repairs import explained
 from pytest_lora.inspection.survey import survey
 
 # ------------------------------------------------------------------ factors
@@ -84,7 +82,7 @@ def test_sizes_between_two_ranks_are_linear(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(rank)
         return AdapterSize(10 + 3 * rank, 5 * rank, 7 + rank)
 
-    monkeypatch.setattr(adapter_size, "_adapter_size", size)
+    monkeypatch.setattr(parameters, "_adapter_size", size)
     linear, grouped = (
         nn.Sequential(nn.Linear(2, 2), nn.Dropout()),
         nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)),

@@ -15,12 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from pytest_lora import count_parameters
 from pytest_lora.facts.base import BaseFacts, TaskHead
 from pytest_lora.facts.model import InitialRows
-from pytest_lora.inspection import vocabulary
+from pytest_lora.inspection import base_values
 from pytest_lora.inspection.base import base_facts, base_parameters, quantization_of, task_of
-from pytest_lora.inspection.shapes import logical_shape
+from pytest_lora.inspection.base_values import initial_rows
 from pytest_lora.inspection.skeleton import skeleton
-from pytest_lora.inspection.survey import survey
-from pytest_lora.inspection.vocabulary import initial_rows
+from pytest_lora.inspection.survey import logical_shape, survey
 
 
 def facts_of(model: nn.Module) -> BaseFacts:
@@ -292,11 +291,11 @@ def test_added_rows_lie_at_the_mean(weight: torch.Tensor, pad: int | None, found
 
 
 def test_rows_are_read_by_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "CHUNK", 4)
-    monkeypatch.setattr(vocabulary, "SAMPLE", 16)
+    monkeypatch.setattr(base_values, "CHUNK", 4)
+    monkeypatch.setattr(base_values, "SAMPLE", 16)
     for added in (3, 4, 5, 9):
         (found,) = initial(rows(40, added))
         assert (found.first, found.count) == (40, added)
-    assert vocabulary.readable_weight(SimpleNamespace(weight=torch.ones(4, 4).long())) is None  # type: ignore[arg-type]
-    assert vocabulary.readable_weight(nn.Embedding(1, 4)) is None
-    assert vocabulary.readable_weight(nn.Embedding(2, 4)) is not None
+    assert base_values.readable_weight(SimpleNamespace(weight=torch.ones(4, 4).long())) is None  # type: ignore[arg-type]
+    assert base_values.readable_weight(nn.Embedding(1, 4)) is None
+    assert base_values.readable_weight(nn.Embedding(2, 4)) is not None

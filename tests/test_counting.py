@@ -34,7 +34,7 @@ from transformers import (
 from transformers.integrations import bitsandbytes as integration
 
 from pytest_lora import ParameterCount, count_parameters, rank_table
-from pytest_lora.inspection import adapter_size
+from pytest_lora.inspection import parameters
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.config import dry_run
 from pytest_lora.inspection.parameters import stored_in_4bit
@@ -387,7 +387,7 @@ def test_a_hundred_ranks_cost_two_questions_to_peft(monkeypatch: pytest.MonkeyPa
         asked.append(config.r)
         return dry_run(config, model)
 
-    monkeypatch.setattr(adapter_size, "dry_run", counted)
+    monkeypatch.setattr(parameters, "dry_run", counted)
     fields: dict[str, Any] = {"target_modules": QV, "use_dora": True, "rank_pattern": {"v_proj": 3}}
     table = rank_table(llama_config(), range(1, 101), **fields)
     assert asked == [1, 100]

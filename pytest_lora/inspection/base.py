@@ -15,8 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from pytest_lora.facts.base import BaseFacts, BaseModule, FusedParameter, Quantization
 from pytest_lora.inspection.heads import task_heads
-from pytest_lora.inspection.shapes import logical_shape
-from pytest_lora.inspection.survey import Survey
+from pytest_lora.inspection.survey import Survey, logical_shape
 
 TASKS = {
     "ForSequenceClassification": "SEQ_CLS",

@@ -16,7 +16,6 @@ from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import NOT_TRIED, ConfigFacts, LayerFacts, NameMatch, PatternKey, Refusal
 from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.inspection.base import base_facts, base_parameters
-from pytest_lora.inspection.exclusion import explained
 from pytest_lora.inspection.layers import layer_facts
 from pytest_lora.inspection.limited.patterns import patterns_kept, unmatchable
 from pytest_lora.inspection.peft_internals import (
@@ -29,7 +28,7 @@ from pytest_lora.inspection.peft_internals import (
 )
 from pytest_lora.inspection.quiet import collector
 from pytest_lora.inspection.rehearsal import refused_initialisation, refused_merge, without_values
-from pytest_lora.inspection.repairs import repairs
+from pytest_lora.inspection.repairs import explained, repairs
 from pytest_lora.inspection.skeleton import resolve_base, skeleton
 from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, survey

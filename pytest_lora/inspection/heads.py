@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.base import TaskHead
-from pytest_lora.inspection.shapes import logical_shape
+from pytest_lora.inspection.survey import logical_shape
 
 HEADED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Regression|RewardModel)")
 """Transformers classes that put a newly made task head on a pretrained body."""

@@ -10,10 +10,14 @@ from pytest_lora.facts.layer_state import LayerState
 from pytest_lora.facts.model import ModelFacts, SavedModule, TrainableBase, TrainedRows
 from pytest_lora.facts.wrappers import Wrappers
 from pytest_lora.inspection import transformers_internals
-from pytest_lora.inspection.adapter_names import colliding_names
-from pytest_lora.inspection.adapters_beside import combined_adapters, equal_adapters, shared_adapters
+from pytest_lora.inspection.adapters_beside import (
+    colliding_names,
+    combined_adapters,
+    equal_adapters,
+    shared_adapters,
+)
 from pytest_lora.inspection.base import BaseParameter, base_facts, base_parameters, dtype_name
-from pytest_lora.inspection.base_values import read_base
+from pytest_lora.inspection.base_values import initial_rows, read_base
 from pytest_lora.inspection.config import live_config_facts
 from pytest_lora.inspection.fsdp_internals import whole_parameters
 from pytest_lora.inspection.layers import UNREAD, layer_states, read_values
@@ -30,7 +34,6 @@ from pytest_lora.inspection.peft_internals import (
 )
 from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.inspection.survey import Survey, every_module, survey
-from pytest_lora.inspection.vocabulary import initial_rows
 from pytest_lora.inspection.wrappers import wrapper_facts
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)

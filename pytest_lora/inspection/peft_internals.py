@@ -1,4 +1,4 @@
-"""What PEFT does not document as public is touched here, in ``peft_state`` and ``peft_adalora``, and nowhere else."""
+"""What PEFT does not document as public is touched here and in ``peft_state``, and nowhere else."""
 
 from __future__ import annotations
 

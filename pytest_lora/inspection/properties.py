@@ -16,7 +16,7 @@ from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.layers import layer_states
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import LoraConfig
-from pytest_lora.inspection.shapes import logical_shape
+from pytest_lora.inspection.survey import logical_shape
 from pytest_lora.values import shown
 
 if TYPE_CHECKING:

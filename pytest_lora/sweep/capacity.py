@@ -45,8 +45,8 @@ def capacity_of(base: Base, targets: str | Iterable[str] = "all-linear") -> Capa
     """
     from peft import LoraConfig
 
-    from pytest_lora.inspection.adapter_size import adapter_sizes
     from pytest_lora.inspection.base import base_facts, base_parameters
+    from pytest_lora.inspection.parameters import adapter_sizes
     from pytest_lora.inspection.skeleton import require_no_adapter, resolve_base
     from pytest_lora.inspection.survey import survey
 

@@ -111,16 +111,16 @@ def test_what_is_meant_counts() -> None:
 def test_the_rest_of_a_large_vocabulary_is_read_only_if_the_last_row_is_suspicious(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pytest_lora.inspection import vocabulary
+    from pytest_lora.inspection import base_values
 
-    monkeypatch.setattr(vocabulary, "_mean", lambda rows: pytest.fail("every row was read"))
+    monkeypatch.setattr(base_values, "_mean", lambda rows: pytest.fail("every row was read"))
     torch.manual_seed(0)
-    assert vocabulary._rows_at_the_mean(nn.Embedding(9_000, 8).weight.detach()) == 0
+    assert base_values._rows_at_the_mean(nn.Embedding(9_000, 8).weight.detach()) == 0
     monkeypatch.undo()
-    monkeypatch.setattr(vocabulary, "CHUNK", 100)
+    monkeypatch.setattr(base_values, "CHUNK", 100)
     table = torch.randn(9_000, 8)
     table[8_750:] = table[:8_750].mean(0)
-    assert vocabulary._rows_at_the_mean(table) == 250
+    assert base_values._rows_at_the_mean(table) == 250
 
 
 class Sharded(torch.Tensor):
@@ -128,13 +128,13 @@ class Sharded(torch.Tensor):
 
 
 def test_tensors_of_another_kind_are_left_alone() -> None:
-    from pytest_lora.inspection import vocabulary
+    from pytest_lora.inspection import base_values
 
     plain = nn.Linear(4, 8, bias=False)
-    assert vocabulary.readable_weight(plain) is not None
+    assert base_values.readable_weight(plain) is not None
     sharded = nn.Module()
     sharded.weight = plain.weight.detach().as_subclass(Sharded)
-    assert vocabulary.readable_weight(sharded) is None
+    assert base_values.readable_weight(sharded) is None
 
 
 def test_both_sides_of_a_tied_weight_are_an_info() -> None:

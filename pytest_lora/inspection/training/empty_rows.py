@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.labels import IGNORED
 from pytest_lora.facts.steps import EmptyRows
-from pytest_lora.inspection.vocabulary import readable_weight
+from pytest_lora.inspection.base_values import readable_weight
 
 
 def empty_rows(

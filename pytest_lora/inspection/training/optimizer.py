@@ -14,7 +14,6 @@ from torch.optim import AdamW, Optimizer
 from pytest_lora.facts.optimizer import GroupFacts, Misshapen, Missing, OptimizerFacts, Part, ScheduleFacts
 from pytest_lora.inspection.base import dtype_name
 from pytest_lora.inspection.layers import UNREAD, read_values
-from pytest_lora.inspection.peft_adalora import allocation_begins
 from pytest_lora.inspection.peft_internals import (
     active_adapters,
     adapter_names,
@@ -22,6 +21,7 @@ from pytest_lora.inspection.peft_internals import (
     further_tensors,
     token_rows,
 )
+from pytest_lora.inspection.peft_state import allocation_begins
 from pytest_lora.inspection.survey import Survey, survey
 
 HORIZON = (*range(65), *(2**n for n in range(7, 21)))
