@@ -45,7 +45,7 @@ def peak_mib() -> float:
 
 def processor_seconds() -> float:
     """Of this process, and of the limited one that it keeps or has waited for."""
-    from pytest_lora.inspection.limited.process import limited
+    from pytest_lora.inspection.limited import limited
 
     here = time.process_time()
     child = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -50,7 +50,7 @@ def checks(setup: Setup) -> dict[str, Callable[[], object]]:
     import pytest_lora as ours
     from pytest_lora.bases import examples
     from pytest_lora.inspection.behaviour.batch_law import BatchLaw
-    from pytest_lora.inspection.behaviour.combination import combination_error
+    from pytest_lora.inspection.behaviour.merge import combination_error
     from pytest_lora.inspection.training.plan import Plan
     from pytest_lora.inspection.training.probe import prepared
 

@@ -21,9 +21,8 @@ from torch import nn
 
 from pytest_lora import check_checkpoint, check_config, check_memory, check_model, check_recipe, check_resume
 from pytest_lora import patterns as meaning
-from pytest_lora.inspection.limited import patterns
+from pytest_lora.inspection.limited import LimitedProcess, LimitError, WorkError, limited, patterns
 from pytest_lora.inspection.limited.patterns import patterns_kept, unmatchable
-from pytest_lora.inspection.limited.process import LimitedProcess, LimitError, WorkError, limited
 from tests.namespace import Namespace
 
 NAMES = [f"model.layers.{n}.self_attn.{part}_proj" for n in range(4) for part in "qkvo"] + ["a" * 60]
@@ -145,9 +144,9 @@ def test_plain_names_need_no_process() -> None:
     assert unmatchable({"target_modules": ["q_proj", "layers.0.v_proj"]}, NAMES) is None
     assert apart._process is None
     code = (
-        "from pytest_lora.inspection.limited import patterns, process\n"
+        "from pytest_lora.inspection.limited import limited, patterns\n"
         "assert patterns.unmatchable({'target_modules': ['q_proj'] * 100}, ['a.q_proj'] * 100) is None\n"
-        "assert process.limited._process is None\n"
+        "assert limited._process is None\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -193,7 +192,7 @@ def test_memory_is_limited(tmp_path: Path) -> None:
 
 def test_it_is_gone_with_the_process_that_asked() -> None:
     code = (
-        "import os, signal, sys\nfrom pytest_lora.inspection.limited.process import limited\n"
+        "import os, signal, sys\nfrom pytest_lora.inspection.limited import limited\n"
         "limited.do('rehearse', 'target_modules', 'a.*', ['a'])\n"
         "print(limited._process.pid, flush=True)\n"
         "if sys.argv[1] == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"

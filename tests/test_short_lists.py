@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
+from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError, parse_object
 from pytest_lora.inspection.checkpoint.header import shown as shown_name
-from pytest_lora.inspection.checkpoint.json_file import parse_object
 from pytest_lora.rules.serving_words import shown
 from pytest_lora.rules.training.loss_does_not_fall import _drawn
 

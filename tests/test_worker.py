@@ -21,9 +21,8 @@ import torch
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch._utils import _rebuild_tensor_v2, _rebuild_tensor_v3
 
-from pytest_lora.inspection.limited import patterns, worker
+from pytest_lora.inspection.limited import LimitError, patterns, worker
 from pytest_lora.inspection.limited.patterns import unmatchable
-from pytest_lora.inspection.limited.process import LimitError
 
 resource: Any = pytest.importorskip("resource")
 

@@ -125,7 +125,7 @@ def check_run(
         TypeError: An argument has the wrong type.
         ValueError: The base cannot be built, or the budget has no unit or names other cards than ``gpus``.
     """
-    from pytest_lora.inspection.recipe.script import script_facts
+    from pytest_lora.inspection.recipe import script_facts
 
     expect = require_expect(expect)
     select, ignore = codes("select", select), codes("ignore", ignore)

@@ -15,7 +15,7 @@ from torch import nn
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import NameMatch, Refusal, Repairs
 from pytest_lora.facts.settings import Settings, is_named
-from pytest_lora.inspection.limited.process import SECONDS, LimitError, WorkError, limited
+from pytest_lora.inspection.limited import SECONDS, LimitError, WorkError, limited
 from pytest_lora.inspection.peft_internals import LoraConfig
 
 MOST = 20

@@ -23,10 +23,9 @@ from pytest_lora.inspection.behaviour.batch_law import (
     _without_cache,
     _without_targets,
 )
-from pytest_lora.inspection.behaviour.combination import _beyond
 from pytest_lora.inspection.behaviour.copies import distance, identical, largest, main_tensor
 from pytest_lora.inspection.behaviour.laws import _deviation_from_linear, _near
-from pytest_lora.inspection.behaviour.merge import _allowed, _is_quantized, _restored, _rounded_away
+from pytest_lora.inspection.behaviour.merge import _allowed, _beyond, _is_quantized, _restored, _rounded_away
 from pytest_lora.inspection.behaviour.texts import Text, _run, mask_of, pad_token, texts_of
 
 N = -100

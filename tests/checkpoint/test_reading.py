@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from pytest_lora.inspection.checkpoint import checkpoint_facts
-from pytest_lora.inspection.checkpoint.archive import Archive
 from pytest_lora.inspection.checkpoint.folder import UnreadableError
+from pytest_lora.inspection.checkpoint.pickled import Archive
 
 P = "base_model.model."
 

@@ -12,8 +12,7 @@ from pytest_lora import check_recipe
 from pytest_lora.facts.recipe_lines import Clash
 from pytest_lora.findings import Finding
 from pytest_lora.inspection.recipe import recognised
-from pytest_lora.inspection.recipe.clashes import PAIRS, clashes
-from pytest_lora.inspection.recipe.unread import JUDGED_APART, known_keys
+from pytest_lora.inspection.recipe.schema import JUDGED_APART, PAIRS, clashes, known_keys
 from pytest_lora.inspection.recipe.yaml_file import read_yaml
 from tests.recipe.test_tools import AXOLOTL, FACTORY, OWN, SWIFT, TRL, setting
 

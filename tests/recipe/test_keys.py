@@ -19,9 +19,17 @@ from pytest_lora.inspection.recipe.beside import (
     fsdp_version,
     fsdp_version_of_arguments,
 )
-from pytest_lora.inspection.recipe.interpolation import resolved
-from pytest_lora.inspection.recipe.keys import Keys, comma_separated, count, flag, names_in, number, word
-from pytest_lora.inspection.recipe.unread import unknown_keys, wrong_kinds
+from pytest_lora.inspection.recipe.keys import (
+    Keys,
+    comma_separated,
+    count,
+    flag,
+    names_in,
+    number,
+    resolved,
+    word,
+)
+from pytest_lora.inspection.recipe.schema import unknown_keys, wrong_kinds
 from pytest_lora.inspection.recipe.yaml_file import read_yaml
 from tests.recipe.test_tools import AXOLOTL, FACTORY, OWN, TRL
 

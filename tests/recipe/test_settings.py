@@ -12,7 +12,7 @@ from pytest_lora.facts.recipe import RecipeFacts, RunSetting
 from pytest_lora.inspection.recipe import recipe_facts
 from pytest_lora.inspection.recipe.adapter import fused_arguments, step_arguments
 from pytest_lora.inspection.recipe.beside import fsdp_version_of_arguments
-from pytest_lora.inspection.recipe.unread import known_keys
+from pytest_lora.inspection.recipe.schema import known_keys
 
 AXOLOTL = "base_model: Qwen/Qwen2.5-7B\nadapter: lora\nlora_r: 16\nmicro_batch_size: 2\nlearning_rate: 1e-4\n"
 FACTORY = "model_name_or_path: Qwen/Qwen2.5-7B\nstage: sft\ndo_train: true\nlora_rank: 16\n"

@@ -15,7 +15,7 @@ from torch import nn
 
 from pytest_lora import check_checkpoint, check_config, check_merge, check_model, check_training
 from pytest_lora.bases import examples
-from pytest_lora.inspection.limited.process import limited
+from pytest_lora.inspection.limited import limited
 from pytest_lora.inspection.quiet import alone, collector
 from tests.state.observed import amid_training, changed, observed
 

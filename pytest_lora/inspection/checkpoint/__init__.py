@@ -24,9 +24,8 @@ from pytest_lora.facts.checkpoint import (
 from pytest_lora.facts.origins import OTHER_WEIGHTS
 from pytest_lora.facts.saved_tensors import PREFIX, AdaptedModule, Key, TensorFacts, target_of
 from pytest_lora.inspection.checkpoint.config_file import MAX_CONFIG, config_file
-from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
+from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError, read_object
 from pytest_lora.inspection.checkpoint.header import read_header
-from pytest_lora.inspection.checkpoint.json_file import read_object
 from pytest_lora.inspection.checkpoint.values import read_values
 from pytest_lora.inspection.limited.patterns import unmatchable
 from pytest_lora.values import require_path, shown
@@ -206,7 +205,7 @@ class _Reading:
 def _pickle_differs(folder: Folder, weights: str | None) -> bool | None:
     if weights != WEIGHTS or not folder.exists(PICKLED):
         return None
-    from pytest_lora.inspection.checkpoint.other_numbers import holds_other_numbers
+    from pytest_lora.inspection.checkpoint.pickled import holds_other_numbers
 
     return holds_other_numbers(folder, WEIGHTS, PICKLED)
 

@@ -12,9 +12,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from pytest_lora.facts.checkpoint import FileFault
-from pytest_lora.inspection.checkpoint.folder import UnreadableError, exactly
-from pytest_lora.inspection.checkpoint.json_file import parse_object
-from pytest_lora.inspection.checkpoint.other_contents import FIRST, mistaken
+from pytest_lora.inspection.checkpoint.folder import FIRST, UnreadableError, exactly, mistaken, parse_object
 
 MAX_HEADER = 12 * 2**20
 """Bytes of a header. LoRA on each of the 128 experts in 94 layers needs about 10 MB."""

@@ -1,4 +1,8 @@
-"""Which rows and columns of a saved factor hold anything."""
+"""What is noted of saved numbers as they pass.
+
+Which rows and columns of a factor hold anything, and how many numbers of float16 are zero, or so small that the format
+holds few digits of them.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ _FACTOR = re.compile(r"\.lora_[AB](\.|$)")
 
 MOST_RANKS = 4096
 """Columns of a factor that are looked at one by one; a rank is never larger."""
+
+_NORMAL, _MAGNITUDE = np.uint16(0x0400), np.uint16(0x7FFF)
 
 
 class Marking:
@@ -74,3 +80,26 @@ def _marks(rows: np.ndarray[Any, np.dtype[np.bool_]], filled: np.ndarray[Any, np
 def is_marked(name: str, shape: tuple[int, ...], width: int, most: int) -> bool:
     """Whether this is a factor whose rows fit into ``most`` bytes."""
     return len(shape) == 2 and 0 < shape[1] * width <= most and _FACTOR.search(name) is not None
+
+
+class Small:
+    """Counts over tensors of one form, a part of each at a time."""
+
+    def __init__(self, count: int) -> None:
+        """Begin with nothing seen of ``count`` tensors."""
+        self._zeros = np.zeros(count, np.int64)
+        self._subnormals = np.zeros(count, np.int64)
+
+    def add(self, raw: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Add the next part of each, shape (tensors, bytes)."""
+        bits = raw.view(np.uint16) & _MAGNITUDE
+        zeros = np.count_nonzero(bits == 0, axis=1)
+        self._zeros += zeros
+        self._subnormals += np.count_nonzero(bits < _NORMAL, axis=1) - zeros
+
+    def shares(self, numbers: int) -> list[tuple[float, float]]:
+        """Share of zeros, and share of the rest that is below the smallest normal number, of each tensor."""
+        return [
+            (zeros / max(1, numbers), subnormals / max(1, numbers - zeros))
+            for zeros, subnormals in zip(self._zeros.tolist(), self._subnormals.tolist(), strict=True)
+        ]

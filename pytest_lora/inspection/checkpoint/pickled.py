@@ -1,19 +1,35 @@
-"""Pickled adapters, on request only: a process with limits reads the names, and the numbers are read where they lie.
+"""Pickled adapters: the archive that ``torch.save`` writes, none of it unpacked, and the bytes of its tensors.
 
-Nothing is built but names, shapes and places, so that what a file claims to hold takes no memory.
+On request a process with limits reads the names, and the numbers are read where they lie. Nothing is built but names,
+shapes and places, so that what a file claims to hold takes no memory. Without a request nothing is unpickled:
+``torch.save`` writes the bytes of each storage as a record of its own, as they are, so they can be compared with the
+safetensors beside them whatever the pickle calls them.
 """
 
 from __future__ import annotations
 
 import base64
+import io
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from io import FileIO
 from math import prod
+from typing import NamedTuple
 
+from pytest_lora.facts.checkpoint import FileFault
 from pytest_lora.facts.saved_tensors import TensorFacts
-from pytest_lora.inspection.checkpoint.archive import Archive, Record
-from pytest_lora.inspection.checkpoint.folder import Folder
-from pytest_lora.inspection.checkpoint.header import BITS, Stored, shown
-from pytest_lora.inspection.checkpoint.values import read_values
-from pytest_lora.inspection.limited.process import LimitError, WorkError, limited
+from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError, exactly
+from pytest_lora.inspection.checkpoint.header import BITS, Stored, read_header, shown
+from pytest_lora.inspection.checkpoint.values import CHUNK, MAX_BYTES, read_values
+from pytest_lora.inspection.limited import LimitError, WorkError, limited
+
+MAX_DIRECTORY = 4 * 2**20
+"""Bytes of the list of records that are read: some 40,000 tensors."""
+
+_LOCAL = 30
+"""Bytes of the header before each record, less its name."""
 
 MAX_PICKLE = 8 * 2**20
 """Bytes of the names and shapes of one file: some 40,000 tensors."""
@@ -40,6 +56,121 @@ DTYPES = {
     "uint64": "U64",
 }
 """What ``torch.save`` calls its types, and how safetensors does."""
+
+
+class Record(NamedTuple):
+    """Where a record lies in the file, in bytes."""
+
+    begin: int
+    size: int
+
+
+class Archive:
+    """The records of an archive by their names, without the folder that they are in."""
+
+    def __init__(self, file: FileIO, size: int, name: str) -> None:
+        """Read the list of records.
+
+        Args:
+            file: Open for reading.
+            size: Bytes of the file.
+            name: What it is called in faults.
+
+        Raises:
+            UnreadableError: It is no such archive.
+        """
+        self._file, self._size, self._name = file, size, name
+        try:
+            with zipfile.ZipFile(_Bounded(file, name)) as archive:
+                entries = archive.infolist()
+        except UnreadableError:
+            raise
+        except Exception as error:  # damaged lists raise many kinds
+            raise self.fault(
+                f"it is no archive of torch.save, as PyTorch writes since 1.6: {error}"
+            ) from error
+        names = [entry.filename for entry in entries]
+        top = next((one.removesuffix("data.pkl") for one in names if one.endswith("/data.pkl")), None)
+        if top is None or len(set(names)) != len(names):
+            raise self.fault("it is no archive of torch.save: it has no data.pkl, or a record twice")
+        self._entries = {e.filename.removeprefix(top): e for e in entries if e.filename.startswith(top)}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its records, without the folder that they are in."""
+        return tuple(self._entries)
+
+    def fault(self, observed: str) -> UnreadableError:
+        """A fault of this file."""
+        return UnreadableError(FileFault(self._name, "format", observed[:300]))
+
+    def record(self, name: str) -> Record:
+        """Where a record lies.
+
+        Raises:
+            UnreadableError: There is none, or it is packed, and so may be of any size.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            raise self.fault(f"its record {name[:60]!r} is missing")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise self.fault(f"its record {name[:60]!r} is packed, which torch.save does not do")
+        local = exactly(self._file, entry.header_offset, _LOCAL)
+        begin = (
+            entry.header_offset
+            + _LOCAL
+            + sum(int.from_bytes(local[at : at + 2], "little") for at in (26, 28))
+        )
+        if local[:4] != b"PK\x03\x04" or begin + entry.file_size > self._size:
+            raise self.fault(f"its record {name[:60]!r} lies beyond its end")
+        return Record(begin, entry.file_size)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """A record of at most ``limit`` bytes.
+
+        Raises:
+            UnreadableError: As ``record``, or it is larger.
+        """
+        record = self.record(name)
+        if record.size > limit:
+            raise UnreadableError(
+                FileFault(
+                    self._name,
+                    "size",
+                    f"its record {name!r} is {record.size:,} bytes long; {limit:,} are read",
+                )
+            )
+        return exactly(self._file, record.begin, record.size)
+
+
+class _Bounded(io.RawIOBase):
+    """A file of which no more is read than a list of records takes."""
+
+    def __init__(self, file: FileIO, name: str) -> None:
+        super().__init__()
+        self._file, self._name, self._left = file, name, MAX_DIRECTORY
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int | None = -1) -> bytes:
+        count = self._left if size is None or size < 0 else size
+        if count > self._left:
+            raise UnreadableError(
+                FileFault(self._name, "size", f"its list of records takes more than {MAX_DIRECTORY:,} bytes")
+            )
+        found = exactly(self._file, self._file.tell(), count)
+        self._left -= len(found)
+        return found
 
 
 def read_pickled(folder: Folder, name: str) -> tuple[tuple[TensorFacts, ...], int]:
@@ -105,3 +236,40 @@ def _in_order(shape: list[int], strides: list[int]) -> bool:
     return all(
         length == 1 or stride == step for length, stride, step in zip(shape, strides, inner, strict=True)
     )
+
+
+def holds_other_numbers(folder: Folder, weights: str, pickled: str) -> bool | None:
+    """Whether a pickle holds other numbers than the safetensors beside it.
+
+    Returns:
+        None where that cannot be told: one is unreadable or too large, or tensors lie in storages of another size.
+    """
+    try:
+        with folder.opened(weights) as (ours, size), folder.opened(pickled) as (theirs, other_size):
+            tensors = [Record(t.begin, t.end - t.begin) for t in read_header(ours, size, weights)]
+            records = list(_records(Archive(theirs, other_size, pickled)))
+            if sum(r.size for r in tensors) > MAX_BYTES or _sizes(tensors) != _sizes(records):
+                return None
+            return _marks(ours, tensors) != _marks(theirs, records)
+    except UnreadableError:
+        return None
+
+
+def _records(archive: Archive) -> Iterator[Record]:
+    return (archive.record(name) for name in archive.names if name.startswith("data/"))
+
+
+def _sizes(records: Iterable[Record]) -> Counter[int]:
+    return Counter(record.size for record in records if record.size)
+
+
+def _marks(file: FileIO, records: Iterable[Record]) -> Counter[tuple[int, int]]:
+    """How often each content is there, by its size and checksum."""
+    return Counter((record.size, _checksum(file, record)) for record in records if record.size)
+
+
+def _checksum(file: FileIO, record: Record) -> int:
+    found = 0
+    for offset in range(0, record.size, CHUNK):
+        found = zlib.crc32(exactly(file, record.begin + offset, min(CHUNK, record.size - offset)), found)
+    return found

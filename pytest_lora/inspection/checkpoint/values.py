@@ -19,8 +19,7 @@ from pytest_lora.facts.checkpoint import FileFault
 from pytest_lora.facts.saved_tensors import Values
 from pytest_lora.inspection.checkpoint.folder import UnreadableError
 from pytest_lora.inspection.checkpoint.header import BITS, Stored
-from pytest_lora.inspection.checkpoint.marks import Marking, is_marked
-from pytest_lora.inspection.checkpoint.small import Small
+from pytest_lora.inspection.checkpoint.marks import Marking, Small, is_marked
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pytest_lora.inspection.limited.process import SECONDS, LimitError, limited
+from pytest_lora.inspection.limited import SECONDS, LimitError, limited
 from pytest_lora.inspection.limited.worker import CACHE, KEPT
 from pytest_lora.patterns import learn
 

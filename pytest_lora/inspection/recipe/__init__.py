@@ -1,4 +1,6 @@
-"""A recipe as facts: which tool it is for, what nothing in it is read by, and the setting of the run it describes.
+"""A recipe, or the arguments of a training script, as facts.
+
+Which tool it is for, what nothing in it is read by, and the setting of the run it describes.
 
 The file and those beside it that it names are read and never executed; nothing outside its folder is read.
 """
@@ -6,21 +8,26 @@ The file and those beside it that it names are read and never executed; nothing 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from pytest_lora.facts.recipe import BaseModel, RecipeFacts, RunSetting, SavedAdapter
+from pytest_lora.arguments import require_config
+from pytest_lora.facts.recipe import GIVEN, BaseModel, RecipeFacts, RunSetting, SavedAdapter, Value
 from pytest_lora.facts.recipe_lines import Flaw
 from pytest_lora.inspection.recipe import axolotl, home_made, llamafactory, ms_swift, trl
-from pytest_lora.inspection.recipe.beside import Tree
-from pytest_lora.inspection.recipe.clashes import clashes
-from pytest_lora.inspection.recipe.interpolation import resolved
-from pytest_lora.inspection.recipe.keys import Keys
-from pytest_lora.inspection.recipe.unread import no_choices, unknown_keys, wrong_kinds
+from pytest_lora.inspection.recipe.beside import OFFLOADED, Tree, fsdp_version, fsdp_version_of_arguments
+from pytest_lora.inspection.recipe.keys import Keys, resolved
+from pytest_lora.inspection.recipe.schema import clashes, no_choices, unknown_keys, wrong_kinds
 from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, YamlFile, read_yaml
 from pytest_lora.reading import start_of
+from pytest_lora.values import shown
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import TrainingArguments
 
 TOOLS = (axolotl, llamafactory, ms_swift, trl)
 """In the order in which they are asked; each knows its recipes by keys that no other has."""
@@ -37,6 +44,8 @@ _SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
 _LIKELY = re.compile(
     rb"\b(lora_r|lora_rank|lora_alpha|finetuning_type|use_peft|tuner_type|adapter:\s*q?lora)\b"
 )
+
+_STAGES = {"SFTConfig": "sft", "DPOConfig": "dpo", "KTOConfig": "kto"}
 
 
 def recipe_facts(path: Path, base: str | None = None) -> RecipeFacts:
@@ -154,3 +163,92 @@ def _conversations(keys: Keys, tree: Tree, tool: ModuleType) -> str | None:
             else []
         )
     return next((name for name in names if name and tree.holds_conversations(name)), None)
+
+
+def script_facts(
+    args: TrainingArguments, config: LoraConfig, base: Any, quantization: str | None
+) -> RecipeFacts:
+    """What a script runs, as far as its arguments say it.
+
+    Raises:
+        TypeError: ``args`` or ``config`` is not what it should be.
+    """
+    from transformers import TrainingArguments
+
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"args must be transformers.TrainingArguments, not {shown(args)}")
+    require_config(config)
+    given = _Arguments(args)
+    name = type(args).__name__
+    tool = "TRL" if name in _STAGES else "Trainer"
+    known = base_model(base) if isinstance(base, str) else None
+    precision = "fp16" if args.fp16 else "bf16" if args.bf16 else None
+    setting = RunSetting(
+        tool=tool,
+        base=Value(base if isinstance(base, str) else type(base).__name__, GIVEN, "base"),
+        adapter=Value("lora", GIVEN, "config"),
+        quantization=Value(quantization, GIVEN, "quantization"),
+        dtype=Value(None, "the dtype of the base", "dtype"),
+        precision=given.value("fp16" if args.fp16 else "bf16", precision),
+        objective=Value(next((s for n, s in _STAGES.items() if _is(args, n)), None), GIVEN, name),
+        r=Value(config.r, GIVEN, "r"),
+        lora_alpha=Value(config.lora_alpha, GIVEN, "lora_alpha"),
+        target_modules=Value(config.target_modules, GIVEN, "target_modules"),
+        modules_to_save=Value(config.modules_to_save, GIVEN, "modules_to_save"),
+        use_rslora=Value(config.use_rslora, GIVEN, "use_rslora"),
+        batch_size=given.value("per_device_train_batch_size"),
+        accumulation=given.value("gradient_accumulation_steps"),
+        seq_len=given.value("max_length"),
+        packing=given.value("packing"),
+        loss=Value("chunked" if tool == "TRL" else "full", GIVEN),
+        gradient_checkpointing=given.value("gradient_checkpointing"),
+        optimizer=given.value("optim", _word(args.optim)),
+        learning_rate=given.value("learning_rate"),
+        schedule=given.value(
+            "lr_scheduler_type", str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        ),
+        warmup_steps=given.value("warmup_steps"),
+        warmup_ratio=given.value("warmup_ratio"),
+        epochs=given.value("num_train_epochs"),
+        max_steps=given.value("max_steps"),
+        eval_strategy=given.value("eval_strategy", _word(args.eval_strategy)),
+        eval_steps=given.value("eval_steps"),
+        save_strategy=given.value("save_strategy", _word(args.save_strategy)),
+        save_steps=given.value("save_steps"),
+        load_best_model_at_end=given.value("load_best_model_at_end"),
+        strategy=Value(_fsdp(args), GIVEN, "fsdp"),
+    )
+    return RecipeFacts(name, tool=tool, setting=setting, base=known)
+
+
+def _fsdp(args: Any) -> str | None:
+    if not args.fsdp:
+        return None
+    said = getattr(args, "fsdp_plugin_args", None) or args.fsdp_config or {}
+    version = fsdp_version(said) or fsdp_version_of_arguments()
+    moved = said.get("cpu_offload") or "offload" in f"{args.fsdp} {args.fsdp_config}".lower()
+    return f"fsdp{version}{OFFLOADED if moved else ''}"
+
+
+def _word(value: Any) -> str:
+    """The value of an enumeration as text."""
+    return str(getattr(value, "value", value))
+
+
+def _is(args: Any, name: str) -> bool:
+    return any(cls.__name__ == name for cls in type(args).__mro__)
+
+
+class _Arguments:
+    """Fields of a dataclass as values, and whether each is its default."""
+
+    def __init__(self, args: Any) -> None:
+        self._args = args
+        self._defaults = {f.name: f.default for f in fields(args)}
+
+    def value(self, name: str, value: Any = MISSING) -> Value:
+        """One field, as it is or as another value."""
+        found = getattr(self._args, name, None)
+        default = self._defaults.get(name, MISSING)
+        source = f"default of {type(self._args).__name__}" if found == default else GIVEN
+        return Value(found if value is MISSING else value, source, name)
