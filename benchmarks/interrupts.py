@@ -51,7 +51,7 @@ def checks(setup: Setup) -> dict[str, Callable[[], object]]:
     from pytest_lora.bases import examples
     from pytest_lora.inspection.behaviour.batch_law import BatchLaw
     from pytest_lora.inspection.behaviour.merge import combination_error
-    from pytest_lora.inspection.training.plan import Plan
+    from pytest_lora.inspection.training.batches import Plan
     from pytest_lora.inspection.training.probe import prepared
 
     model, batch, base = setup.model, setup.batches.batch, setup.model.get_base_model()

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from pytest_lora.inspection.model import model_facts
-from pytest_lora.inspection.training.rate import suitable_rate
+from pytest_lora.inspection.training.optimizer import suitable_rate
 
 
 def rate(modules: int, rank: int = 8, alpha: float = 16) -> float:

@@ -16,7 +16,7 @@ from hypothesis.stateful import precondition, rule
 from peft import PeftModel
 
 from pytest_lora.checks.behaviour import check_lora_laws
-from pytest_lora.inspection.behaviour.copies import output_of
+from pytest_lora.inspection.behaviour import output_of
 from pytest_lora.inspection.behaviour.merge import COMBINATIONS, combination_error, rank_of
 from pytest_lora.inspection.bitsandbytes_internals import pack_linear_layers, unpack_linear_layers
 from pytest_lora.inspection.peft_internals import SVD_SCALES_TWICE, forget_adapters

@@ -15,7 +15,7 @@ from torch import Tensor
 from pytest_lora.bases.tiny import load_tiny, text_batch
 from pytest_lora.checks.model import check_model
 from pytest_lora.expect import Expect
-from pytest_lora.inspection.behaviour.copies import TOLERANCES, distance, identical, output_of
+from pytest_lora.inspection.behaviour import TOLERANCES, distance, identical, output_of
 from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.rules import catalogue
 

@@ -30,7 +30,8 @@ from pytest_lora import (
     check_reload,
 )
 from pytest_lora.bases.examples.models import BASES
-from pytest_lora.inspection.behaviour import copies, merge, reload
+from pytest_lora.inspection import behaviour
+from pytest_lora.inspection.behaviour import merge, reload
 from pytest_lora.inspection.peft_internals import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper
 
 BATCH = {"input_ids": torch.arange(3, 35).view(2, 16)}
@@ -388,7 +389,7 @@ def test_the_model_is_left_as_it_was(
     if fails:
         output = _broken_output()
         for home in (
-            copies,
+            behaviour,
             merge,
             reload,
         ):
@@ -401,7 +402,7 @@ def test_the_model_is_left_as_it_was(
 
 
 def _broken_output() -> Callable[[nn.Module, Any], torch.Tensor]:
-    real, calls = copies.output_of, []
+    real, calls = behaviour.output_of, []
 
     def output(model: nn.Module, batch: Any) -> torch.Tensor:
         calls.append(torch.rand(()))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pytest_lora.inspection.behaviour import copies
+from pytest_lora.inspection import behaviour
+from pytest_lora.inspection.behaviour import distance, identical, largest, main_tensor
 from pytest_lora.inspection.behaviour.batch_law import (
     _alone,
     _apart,
@@ -23,7 +24,6 @@ from pytest_lora.inspection.behaviour.batch_law import (
     _without_cache,
     _without_targets,
 )
-from pytest_lora.inspection.behaviour.copies import distance, identical, largest, main_tensor
 from pytest_lora.inspection.behaviour.laws import _deviation_from_linear, _near
 from pytest_lora.inspection.behaviour.merge import _allowed, _beyond, _is_quantized, _restored, _rounded_away
 from pytest_lora.inspection.behaviour.texts import Text, _run, mask_of, pad_token, texts_of
@@ -349,10 +349,10 @@ def test_tensors_that_are_the_same() -> None:
 
 
 def test_large_tensors_are_compared_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert copies.PIECE == 16_777_216
-    monkeypatch.setattr(copies, "PIECE", 2)
+    assert behaviour.PIECE == 16_777_216
+    monkeypatch.setattr(behaviour, "PIECE", 2)
     one = torch.arange(5.0)
-    assert [piece.tolist() for piece in copies._pieces(one)] == [[0.0, 1.0], [2.0, 3.0], [4.0]]
+    assert [piece.tolist() for piece in behaviour._pieces(one)] == [[0.0, 1.0], [2.0, 3.0], [4.0]]
     for place in range(5):
         other = one.clone()
         other[place] += place + 1

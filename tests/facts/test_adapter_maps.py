@@ -21,7 +21,7 @@ from pytest_lora.facts.memory_choices import Evaluation, peak_rows
 from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard, Value
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, TensorFacts, Values
 from pytest_lora.facts.training import TrainingFacts
-from pytest_lora.inspection.training.plan import Plan
+from pytest_lora.inspection.training.batches import Plan
 from pytest_lora.inspection.training.probe import training_facts
 from tests.rules.training.setups import adapted
 

@@ -13,7 +13,7 @@ from pytest_lora.facts.layer_state import LayerState
 from pytest_lora.facts.optimizer import GroupFacts, ScheduleFacts
 from pytest_lora.facts.silence import why_silent
 from pytest_lora.facts.training import LOGGED_AS_ZERO, TrainingFacts, fell
-from pytest_lora.inspection.training.plan import Plan
+from pytest_lora.inspection.training.batches import Plan
 from pytest_lora.inspection.training.probe import training_facts
 from tests.rules.training.setups import adapted
 

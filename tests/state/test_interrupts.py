@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_lora.inspection.state import Keeper, Snapshot, keeper
-from pytest_lora.inspection.state.interrupts import Interrupts
+from pytest_lora.inspection import state
+from pytest_lora.inspection.state import Interrupts, Keeper, Snapshot
 from tests.forked import outcome
 from tests.state.observed import Setup, amid_training, changed, observed
 
@@ -86,7 +86,7 @@ def test_a_signal_waits_until_the_state_is_taken_or_put_back(
             done.append("put back")
             return lost
 
-    monkeypatch.setattr(keeper, "Snapshot", Interrupted)
+    monkeypatch.setattr(state, "Snapshot", Interrupted)
     before = observed(setup)
     with pytest.raises(KeyboardInterrupt), Keeper(setup.model):
         setup.model.eval()

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from pytest_lora import check_lora_laws, check_merge, check_reload, check_training
 from pytest_lora.bases.examples.models import BASES, language_batch
-from pytest_lora.inspection.behaviour.copies import PIECE, distance
+from pytest_lora.inspection.behaviour import PIECE, distance
 from pytest_lora.inspection.behaviour.merge import combination_error
 from pytest_lora.inspection.peft_internals import SVD_SCALES_TWICE
 from pytest_lora.inspection.state.precision import Float32Precision, in_float64, without_tf32

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pytest_lora import rank_sweep
-from pytest_lora.inspection.state.randomness import RandomStates
+from pytest_lora.inspection.state.process import RandomStates
 from tests.simulated_cuda import MACHINES, PlayedCuda, play
 from tests.sweep import toys
 

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pytest_lora.inspection.state import Interrupts
 from pytest_lora.inspection.state import attributes as attributes_module
 from pytest_lora.inspection.state.attributes import (
     AttributeBatch,
@@ -30,7 +31,6 @@ from pytest_lora.inspection.state.attributes import (
     slots_of,
     values_of,
 )
-from pytest_lora.inspection.state.interrupts import Interrupts
 from pytest_lora.inspection.state.memory import OpaqueTensorError, _overlaps, memory_of
 from pytest_lora.inspection.state.process import _Handlers
 from pytest_lora.inspection.state.reachable import MOST_NAME, Reachable, _is_stateful, _trains

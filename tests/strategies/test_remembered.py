@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_lora.inspection.behaviour.copies import TOLERANCES
+from pytest_lora.inspection.behaviour import TOLERANCES
 from pytest_lora.rules import catalogue
 from pytest_lora.strategies import remembered
 from pytest_lora.strategies.remembered import RememberedOutputs

@@ -13,12 +13,10 @@ from torch import nn
 from pytest_lora.bases.examples.models import language_batch
 from pytest_lora.facts.steps import SpreadFacts
 from pytest_lora.inspection.training import beside
-from pytest_lora.inspection.training.beside import Beside
-from pytest_lora.inspection.training.graph import Ran
-from pytest_lora.inspection.training.padding import Padding
-from pytest_lora.inspection.training.plan import Plan
+from pytest_lora.inspection.training.batches import Plan
+from pytest_lora.inspection.training.beside import Beside, Padding, listening
+from pytest_lora.inspection.training.circumstances import Ran
 from pytest_lora.inspection.training.probe import training_facts
-from pytest_lora.inspection.training.spread import listening
 from tests.rules.training.setups import adapted
 from tests.test_labels import words
 

@@ -12,9 +12,9 @@ from torch import nn
 from pytest_lora.bases.examples.models import VOCABULARY, language_batch
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.inspection.state import Keeper
-from pytest_lora.inspection.training.plan import Plan
+from pytest_lora.inspection.training.batches import Plan
+from pytest_lora.inspection.training.optimizer import RATE
 from pytest_lora.inspection.training.probe import prepared, training_facts
-from pytest_lora.inspection.training.rate import RATE
 from tests.rules.training.setups import adapted, trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore")

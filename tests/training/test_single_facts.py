@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from pytest_lora.facts.batch_law import AloneFacts
 from pytest_lora.facts.labels import TextBounds
 from pytest_lora.facts.wrappers import Wrappers
-from pytest_lora.inspection.training.base_changes import _changed, _distance, _Held
 from pytest_lora.inspection.training.batches import (
     LOOKED_AT,
     NoLossError,
@@ -23,15 +22,23 @@ from pytest_lora.inspection.training.batches import (
     require_batches,
     take_batches,
 )
-from pytest_lora.inspection.training.circumstances import live_dropouts, spoiled_inputs
-from pytest_lora.inspection.training.empty_rows import _used, empty_rows
+from pytest_lora.inspection.training.beside import Shift, _mean
+from pytest_lora.inspection.training.circumstances import Passed, Ran, live_dropouts, spoiled_inputs
 from pytest_lora.inspection.training.failures import failure_of
-from pytest_lora.inspection.training.graph import Passed, Ran
 from pytest_lora.inspection.training.labels import _outside
 from pytest_lora.inspection.training.media import grids_disagree, medium_facts, placeholders_of
-from pytest_lora.inspection.training.shift import Shift, _mean
-from pytest_lora.inspection.training.text_bounds import _crossing, text_bounds
-from pytest_lora.inspection.training.updates import NOISE, SPARE, WHOLE, _rank, _Update
+from pytest_lora.inspection.training.rows import _used, empty_rows
+from pytest_lora.inspection.training.special_tokens import _crossing, text_bounds
+from pytest_lora.inspection.training.updates import (
+    NOISE,
+    SPARE,
+    WHOLE,
+    _changed,
+    _distance,
+    _Held,
+    _rank,
+    _Update,
+)
 from pytest_lora.inspection.training.watch import Watch, norms
 from tests.test_labels import words
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pytest_lora.facts.batch_law import AloneFacts
-from pytest_lora.inspection.behaviour.copies import TOLERANCES, largest, main_tensor, output_of
+from pytest_lora.inspection.behaviour import TOLERANCES, largest, main_tensor, output_of
 from pytest_lora.inspection.behaviour.texts import (
     PACKED,
     Text,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pytest_lora.arguments import raised_on_purpose
 from pytest_lora.facts.behaviour import LawFacts, Leak
 from pytest_lora.facts.settings import rewriter
-from pytest_lora.inspection.behaviour.copies import (
+from pytest_lora.inspection.behaviour import (
     TOLERANCES,
     adapted_copy,
     base_without_adapter,

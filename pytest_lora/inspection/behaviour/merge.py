@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pytest_lora.facts.behaviour import MergeFacts
 from pytest_lora.inspection.base import dtype_name, quantization_of
-from pytest_lora.inspection.behaviour.copies import (
+from pytest_lora.inspection.behaviour import (
     TOLERANCES,
     adapted_copy,
     base_without_adapter,

@@ -15,7 +15,7 @@ from torch import nn
 from pytest_lora.facts.behaviour import ReloadFacts
 from pytest_lora.facts.settings import rewriter
 from pytest_lora.findings import grouped
-from pytest_lora.inspection.behaviour.copies import (
+from pytest_lora.inspection.behaviour import (
     adapted_copy,
     as_module,
     base_without_adapter,

@@ -1,16 +1,25 @@
-"""What a user gives as batches and loss, brought into one form."""
+"""What a user gives to train with, in one form: batches, a loss, a data loader's first rows, and how to train."""
 
 from __future__ import annotations
 
+import copy
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from types import FunctionType, MethodType
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from pytest_lora.inspection.placement import device_of, on_device
+from pytest_lora.inspection.quiet import quiet_libraries
+from pytest_lora.inspection.state import leaves_no_trace
 from pytest_lora.values import shown
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -18,6 +27,11 @@ LossFn = Callable[[Any, Any], Tensor]
 
 LOOKED_AT = 64
 """Batches of a list whose labels are looked at; a list may be long, an iterator must not be used up."""
+
+FEWEST, MOST = 8, 64
+"""Rows to read: fewer say little of padding and prompts, more take time before the first step."""
+
+ONCE = "its training data come as a stream, which may not be readable twice"
 
 
 def take_batches(batches: Any, steps: int, loss_fn: LossFn | None) -> tuple[Any, ...]:
@@ -140,3 +154,109 @@ def _described(value: Any) -> str:
 def names_of(batches: tuple[Any, ...]) -> tuple[str, ...]:
     """Names of what some batches hold, each once."""
     return tuple(dict.fromkeys(str(n) for batch in batches if isinstance(batch, Mapping) for n in batch))
+
+
+def first_rows(loader: Any, rows: int) -> tuple[tuple[dict[str, Any], ...], str]:
+    """The first rows of a loader's data in batches, as its collator makes them of rows read by index.
+
+    The loader is not iterated over, so that its order, its workers and its sampler's random numbers stay as they are.
+    Random states, also those that the data and the collator hold themselves, are put back.
+
+    Args:
+        loader: Of torch, or one that accelerate made of it.
+        rows: Rows of a batch.
+
+    Returns:
+        The batches, and why there are none: a stream, or the words of what the data or the collator raised.
+    """
+    data, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
+        return (), ONCE
+    if collate is None or not hasattr(data, "__len__"):
+        return (), "its loader says neither how many rows there are nor how they are collated"
+    try:
+        with quiet_libraries(), _own_states(data, collate):
+            return tuple(_batches(data, _copied(collate), min(max(1, rows), MOST))), ""
+    except Exception as error:  # whatever somebody's data or collator raises: the run itself will say it
+        return (), f"reading its first rows raised {type(error).__name__}"
+
+
+@leaves_no_trace
+def _batches(data: Any, collate: Callable[[Any], Any], size: int) -> list[dict[str, Any]]:
+    found = []
+    for start in range(0, min(len(data), max(FEWEST, size)), size):
+        batch = collate([data[i] for i in range(start, min(start + size, len(data)))])
+        if isinstance(batch, Mapping) and all(isinstance(name, str) for name in batch):
+            found.append(dict(batch))
+    return found
+
+
+def _copied(collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The collator, and one inside of it, copied flatly: some make a generator at their first call and keep it."""
+    if not hasattr(collate, "__dict__") or isinstance(collate, (FunctionType, MethodType, type)):
+        return collate
+    copied = copy.copy(collate)
+    inner = vars(copied).get("data_collator")
+    if inner is not None and hasattr(inner, "__dict__"):
+        copied.__dict__["data_collator"] = _copied(inner)
+    return copied
+
+
+@contextmanager
+def _own_states(*holders: Any) -> Iterator[None]:
+    """Put back the generators of random numbers that data and collators keep as their own."""
+    within = [
+        inner for one in holders for inner in (one, getattr(one, "data_collator", None)) if inner is not None
+    ]
+    held = [value for one in within for value in getattr(one, "__dict__", {}).values()]
+    undo: list[Callable[[], object]] = []
+    for value in held:
+        if isinstance(value, torch.Generator):
+            undo.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, np.random.Generator):
+            undo.append(
+                partial(setattr, value.bit_generator, "state", copy.deepcopy(value.bit_generator.state))
+            )
+        elif isinstance(value, random.Random):
+            undo.append(partial(value.setstate, value.getstate()))
+    try:
+        yield
+    finally:
+        for put_back in undo:
+            put_back()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to train, as the user gave it.
+
+    Attributes:
+        steps: Optimizer steps; 0 looks at labels and modes only.
+        rate: Learning rate of the AdamW that is made where ``optimizer`` is None; None chooses one.
+        optimizer: The user's optimizer.
+        scheduler: Stepped once after each step.
+        max_grad_norm: Where gradients are clipped.
+        scaler: A GradScaler.
+        history: Losses so far.
+        base_snapshot: Tensors of the base before training, by name.
+        loss_fn: Makes the loss; by default the model does.
+        ranks: Measure the rank of what the steps did to each adapted weight.
+        tell_failures: Note what the model or the optimizer raises, where its cause is known, instead of passing it on.
+    """
+
+    steps: int
+    rate: float | None
+    optimizer: Any = None
+    scheduler: Any = None
+    max_grad_norm: float | None = None
+    scaler: Any = None
+    history: Sequence[float] = ()
+    base_snapshot: Mapping[str, Tensor] | None = None
+    loss_fn: LossFn | None = None
+    ranks: bool = False
+    tell_failures: bool = False
+
+    @property
+    def kept(self) -> tuple[object, ...]:
+        """What has a state of its own."""
+        return self.optimizer, self.scheduler, self.scaler

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pytest_lora.facts.labels import IGNORED, LabelFacts, LabelKind
-from pytest_lora.inspection.training.special_tokens import Vocabulary
-from pytest_lora.inspection.training.text_bounds import text_bounds
+from pytest_lora.inspection.training.special_tokens import Vocabulary, text_bounds
 
 ALIKE = 0.95
 """Share of labels equal to inputs from which on a model of unknown class is taken for a language model."""

@@ -21,10 +21,9 @@ from pytest_lora.inspection.behaviour.texts import pad_token
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.state import Keeper
-from pytest_lora.inspection.training.answers import answer_facts
-from pytest_lora.inspection.training.base_changes import since_probe, since_snapshot
 from pytest_lora.inspection.training.batches import (
     NoLossError,
+    Plan,
     generators_of,
     loss_of,
     names_of,
@@ -33,6 +32,8 @@ from pytest_lora.inspection.training.batches import (
 )
 from pytest_lora.inspection.training.beside import Beside
 from pytest_lora.inspection.training.circumstances import (
+    Passed,
+    Ran,
     blank_inputs,
     live_dropouts,
     odd_masks,
@@ -40,9 +41,7 @@ from pytest_lora.inspection.training.circumstances import (
     row_count,
     spoiled_inputs,
 )
-from pytest_lora.inspection.training.empty_rows import empty_rows
 from pytest_lora.inspection.training.failures import StepError, failure_of
-from pytest_lora.inspection.training.graph import Passed, Ran
 from pytest_lora.inspection.training.labels import label_facts
 from pytest_lora.inspection.training.media import medium_facts
 from pytest_lora.inspection.training.optimizer import (
@@ -52,13 +51,12 @@ from pytest_lora.inspection.training.optimizer import (
     param_groups,
     parameter_parts,
     schedule_facts,
+    suitable_rate,
 )
-from pytest_lora.inspection.training.plan import Plan
-from pytest_lora.inspection.training.rate import suitable_rate
+from pytest_lora.inspection.training.rows import answer_facts, empty_rows, whole_targets
 from pytest_lora.inspection.training.special_tokens import vocabulary
-from pytest_lora.inspection.training.updates import Updates
+from pytest_lora.inspection.training.updates import Updates, since_probe, since_snapshot
 from pytest_lora.inspection.training.watch import Watch
-from pytest_lora.inspection.training.whole_targets import whole_targets
 
 
 def training_facts(model: nn.Module, batches: Any, plan: Plan) -> TrainingFacts:

@@ -12,7 +12,7 @@ from pytest_lora import Expect, Finding
 from pytest_lora.bases.examples.models import language_batch
 from pytest_lora.facts.optimizer import ScheduleFacts
 from pytest_lora.facts.training import TrainingFacts
-from pytest_lora.inspection.training.plan import Plan
+from pytest_lora.inspection.training.batches import Plan
 from pytest_lora.inspection.training.probe import training_facts
 from pytest_lora.rules import find
 from pytest_lora.rules.training.adapter_does_not_move import HELD_UP_TO, _share_lost

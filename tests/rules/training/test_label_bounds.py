@@ -14,7 +14,7 @@ from pytest_lora.facts.labels import LabelFacts, TextBounds, WholeTargets
 from pytest_lora.facts.loss_drop import LossDrop
 from pytest_lora.facts.steps import ShiftFacts
 from pytest_lora.facts.training import TrainingFacts
-from pytest_lora.inspection.training.plan import Plan
+from pytest_lora.inspection.training.batches import Plan
 from pytest_lora.inspection.training.probe import training_facts
 from tests.rules.saying import says, told
 from tests.rules.training.setups import adapted

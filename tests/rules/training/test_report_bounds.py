@@ -12,7 +12,7 @@ from pytest_lora import Expect
 from pytest_lora.bases.examples.models import language_batch
 from pytest_lora.facts.steps import PaddingFacts
 from pytest_lora.facts.training import TrainingFacts
-from pytest_lora.inspection.training.plan import Plan
+from pytest_lora.inspection.training.batches import Plan
 from pytest_lora.inspection.training.probe import training_facts
 from pytest_lora.rules import find
 from tests.rules.test_history_bounds import known
