@@ -79,7 +79,7 @@ def check_memory(
         setting = {**setting, "gpus": cards}
     limit = require_budget(budget)
     if is_device(budget):
-        from pytest_lora.inspection.memory.devices import of_device
+        from pytest_lora.inspection.memory.live_model import of_device
 
         answers = of_device(budget)
         setting = {"workspace": answers.workspace, "attention": answers.attention, **setting}

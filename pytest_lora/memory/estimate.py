@@ -256,7 +256,7 @@ def _as_stored(base: Any, asked: Any) -> Any:
 
 def _answers(base: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
     """What the GPU of a live base answers for the arguments that are not given."""
-    from pytest_lora.inspection.memory.devices import of_model
+    from pytest_lora.inspection.memory.live_model import of_model
 
     return {name: answer for name, answer in of_model(base)._asdict().items() if setting.get(name) is None}
 

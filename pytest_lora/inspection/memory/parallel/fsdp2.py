@@ -12,6 +12,7 @@ import torch
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
+from pytest_lora.inspection.memory.meta_answers import swapped
 from pytest_lora.inspection.memory.parallel.model import (
     OFFLOAD_FORMULA,
     Rank,
@@ -19,6 +20,7 @@ from pytest_lora.inspection.memory.parallel.model import (
     offloaded,
     shards,
     trained_shards,
+    units_of,
 )
 from pytest_lora.inspection.memory.parallel.ranks import (
     fake_group,
@@ -27,8 +29,6 @@ from pytest_lora.inspection.memory.parallel.ranks import (
     resizes_followed,
 )
 from pytest_lora.inspection.memory.storage_tracker import StorageTracker
-from pytest_lora.inspection.memory.swapped import swapped
-from pytest_lora.inspection.memory.weights import units_of
 
 if TYPE_CHECKING:
     from pytest_lora.inspection.memory.meta_model import MetaModel

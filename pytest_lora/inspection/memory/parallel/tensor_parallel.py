@@ -12,10 +12,9 @@ from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.memory.parallel.model import Rank, gradients_of, shards, trained_shards
+from pytest_lora.inspection.memory.parallel.model import Rank, gradients_of, shards, trained_shards, units_of
 from pytest_lora.inspection.memory.parallel.ranks import fake_group, meta_as_device
 from pytest_lora.inspection.memory.storage_tracker import StorageTracker
-from pytest_lora.inspection.memory.weights import units_of
 
 if TYPE_CHECKING:
     from pytest_lora.inspection.memory.meta_model import MetaModel
