@@ -68,8 +68,8 @@ def check_memory(
         ValueError: An argument is out of its range, the budget has no unit, the step cannot be traced, or a code does
             not exist.
     """
-    from pytest_lora.memory.budget import cards_and_budget, is_device, require_budget
     from pytest_lora.memory.estimate import estimate_memory
+    from pytest_lora.memory.frontier import cards_and_budget, is_device, require_budget
 
     expect = require_expect(expect)
     select, ignore = codes("select", select), codes("ignore", ignore)

@@ -13,10 +13,9 @@ from pytest_lora.facts.operations import StepFlops
 from pytest_lora.facts.parallel import SHARDED
 from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.kept import predictor_for
-from pytest_lora.memory.not_modelled import not_modelled
 from pytest_lora.memory.parallel import with_what_is_said
 from pytest_lora.memory.setting import checked_setting, declared_quantization, require_point
-from pytest_lora.memory.trainer import read_arguments
+from pytest_lora.memory.trainer import not_modelled, read_arguments
 
 if TYPE_CHECKING:
     from peft import LoraConfig
