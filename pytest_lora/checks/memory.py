@@ -12,7 +12,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.curves import memory_budget
 from pytest_lora.facts.measures import of_memory
 from pytest_lora.findings import Report
-from pytest_lora.memory.arguments import StepArguments, names_settings
+from pytest_lora.memory import StepArguments, names_settings
 from pytest_lora.rules.selection import codes
 from pytest_lora.values import require_flag
 

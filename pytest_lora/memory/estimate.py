@@ -11,7 +11,7 @@ from pytest_lora.facts.memory import MemoryEstimate, Unmodelled
 from pytest_lora.facts.memory_choices import TrainerFields
 from pytest_lora.facts.operations import StepFlops
 from pytest_lora.facts.parallel import SHARDED
-from pytest_lora.memory.arguments import StepArguments, names_settings
+from pytest_lora.memory import StepArguments, names_settings
 from pytest_lora.memory.kept import predictor_for
 from pytest_lora.memory.parallel import with_what_is_said
 from pytest_lora.memory.setting import checked_setting, declared_quantization, require_point

@@ -11,7 +11,7 @@ from pytest_lora.facts.cards import CARDS, card_named
 from pytest_lora.facts.memory import MemoryEstimate
 from pytest_lora.facts.number_tables import markdown_lines, text_lines
 from pytest_lora.facts.operations import StepFlops, format_flops
-from pytest_lora.memory.arguments import StepArguments, names_settings
+from pytest_lora.memory import StepArguments, names_settings
 from pytest_lora.memory.estimate import step_memory
 from pytest_lora.memory.frontier import require_counts
 from pytest_lora.values import require_number, require_share, require_whole, shown

@@ -53,7 +53,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
 
         recipe_items.refuse_code_beside_recipes(args)
     if "PYTEST_XDIST_WORKER" in os.environ:
-        from pytest_lora.plugin.gpu_settings import asks_for_gpus
+        from pytest_lora.plugin.option_values import asks_for_gpus
 
         if asks_for_gpus(early_config):
             from pytest_lora.plugin.gpu import devices

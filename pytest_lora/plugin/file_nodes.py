@@ -10,11 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.assertions import LoraHealthError, delivered
 from pytest_lora.cleaning import LONGEST_OF_A_FINDING, file_id, printable
 from pytest_lora.findings import Finding, LoraHealthWarning, Report
 from pytest_lora.plugin.options import ADAPTER_FILES
-from pytest_lora.rules.selection import in_force
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -192,6 +190,9 @@ def deliver(report: Report, place: str) -> None:
         LoraHealthError: There are errors, or warnings in a session that is strict.
         LoraHealthWarning: There are warnings, and a filter makes them errors.
     """
+    from pytest_lora.assertions import LoraHealthError, delivered  # not where no item is judged
+    from pytest_lora.rules.selection import in_force
+
     delivered.append(report)
     if report.warnings and not place.startswith("<"):
         _cut_lines(place)
@@ -211,6 +212,8 @@ def _cut_lines(file: str) -> None:
 
 def failure_text(excinfo: pytest.ExceptionInfo[BaseException], config: pytest.Config) -> str | None:
     """The report alone, no wider than the terminal, where that is what failed."""
+    from pytest_lora.assertions import LoraHealthError
+
     if not isinstance(excinfo.value, (LoraHealthError, LoraHealthWarning, ValueError)):
         return None
     terminal = config.pluginmanager.get_plugin("terminalreporter")

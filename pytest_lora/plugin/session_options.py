@@ -11,8 +11,17 @@ from typing import Any, get_args
 
 import pytest
 
-from pytest_lora.plugin.gpu_settings import MOST_DIGITS, device_of, gpus_per_worker
-from pytest_lora.plugin.places import adapter_folders, beside_ini, hub_hint, placed, recipe_places, shown
+from pytest_lora.plugin.option_values import (
+    MOST_DIGITS,
+    adapter_folders,
+    beside_ini,
+    device_of,
+    gpus_per_worker,
+    hub_hint,
+    placed,
+    recipe_places,
+    shown,
+)
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,8 @@ from pytest_lora.inspection.memory.meta_answers import (
 from pytest_lora.inspection.memory.operations import FlopsSurface, require_like_inner_units, times_played
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, state_bytes
 from pytest_lora.inspection.memory.packed_weights import _STORED, pack_weights
-from pytest_lora.inspection.memory.parallel import placed, whole
+from pytest_lora.inspection.memory.parallel import autocasts, cuts_of, placed, whole
 from pytest_lora.inspection.memory.parallel.placed import Placement, _gpu_of, _whole, moved_between_gpus
-from pytest_lora.inspection.memory.parallel.strategies import autocasts, cuts_of
 from pytest_lora.inspection.memory.parallel.whole import _number, _part, _width
 from pytest_lora.inspection.memory.step import Step, _flops
 from pytest_lora.inspection.memory.timeline import NotRepeatingError, Timeline

@@ -26,7 +26,7 @@ from pytest_lora.inspection.memory.layer_stacks import (
     same_in_every_layer,
     take_out,
 )
-from pytest_lora.inspection.memory.parallel.strategies import plan_of
+from pytest_lora.inspection.memory.parallel import plan_of
 from pytest_lora.inspection.skeleton import require_no_adapter, resolve_base, skeleton
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from pytest_lora.inspection.memory.fused_losses import fused_kernels
 from pytest_lora.inspection.memory.layer_stacks import KEPT, LAST_INNER
 from pytest_lora.inspection.memory.meta_answers import StandIns, swapped
 from pytest_lora.inspection.memory.meta_model import MetaModel
+from pytest_lora.inspection.memory.parallel import autocasts
 from pytest_lora.inspection.memory.parallel.model import local
-from pytest_lora.inspection.memory.parallel.strategies import autocasts
 from pytest_lora.inspection.memory.patience import TooLongError
 from pytest_lora.inspection.memory.remedies import remedy
 from pytest_lora.inspection.memory.storage_tracker import (

@@ -20,8 +20,8 @@ from pytest_lora.inspection.memory.fused_losses import fuse_loss
 from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, USUAL, Cut, Stack
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
+from pytest_lora.inspection.memory.parallel import before_adapters, distributed
 from pytest_lora.inspection.memory.parallel.model import Rank, Trained, Weight, loaded_weights, units_of
-from pytest_lora.inspection.memory.parallel.strategies import before_adapters, distributed
 from pytest_lora.inspection.memory.remedies import excluded_by_peft
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 from pytest_lora.inspection.memory.trainers import set_up

@@ -28,7 +28,7 @@ from pytest_lora.inspection.memory.fused_losses import FORMULAS as LOSS_FORMULAS
 from pytest_lora.inspection.memory.layer_stacks import USUAL, Cut
 from pytest_lora.inspection.memory.learning import numbers_of, runs_alike, shares_of, thresholds_of
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
-from pytest_lora.inspection.memory.parallel.strategies import cuts_of
+from pytest_lora.inspection.memory.parallel import cuts_of
 from pytest_lora.inspection.memory.patience import Wait, limited, require_few
 from pytest_lora.inspection.memory.sizes import Family, Point
 from pytest_lora.inspection.memory.step import Recorded, Step, assemble, record

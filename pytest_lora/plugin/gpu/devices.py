@@ -10,7 +10,7 @@ import pytest
 
 from pytest_lora.plugin.gpu import hardware
 from pytest_lora.plugin.gpu.marks import lacking
-from pytest_lora.plugin.gpu_settings import gpus_per_worker
+from pytest_lora.plugin.option_values import gpus_per_worker
 from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
