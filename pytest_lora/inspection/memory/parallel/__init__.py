@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory.layer_stacks import Cut
+from pytest_lora.inspection.memory.parallel.dtensors import cut_by_plan, fsdp2_rank, tensor_parallel_rank
 from pytest_lora.inspection.memory.parallel.fsdp1 import fsdp1_rank
-from pytest_lora.inspection.memory.parallel.fsdp2 import fsdp2_rank
 from pytest_lora.inspection.memory.parallel.placed import placed_rank, planned
-from pytest_lora.inspection.memory.parallel.tensor_parallel import cut_by_plan, tensor_parallel_rank
 from pytest_lora.inspection.memory.parallel.whole import ddp_rank, zero_rank
 
 if TYPE_CHECKING:
