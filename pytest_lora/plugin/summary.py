@@ -262,7 +262,7 @@ def _measured_lines(reports: Iterable[Report]) -> Iterator[str]:
 
 
 def add_to_page(report: pytest.TestReport, judged: Sequence[Report], config: pytest.Config) -> None:
-    """Put what was judged in a phase under its test; healthy reports are one line."""
+    """Put what was judged in a phase under its test in the page of pytest-html; healthy reports are one line."""
     plugin: Any = config.pluginmanager.get_plugin("html")
     if plugin is not None and hasattr(plugin, "extras"):
         extended: Any = report

@@ -1,4 +1,4 @@
-"""Where points, ticks and levels lie on a chart, in percent of its width and height from the top left."""
+"""Where points, ticks, levels and bars lie on a chart, in percent of its width and height from the top left."""
 
 from __future__ import annotations
 

@@ -237,10 +237,11 @@ def replayed(
 
 @cache
 def fastest_replay() -> Replay:
-    """The compiled form, or the plain one where numba (``pip install 'pytest-lora[fast]'``) is missing.
+    """The same source compiled by numba, some five times as fast, or the plain form where that is missing.
 
-    numba keeps what it has compiled beside the source, or in the user's cache where it may not write there
-    (``NUMBA_CACHE_DIR`` names another place); where it may write nowhere, each process compiles anew.
+    numba (``pip install 'pytest-lora[fast]'``) keeps what it has compiled beside the source, or in the user's cache
+    where it may not write there (``NUMBA_CACHE_DIR`` names another place); where it may write nowhere, each process
+    compiles anew.
     """
     try:
         numba: Any = importlib.import_module("numba")

@@ -1,4 +1,9 @@
-"""The devices that a session may use, as this process sees them, and whether a test can run on its share of them."""
+"""The devices that a session may use, as this process sees them, and whether a test can run on its share of them.
+
+Each xdist worker sees its own GPU: CUDA_VISIBLE_DEVICES, set before CUDA is started. Where the command line or the ini
+file asks for GPU tests, that is before anything of the user's is imported; else after collection, if there is a GPU
+test, so that the plugin changes nothing where none is.
+"""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def let_go(errors: list[BaseException]) -> None:
 
 
 class Soundness:
-    """What is known of it.
+    """Whether CUDA still works in this process: after some errors it answers nothing but errors.
 
     Attributes:
         words: Of the error that broke CUDA; empty as long as it works.
