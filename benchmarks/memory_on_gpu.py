@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen2Config
 
 from pytest_lora import estimate_memory
-from pytest_lora.inspection.memory.devices import ASSUMED, DeviceAnswers, of_device
+from pytest_lora.inspection.memory.live_model import ASSUMED, DeviceAnswers, of_device
 from pytest_lora.inspection.transformers_internals import quantized_linears
 
 GIB = 2**30

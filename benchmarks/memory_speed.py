@@ -88,7 +88,7 @@ def measured(shape: str, rounds: int) -> dict[str, float]:
 
 LOADING = """
 import time
-from pytest_lora.inspection.memory.compiled_replay import fastest_replay
+from pytest_lora.inspection.memory.cuda_allocator import fastest_replay
 start = time.process_time()
 fastest_replay()
 print(time.process_time() - start)

@@ -37,7 +37,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from pytest_lora import estimate_memory
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.memory.beside_torch import COMMUNICATORS
+from pytest_lora.inspection.memory.cuda_allocator import COMMUNICATORS
 from pytest_lora.memory import kept
 
 GIB = 2**30

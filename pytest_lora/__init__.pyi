@@ -57,10 +57,10 @@ from pytest_lora.memory.frontier import largest_that_fits as largest_that_fits
 from pytest_lora.memory.frontier import oom_frontier as oom_frontier
 from pytest_lora.memory.price import Cost as Cost
 from pytest_lora.memory.price import Price as Price
+from pytest_lora.memory.price import RankPrice as RankPrice
+from pytest_lora.memory.price import RankPrices as RankPrices
 from pytest_lora.memory.price import price as price
-from pytest_lora.memory.rank_prices import RankPrice as RankPrice
-from pytest_lora.memory.rank_prices import RankPrices as RankPrices
-from pytest_lora.memory.rank_prices import rank_prices as rank_prices
+from pytest_lora.memory.price import rank_prices as rank_prices
 from pytest_lora.rules import Rule as Rule
 from pytest_lora.rules import Violation as Violation
 from pytest_lora.rules import rule as rule

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pytest_lora import Expect, Finding, Report
 from pytest_lora.cleaning import file_id, printable
-from pytest_lora.plugin.item_reports import wrapped
+from pytest_lora.plugin.file_nodes import wrapped
 from pytest_lora.rules import Violation, catalogue
 
 SPARKS = (

@@ -12,7 +12,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.curves import memory_budget
 from pytest_lora.facts.measures import of_memory
 from pytest_lora.findings import Report
-from pytest_lora.memory.arguments import StepArguments, names_settings
+from pytest_lora.memory import StepArguments, names_settings
 from pytest_lora.rules.selection import codes
 from pytest_lora.values import require_flag
 
@@ -68,8 +68,8 @@ def check_memory(
         ValueError: An argument is out of its range, the budget has no unit, the step cannot be traced, or a code does
             not exist.
     """
-    from pytest_lora.memory.budget import cards_and_budget, is_device, require_budget
     from pytest_lora.memory.estimate import estimate_memory
+    from pytest_lora.memory.frontier import cards_and_budget, is_device, require_budget
 
     expect = require_expect(expect)
     select, ignore = codes("select", select), codes("ignore", ignore)
@@ -79,7 +79,7 @@ def check_memory(
         setting = {**setting, "gpus": cards}
     limit = require_budget(budget)
     if is_device(budget):
-        from pytest_lora.inspection.memory.devices import of_device
+        from pytest_lora.inspection.memory.live_model import of_device
 
         answers = of_device(budget)
         setting = {"workspace": answers.workspace, "attention": answers.attention, **setting}

@@ -84,7 +84,7 @@ def _file(path: Any) -> Path:
 
 def _cards(gpus: Any, budget: Any) -> tuple[int, int | None]:
     """How many GPUs there are, and the bytes of one where memory is to be judged."""
-    from pytest_lora.memory.budget import cards_and_budget, require_budget
+    from pytest_lora.memory.frontier import cards_and_budget, require_budget
 
     if gpus is not None:
         require_whole("gpus", gpus, least=1)

@@ -79,7 +79,7 @@ class _Adapter:
 @lru_cache(maxsize=32)
 def _remembered(base: str, adapter: _Adapter, whole: bool) -> ConfigFacts:
     from pytest_lora.inspection.config import config_facts
-    from pytest_lora.inspection.memory.adapted_layers import same_in_every_layer
+    from pytest_lora.inspection.memory.layer_stacks import same_in_every_layer
 
     cut = not whole and same_in_every_layer(adapter.config)
     model = _built(base, str(adapter.config.task_type), cut)

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryEstimate
 from pytest_lora.facts.number_tables import markdown_lines, text_lines
-from pytest_lora.memory.arguments import StepArguments, names_settings
-from pytest_lora.memory.budget import require_budget
+from pytest_lora.memory import StepArguments, names_settings
 from pytest_lora.memory.estimate import step_memory
-from pytest_lora.memory.frontier import largest_batch
+from pytest_lora.memory.frontier import largest_batch, require_budget
 from pytest_lora.values import require_items
 
 if TYPE_CHECKING:

@@ -11,12 +11,11 @@ from pytest_lora.facts.memory import MemoryEstimate, Unmodelled
 from pytest_lora.facts.memory_choices import TrainerFields
 from pytest_lora.facts.operations import StepFlops
 from pytest_lora.facts.parallel import SHARDED
-from pytest_lora.memory.arguments import StepArguments, names_settings
+from pytest_lora.memory import StepArguments, names_settings
 from pytest_lora.memory.kept import predictor_for
-from pytest_lora.memory.not_modelled import not_modelled
 from pytest_lora.memory.parallel import with_what_is_said
 from pytest_lora.memory.setting import checked_setting, declared_quantization, require_point
-from pytest_lora.memory.trainer import read_arguments
+from pytest_lora.memory.trainer import not_modelled, read_arguments
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -256,7 +255,7 @@ def _as_stored(base: Any, asked: Any) -> Any:
 
 def _answers(base: Any, setting: Mapping[str, Any]) -> dict[str, Any]:
     """What the GPU of a live base answers for the arguments that are not given."""
-    from pytest_lora.inspection.memory.devices import of_model
+    from pytest_lora.inspection.memory.live_model import of_model
 
     return {name: answer for name, answer in of_model(base)._asdict().items() if setting.get(name) is None}
 

@@ -1,12 +1,13 @@
-"""Predictors, each kept for the steps that share its base, adapter and setting."""
+"""Predictors, each kept for the steps that share its base, adapter and setting, and what tells those from others."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable, Mapping
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.memory import StepSetting
-from pytest_lora.memory.identity import identity, what_takes_memory
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -16,6 +17,34 @@ if TYPE_CHECKING:
 _KEPT = 256
 """Predictors, some MB each: a search over targets comes back to those it has tried."""
 _predictors: dict[Any, Predictor] = {}
+
+_SCALES = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
+"""The rank is asked for at each point; the others are numbers that a layer multiplies by."""
+
+
+def what_takes_memory(config: LoraConfig) -> dict[str, Any]:
+    """The fields of an adapter that two steps must share to make the same storages."""
+    from pytest_lora.inspection.rehearsal import READ_WEIGHTS
+
+    fields = {name: value for name, value in vars(config).items() if name not in _SCALES}
+    fields["lora_dropout"] = bool(config.lora_dropout)
+    init = fields["init_lora_weights"]
+    if init in (True, False, "gaussian") or str(init).lower().startswith(READ_WEIGHTS):
+        fields["init_lora_weights"] = True
+    return fields
+
+
+def identity(value: Any) -> Hashable:
+    """What tells one configuration from another: every attribute, private ones too (the attention, for one)."""
+    if isinstance(value, Mapping):
+        return frozenset((str(name), identity(part)) for name, part in value.items())
+    if isinstance(value, (set, frozenset)):
+        return frozenset(map(identity, value))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(identity, value))
+    if hasattr(value, "__dict__") and not isinstance(value, (type, Enum)):
+        return type(value), identity(vars(value))
+    return type(value), repr(value)
 
 
 def predictor_for(base: Any, config: LoraConfig, setting: StepSetting) -> Predictor:

@@ -15,9 +15,15 @@ from pytest_lora.facts.memory import (
 )
 from pytest_lora.facts.memory_choices import ATTENTION_KERNELS, Attention, Evaluation, Kernels, Loss
 from pytest_lora.facts.parallel import FSDP, SHARDED, Offload
-from pytest_lora.memory.choices import checked_evaluation, checked_kernels, checked_loss
 from pytest_lora.memory.parallel import checked_parallel, with_what_is_said
-from pytest_lora.memory.trainer import TRAINERS, loss_fields, trainer_of
+from pytest_lora.memory.trainer import (
+    TRAINERS,
+    checked_evaluation,
+    checked_kernels,
+    checked_loss,
+    loss_fields,
+    trainer_of,
+)
 from pytest_lora.values import require_flag, require_one_of, require_whole, shown
 
 if TYPE_CHECKING:

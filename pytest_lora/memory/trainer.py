@@ -1,13 +1,21 @@
-"""What a trainer decides about a step: read from its name, or from its arguments."""
+"""What a trainer decides about a step: read from its name, or from its arguments; and whose loss and kernels run."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
-from pytest_lora.facts.memory_choices import SMOOTHING, Evaluation
-from pytest_lora.memory.not_modelled import takes_layers
-from pytest_lora.values import shown
+from pytest_lora.facts.memory import Bound, Unmodelled
+from pytest_lora.facts.memory_choices import (
+    KERNELS,
+    LIGER_LAYERS,
+    LOSSES,
+    SMOOTHING,
+    Evaluation,
+    Kernels,
+    Loss,
+)
+from pytest_lora.values import require_one_of, shown
 
 _BY_ARGUMENTS = {
     "SFTConfig": "trl-sft",
@@ -23,6 +31,8 @@ _DETERMINISTIC_WORKSPACE = 16 * 1024 * 8
 """``CUBLAS_WORKSPACE_CONFIG=":16:8"`` of ``transformers.enable_full_determinism``: KiB, and how many."""
 _OTHERS = frozenset({"output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id"})
 """Fields that only say where things go."""
+
+_SHARING = ("deepspeed", "fsdp")
 
 
 def trainer_of(args: Any) -> str:
@@ -134,3 +144,84 @@ def _fact(name: str, value: Any) -> Hashable | None:
     plain = (bool, int, float, str)
     whole = isinstance(value, tuple) and all(isinstance(part, plain) for part in value)
     return value if isinstance(value, plain) or whole else None
+
+
+def checked_kernels(given: Any) -> Kernels | None:
+    if given is not None:
+        require_one_of("kernels", given, KERNELS)
+    found: Kernels | None = given
+    return found
+
+
+def checked_evaluation(given: Any, *, sharded: bool) -> Evaluation | None:
+    if given is None:
+        return None
+    if not isinstance(given, Evaluation):
+        raise TypeError(f"evaluation must be an Evaluation(batch_size=...) or None, not {shown(given)}")
+    if sharded:
+        raise ValueError(
+            "evaluation: it is not predicted where weights are cut over several GPUs; leave it out, and give it for "
+            "one GPU or strategy='ddp'"
+        )
+    return given
+
+
+def checked_loss(given: Any, kernels: Any, trainer: str) -> Loss:
+    if trainer.startswith("trl-"):  # Liger's layers beside TRL's own head, as TRL sets them up
+        if given not in (None, "chunked"):
+            raise ValueError(
+                f"loss: {trainer!r} computes its own loss, in tiles of the logits; leave loss={given!r} out, or "
+                "describe the step with trainer='transformers'"
+            )
+        return "full"
+    if given is None:
+        return "liger" if kernels == "liger" else "full"
+    require_one_of("loss", given, LOSSES)
+    found: Loss = given
+    return found
+
+
+def not_modelled(args: Any, setting: Mapping[str, Any]) -> tuple[Unmodelled, ...]:
+    """The parts of a step that these arguments ask for and its estimate leaves out.
+
+    Args:
+        args: Of a trainer, as ``read_arguments`` takes them.
+        setting: What is given beside them.
+    """
+    values: dict[str, Any] = vars(args)
+    checkpoints = values.get("gradient_checkpointing_kwargs") or {}
+    found = [
+        *_of_checkpointing(checkpoints if values.get("gradient_checkpointing") else {}),
+        *_of_a_step(values),
+    ]
+    if setting.get("parallel") is None and setting.get("gpus") is None:
+        found += [(f"that {name} divides is", "at most") for name in _SHARING if values.get(name)]
+    return tuple(Unmodelled(what, bound) for what, bound in found)
+
+
+def _of_checkpointing(asked: Mapping[str, Any]) -> Iterator[tuple[str, Bound]]:
+    """Keys that TRL and transformers take out of ``gradient_checkpointing_kwargs`` for themselves."""
+    if asked.get("selective"):
+        yield "what selective checkpointing keeps is", "at least"
+    if (asked.get("every_n_layers") or 1) > 1:
+        yield "layers that are not checkpointed under every_n_layers are", "at least"
+    if asked.get("offload"):
+        yield "checkpoints that are moved to the host are", "at most"
+
+
+def _of_a_step(values: Mapping[str, Any]) -> Iterator[tuple[str, Bound]]:
+    if values.get("torch_compile"):
+        yield "operations that torch.compile fuses are", "at most"
+    if values.get("auto_find_batch_size"):
+        yield "that auto_find_batch_size takes fewer sequences where these do not fit is", "at most"
+    ahead = values.get("precompute_ref_batch_size") or 0
+    if values.get("precompute_ref_log_probs") and ahead > values["per_device_train_batch_size"]:
+        yield f"the reference, read by {ahead} before the training, is", "at least"
+    config = values.get("liger_kernel_config") or {}
+    if values.get("use_liger_kernel") and not takes_layers(config):
+        yield "layers of Liger of which liger_kernel_config takes a part are", "at most"
+
+
+def takes_layers(config: Mapping[str, Any]) -> bool:
+    """Whether a ``liger_kernel_config`` leaves all the layers on that are counted."""
+    return all(config.get(name, True) for name in LIGER_LAYERS)

@@ -11,14 +11,49 @@ from typing import Any, NamedTuple, get_args
 
 from pytest_lora.facts.alternatives import Alternative, Seen
 from pytest_lora.facts.memory import MemoryEstimate
+from pytest_lora.facts.parallel import SHARDED
 from pytest_lora.memory.estimate import step_memory
-from pytest_lora.memory.what_if_cards import more_cards, other_sharing
 
 _MOST_JOINED = 4
 """Changes at once; more are another set-up."""
 
 _FEWER_TARGETS = ["q_proj", "v_proj"]
 """Targets of the LoRA paper (arXiv:2106.09685, section 4.2), where PEFT has no default for the model."""
+
+_MOST_CARDS = 64
+"""GPUs up to which more of them are tried, each time twice as many."""
+
+_SHRINKING = ("fsdp1", "fsdp2", "zero3")
+"""Strategies under which every further GPU makes the part of each smaller."""
+
+_Sharing = tuple[str, dict[str, Any]]
+"""How the GPUs share a step: its words, and the settings that differ."""
+
+
+def _other_sharing(estimate: MemoryEstimate) -> Iterator[_Sharing]:
+    """Strategies that divide the weights, where the one of the step leaves them whole on every GPU."""
+    shared = estimate.setting.parallel
+    if shared is None or shared.strategy in SHARDED:
+        return
+    for strategy, words in (("zero3", "zero3"), ("fsdp2", "fsdp")):
+        yield f'strategy="{words}"', _of(shared.gpus, strategy)
+
+
+def _more_cards(estimate: MemoryEstimate) -> Iterator[_Sharing]:
+    """Twice as many GPUs, four times as many and so on, with weights divided among them."""
+    shared = estimate.setting.parallel
+    if shared is None:
+        return
+    strategy = shared.strategy if shared.strategy in _SHRINKING else "fsdp2"
+    words = "" if strategy == shared.strategy else ' with strategy="fsdp"'
+    gpus = 2 * shared.gpus
+    while gpus <= _MOST_CARDS:
+        yield f"gpus={gpus}{words}", _of(gpus, strategy)
+        gpus *= 2
+
+
+def _of(gpus: int, strategy: str) -> dict[str, Any]:
+    return {"gpus": gpus, "strategy": strategy, "parallel": None}
 
 
 class _Storage(NamedTuple):
@@ -76,14 +111,14 @@ def alternatives(
 
     accumulation = estimate.setting.accumulation
     storage = [*_same_result(estimate), *_other_weights(estimate)]
-    storage += [_Storage(text, fields, "same batch") for text, fields in other_sharing(estimate)]
+    storage += [_Storage(text, fields, "same batch") for text, fields in _other_sharing(estimate)]
     found = estimated(_single(base, storage, now))
     together: list[_Tried] = []
     shortened = now
     if estimate.peak_loading <= budget:
         found += _until_one_fits(estimated, _smaller_batches(accumulation, now), budget)
     if not any_fits():
-        cards = (now._replace(texts=(text,), fields=fields) for text, fields in more_cards(estimate))
+        cards = (now._replace(texts=(text,), fields=fields) for text, fields in _more_cards(estimate))
         found += _until_one_fits(estimated, cards, budget)
     if not any_fits():
         joined = _together(accumulation, storage, found, estimate.peak_allocated, now)

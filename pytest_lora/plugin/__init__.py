@@ -53,12 +53,12 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
 
         recipe_items.refuse_code_beside_recipes(args)
     if "PYTEST_XDIST_WORKER" in os.environ:
-        from pytest_lora.plugin.gpu_settings import asks_for_gpus
+        from pytest_lora.plugin.option_values import asks_for_gpus
 
         if asks_for_gpus(early_config):
-            from pytest_lora.plugin.gpu import pins
+            from pytest_lora.plugin.gpu import devices
 
-            pins.pin_early(early_config)
+            devices.pin_early(early_config)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -76,10 +76,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     is_worker = hasattr(config, "workerinput")
-    if not is_worker and "pytest_lora.plugin.gpu.pins" in sys.modules:
-        from pytest_lora.plugin.gpu import pins
+    if not is_worker and "pytest_lora.plugin.gpu.devices" in sys.modules:
+        from pytest_lora.plugin.gpu import devices
 
-        pins.unpin(config)
+        devices.unpin(config)
     names_adapters = any(name in arg for arg in config.args for name in ADAPTER_FILES)
     if not names_adapters and not any_set(config):
         return
@@ -128,14 +128,14 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
         return demo.show(config)
     if config.getoption("lora_show_recipe"):
-        from pytest_lora.plugin import recipe_table
+        from pytest_lora.plugin import printed_pages
 
-        return recipe_table.show(config)
+        return printed_pages.show_recipe(config)
     if not (config.getoption("lora_rules") or config.getoption("lora_explain")):
         return None
-    from pytest_lora.plugin import rule_pages
+    from pytest_lora.plugin import printed_pages
 
-    return rule_pages.show(config)
+    return printed_pages.show_rules(config)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -233,9 +233,9 @@ def pytest_runtest_makereport(
     report = yield
     summary.add_section(report, call, item.config)
     if judged and item.config.getoption("htmlpath", None):  # of pytest-html
-        from pytest_lora.plugin import html_extras
+        from pytest_lora.plugin import summary
 
-        html_extras.add(report, judged, item.config)
+        summary.add_to_page(report, judged, item.config)
     return report
 
 

@@ -18,13 +18,14 @@ from pytest_lora.cleaning import file_id
 from pytest_lora.plugin.file_nodes import (
     KNOWN_BY,
     InAnyFolder,
+    deliver,
+    failure_text,
     named_adapters,
     node_id,
     refuse_code_beside,
     shown_path,
     unread,
 )
-from pytest_lora.plugin.item_reports import deliver, failure_text
 from pytest_lora.plugin.options import ADAPTER_FILES
 from pytest_lora.plugin.session_options import options_of
 from pytest_lora.rules.checkpoint import GROUPS, group_of, lacks_configuration

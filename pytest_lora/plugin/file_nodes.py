@@ -1,26 +1,35 @@
-"""Files of strangers as nodes of pytest: under names that do nothing to it, to a terminal or to a log."""
+"""Files of strangers as nodes of pytest: under names that do nothing to it or to a log, and what they tell."""
 
 from __future__ import annotations
 
+import linecache
 import os
+import textwrap
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.cleaning import file_id, printable
-from pytest_lora.findings import Finding, LoraHealthWarning
+from pytest_lora.cleaning import LONGEST_OF_A_FINDING, file_id, printable
+from pytest_lora.findings import Finding, LoraHealthWarning, Report
 from pytest_lora.plugin.options import ADAPTER_FILES
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Iterator
 
+    import pytest
 
 KNOWN_BY = (*ADAPTER_FILES, "adapter_model.bin", "pytorch_lora_weights.safetensors")
 """Files that make a folder one with an adapter; the first that is there gives the items their names."""
 
 CODE = ("conftest.py", "__init__.py")
 """Files beside an argument that pytest itself imports."""
+
+SHOWN_SOURCE = 100
+"""Characters of a line of a file that pytest prints under a warning; a saved configuration may be one line."""
+
+_HEADS = ("  --> ", "  observed: ", "  expected: ", "  fix:      ")
+"""How the lines of a finding begin; what is too long goes on under what is said after that."""
 
 
 def node_id(path: Path, root: Path, top: Path) -> str:
@@ -168,3 +177,66 @@ def place_of_warning(path: Path, shown: Path, most: int) -> str:
     return (
         str(path) if path == shown and len(text) <= most and printable(text, most) == text else unread(shown)
     )
+
+
+def deliver(report: Report, place: str) -> None:
+    """Hand a report in, warn of its warnings at a place, and raise if it has errors.
+
+    Args:
+        report: What was found.
+        place: Path of a file whose lines pytest may show under a warning, or anything in brackets.
+
+    Raises:
+        LoraHealthError: There are errors, or warnings in a session that is strict.
+        LoraHealthWarning: There are warnings, and a filter makes them errors.
+    """
+    from pytest_lora.assertions import LoraHealthError, delivered  # not where no item is judged
+    from pytest_lora.rules.selection import in_force
+
+    delivered.append(report)
+    if report.warnings and not place.startswith("<"):
+        _cut_lines(place)
+    strict = [str(finding) for finding in report.warnings if is_strict(finding, place)]
+    if not report.ok or (in_force().strict and report.warnings):
+        raise LoraHealthError(report)
+    if strict:
+        raise LoraHealthWarning("\n\n".join(strict))
+
+
+def _cut_lines(file: str) -> None:
+    """Let Python, which prints the line under a warning, know of a file no more than the beginnings of its lines."""
+    known = linecache.getlines(file)
+    lines = [line if len(line) <= SHOWN_SOURCE else f"{line[:SHOWN_SOURCE].rstrip()} ...\n" for line in known]
+    linecache.cache[file] = (sum(map(len, lines)), None, lines, file)
+
+
+def failure_text(excinfo: pytest.ExceptionInfo[BaseException], config: pytest.Config) -> str | None:
+    """The report alone, no wider than the terminal, where that is what failed."""
+    from pytest_lora.assertions import LoraHealthError
+
+    if not isinstance(excinfo.value, (LoraHealthError, LoraHealthWarning, ValueError)):
+        return None
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    width = 80 if terminal is None else terminal._tw.fullwidth
+    return "\n".join(wrapped(printable(str(excinfo.value), LONGEST_OF_A_FINDING), width))
+
+
+def wrapped(text: str, width: int) -> Iterator[str]:
+    """The lines of a report, of which those that are too long go on under what they say.
+
+    A word is never broken, and neither is code between backticks, which somebody may copy.
+    """
+    for line in text.splitlines():
+        if len(line) <= width:
+            yield line
+            continue
+        kept = "`".join(
+            part.replace(" ", "\0") if number % 2 else part for number, part in enumerate(line.split("`"))
+        )
+        further = " " * next((len(head) for head in _HEADS if line.startswith(head)), 2)
+        parts = textwrap.wrap(
+            kept, width, subsequent_indent=further, break_long_words=False, break_on_hyphens=False
+        )
+        first = len(line) - len(line.lstrip())
+        for number, part in enumerate(parts):
+            yield (line[:first] + part.lstrip() if number == 0 else part).replace("\0", " ")

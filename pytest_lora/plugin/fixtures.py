@@ -129,9 +129,9 @@ def lora_rank_sweep(
     Settings are those of pytest_lora.rank_sweep. Unless they are given, ranks are those of --lora-ranks (4, 8, 16),
     the adapter is that of lora_config, and no progress bar is shown.
     """
-    from pytest_lora.plugin import rank_sweeps
+    from pytest_lora.plugin import lora_settings
 
-    return _or_fail(rank_sweeps.sweeper, request.node, lora_base_model, lora_config)
+    return _or_fail(lora_settings.sweeper, request.node, lora_base_model, lora_config)
 
 
 def _or_fail(settle: Callable[..., T], *arguments: object) -> T:

@@ -1,4 +1,4 @@
-"""LoraConfig and batch for a test: defaults, marks, parameters, and what the base at hand allows."""
+"""LoraConfig, batch and sweep for a test: defaults, marks, parameters, and what the base at hand allows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from transformers import PreTrainedModel
 
 from pytest_lora.inspection.quiet import warnings_only_warn
 from pytest_lora.plugin.markers import fields_for, split
+from pytest_lora.plugin.session_options import options_of
 from pytest_lora.values import in_short, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import pytest
-    from torch import Tensor
+    from peft import LoraConfig
+    from torch import Tensor, nn
+
+    from pytest_lora.sweep.result import SweepResult
 
 DEFAULTS: dict[str, object] = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -100,3 +104,20 @@ def _parameter_fields(node: pytest.Item, parameter: object) -> dict[str, object]
 
 def _spelled(fields: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={shown(value)}" for name, value in fields.items())
+
+
+def sweeper(node: pytest.Item, base: nn.Module, config: LoraConfig) -> Callable[..., SweepResult]:
+    """``rank_sweep`` with the base copied for every trial; keywords of the caller go first."""
+    from pytest_lora.sweep.runner import rank_sweep
+
+    settled = fitted(config, base, node)
+
+    def sweep(train: Any, evaluate: Any, **settings: Any) -> SweepResult:
+        defaults: dict[str, Any] = {
+            "ranks": options_of(node.config).ranks,
+            "config": settled,
+            "progress": False,
+        }
+        return rank_sweep(lambda: copy.deepcopy(base), train, evaluate, **defaults | settings)
+
+    return sweep

@@ -14,6 +14,8 @@ import pytest
 from pytest_lora.cleaning import file_id
 from pytest_lora.plugin.file_nodes import (
     InAnyFolder,
+    deliver,
+    failure_text,
     may_be_recipe,
     named_recipes,
     node_id,
@@ -21,7 +23,6 @@ from pytest_lora.plugin.file_nodes import (
     refuse_code_beside,
     shown_path,
 )
-from pytest_lora.plugin.item_reports import deliver, failure_text
 from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:

@@ -1,16 +1,17 @@
-"""From assertions to the terminal: reports travel as JSON in ``user_properties``, under xdist as well."""
+"""From assertions to terminal and pytest-html: reports travel as JSON in ``user_properties``, under xdist as well."""
 
 from __future__ import annotations
 
 import textwrap
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 from pytest_lora.assertions import delivered
 from pytest_lora.cleaning import printable
+from pytest_lora.facts.figures.recipes import RecipeCard
 from pytest_lora.findings import SEVERITIES, Finding, Report, Severity, counted
-from pytest_lora.plugin import details
-from pytest_lora.plugin.details import cut
+from pytest_lora.plugin.printed_pages import setting_lines
 from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ _COLOURS: dict[Severity, dict[str, bool]] = {
     "warning": {"yellow": True},
     "info": {},
 }
+
+MOST_NUMBERS = 12
+"""Numbers that are listed of a subject."""
 
 
 def start(item: pytest.Item) -> None:
@@ -74,7 +78,7 @@ def write(terminal: pytest.TerminalReporter, reports: Sequence[pytest.TestReport
     """Write the section "LoRA health": what was checked and what could not be, then one line a rule, worst first.
 
     With ``-q`` the rules alone, with ``-qq`` nothing, with ``-v`` infos too, with ``-vv`` what is in
-    ``pytest_lora.plugin.details``.
+    ``detail_lines``.
     """
     verbosity = terminal.config.get_verbosity()
     if verbosity < -1:
@@ -92,7 +96,7 @@ def write(terminal: pytest.TerminalReporter, reports: Sequence[pytest.TestReport
     for severity, line in rules:
         terminal.write_line(line, **_COLOURS[severity])
     if verbosity > 1:
-        for line in details.lines(judged, reports, width):
+        for line in detail_lines(judged, reports, width):
             terminal.write_line(line)
 
 
@@ -189,3 +193,84 @@ def _how_many(count: Counter[Severity], tests: int) -> str:
 
 def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def cut(text: str, width: int) -> str:
+    """A text in at most so many characters, without its middle where it is longer."""
+    if len(text) <= width:
+        return text
+    head = max(width - 3, 2) * 2 // 3
+    return f"{text[:head]}...{text[len(text) - max(width - 3 - head, 1) :]}"
+
+
+def detail_lines(
+    judged: dict[str, list[Report]], tests: Iterable[pytest.TestReport], width: int
+) -> Iterator[str]:
+    """The lines of every subject, the slowest first; what is too long for the terminal goes on in the next line.
+
+    Args:
+        judged: What was judged, by node id.
+        tests: The reports of pytest, which know how long each phase took.
+        width: Of the terminal.
+    """
+    for line in map(printable, _unbroken_lines(judged, tests, width)):
+        margin = " " * (len(line) - len(line.lstrip()))
+        # A broken word could begin a line with what a CI service takes for a command.
+        whole = textwrap.TextWrapper(
+            width, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False
+        )
+        yield from whole.wrap(line) if len(line) > width else [line]
+
+
+def _unbroken_lines(
+    judged: dict[str, list[Report]], tests: Iterable[pytest.TestReport], width: int
+) -> Iterator[str]:
+    took: defaultdict[str, float] = defaultdict(float)
+    for test in tests:
+        took[test.nodeid] += test.duration
+    subjects: defaultdict[str, dict[str, list[Report]]] = defaultdict(dict)
+    for nodeid, reports in judged.items():
+        for report in reports:
+            subjects[report.subject].setdefault(nodeid, []).append(report)
+
+    def seconds(subject: str) -> float:
+        return sum(took[nodeid] for nodeid in subjects[subject])
+
+    for subject in sorted(subjects, key=seconds, reverse=True):
+        own = subjects[subject]
+        several = f"{len(own)} test{'' if len(own) == 1 else 's'}"
+        told = f": {seconds(subject):.2f} s in {several}"
+        yield ""
+        yield cut(subject, width - len(told)) + told
+        reports = [report for of_test in own.values() for report in of_test]
+        for nodeid in own if len(own) > 1 else ():
+            yield f"  {took[nodeid]:6.2f} s  {cut(nodeid, width - 12)}"
+        yield from _measured_lines(reports)
+        cards = dict.fromkeys(one for r in reports for one in r.figures if isinstance(one, RecipeCard))
+        for card in cards:
+            yield from setting_lines(card)
+            yield from (f"  {name}: {value}" for name, value in card.steps)
+
+
+def _measured_lines(reports: Iterable[Report]) -> Iterator[str]:
+    """What was measured, each number once."""
+    known = dict.fromkeys(pair for report in reports for pair in report.measured)
+    for name, value in list(known)[:MOST_NUMBERS]:
+        yield f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value:g}"
+    if len(known) > MOST_NUMBERS:
+        yield f"  ... and {len(known) - MOST_NUMBERS} more numbers"
+
+
+def add_to_page(report: pytest.TestReport, judged: Sequence[Report], config: pytest.Config) -> None:
+    """Put what was judged in a phase under its test in the page of pytest-html; healthy reports are one line."""
+    plugin: Any = config.pluginmanager.get_plugin("html")
+    if plugin is not None and hasattr(plugin, "extras"):
+        extended: Any = report
+        extended.extras = [
+            *getattr(report, "extras", ()),
+            *(plugin.extras.html(_element(one)) for one in judged),
+        ]
+
+
+def _element(report: Report) -> str:
+    return f'<pre class="lora-report">{escape(printable(str(report)))}</pre>'

@@ -10,11 +10,18 @@ from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, RankSweep
 from pytest_lora.facts.figures.recipes import RecipeCard
 from pytest_lora.facts.sweep import rate_text
-from pytest_lora.report import gpu_view
-from pytest_lora.report.figures import Shown, figures
+from pytest_lora.report.digest import FoundIn, Shown, figures, rule_groups
 from pytest_lora.report.map_view import map_view, number
-from pytest_lora.report.rule_groups import FoundIn, rule_groups
-from pytest_lora.report.session import Session, counted_tests
+from pytest_lora.report.session import (
+    GPU_COLUMNS,
+    GPU_TEXT_COLUMNS,
+    Session,
+    counted_tests,
+    gpu_cells,
+    gpu_troubles,
+    ran_on_gpu,
+    skipped_on_gpu,
+)
 from pytest_lora.report.text import markdown, markdown_block, markdown_code
 
 MOST_CHARACTERS = 400_000
@@ -250,16 +257,16 @@ def _gpu(session: Session) -> Iterator[str]:
     uses = {test.nodeid: test.gpu for test in session.tests if test.gpu is not None}
     if not uses:
         return
-    if ran := gpu_view.ran(uses):
-        yield from _table(gpu_view.COLUMNS, len(gpu_view.COLUMNS) - gpu_view.TEXT_COLUMNS)
+    if ran := ran_on_gpu(uses):
+        yield from _table(GPU_COLUMNS, len(GPU_COLUMNS) - GPU_TEXT_COLUMNS)
         for test, use in ran.items():
-            _, *others = gpu_view.cells(test, use)
+            _, *others = gpu_cells(test, use)
             yield _row(markdown_code(test, in_table=True), *map(markdown, others))
         yield ""
-    for reason, tests in gpu_view.skipped(uses).items():
+    for reason, tests in skipped_on_gpu(uses).items():
         yield f"- skipped: {markdown(reason)}"
         yield from (f"  - {markdown_code(test)}" for test in tests)
-    yield from (f"- {markdown(trouble)}" for trouble in gpu_view.troubles(uses))
+    yield from (f"- {markdown(trouble)}" for trouble in gpu_troubles(uses))
     yield ""
 
 

@@ -22,16 +22,12 @@ from pytest_lora.facts.figures import AdapterMap, to_plain
 from pytest_lora.facts.figures.recipes import RecipeCard
 from pytest_lora.facts.sweep import rate_text
 from pytest_lora.findings import Finding
-from pytest_lora.report import gpu_view
-from pytest_lora.report.charts import curve_chart, path, sweep_chart
-from pytest_lora.report.figures import Shown, figures
+from pytest_lora.report.charts import curve_chart, memory_view, path, sweep_chart
+from pytest_lora.report.digest import FoundIn, RuleGroup, Shown, figures, rule_groups
 from pytest_lora.report.map_view import map_view, number, words_of
-from pytest_lora.report.memory_view import memory_view
 from pytest_lora.report.rate_charts import price_chart, rate_chart
-from pytest_lora.report.rule_docs import rule_doc
-from pytest_lora.report.rule_groups import FoundIn, RuleGroup, rule_groups
-from pytest_lora.report.session import RanTest, Session, counted_tests
-from pytest_lora.report.text import without_margin
+from pytest_lora.report.session import RanTest, Session, counted_tests, gpu_troubles
+from pytest_lora.report.text import rule_doc, without_margin
 from pytest_lora.rules import catalogue
 
 MOST_CHARACTERS = 900_000
@@ -75,9 +71,7 @@ def page(session: Session) -> str:
             sweeps=shown.sweeps,
             recipes=shown.recipes,
             gpu=[test for test in session.tests if test.gpu is not None],
-            gpu_troubles=list(
-                gpu_view.troubles({t.nodeid: t.gpu for t in session.tests if t.gpu is not None})
-            ),
+            gpu_troubles=list(gpu_troubles({t.nodeid: t.gpu for t in session.tests if t.gpu is not None})),
             first_failure=next((test for test in session.tests if test.failed), None),
             tests=session.judged[:LISTED_TESTS],
             more_tests=len(session.judged[LISTED_TESTS:]),

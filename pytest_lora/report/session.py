@@ -1,12 +1,15 @@
-"""A session of tests as a report shows it: plain data, whoever ran it."""
+"""A session of tests as a report shows it, whoever ran it: plain data, and in words what its GPU tests took."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from pytest_lora.cleaning import json_text
+from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.findings import SEVERITIES, Finding, Report
 
 State = Literal["running", "finished", "interrupted", "crashed"]
@@ -16,6 +19,12 @@ Verdict = Literal["error", "warning", "healthy", "not judged"]
 
 FORMAT = 1
 """Version of the JSON that a session is written as; another one where a field changes its meaning."""
+
+GPU_COLUMNS = ("test", "devices", "peak", "limit", "predicted", "seconds")
+GPU_TEXT_COLUMNS = 2
+"""Those of them that are no numbers."""
+
+_UNKNOWN = "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,3 +193,42 @@ class Session:
 def counted_tests(number: int) -> str:
     """``"1 test"``, ``"2 tests"``."""
     return f"{number} test{'' if number == 1 else 's'}"
+
+
+def ran_on_gpu(uses: Mapping[str, GpuUse]) -> dict[str, GpuUse]:
+    """The tests that ran on a GPU."""
+    return {test: use for test, use in uses.items() if not use.skipped and use.devices}
+
+
+def skipped_on_gpu(uses: Mapping[str, GpuUse]) -> dict[str, list[str]]:
+    """The tests that did not run, by why."""
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for test, use in uses.items():
+        if use.skipped:
+            groups[use.skipped].append(test)
+    return groups
+
+
+def gpu_cells(test: str, use: GpuUse) -> tuple[str, ...]:
+    """The columns of a test that ran, a dash where nothing is known."""
+    return (
+        test,
+        ", ".join(use.devices),
+        *(
+            _UNKNOWN if size is None else format_bytes(size)
+            for size in (use.peak_bytes, use.limit_bytes, use.predicted_bytes)
+        ),
+        _UNKNOWN if use.seconds is None else f"{use.seconds:.2f}",
+    )
+
+
+def gpu_troubles(uses: Mapping[str, GpuUse]) -> Iterator[str]:
+    """Yield what no single test shows: memory left behind, and tests that could not run as CUDA was broken."""
+    for test, use in uses.items():
+        if use.left_bytes:
+            where = ", ".join(use.devices)
+            yield f"{test} left {format_bytes(use.left_bytes)} ({use.left_bytes} bytes) allocated on {where}"
+    broken = Counter(use.broken_by for use in uses.values() if use.broken_by)
+    for test, number in broken.items():
+        were = "1 GPU test was" if number == 1 else f"{number} GPU tests were"
+        yield f"{test} broke CUDA: {were} not run after it in that process"

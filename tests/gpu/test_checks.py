@@ -20,7 +20,7 @@ from pytest_lora import (
     run_distributed,
 )
 from pytest_lora.bases.tiny import load_tiny, text_batch
-from pytest_lora.inspection.memory.devices import of_device
+from pytest_lora.inspection.memory.live_model import of_device
 from tests import ranks
 
 pytestmark = [pytest.mark.lora_gpu(min_vram_gb=4), pytest.mark.filterwarnings("ignore")]
@@ -131,7 +131,7 @@ def test_a_process_of_its_own(script: str) -> None:
 
 WORKSPACES = """
 import torch
-from pytest_lora.inspection.memory.devices import of_device
+from pytest_lora.inspection.memory.live_model import of_device
 said = of_device("cuda:0").workspace
 torch._C._cuda_clearCublasWorkspaces()
 before = torch.cuda.memory_allocated()

@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.bitsandbytes_internals import quantization_statistics
-from pytest_lora.inspection.memory.parallel.fsdp2 import as_accelerator
+from pytest_lora.inspection.memory.meta_answers import StandIns
+from pytest_lora.inspection.memory.parallel.dtensors import as_accelerator
 from pytest_lora.inspection.memory.parallel.model import local
 from pytest_lora.inspection.memory.parallel.ranks import resizes_followed
-from pytest_lora.inspection.memory.stand_ins import StandIns
 from pytest_lora.inspection.memory.storage_tracker import StorageTracker
 
 BATCH, LENGTH, RANKS = 3, 48, 2

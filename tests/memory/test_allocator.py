@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_lora.facts.memory import StepSetting
-from pytest_lora.inspection.memory import compiled_replay, predictor
-from pytest_lora.inspection.memory.compiled_replay import fastest_replay
-from pytest_lora.inspection.memory.cuda_allocator import max_reserved, plainly_replayed
+from pytest_lora.inspection.memory import cuda_allocator, predictor
+from pytest_lora.inspection.memory.cuda_allocator import fastest_replay, max_reserved, plainly_replayed
 from tests.memory.test_estimate import adapter, small
 
 KIB, MIB = 2**10, 2**20
@@ -148,7 +147,7 @@ def test_without_numba_or_a_place_to_write_it_still_works(monkeypatch: pytest.Mo
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(compiled_replay.importlib, "import_module", missing)
+    monkeypatch.setattr(cuda_allocator.importlib, "import_module", missing)
     assert fastest_replay.__wrapped__() is plainly_replayed
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig
 
 from pytest_lora import estimate_memory, largest_that_fits, oom_frontier, step_memory
-from pytest_lora.memory.arguments import StepArguments
+from pytest_lora.memory import StepArguments
 from pytest_lora.memory.setting import checked_setting
 
 BASE: Any = LlamaConfig(

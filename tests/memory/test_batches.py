@@ -10,8 +10,7 @@ from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.inspection.memory import patience
-from pytest_lora.inspection.memory.batches import batch_for, has_tokens
-from pytest_lora.inspection.memory.images import image_edges, images_for, reads_images
+from pytest_lora.inspection.memory.batches import batch_for, has_tokens, image_edges, images_for, reads_images
 
 
 def model(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
-from pytest_lora.inspection.memory import put_off
+from pytest_lora.inspection.memory import meta_model
 from pytest_lora.inspection.memory.cut_bases import KeptBases, cut_base, kept_for
 from pytest_lora.inspection.memory.layer_stacks import USUAL, Cut
 from pytest_lora.inspection.memory.meta_model import build
@@ -179,11 +179,11 @@ def test_no_more_predictors_are_kept_than_a_few(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_peft_puts_off_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(put_off, "_sampler", lambda layer, adapter, config: (adapter, config))
+    monkeypatch.setattr(meta_model, "_sampler", lambda layer, adapter, config: (adapter, config))
     layer: Any = torch.nn.Linear(2, 2)
     layer._lora_kasa_truncation_deferred = {"one"}
     layer._lora_monteclora_config = {"one": 1, "two": 2}
     layer.lora_monteclora_sampler = {"one": "made before"}
-    put_off.finish(torch.nn.Sequential(layer, torch.nn.Linear(2, 2)))
+    meta_model.finish(torch.nn.Sequential(layer, torch.nn.Linear(2, 2)))
     assert layer.lora_monteclora_sampler == {"one": "made before", "two": ("two", 2)}
     assert layer._lora_kasa_truncation_deferred == set()

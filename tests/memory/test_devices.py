@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from pytest_lora import check_memory, estimate_memory
 from pytest_lora.facts.memory_choices import ATTENTION_KERNELS
-from pytest_lora.inspection.memory import devices
+from pytest_lora.inspection.memory import live_model
 from tests.simulated_cuda import MACHINES, Machine, play
 
 AMPERE, HOPPER = 8_519_680, 33_554_432
@@ -72,7 +72,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("name", CUDA)
 def test_a_device_says_its_workspace_and_its_kernel(asked: Any, name: str) -> None:
     asked(MACHINES[name], "cudnn")
-    assert devices.of_device("cuda:0") == (MACHINES[name].workspace, "cudnn")
+    assert live_model.of_device("cuda:0") == (MACHINES[name].workspace, "cudnn")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_an_older_torch_is_answered_for(
     asked(MACHINES[name])
     monkeypatch.delattr(torch.backends.cuda, "cublas_workspace_size")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", written)
-    assert devices.of_device("cuda:0").workspace == expected
+    assert live_model.of_device("cuda:0").workspace == expected
 
 
 class OnTheGpu(nn.Module):
@@ -104,10 +104,10 @@ class OnTheGpu(nn.Module):
 
 def test_a_live_model_is_answered_for_by_its_device_and_nothing_else_starts_cuda(asked: Any) -> None:
     played = asked(MACHINES["H200"])
-    assert devices.of_model(nn.Linear(2, 2)) == devices.of_model(small()) == devices.ASSUMED
+    assert live_model.of_model(nn.Linear(2, 2)) == live_model.of_model(small()) == live_model.ASSUMED
     estimated()
     assert not played.started
-    assert devices.of_model(OnTheGpu()) == (HOPPER, "flash")
+    assert live_model.of_model(OnTheGpu()) == (HOPPER, "flash")
 
 
 def test_a_budget_that_is_a_device_is_asked_for_more_than_its_size(asked: Any) -> None:
@@ -142,7 +142,7 @@ def test_the_forward_of_a_packed_layer_holds_its_weight_unpacked(double: bool) -
     from bitsandbytes.nn import Linear4bit
 
     from pytest_lora.inspection.bitsandbytes_internals import pack_on_meta
-    from pytest_lora.inspection.memory.stand_ins import StandIns
+    from pytest_lora.inspection.memory.meta_answers import StandIns
     from pytest_lora.inspection.memory.storage_tracker import StorageTracker
 
     layer = Linear4bit(256, 512, bias=False, device="meta", compress_statistics=double)

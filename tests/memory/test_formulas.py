@@ -15,23 +15,28 @@ from torch import nn
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.facts.operations import StepFlops
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.memory import devices, operations, optimizers
-from pytest_lora.inspection.memory.adapted_layers import is_numbered, marks, same_in_every_layer
-from pytest_lora.inspection.memory.cards import _filled, gpu_of_events
-from pytest_lora.inspection.memory.devices import _attention
-from pytest_lora.inspection.memory.families import numbers_of, runs_alike, shares_of, thresholds_of
+from pytest_lora.inspection.memory import live_model, operations, optimizers
+from pytest_lora.inspection.memory.batches import image_edges, images_for
+from pytest_lora.inspection.memory.estimate import _filled, gpu_of_events
 from pytest_lora.inspection.memory.fused_losses import liger_chunk
-from pytest_lora.inspection.memory.images import image_edges, images_for
-from pytest_lora.inspection.memory.known_results import KnownResults, _is_of_its_own
-from pytest_lora.inspection.memory.layer_stacks import Cut
+from pytest_lora.inspection.memory.layer_stacks import Cut, is_numbered, marks, same_in_every_layer
+from pytest_lora.inspection.memory.learning import numbers_of, runs_alike, shares_of, thresholds_of
+from pytest_lora.inspection.memory.live_model import _attention
+from pytest_lora.inspection.memory.meta_answers import (
+    KnownResults,
+    StandIns,
+    _ctc_loss,
+    _grouped_mm,
+    _is_of_its_own,
+    _masked,
+    _split,
+)
 from pytest_lora.inspection.memory.operations import FlopsSurface, require_like_inner_units, times_played
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, state_bytes
 from pytest_lora.inspection.memory.packed_weights import _STORED, pack_weights
-from pytest_lora.inspection.memory.parallel import placed, whole
+from pytest_lora.inspection.memory.parallel import autocasts, cuts_of, placed, whole
 from pytest_lora.inspection.memory.parallel.placed import Placement, _gpu_of, _whole, moved_between_gpus
-from pytest_lora.inspection.memory.parallel.strategies import autocasts, cuts_of
 from pytest_lora.inspection.memory.parallel.whole import _number, _part, _width
-from pytest_lora.inspection.memory.stand_ins import StandIns, _ctc_loss, _grouped_mm, _masked, _split
 from pytest_lora.inspection.memory.step import Step, _flops
 from pytest_lora.inspection.memory.timeline import NotRepeatingError, Timeline
 from pytest_lora.inspection.memory.unmodelled import _cache_of_generation
@@ -125,7 +130,7 @@ def test_numbers_that_others_have_fixed() -> None:
     assert (whole.REDUCE_BUCKET, whole.PREFETCH_BUCKET) == (500_000_000, 50_000_000)
     assert (whole.PERSISTENT_UP_TO, whole.REUSE_DISTANCE) == (100_000, 1_000_000_000)
     assert optimizers.PAGED_FROM == 100_000
-    assert (devices.HOPPER_WORKSPACE, devices._ON_INSTINCT) == (33_554_432, 134_217_728)
+    assert (live_model.HOPPER_WORKSPACE, live_model._ON_INSTINCT) == (33_554_432, 134_217_728)
 
 
 def test_the_width_of_a_base() -> None:

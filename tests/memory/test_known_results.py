@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from pytest_lora.inspection.memory.known_results import KnownResults
+from pytest_lora.inspection.memory.meta_answers import KnownResults
 
 aten: Any = torch.ops.aten
 

@@ -13,9 +13,9 @@ import torch
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.inspection.memory import trainer_steps
 from pytest_lora.inspection.memory.dry_run import Trace
-from pytest_lora.inspection.memory.recordings import Recording, Recordings
 from pytest_lora.inspection.memory.sizes import Family, Point
 from pytest_lora.inspection.memory.step import Recorded
+from pytest_lora.inspection.memory.surfaces import Recording, Recordings
 
 TRACE = Trace(
     events=[0, 1, ~0, ~1],

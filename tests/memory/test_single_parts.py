@@ -19,18 +19,17 @@ from pytest_lora.facts.memory import AMPERE_WORKSPACE, Quantization, StepSetting
 from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory import batches, unmodelled
 from pytest_lora.inspection.memory.batches import batch_for
-from pytest_lora.inspection.memory.compiled_replay import _bisect_left
-from pytest_lora.inspection.memory.devices import _attention, _workspace
+from pytest_lora.inspection.memory.cuda_allocator import _bisect_left
 from pytest_lora.inspection.memory.estimate import StepShape
 from pytest_lora.inspection.memory.layer_stacks import Stack
+from pytest_lora.inspection.memory.live_model import _attention, _workspace
 from pytest_lora.inspection.memory.parallel import placed
 from pytest_lora.inspection.memory.parallel.fsdp1 import _policy, _remedy
-from pytest_lora.inspection.memory.parallel.model import offloaded
+from pytest_lora.inspection.memory.parallel.model import Trained, Weight, offloaded
 from pytest_lora.inspection.memory.parallel.placed import Placement, _of_units, placed_rank, planned
 from pytest_lora.inspection.memory.parallel.whole import PERSISTENT_UP_TO, _cast, _divided
 from pytest_lora.inspection.memory.step import Step
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
-from pytest_lora.inspection.memory.weights import Trained, Weight
 from tests.memory.test_batches import model, shapes
 
 

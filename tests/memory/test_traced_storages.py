@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from pytest_lora.inspection.memory.cuda_kernels import _Autocast, cuda_kernels
-from pytest_lora.inspection.memory.stand_ins import StandIns
+from pytest_lora.inspection.memory.meta_answers import StandIns
 from pytest_lora.inspection.memory.storage_tracker import (
     OUTSIDE,
     NeedsValuesError,

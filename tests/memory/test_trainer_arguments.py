@@ -21,9 +21,8 @@ from pytest_lora import estimate_memory
 from pytest_lora.inspection.memory import dry_run
 from pytest_lora.inspection.memory.layer_stacks import Cut
 from pytest_lora.inspection.memory.meta_model import build
-from pytest_lora.memory.not_modelled import not_modelled
 from pytest_lora.memory.setting import checked_setting
-from pytest_lora.memory.trainer import read_arguments
+from pytest_lora.memory.trainer import not_modelled, read_arguments
 from tests.memory.test_trainers import (
     BASE,
     BATCH,

@@ -13,19 +13,19 @@ from transformers import LlamaConfig
 
 from pytest_lora import check_memory, estimate_memory, largest_that_fits, step_memory
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.memory.beside_torch import communication_of
+from pytest_lora.inspection.memory.cuda_allocator import communication_of
+from pytest_lora.inspection.memory.meta_answers import StandIns
 from pytest_lora.inspection.memory.meta_model import build
 from pytest_lora.inspection.memory.parallel import whole
-from pytest_lora.inspection.memory.parallel.zero3_gathers import (
+from pytest_lora.inspection.memory.parallel.zero3 import (
     Gathered,
     Limits,
     Part,
     _Coordinator,
     _order,
     gathered,
+    zero3_linears,
 )
-from pytest_lora.inspection.memory.parallel.zero3_linear import zero3_linears
-from pytest_lora.inspection.memory.stand_ins import StandIns
 from pytest_lora.inspection.memory.storage_tracker import StorageTracker
 from pytest_lora.inspection.parallel_files import read_parallel
 from pytest_lora.memory.setting import checked_setting

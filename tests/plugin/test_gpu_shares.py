@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_lora.plugin.gpu import ledger, locks
-from pytest_lora.plugin.gpu.shares import Entry, may_begin
+from pytest_lora.plugin.gpu.ledger import Entry, may_begin
 from tests.forked import run_forked
 from tests.plugin.simulated import machine, shared
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pytest_lora.plugin.gpu import hardware, ledger, locks, pins
+from pytest_lora.plugin.gpu import devices, hardware, ledger, locks
 from tests.forked import run_forked
 from tests.plugin.sessions import example_command, run
 from tests.plugin.simulated import CARD, GB, machine, shared
@@ -150,7 +150,7 @@ def test_what_a_worker_is_pinned_to_at_its_start_and_after_collection(
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw1")
     config = pytester.parseconfig(*args)
     assert os.environ.get(hardware.VISIBLE) == at_start
-    pins.pin_collected(config, count)
+    devices.pin_collected(config, count)
     assert os.environ.get(hardware.VISIBLE) == expected
 
 

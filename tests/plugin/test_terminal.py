@@ -10,9 +10,8 @@ import pytest
 
 from pytest_lora.assertions import delivered
 from pytest_lora.findings import Finding, LoraHealthWarning, Report
-from pytest_lora.plugin.details import cut
-from pytest_lora.plugin.item_reports import deliver, wrapped
-from pytest_lora.plugin.summary import left_lines, rule_lines, subject_lines
+from pytest_lora.plugin.file_nodes import deliver, wrapped
+from pytest_lora.plugin.summary import cut, left_lines, rule_lines, subject_lines
 from tests.plugin.sessions import run, session
 from tests.plugin.test_command_line import RECIPE
 

@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, RankTrial, RatePoint, WhatIf
 from pytest_lora.facts.sweep import frontier, spread_out
 from pytest_lora.findings import Report
-from pytest_lora.report.charts import Scale, curve_chart, path, sweep_chart
-from pytest_lora.report.figures import figures
+from pytest_lora.report.charts import Scale, curve_chart, memory_view, path, sweep_chart
+from pytest_lora.report.digest import figures
 from pytest_lora.report.map_view import map_view, number
 from pytest_lora.report.markdown import markdown_report
-from pytest_lora.report.memory_view import memory_view
 from pytest_lora.report.page import _flops, _percent, _seconds, page
 from pytest_lora.report.rate_charts import price_chart, rate_chart
 from tests.report.sample import BROKEN, BUDGET, FALLING, MAP, SESSION, SWEEP, ran

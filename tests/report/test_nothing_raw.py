@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_lora.findings import Report
-from pytest_lora.plugin import details, github, html_extras, item_reports, summary
+from pytest_lora.plugin import file_nodes, github, summary
 from pytest_lora.report import baseline, rendered
 from pytest_lora.report.session import Session
 from tests.report.sample import worded
@@ -70,12 +70,12 @@ def terminal(session: Session) -> Iterator[str]:
     yield from summary.subject_lines(judged.values())
     yield from summary.left_lines(judged)
     yield from (line for _, line in summary.rule_lines(found))
-    yield from details.lines(judged, [], 80)
+    yield from summary.detail_lines(judged, [], 80)
     rows = baseline.compare({}, {nodeid: dict(own[0].measured) for nodeid, own in judged.items()})
     yield from baseline.table(rows)
     for own in judged.values():
         for report in own:
-            yield from item_reports.wrapped(str(report), 80)
+            yield from file_nodes.wrapped(str(report), 80)
 
 
 def junit(session: Session) -> str:
@@ -107,7 +107,7 @@ def test_no_output_says_anything_raw(text: str) -> None:
     for line in terminal(session):
         assert is_harmless(line), line
     for report in session.judged[0].reports:
-        assert is_harmless(html_extras._element(report))
+        assert is_harmless(summary._element(report))
         assert is_harmless(report._repr_html_())
     for annotation in map(str, github.annotated(session, Path("/repo"))):
         assert annotation.isprintable()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pytest_lora.findings import Finding, Report
 from pytest_lora.report import rendered
 from pytest_lora.report.page import page
-from pytest_lora.report.rule_docs import rule_doc
+from pytest_lora.report.text import rule_doc
 from pytest_lora.rules import catalogue
 from tests.report.sample import BUDGET, MAP, MERGED, SESSION, ran, worded
 

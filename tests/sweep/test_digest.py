@@ -25,7 +25,8 @@ from torch import nn
 
 from pytest_lora import rank_sweep
 from pytest_lora.bases.tiny.known_rank import KnownRankTask
-from pytest_lora.plugin import rank_sweeps
+from pytest_lora.plugin import lora_settings
+from pytest_lora.sweep import runner
 from pytest_lora.sweep.digest import Reader
 from tests.sweep import toys
 
@@ -170,15 +171,15 @@ def test_a_base_is_read_by_a_sample_of_its_weights() -> None:
 
 def test_the_fixture_looks_at_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(rank_sweeps, "rank_sweep", lambda make_model, *_, **__: made.append(make_model))
-    monkeypatch.setattr(rank_sweeps, "options_of", lambda _: types.SimpleNamespace(ranks=(4,)))
-    monkeypatch.setattr(rank_sweeps.lora_settings, "fitted", lambda config, *_: config)
+    monkeypatch.setattr(runner, "rank_sweep", lambda make_model, *_, **__: made.append(make_model))
+    monkeypatch.setattr(lora_settings, "options_of", lambda _: types.SimpleNamespace(ranks=(4,)))
+    monkeypatch.setattr(lora_settings, "fitted", lambda config, *_: config)
     one, other = toys.make_model(), toys.make_model()
     with torch.no_grad():
         other[0].bias[3] += 1
     node: Any = types.SimpleNamespace(config=None)
     for base in (one, one, other):
-        rank_sweeps.sweeper(node, base, LoraConfig())(toys.train, toys.evaluate)
+        lora_settings.sweeper(node, base, LoraConfig())(toys.train, toys.evaluate)
     first, second, changed = map(held, made)
     assert first == second
     assert first["train.base"] != changed["train.base"]

@@ -5,17 +5,22 @@ sizes are rounded to 512 bytes; up to 1 MiB comes from segments of 2 MiB, up to 
 20 MiB, more from segments of its own rounded to 2 MiB; the smallest free block that is large enough is
 taken, the one at the lowest address first, and split where what remains is worth keeping; a freed block
 joins its free neighbours. Segments go back to the device only where the cache is emptied. Each stream has
-blocks of its own.
+blocks of its own. CUDA and NCCL take memory beside it, which ``nvidia-smi`` counts too.
 """
 
 from __future__ import annotations
 
+import importlib
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pytest_lora.facts.parallel import Parallel
 
 Integers = NDArray[np.int64]
 Replay = Callable[[Integers, Integers, int, int, int], int]
@@ -38,6 +43,23 @@ _ROOM_AT_ONCE, _ROOM_OF_ONE = 31, 28
 _NONE = 1 << 62
 """Sorts behind all blocks."""
 _NEVER = -1
+
+_SIGNATURE = "int64(int64[::1], int64[::1], int64, int64, int64)"
+
+CUDA_CONTEXT = 512 * 2**20
+"""Bytes that CUDA's context takes on the device; 0.4 to 0.6 GiB is usual."""
+
+OF_TWO, OF_MORE = 544 * 2**20, 688 * 2**20
+"""Bytes that one communicator of NCCL takes on each GPU after its first collective, among two and among more: measured
+on A100s with NVLink (NVIDIA/nccl, issue 964). Each connection of each of its 24 channels has a buffer for every
+protocol, 12 MiB for both directions (``initTransportsRank``, ``p2pSendSetup`` and ``p2pRecvSetup``). Cards without
+NVLink have fewer channels and take less; H100s behind an NVSwitch take up to 1.5 GiB more for each
+(``nvlsPerRankSize`` in nvls.cc)."""
+
+COMMUNICATORS = {"device_map": 0, "hsdp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
+"""How many a strategy has, where that is not one: layers on several GPUs are one process; ``hsdp`` has one to divide
+and one to repeat; DeepSpeed clones the group of all ranks (``_clone_world_group`` in deepspeed/utils/groups.py), and
+accelerate waits in the first."""
 
 
 def rounded(sizes: Integers) -> Integers:
@@ -211,3 +233,52 @@ def replayed(
         starting[address] = ending[end] = block
         free.insert(bisect_left(free, block), block)
     return most
+
+
+@cache
+def fastest_replay() -> Replay:
+    """The same source compiled by numba, some five times as fast, or the plain form where that is missing.
+
+    numba (``pip install 'pytest-lora[fast]'``) keeps what it has compiled beside the source, or in the user's cache
+    where it may not write there (``NUMBA_CACHE_DIR`` names another place); where it may write nowhere, each process
+    compiles anew.
+    """
+    try:
+        numba: Any = importlib.import_module("numba")
+        extending: Any = importlib.import_module("numba.extending")
+    except ImportError:
+        return plainly_replayed
+    extending.overload(bisect_left)(_bisect_left)
+    try:
+        return _compiled(numba, cached=True)
+    except RuntimeError:  # no place to write to
+        return _compiled(numba, cached=False)
+
+
+def _compiled(numba: Any, *, cached: bool) -> Replay:
+    compiled: Replay = numba.njit(_SIGNATURE, cache=cached)(replayed)
+    return compiled
+
+
+def _bisect_left(ordered: Any, sought: Any) -> Callable[[Any, Any], int]:
+    """What numba lacks to compile the replay; it asks with types, and compiles the answer."""
+
+    def search(ordered: Any, sought: Any) -> int:
+        low, high = 0, len(ordered)
+        while low < high:
+            middle = (low + high) // 2
+            if ordered[middle] < sought:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    return search
+
+
+def communication_of(parallel: Parallel | None) -> int:
+    """Bytes that NCCL takes on each GPU; 0 with one."""
+    if parallel is None or parallel.gpus == 1:
+        return 0
+    each = OF_TWO if parallel.gpus == 2 else OF_MORE
+    return each * COMMUNICATORS.get(parallel.strategy, 1)

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional
 
 from pytest_lora.facts.memory_choices import Attention
+from pytest_lora.inspection.memory.meta_answers import swapped
 from pytest_lora.inspection.memory.operations import attention_backward_flops, attention_flops
-from pytest_lora.inspection.memory.swapped import swapped
 
 _torch_attention = functional.scaled_dot_product_attention
 _torch_dropout = functional.dropout

@@ -14,17 +14,19 @@ from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.inspection.limited.patterns import require_matchable
-from pytest_lora.inspection.memory.adapted_layers import is_numbered, marks, same_in_every_layer
 from pytest_lora.inspection.memory.layer_stacks import (
     Cut,
     LayerList,
     Run,
     Stack,
+    is_numbered,
     layer_lists,
+    marks,
     runs_of,
+    same_in_every_layer,
     take_out,
 )
-from pytest_lora.inspection.memory.parallel.strategies import plan_of
+from pytest_lora.inspection.memory.parallel import plan_of
 from pytest_lora.inspection.skeleton import require_no_adapter, resolve_base, skeleton
 
 if TYPE_CHECKING:

@@ -16,23 +16,22 @@ from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.memory_choices import Evaluation
 from pytest_lora.inspection.memory.batches import batch_for
 from pytest_lora.inspection.memory.cuda_kernels import cuda_kernels
+from pytest_lora.inspection.memory.fused_losses import fused_kernels
 from pytest_lora.inspection.memory.layer_stacks import KEPT, LAST_INNER
+from pytest_lora.inspection.memory.meta_answers import StandIns, swapped
 from pytest_lora.inspection.memory.meta_model import MetaModel
+from pytest_lora.inspection.memory.parallel import autocasts
 from pytest_lora.inspection.memory.parallel.model import local
-from pytest_lora.inspection.memory.parallel.strategies import autocasts
 from pytest_lora.inspection.memory.patience import TooLongError
 from pytest_lora.inspection.memory.remedies import remedy
-from pytest_lora.inspection.memory.stand_ins import StandIns
 from pytest_lora.inspection.memory.storage_tracker import (
     OUTSIDE,
     NeedsValuesError,
     StorageTracker,
     quiet,
 )
-from pytest_lora.inspection.memory.swapped import swapped
 from pytest_lora.inspection.memory.trainer_steps import prediction_step, smoothed_loss
 from pytest_lora.inspection.memory.trainers import trl_loss
-from pytest_lora.inspection.memory.trl_kernels import fused_kernels
 from pytest_lora.inspection.quiet import collector
 from pytest_lora.inspection.transformers_internals import masks_without_values
 

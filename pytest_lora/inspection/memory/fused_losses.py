@@ -7,6 +7,8 @@ kernel's own code makes and keeps, of a head whose weight is frozen.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
+from pytest_lora.inspection.memory.meta_answers import swapped
+from pytest_lora.inspection.memory.operations import product_flops
 
 FORMULAS = {
     "chunked": "torch's linear_cross_entropy: N x H kept for the backward, logits of a chunk in float32 "
@@ -172,3 +176,33 @@ def _on_chip(hidden: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 _KERNELS = {"chunked": _Chunked, "liger": _Liger, "cut": _Cut}
+
+
+@contextmanager
+def fused_kernels(count: Callable[[int], None]) -> Iterator[None]:
+    """Let TRL's fused head leave the storages that its CUDA kernels leave: they fold each tile in place.
+
+    ``count`` is told the operations of the products among them. Tokens that are not scored are left out before the
+    head; without values all are scored.
+    """
+    try:
+        kernels: Any = importlib.import_module("trl.kernels.chunked_logprob")
+    except ImportError:  # older than the fused head
+        yield
+        return
+    utilities: Any = importlib.import_module("trl.trainer.utils")
+
+    def fold(*_: Any, **__: Any) -> None:
+        """In place."""
+
+    def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        count(product_flops(left, right))
+
+    replaced = [
+        (kernels, "_forward_tile", fold),
+        (kernels, "_backward_tile", fold),
+        (kernels, "_addmm_fp32", add_product),
+        (utilities, "_use_triton", lambda device: True),
+    ]
+    with swapped(replaced):
+        yield

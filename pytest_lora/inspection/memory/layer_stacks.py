@@ -1,12 +1,18 @@
-"""Repeated layers: which a trace can leave out because they are like the ones it keeps."""
+"""Repeated layers: which a trace can leave out because they are like the ones it keeps, and adapted alike."""
 
 from __future__ import annotations
 
+import copy
+import importlib
+import re
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 LONGEST_PERIOD = 8
 """Layers after which a pattern of layer kinds may repeat; five local and one global is the longest in use."""
@@ -17,6 +23,8 @@ KEPT = 5
 FIRST_INNER, LAST_INNER = 2, 3
 """The kept units that stand for all between them; the gradient that ends in the first unit makes the second
 one differ from those above it."""
+
+_NUMBERED = re.compile(r"(^|\.)\d+(\.|$)")
 
 
 class Cut(NamedTuple):
@@ -168,6 +176,7 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
 
 
 _PLAIN = (int, float, str, bool, type(None))
+
 _INDICES = frozenset({"layer_idx", "layer_id", "idx", "index"})
 
 
@@ -185,3 +194,50 @@ def _longest_run(kinds: list[Any], together: int) -> tuple[int, int, int]:
                 best, saved = (start, period, count), (count - KEPT) * period
             start = end - period + 1
     return best
+
+
+def is_numbered(name: str) -> bool:
+    """Whether a name means one layer by its number."""
+    return bool(_NUMBERED.search(name))
+
+
+def same_in_every_layer(config: LoraConfig) -> bool:
+    """Whether a configuration cannot tell one layer from another by its number."""
+    by_number = config.layers_to_transform or config.layer_replication or config.rank_pattern
+    targets = config.target_modules
+    expressions = isinstance(config.exclude_modules, str) or (
+        isinstance(targets, str) and targets != "all-linear"
+    )
+    names = [config.exclude_modules, targets, *_other_names(config)]
+    return not (by_number or expressions or any(map(is_numbered, _listed(*names))))
+
+
+def marks(config: LoraConfig) -> Callable[[str], Hashable] | None:
+    """What a configuration does to a module, by its name in the base; None where that cannot be asked.
+
+    Two layers whose modules have the same marks are adapted alike.
+    """
+    if config.layer_replication or any(map(is_numbered, _listed(*_other_names(config)))):
+        return None
+    if same_in_every_layer(config):
+        return lambda name: None
+    tuners: Any = importlib.import_module("peft.tuners.tuners_utils")
+    patterns: Any = importlib.import_module("peft.utils.other")
+    asked = copy.copy(config)
+    if asked.target_modules == "all-linear":
+        asked.target_modules = ".*"  # of all linear layers it only leaves some out
+    ranks: dict[str, int] = config.rank_pattern or {}
+
+    def mark(name: str) -> Hashable:
+        taken = bool(tuners.check_target_module_exists(asked, name))
+        return taken and (True, ranks.get(patterns.get_pattern_key(ranks.keys(), name)))
+
+    return mark
+
+
+def _other_names(config: LoraConfig) -> tuple[Any, Any]:
+    return config.modules_to_save, getattr(config, "target_parameters", None)
+
+
+def _listed(*groups: Any) -> list[str]:
+    return [name for group in groups if group and not isinstance(group, str) for name in group]

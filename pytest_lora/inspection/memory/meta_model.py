@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +20,11 @@ from pytest_lora.inspection.memory.fused_losses import fuse_loss
 from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, USUAL, Cut, Stack
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
-from pytest_lora.inspection.memory.parallel.model import Rank
-from pytest_lora.inspection.memory.parallel.strategies import before_adapters, distributed
-from pytest_lora.inspection.memory.put_off import finish
+from pytest_lora.inspection.memory.parallel import before_adapters, distributed
+from pytest_lora.inspection.memory.parallel.model import Rank, Trained, Weight, loaded_weights, units_of
 from pytest_lora.inspection.memory.remedies import excluded_by_peft
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 from pytest_lora.inspection.memory.trainers import set_up
-from pytest_lora.inspection.memory.weights import Trained, Weight, loaded_weights, units_of
 from pytest_lora.inspection.peft_internals import freeze, store_adapter
 from pytest_lora.inspection.rehearsal import without_values
 from pytest_lora.inspection.skeleton import META, without_initial_values
@@ -33,6 +32,12 @@ from pytest_lora.inspection.transformers_internals import kept_whole, quantized_
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+_LEFT_TO_CUT = "_lora_kasa_truncation_deferred"
+"""Where KaSA notes base weights that it cuts at the first forward (``peft.tuners.lora.variants``)."""
+
+_MONTECLORA = "_lora_monteclora_config"
+"""Where a layer keeps the configurations of MonteCLoRA by adapter, whose samplers it makes at the first forward."""
 
 
 @dataclass(frozen=True)
@@ -221,3 +226,42 @@ def _hint(error: Exception, setting: StepSetting) -> str:
         "; a layer of modules_to_save (a classifier is one by its task_type) is quantized: leave it whole with "
         "BitsAndBytesConfig(..., llm_int8_skip_modules=[its name])"
     )
+
+
+def finish(model: nn.Module) -> None:
+    """Do what PEFT puts off until a layer has values: take base weights as cut, and give layers their samplers."""
+    for module in model.modules():
+        getattr(module, _LEFT_TO_CUT, set()).clear()
+        for adapter, config in getattr(module, _MONTECLORA, {}).items():
+            samplers: Any = module.lora_monteclora_sampler
+            if adapter not in samplers:
+                samplers[adapter] = _sampler(module, adapter, config)
+
+
+def _sampler(layer: Any, adapter: str, config: Any) -> nn.Module:
+    """A sampler with all that it holds: noise is drawn for ``buffer_size`` steps at once, and kept.
+
+    One of a single step is made with values, as drawing asks for them; the whole buffer then stands on the meta device.
+    The noise has the dtype of the base, where that is not packed; PEFT casts no more than the parameters afterwards.
+    """
+    variant: Any = importlib.import_module("peft.tuners.lora.monteclora")
+    factor = layer.lora_A[adapter].weight
+    base = layer.get_base_layer().weight.dtype
+    made: Any = variant.MontecloraSampler(
+        layer.in_features,
+        factor.shape[0],
+        **{**asdict(config), "buffer_size": 1},
+        device="cpu",
+        dtype=base if base.is_floating_point else torch.float32,
+    )
+    for parameter in made.parameters():
+        parameter.data = parameter.data.to(factor.dtype)
+    made.to("meta")
+    drawn = {}
+    for name, tensor in made.sampler.buffer[0].items():
+        held = torch.empty(config.buffer_size, *tensor.shape, dtype=tensor.dtype, device="meta")
+        made.register_buffer(f"drawn_{name}", held, persistent=False)
+        drawn[name] = held[0]
+    made.sampler.get = lambda: drawn
+    sampler: nn.Module = made
+    return sampler

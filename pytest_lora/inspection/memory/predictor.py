@@ -14,24 +14,26 @@ from torch import nn
 from pytest_lora.facts.memory import MemoryEstimate, StepSetting
 from pytest_lora.facts.operations import StepFlops
 from pytest_lora.inspection.memory.batches import has_tokens
-from pytest_lora.inspection.memory.beside_torch import CUDA_CONTEXT, communication_of
-from pytest_lora.inspection.memory.compiled_replay import fastest_replay
-from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
+from pytest_lora.inspection.memory.cuda_allocator import (
+    CUDA_CONTEXT,
+    communication_of,
+    fastest_replay,
+    plainly_replayed,
+)
 from pytest_lora.inspection.memory.cut_bases import KeptBases
 from pytest_lora.inspection.memory.dry_run import NotTracedError
 from pytest_lora.inspection.memory.estimate import StepShape
-from pytest_lora.inspection.memory.families import numbers_of, runs_alike, shares_of, thresholds_of
 from pytest_lora.inspection.memory.fused_layers import FORMULAS as LAYER_FORMULAS
 from pytest_lora.inspection.memory.fused_losses import FORMULAS as LOSS_FORMULAS
 from pytest_lora.inspection.memory.layer_stacks import USUAL, Cut
+from pytest_lora.inspection.memory.learning import numbers_of, runs_alike, shares_of, thresholds_of
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
-from pytest_lora.inspection.memory.parallel.strategies import cuts_of
+from pytest_lora.inspection.memory.parallel import cuts_of
 from pytest_lora.inspection.memory.patience import Wait, limited, require_few
-from pytest_lora.inspection.memory.recordings import Recordings
 from pytest_lora.inspection.memory.sizes import Family, Point
 from pytest_lora.inspection.memory.step import Recorded, Step, assemble, record
 from pytest_lora.inspection.memory.storage_tracker import quiet
-from pytest_lora.inspection.memory.surfaces import Answer, Surfaces, Traced, answer_of
+from pytest_lora.inspection.memory.surfaces import Answer, Recordings, Surfaces, Traced, answer_of
 from pytest_lora.inspection.memory.timeline import NotRepeatingError
 from pytest_lora.inspection.memory.unmodelled import of_adapter, of_setting
 from pytest_lora.inspection.quiet import collector, unexplained

@@ -13,10 +13,9 @@ from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT
 from pytest_lora.inspection.memory.meta_model import MetaModel
 from pytest_lora.inspection.memory.operations import require_like_inner_units, times_played
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS, PAGED_FROM, state_bytes
-from pytest_lora.inspection.memory.parallel.model import CUT, Loading
+from pytest_lora.inspection.memory.parallel.model import CUT, Loading, Trained, Weight
 from pytest_lora.inspection.memory.parallel.placed import Placement
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
-from pytest_lora.inspection.memory.weights import Trained, Weight
 
 LOAD, OPTIMIZER = "load", "optimizer"
 PHASES = (LOAD, "forward", "backward", OPTIMIZER, EVALUATION)

@@ -13,10 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pytest_lora.inspection.memory.known_results import KnownResults
+from pytest_lora.inspection.memory.meta_answers import KnownResults, StandIns
 from pytest_lora.inspection.memory.operations import flops_of
 from pytest_lora.inspection.memory.patience import tick
-from pytest_lora.inspection.memory.stand_ins import StandIns
 
 OUTSIDE = -1
 """Unit of an event that belongs to no repeated layer."""

@@ -10,7 +10,7 @@ from torch import nn
 from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import StepSetting, Unmodelled
 from pytest_lora.facts.parallel import FSDP
-from pytest_lora.inspection.memory.images import reads_images
+from pytest_lora.inspection.memory.batches import reads_images
 from pytest_lora.inspection.memory.parallel.placed import moved_between_gpus
 from pytest_lora.inspection.transformers_internals import runs_images_without_values
 

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lora.plugin.gpu import estimate, hardware, ledger, locks, memory, pins
+from pytest_lora.plugin.gpu import devices, hardware, ledger, locks, memory
 from pytest_lora.plugin.gpu.devices import Devices
-from pytest_lora.plugin.gpu.diagnosis import out_of_memory, over_limit
 from pytest_lora.plugin.gpu.last_words import LastWords
 from pytest_lora.plugin.gpu.marks import Need, need_of
-from pytest_lora.plugin.gpu.run import PREDICTION, Run
-from pytest_lora.plugin.gpu.soundness import Soundness
+from pytest_lora.plugin.gpu.memory import Soundness
+from pytest_lora.plugin.gpu.run import PREDICTION, Run, explained, out_of_memory, over_limit, predict
 from pytest_lora.plugin.options import has_own, is_gpu_test
 from pytest_lora.plugin.session_options import options_of
 
@@ -36,7 +35,7 @@ _RUN = pytest.StashKey[Run]()
 def begin(config: pytest.Config, tests: list[pytest.Item]) -> None:
     """Take care of the GPU tests that were collected."""
     if "PYTEST_XDIST_WORKER" in os.environ and hasattr(config, "workerinput"):
-        pins.pin_collected(config, max(_count(item) for item in tests))
+        devices.pin_collected(config, max(_count(item) for item in tests))
     config.pluginmanager.register(GpuTests(config), "lora-gpu")
 
 
@@ -140,7 +139,7 @@ class GpuTests:
         self._cuda.require(was_broken)
         limit = run.need.limit
         if limit and run.peak is not None and run.peak > limit.size:
-            estimate.predict(item)
+            predict(item)
             prediction = item.stash.get(PREDICTION, None)
             breakdown = prediction.breakdown if prediction else {}
             message = over_limit(run.peak, limit, tuple(run.devices.values()), run.before, breakdown)
@@ -172,7 +171,7 @@ class GpuTests:
         if call.when == "call":
             run.seconds = round(call.duration, 3)
             if options_of(self._config).gpu_report:
-                estimate.predict(item)
+                predict(item)
         diagnosis = self._diagnosis(item, run, call.excinfo.value) if call.excinfo else ""
         run.publish(item)
         report = yield
@@ -297,4 +296,4 @@ class GpuTests:
         taken = {number: self._memory.taken(number) for number in run.devices}
         seen = out_of_memory(run.devices, run.before, run.peak, taken, run.need.vram, self._left)
         smallest = min(device.total for device in run.devices.values())
-        return "\n".join(filter(None, (seen, estimate.explained(item, smallest))))
+        return "\n".join(filter(None, (seen, explained(item, smallest))))

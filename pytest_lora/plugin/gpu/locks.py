@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from pytest_lora.plugin.gpu import ledger
-from pytest_lora.plugin.gpu.ledger import NotSharedError
-from pytest_lora.plugin.gpu.shares import Entry, may_begin
+from pytest_lora.plugin.gpu.ledger import Entry, NotSharedError, may_begin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

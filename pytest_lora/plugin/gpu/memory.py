@@ -1,4 +1,4 @@
-"""Memory of the GPUs as the allocator of torch counts it: read, freed, and what an error says of it."""
+"""Memory of the GPUs as the allocator of torch counts it: read, freed, and what an error says of it and of CUDA."""
 
 from __future__ import annotations
 
@@ -48,7 +48,6 @@ CONTEXT = 512 * 2**20
 
 MEMORY = pytest.StashKey[Memory]()
 """In the stash of a configuration: replaces torch's numbers, for tests without a GPU."""
-
 
 _RESETS = ("_cuda_resetPeakMemoryStats", "_xpu_resetPeakMemoryStats", "_accelerator_resetPeakStats")
 """The functions of ``torch._C`` under every function of torch that resets a peak; each takes a device's number."""
@@ -174,6 +173,7 @@ _POISON = re.compile(
     r"|invalid (program counter|address space)|launch timed out|unknown error",
     re.IGNORECASE,
 )
+
 _OUT_OF_MEMORY = re.compile(
     r"(cuda|hip|xpu|mps|gpu)\b.{0,40}out of memory|CUBLAS_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation",
     re.IGNORECASE,
@@ -229,3 +229,32 @@ def let_go(errors: list[BaseException]) -> None:
                 len(frame.f_locals)
     errors.clear()
     gc.collect()
+
+
+class Soundness:
+    """Whether CUDA still works in this process: after some errors it answers nothing but errors.
+
+    Attributes:
+        words: Of the error that broke CUDA; empty as long as it works.
+        broken_by: The test in which that was.
+    """
+
+    def __init__(self) -> None:
+        self.words = self.broken_by = ""
+
+    def note(self, test: str, error: BaseException) -> bool:
+        """Look at an error of a test; whether this test broke CUDA, by its words or as a look at the device found."""
+        if poison(error):
+            self.end(test, error)
+        return self.broken_by == test
+
+    def end(self, test: str, error: BaseException) -> None:
+        """CUDA is broken: what a look at the device raises, whatever its words, is no error of the test alone."""
+        if not self.words:
+            self.words = poison(error) or str(error).partition("\n")[0] or type(error).__name__
+            self.broken_by = test
+
+    def require(self, before: str) -> None:
+        """Fail a test that broke CUDA without an error of its own; ``before`` are the words before it."""
+        if self.words and not before:
+            pytest.fail(f"this test left CUDA broken: {self.words}", pytrace=False)

@@ -9,8 +9,15 @@ import pytest
 
 from pytest_lora.plugin.options import GPU_PROPERTY
 from pytest_lora.plugin.session_options import options_of
-from pytest_lora.report import gpu_view
-from pytest_lora.report.session import GpuUse
+from pytest_lora.report.session import (
+    GPU_COLUMNS,
+    GPU_TEXT_COLUMNS,
+    GpuUse,
+    gpu_cells,
+    gpu_troubles,
+    ran_on_gpu,
+    skipped_on_gpu,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -34,7 +41,7 @@ def write(terminal: pytest.TerminalReporter, reports: Iterable[pytest.TestReport
         return
     found = uses(reports)
     listing = _listing(found) if options_of(terminal.config).gpu_report else ()
-    lines = [*listing, *gpu_view.troubles(found)]
+    lines = [*listing, *gpu_troubles(found)]
     if lines:
         terminal.section("GPU tests")
         for line in lines:
@@ -42,14 +49,14 @@ def write(terminal: pytest.TerminalReporter, reports: Iterable[pytest.TestReport
 
 
 def _listing(found: dict[str, GpuUse]) -> Iterator[str]:
-    table = [gpu_view.COLUMNS, *(gpu_view.cells(test, use) for test, use in gpu_view.ran(found).items())]
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(gpu_view.COLUMNS))]
-    texts = gpu_view.TEXT_COLUMNS
+    table = [GPU_COLUMNS, *(gpu_cells(test, use) for test, use in ran_on_gpu(found).items())]
+    widths = [max(len(cells[i]) for cells in table) for i in range(len(GPU_COLUMNS))]
+    texts = GPU_TEXT_COLUMNS
     for cells in table if len(table) > 1 else ():
         words = (f"{cell:<{width}}" for cell, width in zip(cells[:texts], widths, strict=False))
         numbers = (f"{cell:>{width}}" for cell, width in zip(cells[texts:], widths[texts:], strict=True))
         yield "  ".join((*words, *numbers))
-    for reason, tests in gpu_view.skipped(found).items():
+    for reason, tests in skipped_on_gpu(found).items():
         yield f"skipped: {reason}"
         yield from (f"  {test}" for test in tests)
 

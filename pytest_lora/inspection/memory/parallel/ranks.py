@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from pytest_lora.inspection.memory.meta_answers import swapped
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, StorageTracker
-from pytest_lora.inspection.memory.swapped import swapped
 from pytest_lora.inspection.skeleton import META
 
 

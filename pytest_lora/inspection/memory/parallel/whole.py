@@ -12,11 +12,16 @@ import torch
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.parallel import Parallel
-from pytest_lora.inspection.memory.parallel.model import Loading, Rank, nothing_around
-from pytest_lora.inspection.memory.parallel.zero3_gathers import Gathered, Limits, Part, gathered
-from pytest_lora.inspection.memory.parallel.zero3_linear import zero3_linears
+from pytest_lora.inspection.memory.parallel.model import (
+    Loading,
+    Rank,
+    Trained,
+    Weight,
+    loaded_weights,
+    nothing_around,
+)
+from pytest_lora.inspection.memory.parallel.zero3 import Gathered, Limits, Part, gathered, zero3_linears
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, StorageTracker
-from pytest_lora.inspection.memory.weights import Trained, Weight, loaded_weights
 
 if TYPE_CHECKING:
     from torch import nn

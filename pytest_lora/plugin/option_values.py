@@ -1,4 +1,4 @@
-"""Paths that a user has set for a session, and the places where adapters and recipes are collected."""
+"""Paths and GPUs that a user has set, checked: all that a worker of pytest-xdist reads before anything is imported."""
 
 from __future__ import annotations
 
@@ -6,6 +6,47 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+MOST_DIGITS = 6
+"""Of a number of GPUs or a rank."""
+
+
+def device_of(text: str) -> str:
+    """A device as ``--lora-device`` names it.
+
+    Raises:
+        pytest.UsageError: There is no such device.
+    """
+    kind, colon, index = text.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "xpu", "mps") or (
+        colon and not (kind == "cuda" and index.isdecimal())
+    ):
+        raise pytest.UsageError(f"--lora-device: {shown(text)} is none of auto, cpu, cuda, cuda:N, xpu, mps")
+    return text
+
+
+def gpus_per_worker(config: pytest.Config) -> int:
+    """The ini value; 0 if it is not set.
+
+    Raises:
+        pytest.UsageError: It is no number.
+    """
+    text = config.getini("lora_gpus_per_worker") or "0"
+    if not text.isdecimal() or len(text) > MOST_DIGITS:
+        raise pytest.UsageError(f"ini lora_gpus_per_worker: {shown(text)} is no number of GPUs")
+    return int(text)
+
+
+def asks_for_gpus(early_config: pytest.Config) -> bool:
+    """Whether the command line or the ini file shows, before anything is imported, that there are GPU tests.
+
+    Raises:
+        pytest.UsageError: There is no such device.
+    """
+    flags = early_config.known_args_namespace
+    device = device_of(flags.lora_device)
+    asked = flags.lora_require_gpu or flags.lora_gpu_report or early_config.getini("lora_gpus_per_worker")
+    return device.startswith("cuda") or bool(device == "auto" and asked)
 
 
 def adapter_folders(config: pytest.Config) -> tuple[Path, ...]:
