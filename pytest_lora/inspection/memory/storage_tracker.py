@@ -151,11 +151,10 @@ class StorageTracker:
         tick(self.phase)
         name, looks = _operation(func)
         looks = looks and not self._stand_ins.knows(func)
-        out = None
-        if not looks:
-            for kernel, tensor in self._stand_ins.held_by_the_kernel(func, args):
-                self._made(tensor, kernel)
-            out = self._stand_ins.answer(func, args, kwargs)
+        held = [] if looks else self._stand_ins.held_by_the_kernel(func, args)  # as long as this call runs
+        for kernel, tensor in held:
+            self._made(tensor, kernel)
+        out = None if looks else self._stand_ins.answer(func, args, kwargs)
         try:
             if looks:
                 out = func(*args, **kwargs)
