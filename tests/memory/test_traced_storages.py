@@ -68,6 +68,26 @@ def test_results_of_several_tensors_are_recorded_each() -> None:
     assert (values.shape, indices.shape) == ((3,), (3,))
 
 
+class Unpacks(StandIns):
+    """Stands in for a kernel that unpacks its weight, and the scales of the weight, while it runs."""
+
+    def held_by_the_kernel(self, func: Any, args: tuple[Any, ...]) -> list[tuple[str, torch.Tensor]]:
+        return [("unpacked", meta(number)) for number in (5, 6)]
+
+
+def test_what_a_kernel_holds_is_held_until_its_result_is_there() -> None:
+    seen = StorageTracker(None, Unpacks(padded=False, experts=None))
+    given = meta(3, 4)
+    seen.ignore(given)
+    with seen.recorded():
+        result = given + 1
+    assert seen.sizes == [20, 24, 48]
+    assert seen.events[:3] == [0, 1, 2]
+    assert sorted(seen.events[3:]) == [~1, ~0]
+    assert seen.operations == ["unpacked", "unpacked", "aten.add.Tensor"]
+    assert result.shape == (3, 4)
+
+
 def test_a_storage_that_is_emptied_and_filled_again() -> None:
     seen, tensor = tracker(), meta(4)
     storage = tensor.untyped_storage()
