@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pytest_lora.arguments import refusing, require_expect
 from pytest_lora.checks.judging import report_on
 from pytest_lora.expect import Expect
-from pytest_lora.facts.figures.curves import history_curve
 from pytest_lora.facts.history import HistoryFacts, history_facts
+from pytest_lora.facts.measures import history_curve
 from pytest_lora.findings import Report
 from pytest_lora.rules.selection import codes
 

@@ -13,7 +13,7 @@ from pytest_lora.checks.recipe_notation import placed, said_there, smaller_step
 from pytest_lora.checks.run_base import adapter_of, facts_on_base, known_base
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.recipes import OWN_LOSS_NOT_RUN, RecipeCard, recipe_card
-from pytest_lora.facts.parallel import OFFLOAD_ENDING, divides_weights
+from pytest_lora.facts.memory_choices import OFFLOAD_ENDING, divides_weights
 from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard
 from pytest_lora.findings import Finding
 from pytest_lora.rules import judge

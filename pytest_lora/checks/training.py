@@ -18,8 +18,7 @@ from pytest_lora.checks.judging import report_on
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures import Figure
 from pytest_lora.facts.figures.adapter_maps import model_maps
-from pytest_lora.facts.figures.curves import drop_curve
-from pytest_lora.facts.measures import of_drop, of_model
+from pytest_lora.facts.measures import drop_curve, of_drop, of_model
 from pytest_lora.findings import Report
 from pytest_lora.rules.selection import codes
 from pytest_lora.values import require_number

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pytest_lora.facts.adapters_beside import CombinedAdapter
+from pytest_lora.facts.model import CombinedAdapter
 from pytest_lora.inspection.peft_internals import (
     Factors,
     LoraConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pytest_lora.facts.byte_sizes import parse_bytes
+from pytest_lora.facts.numbers import parse_bytes
 from pytest_lora.values import shown
 
 _SMALLEST = 2**20

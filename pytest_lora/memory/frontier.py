@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from pytest_lora.facts.byte_sizes import format_bytes
-from pytest_lora.facts.number_tables import markdown_lines, text_lines
+from pytest_lora.facts.numbers import format_bytes, markdown_lines, text_lines
 from pytest_lora.memory.arguments import StepArguments, names_settings
 from pytest_lora.memory.budget import cards_and_budget, require_budget
 from pytest_lora.memory.estimate import StepMemory, step_memory

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_lora.facts.cards import CARDS, card_named
 from pytest_lora.facts.memory import MemoryEstimate
-from pytest_lora.facts.operations import StepFlops, format_flops
+from pytest_lora.facts.operations import CARDS, StepFlops, card_named, format_flops
 from pytest_lora.values import require_number, require_share, require_whole, shown
 
 _HOUR = 3600.0
@@ -102,7 +101,8 @@ def price(
     """What an operation costs on a GPU: ``price(card="H100", per_hour=2.5, utilisation=0.4)``.
 
     Args:
-        card: A GPU of ``pytest_lora.facts.cards``, whose maker's peak is taken, or any name beside ``peak_tflops``.
+        card: A GPU of ``pytest_lora.facts.operations``, whose maker's peak is taken, or any name beside
+            ``peak_tflops``.
         utilisation: Share of the peak that your training reaches, above 0 and at most 1. There is no default, as it
             decides the answer: measure it once, as operations of a step / (seconds of a step * peak).
         per_hour: Money for an hour of one GPU, at least 0.

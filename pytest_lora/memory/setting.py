@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.facts.byte_sizes import parse_bytes
 from pytest_lora.facts.memory import (
     AMPERE_WORKSPACE,
     BITSANDBYTES,
@@ -13,8 +12,17 @@ from pytest_lora.facts.memory import (
     Quantization,
     StepSetting,
 )
-from pytest_lora.facts.memory_choices import ATTENTION_KERNELS, Attention, Evaluation, Kernels, Loss
-from pytest_lora.facts.parallel import FSDP, SHARDED, Offload
+from pytest_lora.facts.memory_choices import (
+    ATTENTION_KERNELS,
+    FSDP,
+    SHARDED,
+    Attention,
+    Evaluation,
+    Kernels,
+    Loss,
+    Offload,
+)
+from pytest_lora.facts.numbers import parse_bytes
 from pytest_lora.memory.choices import checked_evaluation, checked_kernels, checked_loss
 from pytest_lora.memory.parallel import checked_parallel, with_what_is_said
 from pytest_lora.memory.trainer import TRAINERS, loss_fields, trainer_of

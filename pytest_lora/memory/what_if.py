@@ -9,8 +9,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple, get_args
 
-from pytest_lora.facts.alternatives import Alternative, Seen
 from pytest_lora.facts.memory import MemoryEstimate
+from pytest_lora.facts.memory_choices import Alternative, Seen
 from pytest_lora.memory.estimate import step_memory
 from pytest_lora.memory.what_if_cards import more_cards, other_sharing
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pytest_lora.facts.memory import MemoryEstimate
-from pytest_lora.facts.parallel import SHARDED
+from pytest_lora.facts.memory_choices import SHARDED
 
 MOST_CARDS = 64
 """GPUs up to which more of them are tried, each time twice as many."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
-from pytest_lora.facts.byte_sizes import format_bytes
+from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.report.session import GpuUse
 
 COLUMNS = ("test", "devices", "peak", "limit", "predicted", "seconds")

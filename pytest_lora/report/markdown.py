@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from pytest_lora.cleaning import printable
-from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, RankSweep
 from pytest_lora.facts.figures.recipes import RecipeCard
+from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.facts.sweep import rate_text
 from pytest_lora.report import gpu_view
 from pytest_lora.report.figures import Shown, figures

@@ -17,9 +17,9 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pytest_lora.cleaning import printable
-from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.figures import AdapterMap, to_plain
 from pytest_lora.facts.figures.recipes import RecipeCard
+from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.facts.sweep import rate_text
 from pytest_lora.findings import Finding
 from pytest_lora.report import gpu_view

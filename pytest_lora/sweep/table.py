@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_lora.facts.byte_sizes import format_bytes
-from pytest_lora.facts.number_tables import markdown_lines, text_lines
+from pytest_lora.facts.numbers import format_bytes, markdown_lines, text_lines
 from pytest_lora.facts.sweep import percent, rate_text
 from pytest_lora.sweep.choice import METRIC_SHARE
 from pytest_lora.sweep.rows import RankOutcome, TrialRow

@@ -16,7 +16,7 @@ from pytest_lora.facts.properties import (
     TargetFacts,
     UpdateRankFacts,
 )
-from pytest_lora.facts.resumption import FieldChange, RankChange, ResumptionFacts
+from pytest_lora.facts.saved_config import FieldChange, RankChange, ResumptionFacts
 from pytest_lora.facts.steps import UpdateFacts
 from pytest_lora.facts.sweep import Difference, LockedRankFacts, MeasuredRank, RankLockFacts
 from tests.rules.saying import says, told

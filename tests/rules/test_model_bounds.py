@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from pytest_lora import Expect
-from pytest_lora.facts.adapters_beside import CombinedAdapter
 from pytest_lora.facts.base import BaseFacts, Quantization
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.layer_state import Factor, LayerState
 from pytest_lora.facts.model import (
     CollidingName,
+    CombinedAdapter,
     InitialRows,
     ModelFacts,
     SavedModule,

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from pytest_lora import Expect
 from pytest_lora.bases.examples.models import BASES
 from pytest_lora.changes import Advice, advise
-from pytest_lora.facts.resumption import ResumptionFacts
+from pytest_lora.facts.saved_config import ResumptionFacts
 from pytest_lora.facts.served import ServedAdapter, ServedModule
 from pytest_lora.facts.server import Feature, Outcome
 from pytest_lora.facts.servers import SERVERS

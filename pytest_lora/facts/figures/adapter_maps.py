@@ -105,7 +105,7 @@ def _saved(module: AdaptedModule, settings: Settings | None) -> Cell:
 
 def _why_silent(training: TrainingFacts | None, layer: LayerState) -> str | None:
     # Facts of a training are loaded where there is one.
-    from pytest_lora.facts.silence import why_silent
+    from pytest_lora.facts.layer_state import why_silent
 
     return None if training is None else why_silent(training, layer)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 
 CUDA_CONTEXT = 512 * 2**20
 """Bytes that CUDA's context takes on the device; 0.4 to 0.6 GiB is usual."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pytest_lora.facts.memory import StepSetting
-from pytest_lora.facts.parallel import WHOLE
+from pytest_lora.facts.memory_choices import WHOLE
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window")

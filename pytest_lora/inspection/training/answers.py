@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_lora.facts.answers import AnswerFacts
-from pytest_lora.facts.labels import IGNORED
+from pytest_lora.facts.batches import IGNORED, AnswerFacts
 
 _SIDES = ("chosen", "rejected")
 

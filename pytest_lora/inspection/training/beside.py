@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pytest_lora.facts.batch_law import AloneFacts
-from pytest_lora.facts.labels import LabelFacts
+from pytest_lora.facts.batches import AloneFacts, LabelFacts
 from pytest_lora.facts.steps import PaddingFacts, ShiftFacts, SpreadFacts
 from pytest_lora.inspection.behaviour.batch_law import BatchLaw
 from pytest_lora.inspection.training.graph import Passed, Ran

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.labels import IGNORED
+from pytest_lora.facts.batches import IGNORED
 from pytest_lora.facts.steps import EmptyRows
 from pytest_lora.inspection.vocabulary import readable_weight
 

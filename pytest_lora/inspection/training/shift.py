@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_lora.facts.labels import COPIED, IGNORED, LabelFacts
+from pytest_lora.facts.batches import COPIED, IGNORED, LabelFacts
 from pytest_lora.facts.steps import ShiftFacts
 
 

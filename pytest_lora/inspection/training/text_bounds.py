@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_lora.facts.labels import IGNORED, LabelKind, TextBounds
+from pytest_lora.facts.batches import IGNORED, LabelKind, TextBounds
 from pytest_lora.inspection.training.special_tokens import Vocabulary
 
 PLAIN_TEXT = {"input_ids", "attention_mask", "labels", "token_type_ids", "position_ids", "num_items_in_batch"}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.labels import WholeTargets
+from pytest_lora.facts.batches import WholeTargets
 
 
 def whole_targets(batches: tuple[Any, ...], root: nn.Module, base: BaseFacts) -> Iterator[WholeTargets]:

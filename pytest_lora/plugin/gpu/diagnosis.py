@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pytest_lora.facts.byte_sizes import format_bytes
+from pytest_lora.facts.numbers import format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.memory.parallel.model import Rank, gradients_of, shards, trained_shards
 from pytest_lora.inspection.memory.parallel.ranks import fake_group, meta_as_device
 from pytest_lora.inspection.memory.storage_tracker import StorageTracker
