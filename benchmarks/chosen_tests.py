@@ -34,7 +34,7 @@ NEAREST = (
     ("facts/history", ("tests/facts/test_history.py", "tests/rules/test_history_rules.py")),
     ("facts/curve", ("tests/facts/test_curve.py", "tests/rules/test_history_rules.py")),
     ("facts/measures", ("tests/facts/test_saved.py", "tests/plugin/test_baseline_gate.py", "tests/report")),
-    ("facts/wrappers", ("tests/training/test_single_facts.py", "tests/rules/test_wrapped_models.py")),
+    ("facts/model_parts", ("tests/training/test_single_facts.py", "tests/rules/test_wrapped_models.py")),
     ("facts/batches", ("tests/training", "tests/behaviour/test_batch_law.py", "tests/rules")),
     ("facts/recipe", ("tests/recipe", "tests/rules/test_recipe_rules.py")),
     ("facts/", ("tests/facts", "tests/rules", "tests/test_training.py", "tests/test_training_trace.py")),

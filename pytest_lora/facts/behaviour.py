@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pytest_lora.facts.wrappers import LateAdapter
+from pytest_lora.facts.model_parts import LateAdapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import ConfigFacts
-from pytest_lora.facts.layer_state import Factor as Factor
-from pytest_lora.facts.layer_state import LayerState as LayerState
-from pytest_lora.facts.wrappers import Wrappers
+from pytest_lora.facts.model_parts import Factor as Factor
+from pytest_lora.facts.model_parts import LayerState as LayerState
+from pytest_lora.facts.model_parts import Wrappers
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from typing import Literal
 
 from pytest_lora.facts.batches import AloneFacts, AnswerFacts, LabelFacts, MediumFacts, WholeTargets
 from pytest_lora.facts.curve_shape import LossDrop as LossDrop
-from pytest_lora.facts.layer_state import LayerState
 from pytest_lora.facts.model import ModelFacts
+from pytest_lora.facts.model_parts import LayerState
 from pytest_lora.facts.optimizer import OptimizerFacts, ScheduleFacts
 from pytest_lora.facts.steps import (
     BaseChange,

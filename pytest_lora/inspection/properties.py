@@ -20,7 +20,7 @@ from pytest_lora.inspection.shapes import logical_shape
 from pytest_lora.values import shown
 
 if TYPE_CHECKING:
-    from pytest_lora.facts.layer_state import Factor
+    from pytest_lora.facts.model_parts import Factor
     from pytest_lora.inspection.survey import Survey
 
 

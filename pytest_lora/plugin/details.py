@@ -6,9 +6,9 @@ import textwrap
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from pytest_lora.cleaning import printable
 from pytest_lora.facts.figures.recipes import RecipeCard
 from pytest_lora.plugin.recipe_table import setting_lines
+from pytest_lora.values import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

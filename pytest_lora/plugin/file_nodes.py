@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.cleaning import file_id, printable
 from pytest_lora.findings import Finding, LoraHealthWarning
 from pytest_lora.plugin.options import ADAPTER_FILES
+from pytest_lora.values import file_id, printable
 
 if TYPE_CHECKING:
     import pytest

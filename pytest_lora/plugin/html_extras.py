@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.cleaning import printable
+from pytest_lora.values import printable
 
 if TYPE_CHECKING:
     import pytest

@@ -7,10 +7,10 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from pytest_lora.assertions import LoraHealthError, delivered
-from pytest_lora.cleaning import LONGEST_OF_A_FINDING, printable
 from pytest_lora.findings import LoraHealthWarning
 from pytest_lora.plugin.file_nodes import is_strict
 from pytest_lora.rules.selection import in_force
+from pytest_lora.values import LONGEST_OF_A_FINDING, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

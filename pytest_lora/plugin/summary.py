@@ -7,11 +7,11 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from pytest_lora.assertions import delivered
-from pytest_lora.cleaning import printable
 from pytest_lora.findings import SEVERITIES, Finding, Report, Severity, counted
 from pytest_lora.plugin import details
 from pytest_lora.plugin.details import cut
 from pytest_lora.plugin.session_options import options_of
+from pytest_lora.values import printable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from pytest_lora.cleaning import printable
 from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, RankSweep
 from pytest_lora.facts.figures.recipes import RecipeCard
 from pytest_lora.facts.numbers import format_bytes
@@ -16,6 +15,7 @@ from pytest_lora.report.map_view import map_view, number
 from pytest_lora.report.rule_groups import FoundIn, rule_groups
 from pytest_lora.report.session import Session, counted_tests
 from pytest_lora.report.text import markdown, markdown_block, markdown_code
+from pytest_lora.values import printable
 
 MOST_CHARACTERS = 400_000
 """Characters of findings; GitHub takes 1 MiB for all summaries of a step."""

@@ -16,7 +16,6 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from pytest_lora.cleaning import printable
 from pytest_lora.facts.figures import AdapterMap, to_plain
 from pytest_lora.facts.figures.recipes import RecipeCard
 from pytest_lora.facts.numbers import format_bytes
@@ -33,6 +32,7 @@ from pytest_lora.report.rule_groups import FoundIn, RuleGroup, rule_groups
 from pytest_lora.report.session import RanTest, Session, counted_tests
 from pytest_lora.report.text import without_margin
 from pytest_lora.rules import catalogue
+from pytest_lora.values import printable
 
 MOST_CHARACTERS = 900_000
 """Characters that findings may take in full. A page stays under 2 MB, which opens at once; the rest is counted, and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from textwrap import dedent
 
-from pytest_lora.cleaning import printable
+from pytest_lora.values import printable
 
 _FOR_MARKDOWN = re.compile(r"([\\`*\[\]<>#|~&$]|(?<![^\W_])_|_(?![^\W_]))")
 

@@ -1,6 +1,5 @@
 """Rank sweep: trials over ranks, a choice with its reasons, a picture, and a record for the tracker."""
 
-from pytest_lora.sweep.loop import TrainOn
-from pytest_lora.sweep.plan import TrialPlan
+from pytest_lora.sweep.plan import TrainOn, TrialPlan
 
 __all__ = ["TrainOn", "TrialPlan"]

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_lora.facts.sweep import percent, rate_text
+from pytest_lora.files import write_whole
 from pytest_lora.sweep.choice import RankChoice, enough
-from pytest_lora.sweep.plot_rates import by_rate, price
-from pytest_lora.sweep.plot_theme import THEMES, Theme, prepare_ranks, title
+from pytest_lora.sweep.plot_panels import THEMES, Theme, by_rate, prepare_ranks, price, title
 from pytest_lora.sweep.rows import RankOutcome
 from pytest_lora.sweep.table import number
 from pytest_lora.values import shown
-from pytest_lora.writing import write_whole
 
 if TYPE_CHECKING:
     import os

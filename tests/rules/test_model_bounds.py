@@ -10,7 +10,6 @@ import pytest
 from pytest_lora import Expect
 from pytest_lora.facts.base import BaseFacts, Quantization
 from pytest_lora.facts.config import ConfigFacts
-from pytest_lora.facts.layer_state import Factor, LayerState
 from pytest_lora.facts.model import (
     CollidingName,
     CombinedAdapter,
@@ -20,7 +19,7 @@ from pytest_lora.facts.model import (
     TrainableBase,
     TrainedRows,
 )
-from pytest_lora.facts.wrappers import LateAdapter, Reducer, Shard, Wrappers
+from pytest_lora.facts.model_parts import Factor, LateAdapter, LayerState, Reducer, Shard, Wrappers
 from tests.rules.made import BASE, config, layer, module, settings, target
 from tests.rules.saying import says, told
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.batches import AloneFacts, TextBounds
-from pytest_lora.facts.wrappers import Wrappers
+from pytest_lora.facts.model_parts import Wrappers
 from pytest_lora.inspection.training.base_changes import _changed, _distance, _Held
 from pytest_lora.inspection.training.batches import (
     LOOKED_AT,

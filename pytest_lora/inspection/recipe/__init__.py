@@ -13,6 +13,7 @@ from types import ModuleType
 
 from pytest_lora.facts.recipe import BaseModel, RecipeFacts, RunSetting, SavedAdapter
 from pytest_lora.facts.recipe_lines import Flaw
+from pytest_lora.files import start_of
 from pytest_lora.inspection.recipe import axolotl, home_made, llamafactory, ms_swift, trl
 from pytest_lora.inspection.recipe.beside import Tree
 from pytest_lora.inspection.recipe.clashes import clashes
@@ -20,7 +21,6 @@ from pytest_lora.inspection.recipe.interpolation import resolved
 from pytest_lora.inspection.recipe.keys import Keys
 from pytest_lora.inspection.recipe.unread import no_choices, unknown_keys, wrong_kinds
 from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, YamlFile, read_yaml
-from pytest_lora.reading import start_of
 
 TOOLS = (axolotl, llamafactory, ms_swift, trl)
 """In the order in which they are asked; each knows its recipes by keys that no other has."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pytest_lora.facts.layer_state import LayerState
+from pytest_lora.facts.model_parts import LayerState
 
 USUAL_MODULES = 10
 USUAL_STRENGTH = 2 * math.sqrt(8)
