@@ -20,8 +20,10 @@ NEAREST = (
     ),
     ("facts/served", ("tests/facts/test_saved.py", "tests/rules/test_serving_rules.py")),
     ("facts/saved_config", ("tests/checkpoint/test_resumable.py",)),
-    ("facts/behaviour", ("tests/behaviour",)),
-    ("facts/properties", ("tests/test_shape_assertions.py", "tests/test_update_ranks.py")),
+    (
+        "facts/behaviour",
+        ("tests/behaviour", "tests/test_shape_assertions.py", "tests/test_update_ranks.py"),
+    ),
     ("facts/sweep", ("tests/facts/test_sweep.py", "tests/sweep/test_gate.py", "tests/sweep/test_choice.py")),
     (
         "facts/memory",

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Unpack
 
 from pytest_lora.arguments import require_expect
-from pytest_lora.checks.judging import report_on
+from pytest_lora.checks import report_on
 from pytest_lora.expect import Expect
 from pytest_lora.facts.measures import memory_budget, of_memory
 from pytest_lora.findings import Report

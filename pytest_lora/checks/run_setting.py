@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_lora.checks.judging import NAMES_A_BASE, NotJudged, rules_of
+from pytest_lora.checks import NAMES_A_BASE, NotJudged, rules_of
 from pytest_lora.checks.recipe_notation import placed, said_there, smaller_step
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.recipes import OWN_LOSS_NOT_RUN, RecipeCard, recipe_card

@@ -14,7 +14,7 @@ from pytest_lora.arguments import (
     require_steps,
     require_trainers,
 )
-from pytest_lora.checks.judging import report_on
+from pytest_lora.checks import report_on
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures import Figure
 from pytest_lora.facts.figures.adapter_maps import model_maps

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_lora.arguments import refusing, require_expect
 from pytest_lora.assertions import asserting
-from pytest_lora.checks.judging import report_on
+from pytest_lora.checks import report_on
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures import RankSweep, RankTrial, RatePoint
 from pytest_lora.facts.sweep import LockedRankFacts, MeasuredRank, RankLockFacts
@@ -18,7 +18,7 @@ from pytest_lora.sweep.choice import METRIC_SHARE, RankChoice, enough
 from pytest_lora.sweep.lock import RankLock, drift, in_use
 from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.rows import RankOutcome
-from pytest_lora.sweep.table import number
+from pytest_lora.sweep.views import number
 from pytest_lora.values import in_short, require_number, require_path, require_share, require_whole, shown
 
 if TYPE_CHECKING:

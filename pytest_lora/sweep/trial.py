@@ -28,8 +28,8 @@ from pytest_lora.inspection.peft_internals import LoraLayer
 from pytest_lora.inspection.quiet import quiet_libraries
 from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.survey import survey
+from pytest_lora.sweep import TrialPlan
 from pytest_lora.sweep.measure import Cost, cost_of_training, first_line, peak_memory
-from pytest_lora.sweep.plan import TrialPlan
 from pytest_lora.sweep.rows import Failure, TrialRow
 
 _held: list[FileLock] = []

@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 
-from pytest_lora.facts.behaviour import LawFacts, Leak, MergeFacts, ReloadFacts, SyncFacts, WeightDifference
-from pytest_lora.facts.properties import (
+from pytest_lora.facts.behaviour import (
+    LawFacts,
+    Leak,
+    MergeFacts,
     ModuleScaling,
     ParameterShareFacts,
+    ReloadFacts,
     ScalingFacts,
+    SyncFacts,
     TargetFacts,
     UpdateRankFacts,
+    WeightDifference,
 )
 from pytest_lora.facts.saved_config import FieldChange, RankChange, ResumptionFacts
 from pytest_lora.facts.steps import UpdateFacts
