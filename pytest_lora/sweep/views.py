@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from pytest_lora.sweep.result import SweepResult
 
+UNITS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6))
+"""Prefixes of operations."""
 
 MISSING = "-"
 
@@ -110,10 +112,6 @@ def _at(row: TrialRow) -> str:
 def number(value: float) -> str:
     """A metric with four digits."""
     return f"{value:.4g}"
-
-
-UNITS = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6))
-"""Prefixes of operations."""
 
 
 def draw(
