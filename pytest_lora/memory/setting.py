@@ -43,10 +43,8 @@ _SHORT_DTYPES = {
 _BITS = {"4bit": "nf4", "4-bit": "nf4", "8bit": "int8", "8-bit": "int8"}
 """What people call a quantization by its bits; nf4 and fp4 take the same memory."""
 
-
 MOST_EDGE, MOST_IMAGES = 2**16, 2**20
 """Pixels of an image's edge, images in a sequence: far above what there is, within what a trace can hold."""
-
 
 MOST_POINT = {"batch_size": 2**28, "seq_len": 2**24, "r": 2**20}
 """The longest context that a public model names is ten million tokens, and no matrix has a rank of a million."""
