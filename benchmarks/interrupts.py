@@ -98,8 +98,7 @@ def _lifecycle() -> None:
 def _trial(batch: dict[str, torch.Tensor]) -> object:
     """One trial of a sweep, on a model of its own."""
     from pytest_lora.bases.examples.models import made
-    from pytest_lora.sweep import TrainOn
-    from pytest_lora.sweep.plan import TrialPlan
+    from pytest_lora.sweep import TrainOn, TrialPlan
     from pytest_lora.sweep.trial import Job, run_trial
 
     plan = TrialPlan(rank=2, alpha=4, seed=0, fraction=1.0, epochs=1)

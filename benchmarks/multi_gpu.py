@@ -36,7 +36,7 @@ from transformers.models.gpt_bigcode.modeling_gpt_bigcode import GPTBigCodeAtten
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from pytest_lora import estimate_memory
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.memory.cuda_allocator import COMMUNICATORS
 from pytest_lora.memory import kept
 

@@ -22,7 +22,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig
 
 from pytest_lora import estimate_memory
-from pytest_lora.checks.run_base import adapter_of
+from pytest_lora.checks.run_setting import adapter_of
 from pytest_lora.inspection.recipe import recipe_facts
 from pytest_lora.inspection.recipe.adapter import fused_arguments, step_arguments
 

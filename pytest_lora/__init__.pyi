@@ -22,7 +22,6 @@ from pytest_lora.checks.behaviour import check_reload as check_reload
 from pytest_lora.checks.checkpoint import check_checkpoint as check_checkpoint
 from pytest_lora.checks.checkpoint import check_resume as check_resume
 from pytest_lora.checks.config import check_config as check_config
-from pytest_lora.checks.history import diagnose_history as diagnose_history
 from pytest_lora.checks.memory import check_memory as check_memory
 from pytest_lora.checks.model import check_adapters_in_sync as check_adapters_in_sync
 from pytest_lora.checks.model import check_model as check_model
@@ -33,6 +32,7 @@ from pytest_lora.checks.recipe import check_recipe as check_recipe
 from pytest_lora.checks.recipe import check_run as check_run
 from pytest_lora.checks.training import check_loss_decreases as check_loss_decreases
 from pytest_lora.checks.training import check_training as check_training
+from pytest_lora.checks.training import diagnose_history as diagnose_history
 from pytest_lora.counting import ParameterCount as ParameterCount
 from pytest_lora.counting import RankRow as RankRow
 from pytest_lora.counting import RankTable as RankTable

@@ -16,12 +16,11 @@ from pytest_lora.arguments import refusing
 from pytest_lora.checks.behaviour import check_lora_laws, check_merge, check_reload
 from pytest_lora.checks.checkpoint import check_checkpoint, check_resume
 from pytest_lora.checks.config import check_config
-from pytest_lora.checks.history import diagnose_history
 from pytest_lora.checks.memory import check_memory
 from pytest_lora.checks.model import check_adapters_in_sync, check_model
 from pytest_lora.checks.properties import check_adapter_shapes, check_alpha_ratio, check_param_ratio
 from pytest_lora.checks.recipe import check_recipe, check_run
-from pytest_lora.checks.training import check_loss_decreases, check_training
+from pytest_lora.checks.training import check_loss_decreases, check_training, diagnose_history
 from pytest_lora.findings import LoraHealthWarning, Report
 from pytest_lora.inspection.quiet import unexplained
 from pytest_lora.rules.selection import in_force

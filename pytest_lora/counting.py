@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.arguments import refusing
-from pytest_lora.facts.number_tables import markdown_lines, text_lines
+from pytest_lora.facts.numbers import markdown_lines, text_lines
 from pytest_lora.values import require_items, require_number, require_whole, shown
 
 if TYPE_CHECKING:

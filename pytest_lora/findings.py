@@ -12,9 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytest_lora.changes import Change
-from pytest_lora.cleaning import LONGEST_OF_A_FINDING, json_text, printable
 from pytest_lora.facts.figures import Figure, from_plain, to_plain
-from pytest_lora.values import in_short, shown
+from pytest_lora.values import LONGEST_OF_A_FINDING, in_short, json_text, printable, shown
 
 if TYPE_CHECKING:
     from pytest_lora.facts.measures import Measures

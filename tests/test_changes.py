@@ -9,8 +9,8 @@ import pytest
 
 from pytest_lora import Expect, Finding, Report
 from pytest_lora.changes import Change, advise, advise_any, assigned, change, noun
-from pytest_lora.cleaning import LONGEST_OF_A_FINDING
 from pytest_lora.rules import Rule, RuleError, Violation
+from pytest_lora.values import LONGEST_OF_A_FINDING
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_lora import Expect, Finding, Report
-from pytest_lora.cleaning import file_id, printable
 from pytest_lora.plugin.file_nodes import wrapped
 from pytest_lora.rules import Violation, catalogue
+from pytest_lora.values import file_id, printable
 
 SPARKS = (
     *("\x1b[31m", "\x1b]0;title\x07", "\r", "\r\n", "\n", "\t", "\x00", "\x85", "\u2028", "\u00a0", " "),

@@ -20,14 +20,12 @@ HEAVY = ("torch", "numpy", "transformers", "peft", "bitsandbytes", "hypothesis",
 LOWEST = {
     "arguments",
     "changes",
-    "cleaning",
     "expect",
     "facts",
+    "files",
     "findings",
     "patterns",
-    "reading",
     "values",
-    "writing",
 }
 MIDDLE = {"counting", "memory", "bases"}
 FLOORS = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_lora.facts.labels import LabelFacts
+from pytest_lora.facts.batches import LabelFacts
 from pytest_lora.inspection.training.labels import label_facts
 from pytest_lora.inspection.training.special_tokens import Vocabulary, vocabulary
 

@@ -15,10 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pytest_lora.files import append_whole, text_of, write_whole
 from pytest_lora.plugin import baseline_gate
-from pytest_lora.reading import text_of
 from pytest_lora.sweep.lock import RankLock
-from pytest_lora.writing import append_whole, write_whole
 from tests.forked import fork
 
 CALLS = ("tempfile.mkstemp", "os.fsync", "os.chmod", "os.replace")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.arguments import refusing, require_batch, require_expect
-from pytest_lora.checks.judging import report_on, reported
+from pytest_lora.checks import report_on, reported
 from pytest_lora.expect import Expect
 from pytest_lora.findings import Report
 from pytest_lora.rules import judge

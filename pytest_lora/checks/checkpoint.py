@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.arguments import refusing, require_config, require_expect
-from pytest_lora.checks.judging import NAMES_A_BASE, report_on, reported
+from pytest_lora.checks import NAMES_A_BASE, report_on, reported
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.figures.adapter_maps import checkpoint_maps

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pytest_lora.arguments import adapter_and_base, refusing, require_expect
-from pytest_lora.checks.judging import report_on
+from pytest_lora.checks import report_on
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.adapter_maps import config_maps
 from pytest_lora.facts.measures import of_config

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.arguments import refusing, require_expect, require_trainers
-from pytest_lora.checks.judging import NotJudged, report_on, rules_of
+from pytest_lora.checks import NotJudged, report_on, rules_of
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.adapter_maps import model_maps
 from pytest_lora.facts.measures import of_model

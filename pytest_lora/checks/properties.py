@@ -12,10 +12,10 @@ from pytest_lora.arguments import (
     require_loss_fn,
     require_steps,
 )
-from pytest_lora.checks.judging import report_on
+from pytest_lora.checks import report_on
 from pytest_lora.checks.training import PROBE_RATE
 from pytest_lora.expect import Expect
-from pytest_lora.facts.properties import ParameterShareFacts, UpdateRankFacts
+from pytest_lora.facts.behaviour import ParameterShareFacts, UpdateRankFacts
 from pytest_lora.findings import Report
 from pytest_lora.rules.selection import codes
 from pytest_lora.values import require_items, require_number, require_real, shown

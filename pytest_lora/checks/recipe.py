@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.arguments import refusing, require_expect
-from pytest_lora.checks.judging import reported
+from pytest_lora.checks import reported
 from pytest_lora.checks.run_setting import JudgedRun, judged
 from pytest_lora.expect import Expect
 from pytest_lora.facts.memory import BITSANDBYTES

@@ -5,21 +5,22 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_lora.checks.judging import NAMES_A_BASE, NotJudged, rules_of
+from pytest_lora.checks import NAMES_A_BASE, NotJudged, rules_of
 from pytest_lora.checks.recipe_notation import placed, said_there, smaller_step
-from pytest_lora.checks.run_base import adapter_of, facts_on_base, known_base
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures.recipes import OWN_LOSS_NOT_RUN, RecipeCard, recipe_card
-from pytest_lora.facts.parallel import OFFLOAD_ENDING, divides_weights
+from pytest_lora.facts.memory_choices import OFFLOAD_ENDING, divides_weights
 from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard
 from pytest_lora.findings import Finding
 from pytest_lora.rules import judge
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from torch import nn
 
     from pytest_lora.facts.config import ConfigFacts
     from pytest_lora.facts.memory import MemoryEstimate
@@ -80,7 +81,7 @@ def judged(
     whole = expect.param_ratio is not None
     on_base = None if config is None else facts_on_base(config, known, whole)
     if on_base is not None:
-        facts = _with_base(facts, on_base)
+        facts = replace(facts, widened=_widened(facts, on_base))
     divided = cards > 1 and divides_weights(setting.strategy.value)
     moved = str(setting.strategy.value).endswith("_offload")
     unsized = setting.seq_len.value is None or setting.batch_size.value is None
@@ -109,10 +110,6 @@ def judged(
         )
     card = recipe_card(facts, cards, peak, budget, may_fit=may_fit, at_most=at_most)
     return JudgedRun(subject, findings, card, left)
-
-
-def _with_base(facts: RecipeFacts, on_base: ConfigFacts) -> RecipeFacts:
-    return replace(facts, widened=_widened(facts, on_base))
 
 
 def _widened(facts: RecipeFacts, on_base: ConfigFacts) -> tuple[str, ...]:
@@ -215,3 +212,89 @@ def _may_fit(setting: RunSetting, estimate: MemoryEstimate, budget: int) -> bool
 def _without_its_loss(setting: RunSetting, estimate: MemoryEstimate) -> bool:
     """Whether the tool's trainer has a loss of its own, and the step was estimated without it."""
     return bool(setting.by_trainer) and not estimate.setting.trainer
+
+
+def known_base(base: Any, facts: RecipeFacts, folder: Path) -> Any:
+    """The base as something that a base can be made of; None where its shape is not known."""
+    from pytest_lora.inspection.public_bases import declared, find_shape
+    from pytest_lora.inspection.recipe.beside import Tree
+    from pytest_lora.inspection.skeleton import named_or_read
+
+    named = base if base is not None else facts.setting and facts.setting.base.value
+    if not isinstance(named, str):
+        return named
+    if named in declared or find_shape(named) is not None:
+        return named
+    if base is not None:
+        named_or_read(named)  # refuses, by the argument's name, a base that is not there
+        return named
+    return Tree(folder).base(named)
+
+
+def adapter_of(setting: RunSetting, base: Any) -> LoraConfig | None:
+    """The configuration that the tool makes of the setting; None where it sets none up."""
+    from pytest_lora.inspection.public_bases import find_shape
+    from pytest_lora.inspection.recipe.adapter import COLLECTING, linear_names, lora_config
+
+    shape = find_shape(base) if isinstance(base, str) else None
+    several = shape is not None and "vision_config" in shape.config
+    config = lora_config(setting, several_modalities=several)
+    collects = setting.tool in COLLECTING and isinstance(base, str)
+    if config is not None and config.target_modules == "all-linear" and collects:
+        model = _built(base, str(config.task_type), False)
+        config.target_modules = "all-linear" if model is None else linear_names(model)
+    return config
+
+
+def facts_on_base(config: LoraConfig, base: Any, whole: bool) -> ConfigFacts | None:
+    """What PEFT makes of the adapter; None where the installed transformers cannot build the base."""
+    from pytest_lora.inspection.config import config_facts
+
+    try:
+        return (
+            config_facts(config, base)
+            if not isinstance(base, str)
+            else _remembered(base, _Adapter(config), whole)
+        )
+    except ValueError:
+        return None
+
+
+class _Adapter:
+    """A configuration that equals another with the same fields."""
+
+    def __init__(self, config: LoraConfig) -> None:
+        self.config = config
+        fields = {k: sorted(v) if isinstance(v, set) else v for k, v in vars(config).items()}
+        self.text = repr(sorted(fields.items()))
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Adapter) and self.text == other.text
+
+
+@lru_cache(maxsize=32)
+def _remembered(base: str, adapter: _Adapter, whole: bool) -> ConfigFacts:
+    from pytest_lora.inspection.config import config_facts
+    from pytest_lora.inspection.memory.layer_stacks import same_in_every_layer
+
+    cut = not whole and same_in_every_layer(adapter.config)
+    model = _built(base, str(adapter.config.task_type), cut)
+    return config_facts(adapter.config, base if model is None else model)
+
+
+@lru_cache(maxsize=8)
+def _built(base: str, task_type: str, cut: bool) -> nn.Module | None:
+    """A base by name without weights, and without the inner layers that are like their neighbours; recipes name few."""
+    from pytest_lora.inspection.memory.layer_stacks import cut_stacks
+    from pytest_lora.inspection.skeleton import resolve_base
+
+    try:
+        model = resolve_base(base, task_type.rpartition(".")[2])
+    except ValueError:
+        return None
+    if cut:
+        cut_stacks(model)
+    return model

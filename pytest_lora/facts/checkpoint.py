@@ -8,9 +8,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from pytest_lora.facts.fit import Fit
-from pytest_lora.facts.origins import OTHER_WEIGHTS, tool_of_files, tool_of_keys
-from pytest_lora.facts.saved_tensors import AdaptedModule, Key, TensorFacts
+from pytest_lora.facts.config import Fit
+from pytest_lora.facts.saved_tensors import (
+    OTHER_WEIGHTS,
+    AdaptedModule,
+    Key,
+    TensorFacts,
+    tool_of_files,
+    tool_of_keys,
+)
 from pytest_lora.facts.settings import Settings, is_named
 
 CONFIG = "adapter_config.json"

@@ -6,11 +6,18 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from pytest_lora.facts.alternatives import Alternative
-from pytest_lora.facts.byte_sizes import format_bytes
-from pytest_lora.facts.memory_choices import Attention, Evaluation, Kernels, Loss, TimelinePoint, peak_rows
+from pytest_lora.facts.memory_choices import (
+    Alternative,
+    Attention,
+    Evaluation,
+    Kernels,
+    Loss,
+    Parallel,
+    TimelinePoint,
+    peak_rows,
+)
+from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.facts.operations import NO_FLOPS, StepFlops, operation_in_words
-from pytest_lora.facts.parallel import Parallel
 
 Bound = Literal["at least", "at most"]
 Checkpointing = bool | Literal["reentrant"]

@@ -10,7 +10,7 @@ from typing import Literal
 from pytest_lora.facts.checkpoint import PICKLED, CheckpointFacts
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.saved_tensors import AdaptedModule
-from pytest_lora.facts.server import Feature
+from pytest_lora.facts.servers import Feature
 from pytest_lora.facts.settings import Settings, rewrites_base
 
 Kind = Literal["linear", "embedding", "convolution", "experts"]

@@ -7,13 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from pytest_lora.facts.answers import AnswerFacts
-from pytest_lora.facts.batch_law import AloneFacts
-from pytest_lora.facts.labels import LabelFacts, WholeTargets
-from pytest_lora.facts.layer_state import LayerState
-from pytest_lora.facts.loss_drop import LossDrop as LossDrop
-from pytest_lora.facts.media import MediumFacts
+from pytest_lora.facts.batches import AloneFacts, AnswerFacts, LabelFacts, MediumFacts, WholeTargets
+from pytest_lora.facts.curve_shape import LossDrop as LossDrop
 from pytest_lora.facts.model import ModelFacts
+from pytest_lora.facts.model_parts import LayerState
 from pytest_lora.facts.optimizer import OptimizerFacts, ScheduleFacts
 from pytest_lora.facts.steps import (
     BaseChange,

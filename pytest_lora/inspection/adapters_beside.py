@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from pytest_lora.facts.adapters_beside import CombinedAdapter
-from pytest_lora.facts.model import CollidingName
+from pytest_lora.facts.model import CollidingName, CombinedAdapter
 from pytest_lora.inspection.peft_internals import (
     WRAPPERS,
     Factors,

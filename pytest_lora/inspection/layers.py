@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_lora.facts.config import LayerFacts
-from pytest_lora.facts.layer_state import Factor, LayerState
+from pytest_lora.facts.model_parts import Factor, LayerState
 from pytest_lora.inspection.base import dtype_name
 from pytest_lora.inspection.peft_internals import (
     Factors,

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from pytest_lora.facts.layer_state import LayerState
 from pytest_lora.facts.model import ModelFacts, SavedModule, TrainableBase, TrainedRows
-from pytest_lora.facts.wrappers import Wrappers
+from pytest_lora.facts.model_parts import LayerState, Wrappers
 from pytest_lora.inspection import transformers_internals
 from pytest_lora.inspection.adapters_beside import (
     colliding_names,

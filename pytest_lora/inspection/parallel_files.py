@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pytest_lora.facts.parallel import Offload, Parallel
+from pytest_lora.facts.memory_choices import Offload, Parallel
 from pytest_lora.inspection.recipe.beside import (
     FSDP_OF_ACCELERATE,
     fsdp_version,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pytest_lora.facts.properties import ModuleScaling, ScalingFacts, ShapeFacts, ShapeMisfit, TargetFacts
+from pytest_lora.facts.behaviour import ModuleScaling, ScalingFacts, ShapeFacts, ShapeMisfit, TargetFacts
 from pytest_lora.findings import grouped
 from pytest_lora.inspection.base import base_facts, base_parameters
 from pytest_lora.inspection.layers import layer_states
@@ -20,7 +20,7 @@ from pytest_lora.inspection.survey import logical_shape
 from pytest_lora.values import shown
 
 if TYPE_CHECKING:
-    from pytest_lora.facts.layer_state import Factor
+    from pytest_lora.facts.model_parts import Factor
     from pytest_lora.inspection.survey import Survey
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.base import HEADS_BY_TASK_TYPE
-from pytest_lora.facts.resumption import FieldChange, RankChange, ResumptionFacts
+from pytest_lora.facts.saved_config import FieldChange, RankChange, ResumptionFacts
 from pytest_lora.facts.saved_tensors import target_of
 from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.inspection.checkpoint.config_file import UNJUDGED

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pytest_lora.facts.behaviour import SyncFacts, WeightDifference
-from pytest_lora.facts.wrappers import LateAdapter, Reducer, Shard, Wrappers
+from pytest_lora.facts.model_parts import LateAdapter, Reducer, Shard, Wrappers
 from pytest_lora.inspection.base import dtype_name, quantization_of
 from pytest_lora.inspection.fsdp_internals import FLAT, HOLDS, Group, Held, groups
 from pytest_lora.inspection.peft_internals import (

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 from pytest_lora.arguments import adapter_and_base, refusing
 from pytest_lora.facts.memory import Checkpointing
-from pytest_lora.facts.memory_choices import Attention, Evaluation, Kernels, Loss
-from pytest_lora.facts.parallel import Offload
+from pytest_lora.facts.memory_choices import Attention, Evaluation, Kernels, Loss, Offload
 from pytest_lora.memory.setting import checked_setting
 
 if TYPE_CHECKING:

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
-from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryEstimate
-from pytest_lora.facts.number_tables import markdown_lines, text_lines
+from pytest_lora.facts.numbers import format_bytes, markdown_lines, text_lines
 from pytest_lora.memory import StepArguments, names_settings
 from pytest_lora.memory.estimate import step_memory
 from pytest_lora.memory.frontier import largest_batch, require_budget

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from pytest_lora.facts.memory import MemoryEstimate, Unmodelled
-from pytest_lora.facts.memory_choices import TrainerFields
+from pytest_lora.facts.memory_choices import SHARDED, TrainerFields
 from pytest_lora.facts.operations import StepFlops
-from pytest_lora.facts.parallel import SHARDED
 from pytest_lora.memory import StepArguments, names_settings
 from pytest_lora.memory.kept import predictor_for
 from pytest_lora.memory.parallel import with_what_is_said

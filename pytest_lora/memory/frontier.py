@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from pytest_lora.facts.byte_sizes import format_bytes, parse_bytes
-from pytest_lora.facts.number_tables import markdown_lines, text_lines
+from pytest_lora.facts.numbers import format_bytes, markdown_lines, parse_bytes, text_lines
 from pytest_lora.memory import StepArguments, names_settings
 from pytest_lora.memory.estimate import StepMemory, step_memory
 from pytest_lora.memory.setting import most_of, require_point

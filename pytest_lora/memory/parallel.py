@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pytest_lora.facts.parallel import FSDP, MACHINE, OFFLOADED, STRATEGIES, Parallel
+from pytest_lora.facts.memory_choices import FSDP, MACHINE, OFFLOADED, STRATEGIES, Parallel
 from pytest_lora.values import require_one_of, require_whole, shown
 
 _ALSO = {"fsdp": "fsdp2"}

@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
-from pytest_lora.facts.byte_sizes import format_bytes
-from pytest_lora.facts.cards import CARDS, card_named
 from pytest_lora.facts.memory import MemoryEstimate
-from pytest_lora.facts.number_tables import markdown_lines, text_lines
-from pytest_lora.facts.operations import StepFlops, format_flops
+from pytest_lora.facts.numbers import format_bytes, markdown_lines, text_lines
+from pytest_lora.facts.operations import CARDS, StepFlops, card_named, format_flops
 from pytest_lora.memory import StepArguments, names_settings
 from pytest_lora.memory.estimate import step_memory
 from pytest_lora.memory.frontier import require_counts
@@ -113,7 +111,8 @@ def price(
     """What an operation costs on a GPU: ``price(card="H100", per_hour=2.5, utilisation=0.4)``.
 
     Args:
-        card: A GPU of ``pytest_lora.facts.cards``, whose maker's peak is taken, or any name beside ``peak_tflops``.
+        card: A GPU of ``pytest_lora.facts.operations``, whose maker's peak is taken, or any name beside
+            ``peak_tflops``.
         utilisation: Share of the peak that your training reaches, above 0 and at most 1. There is no default, as it
             decides the answer: measure it once, as operations of a step / (seconds of a step * peak).
         per_hour: Money for an hour of one GPU, at least 0.

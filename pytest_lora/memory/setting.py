@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.facts.byte_sizes import parse_bytes
 from pytest_lora.facts.memory import (
     AMPERE_WORKSPACE,
     BITSANDBYTES,
@@ -13,8 +12,17 @@ from pytest_lora.facts.memory import (
     Quantization,
     StepSetting,
 )
-from pytest_lora.facts.memory_choices import ATTENTION_KERNELS, Attention, Evaluation, Kernels, Loss
-from pytest_lora.facts.parallel import FSDP, SHARDED, Offload
+from pytest_lora.facts.memory_choices import (
+    ATTENTION_KERNELS,
+    FSDP,
+    SHARDED,
+    Attention,
+    Evaluation,
+    Kernels,
+    Loss,
+    Offload,
+)
+from pytest_lora.facts.numbers import parse_bytes
 from pytest_lora.memory.parallel import checked_parallel, with_what_is_said
 from pytest_lora.memory.trainer import (
     TRAINERS,
@@ -41,10 +49,8 @@ _SHORT_DTYPES = {
 _BITS = {"4bit": "nf4", "4-bit": "nf4", "8bit": "int8", "8-bit": "int8"}
 """What people call a quantization by its bits; nf4 and fp4 take the same memory."""
 
-
 MOST_EDGE, MOST_IMAGES = 2**16, 2**20
 """Pixels of an image's edge, images in a sequence: far above what there is, within what a trace can hold."""
-
 
 MOST_POINT = {"batch_size": 2**28, "seq_len": 2**24, "r": 2**20}
 """The longest context that a public model names is ten million tokens, and no matrix has a rank of a million."""

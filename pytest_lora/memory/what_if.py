@@ -9,9 +9,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple, get_args
 
-from pytest_lora.facts.alternatives import Alternative, Seen
 from pytest_lora.facts.memory import MemoryEstimate
-from pytest_lora.facts.parallel import SHARDED
+from pytest_lora.facts.memory_choices import SHARDED, Alternative, Seen
 from pytest_lora.memory.estimate import step_memory
 
 _MOST_JOINED = 4

@@ -70,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from pytest_lora.strategies.profiles import register_profiles
+            from pytest_lora.strategies.models import register_profiles
 
         register_profiles()
     for marker in MARKERS:

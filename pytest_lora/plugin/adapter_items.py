@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lora.cleaning import file_id
 from pytest_lora.plugin.file_nodes import (
     KNOWN_BY,
     InAnyFolder,
@@ -29,6 +28,7 @@ from pytest_lora.plugin.file_nodes import (
 from pytest_lora.plugin.options import ADAPTER_FILES
 from pytest_lora.plugin.session_options import options_of
 from pytest_lora.rules.checkpoint import GROUPS, group_of, lacks_configuration
+from pytest_lora.values import file_id
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Sequence

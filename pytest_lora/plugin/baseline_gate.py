@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_lora.cleaning import printable
+from pytest_lora.files import text_of, write_whole
 from pytest_lora.plugin.gpu import report as gpu_report
 from pytest_lora.plugin.summary import reports_by_test
-from pytest_lora.reading import text_of
 from pytest_lora.report.baseline import (
     BaselineError,
     Row,
@@ -26,7 +25,7 @@ from pytest_lora.report.baseline import (
     table,
     to_json,
 )
-from pytest_lora.writing import write_whole
+from pytest_lora.values import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.cleaning import LONGEST_OF_A_FINDING, file_id, printable
 from pytest_lora.findings import Finding, LoraHealthWarning, Report
 from pytest_lora.plugin.options import ADAPTER_FILES
+from pytest_lora.values import LONGEST_OF_A_FINDING, file_id, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -48,7 +48,7 @@ def lora_base_model(request: pytest.FixtureRequest, lora_device: torch.device) -
             from pytest_lora.bases.tiny import load_tiny
 
             return load_tiny(device=lora_device)
-        from pytest_lora.bases.local import load_in_4bit
+        from pytest_lora.bases import load_in_4bit
 
         return load_in_4bit(folder, lora_device)
 

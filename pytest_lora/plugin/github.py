@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from pytest_lora.cleaning import printable
+from pytest_lora.files import append_whole
 from pytest_lora.findings import Severity
 from pytest_lora.plugin.session_options import options_of
 from pytest_lora.plugin.session_report import Gathered, SessionReport
 from pytest_lora.report.markdown import gpu_section, markdown_report
-from pytest_lora.writing import append_whole
+from pytest_lora.values import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_lora.bases.examples import runnable
-from pytest_lora.cleaning import printable
 from pytest_lora.facts.figures.recipes import RecipeCard, recipe_card
 from pytest_lora.facts.recipe import RecipeFacts
 from pytest_lora.rules import Rule, catalogue
+from pytest_lora.values import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lora.cleaning import file_id
 from pytest_lora.plugin.file_nodes import (
     InAnyFolder,
     deliver,
@@ -24,6 +23,7 @@ from pytest_lora.plugin.file_nodes import (
     shown_path,
 )
 from pytest_lora.plugin.session_options import options_of
+from pytest_lora.values import file_id
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence

@@ -209,7 +209,7 @@ def _card(config: pytest.Config) -> tuple[int, str | None]:
     given = config.getoption("lora_card") or config.getini("lora_card")
     if not given:
         return 1, None
-    from pytest_lora.facts.byte_sizes import parse_bytes
+    from pytest_lora.facts.numbers import parse_bytes
 
     match = _CARD.fullmatch(given.strip())
     source = "--lora-card" if config.getoption("lora_card") else "ini lora_card"

@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
+from pytest_lora.files import write_whole
 from pytest_lora.plugin import summary
 from pytest_lora.plugin.gpu import report as gpu_report
 from pytest_lora.plugin.options import GPU_PROPERTY
 from pytest_lora.report.session import GpuUse, RanTest, Session, State
-from pytest_lora.writing import write_whole
 
 PACKAGES = (
     "pytest-lora",

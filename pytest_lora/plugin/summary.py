@@ -8,11 +8,11 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.assertions import delivered
-from pytest_lora.cleaning import printable
 from pytest_lora.facts.figures.recipes import RecipeCard
 from pytest_lora.findings import SEVERITIES, Finding, Report, Severity, counted
 from pytest_lora.plugin.printed_pages import setting_lines
 from pytest_lora.plugin.session_options import options_of
+from pytest_lora.values import printable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-from pytest_lora.cleaning import json_text, printable
-from pytest_lora.values import shown
+from pytest_lora.values import json_text, printable, shown
 
 MOST = 2**63
 """Of a quantity, whose unit may be bytes."""

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pytest_lora.cleaning import json_text, printable
 from pytest_lora.findings import Finding, Severity
 from pytest_lora.report.digest import rule_groups
 from pytest_lora.report.session import RanTest, Session
 from pytest_lora.report.text import without_margin
 from pytest_lora.rules import Rule, catalogue
+from pytest_lora.values import json_text, printable
 
 ROOT = "%SRCROOT%"
 """What SARIF calls the top of the sources, by custom."""

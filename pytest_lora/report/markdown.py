@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from pytest_lora.cleaning import printable
-from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.figures import AdapterMap, LossCurve, MemoryBudget, RankSweep
 from pytest_lora.facts.figures.recipes import RecipeCard
+from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.facts.sweep import rate_text
 from pytest_lora.report.digest import FoundIn, Shown, figures, rule_groups
 from pytest_lora.report.map_view import map_view, number
@@ -23,6 +22,7 @@ from pytest_lora.report.session import (
     skipped_on_gpu,
 )
 from pytest_lora.report.text import markdown, markdown_block, markdown_code
+from pytest_lora.values import printable
 
 MOST_CHARACTERS = 400_000
 """Characters of findings; GitHub takes 1 MiB for all summaries of a step."""

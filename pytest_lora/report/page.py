@@ -16,10 +16,9 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from pytest_lora.cleaning import printable
-from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.figures import AdapterMap, to_plain
 from pytest_lora.facts.figures.recipes import RecipeCard
+from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.facts.sweep import rate_text
 from pytest_lora.findings import Finding
 from pytest_lora.report.charts import curve_chart, memory_view, path, sweep_chart
@@ -29,6 +28,7 @@ from pytest_lora.report.rate_charts import price_chart, rate_chart
 from pytest_lora.report.session import RanTest, Session, counted_tests, gpu_troubles
 from pytest_lora.report.text import rule_doc, without_margin
 from pytest_lora.rules import catalogue
+from pytest_lora.values import printable
 
 MOST_CHARACTERS = 900_000
 """Characters that findings may take in full. A page stays under 2 MB, which opens at once; the rest is counted, and

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from pytest_lora.cleaning import json_text
-from pytest_lora.facts.byte_sizes import format_bytes
+from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.findings import SEVERITIES, Finding, Report
+from pytest_lora.values import json_text
 
 State = Literal["running", "finished", "interrupted", "crashed"]
 """Whether all tests ran: a report that says "running" is of a session that nobody ended, or that still goes on."""

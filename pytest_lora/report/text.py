@@ -7,7 +7,7 @@ from textwrap import dedent
 
 from markupsafe import Markup, escape
 
-from pytest_lora.cleaning import printable
+from pytest_lora.values import printable
 
 _FOR_MARKDOWN = re.compile(r"([\\`*\[\]<>#|~&$]|(?<![^\W_])_|_(?![^\W_]))")
 

@@ -26,10 +26,9 @@ ENTRY_POINTS = "pytest_lora.rules"
 """Entry point group of packages that add rules of their own."""
 
 _HOMES = {
-    "loss_drop": "training",
+    "curve_shape": "training",
     "optimizer": "training",
-    "properties": "behaviour",
-    "resumption": "behaviour",
+    "saved_config": "behaviour",
     "served": "checkpoint",
 }
 """Modules of facts whose rules are in the folder of another name."""

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pytest_lora.changes import Advice, advise, change, noun
 from pytest_lora.expect import Expect
 from pytest_lora.facts.served import ServedAdapter, padded
-from pytest_lora.facts.server import Feature, Outcome, Server, Treatment
-from pytest_lora.facts.servers import SERVERS
+from pytest_lora.facts.servers import SERVERS, Feature, Outcome, Server, Treatment
 from pytest_lora.facts.settings import Settings
 from pytest_lora.rules import Violation
 

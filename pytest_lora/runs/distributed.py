@@ -19,8 +19,8 @@ from typing import Any, Literal, TextIO, get_args
 
 from filelock import FileLock, Timeout
 
+from pytest_lora.files import write_whole
 from pytest_lora.values import require_items, require_number, require_one_of, require_whole, shown
-from pytest_lora.writing import write_whole
 
 Backend = Literal["gloo", "nccl"]
 

@@ -12,7 +12,7 @@ from pytest_lora.assertions import stack_level
 from pytest_lora.findings import LoraHealthWarning
 from pytest_lora.inspection.model import carries_lora
 from pytest_lora.rules.selection import codes
-from pytest_lora.runs.steps import at_each_step
+from pytest_lora.runs.hooks import at_each_step
 from pytest_lora.runs.trackers import PROJECT, TrackedFindings
 from pytest_lora.runs.watch import BETWEEN, OnError, Watch
 

@@ -1,11 +1,13 @@
-"""The checks as a callback of the transformers Trainer."""
+"""The checks as a callback of the transformers Trainer; it judges the first rows of the data before the first step."""
 
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable
 from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
@@ -13,13 +15,13 @@ from transformers import TrainerCallback
 from pytest_lora.assertions import stack_level
 from pytest_lora.expect import Expect
 from pytest_lora.facts.history import as_count
-from pytest_lora.findings import LoraHealthWarning
+from pytest_lora.findings import LoraHealthWarning, Report
 from pytest_lora.inspection.model import carries_lora
+from pytest_lora.rules import judge
 from pytest_lora.rules.selection import codes
-from pytest_lora.runs.rows import has_own_loss, report_on_rows
+from pytest_lora.runs.hooks import CalledThrough
 from pytest_lora.runs.trackers import PROJECT, TrackedFindings
 from pytest_lora.runs.watch import BETWEEN, FIRST_STEPS, OnError, Watch
-from pytest_lora.runs.wrappers import CalledThrough
 
 if TYPE_CHECKING:
     from torch import nn
@@ -255,3 +257,38 @@ def _logged(state: TrainerState) -> tuple[list[float], dict[int, float]]:
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     evals = {int(entry["step"]): entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
     return losses, evals
+
+
+WHAT = "labels, padding and other rules on batches"
+
+
+def report_on_rows(
+    model: nn.Module, loader: Any, rows: int, objective: Objective, expect: Expect, *, custom_loss: bool
+) -> Report:
+    """Judge the first rows of a loader; why they cannot be read stands in the report."""
+    from pytest_lora.inspection.training import first_rows, row_facts
+
+    batches, why = first_rows(loader, rows)
+    if not batches:
+        return Report("first rows", (), not_judged=((why, WHAT),) if why else ())
+    facts = row_facts(model, batches, objective, custom_loss=custom_loss)
+    return Report(f"first rows of {facts.model.base.architecture}", tuple(judge([facts], expect)))
+
+
+def has_own_loss(callback: object) -> bool:
+    """Whether the Trainer that calls a callback makes its loss otherwise than transformers and TRL do.
+
+    A Trainer hands itself to no callback; it is looked for among the frames that called this one.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        trainer: Any = frame.f_locals.get("self")
+        handler = getattr(trainer, "callback_handler", None)
+        if handler is not None and callback in getattr(handler, "callbacks", ()):
+            home = type(trainer).compute_loss.__module__.partition(".")[0]
+            return getattr(trainer, "compute_loss_func", None) is not None or home not in (
+                "transformers",
+                "trl",
+            )
+        frame = frame.f_back
+    return True

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytest_lora.arguments import require_expect, require_trainers
 from pytest_lora.assertions import LoraHealthError, delivered, stack_level
-from pytest_lora.checks.history import judge_history
 from pytest_lora.checks.model import NO_BATCH, check_model
+from pytest_lora.checks.training import judge_history
 from pytest_lora.expect import Expect
 from pytest_lora.facts.history import as_count, as_number, history_facts
 from pytest_lora.findings import LoraHealthWarning, Report
 from pytest_lora.rules import judge
 from pytest_lora.rules.selection import codes, in_force, selected
 from pytest_lora.runs.distributed import is_first_rank
-from pytest_lora.runs.steps import at_each_step
+from pytest_lora.runs.hooks import at_each_step
 from pytest_lora.runs.trackers import PROJECT, TrackedFindings
 from pytest_lora.values import require_one_of
 

@@ -6,8 +6,7 @@ Importing this registers the settings profiles ``lora-ci`` and ``lora-dev``; it 
 from pytest_lora.strategies.configs import lora_configs
 from pytest_lora.strategies.faults import misconfigured_lora_configs
 from pytest_lora.strategies.folders import AdapterFolder, adapter_folders, build_adapter_folder
-from pytest_lora.strategies.models import build_lora_model, lora_models
-from pytest_lora.strategies.profiles import register_profiles
+from pytest_lora.strategies.models import build_lora_model, lora_models, register_profiles
 from pytest_lora.strategies.shapes import TrainingShape, training_shapes
 
 __all__ = [

@@ -1,4 +1,5 @@
-"""Live models: the built-in base, or a model of one's own, under a drawn adapter."""
+"""Live models: the built-in base, or a model of one's own, under a drawn adapter; and settings of Hypothesis for tests
+that build them."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -17,6 +19,7 @@ from pytest_lora.strategies.configs import lora_configs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 _UPDATE = 0.05
 """Deviation of a trained ``lora_B``: the output moves by about as much as in a short training."""
@@ -104,3 +107,25 @@ def lora_models(
     given: dict[str, Any] = {} if base is None else {"base": st.just(base)}
     state = st.booleans() if trained is None else st.just(trained)
     return st.builds(build_lora_model, drawn, trained=state, **given)
+
+
+SUPPRESSED = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
+"""Health checks that measure how long and how large examples are: a model takes milliseconds to build."""
+
+
+def register_profiles() -> None:
+    """Register ``lora-ci`` and ``lora-dev``; which profile is used stays with the user.
+
+    Neither has a deadline. ``lora-ci`` draws 200 examples, the same in every run; ``lora-dev`` draws 25.
+    Chosen by ``pytest --hypothesis-profile=lora-ci``, or by ``settings.load_profile("lora-ci")`` after
+    ``pytest_lora.strategies`` was imported.
+    """
+    settings.register_profile(
+        "lora-ci",
+        max_examples=200,
+        derandomize=True,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=SUPPRESSED,
+    )
+    settings.register_profile("lora-dev", max_examples=25, deadline=None, suppress_health_check=SUPPRESSED)

@@ -8,7 +8,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from pytest_lora.facts.parallel import STRATEGIES
+from pytest_lora.facts.memory_choices import STRATEGIES
 from pytest_lora.inspection.quiet import unexplained
 
 QUANTIZATIONS = (None, "nf4", "fp4", "int8")

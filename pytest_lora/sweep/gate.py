@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_lora.arguments import refusing, require_expect
 from pytest_lora.assertions import asserting
-from pytest_lora.checks.judging import report_on
+from pytest_lora.checks import report_on
 from pytest_lora.expect import Expect
+from pytest_lora.facts.figures import RankSweep, RankTrial, RatePoint
 from pytest_lora.facts.sweep import LockedRankFacts, MeasuredRank, RankLockFacts
 from pytest_lora.findings import Report
 from pytest_lora.rules.selection import codes
-from pytest_lora.sweep.choice import METRIC_SHARE
-from pytest_lora.sweep.figure import figure_of
+from pytest_lora.sweep.choice import METRIC_SHARE, RankChoice, enough
 from pytest_lora.sweep.lock import RankLock, drift, in_use
 from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.rows import RankOutcome
-from pytest_lora.sweep.table import number
+from pytest_lora.sweep.views import number
 from pytest_lora.values import in_short, require_number, require_path, require_share, require_whole, shown
 
 if TYPE_CHECKING:
@@ -133,3 +133,45 @@ def _measured(row: RankOutcome, share: float | None) -> MeasuredRank:
     if row.metric is not None:
         metric = number(row.metric) + ("" if row.spread is None else f" +- {row.spread:.2g}")
     return MeasuredRank(row.rank, share, metric, tuple(sorted({str(failure) for failure in row.failures})))
+
+
+def figure_of(result: SweepResult) -> RankSweep:
+    """The sweep with its choice; without one where no trial has a metric."""
+    measured = any(row.metric is not None for row in result.rows)
+    choice = result.choose() if measured else None
+    return RankSweep(
+        title=result.settings.get("data") or result.metric,
+        metric=result.metric,
+        maximise=result.maximise,
+        trials=tuple(_trial(row) for row in result.rows),
+        chosen=choice.rank if choice else None,
+        reasons=_reasons(choice) if choice else (),
+        enough=enough(result.rows, choice, before=result.before, maximise=result.maximise)
+        if choice
+        else None,
+    )
+
+
+def _reasons(choice: RankChoice) -> tuple[str, ...]:
+    runner_up = (
+        () if choice.runner_up is None else (f"runner-up r={choice.runner_up}: {choice.runner_up_reason}",)
+    )
+    unsettled = tuple(f"not settled: {said}" for said in choice.unsettled)
+    verdicts = (f"{one.rule} rule {one.said}; {one.reason}" for one in choice.verdicts)
+    return (f"{choice.headline}: {choice.reason}", *verdicts, *runner_up, *unsettled)
+
+
+def _trial(row: RankOutcome) -> RankTrial:
+    problem = "" if row.metric is not None else "; ".join(sorted({str(failure) for failure in row.failures}))
+    return RankTrial(
+        rank=row.rank,
+        metric=row.metric,
+        spread=row.spread,
+        seconds=row.seconds or 0.0,
+        flops=row.flops,
+        peak_bytes=row.peak_bytes,
+        trainable_parameters=row.trainable or 0,
+        problem=problem,
+        rate=row.learning_rate,
+        rates=tuple(RatePoint(r.learning_rate, r.metric, r.spread, r.budget == 1) for r in row.rates),
+    )

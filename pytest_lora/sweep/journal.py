@@ -12,9 +12,9 @@ from typing import Any
 
 from filelock import FileLock
 
+from pytest_lora.files import add_json_line, is_json, write_whole
 from pytest_lora.sweep.rows import TrialKey, TrialRow
 from pytest_lora.values import in_short
-from pytest_lora.writing import add_json_line, is_json, write_whole
 
 FORMAT = "pytest-lora rank sweep 2"
 

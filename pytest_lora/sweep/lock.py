@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.facts.sweep import Difference
-from pytest_lora.reading import text_of
-from pytest_lora.writing import write_whole
+from pytest_lora.files import text_of, write_whole
 
 if TYPE_CHECKING:
     from pytest_lora.sweep.choice import RankChoice

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_lora.facts.number_tables import markdown_lines, text_lines
+from pytest_lora.facts.numbers import markdown_lines, text_lines
 from pytest_lora.facts.operations import format_flops
 from pytest_lora.facts.sweep import is_enough, percent
 from pytest_lora.memory.price import Cost, Price, format_hours

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_lora.sweep.choice import METRIC_SHARE, MIN_GAIN, TIME_SHARE, RankChoice, choose
 from pytest_lora.sweep.rows import RankOutcome, TrialRow, outcomes
-from pytest_lora.sweep.table import markdown_table, text_table
 from pytest_lora.sweep.verdicts import metric_shares
+from pytest_lora.sweep.views import markdown_table, text_table
 from pytest_lora.values import in_short, require_one_of
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class SweepResult:
             ImportError: matplotlib is not installed.
             ValueError: The theme is neither, the ending is unknown, or no trial has a metric.
         """
-        from pytest_lora.sweep.plot import draw
+        from pytest_lora.sweep.views import draw
 
         return draw(self, path, theme, self.choose() if choice is None else choice)
 

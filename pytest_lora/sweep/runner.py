@@ -17,7 +17,7 @@ from pytest_lora.sweep.journal import Journal
 from pytest_lora.sweep.result import SweepResult
 from pytest_lora.sweep.rows import TrialRow
 from pytest_lora.sweep.settings import SweepSettings, checked
-from pytest_lora.sweep.table import number
+from pytest_lora.sweep.views import number
 from pytest_lora.values import require_flag, require_path
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from peft import LoraConfig
 
-    from pytest_lora.sweep.plan import TrialPlan
+    from pytest_lora.sweep import TrialPlan
     from pytest_lora.sweep.trial import Evaluate, Job, MakeModel, Train
 
 PACKAGES = ("pytest-lora", "torch", "transformers", "peft", "bitsandbytes", "accelerate")

@@ -11,10 +11,10 @@ from functools import cached_property
 from typing import Any
 
 from pytest_lora.facts.sweep import rate_text
+from pytest_lora.sweep import TrialPlan
 from pytest_lora.sweep.digest import Reader
-from pytest_lora.sweep.goal import more_is_better
+from pytest_lora.sweep.evidence import more_is_better
 from pytest_lora.sweep.halving import budgets, require_optuna
-from pytest_lora.sweep.plan import TrialPlan
 from pytest_lora.values import (
     MOST_ITEMS,
     require_flag,

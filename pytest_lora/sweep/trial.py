@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import gc
+import getpass
 import importlib
 import math
+import multiprocessing
+import os
 import random
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from pytest_lora.findings import Finding
@@ -22,10 +28,12 @@ from pytest_lora.inspection.peft_internals import LoraLayer
 from pytest_lora.inspection.quiet import quiet_libraries
 from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.survey import survey
-from pytest_lora.sweep.devices import claim_gpu
+from pytest_lora.sweep import TrialPlan
 from pytest_lora.sweep.measure import Cost, cost_of_training, first_line, peak_memory
-from pytest_lora.sweep.plan import TrialPlan
 from pytest_lora.sweep.rows import Failure, TrialRow
+
+_held: list[FileLock] = []
+"""The lock on this process's GPU; the system lets it go when the process ends, however it ends."""
 
 LARGE = 2**26
 """Bytes of a model on the CPU from which on its memory is wanted back before the next trial."""
@@ -219,8 +227,8 @@ def _losses(given: Any) -> tuple[float, ...]:
 
 
 def _health(model: nn.Module, losses: tuple[float, ...]) -> tuple[Finding, ...]:
-    from pytest_lora.checks.history import diagnose_history
     from pytest_lora.checks.model import check_model
+    from pytest_lora.checks.training import diagnose_history
     from pytest_lora.expect import Expect
 
     found = list(check_model(model, expect=Expect(fresh=False)).findings)
@@ -255,3 +263,31 @@ def out_of_memory(error: BaseException) -> bool:
 def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+
+
+def claim_gpu() -> None:
+    """In a worker process that sees several GPUs, make one current that no other worker has; do nothing elsewhere.
+
+    Where there are more workers than GPUs, the rest share them. A worker that sees one GPU, as under dask-cuda or
+    Slurm's ``--gpus-per-task=1``, has been given its own already.
+    """
+    if _held or multiprocessing.parent_process() is None or torch.cuda.device_count() < 2:
+        return
+    count = torch.cuda.device_count()
+    for index in range(count):
+        lock = FileLock(_folder() / f"{torch.cuda.get_device_properties(index).uuid}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        _held.append(lock)
+        torch.cuda.set_device(index)
+        return
+    torch.cuda.set_device(os.getpid() % count)
+
+
+def _folder() -> Path:
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    folder = Path(tempfile.gettempdir(), f"pytest-lora-sweep-{user}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder

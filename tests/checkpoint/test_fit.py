@@ -8,7 +8,7 @@ import pytest
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import LlamaConfig
 
-from pytest_lora.facts.fit import Fit
+from pytest_lora.facts.config import Fit
 from pytest_lora.facts.saved_tensors import Key, TensorFacts
 from pytest_lora.inspection.checkpoint.fit import Base
 from tests.test_asking_peft import Toy

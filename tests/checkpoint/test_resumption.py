@@ -10,7 +10,7 @@ from peft import AdaLoraConfig, LoraConfig
 
 from pytest_lora.facts.checkpoint import CheckpointFacts, FileFault
 from pytest_lora.facts.config import LayerFacts
-from pytest_lora.facts.resumption import FieldChange, RankChange, ResumptionFacts
+from pytest_lora.facts.saved_config import FieldChange, RankChange, ResumptionFacts
 from pytest_lora.inspection.checkpoint.config_file import config_file
 from pytest_lora.inspection.resumption import resumption_facts
 from tests.facts.test_adapter_maps import saved

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from pytest_lora.facts.curve_shape import FITS
-from pytest_lora.facts.layer_state import LayerState
-from pytest_lora.facts.loss_drop import LossDrop
+from pytest_lora.facts.curve_shape import FITS, LossDrop
 from pytest_lora.facts.measures import of_drop
+from pytest_lora.facts.model_parts import LayerState
 from pytest_lora.inspection.layers import layer_states
 from pytest_lora.inspection.survey import survey
 from tests.test_live_facts import adapted

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pytest_lora.facts.layer_state import Factor, LayerState
 from pytest_lora.facts.model import ModelFacts
+from pytest_lora.facts.model_parts import Factor, LayerState
 from pytest_lora.facts.optimizer import GroupFacts, Missing, OptimizerFacts
 from pytest_lora.inspection.model import model_facts
 from tests.rules.training.setups import adapted

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from pytest_lora.facts.behaviour import ParameterShareFacts
 from pytest_lora.facts.figures.adapter_maps import model_maps
 from pytest_lora.facts.history import history_facts
-from pytest_lora.facts.parallel import MEASURED_ON, Parallel
-from pytest_lora.facts.properties import ParameterShareFacts
+from pytest_lora.facts.memory_choices import MEASURED_ON, Parallel
+from pytest_lora.facts.model_parts import Wrappers
 from pytest_lora.facts.steps import StepFacts
 from pytest_lora.facts.training import TrainingFacts, fell
-from pytest_lora.facts.wrappers import Wrappers
 from tests.facts.test_adapter_maps import sound
 
 __all__ = ["sound"]

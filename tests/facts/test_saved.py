@@ -8,8 +8,7 @@ import pytest
 
 from pytest_lora.facts.base import BaseFacts, BaseModule
 from pytest_lora.facts.checkpoint import CheckpointFacts, Entry, FileFault
-from pytest_lora.facts.config import ConfigFacts, LayerFacts
-from pytest_lora.facts.fit import Fit
+from pytest_lora.facts.config import ConfigFacts, Fit, LayerFacts
 from pytest_lora.facts.measures import _scalings, of_checkpoint
 from pytest_lora.facts.saved_config import config_of_the_file
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, TensorFacts, Values, target_of

@@ -7,8 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from pytest_lora.facts.cards import CARDS, Card, card_named
-from pytest_lora.facts.operations import NO_FLOPS, StepFlops, format_flops
+from pytest_lora.facts.operations import CARDS, NO_FLOPS, Card, StepFlops, card_named, format_flops
 from pytest_lora.facts.servers import SERVERS
 
 PARTS = {

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from pytest_lora.bases.examples.models import language_batch
-from pytest_lora.facts.layer_state import LayerState
+from pytest_lora.facts.model_parts import LayerState, why_silent
 from pytest_lora.facts.optimizer import GroupFacts, ScheduleFacts
-from pytest_lora.facts.silence import why_silent
 from pytest_lora.facts.training import LOGGED_AS_ZERO, TrainingFacts, fell
 from pytest_lora.inspection.training.batches import Plan
 from pytest_lora.inspection.training.probe import training_facts

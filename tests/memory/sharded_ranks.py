@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pytest_lora.facts.memory import StepSetting
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.bitsandbytes_internals import quantization_statistics
 from pytest_lora.inspection.memory.meta_answers import StandIns
 from pytest_lora.inspection.memory.parallel.dtensors import as_accelerator

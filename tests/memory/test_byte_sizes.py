@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_lora.facts.byte_sizes import format_bytes, parse_bytes
+from pytest_lora.facts.numbers import format_bytes, parse_bytes
 
 UNITS = {"B": 1}
 UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}

@@ -13,8 +13,8 @@ from peft import LoraConfig
 from torch import nn
 
 from pytest_lora.facts.memory import Quantization, StepSetting
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.facts.operations import StepFlops
-from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory import live_model, operations, optimizers
 from pytest_lora.inspection.memory.batches import image_edges, images_for
 from pytest_lora.inspection.memory.estimate import _filled, gpu_of_events

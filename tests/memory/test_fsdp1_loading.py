@@ -9,7 +9,7 @@ import pytest
 from transformers import LlamaConfig
 
 from pytest_lora import estimate_memory, step_memory
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.memory.layer_stacks import USUAL, Cut
 from pytest_lora.inspection.memory.meta_model import build
 from pytest_lora.inspection.memory.parallel.model import CUT, Loading, Rank

@@ -23,7 +23,7 @@ from pytest_lora import (
     run_distributed,
 )
 from pytest_lora.facts.memory import MemoryEstimate
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.memory import dry_run
 from pytest_lora.inspection.memory.layer_stacks import Cut
 from pytest_lora.inspection.memory.meta_model import build

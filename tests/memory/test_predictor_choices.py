@@ -10,9 +10,8 @@ import pytest
 from torch import nn
 
 from pytest_lora.facts.memory import Quantization, StepSetting
-from pytest_lora.facts.memory_choices import Evaluation
+from pytest_lora.facts.memory_choices import Evaluation, Parallel
 from pytest_lora.facts.operations import StepFlops
-from pytest_lora.facts.parallel import Parallel
 from pytest_lora.inspection.memory import predictor
 from pytest_lora.inspection.memory.cuda_allocator import plainly_replayed
 from pytest_lora.inspection.memory.estimate import StepShape

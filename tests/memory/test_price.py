@@ -9,9 +9,8 @@ from peft import LoraConfig
 from transformers import LlamaConfig
 
 from pytest_lora import SweepResult, TrialRow, card_table, estimate_memory, price, rank_prices, suggest_rank
-from pytest_lora.facts.byte_sizes import format_bytes
-from pytest_lora.facts.cards import CARDS, card_named
-from pytest_lora.facts.operations import StepFlops
+from pytest_lora.facts.numbers import format_bytes
+from pytest_lora.facts.operations import CARDS, StepFlops, card_named
 
 BASE = LlamaConfig(
     hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000

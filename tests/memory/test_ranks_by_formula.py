@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig
 
 from pytest_lora import estimate_memory
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.memory.meta_model import MetaModel, build
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE
 from pytest_lora.memory.setting import checked_setting

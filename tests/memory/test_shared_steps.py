@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from pytest_lora import estimate_memory
 from pytest_lora.facts.memory import MemoryEstimate
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.memory.cuda_allocator import max_reserved
 from pytest_lora.inspection.parallel_files import read_parallel
 from pytest_lora.memory.setting import checked_setting

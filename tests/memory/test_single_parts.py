@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from pytest_lora.facts.memory import AMPERE_WORKSPACE, Quantization, StepSetting
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.memory import batches, unmodelled
 from pytest_lora.inspection.memory.batches import batch_for
 from pytest_lora.inspection.memory.cuda_allocator import _bisect_left

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from pytest_lora.facts.memory import StepSetting
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.memory import step as step_module
 from pytest_lora.inspection.memory.dry_run import trace
 from pytest_lora.inspection.memory.layer_stacks import Cut, cut_stacks

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from pytest_lora import check_memory, estimate_memory, largest_that_fits, step_memory
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.memory.cuda_allocator import communication_of
 from pytest_lora.inspection.memory.meta_answers import StandIns
 from pytest_lora.inspection.memory.meta_model import build

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pytest_lora.bases.examples import folders
-from pytest_lora.cleaning import file_id
+from pytest_lora.values import file_id
 from tests.namespace import Namespace
 from tests.plugin.sessions import MODES, session
 from tests.test_cleaning import is_harmless

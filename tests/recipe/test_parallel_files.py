@@ -11,7 +11,7 @@ import transformers
 from peft import LoraConfig
 
 from pytest_lora import estimate_memory
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.parallel_files import SaidOfStep, read_parallel, said_of_step
 from pytest_lora.inspection.recipe.beside import fsdp_version_of_arguments
 from pytest_lora.memory.setting import checked_setting

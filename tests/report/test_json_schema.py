@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pytest_lora import Finding, Report
-from pytest_lora.checks.judging import NAMES_A_BASE
+from pytest_lora.checks import NAMES_A_BASE
 from pytest_lora.report import rendered
 from pytest_lora.report.session import FORMAT, GpuUse, RanTest, Session
 from tests.plugin.sessions import run

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from pytest_lora.cleaning import printable
 from pytest_lora.report.markdown import markdown_report
 from pytest_lora.report.text import markdown, markdown_block, markdown_code
+from pytest_lora.values import printable
 from tests.report.sample import MERGED, SESSION, worded
 from tests.report.test_page import HOSTILE, many
 

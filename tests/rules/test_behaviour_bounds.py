@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 
-from pytest_lora.facts.behaviour import LawFacts, Leak, MergeFacts, ReloadFacts, SyncFacts, WeightDifference
-from pytest_lora.facts.properties import (
+from pytest_lora.facts.behaviour import (
+    LawFacts,
+    Leak,
+    MergeFacts,
     ModuleScaling,
     ParameterShareFacts,
+    ReloadFacts,
     ScalingFacts,
+    SyncFacts,
     TargetFacts,
     UpdateRankFacts,
+    WeightDifference,
 )
-from pytest_lora.facts.resumption import FieldChange, RankChange, ResumptionFacts
+from pytest_lora.facts.saved_config import FieldChange, RankChange, ResumptionFacts
 from pytest_lora.facts.steps import UpdateFacts
 from pytest_lora.facts.sweep import Difference, LockedRankFacts, MeasuredRank, RankLockFacts
 from tests.rules.saying import says, told

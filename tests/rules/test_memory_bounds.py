@@ -15,9 +15,9 @@ from pytest_lora.facts.memory import (
     StepSetting,
     Unmodelled,
 )
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.facts.operations import StepFlops
-from pytest_lora.facts.parallel import Parallel
-from pytest_lora.rules.memory_words import (
+from pytest_lora.rules.words import (
     _lines,
     advice,
     against_now,

@@ -8,19 +8,18 @@ from typing import Any
 import pytest
 
 from pytest_lora import Expect
-from pytest_lora.facts.adapters_beside import CombinedAdapter
 from pytest_lora.facts.base import BaseFacts, Quantization
 from pytest_lora.facts.config import ConfigFacts
-from pytest_lora.facts.layer_state import Factor, LayerState
 from pytest_lora.facts.model import (
     CollidingName,
+    CombinedAdapter,
     InitialRows,
     ModelFacts,
     SavedModule,
     TrainableBase,
     TrainedRows,
 )
-from pytest_lora.facts.wrappers import LateAdapter, Reducer, Shard, Wrappers
+from pytest_lora.facts.model_parts import Factor, LateAdapter, LayerState, Reducer, Shard, Wrappers
 from tests.rules.made import BASE, config, layer, module, settings, target
 from tests.rules.saying import says, told
 

@@ -22,8 +22,8 @@ from torch import nn
 from pytest_lora import Expect, check_model
 from pytest_lora.bases.examples.models import BASES, LAYERS, VOCABULARY, WIDTH
 from pytest_lora.facts.base import BaseModule, Quantization
-from pytest_lora.facts.layer_state import LayerState
 from pytest_lora.facts.model import ModelFacts, TrainableBase
+from pytest_lora.facts.model_parts import LayerState
 from pytest_lora.inspection.model import model_facts
 from pytest_lora.inspection.transformers_internals import TIES_WHAT_DIFFERS
 from pytest_lora.rules import catalogue

@@ -9,8 +9,8 @@ import pytest
 
 from pytest_lora.facts.recipe import BaseModel, RecipeFacts, RunSetting, SavedAdapter, Shard, Value
 from pytest_lora.facts.recipe_lines import UnknownKey, WrongKind
-from pytest_lora.rules.recipe_words import at
-from pytest_lora.rules.recipe_words import said as in_words
+from pytest_lora.rules.words import at
+from pytest_lora.rules.words import said as in_words
 from tests.rules.saying import says, told
 
 

@@ -11,10 +11,9 @@ from peft import LoraConfig
 from pytest_lora import Expect
 from pytest_lora.bases.examples.models import BASES
 from pytest_lora.changes import Advice, advise
-from pytest_lora.facts.resumption import ResumptionFacts
+from pytest_lora.facts.saved_config import ResumptionFacts
 from pytest_lora.facts.served import ServedAdapter, ServedModule
-from pytest_lora.facts.server import Feature, Outcome
-from pytest_lora.facts.servers import SERVERS
+from pytest_lora.facts.servers import SERVERS, Feature, Outcome
 from pytest_lora.facts.settings import Settings
 from pytest_lora.inspection.config import config_facts
 from pytest_lora.rules import remedies

@@ -8,7 +8,7 @@ import pytest
 
 from pytest_lora import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts, Entry, FileFault
-from pytest_lora.facts.fit import Fit, Misfit
+from pytest_lora.facts.config import Fit, Misfit
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, Marks, TensorFacts, Values
 from pytest_lora.rules.remedies import name_in_keys
 from tests.changed import replace

@@ -24,7 +24,7 @@ from pytest_lora.strategies import (
     misconfigured_lora_configs,
     training_shapes,
 )
-from pytest_lora.strategies.profiles import register_profiles
+from pytest_lora.strategies.models import register_profiles
 from tests.test_random_configs import MODELS
 
 NAMES = ("base", "base_4bit", "gpt2_base", "classifier_base", "moe_base", "bert")

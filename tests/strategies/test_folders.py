@@ -17,7 +17,7 @@ from pytest_lora import check_checkpoint
 from pytest_lora.bases.examples.folders import CONFIG
 from pytest_lora.rules import code_of
 from pytest_lora.strategies import AdapterFolder, adapter_folders, build_adapter_folder, lora_configs
-from pytest_lora.strategies.damage import DAMAGES
+from pytest_lora.strategies.folders import DAMAGES
 from pytest_lora.strategies.models import tiny_base
 from tests.strategies.test_models import FEW as DOZEN
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pytest_lora.sweep import devices
+from pytest_lora.sweep import trial
 
 FORK = multiprocessing.get_context("fork")
 
@@ -19,9 +19,9 @@ def claim(count: int, connection: object) -> None:
     torch.cuda.device_count = lambda: count
     torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid=f"simulated-{index}")
     torch.cuda.set_device = lambda index: current.__setitem__(0, index)
-    devices.claim_gpu()
-    devices.claim_gpu()  # the next trial of this worker
-    connection.send((current[0], len(devices._held)))
+    trial.claim_gpu()
+    trial.claim_gpu()  # the next trial of this worker
+    connection.send((current[0], len(trial._held)))
     connection.recv()
 
 
@@ -62,4 +62,4 @@ def test_one_gpu_or_no_worker_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
     process.join()
     assert (gpu, held) == (0, 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("asked in the main process"))
-    devices.claim_gpu()
+    trial.claim_gpu()

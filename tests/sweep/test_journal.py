@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pytest_lora.files import add_json_line
 from pytest_lora.sweep import journal as module
 from pytest_lora.sweep.journal import Journal
 from pytest_lora.sweep.rows import Failure, TrialRow
-from pytest_lora.writing import add_json_line
 
 SETTINGS = {"epochs": "1", "metric": "loss"}
 FORK = multiprocessing.get_context("fork")

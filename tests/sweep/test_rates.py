@@ -16,7 +16,7 @@ from torch import nn
 from pytest_lora import SweepResult, rank_sweep
 from pytest_lora.facts.sweep import percent, rate_text
 from pytest_lora.sweep import TrainOn, TrialPlan
-from pytest_lora.sweep.goal import more_is_better
+from pytest_lora.sweep.evidence import more_is_better
 from pytest_lora.sweep.halving import budgets, going_on
 from pytest_lora.sweep.rows import Failure, TrialRow, outcomes
 from tests.sweep import toys

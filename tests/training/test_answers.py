@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pytest_lora import Expect
-from pytest_lora.facts.answers import AnswerFacts
+from pytest_lora.facts.batches import AnswerFacts
 from pytest_lora.inspection.training.rows import answer_facts
 from pytest_lora.rules.training.answers_are_the_same import answers_are_the_same
 from pytest_lora.rules.training.labels_are_all_ignored import labels_are_all_ignored

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pytest_lora.facts.batch_law import AloneFacts
-from pytest_lora.facts.labels import TextBounds
-from pytest_lora.facts.wrappers import Wrappers
+from pytest_lora.facts.batches import AloneFacts, TextBounds
+from pytest_lora.facts.model_parts import Wrappers
 from pytest_lora.inspection.training.batches import (
     LOOKED_AT,
     NoLossError,

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_lora.bases.tiny.corpus import token_streams, windows
 from pytest_lora.bases.tiny.model import tiny_config
+from pytest_lora.bases.tiny.text import token_streams, windows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.figures import AdapterMap, CellState
-from pytest_lora.facts.layer_state import LayerState
+from pytest_lora.facts.model_parts import LayerState
 
 if TYPE_CHECKING:
     from pytest_lora.facts.checkpoint import CheckpointFacts
@@ -105,7 +105,7 @@ def _saved(module: AdaptedModule, settings: Settings | None) -> Cell:
 
 def _why_silent(training: TrainingFacts | None, layer: LayerState) -> str | None:
     # Facts of a training are loaded where there is one.
-    from pytest_lora.facts.silence import why_silent
+    from pytest_lora.facts.model_parts import why_silent
 
     return None if training is None else why_silent(training, layer)
 

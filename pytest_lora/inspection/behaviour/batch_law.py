@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pytest_lora.facts.batch_law import AloneFacts
+from pytest_lora.facts.batches import AloneFacts
 from pytest_lora.inspection.behaviour import TOLERANCES, largest, main_tensor, output_of
 from pytest_lora.inspection.behaviour.texts import (
     PACKED,

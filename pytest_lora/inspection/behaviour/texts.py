@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pytest_lora.facts.batch_law import Company
-from pytest_lora.facts.labels import IGNORED
+from pytest_lora.facts.batches import IGNORED, Company
 
 _TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "num_items_in_batch"}
 _DECODER = {"decoder_input_ids", "decoder_attention_mask"}

@@ -21,8 +21,7 @@ from pytest_lora.facts.checkpoint import (
     Entry,
     FileFault,
 )
-from pytest_lora.facts.origins import OTHER_WEIGHTS
-from pytest_lora.facts.saved_tensors import PREFIX, AdaptedModule, Key, TensorFacts, target_of
+from pytest_lora.facts.saved_tensors import OTHER_WEIGHTS, PREFIX, AdaptedModule, Key, TensorFacts, target_of
 from pytest_lora.inspection.checkpoint.config_file import MAX_CONFIG, config_file
 from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError, read_object
 from pytest_lora.inspection.checkpoint.header import read_header

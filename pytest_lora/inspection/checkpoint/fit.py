@@ -11,8 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from pytest_lora.facts.config import ConfigFacts, Refusal
-from pytest_lora.facts.fit import Fit, Misfit
+from pytest_lora.facts.config import ConfigFacts, Fit, Misfit, Refusal
 from pytest_lora.facts.saved_tensors import PREFIX, WRAPPERS, Key, TensorFacts
 from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.inspection.base import base_facts, base_parameters

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 
 Integers = NDArray[np.int64]
 Replay = Callable[[Integers, Integers, int, int, int], int]

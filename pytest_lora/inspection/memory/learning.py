@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from pytest_lora.facts.memory import StepSetting
-from pytest_lora.facts.parallel import WHOLE
+from pytest_lora.facts.memory_choices import WHOLE
 from pytest_lora.inspection.memory.monomials import NotMonomialError, Term, further_points, products
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.sizes import Family, Point

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import StepSetting, Unmodelled
-from pytest_lora.facts.parallel import FSDP
+from pytest_lora.facts.memory_choices import FSDP
+from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.inspection.memory.batches import reads_images
 from pytest_lora.inspection.memory.parallel.placed import moved_between_gpus
 from pytest_lora.inspection.transformers_internals import runs_images_without_values

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from pytest_lora.arguments import require_config
 from pytest_lora.facts.recipe import GIVEN, BaseModel, RecipeFacts, RunSetting, SavedAdapter, Value
 from pytest_lora.facts.recipe_lines import Flaw
+from pytest_lora.files import start_of
 from pytest_lora.inspection.recipe import axolotl, home_made, llamafactory, ms_swift, trl
 from pytest_lora.inspection.recipe.beside import OFFLOADED, Tree, fsdp_version, fsdp_version_of_arguments
 from pytest_lora.inspection.recipe.keys import Keys, resolved
 from pytest_lora.inspection.recipe.schema import clashes, no_choices, unknown_keys, wrong_kinds
 from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, YamlFile, read_yaml
-from pytest_lora.reading import start_of
 from pytest_lora.values import shown
 
 if TYPE_CHECKING:

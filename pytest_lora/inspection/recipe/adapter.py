@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pytest_lora.facts.memory import Quantization
-from pytest_lora.facts.parallel import divides_weights
+from pytest_lora.facts.memory_choices import divides_weights
 from pytest_lora.facts.recipe import RunSetting
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from pytest_lora.facts.recipe import SavedAdapter, Value
+from pytest_lora.files import start_of
 from pytest_lora.inspection.recipe.keys import Keys
 from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, read_yaml
-from pytest_lora.reading import start_of
 
 _CONFIG = "adapter_config.json"
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_lora.facts.loss_drop import LossDrop
+from pytest_lora.facts.curve_shape import LossDrop
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.inspection.placement import moved, place
 from pytest_lora.inspection.state import cuda_in_use

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_lora.facts.batch_law import AloneFacts
-from pytest_lora.facts.labels import COPIED, IGNORED, LabelFacts
+from pytest_lora.facts.batches import COPIED, IGNORED, AloneFacts, LabelFacts
 from pytest_lora.facts.steps import PaddingFacts, ShiftFacts, SpreadFacts
 from pytest_lora.inspection.behaviour.batch_law import BatchLaw
 from pytest_lora.inspection.training.batches import Plan

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pytest_lora.facts.labels import IGNORED, LabelFacts, LabelKind
+from pytest_lora.facts.batches import IGNORED, LabelFacts, LabelKind
 from pytest_lora.inspection.training.special_tokens import Vocabulary, text_bounds
 
 ALIKE = 0.95

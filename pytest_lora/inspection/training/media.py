@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from pytest_lora.facts.labels import IGNORED
-from pytest_lora.facts.media import Medium, MediumFacts
+from pytest_lora.facts.batches import IGNORED, Medium, MediumFacts
 
 _INPUTS: dict[Medium, str] = {
     "image": r"image|pixel_values(?!_videos)",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from pytest_lora.facts.layer_state import LayerState
+from pytest_lora.facts.model_parts import LayerState
 from pytest_lora.facts.optimizer import GroupFacts, Misshapen, Missing, OptimizerFacts, Part, ScheduleFacts
 from pytest_lora.inspection.base import dtype_name
 from pytest_lora.inspection.layers import UNREAD, read_values

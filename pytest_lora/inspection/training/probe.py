@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_lora.facts.batch_law import AloneFacts
-from pytest_lora.facts.labels import LabelFacts, WholeTargets
+from pytest_lora.facts.batches import AloneFacts, LabelFacts, WholeTargets
 from pytest_lora.facts.model import unusual_inits
 from pytest_lora.facts.optimizer import OptimizerFacts
 from pytest_lora.facts.steps import Failure, Phase, StepFacts

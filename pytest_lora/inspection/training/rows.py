@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_lora.facts.answers import AnswerFacts
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.labels import IGNORED, WholeTargets
+from pytest_lora.facts.batches import IGNORED, AnswerFacts, WholeTargets
 from pytest_lora.facts.optimizer import OptimizerFacts
 from pytest_lora.facts.steps import EmptyRows
 from pytest_lora.facts.training import Objective, TrainingFacts

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.base import BaseFacts
-from pytest_lora.facts.labels import IGNORED, LabelKind, TextBounds
+from pytest_lora.facts.batches import IGNORED, LabelKind, TextBounds
 from pytest_lora.inspection.behaviour.texts import text_config
 from pytest_lora.inspection.transformers_internals import reads_both_ways
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_lora.facts.byte_sizes import parse_bytes
+from pytest_lora.facts.numbers import parse_bytes
 from pytest_lora.plugin.markers import farthest_first
 
 if TYPE_CHECKING:

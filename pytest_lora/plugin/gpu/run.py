@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lora.facts.byte_sizes import format_bytes
+from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.plugin.gpu.marks import Need
 from pytest_lora.plugin.options import GPU_PROPERTY
 

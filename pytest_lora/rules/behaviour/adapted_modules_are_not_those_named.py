@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.changes import assigned
 from pytest_lora.expect import Expect
-from pytest_lora.facts.properties import TargetFacts
+from pytest_lora.facts.behaviour import TargetFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 

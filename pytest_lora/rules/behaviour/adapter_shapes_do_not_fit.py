@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.properties import ShapeFacts
+from pytest_lora.facts.behaviour import ShapeFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 

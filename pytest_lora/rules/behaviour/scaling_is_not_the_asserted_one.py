@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.properties import SAME_SCALING, ModuleScaling, ScalingFacts
+from pytest_lora.facts.behaviour import SAME_SCALING, ModuleScaling, ScalingFacts
 from pytest_lora.rules import Violation, rule
 
 

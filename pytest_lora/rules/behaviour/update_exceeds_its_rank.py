@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.properties import UpdateRankFacts
+from pytest_lora.facts.behaviour import UpdateRankFacts
 from pytest_lora.facts.steps import UpdateFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule

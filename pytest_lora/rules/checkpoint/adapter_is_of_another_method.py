@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.conversions import TO_PEFT
+from pytest_lora.rules.remedies import TO_PEFT
 
 _FOR_PIPELINES = ("diffusers", "kohya-ss")
 """Formats that a pipeline of diffusers reads as they are."""

@@ -6,7 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.facts.saved_tensors import PREFIX, WRAPPERS, Key
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.conversions import TO_PEFT
+from pytest_lora.rules.remedies import TO_PEFT
 
 
 @rule("LORA422", severity="error", needs=CheckpointFacts)

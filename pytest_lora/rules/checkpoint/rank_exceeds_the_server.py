@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.served import ServedAdapter
-from pytest_lora.facts.server import Server
-from pytest_lora.facts.servers import SERVERS
+from pytest_lora.facts.servers import SERVERS, Server
 from pytest_lora.rules import Violation, rule
 
 

@@ -6,7 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.served import ServedAdapter
 from pytest_lora.facts.servers import SERVERS
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.conversions import TO_MLX
+from pytest_lora.rules.remedies import TO_MLX
 
 
 @rule("LORA465", severity="error", needs=ServedAdapter)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
-from pytest_lora.facts.fit import Misfit
+from pytest_lora.facts.config import Misfit
 from pytest_lora.facts.saved_tensors import PREFIX, AdaptedModule
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule

@@ -3,8 +3,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.checkpoint import PICKLED, WEIGHTS, CheckpointFacts
+from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.rules import Violation, rule
 
 

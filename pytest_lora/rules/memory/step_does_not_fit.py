@@ -3,10 +3,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryFacts
+from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.memory_words import advice, in_float32, largest_parts, may_need_less, step_in_words
+from pytest_lora.rules.words import advice, in_float32, largest_parts, may_need_less, step_in_words
 
 
 @rule("LORA502", severity="error", needs=MemoryFacts)

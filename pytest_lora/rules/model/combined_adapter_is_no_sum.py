@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.adapters_beside import CombinedAdapter
-from pytest_lora.facts.model import ModelFacts
+from pytest_lora.facts.model import CombinedAdapter, ModelFacts
 from pytest_lora.rules import Violation, rule
 
 MOST_MISSED = 0.1

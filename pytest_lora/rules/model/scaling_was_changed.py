@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.layer_state import LayerState
 from pytest_lora.facts.model import ModelFacts
+from pytest_lora.facts.model_parts import LayerState
 from pytest_lora.findings import Severity, grouped
 from pytest_lora.rules import Violation, rule
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.layer_state import LayerState
 from pytest_lora.facts.model import unusual_inits
+from pytest_lora.facts.model_parts import LayerState
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule

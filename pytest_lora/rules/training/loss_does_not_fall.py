@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.loss_drop import LossDrop
+from pytest_lora.facts.curve_shape import LossDrop
 from pytest_lora.rules import Violation, rule
 
 

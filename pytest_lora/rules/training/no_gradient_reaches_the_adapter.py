@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from pytest_lora.changes import Advice, Change, advise, change
 from pytest_lora.expect import Expect
-from pytest_lora.facts.silence import why_silent
+from pytest_lora.facts.model_parts import why_silent
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule

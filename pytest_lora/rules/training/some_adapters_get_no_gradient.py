@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.layer_state import LayerState
-from pytest_lora.facts.silence import why_silent
+from pytest_lora.facts.model_parts import LayerState, why_silent
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import Severity, grouped
 from pytest_lora.rules import Violation, rule

@@ -10,8 +10,8 @@ import pytest
 
 from pytest_lora import Expect
 from pytest_lora.bases.examples.models import language_batch
-from pytest_lora.facts.labels import LabelFacts, TextBounds, WholeTargets
-from pytest_lora.facts.loss_drop import LossDrop
+from pytest_lora.facts.batches import LabelFacts, TextBounds, WholeTargets
+from pytest_lora.facts.curve_shape import LossDrop
 from pytest_lora.facts.steps import ShiftFacts
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.inspection.training.batches import Plan

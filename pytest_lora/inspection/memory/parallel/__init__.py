@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_lora.facts.memory import StepSetting
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.memory.layer_stacks import Cut
 from pytest_lora.inspection.memory.parallel.dtensors import cut_by_plan, fsdp2_rank, tensor_parallel_rank
 from pytest_lora.inspection.memory.parallel.fsdp1 import fsdp1_rank

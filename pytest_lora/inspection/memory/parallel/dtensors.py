@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.memory.meta_answers import swapped
 from pytest_lora.inspection.memory.parallel.model import (
     OFFLOAD_FORMULA,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
-from pytest_lora.facts.parallel import Parallel
+from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.inspection.memory.layer_stacks import Stack
 from pytest_lora.inspection.memory.parallel.model import Rank, nothing_around
 from pytest_lora.inspection.transformers_internals import kept_whole

@@ -1,19 +1,38 @@
-"""What the rules on memory say alike: the step, what fills it, and the table of what would help."""
+"""What the rules on recipes and on memory say alike: where a value stands; the step, what fills it, and the table of
+what would help."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from pytest_lora.changes import Advice, Change, advise, advise_any, noun
-from pytest_lora.facts.byte_sizes import format_bytes
 from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts, StepSetting
-from pytest_lora.facts.parallel import SHARDED
+from pytest_lora.facts.memory_choices import SHARDED
+from pytest_lora.facts.numbers import format_bytes
+from pytest_lora.facts.recipe import RecipeFacts, Value
+from pytest_lora.rules import Violation
 
 _KBIT = "prepare_model_for_kbit_training"
 _INDENT = "\n            "
 _NAMED = 3
 _IN_4_BITS = Change({"quantization": "nf4"}, 'quantization="nf4"', is_noun=True)
 _FROZEN = ("base weights", "quantized base weights", "quantization statistics", "embeddings and head")
+
+
+def at(facts: RecipeFacts, line: int | None, key: str = "") -> str:
+    """Where something is: the file, the line and the key."""
+    place = facts.name if line is None else f"{facts.name}:{line}"
+    return f"{place}: {key}" if key else place
+
+
+def about(facts: RecipeFacts, value: Value, observed: str, expected: str, fix: str) -> Violation:
+    """A violation at the line that decides a value."""
+    return Violation(at(facts, value.line, value.key), observed, expected, fix, line=value.line)
+
+
+def said(value: Value) -> str:
+    """A value and where it is from: ``"32 (default of TRL)"``."""
+    return f"{value.value} ({value.source})" if value.source else str(value.value)
 
 
 def step_in_words(estimate: MemoryEstimate) -> str:

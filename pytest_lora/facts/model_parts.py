@@ -1,11 +1,16 @@
-"""Facts about one adapter on one module of a live model."""
+"""Facts about parts of a live model: one adapter on one module, what keeps gradients from it, and what wraps the model
+to train it in several processes."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pytest_lora.facts.config import LayerFacts
+
+if TYPE_CHECKING:
+    from pytest_lora.facts.training import TrainingFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +130,121 @@ class LayerState(LayerFacts):
         if self.a.zero is None or self.b.zero is None:
             return None
         return not (self.a.zero or self.b.zero)
+
+
+def why_silent(facts: TrainingFacts, layer: LayerState) -> str | None:
+    """What keeps gradients from one adapter on one module, where that can be told."""
+    if layer.disabled:
+        return "adapters are disabled (disable_adapters or disable_adapter_layers)"
+    if layer.merged:
+        return "the adapter is merged into the base weights"
+    if not layer.trainable:
+        return "its tensors are frozen (requires_grad=False)"
+    embeds = "inputs_embeds" in facts.inputs
+    if layer.module in facts.untouched:
+        outside = "the module is outside the forward pass"
+        past = embeds and layer.module == facts.model.base.input_embeddings
+        return f"{outside}: inputs_embeds come from outside, past the embeddings" if past else outside
+    if layer.module in facts.cut:
+        why = "reentrant gradient checkpointing runs it without a graph: no input of its block requires gradients"
+        return (
+            f"{why}, as inputs_embeds come from outside, past the hook on the embeddings" if embeds else why
+        )
+    if layer.module in facts.without_graph and facts.has_graph:
+        return "it runs under torch.no_grad()"
+    if facts.model.reentrant_without_inputs:
+        return "reentrant gradient checkpointing without input gradients cuts the graph"
+    if layer.scaling == 0:
+        return f"lora_alpha={layer.alpha:g}: the scaling is 0"
+    if layer.dropout >= 1:
+        return "lora_dropout=1 drops every input"
+    if layer.b.zero and not layer.b.trainable:
+        return f"{layer.b.name} is zero and frozen"
+    if layer.a.zero and layer.b.zero:
+        return f"{layer.a.name} and {layer.b.name} are both zero"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class LateAdapter:
+    """An adapter that was put in after a wrapper was made, which does not know its parameters.
+
+    Attributes:
+        wrapper: ``"DistributedDataParallel"``, ``"FSDP"`` or ``"torch.compile"``.
+        parameters: Names of what it does not know.
+    """
+
+    wrapper: str
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reducer:
+    """A ``DistributedDataParallel``.
+
+    Attributes:
+        finds_unused: ``find_unused_parameters``: whether each step looks for weights that took no part in it.
+        static_graph: Whether it was told that every step uses the same weights, whichever these are.
+        unreduced: Names of tensors that it was given frozen and that require gradients now.
+        idle: Names of tensors whose gradients it waits for and that get none: frozen since, or of an adapter outside
+            the forward pass.
+        reentrant: Whether gradient checkpointing inside of it is reentrant.
+        optional: Whether modules inside may take no part in a step that others take part in: experts, or towers for
+            other inputs than text.
+    """
+
+    finds_unused: bool
+    static_graph: bool
+    unreduced: tuple[str, ...]
+    idle: tuple[str, ...]
+    reentrant: bool
+    optional: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Parameters that FSDP gathers together.
+
+    Attributes:
+        version: 1 (``FullyShardedDataParallel``) or 2 (``fully_shard``).
+        name: Name of the module that they were wrapped with; empty for the model as a whole.
+        ranks: Processes that they are divided among.
+        gathered_as: Dtype of the policy of mixed precision in which they are gathered; empty where it sets none.
+        packed_as: Dtypes, floating ones, in which 4-bit weights among them are stored.
+        trained_dtypes: Dtypes of those that require gradients.
+        trained: Numbers that require gradients.
+        frozen: Numbers that do not.
+    """
+
+    version: int
+    name: str
+    ranks: int
+    gathered_as: str
+    packed_as: tuple[str, ...]
+    trained_dtypes: tuple[str, ...]
+    trained: int
+    frozen: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wrappers:
+    """What wraps a model, or parts of it.
+
+    Attributes:
+        late: Adapters that were put in after a wrapper was made.
+        reducers: Wrappers of DDP.
+        shards: Groups of parameters of FSDP.
+        apart: Modules adapted by DoRA whose base weight FSDP gathers for the base layer alone.
+        unseen: Tensors of adapters whose values this process has not whole.
+    """
+
+    late: tuple[LateAdapter, ...] = ()
+    reducers: tuple[Reducer, ...] = ()
+    shards: tuple[Shard, ...] = ()
+    apart: tuple[str, ...] = ()
+    unseen: int = 0
+
+    @property
+    def ranks(self) -> int:
+        """The most processes that a parameter is divided among; 1 where none is."""
+        return max((shard.ranks for shard in self.shards), default=1)

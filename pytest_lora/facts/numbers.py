@@ -1,8 +1,9 @@
-"""Sizes of memory: read from what users write, and written as users read them."""
+"""Numbers as people write and read them: sizes of memory, and tables under a head."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from pytest_lora.values import shown
 
@@ -84,3 +85,19 @@ def _parsed(text: str, argument: str) -> int:
 def _quoted(value: object) -> str:
     text = shown(value)
     return f'"{text[1:-1]}"' if isinstance(value, str) else text
+
+
+Cells = Sequence[tuple[str, ...]]
+"""The head, then the rows, all of one length."""
+
+
+def text_lines(cells: Cells) -> list[str]:
+    """A line a row, the columns flush right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+
+
+def markdown_lines(cells: Cells) -> list[str]:
+    """The same in Markdown."""
+    head, *rows = (f"| {' | '.join(row)} |" for row in cells)
+    return [head, f"|{' ---: |' * len(cells[0])}", *rows]

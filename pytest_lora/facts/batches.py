@@ -1,4 +1,4 @@
-"""Facts about the labels of a batch, and the inputs that they belong to."""
+"""Facts about the batches of a training: labels, answers, media, and a text in its batch against the text alone."""
 
 from __future__ import annotations
 
@@ -139,3 +139,111 @@ class WholeTargets:
 def named_batches(found: Iterable[LabelFacts]) -> str:
     """The batches that these labels belong to, the first eight of them, in words."""
     return "batches " + ", ".join(str(known.batch) for known in islice(found, 8))
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFacts:
+    """The answers of one batch, compared two by two or given with a mask of their own.
+
+    Attributes:
+        batch: Index of the batch.
+        named: Inputs that tell which tokens are answers: ``"chosen_labels, rejected_labels"``, ``"completion_mask"``.
+        rows: Pairs of answers; of a mask its rows.
+        empty: Those in which an answer has no token that counts.
+        same: Pairs whose two texts are the same tokens.
+    """
+
+    batch: int
+    named: str
+    rows: int
+    empty: int
+    same: int
+
+
+Medium = Literal["image", "video", "audio"]
+
+
+@dataclass(frozen=True, slots=True)
+class MediumFacts:
+    """One medium in one batch: its placeholders in ``input_ids``, and what came with them.
+
+    Attributes:
+        batch: Index of the batch.
+        medium: Which.
+        token: The placeholder token.
+        field: Field of the model's configuration that says so: ``"image_token_id"``.
+        placeholders: How often the token stands in ``input_ids``.
+        rows: Rows that it stands in.
+        inputs: Inputs of the batch that hold the medium itself.
+        wanted: Placeholders that the grids of the batch (``image_grid_thw``) ask for, or None where there are none.
+        grid: Name of that input; empty where there is none.
+        targets: Labels that are the token, after the shift of a causal model.
+        of_targets: Labels that count, after that shift.
+        types: Name of the input that says which tokens are of which medium, where the model takes one.
+        untyped: Placeholders that this input calls text; None where the batch does not hold it.
+        flat: Whether ``position_ids`` came with it that give each placeholder one number, where the model's positions
+            have three (time, height and width).
+        raw: Inputs of the medium that hold whole numbers up to 255, as a file of an image does.
+    """
+
+    batch: int
+    medium: Medium
+    token: int
+    field: str
+    placeholders: int
+    rows: int
+    inputs: tuple[str, ...]
+    wanted: int | None
+    grid: str
+    targets: int
+    of_targets: int
+    types: str
+    untyped: int | None
+    flat: bool = False
+    raw: tuple[str, ...] = ()
+
+
+Company = Literal["padding", "documents"]
+Side = Literal["left", "right", "both"]
+
+
+@dataclass(frozen=True, slots=True)
+class AloneFacts:
+    """What a text gives alone, and what it gives in its batch, in evaluation mode.
+
+    Attributes:
+        batch: Index of the batch.
+        row: Row of the text.
+        tokens: Tokens of the text.
+        company: What else is in its row: padding, or other documents packed into it.
+        side: Where that stands.
+        pooled: Whether the model gives one result for the row instead of one for each token.
+        apart: How far the results are apart, relative to the largest of those alone: the median over the tokens of
+            their largest difference.
+        tolerance: What rounding may make of it.
+        mask: ``"hides"``: ``attention_mask`` is 0 over what else is in the row; ``"shows"``: it is not; ``"none"``.
+        positions: Whether the batch brings ``position_ids``.
+        filler: Token of the padding, or None where it has none of its own.
+        pad: ``pad_token_id`` that the model knows, or None.
+        cached: Whether the cache of keys and values was on in the batch, as it is where nobody turns it off. Packed
+            documents are then compared again that were the same without it.
+    """
+
+    batch: int
+    row: int
+    tokens: int
+    company: Company
+    side: Side
+    pooled: bool
+    apart: float
+    tolerance: float
+    mask: Literal["hides", "shows", "none"]
+    positions: bool
+    filler: int | None
+    pad: int | None
+    cached: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether the text gives the same in its batch as alone."""
+        return self.apart <= self.tolerance
