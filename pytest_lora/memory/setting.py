@@ -39,13 +39,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_SHORT_DTYPES = {
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-    "fp32": "float32",
-    "float": "float32",
-}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 _BITS = {"4bit": "nf4", "4-bit": "nf4", "8bit": "int8", "8-bit": "int8"}
 """What people call a quantization by its bits; nf4 and fp4 take the same memory."""
 
@@ -265,7 +259,7 @@ def _dtype(name: str, given: Any) -> str:
     written: Any = str(given) if type(given).__name__ == "dtype" else given
     if isinstance(written, str):
         written = written.removeprefix("torch.")
-        written = _SHORT_DTYPES.get(written, written)
+        written = _SHORT.get(written, written)
     require_one_of(name, written, _DTYPES)
     return str(written)
 
