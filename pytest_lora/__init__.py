@@ -15,7 +15,7 @@ class _Plainly:
     """Finds the modules of this package before pytest does.
 
     pytest rewrites every module of a distribution that has a plugin, which costs more than to run them. Nothing is to
-    be explained of their assertions.
+    be explained of their assertions. Where pytest does not rewrite, this is not in the way of imports.
     """
 
     @staticmethod
@@ -46,10 +46,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    if _Plainly not in sys.meta_path:
-        sys.meta_path.insert(0, _Plainly)
     return getattr(import_module(homes[name]), name)
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_homes()})
+
+
+if "_pytest.assertion.rewrite" in sys.modules:
+    sys.meta_path.insert(0, _Plainly)
