@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pytest_lora.inspection.recipe import yaml_file
 from pytest_lora.inspection.recipe.yaml_file import BrokenError, Node, _size, read_yaml
 
 
@@ -114,10 +115,11 @@ def test_each_limit_is_reached_before_it_is_passed() -> None:
     assert flaw(b"[" + b"1,\n" * 20_000 + b"]") == ("limit", 20_000, "more than 20000 values")
     assert read_yaml(b"a: &a 1\nb: [" + b"*a, " * 200 + b"]").root.pairs
     assert flaw(b"a: &a 1\nb: [" + b"*a, " * 201 + b"]") == ("limit", 2, "more than 200 aliases")
-    # Five values stand before the aliases, and each of these stands for a hundred and one.
+    # 105 values and those given stand before the aliases, and each of these stands for a hundred and one.
     many = b"a: &a [" + b"1, " * 100 + b"]\nb: ["
-    assert read_yaml(many + b"*a, " * 195 + b"]").root.pairs
-    assert flaw(many + b"*a, " * 199 + b"]") == ("limit", 2, "aliases that stand for more than 20000 values")
+    assert read_yaml(many + b"1, " * 99 + b"*a, " * 196 + b"]").root.pairs
+    told = ("limit", 2, "aliases that stand for more than 20000 values")
+    assert flaw(many + b"1, " * 100 + b"*a, " * 196 + b"]") == told
 
 
 def test_flaws_lie_in_the_lines_around() -> None:
@@ -127,8 +129,18 @@ def test_flaws_lie_in_the_lines_around() -> None:
     assert flaw(b"\n\na: \xff\n") == ("syntax", 3, "byte 5 is not UTF-8")
     assert flaw(b"a: 1\nb: *nowhere\n")[:2] == ("syntax", 2)
     assert read_yaml(b"\xef\xbb\xbfa: 1\n").root.unwrapped() == {"a": 1}
-    assert read_yaml(b"").root.unwrapped() is None
+    assert flaw(b"b: 1\na: \x00\n")[:2] == ("syntax", 1)  # the parser does not say where
+    assert read_yaml(b"").root == Node(1)
     assert read_yaml(b"a: 1\n---\nb: 2\n").root.unwrapped() == {"a": 1}
+
+
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, yaml_file._LOADER])
+def test_a_tab_is_told_in_its_line_by_either_parser(monkeypatch: pytest.MonkeyPatch, loader: Any) -> None:
+    monkeypatch.setattr(yaml_file, "_LOADER", loader)
+    assert flaw(b"a: 1\nb:\n\t- 1\nc: 2\nd: 3\n")[:2] == ("tab", 3)
+    assert flaw(b"a: 1\n\nb: 2\nc:\n  -\tx: 1\n\ty: 2\nd: 3\n")[:2] == ("tab", 6)
+    if loader is yaml.SafeLoader:  # libyaml reads a tab between two members as a space
+        assert flaw(b"a: 1\nb: 2\nc: [1,\t2]\nd: 3\ne: 4\n")[:2] == ("tab", 3)
 
 
 def test_keys_that_were_merged_and_stand_twice_are_repeated_once() -> None:
