@@ -126,6 +126,10 @@ def test_flaws_lie_in_the_lines_around() -> None:
     assert flaw(b"a: 1\nb:\n\t- 1\n")[:2] == ("tab", 3)
     assert flaw(b"a: 1\n\tb: [1\n")[:2] == ("tab", 2)
     assert flaw(b"a: 1\n\nb: [1\nc: 2\n")[:2] == ("syntax", 4)
+    assert flaw(b"a: 1\n@: 2\nb:\n\tc: 3\n")[:2] == (
+        "syntax",
+        2,
+    )  # a tab two lines below is not what is wrong
     assert flaw(b"\n\na: \xff\n") == ("syntax", 3, "byte 5 is not UTF-8")
     assert flaw(b"a: 1\nb: *nowhere\n")[:2] == ("syntax", 2)
     assert read_yaml(b"\xef\xbb\xbfa: 1\n").root.unwrapped() == {"a": 1}
