@@ -299,8 +299,14 @@ def blown_up(count: int = 61, low: int = 0, second: float = 2.0) -> tuple[float,
     ],
 )
 def test_a_loss_blows_up_at_once(usable: tuple[float, ...], curve: Any, is_told: bool) -> None:
-    settled = {"start": level(1.0, 9), "end": level(1.5), "lowest": level(1.0, 9), "noise": 0.19}
-    assert bool(said("loss_diverges", known(curve={**settled, **curve}, usable=usable))) is is_told
+    settled = {"start": level(1.0, 9), "end": level(1.5), "lowest": level(1.0, 9), "noise": 0.19} | curve
+    for times in (1.0, 4.0):  # a loss is no better for being larger as a whole
+        scaled = {
+            name: replace(one, value=times * one.value) if isinstance(one, Level) else times * one
+            for name, one in settled.items()
+        }
+        facts = known(curve=scaled, usable=tuple(times * loss for loss in usable))
+        assert bool(said("loss_diverges", facts)) is is_told
 
 
 @pytest.mark.parametrize(

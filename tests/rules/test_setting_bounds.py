@@ -455,6 +455,22 @@ def test_a_head_whose_task_type_is_set() -> None:
     assert "which adds it" not in found.fix
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([0, 99], []),
+        ([99, 100], ["error: call base.resize_token_embeddings(101)"]),
+        ([-1, 0], ["error: drop [-1]: "]),
+        ([-1, 100], ["error: drop [-1, 100]: "]),
+        ({"embed": [100]}, ["error: trainable_token_indices['embed'] on"]),
+    ],
+)
+def test_rows_that_an_embedding_of_a_hundred_has(rows: Any, words: list[str]) -> None:
+    says("token_index_does_not_exist", config(Q0, trainable_token_indices=rows), *words)
+    unknown = config(Q0, base={"vocab_size": None}, trainable_token_indices=rows)
+    says("token_index_does_not_exist", unknown)
+
+
 ROWS_OF_EMBED = {"token_modules": ("embed",)}
 
 

@@ -144,7 +144,13 @@ def test_a_loss_near_zero_has_nowhere_to_crawl(facts: TrainingFacts, loss: float
 def test_a_gradient_that_is_not_finite_is_told_though_the_loss_is(facts: TrainingFacts) -> None:
     steps = (facts.steps[0], replace(facts.steps[1], gradient_norm=math.inf))
     (found,) = said("training_is_not_finite", replace(facts, steps=steps))
-    assert found.where == "step 2, batch 0"
+    assert (found.where, found.fix) == (
+        "step 2, batch 0",
+        "lower the learning rate, and clip gradients at 1.0",
+    )
+    steps = (replace(facts.steps[0], loss=math.nan), facts.steps[1])
+    (at_once,) = said("training_is_not_finite", replace(facts, steps=steps))
+    assert at_once.fix.startswith("look at this batch")  # no rate has done anything yet
     assert found.observed.startswith("a gradient is NaN or infinite although the loss is not")
     assert not said("training_is_not_finite", facts)
 
