@@ -11,11 +11,12 @@ from torch import nn
 
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.facts.memory_choices import Evaluation
-from pytest_lora.inspection.memory import cut_bases, dry_run, fused_layers
+from pytest_lora.inspection.memory import cut_bases, dry_run, fused_layers, meta_model
 from pytest_lora.inspection.memory.dry_run import _entering, _evaluate, _first_of, _times
 from pytest_lora.inspection.memory.live_model import _commonest, described, left_out
 from pytest_lora.inspection.memory.meta_model import _bitsandbytes_config, _hint, _prepare
 from pytest_lora.inspection.memory.remedies import _modules_at, _own_layers, excluded_by_peft, remedy
+from tests.memory.test_estimate import adapter, small
 
 
 class Transformer(nn.Module):
@@ -75,6 +76,14 @@ def test_how_bitsandbytes_is_asked() -> None:
     assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == ("nf4", True)
     assert four.bnb_4bit_compute_dtype == torch.float16
     assert _bitsandbytes_config(Quantization("fp4")).llm_int8_skip_modules is None
+
+
+@pytest.mark.parametrize(("method", "kind"), [("int8", "Linear8bitLt"), ("nf4", "Linear4bit"), (None, "Linear")])
+def test_peft_wraps_each_kind_of_weight_in_its_own_layer(method: Any, kind: str) -> None:
+    setting = StepSetting(1, 1, quantization=method and Quantization(method))
+    built = meta_model.build(small(num_hidden_layers=1), adapter(), setting)
+    adapted = {type(module).__name__ for module in built.model.modules() if hasattr(module, "lora_A")}
+    assert adapted == {kind}
 
 
 def test_what_to_write_where_a_packed_head_is_to_be_trained() -> None:
