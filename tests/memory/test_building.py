@@ -78,7 +78,9 @@ def test_how_bitsandbytes_is_asked() -> None:
     assert _bitsandbytes_config(Quantization("fp4")).llm_int8_skip_modules is None
 
 
-@pytest.mark.parametrize(("method", "kind"), [("int8", "Linear8bitLt"), ("nf4", "Linear4bit"), (None, "Linear")])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("int8", "Linear8bitLt"), ("nf4", "Linear4bit"), (None, "Linear")]
+)
 def test_peft_wraps_each_kind_of_weight_in_its_own_layer(method: Any, kind: str) -> None:
     setting = StepSetting(1, 1, quantization=method and Quantization(method))
     built = meta_model.build(small(num_hidden_layers=1), adapter(), setting)
