@@ -968,3 +968,29 @@ def test_shapes_on_a_base(facts: CheckpointFacts, words: list[str]) -> None:
 )  # fmt: skip
 def test_the_vocabulary(facts: CheckpointFacts, words: list[str]) -> None:
     says("vocabulary_differs", facts, *words)
+
+
+@pytest.mark.parametrize(
+    ("zero", "coarse", "is_told"),
+    [
+        (0.05, 0.5, True),
+        (0.049, 0.5, False),
+        (0.05, 0.49, False),
+        (0.99, 1.0, True),
+        (1.0, 1.0, False),  # nothing was trained
+    ],
+)
+def test_numbers_too_small_for_float16(zero: float, coarse: float, is_told: bool) -> None:
+    facts = of(module("a.q", underflow=(zero, coarse)), module("a.v"))
+    words = ["warning: of its places in 1 of 2 modules"] if is_told else []
+    says("saved_values_underflow", facts, *words)
+    says("saved_values_underflow", unjudged(facts))
+    says("saved_values_underflow", facts, expect=Expect(fresh=True))
+
+
+def test_a_pattern_is_not_restored_name_by_name() -> None:
+    named, written = (configured(saved([Q]), target_modules=targets) for targets in (["v"], r".*\.v"))
+    tensors = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+    says("tensors_are_not_used", unused(named, *tensors), "error: target_modules=['v', 'q']")
+    (found,) = told("tensors_are_not_used", unused(written, *tensors))
+    assert found.fix == "restore the adapter_config.json that the adapter was trained with"
