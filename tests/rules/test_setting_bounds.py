@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from pytest_lora import Expect
 from pytest_lora.facts.base import FusedParameter, TaskHead
-from pytest_lora.facts.config import ConfigFacts, LayerFacts, PatternKey, Refusal
+from pytest_lora.facts.config import ConfigFacts, LayerFacts, PatternKey, Refusal, Repairs
 from tests.rules.made import config, layer, module, target
 from tests.rules.saying import says, told
 
@@ -463,6 +463,7 @@ def test_a_head_whose_task_type_is_set() -> None:
         ([-1, 0], ["error: drop [-1]: "]),
         ([-1, 100], ["error: drop [-1, 100]: "]),
         ({"embed": [100]}, ["error: trainable_token_indices['embed'] on"]),
+        ({"embed": [5, -1], "head": [7]}, ["error: trainable_token_indices={'head': [7], 'embed': [5]}"]),
     ],
 )
 def test_rows_that_an_embedding_of_a_hundred_has(rows: Any, words: list[str]) -> None:
@@ -891,3 +892,124 @@ def test_keys_of_patterns(facts: ConfigFacts, words: list[str]) -> None:
 def test_what_a_refusal_is_about(fields: dict[str, Any], message: str, words: str) -> None:
     facts = config(known={"refusal": Refusal("ValueError", message)}, **fields)
     says("peft_refuses_the_config", facts, f"error: {words}")
+
+
+PARTS = ("layers.0", "layers.0.attn", "layers.0.attn.q", "layers.0.attn.k", "layers.0.norm", "embed")
+LAYERS = (module("layers.0.attn.q"), module("layers.0.attn.k"), module("layers.0.norm", kind="LayerNorm"))
+UNSUPPORTED = "Target module Norm(64) is not supported"
+EMPTIED = "No modules were targeted"
+ROWS_AND_LAYER = "trainable_token_indices cannot be used"
+
+
+@pytest.mark.parametrize(
+    ("message", "fields", "fix"),
+    [
+        (UNSUPPORTED, {"target_modules": ["attn"]}, "target_modules=['k', 'q']"),
+        (UNSUPPORTED, {"target_modules": ["norm"]}, "target_modules='all-linear'"),
+        (UNSUPPORTED, {"target_modules": ["norm", "embed"]}, "target_modules=['embed']"),
+        (UNSUPPORTED, {"target_modules": ["q", "norm", "attn"]}, "target_modules=['k', 'q']"),
+        (UNSUPPORTED, {"target_modules": ".*norm"}, "fits them alone, or target_modules='all-linear'"),
+        (ROWS_AND_LAYER, {"target_modules": ["q", "embed"]}, "=None, or target_modules=['q']"),
+        (ROWS_AND_LAYER, {"target_modules": ["embed"]}, "in one way: set trainable_token_indices=None"),
+        (ROWS_AND_LAYER, {"target_modules": ".*embed"}, "in one way: set trainable_token_indices=None"),
+        (EMPTIED, {"exclude_modules": ["q"], "modules_to_save": ["head"]}, ": exclude_modules=None"),
+        (EMPTIED, {"modules_to_save": ["attn", "head"]}, ": modules_to_save=['head']"),
+        ("give `target_modules`", {"target_modules": None}, "set target_modules='all-linear'"),
+        ("groups=4 and rank 8", {"r": 8}, ": r=8"),
+        ("groups=4 and rank 9", {"r": 9}, ": r=12"),
+        ("", {"r": 0, "rank_pattern": {"q": 0, "v": 4}}, ": r=8, rank_pattern={'v': 4}"),
+        ("", {"rank_pattern": {"q": -1, "v": 1}}, ": rank_pattern={'v': 1}"),
+        ("instances of 'str'", {"rank_pattern": {"q": 4}}, "r=8, lora_alpha=16, rank_pattern={'q': 4}"),
+        ("", {"trainable_token_indices": {"wte": [1], "embed": [2]}}, "={'embed': [1, 2]}, not 'wte'"),
+        ("lora_dropout is odd", {}, "leave lora_dropout at its default"),
+    ],
+)
+def test_what_peft_refuses_is_mended(message: str, fields: dict[str, Any], fix: str) -> None:
+    base = {"module_names": PARTS, "modules": LAYERS}
+    (found,) = told(
+        "peft_refuses_the_config",
+        config(base=base, known={"refusal": Refusal("ValueError", message)}, **fields),
+    )
+    assert found.fix.endswith(fix)
+    assert not told("peft_refuses_the_config", config(base=base, **fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "mended", "fix"),
+    [
+        ("target_modules", "*q", ".*q", "target_modules='.*q'"),
+        ("target_modules", "*q", None, "target_modules='all-linear'"),
+        ("exclude_modules", "*q", None, "exclude_modules=None"),
+        ("rank_pattern", {"*q": 4, "v": 2}, ".*q", "rank_pattern={'.*q': 4, 'v': 2}"),
+        ("rank_pattern", {"*q": 4, "v": 2}, None, "rank_pattern={'v': 2}"),
+    ],
+)
+def test_a_pattern_that_is_none_is_mended(field: str, value: Any, mended: str | None, fix: str) -> None:
+    known = {"refusal": Refusal("error", "nothing to repeat"), "repairs": Repairs((field, "*q"), mended)}
+    (found,) = told("peft_refuses_the_config", config(known=known, **{field: value}))
+    assert found.fix == f"'*q' is no regular expression: {fix}"
+
+
+def test_rows_of_an_embedding_without_a_name() -> None:
+    known = {"refusal": Refusal("ValueError", "")}
+    facts = config(base={"input_embeddings": None}, known=known, trainable_token_indices={"wte": [1]})
+    (found,) = told("peft_refuses_the_config", facts)
+    assert found.fix.endswith("trainable_token_indices={'embed_tokens': [1]}, not 'wte'")
+
+
+@pytest.mark.parametrize("message", ["no data in a meta tensor", "an operation on the meta device", "no"])
+def test_what_only_a_base_without_values_refuses_is_an_info(message: str) -> None:
+    (found,) = told("peft_refuses_the_config", config(known={"refusal": Refusal("ValueError", message)}))
+    assert found.severity == ("info" if "meta" in message else "error")
+
+
+@pytest.mark.parametrize(
+    ("task_type", "base", "words"),
+    [
+        ("CAUSAL_LM", {"task_type": "CAUSAL_LM"}, []),
+        ("SEQ_CLS", {"task_type": "CAUSAL_LM"}, ["warning: set task_type='CAUSAL_LM', or load the base as"]),
+        ("SEQ_CLS", {}, []),
+        ("FEATURE_EXTRACTION", {"task_type": "CAUSAL_LM"}, []),
+        (None, {"task_type": "CAUSAL_LM"}, []),
+        ("CAUSAL_LM", {"task_type": "CAUSAL_LM", "takes_input_ids": False}, ["warning: set task_type=None"]),
+        (None, {"takes_input_ids": False}, []),
+    ],
+)
+def test_a_task_type_beside_its_base(task_type: Any, base: dict[str, Any], words: list[str]) -> None:
+    says("task_type_contradicts_the_model", config(Q0, base=base, task_type=task_type), *words)
+
+
+TIED = {"tied": (("embed", "lm_head"),)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "embedding", "is_told"),
+    [
+        ({"lm_head": [1]}, "embed", True),
+        ({"embed": [1]}, "embed", False),
+        ({"lm_head": [1], "embed": [1]}, "embed", False),
+        ([1], "embed", False),  # without a name, those of the embedding
+        ([1], None, False),
+        ({"lm_head": [1]}, None, False),
+    ],
+)
+def test_rows_of_one_of_two_tied_modules(rows: Any, embedding: str | None, is_told: bool) -> None:
+    facts = config(Q0, base={**TIED, "input_embeddings": embedding}, trainable_token_indices=rows)
+    words = ["name the embedding in trainable_token_indices: {'embed': [...]}"] if is_told else []
+    assert [one.fix for one in told("tied_weight_is_adapted_on_one_side", facts)] == words
+
+
+def test_a_tied_weight_that_is_copied_is_counted() -> None:
+    base = {**TIED, "modules": (module("embed", "Embedding", size=64),)}
+    facts = config(Q0, base=base, known={"saved_modules": ("embed", "lm_head")})
+    says("tied_weight_is_copied_twice", facts, "info: 4,096 numbers 2 times")
+    says("tied_weight_is_copied_twice", replace(facts, saved_modules=("embed",)))
+    says(
+        "tied_weight_is_copied_twice",
+        config(Q0, base=TIED, known={"saved_modules": ("embed", "lm_head")}, ensure_weight_tying=True),
+    )
+
+
+def test_an_alpha_of_zero_becomes_twice_the_rank() -> None:
+    (found,) = told("alpha_is_not_positive", config(layer(rank=4, alpha=0), r=4, lora_alpha=0))
+    assert found.fix == "set lora_alpha=8, which gives a scaling of 2"
