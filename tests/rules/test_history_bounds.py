@@ -321,6 +321,8 @@ def test_a_loss_blows_up_at_once(usable: tuple[float, ...], curve: Any, is_told:
         ({"lowest": level(2), "end": level(6.01), "swings": 2}, "error"),
         ({"lowest": level(2, 3.9), "end": level(9.9, 0.01), "start": level(10, 0.01)}, None),
         ({"lowest": level(2), "end": level(6.01, 0.79)}, "error"),
+        ({"lowest": level(2), "end": level(2.39), "start": level(2.6)}, None),
+        ({"lowest": level(2), "end": level(2.41), "start": level(2.6)}, "error"),
         ({"lowest": level(2), "end": level(6.01, 0.81)}, None),
         ({"lowest": level(2), "end": level(6.01), "start": level(10, 3.9)}, "error"),
         ({"lowest": level(2, 0.0), "end": level(6.01), "start": level(10, 4.0)}, None),

@@ -10,6 +10,7 @@ import pytest
 
 from pytest_lora import Expect, Finding
 from pytest_lora.bases.examples.models import language_batch
+from pytest_lora.facts.answers import AnswerFacts
 from pytest_lora.facts.optimizer import ScheduleFacts
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.inspection.training.batches import Plan
@@ -192,3 +193,15 @@ def test_float16_under_adam_breaks_by_its_eps_or_has_broken(
         "float16_weights_under_adam", replace(facts, tensors=tensors, steps=steps, optimizer=optimizer)
     )
     assert [one.severity for one in found] == [severity] * bool(severity)
+
+
+@pytest.mark.parametrize(
+    ("same", "rows", "is_told"), [(2, 8, True), (2, 9, False), (0, 8, False), (8, 8, True)]
+)
+def test_a_quarter_of_the_pairs_that_are_the_same_is_told(
+    facts: TrainingFacts, same: int, rows: int, is_told: bool
+) -> None:
+    answers = tuple(AnswerFacts(at, "chosen_labels", rows, 0, same) for at in range(3))
+    found = said("answers_are_the_same", replace(facts, answers=answers))
+    words = f"{3 * same} of {3 * rows} pairs are the same tokens"
+    assert [one.observed.partition(":")[0] for one in found] == [words] * is_told
