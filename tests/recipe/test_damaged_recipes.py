@@ -114,3 +114,4 @@ def test_nothing_is_waited_for(tmp_path: Path) -> None:
         facts = recipe_facts(path)
         assert facts.flaw is not None
         assert (facts.flaw.kind, facts.flaw.line) == ("unreadable", 1)
+        assert "Errno" not in facts.flaw.message
