@@ -72,3 +72,18 @@ def test_arguments_of_older_and_newer_libraries_say_how_fsdp_runs(
     assert script._fsdp(args) == strategy
     unsaid = SimpleNamespace(fsdp=["full_shard"], fsdp_config=None)
     assert script._fsdp(unsaid) == f"fsdp{script.fsdp_version_of_arguments()}"
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("DPOConfig", "dpo"), ("SFTConfig", "sft"), ("KTOConfig", "kto"), ("MyConfig", None)],
+)
+def test_the_objective_is_that_of_a_class_of_trl_or_below_one(
+    tmp_path: Path, name: str, objective: str | None
+) -> None:
+    kind = type(name, (TrainingArguments,), {})
+    for made in (kind, type("Own", (kind,), {})):
+        args = made(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+        found = script.script_facts(args, LoraConfig(r=8), BASE, None).setting
+        assert found is not None
+        assert found.objective.value == objective

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pytest_lora import Expect
+from pytest_lora.facts.base import BaseModule
 from pytest_lora.facts.checkpoint import CheckpointFacts, Entry, FileFault
 from pytest_lora.facts.config import Fit, Misfit
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, Marks, TensorFacts, Values
@@ -795,6 +796,25 @@ def test_values_that_were_not_read() -> None:
 )
 def test_a_base_of_another_kind(facts: CheckpointFacts, words: list[str]) -> None:
     says("base_is_foreign", facts, *words)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "meant"),
+    [
+        ((2, 32), (32, 2), "the base calls it 'vision.layers.0.q'"),
+        ((2, 64), (64, 2), "the base calls it 'text.layers.0.q'"),
+        ((2, 32), (64, 2), "load it on the base it was trained on"),
+        ((2, 32), None, "load it on the base it was trained on"),
+    ],
+)
+def test_of_two_modules_at_one_place_the_one_of_the_same_sizes_is_meant(
+    a: tuple[int, ...], b: tuple[int, ...] | None, meant: str
+) -> None:
+    known = tuple(
+        BaseModule(f"{part}.layers.0.q", "Linear", n, n, None) for part, n in (("text", 64), ("vision", 32))
+    )
+    base = {"modules": known, "module_names": tuple(one.name for one in known)}
+    says("base_is_foreign", fitted(of(module("x.layers.0.q", a, b)), base), f"error: {meant}")
 
 
 HEAD = "lm_head.weight"

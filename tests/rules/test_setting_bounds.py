@@ -498,6 +498,16 @@ def test_rows_that_are_new(known: Any, base: Any, fields: Any, wheres: list[str]
     assert not told("new_tokens_are_not_trained", adapted, Expect(new_tokens=3))
 
 
+def test_a_module_to_save_that_is_misspelt_is_the_nearest_and_a_head_the_one_that_is_there() -> None:
+    for lost, meant in (("embd", "embed"), ("lm_head", "score"), ("classifier", "score"), ("zz", "score")):
+        names = (target(lost, field="modules_to_save"),)
+        facts = headed(
+            True, base={"module_names": ("embed", "score")}, known={"names": names}, modules_to_save=[lost]
+        )
+        (found,) = told("saved_module_matches_nothing", facts)
+        assert found.fix.startswith(f"did you mean {meant!r}?")
+
+
 @pytest.mark.parametrize(
     ("names", "fields", "words"),
     [
@@ -1013,3 +1023,63 @@ def test_a_tied_weight_that_is_copied_is_counted() -> None:
 def test_an_alpha_of_zero_becomes_twice_the_rank() -> None:
     (found,) = told("alpha_is_not_positive", config(layer(rank=4, alpha=0), r=4, lora_alpha=0))
     assert found.fix == "set lora_alpha=8, which gives a scaling of 2"
+
+
+BLOCK = "layers.0.attn"
+PROJECTIONS = {
+    "module_names": (BLOCK, f"{BLOCK}.q_proj", f"{BLOCK}.k_proj", "layers.0.norm"),
+    "modules": (
+        module(f"{BLOCK}.q_proj"),
+        module(f"{BLOCK}.k_proj"),
+        module("layers.0.norm", kind="LayerNorm"),
+    ),
+}
+NO_PATTERNS = "names in a list are no patterns; give the pattern as one string, "
+NAMES_OF_THIS = "use names of this model: k_proj, q_proj; or all of them, target_modules='all-linear'"
+WHOLE_NAME = "a string is a regular expression for the whole name; for plain names write "
+
+
+@pytest.mark.parametrize(
+    ("targets", "fix"),
+    [
+        (["q_proj.weight"], "did you mean 'q_proj'? target_modules=['q_proj']"),
+        (["q_proj.lora_A"], "did you mean 'q_proj'? target_modules=['q_proj']"),
+        ([f"base_model.model.{BLOCK}.k_proj"], f"did you mean '{BLOCK}.k_proj'? target_modules="),
+        (["x.weight"], NAMES_OF_THIS),
+        (["q_prj"], "did you mean 'q_proj'? target_modules=['q_proj']"),
+        ("q_proj|k_proj", f"{WHOLE_NAME}target_modules=['q_proj', 'k_proj']"),
+        ("q_prj", f"{WHOLE_NAME}target_modules=['q_proj']"),
+        ("q_proj, x", f"{WHOLE_NAME}target_modules=['q_proj']"),
+        (r"layers\..*q_proj\d", "the pattern fits no whole name; name modules instead: target_modules=['q_proj']"),
+        (r".*\.zz+", f"the pattern fits no whole name; {NAMES_OF_THIS}"),
+        ("*mended", "a string is a regular expression for the whole name: target_modules='.*q_proj'"),
+        ("all_linear", "write target_modules='all-linear'"),
+        (["all_linear"], "write target_modules='all-linear', as text and not in a list"),
+        ("all-linear", NAMES_OF_THIS),
+        (["*mended"], f"{NO_PATTERNS}target_modules='.*q_proj'"),
+        ([".*zz"], f"{NO_PATTERNS}{NAMES_OF_THIS}"),
+    ],
+)  # fmt: skip
+def test_names_that_match_nothing(targets: Any, fix: str) -> None:
+    lost = [targets] if isinstance(targets, str) else targets
+    similar = ("q_proj", "k_proj") if lost == ["q_prj"] else ()
+    known = {
+        "names": tuple(target(name, similar=similar) for name in lost),
+        "repairs": Repairs(fitting=(("*mended", ".*q_proj"),)),
+    }
+    (found,) = told("target_matches_nothing", config(base=PROJECTIONS, known=known, target_modules=targets))
+    assert found.fix.startswith(fix)
+    assert found.observed.endswith("; nothing is adapted")
+
+
+def test_of_names_that_match_nothing_the_others_are_kept() -> None:
+    names = (target("q_proj", f"{BLOCK}.q_proj"), target("zz"), target("qproj", similar=("q_proj", "k_proj")))
+    facts = config(base=PROJECTIONS, known={"names": names[:2]}, target_modules=["q_proj", "zz"])
+    (found,) = told("target_matches_nothing", facts)
+    assert found.fix == "drop the name: target_modules=['q_proj']; or use names of this model: k_proj"
+    assert found.observed.endswith("['zz']; 1 of 2 names match")
+    facts = config(base=PROJECTIONS, known={"names": names[::2]}, target_modules=["q_proj", "qproj"])
+    (found,) = told("target_matches_nothing", facts)
+    assert found.fix.startswith(
+        "did you mean 'k_proj'? target_modules=['q_proj', 'k_proj']; else drop the name:"
+    )
