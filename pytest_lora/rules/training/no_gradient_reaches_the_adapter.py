@@ -61,9 +61,7 @@ def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Ite
     - https://github.com/huggingface/peft/issues/137
     - https://huggingface.co/docs/peft/developer_guides/troubleshooting
     """
-    if not facts.judges_gradients or (
-        facts.adapter_tensors and any(t.reached for t in facts.adapter_tensors)
-    ):
+    if not facts.judges_gradients or any(t.reached for t in facts.adapter_tensors):
         return
     if facts.model.trains_xlora:
         return
