@@ -10,7 +10,7 @@ import pytest
 
 from pytest_lora import Expect, Finding
 from pytest_lora.bases.examples.models import language_batch
-from pytest_lora.facts.answers import AnswerFacts
+from pytest_lora.facts.batches import AnswerFacts
 from pytest_lora.facts.optimizer import ScheduleFacts
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.inspection.training.batches import Plan
