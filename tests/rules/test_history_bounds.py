@@ -637,3 +637,20 @@ def test_a_loss_settles_at_chance(losses: int, curve: Any, changes: Any, is_told
     settled = {"end": level(CHANCE), "trend": -3.01}
     facts = known(losses, {**settled, **curve}, **{"vocabulary_size": 4, **changes})
     assert bool(said("loss_settles_at_chance", facts)) is is_told
+
+
+@pytest.mark.parametrize(
+    ("losses", "still", "is_told"),
+    [
+        (100, 20, True),
+        (100, 19, False),
+        (300, 30, True),
+        (300, 29, False),
+        (100, 100, False),
+        (100, 0, False),
+    ],
+)
+def test_a_schedule_that_ended(losses: int, still: int, is_told: bool) -> None:
+    facts = known(losses, rates=(2e-4,) * (losses - still) + (0.0,) * still)
+    beginning = f"warning: the learning rate is 0 since step {losses - still}, for {still} steps"
+    says("schedule_ends_before_training", facts, beginning if is_told else None)

@@ -205,3 +205,47 @@ def test_a_quarter_of_the_pairs_that_are_the_same_is_told(
     found = said("answers_are_the_same", replace(facts, answers=answers))
     words = f"{3 * same} of {3 * rows} pairs are the same tokens"
     assert [one.observed.partition(":")[0] for one in found] == [words] * is_told
+
+
+@pytest.mark.parametrize(("empty", "is_told"), [(2, True), (1, False)])
+@pytest.mark.parametrize("named", ["chosen_labels", "completion_mask"])
+def test_a_quarter_of_the_answers_without_a_token_that_counts_are_told(
+    facts: TrainingFacts, named: str, empty: int, is_told: bool
+) -> None:
+    answers = AnswerFacts(0, named, 8, empty, 0), AnswerFacts(0, "other_mask", 8, 0, 0)
+    found = said("labels_are_all_ignored", replace(facts, answers=answers))
+    assert [(one.where, one.severity) for one in found] == [(named, "warning")] * is_told
+    alone = replace(facts, answers=(AnswerFacts(0, named, 1, 1, 0),))
+    assert not said("labels_are_all_ignored", alone)
+
+
+@pytest.mark.parametrize(
+    ("ends", "total", "is_told"),
+    [
+        (80, 100, True),
+        (81, 100, False),
+        (16, 20, True),
+        (10, 19, False),
+        (None, 100, False),
+        (80, None, False),
+    ],
+)
+def test_a_rate_that_is_zero_for_a_fifth_of_the_run_is_told(
+    facts: TrainingFacts, ends: int | None, total: int | None, is_told: bool
+) -> None:
+    schedule = ScheduleFacts(
+        "LambdaLR", 2, peak=1e-3, not_before=None, ends=ends, warm_up=None, planned=None, drives=True
+    )
+    found = said("learning_rate_is_zero", replace(facts, schedule=schedule, total_steps=total))
+    words = f"the learning rate is 0 from step {ends} on, in a run of {total}"
+    assert [one.observed.partition(":")[0] for one in found] == [words] * is_told
+
+
+def test_zero_losses_of_a_single_row_ask_for_more_rows(facts: TrainingFacts) -> None:
+    steps = tuple(replace(step, loss=0.0, gradient_norm=0.0) for step in facts.steps)
+    zero = replace(facts, steps=steps, custom_loss=True)
+    for rows, needs_two in ((1, True), (2, False)):
+        (found,) = said("loss_is_exactly_zero", replace(zero, rows=rows))
+        assert ("two rows at least" in found.fix) is needs_two
+    (plain,) = said("loss_is_exactly_zero", replace(zero, rows=1, custom_loss=False))
+    assert "two rows" not in plain.fix
