@@ -86,4 +86,5 @@ def test_the_objective_is_that_of_a_class_of_trl_or_below_one(
         args = made(output_dir=str(tmp_path), use_cpu=True, report_to="none")
         found = script.script_facts(args, LoraConfig(r=8), BASE, None).setting
         assert found is not None
-        assert (found.objective.value, found.tool) == (objective, "TRL" if objective else "Trainer")
+        of_trl = ("TRL", "chunked") if objective else ("Trainer", "full")
+        assert (found.objective.value, found.tool, found.loss.value) == (objective, *of_trl)

@@ -1083,3 +1083,79 @@ def test_of_names_that_match_nothing_the_others_are_kept() -> None:
     assert found.fix.startswith(
         "did you mean 'k_proj'? target_modules=['q_proj', 'k_proj']; else drop the name:"
     )
+
+
+def test_a_rank_is_lowered_no_more_than_it_has_to_be() -> None:
+    facts = config(layer(parameters=80), base={"parameters": 50})
+    (found,) = told("parameter_share_is_outside_the_band", facts, Expect(param_ratio=(0.1, 0.5)))
+    assert found.fix == "lower r: r=5, lora_alpha=10, or target fewer modules"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "known", "base", "is_told"),
+    [
+        (Refusal("ValueError", "no"), {}, {}, True),
+        (Refusal("ValueError", "no"), {"names": (target("zz"),)}, {}, False),
+        (Refusal("ValueError", "no", ("layers.0.q",)), {"names": (target("zz"),)}, {}, True),
+        (Refusal("AttributeError", "prepare_inputs_for_generation"), {}, {"task_type": "SEQ_CLS"}, False),
+        (Refusal("AttributeError", "prepare_inputs_for_generation"), {}, {}, True),
+        (Refusal("AttributeError", "no"), {}, {"task_type": "SEQ_CLS"}, True),
+        (Refusal("ValueError", "Orthogonal initialization requires"), {}, {}, False),
+    ],
+)
+def test_what_another_rule_explains_is_not_told_as_a_refusal(
+    refusal: Refusal, known: dict[str, Any], base: dict[str, Any], is_told: bool
+) -> None:
+    facts = config(base=base, known={"refusal": refusal, **known})
+    assert bool(told("peft_refuses_the_config", facts)) is is_told
+
+
+@pytest.mark.parametrize(
+    ("layers", "refusal", "is_told"),
+    [([0], None, True), ([], None, False), ([0], Refusal("ValueError", "no"), False)],
+)
+def test_targets_outside_of_numbered_blocks_are_left_out_by_layers(
+    layers: list[int], refusal: Refusal | None, is_told: bool
+) -> None:
+    names = target("q", "layers.0.q"), target("embed", "embed")
+    facts = config(
+        Q0,
+        known={"names": names, "refusal": refusal},
+        target_modules=["q", "embed"],
+        layers_to_transform=layers,
+    )
+    words = ["warning: drop ['embed']: target_modules=['q']; or say all in one"] if is_told else []
+    says("target_matches_nothing", facts, *words)
+
+
+SHARING = {**TIED, "modules": (module("embed", "Embedding"), module("lm_head"))}
+ALIKE = {**TIED, "modules": (module("embed"), module("lm_head"))}
+
+
+@pytest.mark.parametrize(
+    ("base", "adapted", "saved", "live", "observed"),
+    [
+        (SHARING, ["embed"], (), False, "embed is a LoRA target, but shares its weight with lm_head (tied"),
+        (SHARING, ["lm_head"], (), True, "lm_head is a LoRA target, but shares its weight with embed (tied"),
+        (
+            SHARING,
+            ["embed", "lm_head"],
+            (),
+            False,
+            "embed and lm_head share one weight (tied embeddings), and",
+        ),
+        (ALIKE, ["embed", "lm_head"], (), False, None),
+        (SHARING, [], ("embed",), False, "embed is in modules_to_save, but shares its weight with lm_head"),
+        (SHARING, [], ("embed", "lm_head"), False, None),
+        (SHARING, [], ("embed",), True, None),
+        (SHARING, ["layers.0.q"], (), False, None),
+    ],
+)
+def test_one_of_two_modules_that_share_a_weight(
+    base: dict[str, Any], adapted: list[str], saved: tuple[str, ...], live: bool, observed: str | None
+) -> None:
+    layers = [layer(name) for name in adapted]
+    known = {"saved_modules": saved, "live": live}
+    found = told("tied_weight_is_adapted_on_one_side", config(*layers, base=base, known=known))
+    assert len(found) == (observed is not None)
+    assert all(one.observed.startswith(observed or "") for one in found)
