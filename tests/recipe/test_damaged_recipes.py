@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_lora import check_recipe
-from pytest_lora.inspection.recipe import MOST_UNKNOWN, recipe_facts
+from pytest_lora.inspection.recipe import MOST_UNKNOWN, is_likely, recipe_facts
 from pytest_lora.inspection.recipe.beside import Tree
 from tests.recipe.test_settings import AXOLOTL, FACTORY, OWN, SWIFT, TRL
 
@@ -115,3 +115,10 @@ def test_nothing_is_waited_for(tmp_path: Path) -> None:
         assert facts.flaw is not None
         assert (facts.flaw.kind, facts.flaw.line) == ("unreadable", 1)
         assert "Errno" not in facts.flaw.message
+
+
+def test_a_file_that_may_be_no_yaml_is_a_recipe_by_its_words(tmp_path: Path) -> None:
+    for text, likely in (("a: [\nlora_r: 8", True), ("adapter: qlora", True), ("explora_r: 8", False)):
+        (tmp_path / "a.json").write_text(text)
+        assert is_likely(tmp_path / "a.json") is likely
+    assert not is_likely(tmp_path)

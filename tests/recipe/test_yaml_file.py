@@ -105,16 +105,28 @@ def flaw(data: bytes) -> tuple[str, int, str]:
     return error.value.flaw.kind, error.value.flaw.line, error.value.flaw.message
 
 
-def test_each_limit_is_reached_before_it_is_passed() -> None:
+def test_a_depth_of_32_is_read_and_one_of_33_is_a_flaw() -> None:
+    assert read_yaml(b"[" * 33 + b"]" * 33).root.items
+    assert flaw(b"[" * 34 + b"]" * 34) == ("limit", 1, "nested deeper than 32 levels")
+
+
+def test_two_hundred_aliases_are_read_and_one_more_is_a_flaw() -> None:
+    assert read_yaml(b"a: &a 1\nb: [" + b"*a, " * 200 + b"]").root.pairs
+    assert flaw(b"a: &a 1\nb: [" + b"*a, " * 201 + b"]") == ("limit", 2, "more than 200 aliases")
+
+
+def test_so_many_bytes_are_read_and_one_more_is_a_flaw() -> None:
     long = b"a: " + b"x" * (256 * 1024 - 4) + b"\n"
     assert read_yaml(long).root.unwrapped()
     assert flaw(long + b"\n") == ("limit", 1, "the file has 262145 bytes, more than 262144")
-    assert read_yaml(b"[" * 33 + b"]" * 33).root.items
-    assert flaw(b"[" * 34 + b"]" * 34) == ("limit", 1, "nested deeper than 32 levels")
+
+
+def test_so_many_values_are_read_and_one_more_is_a_flaw() -> None:
     assert read_yaml(b"[" + b"1,\n" * 19_999 + b"]").root.items
     assert flaw(b"[" + b"1,\n" * 20_000 + b"]") == ("limit", 20_000, "more than 20000 values")
-    assert read_yaml(b"a: &a 1\nb: [" + b"*a, " * 200 + b"]").root.pairs
-    assert flaw(b"a: &a 1\nb: [" + b"*a, " * 201 + b"]") == ("limit", 2, "more than 200 aliases")
+
+
+def test_values_that_aliases_stand_for_count() -> None:
     # 105 values and those given stand before the aliases, and each of these stands for a hundred and one.
     many = b"a: &a [" + b"1, " * 100 + b"]\nb: ["
     assert read_yaml(many + b"1, " * 99 + b"*a, " * 196 + b"]").root.pairs

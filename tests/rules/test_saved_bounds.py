@@ -520,6 +520,11 @@ def test_ranks(facts: CheckpointFacts, words: list[str]) -> None:
     says("rank_differs_from_config", facts, *words)
 
 
+def test_one_factor_alone_has_not_changed_places() -> None:
+    (found,) = told("rank_differs_from_config", of(module("q", (8, 2))))
+    assert found.observed.endswith("has the rank r=2 on the wrong side, as if transposed")
+
+
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
