@@ -92,6 +92,7 @@ def scheduled(facts: TrainingFacts, ends: int | None, taken: int, **changes: Any
     [
         (None, 50, "info", "has come to its end after 50 steps"),
         (50, 50, "info", "has come to its end after 50 steps"),
+        (1, 50, "info", "has come to its end after 50 steps"),
         (51, 50, "error", "(step 50, zero from step 51 on)"),
         (0, 50, "error", "(step 50, zero from step 0 on)"),
         (None, 1, "error", "(step 1)"),
@@ -249,3 +250,34 @@ def test_zero_losses_of_a_single_row_ask_for_more_rows(facts: TrainingFacts) -> 
         assert ("two rows at least" in found.fix) is needs_two
     (plain,) = said("loss_is_exactly_zero", replace(zero, rows=1, custom_loss=False))
     assert "two rows" not in plain.fix
+
+
+@pytest.mark.parametrize(
+    ("by", "fix"),
+    [
+        ("attention_mask", "ignore it: batch['labels'][batch['attention_mask'] == 0] = -100"),
+        (
+            "pad_token_id",
+            "ignore it: batch['labels'][batch['input_ids'] == model.config.pad_token_id] = -100",
+        ),
+    ],
+)
+def test_padding_is_ignored_by_what_tells_it(facts: TrainingFacts, by: str, fix: str) -> None:
+    whole = {"labels": 10, "padding": 0, "padding_by": by, "unlabelled": False}
+    (found,) = said("padding_is_in_the_loss", labelled(facts, whole, {**whole, "padding": 3}))
+    assert found.fix.startswith(fix)
+    assert found.observed.endswith("3 of 20 positions in the loss (15 %) are padding")
+    all_of_it = said("padding_is_in_the_loss", labelled(facts, {**whole, "padding": 10}))
+    assert all_of_it[0].fix.startswith("ignore it") is (by != "attention_mask")
+
+
+def test_where_no_group_holds_lora_b_that_of_lora_a_decides(facts: TrainingFacts) -> None:
+    (group,) = facts.optimizer.groups
+    groups = tuple(replace(group, index=i, parts=parts) for i, parts in enumerate((("a",), ("saved",))))
+    optimizer = replace(facts.optimizer, groups=groups)
+    for low, is_told in ((0, True), (1, False)):
+        rates = tuple(1e-9 if i == low else 1e-3 for i in range(2))
+        steps = tuple(replace(step, rates=rates) for step in facts.steps)
+        found = said("learning_rate_is_too_low", replace(facts, optimizer=optimizer, steps=steps))
+        words = "a learning rate of 1e-09: the adapter hardly moves"
+        assert [one.observed for one in found] == [words] * is_told
