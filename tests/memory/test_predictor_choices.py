@@ -99,6 +99,16 @@ def test_two_traces_tell_of_all_points_where_sizes_are_products() -> None:
     assert (model.kept, model.passing) == (4, 0)
 
 
+def test_families_of_one_sequence_and_of_several_are_learned_ahead_from_two_points_each() -> None:
+    model = Model(products, lambda b, n, r: 4096)
+    model.trace((2, 30, 6))
+    model.surfaces.learn_ahead((2, 30, 6))
+    kept = model.kept
+    assert sorted({point[0] == 1 for point in model.traced}) == [False, True]
+    assert model.asked((3, 40, 8), (1, 50, 9)) == [True, True]
+    assert model.kept == kept == 4
+
+
 def test_a_constant_beside_takes_a_third_trace() -> None:
     model = Model(products, lambda b, n, r: 4096 + 8 * r)
     assert model.asked((2, 30, 6), (3, 40, 8), (5, 50, 9)) == [False, True, True]
