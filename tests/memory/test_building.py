@@ -11,11 +11,12 @@ from torch import nn
 
 from pytest_lora.facts.memory import Quantization, StepSetting
 from pytest_lora.facts.memory_choices import Evaluation
-from pytest_lora.inspection.memory import cut_bases, dry_run, fused_layers
+from pytest_lora.inspection.memory import cut_bases, dry_run, fused_layers, live_model, meta_model
 from pytest_lora.inspection.memory.dry_run import _entering, _evaluate, _first_of, _times
 from pytest_lora.inspection.memory.live_model import _commonest, described, left_out
 from pytest_lora.inspection.memory.meta_model import _bitsandbytes_config, _hint, _prepare
 from pytest_lora.inspection.memory.remedies import _modules_at, _own_layers, excluded_by_peft, remedy
+from tests.memory.test_estimate import adapter, small
 
 
 class Transformer(nn.Module):
@@ -75,6 +76,16 @@ def test_how_bitsandbytes_is_asked() -> None:
     assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant) == ("nf4", True)
     assert four.bnb_4bit_compute_dtype == torch.float16
     assert _bitsandbytes_config(Quantization("fp4")).llm_int8_skip_modules is None
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [("int8", "Linear8bitLt"), ("nf4", "Linear4bit"), (None, "Linear")]
+)
+def test_peft_wraps_each_kind_of_weight_in_its_own_layer(method: Any, kind: str) -> None:
+    setting = StepSetting(1, 1, quantization=method and Quantization(method))
+    built = meta_model.build(small(num_hidden_layers=1), adapter(), setting)
+    adapted = {type(module).__name__ for module in built.model.modules() if hasattr(module, "lora_A")}
+    assert adapted == {kind}
 
 
 def test_what_to_write_where_a_packed_head_is_to_be_trained() -> None:
@@ -176,6 +187,25 @@ def test_the_dtype_of_most_numbers() -> None:
     compiled: Any = nn.Linear(1, 1)
     compiled._compiled_call_impl = print
     assert [one.what for one in left_out(compiled)] == ["operations that torch.compile fuses are"]
+
+
+@pytest.mark.parametrize("computes", [None, torch.bfloat16])
+@pytest.mark.parametrize("twice", [True, False])
+def test_how_a_live_model_is_quantized(
+    monkeypatch: pytest.MonkeyPatch, computes: torch.dtype | None, twice: bool
+) -> None:
+    packed = SimpleNamespace(
+        quant_state=1, quant_type="fp4", compress_statistics=twice, quant_storage=torch.float16
+    )
+    layers = [SimpleNamespace(weight=packed, compute_dtype=computes)]
+    monkeypatch.setattr(live_model, "quantized_layers", lambda root: iter(layers))
+    dtype = "float32" if computes is None else "bfloat16"
+    found = live_model.quantization_of_model(nn.Module())
+    assert found == Quantization("fp4", double_quant=twice, storage="float16", compute_dtype=dtype)
+    layers[0].weight = SimpleNamespace(SCB=1)
+    assert live_model.quantization_of_model(nn.Module()) == Quantization("int8", compute_dtype="float16")
+    layers.clear()
+    assert live_model.quantization_of_model(nn.Module()) is None
 
 
 class Fails(nn.Module):

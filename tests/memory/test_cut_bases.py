@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from pytest_lora.inspection.memory import meta_model
-from pytest_lora.inspection.memory.cut_bases import KeptBases, cut_base, kept_for
+from pytest_lora.inspection.memory.cut_bases import CutBase, KeptBases, cut_base, kept_for
 from pytest_lora.inspection.memory.layer_stacks import USUAL, Cut
 from pytest_lora.inspection.memory.meta_model import build
 from pytest_lora.inspection.memory.step import assemble
@@ -187,3 +187,21 @@ def test_what_peft_puts_off_is_done_once(monkeypatch: pytest.MonkeyPatch) -> Non
     meta_model.finish(torch.nn.Sequential(layer, torch.nn.Linear(2, 2)))
     assert layer.lora_monteclora_sampler == {"one": "made before", "two": ("two", 2)}
     assert layer._lora_kasa_truncation_deferred == set()
+
+
+@pytest.mark.parametrize(("others", "built_again"), [(14, 1), (15, 2)])
+def test_sixteen_bases_are_kept_and_then_all_are_forgotten(others: int, built_again: int) -> None:
+    """What is asked for the second time is kept, so that one that is forgotten is built twice more."""
+    built: list[int] = []
+
+    def make() -> CutBase:
+        built.append(1)
+        return CutBase(torch.nn.Module(), [], [], [], ())
+
+    kept = KeptBases()
+    for key in range(1 + others):
+        kept.base(key, lambda layers, modules: (), make)
+    built.clear()
+    for _ in range(3):
+        kept.base(0, lambda layers, modules: (), make)
+    assert len(built) == built_again

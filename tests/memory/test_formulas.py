@@ -76,6 +76,19 @@ def test_an_inner_unit_stands_for_all_but_one(unit: int, times: int) -> None:
     assert times_played(unit, {0: 9, 1: 4}) == times
 
 
+def test_own_formulas_fill_only_what_torch_and_bitsandbytes_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ours(*given: Any, **named: Any) -> int:
+        return 0
+
+    monkeypatch.setattr(operations, "_OF_BITSANDBYTES", {"none_such": ours})
+    monkeypatch.setattr(operations, "_grouped_product", ours)
+    assert None not in operations._formulas.__wrapped__()
+    monkeypatch.setattr(operations, "flop_registry", {aten._grouped_mm: None})
+    assert ours not in operations._formulas.__wrapped__().values()
+    monkeypatch.setattr(operations, "flop_registry", {})
+    assert aten._grouped_mm in operations._formulas.__wrapped__()
+
+
 def test_inner_units_that_compute_other_amounts_are_refused() -> None:
     like = [(2, "forward", 5), (3, "forward", 2), (3, "forward", 3), (7, "backward", 9)]
     require_like_inner_units(like, {0: 4})

@@ -99,6 +99,16 @@ def test_two_traces_tell_of_all_points_where_sizes_are_products() -> None:
     assert (model.kept, model.passing) == (4, 0)
 
 
+def test_families_of_one_sequence_and_of_several_are_learned_ahead_from_two_points_each() -> None:
+    model = Model(products, lambda b, n, r: 4096)
+    model.trace((2, 30, 6))
+    model.surfaces.learn_ahead((2, 30, 6))
+    kept = model.kept
+    assert sorted({point[0] == 1 for point in model.traced}) == [False, True]
+    assert model.asked((3, 40, 8), (1, 50, 9)) == [True, True]
+    assert model.kept == kept == 4
+
+
 def test_a_constant_beside_takes_a_third_trace() -> None:
     model = Model(products, lambda b, n, r: 4096 + 8 * r)
     assert model.asked((2, 30, 6), (3, 40, 8), (5, 50, 9)) == [False, True, True]
@@ -252,6 +262,35 @@ def test_when_the_compiled_replay_is_used(
     assert Predictor._replays == replays + 1
 
 
+@pytest.mark.parametrize(
+    ("quickest", "point", "learns"),
+    [(0.99, (2, 3, 4), True), (1.0, (2, 3, 4), False), (0.99, (9, 9, 9), False)],
+)
+def test_families_of_a_shared_step_are_learned_once_and_where_a_trace_is_quick(
+    quickest: float, point: Point, learns: bool
+) -> None:
+    made, _ = undecided(quickest)
+    learned: list[Point] = []
+    asked: Any = SimpleNamespace(learn_ahead=learned.append)
+    vars(made).update(_learns_ahead=True, _surfaces=asked, _traced={(2, 3, 4): None})
+    for _ in range(2):
+        made._learn_ahead(point)
+    assert learned == [point] * learns
+
+
+def test_models_of_the_last_three_ranks_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    monkeypatch.setattr(predictor, "build", lambda base, config, setting, **how: built.append(config.r))
+    made, _ = undecided(1.0)
+    vars(made).update(_models={}, _config=SimpleNamespace(r=1), _base=None, _cut=None, _kept=None)
+    for rank in (1, 2, 3, 1, 4, 2, 3, 4):
+        made._model(rank)
+    assert built == [1, 2, 3, 4]
+    made._model(1)
+    assert built[4:] == [1]
+    assert made._config.r == 1
+
+
 def said(
     model: Any = None, breakdown: dict[str, int] | None = None, **setting: Any
 ) -> list[tuple[str, str, int]]:
@@ -300,6 +339,10 @@ def test_what_generates_completions_is_said(args: dict[str, Any], words: list[st
     model: Any = nn.Module()
     model.config = SimpleNamespace(num_hidden_layers=2, num_attention_heads=4, hidden_size=32)
     setting = StepSetting(2, 3, trainer="trl-grpo", args=tuple(args.items()))
+    assert [one.what for one in of_setting(setting, model, {})] == words
+    shared = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    inner = SimpleNamespace(**shared, head_dim=16)  # keys and values of 2 x 16 numbers, as of 4 x 8 before
+    model.config = SimpleNamespace(text_config=inner)
     assert [one.what for one in of_setting(setting, model, {})] == words
     without = StepSetting(2, 3, trainer="trl-grpo")
     assert [one.what for one in of_setting(without, nn.Module(), {})] == ["generation is"]

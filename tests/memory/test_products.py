@@ -49,6 +49,18 @@ def test_further_points_differ_in_all_that_may_differ(
     assert found[: max(1, len(points))] == points
 
 
+@pytest.mark.parametrize(
+    ("shares", "ranks", "tried"),
+    [(1, (1, 2, 8, 12), [2, 8, 23]), (4, (1, 2, 8, 4), [8, 4, 92]), (0, (1, 2, 8), [12, 12, 12])],
+)
+def test_ranks_of_which_there_are_models_are_tried_first(
+    shares: int, ranks: tuple[int, ...], tried: list[int]
+) -> None:
+    first = (2, 30, 12)
+    points = islice(further_points(first, Family(first, (), shares), ranks=ranks), 3)
+    assert [rank for _, _, rank in points] == tried
+
+
 def test_three_points_tell_a_constant_beside_the_rank_from_one_beside_the_batch() -> None:
     """A layer that is gathered as a whole is its base weights and a multiple of the rank."""
     first = (37, 211, 184)

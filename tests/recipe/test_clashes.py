@@ -42,6 +42,8 @@ def test_each_pair_is_told_at_its_line_and_only_where_both_are_on(tool: str) -> 
         assert one == Clash(pair.key, len(lines), pair.other, pair.why, pair.stops)
         for off in ("false", "0", "", "auto", "${WHAT}", "[]"):
             assert not told([*lines[:-1], f"{pair.key}: {off}"]), off
+        for on in ("[x]", "{x: 1}") if tool else ("[x]",):  # of one's own, a block holds keys
+            assert told([*lines[:-1], f"{pair.key}: {on}"]), on
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_lora import check_recipe
-from pytest_lora.inspection.recipe import MOST_UNKNOWN, recipe_facts
+from pytest_lora.inspection.recipe import MOST_UNKNOWN, is_likely, recipe_facts
 from pytest_lora.inspection.recipe.beside import Tree
 from tests.recipe.test_settings import AXOLOTL, FACTORY, OWN, SWIFT, TRL
 
@@ -100,7 +100,7 @@ def test_of_thousands_of_unknown_keys_the_first_are_looked_up(tmp_path: Path) ->
     recipe = tmp_path / "many.yaml"
     recipe.write_text(f"adapter: lora\nbase_model: x/y\nlora_r: 8\nlora_alpha: 16\n{keys}")
     facts = recipe_facts(recipe)
-    assert len(facts.unknown) == MOST_UNKNOWN
+    assert len(facts.unknown) == MOST_UNKNOWN == 60
     report = check_recipe(recipe)
     assert len(report.findings) < MOST_UNKNOWN
     assert any(f.observed.endswith("and there are more like this") for f in report.findings)
@@ -113,4 +113,12 @@ def test_nothing_is_waited_for(tmp_path: Path) -> None:
     for path in (pipe, Path("/dev/zero"), tmp_path):
         facts = recipe_facts(path)
         assert facts.flaw is not None
-        assert facts.flaw.kind == "unreadable"
+        assert (facts.flaw.kind, facts.flaw.line) == ("unreadable", 1)
+        assert "Errno" not in facts.flaw.message
+
+
+def test_a_file_that_may_be_no_yaml_is_a_recipe_by_its_words(tmp_path: Path) -> None:
+    for text, likely in (("a: [\nlora_r: 8", True), ("adapter: qlora", True), ("explora_r: 8", False)):
+        (tmp_path / "a.json").write_text(text)
+        assert is_likely(tmp_path / "a.json") is likely
+    assert not is_likely(tmp_path)

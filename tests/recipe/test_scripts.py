@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from pytest_lora import check_run
+from pytest_lora.inspection import recipe as script
 
 BASE = "Qwen/Qwen2.5-0.5B"
 
@@ -45,3 +47,44 @@ def test_the_tool_of_arguments_is_that_of_their_class(tmp_path: Path) -> None:
     given = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
     tools = [check_run(made(**given), config, BASE).subject for made in (TrainingArguments, trl.SFTConfig)]
     assert [subject.rpartition(" of ")[2] for subject in tools] == ["Trainer", "TRL"]
+
+
+@pytest.mark.parametrize(
+    ("said", "strategy"),
+    [
+        ({"fsdp": False}, None),
+        ({"fsdp": []}, None),
+        ({"fsdp": True, "plugin": {"fsdp_version": 2}}, "fsdp2"),
+        ({"fsdp": True, "plugin": {"fsdp_version": 2, "cpu_offload": True}}, "fsdp2_offload"),
+        ({"fsdp": True, "plugin": {"fsdp_version": 1}, "config": {"version": 2}}, "fsdp1"),
+        ({"fsdp": ["full_shard"], "config": {"version": 2}}, "fsdp2"),
+        ({"fsdp": ["full_shard", "offload"], "config": {"fsdp_version": 1}}, "fsdp1_offload"),
+        ({"fsdp": ["full_shard"], "config": {"version": 1, "offload_params": True}}, "fsdp1_offload"),
+    ],
+)
+def test_arguments_of_older_and_newer_libraries_say_how_fsdp_runs(
+    said: dict[str, Any], strategy: str | None
+) -> None:
+    """Newer ones have ``fsdp_plugin_args``, older ones a list of words."""
+    args = SimpleNamespace(fsdp=said["fsdp"], fsdp_config=said.get("config"))
+    if "plugin" in said:
+        args.fsdp_plugin_args = said["plugin"]
+    assert script._fsdp(args) == strategy
+    unsaid = SimpleNamespace(fsdp=["full_shard"], fsdp_config=None)
+    assert script._fsdp(unsaid) == f"fsdp{script.fsdp_version_of_arguments()}"
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("DPOConfig", "dpo"), ("SFTConfig", "sft"), ("KTOConfig", "kto"), ("MyConfig", None)],
+)
+def test_the_objective_is_that_of_a_class_of_trl_or_below_one(
+    tmp_path: Path, name: str, objective: str | None
+) -> None:
+    kind = type(name, (TrainingArguments,), {})
+    for made in (kind, type("Own", (kind,), {})):
+        args = made(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+        found = script.script_facts(args, LoraConfig(r=8), BASE, None).setting
+        assert found is not None
+        of_trl = ("TRL", "chunked") if objective else ("Trainer", "full")
+        assert (found.objective.value, found.tool, found.loss.value) == (objective, *of_trl)

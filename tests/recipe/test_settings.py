@@ -80,6 +80,52 @@ def test_every_value_says_where_it_is_from(tmp_path: Path) -> None:
     assert found.scaling == 2.0
 
 
+TALK = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("dataset_name: talk.jsonl\n", "talk.jsonl"),
+        ("dataset_name: text.jsonl\n", None),
+        ("datasets: [{path: json, data_files: talk.jsonl}]\n", "talk.jsonl"),
+        ("datasets: [{path: talk.jsonl}]\n", "talk.jsonl"),
+        ("datasets: [{data_files: [text.jsonl, talk.jsonl]}]\n", "talk.jsonl"),
+        ("datasets: [{split: train}, {data_files: []}, {data_files: {a: 1}}, talk.jsonl]\n", None),
+        ("datasets: [{split: train}, {path: text.jsonl}, {path: late.jsonl}]\n", "late.jsonl"),
+    ],
+)
+def test_the_first_data_beside_a_recipe_of_trl_that_are_conversations(
+    tmp_path: Path, text: str, found: str | None
+) -> None:
+    data = {"talk__jsonl": TALK, "text__jsonl": '{"text": "a"}\n' * 2 + TALK, "late__jsonl": "{}\n" + TALK}
+    model = TRL.replace("dataset_name: data\n", "")
+    assert read(tmp_path, model + text, **data).conversational == found
+    assert read(tmp_path, OWN + text, **data).conversational is None
+
+
+def test_only_tools_of_omegaconf_put_values_in_the_place_of_names(tmp_path: Path) -> None:
+    alpha = "lora_alpha: ${lora_rank}\n"
+    assert setting(tmp_path, FACTORY + alpha).lora_alpha.value == 16
+    assert setting(tmp_path, f"{TRL}lora_rank: 16\n{alpha}").lora_alpha.value is None
+
+
+@pytest.mark.parametrize(
+    ("text", "listed"),
+    [
+        (AXOLOTL + "lora_target_linear: true\nlora_target_modules: [gate]\n", ("gate",)),
+        (AXOLOTL + "lora_target_linear: true\nlora_target_modules: .*gate\n", ()),
+        (AXOLOTL + "lora_target_linear: false\nlora_target_modules: [gate]\n", ()),
+        (AXOLOTL + "lora_target_linear: true\n", ()),
+        (TRL + "lora_target_linear: true\nlora_target_modules: [gate]\n", ()),
+    ],
+)
+def test_axolotl_unites_listed_modules_with_all_linear_ones(
+    tmp_path: Path, text: str, listed: tuple[str, ...]
+) -> None:
+    assert read(tmp_path, text).listed == listed
+
+
 def test_axolotl_quantizes_to_4_bits_only_under_qlora(tmp_path: Path) -> None:
     asked = setting(tmp_path, AXOLOTL + "load_in_4bit: true\n").quantization
     assert (asked.value, asked.line) == (None, 6)

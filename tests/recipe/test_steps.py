@@ -13,7 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from pytest_lora.facts.memory import Quantization
 from pytest_lora.facts.recipe import RunSetting, Value
-from pytest_lora.inspection.recipe.adapter import linear_names, lora_config, step_arguments, weights_at_least
+from pytest_lora.inspection.recipe.adapter import (
+    linear_names,
+    lora_config,
+    step_arguments,
+    ways_of_a_step,
+    weights_at_least,
+)
 from pytest_lora.inspection.recipe.beside import (
     MOST_MODULES,
     Tree,
@@ -152,6 +158,29 @@ def test_linear_names_leave_out_the_head() -> None:
             return self.head
 
     assert linear_names(Model()) == ["c_attn", "q"]
+
+
+CUT = Value("chunked", "line 1", "cut_cross_entropy")
+DPO, LIGER = {"trainer": "trl-dpo"}, {"kernels": "liger"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "own", "ways"),
+    [
+        (Value("full"), {}, [({}, 1)]),
+        (replace(CUT, value="full"), {}, [({}, 1)]),
+        (CUT, {}, [({"loss": "cut"}, 1), ({}, 1)]),
+        (Value("full"), {"trainer": "trl-sft"}, [({"trainer": "trl-sft"}, 1), ({}, 1)]),
+        (Value("full"), DPO, [(DPO, 1), ({}, 2)]),
+        (Value("full"), {**DPO, **LIGER}, [({**DPO, **LIGER}, 1), (DPO, 1), ({}, 2)]),
+        (CUT, DPO, [(DPO, 1), ({"loss": "cut"}, 2), ({}, 2)]),
+    ],
+)
+def test_a_step_is_estimated_the_truest_way_first(
+    loss: Value, own: dict[str, Any], ways: list[tuple[dict[str, Any], int]]
+) -> None:
+    setting = replace(run(), loss=loss, by_trainer=tuple(own.items()))
+    assert [tuple(way) for way in ways_of_a_step(setting)] == ways
 
 
 FSDP = "fsdp1"

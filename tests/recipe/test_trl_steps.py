@@ -126,20 +126,44 @@ def test_without_trl_the_estimate_is_at_most(
 
 
 @pytest.mark.parametrize(
-    ("more", "objective", "trainer"),
+    ("more", "objective", "trainer", "rate"),
     [
-        ("", "sft", "trl-sft"),
-        ("loss_type: chunked_nll\n", "sft", "trl-sft"),
-        ("loss_type: of_my_own\n", "sft", "trl-sft"),
-        ("max_prompt_length: 64\n", "dpo", "trl-dpo"),
-        ("loss_type: sigmoid\n", "dpo", "trl-dpo"),
-        ("beta: 0.1\ndesirable_weight: 1.5\n", "kto", "trl-kto"),
-        ("center_rewards_coefficient: 0.01\n", "reward", "trl-reward"),
-        ("beta: 0.04\nnum_generations: 8\n", "grpo", None),
-        ("beta: 0.04\nloss_type: dr_grpo\n", "grpo", None),
+        ("", "sft", "trl-sft", 2e-5),
+        ("loss_type: chunked_nll\n", "sft", "trl-sft", 2e-5),
+        ("loss_type: of_my_own\n", "sft", "trl-sft", 2e-5),
+        ("max_prompt_length: 64\n", "dpo", "trl-dpo", 1e-6),
+        ("loss_type: sigmoid\n", "dpo", "trl-dpo", 1e-6),
+        ("beta: 0.1\ndesirable_weight: 1.5\n", "kto", "trl-kto", 1e-6),
+        ("center_rewards_coefficient: 0.01\n", "reward", "trl-reward", 1e-4),
+        ("beta: 0.04\nnum_generations: 8\n", "grpo", None, 1e-6),
+        ("beta: 0.04\nloss_type: dr_grpo\n", "grpo", None, 1e-6),
     ],
 )
-def test_the_keys_say_the_trainer(more: str, objective: str, trainer: str | None, tmp_path: Path) -> None:
+def test_the_keys_say_the_trainer_and_with_it_the_rate(
+    more: str, objective: str, trainer: str | None, rate: float, tmp_path: Path
+) -> None:
     found = setting(tmp_path, TRL + more)
+    assert found.learning_rate.value == rate
     assert found.objective.value == objective
     assert dict(found.by_trainer).get("trainer") == trainer
+
+
+@pytest.mark.parametrize(
+    ("more", "free"),
+    [
+        ("padding_free: true\n", True),
+        ("packing: true\n", True),
+        ("packing: true\npacking_strategy: wrapped\n", None),
+        ("beta: 0.1\npadding_free: true\n", None),
+    ],
+)
+def test_only_sft_runs_without_padding(more: str, free: bool | None, tmp_path: Path) -> None:
+    assert dict(setting(tmp_path, TRL + more).by_trainer).get("padding_free") is free
+
+
+def test_weights_of_several_losses_are_numbers(tmp_path: Path) -> None:
+    text = "loss_type: [ipo, sft]\nloss_weights: [1.0, a, 0.5]\n"
+    args = dict(dict(setting(tmp_path, TRL + text).by_trainer)["args"])
+    assert args == {"loss_type": ("ipo", "sft"), "loss_weights": (1.0, 0.5)}
+    one = dict(setting(tmp_path, f"{TRL}loss_type: ipo\nloss_weights: 2.0\n").by_trainer)["args"]
+    assert dict(one) == {"loss_type": ("ipo",)}

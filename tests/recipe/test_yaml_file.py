@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pytest_lora.inspection.recipe import yaml_file
 from pytest_lora.inspection.recipe.yaml_file import BrokenError, Node, _size, read_yaml
 
 
@@ -104,31 +105,62 @@ def flaw(data: bytes) -> tuple[str, int, str]:
     return error.value.flaw.kind, error.value.flaw.line, error.value.flaw.message
 
 
-def test_each_limit_is_reached_before_it_is_passed() -> None:
+def test_a_depth_of_32_is_read_and_one_of_33_is_a_flaw() -> None:
+    assert read_yaml(b"[" * 33 + b"]" * 33).root.items
+    assert flaw(b"[" * 34 + b"]" * 34) == ("limit", 1, "nested deeper than 32 levels")
+
+
+def test_two_hundred_aliases_are_read_and_one_more_is_a_flaw() -> None:
+    assert read_yaml(b"a: &a 1\nb: [" + b"*a, " * 200 + b"]").root.pairs
+    assert flaw(b"a: &a 1\nb: [" + b"*a, " * 201 + b"]") == ("limit", 2, "more than 200 aliases")
+
+
+def test_so_many_bytes_are_read_and_one_more_is_a_flaw() -> None:
     long = b"a: " + b"x" * (256 * 1024 - 4) + b"\n"
     assert read_yaml(long).root.unwrapped()
     assert flaw(long + b"\n") == ("limit", 1, "the file has 262145 bytes, more than 262144")
-    assert read_yaml(b"[" * 33 + b"]" * 33).root.items
-    assert flaw(b"[" * 34 + b"]" * 34) == ("limit", 1, "nested deeper than 32 levels")
+
+
+def test_so_many_values_are_read_and_one_more_is_a_flaw() -> None:
     assert read_yaml(b"[" + b"1,\n" * 19_999 + b"]").root.items
     assert flaw(b"[" + b"1,\n" * 20_000 + b"]") == ("limit", 20_000, "more than 20000 values")
-    assert read_yaml(b"a: &a 1\nb: [" + b"*a, " * 200 + b"]").root.pairs
-    assert flaw(b"a: &a 1\nb: [" + b"*a, " * 201 + b"]") == ("limit", 2, "more than 200 aliases")
-    # Five values stand before the aliases, and each of these stands for a hundred and one.
+
+
+def test_values_that_aliases_stand_for_count() -> None:
+    # 105 values and those given stand before the aliases, and each of these stands for a hundred and one.
     many = b"a: &a [" + b"1, " * 100 + b"]\nb: ["
-    assert read_yaml(many + b"*a, " * 195 + b"]").root.pairs
-    assert flaw(many + b"*a, " * 199 + b"]") == ("limit", 2, "aliases that stand for more than 20000 values")
+    assert read_yaml(many + b"1, " * 99 + b"*a, " * 196 + b"]").root.pairs
+    told = ("limit", 2, "aliases that stand for more than 20000 values")
+    assert flaw(many + b"1, " * 100 + b"*a, " * 196 + b"]") == told
 
 
 def test_flaws_lie_in_the_lines_around() -> None:
     assert flaw(b"a: 1\nb:\n\t- 1\n")[:2] == ("tab", 3)
     assert flaw(b"a: 1\n\tb: [1\n")[:2] == ("tab", 2)
-    assert flaw(b"a: 1\n\nb: [1\nc: 2\n")[:2] == ("syntax", 4)
+    kind, line, problem = flaw(b"a: 1\n\nb: [1\nc: 2\n")
+    assert (kind, line) == ("syntax", 4)
+    assert "expected ',' or ']'" in problem
+    assert flaw(b"a: 1\n@: 2\nb:\n\tc: 3\n")[:2] == (
+        "syntax",
+        2,
+    )  # a tab two lines below is not what is wrong
     assert flaw(b"\n\na: \xff\n") == ("syntax", 3, "byte 5 is not UTF-8")
     assert flaw(b"a: 1\nb: *nowhere\n")[:2] == ("syntax", 2)
     assert read_yaml(b"\xef\xbb\xbfa: 1\n").root.unwrapped() == {"a": 1}
-    assert read_yaml(b"").root.unwrapped() is None
+    kind, line, problem = flaw(b"b: 1\na: \x00\n")
+    assert (kind, line) == ("syntax", 1)  # the parser does not say where
+    assert problem.startswith("unacceptable character #x0000")
+    assert read_yaml(b"").root == Node(1)
     assert read_yaml(b"a: 1\n---\nb: 2\n").root.unwrapped() == {"a": 1}
+
+
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, yaml_file._LOADER])
+def test_a_tab_is_told_in_its_line_by_either_parser(monkeypatch: pytest.MonkeyPatch, loader: Any) -> None:
+    monkeypatch.setattr(yaml_file, "_LOADER", loader)
+    assert flaw(b"a: 1\nb:\n\t- 1\nc: 2\nd: 3\n")[:2] == ("tab", 3)
+    assert flaw(b"a: 1\n\nb: 2\nc:\n  -\tx: 1\n\ty: 2\nd: 3\n")[:2] == ("tab", 6)
+    if loader is yaml.SafeLoader:  # libyaml reads a tab between two members as a space
+        assert flaw(b"a: 1\nb: 2\nc: [1,\t2]\nd: 3\ne: 4\n")[:2] == ("tab", 3)
 
 
 def test_keys_that_were_merged_and_stand_twice_are_repeated_once() -> None:

@@ -299,8 +299,14 @@ def blown_up(count: int = 61, low: int = 0, second: float = 2.0) -> tuple[float,
     ],
 )
 def test_a_loss_blows_up_at_once(usable: tuple[float, ...], curve: Any, is_told: bool) -> None:
-    settled = {"start": level(1.0, 9), "end": level(1.5), "lowest": level(1.0, 9), "noise": 0.19}
-    assert bool(said("loss_diverges", known(curve={**settled, **curve}, usable=usable))) is is_told
+    settled = {"start": level(1.0, 9), "end": level(1.5), "lowest": level(1.0, 9), "noise": 0.19} | curve
+    for times in (1.0, 4.0):  # a loss is no better for being larger as a whole
+        scaled = {
+            name: replace(one, value=times * one.value) if isinstance(one, Level) else times * one
+            for name, one in settled.items()
+        }
+        facts = known(curve=scaled, usable=tuple(times * loss for loss in usable))
+        assert bool(said("loss_diverges", facts)) is is_told
 
 
 @pytest.mark.parametrize(
@@ -315,6 +321,8 @@ def test_a_loss_blows_up_at_once(usable: tuple[float, ...], curve: Any, is_told:
         ({"lowest": level(2), "end": level(6.01), "swings": 2}, "error"),
         ({"lowest": level(2, 3.9), "end": level(9.9, 0.01), "start": level(10, 0.01)}, None),
         ({"lowest": level(2), "end": level(6.01, 0.79)}, "error"),
+        ({"lowest": level(2), "end": level(2.39), "start": level(2.6)}, None),
+        ({"lowest": level(2), "end": level(2.41), "start": level(2.6)}, "error"),
         ({"lowest": level(2), "end": level(6.01, 0.81)}, None),
         ({"lowest": level(2), "end": level(6.01), "start": level(10, 3.9)}, "error"),
         ({"lowest": level(2, 0.0), "end": level(6.01), "start": level(10, 4.0)}, None),
@@ -629,3 +637,20 @@ def test_a_loss_settles_at_chance(losses: int, curve: Any, changes: Any, is_told
     settled = {"end": level(CHANCE), "trend": -3.01}
     facts = known(losses, {**settled, **curve}, **{"vocabulary_size": 4, **changes})
     assert bool(said("loss_settles_at_chance", facts)) is is_told
+
+
+@pytest.mark.parametrize(
+    ("losses", "still", "is_told"),
+    [
+        (100, 20, True),
+        (100, 19, False),
+        (300, 30, True),
+        (300, 29, False),
+        (100, 100, False),
+        (100, 0, False),
+    ],
+)
+def test_a_schedule_that_ended(losses: int, still: int, is_told: bool) -> None:
+    facts = known(losses, rates=(2e-4,) * (losses - still) + (0.0,) * still)
+    beginning = f"warning: the learning rate is 0 since step {losses - still}, for {still} steps"
+    says("schedule_ends_before_training", facts, beginning if is_told else None)

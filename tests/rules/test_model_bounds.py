@@ -85,6 +85,19 @@ ROWS = TrainedRows("embed", "default", 2, True, True, "float32", True)
 USED = Expect(purpose="inference")
 TRAIN = Expect()
 
+ZERO = {"zero": True}
+LOADED = model(
+    state(b=ZERO),
+    state("v", b=ZERO),
+    configs=(config(known={"adapter": "default"}, inference_mode=True),),
+)
+NAMED = model(
+    state(rank=4, scaling=2.0, alpha=16.0),
+    V,
+    configs=(config(known={"adapter": "default"}, rank_pattern={"q": 4}),),
+)
+"""As if the rank of q, 4 by its pattern, were the 8 of all others."""
+
 
 def wrapped(**parts: Any) -> ModelFacts:
     return model(STATE, wrappers=Wrappers(**parts))
@@ -205,6 +218,12 @@ CASES: list[tuple[str, ModelFacts, Expect, list[str]]] = [
     ("adapter_holds_no_update", model(state(b={"zero": True})), TRAIN, []),
     ("adapter_holds_no_update", model(state(b={"zero": True})), Expect(fresh=True), []),
     ("adapter_holds_no_update", model(STATE), Expect(fresh=False), []),
+    ("adapter_holds_no_update", LOADED, USED, ["warning: all 2 modules of 'default' are zero"]),
+    ("adapter_holds_no_update", LOADED, TRAIN, []),
+    ("adapter_holds_no_update", LOADED, replace(USED, fresh=True), []),
+    ("adapter_holds_no_update", replace(LOADED, layers=(*LOADED.layers, V)), USED, []),
+    ("adapter_holds_no_update", replace(LOADED, layers=()), USED, []),
+    ("adapter_holds_no_update", replace(LOADED, configs=()), USED, []),
     ("adapter_holds_no_update", model(state(b={"zero": True, "name": "lora_E"}), V), Expect(fresh=False), []),
     (
         "adapter_holds_no_update",
@@ -609,6 +628,21 @@ CASES: list[tuple[str, ModelFacts, Expect, list[str]]] = [
     ("scaling_was_changed", model(state(scaling=3.0), V), TRAIN, ["warning: scaling is 3 in 1 of 2 modules"]),
     ("scaling_was_changed", model(state(scaling=0.0)), TRAIN, ["error: so that the adapter does nothing"]),
     ("scaling_was_changed", model(state(scaling=0.0)), USED, ["info: scaling is 0"]),
+    ("scaling_was_changed", model(state(scaling=0.0)), replace(USED, fresh=False), ["warning: scaling is 0"]),
+    ("scaling_was_changed", model(state(scaling=0.0), V), replace(USED, fresh=False), ["info: in 1 of 2"]),
+    ("scaling_was_changed", model(state(scaling=3.0)), replace(USED, fresh=False), ["info: scaling is 3"]),
+    ("scaling_was_changed", NAMED, TRAIN, ["warning: as if no pattern named them"]),
+    ("scaling_was_changed", NAMED, USED, ["warning: load the adapter (load_adapter) instead of swapping"]),
+    (
+        "scaling_was_changed",
+        replace(
+            NAMED,
+            layers=(*NAMED.layers, replace(NAMED.layers[0], adapter="side")),
+            active=("default", "side"),
+        ),
+        USED,
+        ["info: leave it if an adapter of another alpha was hot-swapped in"],
+    ),
     ("scaling_was_changed", model(state(scaling=3.0, swappable=True)), TRAIN, []),
     ("scaling_was_changed", model(state(scaling=3.0, empty_ranks=1)), TRAIN, []),
     ("scaling_was_changed", model(state(scaling=2.0 * (1 + 9e-6))), TRAIN, []),
@@ -644,6 +678,12 @@ CASES: list[tuple[str, ModelFacts, Expect, list[str]]] = [
         model(state(a=FROZEN), V),
         TRAIN,
         ["warning: lora_A of adapter 'default' is frozen in 1 of 2"],
+    ),
+    (
+        "some_adapters_are_frozen",
+        model(state(a=FROZEN), V, state("k")),
+        TRAIN,
+        ["warning: lora_A of adapter 'default' is frozen in 1 of 3"],
     ),
     ("some_adapters_are_frozen", model(state(a=FROZEN), state("v", a=FROZEN)), TRAIN, []),
     ("some_adapters_are_frozen", model(state(a={**FROZEN, "frozen_by_design": True}), V), TRAIN, []),

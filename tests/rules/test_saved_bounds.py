@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pytest_lora import Expect
+from pytest_lora.facts.base import BaseModule
 from pytest_lora.facts.checkpoint import CheckpointFacts, Entry, FileFault
 from pytest_lora.facts.config import Fit, Misfit
 from pytest_lora.facts.saved_tensors import AdaptedModule, Key, Marks, TensorFacts, Values
@@ -519,6 +520,11 @@ def test_ranks(facts: CheckpointFacts, words: list[str]) -> None:
     says("rank_differs_from_config", facts, *words)
 
 
+def test_one_factor_alone_has_not_changed_places() -> None:
+    (found,) = told("rank_differs_from_config", of(module("q", (8, 2))))
+    assert found.observed.endswith("has the rank r=2 on the wrong side, as if transposed")
+
+
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
@@ -797,6 +803,25 @@ def test_a_base_of_another_kind(facts: CheckpointFacts, words: list[str]) -> Non
     says("base_is_foreign", facts, *words)
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "meant"),
+    [
+        ((2, 32), (32, 2), "the base calls it 'vision.layers.0.q'"),
+        ((2, 64), (64, 2), "the base calls it 'text.layers.0.q'"),
+        ((2, 32), (64, 2), "load it on the base it was trained on"),
+        ((2, 32), None, "load it on the base it was trained on"),
+    ],
+)
+def test_of_two_modules_at_one_place_the_one_of_the_same_sizes_is_meant(
+    a: tuple[int, ...], b: tuple[int, ...] | None, meant: str
+) -> None:
+    known = tuple(
+        BaseModule(f"{part}.layers.0.q", "Linear", n, n, None) for part, n in (("text", 64), ("vision", 32))
+    )
+    base = {"modules": known, "module_names": tuple(one.name for one in known)}
+    says("base_is_foreign", fitted(of(module("x.layers.0.q", a, b)), base), f"error: {meant}")
+
+
 HEAD = "lm_head.weight"
 LOST = f"{P}model.layers.1.q.lora_A.weight"
 
@@ -968,3 +993,29 @@ def test_shapes_on_a_base(facts: CheckpointFacts, words: list[str]) -> None:
 )  # fmt: skip
 def test_the_vocabulary(facts: CheckpointFacts, words: list[str]) -> None:
     says("vocabulary_differs", facts, *words)
+
+
+@pytest.mark.parametrize(
+    ("zero", "coarse", "is_told"),
+    [
+        (0.05, 0.5, True),
+        (0.049, 0.5, False),
+        (0.05, 0.49, False),
+        (0.99, 1.0, True),
+        (1.0, 1.0, False),  # nothing was trained
+    ],
+)
+def test_numbers_too_small_for_float16(zero: float, coarse: float, is_told: bool) -> None:
+    facts = of(module("a.q", underflow=(zero, coarse)), module("a.v"))
+    words = ["warning: of its places in 1 of 2 modules"] if is_told else []
+    says("saved_values_underflow", facts, *words)
+    says("saved_values_underflow", unjudged(facts))
+    says("saved_values_underflow", facts, expect=Expect(fresh=True))
+
+
+def test_a_pattern_is_not_restored_name_by_name() -> None:
+    named, written = (configured(saved([Q]), target_modules=targets) for targets in (["v"], r".*\.v"))
+    tensors = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+    says("tensors_are_not_used", unused(named, *tensors), "error: target_modules=['v', 'q']")
+    (found,) = told("tensors_are_not_used", unused(written, *tensors))
+    assert found.fix == "restore the adapter_config.json that the adapter was trained with"

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from pytest_lora import Expect
 from pytest_lora.facts.base import FusedParameter, TaskHead
-from pytest_lora.facts.config import ConfigFacts, LayerFacts, PatternKey, Refusal
+from pytest_lora.facts.config import ConfigFacts, LayerFacts, PatternKey, Refusal, Repairs
 from tests.rules.made import config, layer, module, target
 from tests.rules.saying import says, told
 
@@ -455,6 +455,23 @@ def test_a_head_whose_task_type_is_set() -> None:
     assert "which adds it" not in found.fix
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([0, 99], []),
+        ([99, 100], ["error: call base.resize_token_embeddings(101)"]),
+        ([-1, 0], ["error: drop [-1]: "]),
+        ([-1, 100], ["error: drop [-1, 100]: "]),
+        ({"embed": [100]}, ["error: trainable_token_indices['embed'] on"]),
+        ({"embed": [5, -1], "head": [7]}, ["error: trainable_token_indices={'head': [7], 'embed': [5]}"]),
+    ],
+)
+def test_rows_that_an_embedding_of_a_hundred_has(rows: Any, words: list[str]) -> None:
+    says("token_index_does_not_exist", config(Q0, trainable_token_indices=rows), *words)
+    unknown = config(Q0, base={"vocab_size": None}, trainable_token_indices=rows)
+    says("token_index_does_not_exist", unknown)
+
+
 ROWS_OF_EMBED = {"token_modules": ("embed",)}
 
 
@@ -479,6 +496,16 @@ def test_rows_that_are_new(known: Any, base: Any, fields: Any, wheres: list[str]
     assert all(one.observed.startswith(f"{missing if one.where == 'embed' else 3} of 3") for one in found)
     adapted = config(layer("embed"), layer("lm_head"))
     assert not told("new_tokens_are_not_trained", adapted, Expect(new_tokens=3))
+
+
+def test_a_module_to_save_that_is_misspelt_is_the_nearest_and_a_head_the_one_that_is_there() -> None:
+    for lost, meant in (("embd", "embed"), ("lm_head", "score"), ("classifier", "score"), ("zz", "score")):
+        names = (target(lost, field="modules_to_save"),)
+        facts = headed(
+            True, base={"module_names": ("embed", "score")}, known={"names": names}, modules_to_save=[lost]
+        )
+        (found,) = told("saved_module_matches_nothing", facts)
+        assert found.fix.startswith(f"did you mean {meant!r}?")
 
 
 @pytest.mark.parametrize(
@@ -875,3 +902,258 @@ def test_keys_of_patterns(facts: ConfigFacts, words: list[str]) -> None:
 def test_what_a_refusal_is_about(fields: dict[str, Any], message: str, words: str) -> None:
     facts = config(known={"refusal": Refusal("ValueError", message)}, **fields)
     says("peft_refuses_the_config", facts, f"error: {words}")
+
+
+PARTS = ("layers.0", "layers.0.attn", "layers.0.attn.q", "layers.0.attn.k", "layers.0.norm", "embed")
+LAYERS = (module("layers.0.attn.q"), module("layers.0.attn.k"), module("layers.0.norm", kind="LayerNorm"))
+UNSUPPORTED = "Target module Norm(64) is not supported"
+EMPTIED = "No modules were targeted"
+ROWS_AND_LAYER = "trainable_token_indices cannot be used"
+
+
+@pytest.mark.parametrize(
+    ("message", "fields", "fix"),
+    [
+        (UNSUPPORTED, {"target_modules": ["attn"]}, "target_modules=['k', 'q']"),
+        (UNSUPPORTED, {"target_modules": ["norm"]}, "target_modules='all-linear'"),
+        (UNSUPPORTED, {"target_modules": ["norm", "embed"]}, "target_modules=['embed']"),
+        (UNSUPPORTED, {"target_modules": ["q", "norm", "attn"]}, "target_modules=['k', 'q']"),
+        (UNSUPPORTED, {"target_modules": ".*norm"}, "fits them alone, or target_modules='all-linear'"),
+        (ROWS_AND_LAYER, {"target_modules": ["q", "embed"]}, "=None, or target_modules=['q']"),
+        (ROWS_AND_LAYER, {"target_modules": ["embed"]}, "in one way: set trainable_token_indices=None"),
+        (ROWS_AND_LAYER, {"target_modules": ".*embed"}, "in one way: set trainable_token_indices=None"),
+        (EMPTIED, {"exclude_modules": ["q"], "modules_to_save": ["head"]}, ": exclude_modules=None"),
+        (EMPTIED, {"modules_to_save": ["attn", "head"]}, ": modules_to_save=['head']"),
+        ("give `target_modules`", {"target_modules": None}, "set target_modules='all-linear'"),
+        ("groups=4 and rank 8", {"r": 8}, ": r=8"),
+        ("groups=4 and rank 9", {"r": 9}, ": r=12"),
+        ("", {"r": 0, "rank_pattern": {"q": 0, "v": 4}}, ": r=8, rank_pattern={'v': 4}"),
+        ("", {"rank_pattern": {"q": -1, "v": 1}}, ": rank_pattern={'v': 1}"),
+        ("instances of 'str'", {"rank_pattern": {"q": 4}}, "r=8, lora_alpha=16, rank_pattern={'q': 4}"),
+        ("", {"trainable_token_indices": {"wte": [1], "embed": [2]}}, "={'embed': [1, 2]}, not 'wte'"),
+        ("lora_dropout is odd", {}, "leave lora_dropout at its default"),
+    ],
+)
+def test_what_peft_refuses_is_mended(message: str, fields: dict[str, Any], fix: str) -> None:
+    base = {"module_names": PARTS, "modules": LAYERS}
+    (found,) = told(
+        "peft_refuses_the_config",
+        config(base=base, known={"refusal": Refusal("ValueError", message)}, **fields),
+    )
+    assert found.fix.endswith(fix)
+    assert not told("peft_refuses_the_config", config(base=base, **fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "mended", "fix"),
+    [
+        ("target_modules", "*q", ".*q", "target_modules='.*q'"),
+        ("target_modules", "*q", None, "target_modules='all-linear'"),
+        ("exclude_modules", "*q", None, "exclude_modules=None"),
+        ("rank_pattern", {"*q": 4, "v": 2}, ".*q", "rank_pattern={'.*q': 4, 'v': 2}"),
+        ("rank_pattern", {"*q": 4, "v": 2}, None, "rank_pattern={'v': 2}"),
+    ],
+)
+def test_a_pattern_that_is_none_is_mended(field: str, value: Any, mended: str | None, fix: str) -> None:
+    known = {"refusal": Refusal("error", "nothing to repeat"), "repairs": Repairs((field, "*q"), mended)}
+    (found,) = told("peft_refuses_the_config", config(known=known, **{field: value}))
+    assert found.fix == f"'*q' is no regular expression: {fix}"
+
+
+def test_rows_of_an_embedding_without_a_name() -> None:
+    known = {"refusal": Refusal("ValueError", "")}
+    facts = config(base={"input_embeddings": None}, known=known, trainable_token_indices={"wte": [1]})
+    (found,) = told("peft_refuses_the_config", facts)
+    assert found.fix.endswith("trainable_token_indices={'embed_tokens': [1]}, not 'wte'")
+
+
+@pytest.mark.parametrize("message", ["no data in a meta tensor", "an operation on the meta device", "no"])
+def test_what_only_a_base_without_values_refuses_is_an_info(message: str) -> None:
+    (found,) = told("peft_refuses_the_config", config(known={"refusal": Refusal("ValueError", message)}))
+    assert found.severity == ("info" if "meta" in message else "error")
+
+
+@pytest.mark.parametrize(
+    ("task_type", "base", "words"),
+    [
+        ("CAUSAL_LM", {"task_type": "CAUSAL_LM"}, []),
+        ("SEQ_CLS", {"task_type": "CAUSAL_LM"}, ["warning: set task_type='CAUSAL_LM', or load the base as"]),
+        ("SEQ_CLS", {}, []),
+        ("FEATURE_EXTRACTION", {"task_type": "CAUSAL_LM"}, []),
+        (None, {"task_type": "CAUSAL_LM"}, []),
+        ("CAUSAL_LM", {"task_type": "CAUSAL_LM", "takes_input_ids": False}, ["warning: set task_type=None"]),
+        (None, {"takes_input_ids": False}, []),
+    ],
+)
+def test_a_task_type_beside_its_base(task_type: Any, base: dict[str, Any], words: list[str]) -> None:
+    says("task_type_contradicts_the_model", config(Q0, base=base, task_type=task_type), *words)
+
+
+TIED = {"tied": (("embed", "lm_head"),)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "embedding", "is_told"),
+    [
+        ({"lm_head": [1]}, "embed", True),
+        ({"embed": [1]}, "embed", False),
+        ({"lm_head": [1], "embed": [1]}, "embed", False),
+        ([1], "embed", False),  # without a name, those of the embedding
+        ([1], None, False),
+        ({"lm_head": [1]}, None, False),
+    ],
+)
+def test_rows_of_one_of_two_tied_modules(rows: Any, embedding: str | None, is_told: bool) -> None:
+    facts = config(Q0, base={**TIED, "input_embeddings": embedding}, trainable_token_indices=rows)
+    words = ["name the embedding in trainable_token_indices: {'embed': [...]}"] if is_told else []
+    assert [one.fix for one in told("tied_weight_is_adapted_on_one_side", facts)] == words
+
+
+def test_a_tied_weight_that_is_copied_is_counted() -> None:
+    base = {**TIED, "modules": (module("embed", "Embedding", size=64),)}
+    facts = config(Q0, base=base, known={"saved_modules": ("embed", "lm_head")})
+    says("tied_weight_is_copied_twice", facts, "info: 4,096 numbers 2 times")
+    says("tied_weight_is_copied_twice", replace(facts, saved_modules=("embed",)))
+    tied = replace(facts.settings, ensure_weight_tying=True)
+    says("tied_weight_is_copied_twice", replace(facts, settings=tied))
+
+
+def test_an_alpha_of_zero_becomes_twice_the_rank() -> None:
+    (found,) = told("alpha_is_not_positive", config(layer(rank=4, alpha=0), r=4, lora_alpha=0))
+    assert found.fix == "set lora_alpha=8, which gives a scaling of 2"
+
+
+BLOCK = "layers.0.attn"
+PROJECTIONS = {
+    "module_names": (BLOCK, f"{BLOCK}.q_proj", f"{BLOCK}.k_proj", "layers.0.norm"),
+    "modules": (
+        module(f"{BLOCK}.q_proj"),
+        module(f"{BLOCK}.k_proj"),
+        module("layers.0.norm", kind="LayerNorm"),
+    ),
+}
+NO_PATTERNS = "names in a list are no patterns; give the pattern as one string, "
+NAMES_OF_THIS = "use names of this model: k_proj, q_proj; or all of them, target_modules='all-linear'"
+WHOLE_NAME = "a string is a regular expression for the whole name; for plain names write "
+
+
+@pytest.mark.parametrize(
+    ("targets", "fix"),
+    [
+        (["q_proj.weight"], "did you mean 'q_proj'? target_modules=['q_proj']"),
+        (["q_proj.lora_A"], "did you mean 'q_proj'? target_modules=['q_proj']"),
+        ([f"base_model.model.{BLOCK}.k_proj"], f"did you mean '{BLOCK}.k_proj'? target_modules="),
+        (["x.weight"], NAMES_OF_THIS),
+        (["q_prj"], "did you mean 'q_proj'? target_modules=['q_proj']"),
+        ("q_proj|k_proj", f"{WHOLE_NAME}target_modules=['q_proj', 'k_proj']"),
+        ("q_prj", f"{WHOLE_NAME}target_modules=['q_proj']"),
+        ("q_proj, x", f"{WHOLE_NAME}target_modules=['q_proj']"),
+        (r"layers\..*q_proj\d", "the pattern fits no whole name; name modules instead: target_modules=['q_proj']"),
+        (r".*\.zz+", f"the pattern fits no whole name; {NAMES_OF_THIS}"),
+        ("*mended", "a string is a regular expression for the whole name: target_modules='.*q_proj'"),
+        ("all_linear", "write target_modules='all-linear'"),
+        (["all_linear"], "write target_modules='all-linear', as text and not in a list"),
+        ("all-linear", NAMES_OF_THIS),
+        (["*mended"], f"{NO_PATTERNS}target_modules='.*q_proj'"),
+        ([".*zz"], f"{NO_PATTERNS}{NAMES_OF_THIS}"),
+    ],
+)  # fmt: skip
+def test_names_that_match_nothing(targets: Any, fix: str) -> None:
+    lost = [targets] if isinstance(targets, str) else targets
+    similar = ("q_proj", "k_proj") if lost == ["q_prj"] else ()
+    known = {
+        "names": tuple(target(name, similar=similar) for name in lost),
+        "repairs": Repairs(fitting=(("*mended", ".*q_proj"),)),
+    }
+    (found,) = told("target_matches_nothing", config(base=PROJECTIONS, known=known, target_modules=targets))
+    assert found.fix.startswith(fix)
+    assert found.observed.endswith("; nothing is adapted")
+
+
+def test_of_names_that_match_nothing_the_others_are_kept() -> None:
+    names = (target("q_proj", f"{BLOCK}.q_proj"), target("zz"), target("qproj", similar=("q_proj", "k_proj")))
+    facts = config(base=PROJECTIONS, known={"names": names[:2]}, target_modules=["q_proj", "zz"])
+    (found,) = told("target_matches_nothing", facts)
+    assert found.fix == "drop the name: target_modules=['q_proj']; or use names of this model: k_proj"
+    assert found.observed.endswith("['zz']; 1 of 2 names match")
+    facts = config(base=PROJECTIONS, known={"names": names[::2]}, target_modules=["q_proj", "qproj"])
+    (found,) = told("target_matches_nothing", facts)
+    assert found.fix.startswith(
+        "did you mean 'k_proj'? target_modules=['q_proj', 'k_proj']; else drop the name:"
+    )
+
+
+def test_a_rank_is_lowered_no_more_than_it_has_to_be() -> None:
+    facts = config(layer(parameters=80), base={"parameters": 50})
+    (found,) = told("parameter_share_is_outside_the_band", facts, Expect(param_ratio=(0.1, 0.5)))
+    assert found.fix == "lower r: r=5, lora_alpha=10, or target fewer modules"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "known", "base", "is_told"),
+    [
+        (Refusal("ValueError", "no"), {}, {}, True),
+        (Refusal("ValueError", "no"), {"names": (target("zz"),)}, {}, False),
+        (Refusal("ValueError", "no", ("layers.0.q",)), {"names": (target("zz"),)}, {}, True),
+        (Refusal("AttributeError", "prepare_inputs_for_generation"), {}, {"task_type": "SEQ_CLS"}, False),
+        (Refusal("AttributeError", "prepare_inputs_for_generation"), {}, {}, True),
+        (Refusal("AttributeError", "no"), {}, {"task_type": "SEQ_CLS"}, True),
+        (Refusal("ValueError", "Orthogonal initialization requires"), {}, {}, False),
+    ],
+)
+def test_what_another_rule_explains_is_not_told_as_a_refusal(
+    refusal: Refusal, known: dict[str, Any], base: dict[str, Any], is_told: bool
+) -> None:
+    facts = config(base=base, known={"refusal": refusal, **known})
+    assert bool(told("peft_refuses_the_config", facts)) is is_told
+
+
+@pytest.mark.parametrize(
+    ("layers", "refusal", "is_told"),
+    [([0], None, True), ([], None, False), ([0], Refusal("ValueError", "no"), False)],
+)
+def test_targets_outside_of_numbered_blocks_are_left_out_by_layers(
+    layers: list[int], refusal: Refusal | None, is_told: bool
+) -> None:
+    names = target("q", "layers.0.q"), target("embed", "embed")
+    facts = config(
+        Q0,
+        known={"names": names, "refusal": refusal},
+        target_modules=["q", "embed"],
+        layers_to_transform=layers,
+    )
+    words = ["warning: drop ['embed']: target_modules=['q']; or say all in one"] if is_told else []
+    says("target_matches_nothing", facts, *words)
+
+
+SHARING = {**TIED, "modules": (module("embed", "Embedding"), module("lm_head"))}
+ALIKE = {**TIED, "modules": (module("embed"), module("lm_head"))}
+
+
+@pytest.mark.parametrize(
+    ("base", "adapted", "saved", "live", "observed"),
+    [
+        (SHARING, ["embed"], (), False, "embed is a LoRA target, but shares its weight with lm_head (tied"),
+        (SHARING, ["lm_head"], (), True, "lm_head is a LoRA target, but shares its weight with embed (tied"),
+        (
+            SHARING,
+            ["embed", "lm_head"],
+            (),
+            False,
+            "embed and lm_head share one weight (tied embeddings), and",
+        ),
+        (ALIKE, ["embed", "lm_head"], (), False, None),
+        (SHARING, [], ("embed",), False, "embed is in modules_to_save, but shares its weight with lm_head"),
+        (SHARING, [], ("embed", "lm_head"), False, None),
+        (SHARING, [], ("embed",), True, None),
+        (SHARING, ["layers.0.q"], (), False, None),
+    ],
+)
+def test_one_of_two_modules_that_share_a_weight(
+    base: dict[str, Any], adapted: list[str], saved: tuple[str, ...], live: bool, observed: str | None
+) -> None:
+    layers = [layer(name) for name in adapted]
+    known = {"saved_modules": saved, "live": live}
+    found = told("tied_weight_is_adapted_on_one_side", config(*layers, base=base, known=known))
+    assert len(found) == (observed is not None)
+    assert all(one.observed.startswith(observed or "") for one in found)

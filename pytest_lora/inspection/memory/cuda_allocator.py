@@ -176,8 +176,8 @@ def replayed(
     places = [0] * copies  # the block of each copy
     free = [_NONE]
     # The free blocks again, by where they start and where they end, and the size of each segment by where it
-    # starts; nothing lies at -1, it tells numba the types.
-    starting, ending, segments = {-1: 0}, {-1: 0}, {-1: 0}
+    # starts; nothing lies at _NEVER, which tells numba the types.
+    starting, ending, segments = {_NEVER: _NEVER}, {_NEVER: _NEVER}, {_NEVER: _NEVER}
     reserved = most = next_address = 0
     for number, size in enumerate(asked):
         if number == emptied_before:

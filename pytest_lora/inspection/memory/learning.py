@@ -131,12 +131,13 @@ class Learner(Generic[Found]):
         family are looked for once another point of it is asked for.
         """
         family = self._family(point)
-        new = self._products and not self._was_traced(family)
-        if family.key in self._known or ((new or family.key in self._refused) and self._fits(point, family)):
+        if family.key in self._known:
             return
+        new = self._products and not self._was_traced(family)
         if not new and family.key not in self._refused:
             self._pair(family)
-            self._fits(point, family)
+        if family.key not in self._known and self._products:
+            self._fit(point, family)
 
     def learn_ahead(self, point: Point) -> None:
         """Find out about the families of one sequence and of several, once a point of either was traced."""
@@ -157,16 +158,13 @@ class Learner(Generic[Found]):
         near = (point[2] for point in reversed(self._traced) if self._family(point).reach == family.reach)
         return list(dict.fromkeys(near))
 
-    def _fits(self, point: Point, family: Family) -> bool:
-        """Whether the products of another family hold here too, which a trace of the point itself shows."""
-        if family.key in self._known or not self._products:
-            return family.key in self._known
+    def _fit(self, point: Point, family: Family) -> None:
+        """Take the products of another family where they hold here too, which a trace of the point itself shows."""
         traced = self._trace(point)
         for found in self._products:
             if traced.is_said_by(found(point)):
                 self._known[family.key] = found
-                return True
-        return False
+                return
 
     def _pair(self, family: Family) -> None:
         """Trace a second point, and a third if need be, and find the products that they have in common."""

@@ -17,7 +17,8 @@ from pytest_lora.inspection.limited.patterns import require_matchable
 from pytest_lora.inspection.memory.cut_bases import KeptBases, cut_base
 from pytest_lora.inspection.memory.fused_layers import fuse_layers
 from pytest_lora.inspection.memory.fused_losses import fuse_loss
-from pytest_lora.inspection.memory.layer_stacks import FIRST_INNER, KEPT, USUAL, Cut, Stack
+from pytest_lora.inspection.memory.layer_stacks import USUAL, Cut, Stack
+from pytest_lora.inspection.memory.operations import times_played
 from pytest_lora.inspection.memory.optimizers import OPTIMIZERS
 from pytest_lora.inspection.memory.packed_weights import pack_weights
 from pytest_lora.inspection.memory.parallel import before_adapters, distributed
@@ -67,8 +68,7 @@ class MetaModel:
 
     def copies_of(self, unit: int) -> int:
         """How many layers of the whole model a unit stands for."""
-        stack, role = divmod(unit, KEPT)
-        return self.stacks[stack].copies - 1 if unit >= 0 and role == FIRST_INNER else 1
+        return times_played(unit, {stack.number: stack.copies for stack in self.stacks})
 
     def held(self) -> list[Weight]:
         """What is on the device once it is loaded."""

@@ -214,7 +214,7 @@ class Surfaces(Learner[Traced]):
         super().learn(point)
         family = self._family(point)
         self._asked[family.key] += 1
-        if family.key not in self._known and self._asked[family.key] > FIT_AFTER:
+        if family.key not in self._known and self._asked[family.key] == FIT_AFTER + 1:
             self._grid(family)
 
     def _grid(self, family: Family) -> None:
@@ -224,7 +224,6 @@ class Surfaces(Learner[Traced]):
             step = steps[point] = self._step(point)
             return (step.events, step.units), np.array([*step.sizes, step.paged])
 
-        self._asked[family.key] = -(10**9)  # once
         if family.alone or family.lengths[-1] >= family.between[1]:
             return
         found = fitted(family, sizes_at, TOLERANCE)

@@ -180,7 +180,8 @@ def script_facts(
     require_config(config)
     given = _Arguments(args)
     name = type(args).__name__
-    tool = "TRL" if name in _STAGES else "Trainer"
+    objective = next((stage for kind, stage in _STAGES.items() if _is(args, kind)), None)
+    tool = "Trainer" if objective is None else "TRL"
     known = base_model(base) if isinstance(base, str) else None
     precision = "fp16" if args.fp16 else "bf16" if args.bf16 else None
     setting = RunSetting(
@@ -190,7 +191,7 @@ def script_facts(
         quantization=Value(quantization, GIVEN, "quantization"),
         dtype=Value(None, "the dtype of the base", "dtype"),
         precision=given.value("fp16" if args.fp16 else "bf16", precision),
-        objective=Value(next((s for n, s in _STAGES.items() if _is(args, n)), None), GIVEN, name),
+        objective=Value(objective, GIVEN, name),
         r=Value(config.r, GIVEN, "r"),
         lora_alpha=Value(config.lora_alpha, GIVEN, "lora_alpha"),
         target_modules=Value(config.target_modules, GIVEN, "target_modules"),

@@ -105,7 +105,7 @@ class Tree:
         data = self.read(name)
         if data is None:
             return False
-        for line in data.split(b"\n", 2)[:2]:
+        for line in data.splitlines()[:2]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):

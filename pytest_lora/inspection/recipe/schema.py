@@ -293,6 +293,6 @@ def clashes(keys: Keys, tool: ModuleType) -> Iterator[Clash]:
 
 
 def _is_on(node: Node) -> bool:
-    if node.items is not None or node.pairs is not None:
-        return bool(node.items or node.pairs)
+    if node.items or node.pairs:
+        return True
     return not is_filled_in(node) and node.written.strip().lower() not in _OFF

@@ -138,7 +138,7 @@ class _Composer:
                 if event.anchor:
                     anchors[event.anchor] = node
                 if kind != "ScalarEvent":
-                    stack.append(_Open(node, event.start_mark.line + 1))
+                    stack.append(_Open(node))
                     continue
             else:
                 continue
@@ -189,9 +189,9 @@ class _Composer:
             parent.node.items.append(node)
             return
         if parent.key is None:
-            parent.key, parent.key_line = node, line
+            parent.key = node, line
             return
-        key, parent.key = parent.key, None
+        (key, key_line), parent.key = parent.key, None
         pairs = parent.node.pairs
         assert pairs is not None
         if key.plain and key.written == "<<":
@@ -200,12 +200,10 @@ class _Composer:
         name = str(key.written or key.unwrapped())
         if name in pairs and name not in parent.merged:
             first = parent.node.lines[name]
-            self.repeated.append(
-                Repeated(name, first, parent.key_line, self._line(first), self._line(parent.key_line))
-            )
+            self.repeated.append(Repeated(name, first, key_line, self._line(first), self._line(key_line)))
         parent.merged.discard(name)
         pairs[name] = node
-        parent.node.lines[name] = parent.key_line
+        parent.node.lines[name] = key_line
 
     def _merge(self, parent: _Open, node: Node) -> None:
         pairs = parent.node.pairs
@@ -226,8 +224,7 @@ class _Open:
     """A collection that is being read."""
 
     node: Node
-    key_line: int
-    key: Node | None = None
+    key: tuple[Node, int] | None = None
     merged: set[str] = field(default_factory=set)
 
 

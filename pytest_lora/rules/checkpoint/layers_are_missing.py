@@ -56,29 +56,26 @@ def layers_are_missing(facts: CheckpointFacts, expect: Expect) -> Iterator[Viola
                 or "load it on the base that it was trained on, or save the whole adapter again",
             )
     elif facts.fit is None and facts.settings is not None and not facts.settings.layers_to_transform:
-        yield from _gaps(held, facts)
+        yield from _gaps(held, facts.settings.target_modules)
 
 
-def _gaps(held: set[str], facts: CheckpointFacts) -> Iterator[Violation]:
+def _gaps(held: set[str], targets: object) -> Iterator[Violation]:
+    # A pattern or full names may leave layers out on purpose, and so may models whose layers differ.
+    if not isinstance(targets, tuple) or any("." in name for name in targets):
+        return
     groups: dict[str, list[int]] = {}
     for name in held:
         number = next((int(part) for part in name.split(".") if part.isdigit() and len(part) < 6), None)
         if number is not None:
             groups.setdefault(starred(name), []).append(number)
-    lists = isinstance(facts.settings and facts.settings.target_modules, tuple)
     for pattern, numbers in groups.items():
-        few = max(numbers) + 1 - len(set(numbers)) <= len(numbers) // 4
-        # A pattern or full names may leave layers out on purpose, and so may models whose layers differ.
-        if lists and len(numbers) > 3 and few and pattern.count("*") == 1:
+        count = max(numbers) + 1 - len(set(numbers))
+        if 0 < count <= len(numbers) // 4 and pattern.count("*") == 1:
             lost = sorted(set(range(max(numbers) + 1)) - set(numbers))
-            written = ", ".join(map(str, lost[:8]))
-            if lost and not any(
-                "." in name for name in (facts.settings and facts.settings.target_modules) or ()
-            ):
-                yield Violation(
-                    where=pattern,
-                    observed=f"layers {written} are missing between layers that the file has",
-                    expected="every layer up to the last",
-                    fix="compare with the base model (base=...); if it has these modules, save the adapter again",
-                    severity="info",
-                )
+            yield Violation(
+                where=pattern,
+                observed=f"layers {', '.join(map(str, lost[:8]))} are missing between layers that the file has",
+                expected="every layer up to the last",
+                fix="compare with the base model (base=...); if it has these modules, save the adapter again",
+                severity="info",
+            )

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.checkpoint import CheckpointFacts
-from pytest_lora.facts.saved_tensors import AdaptedModule
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
@@ -41,20 +41,20 @@ def saved_factors_are_filled_in_part(facts: CheckpointFacts, expect: Expect) -> 
     """
     if not facts.is_judged or expect.fresh is True:
         return
-    held = [m for m in facts.adapted if m.a and m.b and not m.holds_nothing and _is_marked(m)]
-    idle = {_idle(module) for module in held}
+    held = list(_held(facts))
+    idle = {module.idle for module in held}
     if len(held) > 1 and len(idle) == 1 and any(next(iter(idle))):
         count = sum(next(iter(idle)))
         yield _violation(facts, held, f"{count} of {len(next(iter(idle)))} ranks (columns)")
         return
     kinds: dict[str, set[float]] = defaultdict(set)
     for module in held:
-        kinds[module.name.rpartition(".")[2]].add(_share(module))
+        kinds[module.kind].add(module.share)
     for share in _SHARES:
         # One kind alone may be a fused projection of which a part is adapted on purpose.
         alike = {kind for kind, shares in kinds.items() if shares == {share}}
         if len(alike) > 1:
-            where = [module for module in held if module.name.rpartition(".")[2] in alike]
+            where = [module for module in held if module.kind in alike]
             yield _violation(facts, where, f"{100 * share:g} % of the rows, in one block,")
             return
 
@@ -63,7 +63,7 @@ _SHARES = (1 / 2, 3 / 4, 7 / 8)
 """What is missing where one of 2, 4 or 8 equal shards is there."""
 
 
-def _violation(facts: CheckpointFacts, modules: list[AdaptedModule], part: str) -> Violation:
+def _violation(facts: CheckpointFacts, modules: list[_Held], part: str) -> Violation:
     return Violation(
         where=f"{facts.weights} in {facts.name}: {grouped(module.name for module in modules)}",
         observed=f"{part} of lora_B are zero in each of {len(modules)} modules, as they were initialised, and the rest "
@@ -73,19 +73,28 @@ def _violation(facts: CheckpointFacts, modules: list[AdaptedModule], part: str) 
     )
 
 
-def _is_marked(module: AdaptedModule) -> bool:
-    tensors = (module.a, module.b)
-    return all(t is not None and t.values is not None and t.values.marks is not None for t in tensors)
+class _Held(NamedTuple):
+    """A module with trained values.
+
+    Attributes:
+        name: Its name.
+        idle: Whether each rank has a row of lora_A and no column of lora_B; empty where that is not known.
+        share: Of the rows of lora_B, those that are zero in one block.
+    """
+
+    name: str
+    idle: tuple[bool, ...]
+    share: float
+
+    @property
+    def kind(self) -> str:
+        return self.name.rpartition(".")[2]
 
 
-def _idle(module: AdaptedModule) -> tuple[bool, ...]:
-    """Ranks at which lora_B is zero and lora_A is not."""
-    a, b = (t.values.marks for t in (module.a, module.b) if t is not None and t.values is not None)
-    if a is None or b is None or len(a.rows) != len(b.columns):
-        return ()
-    return tuple(mine and not other for mine, other in zip(a.rows, b.columns, strict=True))
-
-
-def _share(module: AdaptedModule) -> float:
-    marks = module.b.values.marks if module.b and module.b.values else None
-    return marks.zero_rows / module.b.shape[0] if marks and module.b else 0.0
+def _held(facts: CheckpointFacts) -> Iterator[_Held]:
+    for module in facts.adapted:
+        a, b = (t.values.marks if t and t.values else None for t in (module.a, module.b))
+        if a and b and module.b and not module.holds_nothing:
+            ranks = zip(a.rows, b.columns, strict=True) if len(a.rows) == len(b.columns) else ()
+            idle = tuple(mine and not other for mine, other in ranks)
+            yield _Held(module.name, idle, b.zero_rows / module.b.shape[0])

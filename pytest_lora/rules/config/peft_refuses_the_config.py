@@ -277,9 +277,10 @@ def _without_embedding(facts: ConfigFacts) -> Advice:
 
 def _renamed(name: str, facts: ConfigFacts) -> Change:
     embedding = facts.base.input_embeddings or "embed_tokens"
-    rows = {known: list(found) for known, found in facts.settings.trainable_token_indices}
-    written = {embedding if known == name else known: found for known, found in rows.items()}
-    return change(trainable_token_indices=written)
+    written: dict[str, set[int]] = {}
+    for known, rows in facts.settings.trainable_token_indices:
+        written.setdefault(embedding if known == name else known, set()).update(rows)
+    return change(trainable_token_indices={known: sorted(rows) for known, rows in written.items()})
 
 
 def _is_there(name: str, facts: ConfigFacts) -> bool:

@@ -71,7 +71,7 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
             fix=advise(
                 f"drop {outside}: ",
                 change(target_modules=inside),
-                "; or say all in one  regular expression for target_modules, without layers_to_transform",
+                "; or say all in one regular expression for target_modules, without layers_to_transform",
             ),
             severity="warning",
         )

@@ -93,8 +93,8 @@ def _without(modules: list[str], target: bool, facts: ConfigFacts) -> Advice:
 
 def _rows_of_one_side(facts: ConfigFacts) -> Iterator[Violation]:
     """PEFT trains rows of the embedding on what is tied to it, too, but rows of the head on the head alone."""
-    embedding = facts.base.input_embeddings
-    names = [name or (embedding or "") for name, _ in facts.settings.trainable_token_indices]
+    embedding = facts.base.input_embeddings or ""
+    names = [name or embedding for name, _ in facts.settings.trainable_token_indices]
     for group in facts.base.tied:
         sides = [module for module in group if any(is_named(module, name) for name in names)]
         if sides and embedding in group and embedding not in sides:

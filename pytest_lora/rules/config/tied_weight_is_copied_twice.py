@@ -43,7 +43,7 @@ def tied_weight_is_copied_twice(facts: ConfigFacts, expect: Expect) -> Iterator[
         return
     sizes = {module.name: module.in_features * module.out_features for module in facts.base.modules}
     for group in facts.base.tied:
-        if len(group) > 1 and all(name in facts.saved_modules for name in group):
+        if all(name in facts.saved_modules for name in group):
             yield Violation(
                 where=", ".join(group),
                 observed=f"{' and '.join(group)} share one weight, and PEFT trains a copy for each (modules_to_save): "

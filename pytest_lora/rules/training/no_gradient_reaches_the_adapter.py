@@ -61,9 +61,7 @@ def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Ite
     - https://github.com/huggingface/peft/issues/137
     - https://huggingface.co/docs/peft/developer_guides/troubleshooting
     """
-    if not facts.judges_gradients or (
-        facts.adapter_tensors and any(t.reached for t in facts.adapter_tensors)
-    ):
+    if not facts.judges_gradients or any(t.reached for t in facts.adapter_tensors):
         return
     if facts.model.trains_xlora:
         return
@@ -71,7 +69,7 @@ def no_gradient_reaches_the_adapter(facts: TrainingFacts, expect: Expect) -> Ite
     reasons = Counter(why_silent(facts, layer) for layer in layers)
     if not facts.has_graph and None in reasons:
         return
-    reason = reasons.most_common(1)[0][0] if reasons else "no adapter is active"
+    reason = reasons.most_common()[0][0] if reasons else "no adapter is active"
     idle = [name for name in facts.model.training_adapters if name not in facts.model.active]
     if idle and facts.model.active and not facts.adapter_tensors:
         reason = f"the active adapter {facts.model.active[0]!r} is frozen, and the trainable {idle[0]!r} is not active"

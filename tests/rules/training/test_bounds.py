@@ -128,6 +128,7 @@ KEPT_LOW = "warning: the learning rate is too low to learn from, by "
         ((1e-6, 4e-7, 1.6e-7), {}, f"{KEPT_LOW}decay"),
         ((1e-6, 4.9e-7, 4.9e-7 * 0.467), {}, f"{KEPT_LOW}decay"),
         ((1e-6, 4.9e-7, 4.9e-7 * 0.466), {}, None),
+        ((1e-6, 0.0, 1e-6), {}, None),  # a rate that pauses
     ],
 )
 def test_a_schedule_that_keeps_the_rate_low(

@@ -10,6 +10,7 @@ import pytest
 
 from pytest_lora import Expect, Finding
 from pytest_lora.bases.examples.models import language_batch
+from pytest_lora.facts.batches import AnswerFacts
 from pytest_lora.facts.optimizer import ScheduleFacts
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.inspection.training.batches import Plan
@@ -91,6 +92,7 @@ def scheduled(facts: TrainingFacts, ends: int | None, taken: int, **changes: Any
     [
         (None, 50, "info", "has come to its end after 50 steps"),
         (50, 50, "info", "has come to its end after 50 steps"),
+        (1, 50, "info", "has come to its end after 50 steps"),
         (51, 50, "error", "(step 50, zero from step 51 on)"),
         (0, 50, "error", "(step 50, zero from step 0 on)"),
         (None, 1, "error", "(step 1)"),
@@ -144,7 +146,13 @@ def test_a_loss_near_zero_has_nowhere_to_crawl(facts: TrainingFacts, loss: float
 def test_a_gradient_that_is_not_finite_is_told_though_the_loss_is(facts: TrainingFacts) -> None:
     steps = (facts.steps[0], replace(facts.steps[1], gradient_norm=math.inf))
     (found,) = said("training_is_not_finite", replace(facts, steps=steps))
-    assert found.where == "step 2, batch 0"
+    assert (found.where, found.fix) == (
+        "step 2, batch 0",
+        "lower the learning rate, and clip gradients at 1.0",
+    )
+    steps = (replace(facts.steps[0], loss=math.nan), facts.steps[1])
+    (at_once,) = said("training_is_not_finite", replace(facts, steps=steps))
+    assert at_once.fix.startswith("look at this batch")  # no rate has done anything yet
     assert found.observed.startswith("a gradient is NaN or infinite although the loss is not")
     assert not said("training_is_not_finite", facts)
 
@@ -186,3 +194,90 @@ def test_float16_under_adam_breaks_by_its_eps_or_has_broken(
         "float16_weights_under_adam", replace(facts, tensors=tensors, steps=steps, optimizer=optimizer)
     )
     assert [one.severity for one in found] == [severity] * bool(severity)
+
+
+@pytest.mark.parametrize(
+    ("same", "rows", "is_told"), [(2, 8, True), (2, 9, False), (0, 8, False), (8, 8, True)]
+)
+def test_a_quarter_of_the_pairs_that_are_the_same_is_told(
+    facts: TrainingFacts, same: int, rows: int, is_told: bool
+) -> None:
+    answers = tuple(AnswerFacts(at, "chosen_labels", rows, 0, same) for at in range(3))
+    found = said("answers_are_the_same", replace(facts, answers=answers))
+    words = f"{3 * same} of {3 * rows} pairs are the same tokens"
+    assert [one.observed.partition(":")[0] for one in found] == [words] * is_told
+
+
+@pytest.mark.parametrize(("empty", "is_told"), [(2, True), (1, False)])
+@pytest.mark.parametrize("named", ["chosen_labels", "completion_mask"])
+def test_a_quarter_of_the_answers_without_a_token_that_counts_are_told(
+    facts: TrainingFacts, named: str, empty: int, is_told: bool
+) -> None:
+    answers = AnswerFacts(0, named, 8, empty, 0), AnswerFacts(0, "other_mask", 8, 0, 0)
+    found = said("labels_are_all_ignored", replace(facts, answers=answers))
+    assert [(one.where, one.severity) for one in found] == [(named, "warning")] * is_told
+    alone = replace(facts, answers=(AnswerFacts(0, named, 1, 1, 0),))
+    assert not said("labels_are_all_ignored", alone)
+
+
+@pytest.mark.parametrize(
+    ("ends", "total", "is_told"),
+    [
+        (80, 100, True),
+        (81, 100, False),
+        (16, 20, True),
+        (10, 19, False),
+        (None, 100, False),
+        (80, None, False),
+    ],
+)
+def test_a_rate_that_is_zero_for_a_fifth_of_the_run_is_told(
+    facts: TrainingFacts, ends: int | None, total: int | None, is_told: bool
+) -> None:
+    schedule = ScheduleFacts(
+        "LambdaLR", 2, peak=1e-3, not_before=None, ends=ends, warm_up=None, planned=None, drives=True
+    )
+    found = said("learning_rate_is_zero", replace(facts, schedule=schedule, total_steps=total))
+    words = f"the learning rate is 0 from step {ends} on, in a run of {total}"
+    assert [one.observed.partition(":")[0] for one in found] == [words] * is_told
+
+
+def test_zero_losses_of_a_single_row_ask_for_more_rows(facts: TrainingFacts) -> None:
+    steps = tuple(replace(step, loss=0.0, gradient_norm=0.0) for step in facts.steps)
+    zero = replace(facts, steps=steps, custom_loss=True)
+    for rows, needs_two in ((1, True), (2, False)):
+        (found,) = said("loss_is_exactly_zero", replace(zero, rows=rows))
+        assert ("two rows at least" in found.fix) is needs_two
+    (plain,) = said("loss_is_exactly_zero", replace(zero, rows=1, custom_loss=False))
+    assert "two rows" not in plain.fix
+
+
+@pytest.mark.parametrize(
+    ("by", "fix"),
+    [
+        ("attention_mask", "ignore it: batch['labels'][batch['attention_mask'] == 0] = -100"),
+        (
+            "pad_token_id",
+            "ignore it: batch['labels'][batch['input_ids'] == model.config.pad_token_id] = -100",
+        ),
+    ],
+)
+def test_padding_is_ignored_by_what_tells_it(facts: TrainingFacts, by: str, fix: str) -> None:
+    whole = {"labels": 10, "padding": 0, "padding_by": by, "unlabelled": False}
+    (found,) = said("padding_is_in_the_loss", labelled(facts, whole, {**whole, "padding": 3}))
+    assert found.fix.startswith(fix)
+    assert found.observed.endswith("3 of 20 positions in the loss (15 %) are padding")
+    all_of_it = said("padding_is_in_the_loss", labelled(facts, {**whole, "padding": 10}))
+    assert all_of_it[0].fix.startswith("ignore it") is (by != "attention_mask")
+
+
+def test_where_no_group_holds_lora_b_that_of_lora_a_decides(facts: TrainingFacts) -> None:
+    (group,) = facts.optimizer.groups
+    groups = tuple(replace(group, index=i, parts=parts) for i, parts in enumerate((("a",), ("saved",))))
+    optimizer = replace(facts.optimizer, groups=groups)
+    for low, is_told in ((0, True), (1, False)):
+        rates = tuple(1e-9 if i == low else 1e-3 for i in range(2))
+        steps = tuple(replace(step, rates=rates) for step in facts.steps)
+        found = said("learning_rate_is_too_low", replace(facts, optimizer=optimizer, steps=steps))
+        words = "a learning rate of 1e-09: the adapter hardly moves"
+        assert [one.observed for one in found] == [words] * is_told

@@ -139,5 +139,5 @@ def _gpu_of(name: str, plan: dict[str, int]) -> int:
 def moved_between_gpus(config: Any, setting: StepSetting) -> int:
     """Bytes of the logits and of hidden states with their gradient in float32, and of a workspace of cuBLAS."""
     text = getattr(config, "text_config", config)
-    numbers = (getattr(text, "vocab_size", 0) or 0) + 2 * (getattr(text, "hidden_size", 0) or 0)
+    numbers = (getattr(text, "vocab_size", None) or 0) + 2 * (getattr(text, "hidden_size", None) or 0)
     return 4 * numbers * setting.batch_size * setting.seq_len + setting.workspace
