@@ -379,15 +379,50 @@ def test_magnitudes_that_never_train() -> None:
     model = adapted(use_dora=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_A" in name or "lora_B" in name)
-    report = check_model(model)
-    silent(report)
-    (told,) = (f for f in report.findings if f.code == "LORA209")
+    told = only(check_model(model), "LORA209")
     assert "lora_magnitude_vector" in told.observed
+    assert told.severity == "warning"
     model.set_adapter("default")
     assert "LORA209" not in {f.code for f in check_model(model).findings}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name or "magnitude" in name)
     silent(check_model(model))  # DoRA with a frozen lora_A
+
+
+def test_other_rows_of_a_tied_head_than_of_the_embedding() -> None:
+    def rows(indices: Any, *, tied: bool = True) -> Report:
+        base = LlamaForCausalLM(llama_config(tie_word_embeddings=tied))
+        return check_model(adapted(base, trainable_token_indices=indices))
+
+    told = only(rows({"embed_tokens": [5, 6], "lm_head": [6, 7]}), "LORA113")
+    assert "train other rows each" in told.observed
+    assert told.fix.endswith("trainable_token_indices={'embed_tokens': [5, 6, 7]}")
+    silent(rows({"embed_tokens": [5, 6], "lm_head": [6, 5]}))
+    silent(rows({"embed_tokens": [5, 6]}))
+    silent(rows([5, 6]))
+    silent(rows({"embed_tokens": [5, 6], "lm_head": [6, 7]}, tied=False))
+
+
+@pytest.mark.parametrize("purpose", ["eval", "inference"])
+def test_an_adapter_that_is_merged_in_part(purpose: Any) -> None:
+    model = adapted().eval()
+    meant = Expect(purpose=purpose)
+    silent(check_model(model, expect=meant))
+    model.merge_adapter()
+    silent(check_model(model, expect=meant))
+    model.base_model.model.model.layers[0].self_attn.q_proj.unmerge()
+    told = only(check_model(model, expect=meant), "LORA203")
+    assert (told.severity, "of 3 of its 4 modules" in told.observed) == ("warning", True)
+    model.unmerge_adapter()
+    silent(check_model(model, expect=meant))
+
+
+def test_a_merged_adapter_beside_one_on_other_modules() -> None:
+    model = adapted().eval()
+    model.add_adapter("other", LoraConfig(r=8, lora_alpha=16, target_modules=["o_proj"]))
+    model.base_model.set_adapter(["default", "other"], inference_mode=True)
+    model.merge_adapter(["default"])
+    silent(check_model(model, expect=Expect(purpose="inference")))
 
 
 def test_a_copy_without_its_scaling() -> None:
@@ -565,6 +600,71 @@ def test_a_reference_that_is_the_policy() -> None:
     silent(preferred(lambda _: nullcontext(frozen)))
     crawling = preferred(switched_off, rate=1e-12)  # ln 2 to the last digit too, and not of the reference
     assert "LORA387" not in {f.code for f in crawling.findings}
+
+
+def distilled(teacher: Callable[[Any], Any], **given: Any) -> Report:
+    """A training by the distance to a teacher, of a model that has learned something before."""
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        student = model(batch["input_ids"]).logits.log_softmax(-1)
+        with torch.no_grad(), teacher(model) as other:
+            aim = other(batch["input_ids"]).logits.log_softmax(-1)
+        return nn.functional.kl_div(student, aim, log_target=True, reduction="batchmean")
+
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return check_training(model, language_batch(), loss_fn=loss)
+
+
+def test_a_teacher_that_is_the_student() -> None:
+    assert "teacher is the model that trains" in only(distilled(nullcontext), "LORA387").observed
+    silent(distilled(switched_off))
+    frozen = LlamaForCausalLM(llama_config())
+    silent(distilled(lambda _: nullcontext(frozen)))
+
+
+def test_a_policy_beside_its_own_old_probabilities() -> None:
+    def loss(model: Any, batch: Any) -> Tensor:
+        def kept() -> Any:
+            return (
+                model(batch["input_ids"])
+                .logits[:, :-1]
+                .log_softmax(-1)
+                .gather(-1, batch["input_ids"][:, 1:, None])
+            )
+
+        with torch.no_grad():
+            before = kept()
+        return -((kept() - before).exp() * batch["gain"][:, None, None]).mean()
+
+    batch = {"input_ids": language_batch()["input_ids"], "gain": torch.tensor([1.0, -1.0, 0.5, -0.5])}
+    silent(check_training(adapted(), batch, loss_fn=loss))
+
+
+def test_a_mean_over_an_answer_that_was_cut_off() -> None:
+    def loss(model: Any, batch: Any) -> Tensor:
+        def mean(side: str) -> Any:
+            ids, labels = batch[f"{side}_input_ids"], batch[f"{side}_labels"][:, 1:]
+            kept = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            return (kept * (labels != -100)).sum(1) / (labels != -100).sum(1)
+
+        return -nn.functional.logsigmoid(2 * (mean("chosen") - mean("rejected"))).mean()
+
+    def compared(*cut: int) -> Report:
+        ids = language_batch()["input_ids"]
+        pairs = {f"{side}_{what}": half.clone() for side, half in zip(("chosen", "rejected"), ids.chunk(2), strict=True)
+                 for what in ("input_ids", "labels")}  # fmt: skip
+        pairs["rejected_labels"][list(cut)] = -100
+        optimizer = torch.optim.AdamW(trained(model := adapted()), lr=5e-6)
+        return check_training(model, pairs, optimizer=optimizer, loss_fn=loss)
+
+    (told,) = compared(1).errors
+    assert told.code == "LORA310"
+    assert told.observed.endswith("no token that counts (chosen_labels, rejected_labels) in 1 of 2 rows")
+    assert "drop rows" in told.fix
+    silent(compared())
 
 
 def test_labels_that_do_not_fit_into_the_frames() -> None:

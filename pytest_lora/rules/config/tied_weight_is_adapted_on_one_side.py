@@ -18,8 +18,9 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
     Looks for LoRA targets and `modules_to_save` among modules that share their weight (input embedding
     and output head), unless `ensure_weight_tying` is set or both sides are saved in full. Modules of one kind
     that all carry an adapter of their own (`layer_replication`) are fine. Rows (`trainable_token_indices`) of the
-    head alone are a finding, those of the embedding are not, as PEFT trains them on both sides. Under
-    `Expect(will_merge=True)`, LoRA targets are one with `ensure_weight_tying`, too.
+    head alone are a finding, and so are other rows of the head than of the embedding. The same rows of both are none,
+    nor are those of the embedding alone, as PEFT trains them on both sides. Under `Expect(will_merge=True)`, LoRA
+    targets are one with `ensure_weight_tying`, too.
 
     ## Why is this bad?
     The two sides come apart: one uses the adapter, the other does not. Merging writes the update into
@@ -40,6 +41,7 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
     ## References
     - https://github.com/huggingface/peft/issues/2018
     - https://github.com/huggingface/peft/issues/2864
+    - https://github.com/huggingface/peft/pull/2870
     """
     yield from _rows_of_one_side(facts)
     if facts.settings.ensure_weight_tying:
@@ -94,9 +96,27 @@ def _without(modules: list[str], target: bool, facts: ConfigFacts) -> Advice:
 def _rows_of_one_side(facts: ConfigFacts) -> Iterator[Violation]:
     """PEFT trains rows of the embedding on what is tied to it, too, but rows of the head on the head alone."""
     embedding = facts.base.input_embeddings
-    names = [name or (embedding or "") for name, _ in facts.settings.trainable_token_indices]
+    chosen = [(name or (embedding or ""), set(rows)) for name, rows in facts.settings.trainable_token_indices]
     for group in facts.base.tied:
-        sides = [module for module in group if any(is_named(module, name) for name in names)]
+        rows = {m: indices for m in group for name, indices in chosen if is_named(m, name)}
+        sides = list(rows)
+        if embedding in rows and any(indices != rows[embedding] for indices in rows.values()):
+            others = [m for m, indices in rows.items() if indices != rows[embedding]]
+            yield Violation(
+                where=f"trainable_token_indices: {', '.join(sides)}",
+                observed=f"{embedding} and {', '.join(others)} share one weight (tied embeddings) and train other rows "
+                "each: a token is read by the new row and written by the old one, or the reverse, until merging writes "
+                "all of them into both",
+                expected="the same rows on both sides, which PEFT then keeps tied",
+                fix=advise(
+                    "name the embedding alone, with all rows: ",
+                    change(
+                        trainable_token_indices={
+                            embedding.rpartition(".")[2]: sorted(set().union(*rows.values()))
+                        }
+                    ),
+                ),
+            )
         if sides and embedding in group and embedding not in sides:
             yield Violation(
                 where=f"trainable_token_indices: {', '.join(sides)}",
