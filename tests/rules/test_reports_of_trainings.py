@@ -567,7 +567,7 @@ def test_what_torch_says_is_still_heard(recwarn: pytest.WarningsRecorder) -> Non
     assert any("Using a target size" in str(one.message) for one in recwarn)
 
 
-def preferred(reference: Callable[[Any], Any], rate: float = 5e-6) -> Report:
+def preferred(reference: Callable[[Any], Any], rate: float = 5e-6, **changes: Any) -> Report:
     def score(model: Any, ids: Tensor) -> Tensor:
         kept = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
         return kept.gather(-1, ids[:, 1:, None]).sum((1, 2))
@@ -579,7 +579,7 @@ def preferred(reference: Callable[[Any], Any], rate: float = 5e-6) -> Report:
             before = score(other, pair[0]) - score(other, pair[1])
         return -nn.functional.logsigmoid(0.1 * (gained - before)).mean()
 
-    model = adapted()
+    model = adapted(**changes)
     ids = language_batch()["input_ids"]
     pairs = {"chosen_input_ids": ids[:2], "rejected_input_ids": ids[2:]}
     optimizer = torch.optim.AdamW(trained(model), lr=rate)
@@ -600,6 +600,14 @@ def test_a_reference_that_is_the_policy() -> None:
     silent(preferred(lambda _: nullcontext(frozen)))
     crawling = preferred(switched_off, rate=1e-12)  # ln 2 to the last digit too, and not of the reference
     assert "LORA387" not in {f.code for f in crawling.findings}
+
+
+def test_a_reference_that_is_what_an_initialisation_left_of_the_base() -> None:
+    told = only(preferred(switched_off, init_lora_weights="pissa"), "LORA372")
+    assert "init_lora_weights='pissa' took its start out of the base weights" in told.observed
+    silent(preferred(switched_off, init_lora_weights="gaussian"))
+    frozen = LlamaForCausalLM(llama_config())
+    silent(preferred(lambda _: nullcontext(frozen), init_lora_weights="pissa"))
 
 
 def distilled(teacher: Callable[[Any], Any], **given: Any) -> Report:
