@@ -16,6 +16,8 @@ from transformers import (
     GemmaForCausalLM,
     LlamaForCausalLM,
     LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
     get_linear_schedule_with_warmup,
@@ -425,6 +427,29 @@ def test_a_merged_adapter_beside_one_on_other_modules() -> None:
     silent(check_model(model, expect=Expect(purpose="inference")))
 
 
+def held(optimizer: Callable[..., Any], decay: float, *, kept: int = 1, rate: float = 1e-3) -> Report:
+    """A training of an embedding of which a hook holds all rows but the first ones of the batch."""
+    model = adapted(modules_to_save=["embed_tokens"])
+    batch = language_batch()
+    table = model.get_input_embeddings().weight
+    new = torch.zeros(len(table), 1)
+    new[batch["input_ids"].unique()[:kept]] = 1
+    table.register_hook(lambda gradient: gradient * new)
+    return check_training(model, batch, optimizer=optimizer(trained(model), lr=rate, weight_decay=decay))
+
+
+def test_rows_that_a_hook_holds_and_the_decay_moves() -> None:
+    told = only(held(torch.optim.AdamW, 0.1), "LORA391")
+    assert told.where.endswith("embed_tokens.modules_to_save.default.weight")
+    assert "weight_decay=0.1 moves each of their rows by 0.0001 of itself" in told.observed
+    assert "by a step of its own" in only(held(torch.optim.Adam, 1e-6), "LORA391").observed
+    silent(held(torch.optim.AdamW, 0.0))
+    silent(held(torch.optim.AdamW, 0.1, kept=1000))  # a hook that holds nothing
+    slow = held(torch.optim.AdamW, 0.01, rate=1e-4)
+    silent(slow)
+    assert "LORA391" in {f.code for f in slow.findings}
+
+
 def test_a_copy_without_its_scaling() -> None:
     model = adapted()
     for name, parameter in model.named_parameters():
@@ -608,6 +633,64 @@ def test_a_reference_that_is_what_an_initialisation_left_of_the_base() -> None:
     silent(preferred(switched_off, init_lora_weights="gaussian"))
     frozen = LlamaForCausalLM(llama_config())
     silent(preferred(lambda _: nullcontext(frozen), init_lora_weights="pissa"))
+
+
+def smoothed(shifted: int, labels: Callable[[Tensor], Tensor] = lambda ids: ids) -> Report:
+    """A training by a loss of smoothed labels, which it shifts so many times."""
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        logits, aims = model(batch["input_ids"]).logits, batch["labels"]
+        logits, aims = logits[:, : logits.shape[1] - shifted], aims[:, shifted:]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), aims.flatten(), label_smoothing=0.1)
+
+    ids = language_batch()["input_ids"]
+    return check_training(adapted(), {"input_ids": ids, "labels": labels(ids)}, loss_fn=loss)
+
+
+def by_hand(ids: Tensor) -> Tensor:
+    return nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+
+
+def test_smoothed_labels_that_nothing_shifts() -> None:
+    told = only(smoothed(0), "LORA369")
+    assert (
+        "at 100% of 64 positions for the token that was just read, and at 0% for the next one"
+        in told.observed
+    )
+    silent(smoothed(1))
+    silent(smoothed(0, by_hand))
+
+
+def test_a_loss_that_shifts_what_was_shifted() -> None:
+    assert (
+        "at 100% of 56 positions for the token after the next one"
+        in only(smoothed(1, by_hand), "LORA324").observed
+    )
+    assert only(smoothed(2), "LORA324").where == "loss_fn"
+
+
+def test_a_loss_of_a_decoder_that_shifts_its_labels() -> None:
+    small = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    model = adapted(
+        T5ForConditionalGeneration(T5Config(**small, decoder_start_token_id=0)), target_modules=["q", "v"]
+    )
+    ids = torch.randint(3, 64, (4, 12))
+    batch = {"input_ids": ids, "labels": ids.flip(1)}
+    batch["labels"][:, 8:] = -100
+
+    def loss(shifted: int) -> Callable[[Any, Any], Tensor]:
+        def of(model: Any, batch: Any) -> Tensor:
+            logits, aims = model(**batch).logits, batch["labels"]
+            return nn.functional.cross_entropy(
+                logits[:, : 12 - shifted].flatten(0, 1), aims[:, shifted:].flatten()
+            )
+
+        return of
+
+    told = only(check_training(model, batch, loss_fn=loss(1)), "LORA324")
+    assert "at 100% of 28 positions" in told.observed
+    silent(check_training(model, batch, loss_fn=loss(0)))
+    silent(check_training(model, batch))
 
 
 def distilled(teacher: Callable[[Any], Any], **given: Any) -> Report:
