@@ -46,8 +46,9 @@ class Shift:
         self._logits = None
         if isinstance(logits, Tensor) and logits.ndim == 3:
             self._logits = logits.detach()
-            if logits.requires_grad:
-                logits.register_hook(self._ask)
+            inner: Any = logits
+            if inner.requires_grad:
+                inner.register_hook(self._ask)
 
     def _ask(self, gradient: Tensor) -> None:
         """Note where the gradient is lowest, which is at the target of a cross-entropy, smoothed or not."""

@@ -80,18 +80,20 @@ class Watch:
 
     def note_rows(self, batch: Any) -> None:
         """Note, where a hook of the user's own sees the gradient of a table of tokens, which rows it leaves at zero."""
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        hooked = {
+            name: p.grad
+            for name, p in self._trainable.items()
+            if (p._backward_hooks or p._post_accumulate_grad_hooks) and p.ndim == 2 and type(p.grad) is Tensor
+        }
+        ids = batch.get("input_ids") if hooked and isinstance(batch, Mapping) else None
         if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
             return
         mask = batch.get("attention_mask")
         fits = isinstance(mask, Tensor) and mask.shape == ids.shape
-        tokens = (ids[mask.bool()] if fits else ids).unique()
-        for name, p in self._trainable.items():
-            hooked = p._backward_hooks or p._post_accumulate_grad_hooks
-            if hooked and p.ndim == 2 and type(p.grad) is Tensor and len(p) > int(ids.max()):
-                rows = p.grad[tokens.to(p.grad.device)] if p.grad.layout is torch.strided else None
-                if rows is not None:
-                    self._rows[name] = int((rows == 0).all(1).sum()), len(tokens)
+        tokens = sorted(set((ids[mask.bool()] if fits else ids).flatten().tolist()))
+        for name, gradient in hooked.items():
+            if gradient.layout is torch.strided and tokens and len(gradient) > tokens[-1]:
+                self._rows[name] = int((gradient[tokens] == 0).all(1).sum()), len(tokens)
 
     def note_moves(self) -> None:
         """Note how far each tensor is from where it was the last time."""
