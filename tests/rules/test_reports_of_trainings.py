@@ -391,20 +391,6 @@ def test_magnitudes_that_never_train() -> None:
     silent(check_model(model))  # DoRA with a frozen lora_A
 
 
-def test_other_rows_of_a_tied_head_than_of_the_embedding() -> None:
-    def rows(indices: Any, *, tied: bool = True) -> Report:
-        base = LlamaForCausalLM(llama_config(tie_word_embeddings=tied))
-        return check_model(adapted(base, trainable_token_indices=indices))
-
-    told = only(rows({"embed_tokens": [5, 6], "lm_head": [6, 7]}), "LORA113")
-    assert "train other rows each" in told.observed
-    assert told.fix.endswith("trainable_token_indices={'embed_tokens': [5, 6, 7]}")
-    silent(rows({"embed_tokens": [5, 6], "lm_head": [6, 5]}))
-    silent(rows({"embed_tokens": [5, 6]}))
-    silent(rows([5, 6]))
-    silent(rows({"embed_tokens": [5, 6], "lm_head": [6, 7]}, tied=False))
-
-
 @pytest.mark.parametrize("purpose", ["eval", "inference"])
 def test_an_adapter_that_is_merged_in_part(purpose: Any) -> None:
     model = adapted().eval()
@@ -422,7 +408,7 @@ def test_an_adapter_that_is_merged_in_part(purpose: Any) -> None:
 def test_a_merged_adapter_beside_one_on_other_modules() -> None:
     model = adapted().eval()
     model.add_adapter("other", LoraConfig(r=8, lora_alpha=16, target_modules=["o_proj"]))
-    model.base_model.set_adapter(["default", "other"], inference_mode=True)
+    model.base_model.set_adapter(["default", "other"])
     model.merge_adapter(["default"])
     silent(check_model(model, expect=Expect(purpose="inference")))
 

@@ -94,36 +94,39 @@ def _without(modules: list[str], target: bool, facts: ConfigFacts) -> Advice:
 
 
 def _rows_of_one_side(facts: ConfigFacts) -> Iterator[Violation]:
-    """PEFT trains rows of the embedding on what is tied to it, too, but rows of the head on the head alone."""
+    """PEFT trains rows of the embedding on what is tied to it, too, but rows of the head on the head alone.
+
+    Where both are named it ties them if the two lists are equal, number by number.
+    """
     embedding = facts.base.input_embeddings
-    chosen = [(name or (embedding or ""), set(rows)) for name, rows in facts.settings.trainable_token_indices]
+    chosen = [
+        (name or (embedding or ""), tuple(rows)) for name, rows in facts.settings.trainable_token_indices
+    ]
     for group in facts.base.tied:
         rows = {m: indices for m in group for name, indices in chosen if is_named(m, name)}
-        sides = list(rows)
-        if embedding in rows and any(indices != rows[embedding] for indices in rows.values()):
-            others = [m for m, indices in rows.items() if indices != rows[embedding]]
+        if not rows or embedding not in group:
+            continue
+        others = [m for m, indices in rows.items() if indices != rows.get(embedding)]
+        if embedding not in rows:
             yield Violation(
-                where=f"trainable_token_indices: {', '.join(sides)}",
-                observed=f"{embedding} and {', '.join(others)} share one weight (tied embeddings) and train other rows "
-                "each: a token is read by the new row and written by the old one, or the reverse, until merging writes "
-                "all of them into both",
-                expected="the same rows on both sides, which PEFT then keeps tied",
-                fix=advise(
-                    "name the embedding alone, with all rows: ",
-                    change(
-                        trainable_token_indices={
-                            embedding.rpartition(".")[2]: sorted(set().union(*rows.values()))
-                        }
-                    ),
-                ),
-            )
-        if sides and embedding in group and embedding not in sides:
-            yield Violation(
-                where=f"trainable_token_indices: {', '.join(sides)}",
-                observed=f"rows of {sides[0]} are trained, which shares its weight with {embedding} (tied embeddings): "
+                where=f"trainable_token_indices: {', '.join(rows)}",
+                observed=f"rows of {others[0]} are trained, which shares its weight with {embedding} (tied embeddings): "
                 "that keeps the old rows, until merging writes the new ones into both",
                 expected="rows of the embedding, which PEFT trains on both sides",
                 fix=f"name the embedding in trainable_token_indices: {{{embedding.rpartition('.')[2]!r}: [...]}}",
+            )
+        elif others:
+            every = sorted(set().union(*rows.values()))
+            yield Violation(
+                where=f"trainable_token_indices: {', '.join(rows)}",
+                observed=f"{embedding} and {', '.join(others)} share one weight (tied embeddings) and train other rows "
+                "each, or the same in another order: a token is read by one row and written by another, until merging "
+                "writes all of them into both",
+                expected="the same list on both sides, which PEFT then keeps tied",
+                fix=advise(
+                    "name the embedding alone, with all rows: ",
+                    change(trainable_token_indices={embedding.rpartition(".")[2]: every}),
+                ),
             )
 
 
