@@ -110,8 +110,8 @@ def _rows_of_one_side(facts: ConfigFacts) -> Iterator[Violation]:
         if embedding not in rows:
             yield Violation(
                 where=f"trainable_token_indices: {', '.join(rows)}",
-                observed=f"rows of {others[0]} are trained, which shares its weight with {embedding} (tied embeddings): "
-                "that keeps the old rows, until merging writes the new ones into both",
+                observed=f"rows of {others[0]} are trained, which shares its weight with {embedding} (tied "
+                "embeddings): that keeps the old rows, until merging writes the new ones into both",
                 expected="rows of the embedding, which PEFT trains on both sides",
                 fix=f"name the embedding in trainable_token_indices: {{{embedding.rpartition('.')[2]!r}: [...]}}",
             )
