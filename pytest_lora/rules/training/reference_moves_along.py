@@ -73,8 +73,7 @@ def reference_moves_along(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
             observed=f"the loss is ln 2 to the last digit at all {len(facts.steps)} steps, though the adapter moves: "
             "the reference is the model that trains, with its adapter on",
             expected="a reference that stays where training began",
-            fix="compute the reference with the adapter off, with torch.no_grad(), model.disable_adapter():, or with a "
-            "frozen adapter or model of its own",
+            fix=f"compute the reference {_APART}",
         )
     elif facts.at_itself and not facts.switched_off and _teaches_nothing(facts):
         yield Violation(
@@ -82,10 +81,14 @@ def reference_moves_along(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
             observed=f"the loss is 0 at all {len(facts.steps)} steps, and so is its gradient, but for rounding: the "
             "teacher is the model that trains, with its adapter on",
             expected="a teacher that differs from the student",
-            fix="compute the teacher with the adapter off, with torch.no_grad(), model.disable_adapter():, or with a "
-            "frozen adapter or model of its own",
+            fix=f"compute the teacher {_APART}",
         )
 
+
+_APART = (
+    "with the adapter off, with torch.no_grad(), model.disable_adapter():, or with a frozen adapter or a model "
+    "of its own"
+)
 
 ROUNDED = 1e-5
 """Largest loss and gradient of rounding alone: the softmax of a model minus that of itself is some 1e-8 in float32 and
