@@ -27,6 +27,8 @@ class TensorFacts:
         gradients: L2 norm of its gradient at each step, before clipping; None where none arrived.
         moves: Root mean square of its change at each step.
         stayed: Share of its numbers that the last step left as they were, in bfloat16 and float16; else 0.
+        held_rows: Rows of tokens of the last batch whose gradient a hook of the user's own set to zero.
+        token_rows: How many rows of tokens it was asked of; 0 where there is no such hook.
     """
 
     name: str
@@ -42,6 +44,8 @@ class TensorFacts:
     gradients: tuple[float | None, ...]
     moves: tuple[float, ...]
     stayed: float
+    held_rows: int = 0
+    token_rows: int = 0
 
     @property
     def reached(self) -> bool:
@@ -101,6 +105,40 @@ class ShiftFacts:
 SAME, APART = 1e-5, 1e-4
 """Relative: what the order of a sum in float32 does to a mean, with room, and from where on two losses are two. A new
 model gives about ln(vocabulary) with a shift and without one, apart by a few parts in a thousand."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaughtFacts:
+    """Which token the first loss asks for: the gradient of a cross-entropy at the logits is lowest at the target.
+
+    Attributes:
+        positions: Positions at which the gradient is below zero anywhere, so that something is asked for.
+        read: Share of them at which that is the token which the model has just read.
+        following: Share of them at which it is the next one, which a language model is to predict.
+        later: Share of them at which it is the one after that.
+    """
+
+    positions: int
+    read: float
+    following: float
+    later: float
+
+    @property
+    def copies(self) -> bool:
+        """Whether the loss asks for what was just read."""
+        return self._asks_for(self.read)
+
+    @property
+    def skips(self) -> bool:
+        """Whether the loss asks for the token after the next one."""
+        return self._asks_for(self.later)
+
+    def _asks_for(self, share: float) -> bool:
+        return self.positions >= ENOUGH and share >= ALIKE and self.following < UNLIKE
+
+
+ENOUGH, ALIKE, UNLIKE = 8, 0.9, 0.5
+"""Positions that a verdict needs, and shares: a text of one repeated token is alike in every way."""
 
 
 def _close(left: float, right: float, within: float) -> bool:

@@ -20,6 +20,7 @@ from pytest_lora.facts.steps import (
     ShiftFacts,
     SpreadFacts,
     StepFacts,
+    TaughtFacts,
     TensorFacts,
     UpdateFacts,
 )
@@ -64,6 +65,7 @@ class TrainingFacts:
         alone: A text on its own against the same text in its batch, where one has company there.
         media: Images, videos and audio of each batch, where the model knows any.
         shift: The first loss beside what the logits give with and without the shift, where that can be asked.
+        taught: Which token the first loss asks for, where its gradient at the logits tells.
         empty_rows: Tokens of the batches that the base has no values for.
         whole_targets: Whole numbers as labels of a classifier with one output.
         total_steps: Optimizer steps that the run is to take, where it says so.
@@ -116,6 +118,7 @@ class TrainingFacts:
     odd: tuple[str, ...] = ()
     spread: tuple[SpreadFacts, ...] = ()
     at_itself: bool = False
+    taught: TaughtFacts | None = None
 
     @property
     def is_fresh(self) -> bool:
@@ -131,7 +134,8 @@ class TrainingFacts:
     @property
     def shifts(self) -> bool:
         """Whether the loss compares a label with what was predicted before it, as far as is known."""
-        return self.shift is None or not self.shift.forgotten
+        forgotten = self.shift is not None and self.shift.forgotten
+        return not forgotten and not (self.taught is not None and self.taught.copies)
 
     @property
     def compares_answers(self) -> bool:

@@ -189,6 +189,32 @@ def test_rows_of_a_tied_head_alone_are_told() -> None:
     assert "name the embedding in trainable_token_indices: {'embed_tokens'" in found.fix
 
 
+@takes_rows_of_a_head
+def test_other_rows_of_a_tied_head_than_of_the_embedding_are_told() -> None:
+    rows = {"embed_tokens": [125, 126], "lm_head": [126, 127]}
+    before, after = outputs_after_merging(trainable_token_indices=rows)
+    assert not torch.allclose(before, after, atol=1e-3)
+    (found,) = findings("tied_base", trainable_token_indices=rows).values()
+    assert found.code == "LORA113"
+    assert "train other rows each" in found.observed
+    assert found.fix.endswith("trainable_token_indices={'embed_tokens': [125, 126, 127]}")
+    before, after = outputs_after_merging(trainable_token_indices={"embed_tokens": [125, 126, 127]})
+    assert torch.allclose(before, after, atol=1e-4)
+
+
+@takes_rows_of_a_head
+def test_the_same_rows_of_a_tied_head_and_its_embedding() -> None:
+    rows = {"embed_tokens": [126, 127], "lm_head": [126, 127]}
+    before, after = outputs_after_merging(trainable_token_indices=rows)
+    assert torch.allclose(before, after, atol=1e-4)
+    assert not findings("tied_base", trainable_token_indices=rows)
+    turned = {"embed_tokens": [126, 127], "lm_head": [127, 126]}
+    before, after = outputs_after_merging(trainable_token_indices=turned)
+    assert torch.allclose(before, after, atol=1e-4) == (
+        not findings("tied_base", trainable_token_indices=turned)
+    )
+
+
 @pytest.mark.parametrize("rows", [[126, 127], {"embed_tokens": [126, 127]}])
 def test_remedy_of_rows_of_a_tied_head(rows: Any) -> None:
     before, after = outputs_after_merging(trainable_token_indices=rows)

@@ -16,6 +16,8 @@ from transformers import (
     GemmaForCausalLM,
     LlamaForCausalLM,
     LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
     get_linear_schedule_with_warmup,
@@ -379,15 +381,59 @@ def test_magnitudes_that_never_train() -> None:
     model = adapted(use_dora=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_A" in name or "lora_B" in name)
-    report = check_model(model)
-    silent(report)
-    (told,) = (f for f in report.findings if f.code == "LORA209")
+    told = only(check_model(model), "LORA209")
     assert "lora_magnitude_vector" in told.observed
+    assert told.severity == "warning"
     model.set_adapter("default")
     assert "LORA209" not in {f.code for f in check_model(model).findings}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name or "magnitude" in name)
     silent(check_model(model))  # DoRA with a frozen lora_A
+
+
+@pytest.mark.parametrize("purpose", ["eval", "inference"])
+def test_an_adapter_that_is_merged_in_part(purpose: Any) -> None:
+    model = adapted().eval()
+    meant = Expect(purpose=purpose)
+    silent(check_model(model, expect=meant))
+    model.merge_adapter()
+    silent(check_model(model, expect=meant))
+    model.base_model.model.model.layers[0].self_attn.q_proj.unmerge()
+    told = only(check_model(model, expect=meant), "LORA203")
+    assert (told.severity, "of 3 of its 4 modules" in told.observed) == ("warning", True)
+    model.unmerge_adapter()
+    silent(check_model(model, expect=meant))
+
+
+def test_a_merged_adapter_beside_one_on_other_modules() -> None:
+    model = adapted().eval()
+    model.add_adapter("other", LoraConfig(r=8, lora_alpha=16, target_modules=["o_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    model.merge_adapter(["default"])
+    silent(check_model(model, expect=Expect(purpose="inference")))
+
+
+def held(optimizer: Callable[..., Any], decay: float, *, kept: int = 1, rate: float = 1e-3) -> Report:
+    """A training of an embedding of which a hook holds all rows but the first ones of the batch."""
+    model = adapted(modules_to_save=["embed_tokens"])
+    batch = language_batch()
+    table = model.get_input_embeddings().weight
+    new = torch.zeros(len(table), 1)
+    new[batch["input_ids"].unique()[:kept]] = 1
+    table.register_hook(lambda gradient: gradient * new)
+    return check_training(model, batch, optimizer=optimizer(trained(model), lr=rate, weight_decay=decay))
+
+
+def test_rows_that_a_hook_holds_and_the_decay_moves() -> None:
+    told = only(held(torch.optim.AdamW, 0.1), "LORA391")
+    assert told.where.endswith("embed_tokens.modules_to_save.default.weight")
+    assert "weight_decay=0.1 moves each of their rows by 0.0001 of itself" in told.observed
+    assert "by a step of its own" in only(held(torch.optim.Adam, 1e-6), "LORA391").observed
+    silent(held(torch.optim.AdamW, 0.0))
+    silent(held(torch.optim.AdamW, 0.1, kept=1000))  # a hook that holds nothing
+    slow = held(torch.optim.AdamW, 0.01, rate=1e-4)
+    silent(slow)
+    assert "LORA391" in {f.code for f in slow.findings}
 
 
 def test_a_copy_without_its_scaling() -> None:
@@ -532,7 +578,7 @@ def test_what_torch_says_is_still_heard(recwarn: pytest.WarningsRecorder) -> Non
     assert any("Using a target size" in str(one.message) for one in recwarn)
 
 
-def preferred(reference: Callable[[Any], Any], rate: float = 5e-6) -> Report:
+def preferred(reference: Callable[[Any], Any], rate: float = 5e-6, **changes: Any) -> Report:
     def score(model: Any, ids: Tensor) -> Tensor:
         kept = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
         return kept.gather(-1, ids[:, 1:, None]).sum((1, 2))
@@ -544,7 +590,7 @@ def preferred(reference: Callable[[Any], Any], rate: float = 5e-6) -> Report:
             before = score(other, pair[0]) - score(other, pair[1])
         return -nn.functional.logsigmoid(0.1 * (gained - before)).mean()
 
-    model = adapted()
+    model = adapted(**changes)
     ids = language_batch()["input_ids"]
     pairs = {"chosen_input_ids": ids[:2], "rejected_input_ids": ids[2:]}
     optimizer = torch.optim.AdamW(trained(model), lr=rate)
@@ -565,6 +611,137 @@ def test_a_reference_that_is_the_policy() -> None:
     silent(preferred(lambda _: nullcontext(frozen)))
     crawling = preferred(switched_off, rate=1e-12)  # ln 2 to the last digit too, and not of the reference
     assert "LORA387" not in {f.code for f in crawling.findings}
+
+
+def test_a_reference_that_is_what_an_initialisation_left_of_the_base() -> None:
+    told = only(preferred(switched_off, init_lora_weights="pissa"), "LORA372")
+    assert "init_lora_weights='pissa' took its start out of the base weights" in told.observed
+    silent(preferred(switched_off, init_lora_weights="gaussian"))
+    frozen = LlamaForCausalLM(llama_config())
+    silent(preferred(lambda _: nullcontext(frozen), init_lora_weights="pissa"))
+
+
+def smoothed(shifted: int, labels: Callable[[Tensor], Tensor] = lambda ids: ids) -> Report:
+    """A training by a loss of smoothed labels, which it shifts so many times."""
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        logits, aims = model(batch["input_ids"]).logits, batch["labels"]
+        logits, aims = logits[:, : logits.shape[1] - shifted], aims[:, shifted:]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), aims.flatten(), label_smoothing=0.1)
+
+    ids = language_batch()["input_ids"]
+    return check_training(adapted(), {"input_ids": ids, "labels": labels(ids)}, loss_fn=loss)
+
+
+def by_hand(ids: Tensor) -> Tensor:
+    return nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+
+
+def test_smoothed_labels_that_nothing_shifts() -> None:
+    told = only(smoothed(0), "LORA369")
+    assert (
+        "at 100% of 64 positions for the token that was just read, and at 0% for the next one"
+        in told.observed
+    )
+    silent(smoothed(1))
+    silent(smoothed(0, by_hand))
+
+
+def test_a_loss_that_shifts_what_was_shifted() -> None:
+    assert (
+        "at 100% of 56 positions for the token after the next one"
+        in only(smoothed(1, by_hand), "LORA324").observed
+    )
+    assert only(smoothed(2), "LORA324").where == "loss_fn"
+
+
+def test_a_loss_of_a_decoder_that_shifts_its_labels() -> None:
+    small = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    model = adapted(
+        T5ForConditionalGeneration(T5Config(**small, decoder_start_token_id=0)), target_modules=["q", "v"]
+    )
+    ids = torch.randint(3, 64, (4, 12))
+    batch = {"input_ids": ids, "labels": ids.flip(1)}
+    batch["labels"][:, 8:] = -100
+
+    def loss(shifted: int) -> Callable[[Any, Any], Tensor]:
+        def of(model: Any, batch: Any) -> Tensor:
+            logits, aims = model(**batch).logits, batch["labels"]
+            return nn.functional.cross_entropy(
+                logits[:, : 12 - shifted].flatten(0, 1), aims[:, shifted:].flatten()
+            )
+
+        return of
+
+    told = only(check_training(model, batch, loss_fn=loss(1)), "LORA324")
+    assert "at 100% of 28 positions" in told.observed
+    silent(check_training(model, batch, loss_fn=loss(0)))
+    silent(check_training(model, batch))
+
+
+def distilled(teacher: Callable[[Any], Any], **given: Any) -> Report:
+    """A training by the distance to a teacher, of a model that has learned something before."""
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        student = model(batch["input_ids"]).logits.log_softmax(-1)
+        with torch.no_grad(), teacher(model) as other:
+            aim = other(batch["input_ids"]).logits.log_softmax(-1)
+        return nn.functional.kl_div(student, aim, log_target=True, reduction="batchmean")
+
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return check_training(model, language_batch(), loss_fn=loss)
+
+
+def test_a_teacher_that_is_the_student() -> None:
+    assert "teacher is the model that trains" in only(distilled(nullcontext), "LORA387").observed
+    silent(distilled(switched_off))
+    frozen = LlamaForCausalLM(llama_config())
+    silent(distilled(lambda _: nullcontext(frozen)))
+
+
+def test_a_policy_beside_its_own_old_probabilities() -> None:
+    def loss(model: Any, batch: Any) -> Tensor:
+        def kept() -> Any:
+            return (
+                model(batch["input_ids"])
+                .logits[:, :-1]
+                .log_softmax(-1)
+                .gather(-1, batch["input_ids"][:, 1:, None])
+            )
+
+        with torch.no_grad():
+            before = kept()
+        return -((kept() - before).exp() * batch["gain"][:, None, None]).mean()
+
+    batch = {"input_ids": language_batch()["input_ids"], "gain": torch.tensor([1.0, -1.0, 0.5, -0.5])}
+    silent(check_training(adapted(), batch, loss_fn=loss))
+
+
+def test_a_mean_over_an_answer_that_was_cut_off() -> None:
+    def loss(model: Any, batch: Any) -> Tensor:
+        def mean(side: str) -> Any:
+            ids, labels = batch[f"{side}_input_ids"], batch[f"{side}_labels"][:, 1:]
+            kept = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            return (kept * (labels != -100)).sum(1) / (labels != -100).sum(1)
+
+        return -nn.functional.logsigmoid(2 * (mean("chosen") - mean("rejected"))).mean()
+
+    def compared(*cut: int) -> Report:
+        ids = language_batch()["input_ids"]
+        pairs = {f"{side}_{what}": half.clone() for side, half in zip(("chosen", "rejected"), ids.chunk(2), strict=True)
+                 for what in ("input_ids", "labels")}  # fmt: skip
+        pairs["rejected_labels"][list(cut)] = -100
+        optimizer = torch.optim.AdamW(trained(model := adapted()), lr=5e-6)
+        return check_training(model, pairs, optimizer=optimizer, loss_fn=loss)
+
+    (told,) = compared(1).errors
+    assert told.code == "LORA310"
+    assert told.observed.endswith("no token that counts (chosen_labels, rejected_labels) in 1 of 2 rows")
+    assert "drop rows" in told.fix
+    silent(compared())
 
 
 def test_labels_that_do_not_fit_into_the_frames() -> None:

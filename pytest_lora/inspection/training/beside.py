@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.batches import COPIED, IGNORED, AloneFacts, LabelFacts
-from pytest_lora.facts.steps import PaddingFacts, ShiftFacts, SpreadFacts
+from pytest_lora.facts.steps import PaddingFacts, ShiftFacts, SpreadFacts, TaughtFacts
 from pytest_lora.inspection.behaviour.batch_law import BatchLaw
 from pytest_lora.inspection.training.batches import Plan
 from pytest_lora.inspection.training.circumstances import Passed, Ran
+from pytest_lora.inspection.training.labels import taught_facts
 from pytest_lora.inspection.training.special_tokens import Vocabulary
 
 _SAYS = "Using a target size"
@@ -30,18 +31,35 @@ _SIZES = re.compile(
 
 
 class Shift:
-    """Sees the logits that a model gives while one loss is made, and compares them with that loss."""
+    """Sees the logits that a model gives while one loss is made, and compares them with that loss and its gradient."""
 
     def __init__(self, root: nn.Module) -> None:
         """Begin to look; the hook goes where the keeper puts back all hooks."""
         self._calls = 0
         self._logits: Tensor | None = None
+        self._aims: Tensor | None = None
         self._handle = root.register_forward_hook(self._note)
 
     def _note(self, module: nn.Module, arguments: Any, output: Any) -> None:
         self._calls += 1
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        self._logits = logits.detach() if isinstance(logits, Tensor) and logits.ndim == 3 else None
+        self._logits = None
+        if isinstance(logits, Tensor) and logits.ndim == 3:
+            self._logits = logits.detach()
+            inner: Any = logits
+            if inner.requires_grad:
+                inner.register_hook(self._ask)
+
+    def _ask(self, gradient: Tensor) -> None:
+        """Note where the gradient is lowest, which is at the target of a cross-entropy, smoothed or not."""
+        lowest, aims = gradient.min(-1)
+        self._aims = aims.masked_fill(~(lowest < 0), IGNORED)
+
+    def taught(self, batch: Any, labelled: tuple[LabelFacts, ...], index: int) -> TaughtFacts | None:
+        """Which token the loss asked for, once it was followed back; None where that is no question of positions."""
+        known = next((k for k in labelled if k.batch == index), None)
+        aims, self._aims = self._aims, None
+        return taught_facts(aims, batch, known) if aims is not None and known and self._calls == 1 else None
 
     def compared(
         self, loss: Tensor, batch: Any, labelled: tuple[LabelFacts, ...], index: int
@@ -195,12 +213,14 @@ class Beside:
 
     Attributes:
         shift: The first loss beside what the logits give, where that can be asked.
+        taught: Which token the first loss asks for, where its gradient tells.
         padding: How much of a loss of the user's own is made of padding, where that can be asked.
         spread: What the first loss compares each with each.
     """
 
     def __init__(self, model: nn.Module, root: nn.Module, plan: Plan, passed: Passed) -> None:
         self.shift: ShiftFacts | None = None
+        self.taught: TaughtFacts | None = None
         self.padding: PaddingFacts | None = None
         self.spread: list[SpreadFacts] = []
         self._model, self._root, self._plan, self._passed = model, root, plan, passed
@@ -232,8 +252,10 @@ class Beside:
         if self._shift:
             self.shift = self._shift.compared(loss, batch, labels, index)
 
-    def followed_back(self, index: int) -> None:
+    def followed_back(self, index: int, batch: Any, labels: tuple[LabelFacts, ...]) -> None:
         """The backward pass of the step is done, or there is none."""
+        if self._shift:
+            self.taught = self._shift.taught(batch, labels, index)
         if self._padding:
             self.padding = self._padding.seen(index)
         if self._law:

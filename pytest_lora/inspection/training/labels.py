@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pytest_lora.facts.batches import IGNORED, LabelFacts, LabelKind
+from pytest_lora.facts.steps import TaughtFacts
 from pytest_lora.inspection.training.special_tokens import Vocabulary, text_bounds
 
 ALIKE = 0.95
@@ -235,3 +236,40 @@ def _alignment(labels: Tensor, ids: Tensor) -> tuple[float, float, float]:
 
 def _share_equal(left: Tensor, right: Tensor, where: Tensor) -> float:
     return float((left == right)[where].float().mean()) if where.any() else 0.0
+
+
+def taught_facts(aims: Tensor, batch: Any, known: LabelFacts) -> TaughtFacts | None:
+    """Which tokens a loss asks for, by where its gradient at the logits is lowest; None where no position is known.
+
+    Args:
+        aims: The token at each position of the logits, -100 where the gradient is below zero nowhere.
+        batch: The batch.
+        known: Its labels.
+    """
+    stream = _stream(batch, known)
+    if stream is None or aims.shape[0] != len(stream) or not 0 <= stream.shape[1] - aims.shape[1] <= 1:
+        return None
+    stream, positions = stream.to(aims.device), int((aims != IGNORED).sum())
+    read, following, later = (_alike(aims, stream, by) / max(1, positions) for by in range(3))
+    return TaughtFacts(positions, read, following, later)
+
+
+def _stream(batch: Any, known: LabelFacts) -> Tensor | None:
+    """The tokens that a model reads one after the other, of a decoder with the label of its last one behind them."""
+    if known.kind == "causal":
+        ids = batch.get("input_ids")
+        return ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
+    if known.kind != "sequence" or batch.get("decoder_input_ids") is not None:
+        return None
+    return nn.functional.pad(batch["labels"], (1, 0), value=NO_TOKEN)
+
+
+NO_TOKEN = -1
+"""Stands for the start token of a decoder, which no loss asks for."""
+
+
+def _alike(aims: Tensor, stream: Tensor, by: int) -> int:
+    """Positions at which the loss asks for the token so many places further on."""
+    width = min(aims.shape[1], stream.shape[1] - by)
+    asked = aims[:, :width]
+    return int(((asked == stream[:, by : by + width]) & (asked != IGNORED)).sum())

@@ -186,7 +186,7 @@ class Probe:
         if has_graph:
             with noting("backward pass"):
                 (scaler.scale(loss) if scaler else loss).backward()
-        self._beside.followed_back(batch)
+        self._beside.followed_back(batch, given, self._labels)
         unscaled = not scaler or not has_graph or self._unscale(scaler)
         self._steps.append(
             StepFacts(
@@ -197,6 +197,7 @@ class Probe:
                 gradient_norm=self._watch.note_gradients(),
             )
         )
+        self._watch.note_rows(given)
         if has_graph and unscaled and self._optimizer:
             with noting("optimizer step"):
                 self._update(scaler)
@@ -280,6 +281,7 @@ class Probe:
             failure=self._failure,
             spoiled=tuple(spoiled_inputs(self._batches)),
             shift=self._beside.shift,
+            taught=self._beside.taught,
             whole_targets=self._whole,
             empty_rows=tuple(empty_rows(self._batches, found.modules, facts.base, pad_token(found.root))),
             optimizer_is_fresh=self._is_fresh,

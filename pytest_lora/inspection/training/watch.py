@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class Watch:
         self._gradients: dict[str, list[float | None]] = {name: [] for name in self._tensors}
         self._moves: dict[str, list[float]] = {name: [] for name in self._tensors}
         self._stayed: dict[str, Tensor] = {}
+        self._rows: dict[str, tuple[int, int]] = {}
 
     def note_gradients(self) -> float | None:
         """Note the gradients as they are now; their norm together, or None where there are none."""
@@ -76,6 +77,23 @@ class Watch:
         for name, noted in self._gradients.items():
             noted.append(found.get(name))
         return math.sqrt(sum(g * g for g in found.values())) if found else None
+
+    def note_rows(self, batch: Any) -> None:
+        """Note, where a hook of the user's own sees the gradient of a table of tokens, which rows it leaves at zero."""
+        hooked = {
+            name: p.grad
+            for name, p in self._trainable.items()
+            if (p._backward_hooks or p._post_accumulate_grad_hooks) and p.ndim == 2 and type(p.grad) is Tensor
+        }
+        ids = batch.get("input_ids") if hooked and isinstance(batch, Mapping) else None
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
+            return
+        mask = batch.get("attention_mask")
+        fits = isinstance(mask, Tensor) and mask.shape == ids.shape
+        tokens = sorted(set((ids[mask.bool()] if fits else ids).flatten().tolist()))
+        for name, gradient in hooked.items():
+            if gradient.layout is torch.strided and tokens and len(gradient) > tokens[-1]:
+                self._rows[name] = int((gradient[tokens] == 0).all(1).sum()), len(tokens)
 
     def note_moves(self) -> None:
         """Note how far each tensor is from where it was the last time."""
@@ -113,6 +131,8 @@ class Watch:
             gradients=tuple(self._gradients[name]),
             moves=tuple(self._moves[name]),
             stayed=float(self._stayed.get(name, 0.0)),
+            held_rows=self._rows.get(name, (0, 0))[0],
+            token_rows=self._rows.get(name, (0, 0))[1],
         )
 
 

@@ -18,8 +18,9 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
     Looks for LoRA targets and `modules_to_save` among modules that share their weight (input embedding
     and output head), unless `ensure_weight_tying` is set or both sides are saved in full. Modules of one kind
     that all carry an adapter of their own (`layer_replication`) are fine. Rows (`trainable_token_indices`) of the
-    head alone are a finding, those of the embedding are not, as PEFT trains them on both sides. Under
-    `Expect(will_merge=True)`, LoRA targets are one with `ensure_weight_tying`, too.
+    head alone are a finding, and so are other rows of the head than of the embedding. The same rows of both are none,
+    nor are those of the embedding alone, as PEFT trains them on both sides. Under `Expect(will_merge=True)`, LoRA
+    targets are one with `ensure_weight_tying`, too.
 
     ## Why is this bad?
     The two sides come apart: one uses the adapter, the other does not. Merging writes the update into
@@ -40,6 +41,7 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
     ## References
     - https://github.com/huggingface/peft/issues/2018
     - https://github.com/huggingface/peft/issues/2864
+    - https://github.com/huggingface/peft/pull/2870
     """
     yield from _rows_of_one_side(facts)
     if facts.settings.ensure_weight_tying:
@@ -92,18 +94,37 @@ def _without(modules: list[str], target: bool, facts: ConfigFacts) -> Advice:
 
 
 def _rows_of_one_side(facts: ConfigFacts) -> Iterator[Violation]:
-    """PEFT trains rows of the embedding on what is tied to it, too, but rows of the head on the head alone."""
+    """PEFT trains rows of the embedding on what is tied to it, too, but rows of the head on the head alone.
+
+    Where both are named it ties them if the two lists are equal, number by number.
+    """
     embedding = facts.base.input_embeddings or ""
-    names = [name or embedding for name, _ in facts.settings.trainable_token_indices]
+    chosen = [(name or embedding, tuple(rows)) for name, rows in facts.settings.trainable_token_indices]
     for group in facts.base.tied:
-        sides = [module for module in group if any(is_named(module, name) for name in names)]
-        if sides and embedding in group and embedding not in sides:
+        rows = {m: indices for m in group for name, indices in chosen if is_named(m, name)}
+        if not rows or embedding not in group:
+            continue
+        others = [m for m, indices in rows.items() if indices != rows.get(embedding)]
+        if embedding not in rows:
             yield Violation(
-                where=f"trainable_token_indices: {', '.join(sides)}",
-                observed=f"rows of {sides[0]} are trained, which shares its weight with {embedding} (tied embeddings): "
-                "that keeps the old rows, until merging writes the new ones into both",
+                where=f"trainable_token_indices: {', '.join(rows)}",
+                observed=f"rows of {others[0]} are trained, which shares its weight with {embedding} (tied "
+                "embeddings): that keeps the old rows, until merging writes the new ones into both",
                 expected="rows of the embedding, which PEFT trains on both sides",
                 fix=f"name the embedding in trainable_token_indices: {{{embedding.rpartition('.')[2]!r}: [...]}}",
+            )
+        elif others:
+            every = sorted(set().union(*rows.values()))
+            yield Violation(
+                where=f"trainable_token_indices: {', '.join(rows)}",
+                observed=f"{embedding} and {', '.join(others)} share one weight (tied embeddings) and train other rows "
+                "each, or the same in another order: a token is read by one row and written by another, until merging "
+                "writes all of them into both",
+                expected="the same list on both sides, which PEFT then keeps tied",
+                fix=advise(
+                    "name the embedding alone, with all rows: ",
+                    change(trainable_token_indices={embedding.rpartition(".")[2]: every}),
+                ),
             )
 
 

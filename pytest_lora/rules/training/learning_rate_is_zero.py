@@ -15,12 +15,13 @@ def learning_rate_is_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     ## What it does
     Looks at the learning rate of every real step, and of a `LambdaLR` at later ones too. A first step at
     zero is how a warm-up begins, unless losses that do not fall show that the scheduler is never stepped. A
-    schedule that has come to its end after the loss fell has done its work. One that comes to it while a fifth or
-    more of the steps that a `Trainer` or `watch_training(total_steps=...)` is to take are still ahead is a warning.
+    schedule that has come to its end after the loss fell has done its work. One that was stepped twice or more for
+    each step that Adam counts is a warning, and so is one that comes to its end while a fifth or more of the steps that
+    a `Trainer` or `watch_training(total_steps=...)` is to take are still ahead.
 
     ## Why is this bad?
     At a rate of zero nothing changes. It comes from a schedule made for zero steps, for epochs but
-    stepped once a batch, or for the steps of an earlier, shorter run.
+    stepped once a batch, for one process but stepped by each of several, or for the steps of an earlier, shorter run.
 
     ## Example
     ```python
@@ -39,6 +40,7 @@ def learning_rate_is_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
 
     ## References
     - https://github.com/lm-sys/FastChat/issues/2558
+    - https://github.com/huggingface/accelerate/issues/2926
     """
     if len(facts.steps) < (2 if facts.schedule else 1):
         return
@@ -92,10 +94,19 @@ def _everywhere(facts: TrainingFacts) -> Iterator[Violation]:
         )
         return
     taken = schedule.steps_taken
+    fix = "give the schedule the true number of optimizer steps, and step it once an optimizer step"
     ended = schedule.ends is None or 0 < schedule.ends <= taken
     if ended and taken > 1 and (facts.history_fell or not facts.history):
-        severity: Severity = "info"
-        observed = f"the schedule has come to its end after {taken} steps: the learning rate is 0"
+        hurried = not facts.history and taken >= 2 * facts.optimizer.steps > 0
+        severity: Severity = "warning" if hurried else "info"
+        observed = f"the schedule has come to its end after {taken} steps: the learning rate is 0" + (
+            f", and the optimizer has taken {facts.optimizer.steps}" if hurried else ""
+        )
+        if hurried:
+            fix = (
+                "step the schedule once an optimizer step, or make it for all steps that it takes: one that accelerate "
+                "has prepared takes a step for each process, num_training_steps * accelerator.num_processes in all"
+            )
     else:
         severity = "error"
         observed = f"the scheduler keeps the learning rate at 0 (step {taken}" + (
@@ -105,7 +116,7 @@ def _everywhere(facts: TrainingFacts) -> Iterator[Violation]:
         where=f"scheduler ({schedule.schedule})",
         observed=observed,
         expected="a learning rate above 0 until training ends",
-        fix="give the schedule the true number of optimizer steps, and step it once an optimizer step",
+        fix=fix,
         severity=severity,
     )
 

@@ -7,7 +7,7 @@ from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
 
-@rule("LORA311", severity="error", needs=TrainingFacts)
+@rule("LORA311", severity="error", needs=TrainingFacts, because_of=("reference_moves_along",))
 def loss_is_exactly_zero(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
     """The loss is exactly zero and gives no gradient.
 

@@ -15,7 +15,8 @@ def loss_is_not_shifted(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
     ## What it does
     Takes the logits that a causal model gave for the first loss, and computes the mean cross-entropy with the labels
     at their own position and one position later. Where the loss is the first of these, and the labels are a copy of
-    the input, nothing was shifted. A loss that is neither is no finding.
+    the input, nothing was shifted. Of any other loss its gradient tells, a smoothed one among them: it is lowest at the
+    token that the loss asks for.
 
     ## Why is this bad?
     A causal model reads a token before it is asked for it, so that this loss is lowest where the input is copied. It
@@ -49,16 +50,28 @@ def loss_is_not_shifted(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
     - https://github.com/huggingface/transformers/issues/27517
     """
     copied = [k for k in facts.labels if k.kind == "causal" and k.same >= COPIED and not k.masked_inputs]
-    if facts.shift is None or facts.shifts or not copied:
+    if facts.shifts or not copied:
         return
     yield Violation(
         where="loss_fn" if facts.custom_loss else f"the loss of {facts.model.base.architecture}",
-        observed=f"the loss, {facts.shift.loss:.4g}, is that of labels and logits at the same position "
-        f"({facts.shift.in_place:.4g}); one position later it would be {facts.shift.ahead:.4g}: the model learns to "
-        "repeat its input, as nothing shifts the labels",
+        observed=f"{_seen(facts)}: the model learns to repeat its input, as nothing shifts the labels",
         expected="the logits at position t against the label at position t + 1",
         fix="shift in the loss: logits[:, :-1] against labels[:, 1:]"
         if facts.custom_loss
         else "this model does not shift labels itself: set batch['labels'] = torch.nn.functional.pad(batch['labels']"
         "[:, 1:], (0, 1), value=-100)",
+    )
+
+
+def _seen(facts: TrainingFacts) -> str:
+    shift, taught = facts.shift, facts.taught
+    if shift is not None and shift.forgotten:
+        return (
+            f"the loss, {shift.loss:.4g}, is that of labels and logits at the same position ({shift.in_place:.4g}); "
+            f"one position later it would be {shift.ahead:.4g}"
+        )
+    assert taught is not None
+    return (
+        f"by its gradient, the loss asks at {taught.read:.0%} of {taught.positions} positions for the token that was "
+        f"just read, and at {taught.following:.0%} for the next one"
     )

@@ -3,7 +3,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
+from pytest_lora.facts.settings import rewriter
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
@@ -27,11 +29,13 @@ def reference_is_not_the_start(facts: TrainingFacts, expect: Expect) -> Iterator
     it: a warning if the loss is not ln(2). In a run of TRL's DPOTrainer with the published loss, a first loss more than
     0.1 above ln(2) shows the same. So does, of a trained adapter and whatever the loss, a reference adapter that
     is zero everywhere, and an adapter switched off in a loss that rewards sampled answers (inputs called
-    `advantages` or `rewards`).
+    `advantages` or `rewards`). An adapter whose initialisation rewrote the base weights (PiSSA, OLoRA, CorDA, LoftQ,
+    LoRA-GA, KaSA) is no reference when it is switched off, be it new or trained.
 
     ## Why is this bad?
     The loss holds the model to its reference. Against the base it takes credit for what supervised fine-tuning had
-    learned, or pulls the model back to before it; accuracy is near 1 or 0 from the first step.
+    learned, or pulls the model back to before it; accuracy is near 1 or 0 from the first step. Without its
+    PiSSA adapter a base is what that left of it, which is no model that anybody trained.
 
     ## Example
     ```python
@@ -82,8 +86,13 @@ def reference_is_not_the_start(facts: TrainingFacts, expect: Expect) -> Iterator
     ## References
     - Direct Preference Optimization: https://arxiv.org/abs/2305.18290
     - https://github.com/huggingface/trl/issues/1340
+    - https://github.com/huggingface/peft/issues/2184
     """
     if not facts.optimizer_is_fresh or not facts.steps or not facts.finite:
+        return
+    rewritten = _rewritten(facts)
+    if rewritten and facts.switched_off and (facts.compares_answers or facts.rewards_answers):
+        yield _of_what_is_left(rewritten)
         return
     if not facts.is_fresh:
         known = facts.compares_answers or facts.rewards_answers
@@ -110,6 +119,25 @@ _FIX = (
     "merge the adapter into the base before preference tuning and add a new one, or load it a second time as a "
     "frozen adapter for the reference"
 )
+
+
+def _rewritten(facts: TrainingFacts) -> str | None:
+    """What initialised an active adapter by taking its start out of the base weights."""
+    configs = [facts.model.config_of(adapter) for adapter in facts.model.active]
+    return next((name for config in configs if config and (name := rewriter(config.settings))), None)
+
+
+def _of_what_is_left(by: str) -> Violation:
+    return Violation(
+        where="loss",
+        observed=f"the adapter is disabled for the reference, and {by} took its start out of the base weights: the "
+        "reference is what it left of them, and not the base",
+        expected="a reference that is the model as it starts",
+        fix=advise(
+            "give the loss a frozen copy of the base as its reference, or begin with a plain adapter: ",
+            change(kasa_config=None) if by == "kasa_config" else change(init_lora_weights=True),
+        ),
+    )
 
 
 def _of_the_base(empty: tuple[str, ...]) -> Violation:

@@ -13,16 +13,18 @@ SAME = 1e-7
 
 @rule("LORA387", severity="error", needs=TrainingFacts)
 def reference_moves_along(facts: TrainingFacts, expect: Expect) -> Iterator[Violation]:
-    """The reference of a preference loss is the model that trains, with its adapter on.
+    """The reference of a preference loss, or the teacher, is the model that trains, with its adapter on.
 
     ## What it does
     Looks for a loss on chosen and rejected answers that is ln 2 to the last digit at every step, though gradients
-    arrive and the adapter moves, and beside which the active adapter runs with gradients off.
+    arrive and the adapter moves, and beside which the active adapter runs with gradients off. A loss that is zero at
+    every step but for rounding, and has a gradient of rounding alone, is that of a student which is its own teacher.
 
     ## Why is this bad?
     The reference is computed with the very weights that train, so that both always agree: the loss says 0.6931 for
     ever, and nothing holds the model near to where it began. It happens where the same object is handed over as model
-    and as reference, or `disable_adapter()` is missing around the reference.
+    and as reference, or `disable_adapter()` is missing around the reference. The distance between a model and itself
+    is zero, and distilling it teaches nothing.
 
     ## Example
     ```python
@@ -61,6 +63,7 @@ def reference_moves_along(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     ## References
     - https://github.com/YiyangZhou/POVID/issues/11
     - https://github.com/huggingface/trl/issues/892
+    - https://github.com/huggingface/diffusers/pull/6346
     """
     still = all(abs(step.loss - math.log(2)) <= SAME * math.log(2) for step in facts.steps)
     enough = len(facts.steps) > 1 and facts.adapter_learned
@@ -70,6 +73,33 @@ def reference_moves_along(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
             observed=f"the loss is ln 2 to the last digit at all {len(facts.steps)} steps, though the adapter moves: "
             "the reference is the model that trains, with its adapter on",
             expected="a reference that stays where training began",
-            fix="compute the reference with the adapter off, with torch.no_grad(), model.disable_adapter():, or with a "
-            "frozen adapter or model of its own",
+            fix=f"compute the reference {_APART}",
         )
+    elif facts.at_itself and not facts.switched_off and _teaches_nothing(facts):
+        yield Violation(
+            where="loss_fn" if facts.custom_loss else "loss",
+            observed=f"the loss is 0 at all {len(facts.steps)} steps, and so is its gradient, but for rounding: the "
+            "teacher is the model that trains, with its adapter on",
+            expected="a teacher that differs from the student",
+            fix=f"compute the teacher {_APART}",
+        )
+
+
+_APART = (
+    "with the adapter off, with torch.no_grad(), model.disable_adapter():, or with a frozen adapter or a model "
+    "of its own"
+)
+
+ROUNDED = 1e-5
+"""Largest loss and gradient of rounding alone: the softmax of a model minus that of itself is some 1e-8 in float32 and
+bfloat16 alike, as both are the same numbers. A gradient that trains anything is a thousand times that."""
+
+
+def _teaches_nothing(facts: TrainingFacts) -> bool:
+    """Whether a model that has learned something is compared with itself; rewards and masks of zero explain another."""
+    rounded = all(
+        abs(step.loss) <= ROUNDED and (step.gradient_norm or 0.0) <= ROUNDED for step in facts.steps
+    )
+    return (
+        bool(facts.steps) and rounded and not (facts.blank or facts.rewards_answers or facts.labels_ignored)
+    )

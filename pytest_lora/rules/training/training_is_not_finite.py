@@ -77,12 +77,15 @@ def _at_a_step(facts: TrainingFacts) -> Iterator[Violation]:
                 if loss_is_finite
                 else f"the loss is {step.loss}"
             )
-            + (f"; base weights are too: {grouped(base)}" if base else ""),
+            + (f"; base weights are too: {grouped(base)}" if base else "")
+            + ("" if base else _empty_answers(facts, step.batch)),
             expected="finite losses and gradients",
             fix="load the base anew"
             if base
             else _OF_CTC
             if _is_too_long(facts, step.loss)
+            else _OF_ANSWERS
+            if _empty_answers(facts, step.batch)
             else _remedy(number),
         )
         return
@@ -92,6 +95,22 @@ _OF_CTC = (
     "drop rows whose labels are longer than the frames that the model makes of their audio, for which there is no CTC "
     "loss, or set model.config.ctc_zero_infinity = True"
 )
+
+
+_OF_ANSWERS = (
+    "drop rows that have no answer left, or raise the maximal length; a loss that divides by the number of targets of "
+    "a row needs one at least"
+)
+
+
+def _empty_answers(facts: TrainingFacts, batch: int) -> str:
+    """What answers without a token explain: a mean over none of them is 0 / 0."""
+    for known in facts.answers:
+        if known.batch == batch and known.empty:
+            return (
+                f"; an answer has no token that counts ({known.named}) in {known.empty} of {known.rows} rows"
+            )
+    return ""
 
 
 def _is_too_long(facts: TrainingFacts, loss: float) -> bool:

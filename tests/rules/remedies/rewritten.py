@@ -234,6 +234,19 @@ REWRITTEN: dict[str, list[Rewriting]] = {
     "LORA389": [
         Rewriting("add_generation_prompt=False", "for start in (3, 13):", "for start in (3,):"),
     ],
+    "LORA391": [
+        Rewriting("a group of the optimizer with weight_decay=0.0", "weight_decay=0.1", "weight_decay=0.0"),
+        Rewriting(
+            "train the new rows alone with trainable_token_indices",
+            'modules_to_save=["embed_tokens"])\n'
+            "model = get_peft_model(base, config)\n"
+            "table = model.get_input_embeddings().weight\n"
+            "new = torch.zeros(len(table), 1)\n"
+            'new[batch["input_ids"][0, 0]] = 1\n'
+            "table.register_hook(lambda gradient: gradient * new)\n",
+            'trainable_token_indices=[int(batch["input_ids"][0, 0])])\nmodel = get_peft_model(base, config)\n',
+        ),
+    ],
     "LORA446": [
         Rewriting("save the trained adapter again in float32", ".half()", ".float()"),
         Rewriting("or bfloat16", ".half()", ".bfloat16()"),

@@ -416,6 +416,26 @@ def test_a_group_without_a_rate(
     says("learning_rate_is_zero", facts, beginning)
 
 
+@pytest.mark.parametrize(
+    ("taken", "counted", "history", "beginning"),
+    [
+        (8, 2, (), "warning: the schedule has come to its end after 8 steps: the learning rate is 0, and the optim"),
+        (4, 2, (), "warning"),
+        (3, 2, (), "info: the schedule has come to its end after 3 steps"),
+        (8, 8, (), "info"),
+        (8, 0, (), "info"),
+        (8, 2, FELL, "info"),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_outruns_its_optimizer(
+    sound: TrainingFacts, taken: int, counted: int, history: Any, beginning: str
+) -> None:
+    facts = changed(sound, rates=(0.0, 0.0), schedule=schedule(steps_taken=taken), history=history)
+    says(
+        "learning_rate_is_zero", replace(facts, optimizer=replace(facts.optimizer, steps=counted)), beginning
+    )
+
+
 # ------------------------------------------------------------- LORA371, LORA306
 
 PAIRS = {"optimizer_given": True, "objective": "preferences"}

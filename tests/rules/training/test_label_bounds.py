@@ -12,7 +12,7 @@ from pytest_lora import Expect
 from pytest_lora.bases.examples.models import language_batch
 from pytest_lora.facts.batches import LabelFacts, TextBounds, WholeTargets
 from pytest_lora.facts.curve_shape import LossDrop
-from pytest_lora.facts.steps import ShiftFacts
+from pytest_lora.facts.steps import ShiftFacts, TaughtFacts
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.inspection.training.batches import Plan
 from pytest_lora.inspection.training.probe import training_facts
@@ -212,6 +212,36 @@ CASES: list[tuple[str, list[LabelFacts], dict[str, Any], list[str]]] = [
     ("loss_is_not_shifted", [known(same=0.95, masked_inputs=True)], {"shift": UNSHIFTED}, []),
     ("loss_is_not_shifted", [known(same=0.95, kind="sequence")], {"shift": UNSHIFTED}, []),
     ("loss_is_not_shifted", [known(same=0.95)], {}, []),
+    (
+        "loss_is_not_shifted",
+        [known(same=0.95)],
+        {"taught": TaughtFacts(8, 0.9, 0.49, 0.0)},
+        ["error: set batch"],
+    ),
+    ("loss_is_not_shifted", [known(same=0.95)], {"taught": TaughtFacts(7, 0.9, 0.49, 0.0)}, []),
+    ("loss_is_not_shifted", [known(same=0.95)], {"taught": TaughtFacts(8, 0.89, 0.49, 0.0)}, []),
+    ("loss_is_not_shifted", [known(same=0.95)], {"taught": TaughtFacts(8, 0.9, 0.5, 0.0)}, []),
+    ("loss_is_not_shifted", [known(same=0.94)], {"taught": TaughtFacts(8, 0.9, 0.49, 0.0)}, []),
+    (
+        "labels_are_shifted_twice",
+        [known()],
+        {"taught": TaughtFacts(8, 0.0, 0.49, 0.9)},
+        ["error: the loss of"],
+    ),
+    (
+        "labels_are_shifted_twice",
+        [known()],
+        {"taught": TaughtFacts(8, 0.0, 0.49, 0.9), "custom_loss": True},
+        ["error"],
+    ),
+    ("labels_are_shifted_twice", [known()], {"taught": TaughtFacts(8, 0.0, 0.5, 0.9)}, []),
+    ("labels_are_shifted_twice", [known()], {"taught": TaughtFacts(8, 0.0, 0.49, 0.89)}, []),
+    (
+        "labels_are_shifted_twice",
+        [known(same=0.4, ahead=0.9)],
+        {"taught": TaughtFacts(8, 0.0, 0.0, 1.0)},
+        ["error: they are shifted already"],
+    ),
     ("padding_is_in_the_loss", [known(padding=10)], {}, ["error: (10 %) are padding"]),
     ("padding_is_in_the_loss", [known(padding=9)], {}, ["warning: (9 %) are padding"]),
     ("padding_is_in_the_loss", [known()], {}, []),
