@@ -53,9 +53,12 @@ NEAREST = (
     ("inspection/resumption", ("tests/checkpoint/test_resumable.py",)),
     ("inspection/properties", ("tests/test_shape_assertions.py",)),
     ("inspection/wrappers", ("tests/runs/test_distributed.py",)),
+    ("inspection/quiet", ("tests/state/test_threads.py", "tests/test_asking_peft.py")),
     (
         "inspection/training",
         (
+            "tests/test_labels.py",
+            "tests/training/test_single_facts.py",
             "tests/training",
             "tests/test_training.py",
             "tests/test_training_trace.py",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.config import ConfigFacts, NameMatch, PatternKey, Refusal
 from pytest_lora.inspection import parameters, wrappers
 from pytest_lora.inspection.base import base_facts, base_parameters, is_index
-from pytest_lora.inspection.config import config_facts
+from pytest_lora.inspection.config import _name_matches, config_facts
 from pytest_lora.inspection.fsdp_internals import Group, Held, Place
 from pytest_lora.inspection.layers import FULL, fills, read_values
 from pytest_lora.inspection.parameters import AdapterSize, adapter_sizes, count, stored_in_4bit
@@ -164,9 +165,10 @@ V = tuple(f"layers.{n}.v_proj" for n in (0, 1))
           ("modules_to_save", "orm", ("layers.0.norm", "layers.1.norm"), ())]),
         ({"target_modules": ["q_proj"], "exclude_modules": ["v_porj"]},
          [("target_modules", "q_proj", Q, ()), ("exclude_modules", "v_porj", (), ("v_proj",))]),
-        ({"target_modules": ["q_proj", "x" * 994 + "q_proj", "x." + "q" * 998]},
+        ({"target_modules": ["q_proj", "x" * 994 + ".q_prj", "y" * 993 + ".q_prj", "x." + "q" * 998]},
          [("target_modules", "q_proj", Q, ()), ("target_modules", "x." + "q" * 998, (), ()),
-          ("target_modules", "x" * 994 + "q_proj", (), ())]),
+          ("target_modules", "x" * 994 + ".q_prj", (), ()),
+          ("target_modules", "y" * 993 + ".q_prj", (), ("q_proj", "v_proj"))]),
     ],
 )  # fmt: skip
 def test_what_names_match_in_a_base(fields: dict[str, Any], names: list[tuple[Any, ...]]) -> None:
@@ -174,6 +176,33 @@ def test_what_names_match_in_a_base(fields: dict[str, Any], names: list[tuple[An
     assert [NameMatch(*one) for one in names] == [
         one for one in found.names if one.field != "target_parameters"
     ]
+
+
+@pytest.mark.parametrize(
+    ("written", "applied", "matches"),
+    [
+        (("up", "q"), ("experts.up",), [("q", ("a.q",)), ("up", ("mlp.experts.up",))]),
+        (("up", "q"), (), [("q", ("a.q",)), ("up", ())]),
+    ],
+    ids=["rewritten", "as written"],
+)  # fmt: skip
+def test_names_that_peft_turned_into_fused_parameters_match_those(
+    written: Any, applied: Any, matches: Any
+) -> None:
+    kept = (
+        ("q",) if applied else ()
+    )  # PEFT takes long lists together: what it leaves out is no sign of a rewriting
+    fields: dict[str, Any] = {"exclude_modules": None, "modules_to_save": None}
+    base: Any = SimpleNamespace(module_names=["a.q"], modules=())
+    layers: Any = (SimpleNamespace(module="mlp.experts.up"),)
+    found = _name_matches(
+        cast("Any", SimpleNamespace(target_modules=written, target_parameters=(), **fields)),
+        cast("Any", SimpleNamespace(target_modules=kept, target_parameters=applied, **fields)),
+        base,
+        layers if applied else (),
+        [],
+    )
+    assert sorted((one.name, one.modules) for one in found) == matches
 
 
 def test_similar_names_are_looked_for_of_fifty() -> None:
@@ -355,7 +384,7 @@ def test_numbers_and_shared_weights_of_a_base() -> None:
 def test_adapters_that_ranks_divide_are_not_seen(
     monkeypatch: pytest.MonkeyPatch, ranks: int, unseen: int
 ) -> None:
-    model = nn.ModuleDict({"lora_A": nn.Linear(2, 3), "q": nn.Linear(2, 3)})
+    model = nn.ModuleDict({"lora_A": nn.Linear(2, 3), "q": nn.Linear(1, 4)})
     held = tuple(
         Held((Place(module, name),), tuple(p.shape), p.dtype, module is model["q"], (p,))
         for module in model.values()
@@ -367,5 +396,5 @@ def test_adapters_that_ranks_divide_are_not_seen(
     assert found.unseen == unseen
     (shard,) = found.shards
     assert (shard.version, shard.name, shard.ranks, shard.gathered_as) == (2, "", ranks, "bfloat16")
-    assert (shard.trained, shard.frozen, shard.trained_dtypes, shard.packed_as) == (9, 9, ("float32",), ())
+    assert (shard.trained, shard.frozen, shard.trained_dtypes, shard.packed_as) == (8, 9, ("float32",), ())
     assert found.late == ()

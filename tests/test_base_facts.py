@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 import transformers
@@ -18,6 +19,7 @@ from pytest_lora.facts.model import InitialRows
 from pytest_lora.inspection import base_values
 from pytest_lora.inspection.base import base_facts, base_parameters, quantization_of, task_of
 from pytest_lora.inspection.base_values import initial_rows
+from pytest_lora.inspection.bitsandbytes_internals import keep_packing, pack_on_meta
 from pytest_lora.inspection.skeleton import skeleton
 from pytest_lora.inspection.survey import logical_shape, survey
 
@@ -85,6 +87,35 @@ def test_weights_that_hqq_packs_count_in_full_and_dequantize_on_a_skeleton() -> 
     layer: Any = base[0]
     assert not layer.meta["scale"].is_meta
     assert layer.device == "cpu"
+
+
+@pytest.mark.parametrize("inputs", [3, 64, 700])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_weight_without_values_is_packed_as_bitsandbytes_packs_one(inputs: int, nested: bool) -> None:
+    def made(device: str) -> Any:
+        kind = {"compress_statistics": nested, "quant_type": "nf4"}
+        return bitsandbytes.nn.Linear4bit(inputs, 45, device=device, **kind)
+
+    def sizes(layer: Any) -> Any:
+        state = layer.weight.quant_state
+        second = state.state2 and (state.state2.absmax.shape, state.state2.blocksize)
+        return layer.weight.shape, layer.weight.dtype, state.absmax.shape, state.absmax.dtype, second
+
+    try:
+        whole = made("cpu").to("cpu")
+    except RuntimeError as error:
+        pytest.skip(f"this version packs no such weight on a CPU: {error}")
+    empty = made("meta")
+    pack_on_meta(empty, torch.float32)
+    assert sizes(empty) == sizes(whole)
+
+
+def test_only_layers_of_bitsandbytes_are_told_to_keep_their_packing() -> None:
+    packs, plain = nn.Linear(2, 2), nn.Linear(2, 2)
+    vars(packs)["support_avx512bf16_for_cpu"] = True
+    keep_packing(nn.Sequential(packs, plain))
+    assert vars(packs)["support_avx512bf16_for_cpu"] is False
+    assert "support_avx512bf16_for_cpu" not in vars(plain)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +211,65 @@ def test_a_head_is_fresh_within_five_deviations_of_its_deviation(
     assert (head.name, head.fresh) == ("score", fresh)
     (unknown,) = facts_of(ToyForSequenceClassification(std, bias).to("meta")).heads
     assert unknown.fresh is None
+
+
+class ToyWithValueHead(nn.Module):
+    def __init__(self, dtype: torch.dtype, beyond: float) -> None:
+        super().__init__()
+        self.body, self.v_head = nn.Linear(9, 9), nn.Linear(9, 1)
+        bound = 1 / math.sqrt(9)
+        weight = torch.linspace(-bound, bound, 9)[None]
+        self.v_head.weight.data = weight.to(dtype)
+        self.v_head.weight.data[0, 0] *= beyond
+
+
+@pytest.mark.parametrize(
+    ("dtype", "beyond", "fresh"),
+    [
+        (torch.float32, 1.0, True),
+        (torch.bfloat16, 1.0, True),  # 1/3 is rounded up there
+        (torch.float32, 1.001, False),
+        (torch.bfloat16, 1.02, False),
+    ],
+)
+def test_a_head_of_ones_own_is_fresh_within_the_bound_of_torch(
+    dtype: torch.dtype, beyond: float, fresh: bool
+) -> None:
+    assert facts_of(ToyWithValueHead(dtype, beyond)).heads == (TaskHead("v_head", fresh),)
+
+
+@pytest.mark.parametrize(("size", "fresh"), [(1.0, True), (0.9, True), (0.8, False), (0.0, False)])
+def test_a_head_of_ones_own_has_the_deviation_that_torch_draws(size: float, fresh: bool) -> None:
+    """Of 4,096 numbers it is off by at most five 64ths of the bound, an eighth of itself."""
+    model = ToyWithValueHead(torch.float32, 1.0)
+    model.v_head = nn.Linear(4096, 1)
+    model.v_head.weight.data = torch.linspace(-size / 64, size / 64, 4096)[None]
+    assert facts_of(model).heads == (TaskHead("v_head", fresh),)
+
+
+def test_a_value_head_that_is_set_to_train_by_hand_is_known_to_its_user() -> None:
+    model = ToyWithValueHead(torch.float32, 1.0)
+    model.body.requires_grad_(False)
+    assert facts_of(model).heads == ()
+    model.v_head.requires_grad_(False)
+    assert facts_of(model).heads == (TaskHead("v_head", True),)
+
+
+@pytest.mark.parametrize(
+    ("names", "takes"),
+    [
+        ("input_ids", True),
+        ("input_ids, pixel_values", True),
+        ("x", True),
+        ("pixel_values", False),
+        ("inputs", False),
+        ("input_values, **others", True),
+    ],
+)
+def test_what_a_forward_takes(names: str, takes: bool) -> None:
+    made: dict[str, Any] = {"nn": nn}
+    exec(f"class Model(nn.Module):\n    def forward(self, {names}): ...", made)
+    assert facts_of(made["Model"]()).takes_input_ids is takes
 
 
 def classifier(kind: str, **sizes: Any) -> Any:
@@ -283,11 +373,18 @@ def initial(weight: torch.Tensor, pad: int | None = None) -> list[InitialRows]:
         (torch.ones(6, 32), None, None),
         (torch.zeros(6, 32), None, None),
         (rows(1, 1), None, None),
+        (torch.tensor([[-9.0], [9.0], [0.0]]).expand(3, 32), None, (2, 1, False)),
     ],
 )
 def test_added_rows_lie_at_the_mean(weight: torch.Tensor, pad: int | None, found: Any) -> None:
     seen = [(one.first, one.count, one.padding) for one in initial(weight, pad)]
     assert seen == ([] if found is None else [found])
+
+
+def test_rows_at_the_mean_itself_are_found_with_no_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_values, "EQUAL", 0.0)
+    weight = torch.tensor([[-9.0], [9.0], [0.0], [0.0]]).expand(4, 32)
+    assert [(one.first, one.count) for one in initial(weight)] == [(2, 2)]
 
 
 def test_rows_are_read_by_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:

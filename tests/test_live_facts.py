@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from pytest_lora.facts.model import SavedModule, TrainableBase
@@ -21,6 +21,7 @@ from pytest_lora.inspection.peft_internals import (
     adapted_weight,
     dense_weight,
     freeze,
+    frozen_factors,
     further_tensors,
     own_code,
     own_geometry,
@@ -57,6 +58,8 @@ def test_what_a_layer_trains_beside_its_factors(fields: dict[str, Any], names: l
     assert own_geometry(layer, "default")
     (state,) = layer_states(survey(model).layers)
     assert state.parameters == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    model.add_adapter("plain", LoraConfig(target_modules=["0"]))
+    assert list(further_tensors(layer, "plain")) == []
 
 
 def test_the_weight_that_is_adapted() -> None:
@@ -101,6 +104,26 @@ def test_parts_of_adapters_are_frozen_by_their_names(names: tuple[str, ...], fro
     assert sum(not p.requires_grad for p in own) == frozen
 
 
+LAYER = "base_model.model.layers.{}.q_proj.{}"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        ("lora_A",),
+        ("lora_A", "lora_B"),
+        (LAYER.format(0, "lora_A"),),
+        ("lora_B", LAYER.format(1, "lora_A")),
+    ],
+)
+def test_what_is_frozen_of_active_adapters_is_told_by_names_that_freeze_it(names: tuple[str, ...]) -> None:
+    model = adapted()
+    model.add_adapter("idle", LoraConfig(r=2, target_modules=["q_proj"]))
+    freeze(model, names)
+    assert set(frozen_factors(model)) == set(names)
+
+
 def test_code_that_is_not_pefts() -> None:
     class Own(type(first(adapted()))):  # type: ignore[misc]
         pass
@@ -121,6 +144,9 @@ def test_models_made_for_lora() -> None:
     model = adapted()
     model.base_model.unload()
     assert carries_lora(model)
+    assert model_facts(model).layers == ()
+    with pytest.raises(TypeError, match="model must carry LoRA layers"):
+        model_facts(Toy())
 
 
 # ------------------------------------------------------------------ geometry
@@ -153,15 +179,24 @@ def test_geometry_of_an_adapter(
     )
     assert (state.a.zero, state.b.zero, state.use_rslora, state.use_dora) == (False, True, False, False)
     assert state.parameters == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert (state.empty_ranks, state.idle_ranks, state.zero_outputs) == (0, 0, 0)
     assert (state.base_device, state.active, state.disabled, state.merged) == ("cpu", True, False, False)
     model.eval()
     (still,) = layer_states(survey(model).layers)
     assert not still.dropout_live
+    (plain,) = layer_states(survey(adapted()).layers[:1])
+    assert (plain.dropout, plain.dropout_live) == (0.0, False)
 
 
 @pytest.mark.parametrize(
     ("rank", "alpha", "use_rslora", "scaling"),
-    [(4, 8, True, 4.0), (4, 8, False, 2.0), (1, 8, True, 8.0), (1, 8, False, 8.0)],
+    [
+        (4, 8, True, 4.0),
+        (4, 8, False, 2.0),
+        (2, 8, True, 8 / math.sqrt(2)),
+        (1, 8, True, 8.0),
+        (1, 8, False, 8.0),
+    ],
 )
 def test_rslora_is_told_by_the_layer_or_by_its_scaling(
     rank: int, alpha: int, use_rslora: bool, scaling: float
@@ -175,6 +210,17 @@ def test_rslora_is_told_by_the_layer_or_by_its_scaling(
     assert seen.use_rslora is (use_rslora and rank > 1)
     layer.scaling["default"] = layer.lora_alpha["default"] = 0.0
     assert not next(layer_states([("q", layer)])).use_rslora
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_factors_that_are_elsewhere_are_expected_as_they_are_stored(factor: str) -> None:
+    """A rank of the first FSDP may hold the numbers of one factor and none of the other's."""
+    model = adapted()
+    layer: Any = first(model)
+    getattr(layer, factor)["default"].weight.data = torch.empty(0)
+    state = next(layer_states(survey(model).layers))
+    stored = {"lora_A": (2, 4), "lora_B": (6, 2), factor: (0, 0)}
+    assert (state.expected_a, state.expected_b) == (stored["lora_A"], stored["lora_B"])
 
 
 # ------------------------------------------------------------------ the base
@@ -258,6 +304,49 @@ def test_modules_and_rows_that_are_trained_in_full() -> None:
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].bias[0] = math.nan
     assert not model_facts(model).saved[0].finite
+
+
+def test_copies_and_rows_of_adapters_that_take_no_part_are_not_active() -> None:
+    fields: dict[str, Any] = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed": [1]}}
+    model = adapted(**fields)
+    model.add_adapter("idle", LoraConfig(r=2, target_modules=["q_proj"], **fields))
+
+    def active() -> set[tuple[str, bool]]:
+        facts = model_facts(model)
+        return {(one.adapter, one.active) for one in (*facts.saved, *facts.rows)}
+
+    assert active() == {("default", True), ("idle", False)}
+    model.base_model.disable_adapter_layers()
+    assert active() == {("default", False), ("idle", False)}
+
+
+def test_an_adapter_that_is_called_like_a_module_is_told_with_that_module() -> None:
+    model = get_peft_model(Toy(), LoraConfig(target_modules=["q_proj"]), adapter_name="q_proj")  # type: ignore[arg-type]
+    assert [(one.adapter, one.part) for one in model_facts(model).colliding] == [
+        ("q_proj", "layers.0.q_proj")
+    ]
+    assert not model_facts(adapted()).colliding
+
+
+@pytest.mark.parametrize("name", ["q_proj", "lora_A", "weight", "model"])
+def test_what_a_name_loses_is_what_peft_saves_otherwise_under_a_harmless_one(name: str) -> None:
+    def two(called: str) -> Any:
+        model = get_peft_model(Toy(), LoraConfig(target_modules=["q_proj"]), adapter_name=called)  # type: ignore[arg-type]
+        model.add_adapter("other", LoraConfig(target_modules=["v_proj"]))
+        return model
+
+    def saved(model: Any, adapter: str) -> set[str]:
+        try:
+            return {key for key in get_peft_model_state_dict(model, adapter_name=adapter) if "lora_" in key}
+        except Exception:  # some versions refuse such a name
+            return set()
+
+    named, harmless = two(name), two("harmless")
+    wrong = {"other": saved(named, "other") ^ saved(harmless, "other")}
+    wrong[name] = saved(named, name) ^ saved(harmless, "harmless")
+    (found,) = model_facts(named).colliding
+    assert set(found.lost) == wrong["other"] | wrong[name]
+    assert set(found.adapters) == {adapter for adapter, keys in wrong.items() if keys}
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_each_field_is_tried_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> 
     worker.rehearse("rank_pattern", ["a", "b"], ["x"])
     worker.rehearse("modules_to_save", ["a"], ["x"])
     worker.rehearse("target_modules", ["a"], ["x"])
-    worker.rehearse("target_parameters", ["a"], ["x"])
+    worker.rehearse("target_parameters", ["b"], ["x"])
     assert tried == [
         ("a|b", "x", "y", re.fullmatch),
         (r"(.*\.)?(a)$", "x", re.match),

@@ -74,7 +74,7 @@ def _are_equal(first: Tensor, second: Tensor) -> bool:
 def _is_one(first: Tensor, second: Tensor) -> bool:
     if first is second:
         return True
-    stored = first.device == second.device and not first.is_meta and first.numel() > 0
+    stored = first.device == second.device and not first.is_meta
     return stored and first.shape == second.shape and first.data_ptr() == second.data_ptr() != 0
 
 

@@ -62,9 +62,7 @@ def _is_as_torch_makes_it(module: Any) -> bool:
 
     Of training the numbers next to that bound tell first: they pass it.
     """
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.device.type == "meta" or not weight.is_floating_point():
-        return False
+    weight = module.weight  # of numbers, as _is_fresh has read it
     values, bound = weight.detach().float(), 1 / math.sqrt(weight.shape[-1])
     rounded = 1 + torch.finfo(weight.dtype).eps
     near = abs(float(values.std()) - bound / math.sqrt(3)) <= 5 * bound / math.sqrt(weight.numel())

@@ -177,12 +177,13 @@ def _of_dimensions(given: Mapping[str, Any]) -> Parallel:
     said = _mapping(given, "parallelism_config")
     plain = {str(key).removeprefix("parallelism_config_").removesuffix("_size"): said[key] for key in said}
     sizes = {name: size for name in _DIMENSIONS if (size := int(plain.get(name) or 1)) > 1}
-    repeated, divided = sizes.get("dp_replicate", 1), sizes.get("dp_shard", 1)
+    repeated = sizes.get("dp_replicate", 1)
     if sizes.keys() == {"tp"}:
         return Parallel(sizes["tp"], "tp")
     if sizes.keys() <= {"dp_replicate"}:
         return Parallel(repeated, "ddp")
     if sizes.keys() <= {"dp_replicate", "dp_shard"}:
+        divided = sizes["dp_shard"]
         fsdp = _of_fsdp(_mapping(given, "fsdp_config"), repeated * divided, 2)
         return replace(fsdp, strategy="hsdp", shard_size=divided) if repeated > 1 else fsdp
     raise ValueError(

@@ -27,6 +27,7 @@ from pytest_lora.bases.examples.models import (
     language_batch,
     llama_config,
 )
+from pytest_lora.inspection.behaviour.batch_law import BatchLaw
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -358,6 +359,16 @@ def test_the_text_of_a_step_that_is_not_the_last() -> None:
 )
 def test_what_cannot_be_asked_costs_nothing(batches: Any, how: dict[str, Any]) -> None:
     assert not [call for call in calls_of(batches, **how) if not call[1]]
+
+
+@pytest.mark.parametrize(("ranks", "asks"), [(1, True), (2, False)])
+def test_a_text_is_compared_in_a_group_of_one_process_and_in_no_larger_one(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, asks: bool
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    base = BASES["base"]()
+    assert BatchLaw(base, base, {0: padded()}).asks is asks
 
 
 def test_no_step_is_taken_for_an_evaluation() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.inspection import behaviour
-from pytest_lora.inspection.behaviour import distance, identical, largest, main_tensor
+from pytest_lora.inspection.behaviour import copy_of, distance, identical, largest, main_tensor
 from pytest_lora.inspection.behaviour.batch_law import (
     _alone,
     _apart,
@@ -475,3 +475,22 @@ def test_the_share_of_an_update_that_a_merge_rounds_away() -> None:
     for weight, change in ((old.flatten(), update.flatten()), (old.to(torch.uint8), update), (old, update.T)):
         other = Merged(weight, change)
         assert _rounded_away({"q": other}, {"q.base_layer.weight": weight.clone()}) == (None, ())
+
+
+def test_tensors_that_modules_remember_are_no_obstacle_to_a_copy_wherever_they_are_kept() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    result = model(torch.ones(1, 2))
+    for name, kept in (
+        ("one", result),
+        ("several", [3, (result, {"deep": result})]),
+        ("other", {"text": "a"}),
+    ):
+        setattr(model[0], name, kept)
+    made: Any = copy_of("model", model)
+    assert torch.equal(made[0].one, result)
+    assert made[0].several[1][1]["deep"].grad_fn is None
+    assert result.grad_fn is not None
+    assert not made.training
+    assert model.training
+    with pytest.raises(ValueError, match="model is on the meta device and has no values"):
+        copy_of("model", nn.Linear(1, 1, device="meta"))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import nn
 from transformers import LlamaConfig
 
 from pytest_lora.facts.config import Fit
@@ -62,6 +63,17 @@ def test_what_is_missing_left_over_or_of_another_shape(base: Base) -> None:
     named = {name.replace("lora_A.weight", "lora_A.mine.weight"): shape for name, shape in state().items()}
     renamed = fit(base, named)
     assert (renamed.loads, renamed.misfits, renamed.missing, renamed.unused) == (False, (), (), ())
+
+
+def test_heads_that_peft_adds_by_the_task_count_where_the_base_has_them_and_others_always(base: Base) -> None:
+    saved = ["lm_haed", "classifier", "score"]
+    found = fit(base, state(), task_type="SEQ_CLS", modules_to_save=saved).config
+    assert found is not None
+    assert {one.name for one in found.names if one.field == "modules_to_save"} == {"lm_haed"}
+    whole = Base(nn.ModuleDict({"q_proj": nn.Linear(4, 4), "score": nn.Linear(4, 2)}))
+    found = fit(whole, {}, task_type="SEQ_CLS", modules_to_save=saved).config
+    assert found is not None
+    assert {one.name for one in found.names if one.field == "modules_to_save"} == {"lm_haed", "score"}
 
 
 def test_a_bias_that_is_missing_stays_that_of_the_base(base: Base) -> None:

@@ -190,3 +190,38 @@ def test_headers_that_are_taken_at_once_are_those_of_which_each_tensor_is_sound(
     except UnreadableError:
         one_by_one = None
     assert header._all_stored(named, 8) == one_by_one
+
+
+SOUND = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "at_once"),
+    [
+        ({}, True),
+        ({"dtype": "F8"}, False),
+        ({"dtype": ["F32"]}, False),
+        ({"dtype": None}, False),
+        ({"shape": [2.0]}, False),
+        ({"shape": [True, 2]}, False),
+        ({"shape": 2}, False),
+        ({"shape": [3]}, False),
+        ({"data_offsets": [0]}, False),
+        ({"data_offsets": [0, 4, 8]}, False),
+        ({"data_offsets": [-8, 0]}, False),
+        ({"data_offsets": [8, 0]}, False),
+        ({"data_offsets": [0, 8.0]}, False),
+        ({"data_offsets": None}, False),
+    ],
+)
+def test_tensors_are_taken_at_once_where_nothing_is_wrong_with_any(wrong: Any, at_once: bool) -> None:
+    found = header._all_stored({"a": {**SOUND, **wrong}, "b": SOUND}, 100)
+    assert found == ([("a", "F32", (2,), 100, 108), ("b", "F32", (2,), 100, 108)] if at_once else None)
+
+
+def test_no_more_is_taken_at_once_than_names_and_empty_tensors_may_be() -> None:
+    empty = {"dtype": "F32", "shape": [0, 5], "data_offsets": [8, 8]}
+    longest = "n" * header.MAX_NAME
+    assert header._all_stored({longest: empty}, 0) == [(longest, "F32", (0, 5), 8, 8)]
+    assert header._all_stored({f"{longest}n": empty}, 0) is None
+    assert header._all_stored({}, 0) == []

@@ -7,7 +7,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from pytest_lora import Expect, check_checkpoint
 from pytest_lora.bases.examples import folders
+from pytest_lora.inspection.checkpoint import pickled as reader
 from pytest_lora.inspection.checkpoint.folder import Folder, UnreadableError
 from pytest_lora.inspection.checkpoint.header import BITS
-from pytest_lora.inspection.checkpoint.pickled import DTYPES, read_pickled
+from pytest_lora.inspection.checkpoint.pickled import DTYPES, _Bounded, read_pickled
 from tests.namespace import Namespace
 
 NAME = "adapter_model.bin"
@@ -171,3 +172,43 @@ def test_damaged_files_are_read_or_refused(changes: list[tuple[float, int]], cut
     except UnreadableError:
         return
     assert all(t.dtype in {*DTYPES.values()} for t in found)
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides", "place"),
+    [
+        (0, [], [], (0, 4)),
+        (2, [2, 3], [3, 1], (8, 24)),
+        (0, [2, 3], [1, 2], (0, 24)),
+        (1, [2, 3], [8, 2], (4, 52)),
+        (1, [4, 1], [0, 9], (4, 4)),
+        (5, [2, 0], [3, 1], (0, 0)),
+    ],
+)
+def test_where_a_tensor_lies_in_its_storage(offset: int, shape: Any, strides: Any, place: Any) -> None:
+    assert tuple(reader._place(offset, shape, strides, 4)) == place
+
+
+def test_nothing_is_read_of_a_list_of_records_where_nothing_is_asked(tmp_path: Path) -> None:
+    path = tmp_path / "records"
+    path.write_bytes(b"12345")
+    with path.open("rb", buffering=0) as file:
+        bounded = _Bounded(cast("Any", file), path.name)
+        assert (bounded.read(0), bounded.read(2), bounded.tell()) == (b"", b"12", 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "dense"),
+    [
+        ([2, 3], [3, 1], True),
+        ([2, 3], [1, 2], True),
+        ([2, 3], [4, 1], False),
+        ([3], [2], False),
+        ([3], [0], False),
+        ([1, 3], [9, 1], True),
+        ([0, 3], [7, 5], True),
+        ([], [], True),
+    ],
+)
+def test_whether_numbers_lie_side_by_side(shape: Any, strides: Any, dense: bool) -> None:
+    assert reader._is_dense(shape, strides) is dense

@@ -18,7 +18,7 @@ from pytest_lora.inspection.checkpoint import values
 from pytest_lora.inspection.checkpoint.config_file import config_file, lora_config
 from pytest_lora.inspection.checkpoint.folder import UnreadableError
 from pytest_lora.inspection.checkpoint.header import read_header
-from pytest_lora.inspection.checkpoint.marks import Marking, is_marked
+from pytest_lora.inspection.checkpoint.marks import Marking, Small, is_marked
 from pytest_lora.inspection.checkpoint.values import read_values
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
@@ -290,3 +290,29 @@ def test_every_bit_of_a_fraction_makes_infinity_no_number(
     bits = torch.tensor([infinite, lowest_nan, highest_nan, 0], dtype=torch.int16)
     found, _ = read(tmp_path / "a.safetensors", {"x": bits.view(dtype)})
     assert (found["x"].nans, found["x"].infinities) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"), [([1] * 20, f"{[1] * 20}"), ([1] * 19 + [11], f"{[1] * 19 + [11]}"[:60] + "...")]
+)
+def test_long_values_of_a_configuration_are_cut(rank: list[int], told: str) -> None:
+    found = config_file({"peft_type": "LORA", "r": rank}, None)
+    assert str(found.problem).startswith(f"r is {told}, not ")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "zeros", "subnormals"),
+    [
+        ([0.0], 1.0, 0.0),
+        ([1e-6], 0.0, 1.0),
+        ([0.0, -1e-6], 0.5, 1.0),
+        ([1e-6, 1.0, 2.0, 0.0], 0.25, 1 / 3),
+        ([], 0, 0),
+    ],
+)
+def test_shares_of_zeros_and_of_numbers_below_the_normal_ones(
+    numbers: list[float], zeros: float, subnormals: float
+) -> None:
+    counts = Small(1)
+    counts.add(np.array([numbers], np.float16).view(np.uint8))
+    assert counts.shares(len(numbers)) == [(zeros, subnormals)]

@@ -102,6 +102,12 @@ def both(weights: list[float], kind: str, **fields: Any) -> Any:
     return model
 
 
+@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_of_factors_without_numbers_no_sum_is_told(fields: dict[str, Any]) -> None:
+    model = both([1.0, 0.5], "linear", **fields)
+    assert combined(model.to("meta")) == {}
+
+
 def taken_off(model: Any) -> list[str]:
     report = check_model(model, expect=Expect(purpose="inference", fresh=False))
     return [f.observed for f in report.warnings if f.code == "LORA258"]
@@ -174,6 +180,17 @@ def test_parts_of_a_base_that_were_never_loaded() -> None:
     everything = zeros(BASES["base"](), "")
     assert everything[0] == "model.embed_tokens"
     assert len(everything) > 2
+
+
+@pytest.mark.parametrize(("matrices", "told"), [(2, ()), (3, ("layers.0",))])
+def test_a_block_is_told_from_a_few_matrices_on(matrices: int, told: tuple[str, ...]) -> None:
+    def block() -> nn.Module:
+        return nn.ModuleList(nn.Linear(2, 2) for _ in range(matrices))
+
+    base = nn.ModuleDict(
+        {"layers": nn.ModuleList([block(), block()]), "q_proj": nn.Linear(2, 2), "v_proj": nn.Linear(2, 2)}
+    )
+    assert zeros(base, "layers.0.") == told
 
 
 @pytest.mark.parametrize(

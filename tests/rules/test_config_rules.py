@@ -270,6 +270,7 @@ def test_forms_of_lost_patterns_are_tried_in_the_limited_process(
     written: Any = SimpleNamespace(target_modules=targets)
     texts = [targets] if isinstance(targets, str) else targets
     lost = [NameMatch("target_modules", text, ()) for text in texts]
+    lost += [NameMatch("exclude_modules", r".*q_proj", ()), NameMatch("target_modules", ".*v_proj", ("v",))]
     found = module.repairs(written, lost, base, refused=False)
     assert found.fitting == (() if repaired is None else ((texts[-1], repaired),))
 

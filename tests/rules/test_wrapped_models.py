@@ -28,7 +28,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pytest_lora import Expect, check_model, count_parameters, watch_training
 from pytest_lora.bases.examples.models import made, quantized
+from pytest_lora.inspection import fsdp_internals
+from pytest_lora.inspection.fsdp_internals import Group, groups, is_divided, whole_parameters
 from pytest_lora.inspection.model import model_facts
+from pytest_lora.inspection.survey import every_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -343,3 +346,113 @@ def test_the_first_rank_tells_what_all_judge(rank: int) -> None:
         dist.destroy_process_group()
     assert watch.should_stop
     assert any("LORA2" in str(one.message) for one in told) == (rank == 0)
+
+
+# ---------------------------------------------------------------------------------------- what FSDP holds
+
+
+def two_layers() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5, bias=False))
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+def of_first(model: nn.Module, **settings: Any) -> Any:
+    return FullyShardedDataParallel(model, **CPU, **settings)
+
+
+def the_group(model: nn.Module) -> Group:
+    (group,) = groups(every_module(model))
+    return group
+
+
+def in_full(model: nn.Module) -> dict[str, tuple[tuple[int, ...], str, bool]]:
+    """Shape, device and whether it trains, of what is in the model's places while its parameters are whole."""
+    with whole_parameters(tuple(every_module(model))):
+        inner = getattr(model, "module", model)
+        return {
+            name: (tuple(p.shape), p.device.type, p.requires_grad) for name, p in inner.named_parameters()
+        }
+
+
+def whole(device: str, bias_trains: bool = False) -> Any:
+    shapes = {"0.weight": ((3, 4), True), "0.bias": ((3,), bias_trains), "1.weight": ((5, 3), True)}
+    return {name: (shape, device, trains) for name, (shape, trains) in shapes.items()}
+
+
+@pytest.mark.usefixtures("first_of_two")
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_flat_parameter_of_two_ranks_is_told_by_its_parts_which_have_no_numbers(shown: bool) -> None:
+    base = two_layers() if shown else two_layers().requires_grad_(True)
+    model = of_first(base, use_orig_params=shown, mixed_precision=MixedPrecision(param_dtype=BF16))
+    group = the_group(model)
+    assert (group.version, group.owner, group.ranks, group.gathered_as) == (1, model, 2, BF16)
+    names = [(one.places[0].name, one.shape, one.dtype, one.trained) for one in group.held]
+    assert names == [
+        ("weight", (3, 4), F32, True),
+        ("bias", (3,), F32, not shown),
+        ("weight", (5, 3), F32, True),
+    ]
+    assert [len(one.known) for one in group.held] == [2 if shown else 1] * 3
+    assert is_divided(model)
+    before = [*model.named_parameters()]
+    assert in_full(model) == whole("meta", not shown)
+    after = [*model.named_parameters()]
+    assert [n for n, _ in after] == [n for n, _ in before]
+    assert all(one is other for (_, one), (_, other) in zip(after, before, strict=True))
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_flat_parameter_of_one_rank_has_its_numbers(shown: bool) -> None:
+    base = two_layers() if shown else two_layers().requires_grad_(True)
+    kept = {name: p.detach().clone() for name, p in base.named_parameters()}
+    model = of_first(base, use_orig_params=shown)
+    assert (the_group(model).ranks, the_group(model).gathered_as, is_divided(model)) == (1, None, False)
+    assert in_full(model) == whole("cpu", not shown)
+    with whole_parameters(tuple(every_module(model))):
+        for name, parameter in model.module.named_parameters():
+            assert torch.equal(parameter, kept[name])
+
+
+@pytest.mark.usefixtures("first_of_two")
+def test_a_tied_weight_of_the_first_fsdp_is_one_at_two_places() -> None:
+    base = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    base[1].weight = base[0].weight
+    model = of_first(base, use_orig_params=True)
+    (held,) = the_group(model).held
+    assert [place.module for place in held.places] == [base[0], base[1]]
+    with whole_parameters(tuple(every_module(model))):
+        assert base[0].weight is base[1].weight
+        assert base[0].weight.shape == (4, 4)
+
+
+@pytest.mark.usefixtures("first_of_two")
+@pytest.mark.parametrize("gathered", [False, True])
+def test_distributed_parameters_are_known_divided_and_gathered(gathered: bool) -> None:
+    base = two_layers()
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(
+        base, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=BF16), reshard_after_forward=False
+    )
+    model: Any = base
+    if gathered:
+        model(torch.ones(1, 4))
+    group = the_group(model)
+    assert (group.version, group.owner, group.ranks, group.gathered_as) == (2, model, 2, BF16)
+    assert [len(one.known) for one in group.held] == [2 if gathered else 1] * 3
+    assert is_divided(model)
+    assert {(shape, trains) for shape, _, trains in in_full(model).values()} == {
+        ((3, 4), True), ((3,), False), ((5, 3), True),
+    }  # fmt: skip
+    with whole_parameters(tuple(every_module(model))):
+        assert {p.dtype for p in model.parameters()} == {F32}
+    assert {p.dtype for p in model.parameters()} == {BF16 if gathered else F32}
+
+
+def test_a_model_in_no_wrapper_is_divided_among_none() -> None:
+    assert not [*groups(every_module(two_layers()))]
+    assert not is_divided(two_layers())
+    policy, mesh = MixedPrecisionPolicy(), object()  # that of copies, which says nothing of shards
+    group = type("Group", (), {"fsdp_params": (), "mesh_info": mesh, "mp_policy": policy})()
+    assert fsdp_internals._distributed(two_layers(), group).ranks == 1

@@ -86,6 +86,10 @@ def test_numbers_that_share_memory(size: tuple[int, ...], stride: tuple[int, ...
     assert _overlaps(torch.zeros(20).as_strided(size, stride)) is overlaps
 
 
+def test_a_number_that_stands_for_a_million_million_costs_none_of_their_memory() -> None:
+    assert _overlaps(torch.zeros(1).expand(10**12))
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 7)), max_size=4))
 def test_numbers_share_memory_where_two_have_one_place(steps: list[tuple[int, int]]) -> None:
@@ -94,6 +98,16 @@ def test_numbers_share_memory_where_two_have_one_place(steps: list[tuple[int, in
         sum(map(operator.mul, at, strides)) for at in itertools.product(*(range(size) for size in sizes))
     ]
     assert _overlaps(torch.zeros(100).as_strided(sizes, strides)) is (len(set(places)) < len(places))
+
+
+def test_a_tensor_that_got_other_memory_is_compared_with_what_is_there() -> None:
+    tensor = torch.ones(4)
+    before = Content.of(tensor, copied=True)
+    assert before.equals(tensor)
+    tensor.data = torch.zeros(4)
+    assert not before.equals(tensor)
+    tensor.data = torch.ones(4)
+    assert before.equals(tensor)
 
 
 def test_the_same_contents() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -16,7 +18,7 @@ from torch import nn
 from pytest_lora import check_checkpoint, check_config, check_merge, check_model, check_training
 from pytest_lora.bases import examples
 from pytest_lora.inspection.limited import limited
-from pytest_lora.inspection.quiet import alone, collector
+from pytest_lora.inspection.quiet import alone, collector, unexplained, warnings_only_warn
 from tests.state.observed import amid_training, changed, observed
 
 SECONDS = 120
@@ -145,3 +147,30 @@ def test_a_fork_amid_a_check_of_another_thread_goes_on() -> None:
     thread.join()
     assert os.waitstatus_to_exitcode(done[1]) == 7
     assert done[0] == child
+
+
+def test_warnings_that_a_session_makes_errors_of_are_shown_and_what_it_hides_stays_hidden() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.resetwarnings()
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "hidden")
+        with warnings_only_warn():
+            for text, kind in (("told", UserWarning), ("hidden", UserWarning), ("later", FutureWarning)):
+                warnings.warn(text, kind, stacklevel=1)
+        with pytest.raises(UserWarning, match="told"):
+            warnings.warn("told", UserWarning, stacklevel=1)
+    assert [str(one.message) for one in shown] == ["told"]
+
+
+@pytest.mark.parametrize("tool", ["scrutineer", "coverage", None])
+def test_hypothesis_alone_notes_no_lines_meanwhile(monkeypatch: pytest.MonkeyPatch, tool: str | None) -> None:
+    events = {2: 33}
+    monitoring = SimpleNamespace(
+        get_tool=lambda number: tool if number == 2 else None,
+        get_events=events.__getitem__,
+        set_events=events.__setitem__,
+    )
+    monkeypatch.setattr(sys, "monitoring", monitoring, raising=False)
+    with unexplained():
+        assert events[2] == (0 if tool == "scrutineer" else 33)
+    assert events == {2: 33}

@@ -5,33 +5,47 @@ from __future__ import annotations
 import math
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from pytest_lora.facts.batches import AloneFacts, TextBounds
 from pytest_lora.facts.model_parts import Wrappers
+from pytest_lora.inspection.survey import survey
 from pytest_lora.inspection.training.batches import (
     LOOKED_AT,
     NoLossError,
+    first_rows,
     generators_of,
     loss_of,
     require_batches,
     take_batches,
 )
-from pytest_lora.inspection.training.beside import Shift, _mean
-from pytest_lora.inspection.training.circumstances import Passed, Ran, live_dropouts, spoiled_inputs
+from pytest_lora.inspection.training.beside import Padding, Shift, _mean
+from pytest_lora.inspection.training.circumstances import (
+    Passed,
+    Ran,
+    blank_inputs,
+    live_dropouts,
+    odd_masks,
+    repacked_layers,
+    row_count,
+    spoiled_inputs,
+)
 from pytest_lora.inspection.training.failures import failure_of
 from pytest_lora.inspection.training.labels import _outside
 from pytest_lora.inspection.training.media import grids_disagree, medium_facts, placeholders_of
+from pytest_lora.inspection.training.optimizer import _floor
 from pytest_lora.inspection.training.rows import _used, empty_rows
 from pytest_lora.inspection.training.special_tokens import _crossing, text_bounds
 from pytest_lora.inspection.training.updates import (
     NOISE,
     SPARE,
     WHOLE,
+    Updates,
     _changed,
     _distance,
     _Held,
@@ -42,6 +56,7 @@ from pytest_lora.inspection.training.watch import Watch, norms
 from tests.test_labels import words
 
 N = -100
+ZERO, ONE = torch.zeros(2, 3), torch.eye(2, 3)
 
 
 def rows(*values: list[int]) -> Tensor:
@@ -134,6 +149,72 @@ def test_texts_that_end_before_their_row() -> None:
 )
 def test_rows_whose_first_tokens_have_no_label(labels: Tensor, mask: Tensor | None, prompted: int) -> None:
     assert bounds("causal", labels, labels, attention_mask=mask).prompted == prompted
+
+
+@pytest.mark.parametrize(
+    ("ids", "first", "mask", "header"),
+    [
+        (rows([5, 6, 7, 8, 5, 6, 7]), 3, None, 1),
+        (rows([5, 6, 7, 8, 5, 6, 9]), 3, None, 0),
+        (rows([5, 5, 5, 8, 5, 5, 5]), 3, None, 0),
+        (rows([6, 7, 8, 9, 8, 6, 7]), 2, None, 0),
+        (rows([1, 5, 6, 7, 5, 6, 7]), 4, None, 1),
+        (rows([5, 6, 7, 5, 6, 7, 0]), 3, rows([1, 1, 1, 1, 1, 1, 0]), 1),
+        (rows([5, 6, 7, 5, 6, 7, 0]), 3, rows([1, 1, 1, 1, 1, 1, 1]), 0),
+        (rows([5, 6, 7, 8, 5, 6, 7]), 7, None, 0),
+    ],
+    ids=[
+        "ends",
+        "ends otherwise",
+        "one token",
+        "too short",
+        "further in",
+        "padded",
+        "zero is text",
+        "no label",
+    ],
+)
+def test_rows_that_end_with_the_header_of_an_answer(ids: Tensor, first: int, mask: Any, header: int) -> None:
+    labels = ids.clone()
+    labels[:, :first] = N
+    assert bounds("causal", labels, ids, attention_mask=mask).header == header
+
+
+@pytest.mark.parametrize(
+    ("hidden", "pad", "stops", "plain"),
+    [
+        ([0, 0], 0, (), True),
+        ([0, 0], 0, (2,), True),
+        ([2, 2], 0, (2,), True),
+        ([5, 5], 0, (2,), False),
+        ([0, 2], 0, (2,), False),
+        ([5, 5], None, (2,), True),
+        ([], 0, (2,), False),
+    ],
+)
+def test_what_a_mask_hides_is_padding_if_it_is_one_token_that_pads(
+    hidden: list[int], pad: int | None, stops: tuple[int, ...], plain: bool
+) -> None:
+    own: Any = SimpleNamespace(_words=words(pad=pad, stops=stops))
+    assert Padding._is_plain(own, torch.tensor(hidden)) is plain
+
+
+@pytest.mark.parametrize(
+    ("batch", "furthest"),
+    [
+        ({}, 4),
+        ({"attention_mask": rows([1, 1, 0, 0], [0, 1, 1, 1])}, 3),
+        ({"attention_mask": rows([1, 1, 1])}, 0),
+        ({"position_ids": rows([0, 1, 0, 1], [0, 1, 2, 0])}, 3),
+        ({"position_ids": rows([0, 1, 2, 3])}, 0),
+        ({"pixel_values": rows([1])}, 0),
+    ],
+    ids=["whole rows", "padded", "another mask", "packed", "other positions", "not only texts"],
+)
+def test_how_many_positions_the_longest_text_takes(batch: dict[str, Tensor], furthest: int) -> None:
+    ids = rows([5, 6, 7, 8], [5, 6, 7, 8])
+    assert bounds("causal", ids, ids, **batch).furthest == furthest
+    assert bounds("sequence", ids, ids, **batch).furthest == 0
 
 
 # ---------------------------------------------------------------------------------- media
@@ -333,6 +414,55 @@ def test_the_rank_that_an_update_may_have() -> None:
     assert (WHOLE, SPARE, NOISE) == (512, 8, 8.0)
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_a_base_weight_of_which_no_copy_was_made_has_moved_if_it_was_written_to(written: bool) -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    weight = model.get_parameter("base_model.model.0.base_layer.weight")
+    with torch.no_grad():
+        weight.mul_(2.0)  # as loading does
+        updates = Updates(survey(model), cast("Any", SimpleNamespace(before=lambda tensor: None)))
+        if written:
+            weight.mul_(2.0)
+    (found,) = updates.facts(ranks=False)
+    assert found.base_moved is written
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "moved", "change"),
+    [
+        (None, None, False, None),
+        (ONE.to("meta"), ZERO, False, None),
+        (ONE, ONE.clone(), False, None),
+        (ONE, ZERO, True, ONE),
+        (ONE, ZERO[:1], True, None),
+        (ONE, ONE.double(), True, None),
+        (ONE.int(), ZERO.int(), True, None),
+    ],
+    ids=["no weight", "meta", "the same", "another", "another shape", "another dtype", "whole numbers"],
+)
+def test_whether_the_weight_underneath_moved_and_by_what(
+    now: Any, before: Any, moved: bool, change: Any
+) -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    updates = Updates(survey(model), cast("Any", SimpleNamespace(before=lambda tensor: before)))
+    found = updates._base_change(updates._kept[0]._replace(weight=now))
+    assert found[0] is moved
+    assert (found[1] is None) is (change is None)
+    assert change is None or torch.equal(cast("Any", found[1]), change)
+
+
+def test_of_updates_without_numbers_it_is_said_why() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"])).to("meta")
+    (found,) = Updates(survey(model), cast("Any", SimpleNamespace(before=lambda tensor: None))).facts(
+        ranks=True
+    )
+    assert (found.unknown, found.rank, found.base_moved) == (
+        "its tensors are on the meta device",
+        None,
+        False,
+    )
+
+
 def of_values(*values: float, rows: int = 9, columns: int = 16) -> Tensor:
     matrix = torch.zeros(rows, columns, dtype=torch.float64)
     for i, value in enumerate(values):
@@ -436,8 +566,107 @@ def test_dropouts_that_act() -> None:
         "off": nn.Dropout(0.1).eval(),
         "other": nn.ReLU(),
     }
-    found: Any = SimpleNamespace(modules=modules, lora={})
-    assert list(live_dropouts(found)) == ["on"]
+
+    def layer(dropout: nn.Module, *active: str) -> Any:
+        return SimpleNamespace(active_adapters=active, lora_dropout={"a": dropout})
+
+    lora = {
+        "drops": layer(nn.Dropout(0.1), "a"),
+        "idle": layer(nn.Dropout(0.1), "b"),
+        "none": layer(nn.Identity(), "a"),
+        "eval": layer(nn.Dropout(0.1).eval(), "a"),
+        "zero": layer(nn.Dropout(0.0), "a"),
+    }
+    found: Any = SimpleNamespace(modules=modules, lora=lora)
+    assert list(live_dropouts(found)) == ["on", "drops.lora_dropout"]
+
+
+@pytest.mark.parametrize(
+    ("batches", "blank"),
+    [
+        (({"advantages": ZERO, "completion_mask": ZERO, "attention_mask": ZERO, "labels": ZERO},), "all"),
+        (({"advantages": ONE},), ""),
+        (({"advantages": ZERO}, {"advantages": ZERO}), "advantages"),
+        (({"advantages": ZERO}, {"advantages": ONE}), ""),
+        (({"advantages": ZERO}, {}), ""),
+        (({"advantages": ZERO.to("meta")},), ""),
+        (({"advantages": ZERO[:0]},), ""),
+        (({"advantages": [0.0]},), ""),
+        (([ZERO],), ""),
+        ((), ""),
+    ],
+)
+def test_weights_of_a_loss_that_are_zero_in_every_batch(batches: Any, blank: str) -> None:
+    wanted = ["advantages", "completion_mask"] if blank == "all" else [blank] if blank else []
+    assert list(blank_inputs(batches)) == wanted
+
+
+def test_masks_that_are_shorter_than_their_tokens() -> None:
+    def told(*shapes: Any) -> list[str]:
+        ids, mask = (torch.ones(shape) for shape in shapes)
+        return list(odd_masks(({"input_ids": ids, "attention_mask": mask},)))
+
+    assert told((2, 4), (2, 3)) == ["batch 0: attention_mask of shape [2, 3], input_ids of [2, 4]"]
+    assert (
+        told((2, 4), (2, 4)) == told((2, 4), (2, 5)) == told((2, 4), (2, 1, 4, 3)) == told((4,), (2, 3)) == []
+    )
+    assert list(odd_masks(([ONE], {"input_ids": ONE}, {"attention_mask": ONE}))) == []
+
+
+@pytest.mark.parametrize(
+    ("batches", "rows"),
+    [
+        (({"texts": ["a"], "count": torch.tensor(5), "input_ids": ONE, "labels": ZERO[:1]},), 2),
+        (({"texts": ["a"]},), 0),
+        (([ONE],), 0),
+        ((), 0),
+    ],
+)
+def test_rows_are_those_of_the_first_tensor_that_has_any(batches: Any, rows: int) -> None:
+    assert row_count(batches) == rows
+
+
+def test_layers_in_the_packing_for_inference() -> None:
+    def layer(**state: Any) -> Any:
+        return SimpleNamespace(weight=SimpleNamespace(quant_state=SimpleNamespace(**state)))
+
+    modules = {
+        "on": layer(packing_format_for_cpu=True),
+        "off": layer(packing_format_for_cpu=False),
+        "gpu": layer(),
+    }
+    found: Any = SimpleNamespace(modules={**modules, "plain": nn.Linear(1, 1), "none": nn.ReLU()})
+    assert list(repacked_layers(found)) == ["on"]
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "floor"),
+    [
+        ("Adafactor", {"eps": (1e-30, 1e-3), "scale_parameter": True}, 1e-3),
+        ("Adafactor", {"eps": [1e-30, 1e-3], "scale_parameter": False}, None),
+        ("Adafactor", {"eps": (None, 1e-3), "beta2_decay": -0.8}, 1e-3),
+        ("Adafactor", {"eps": (1e-30, 1e-3)}, None),
+        ("Adafactor", {"eps": 1e-8, "scale_parameter": True}, None),
+        ("Adafactor", {"scale_parameter": True}, None),
+        ("CAME", {"eps": (1e-30, 1e-16), "scale_parameter": True}, None),
+    ],
+)
+def test_the_size_below_which_adafactor_scales_its_rate_no_more(
+    name: str, group: dict[str, Any], floor: float | None
+) -> None:
+    optimizer: Any = type(name, (), {})()
+    assert _floor(optimizer, group) == floor
+    assert _floor(SimpleNamespace(optimizer=optimizer), group) == floor
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(0, [1] * 8), (3, [3, 3, 3]), (10, [10]), (64, [64]), (1000, [64])]
+)
+def test_a_few_rows_of_a_loader_are_read_and_no_more(rows: int, sizes: list[int]) -> None:
+    loader = SimpleNamespace(dataset=range(100), collate_fn=lambda found: {"ids": found})
+    batches, why = first_rows(loader, rows)
+    assert ([len(batch["ids"]) for batch in batches], why) == (sizes, "")
+    assert [number for batch in batches for number in batch["ids"]] == list(range(sum(sizes)))
 
 
 @pytest.mark.parametrize(

@@ -186,9 +186,9 @@ def _group(
 def _floor(optimizer: Any, group: dict[str, Any]) -> float | None:
     """The least size of a parameter that an Adafactor scales its rate by; that of torch always does."""
     made = type(getattr(optimizer, "optimizer", optimizer))
-    eps = group.get("eps")
+    eps: Any = group.get("eps")
     known = made.__name__ == "Adafactor" and isinstance(eps, (tuple, list)) and len(eps) == 2
-    return float(eps[1]) if known and eps and group.get("scale_parameter", "beta2_decay" in group) else None
+    return float(eps[1]) if known and group.get("scale_parameter", "beta2_decay" in group) else None
 
 
 def as_float(value: Any) -> float:
