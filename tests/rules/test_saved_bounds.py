@@ -144,9 +144,18 @@ def test_pickles(facts: CheckpointFacts, words: list[str]) -> None:
         (folder(weights=None), ["error: there is no adapter_model.safetensors beside adapter_config.json"]),
         (folder("x.safetensors", weights=None), ["error: if x.safetensors is the adapter, rename it"]),
         (folder("x.gguf", weights=None), ["error: x.gguf is for llama.cpp, whose GGUF PEFT does not read"]),
-        (folder("x.gguf", "y.safetensors", weights=None), ["error: if y.safetensors is the adapter, rename it"]),
-        (folder("pytorch_lora_weights.safetensors", weights=None), ["error: load it with load_lora_weights of the"]),
-        (folder("adapter_0.pt", weights=None), ["error: if adapter_0.pt holds the adapter, load it and save"]),
+        (
+            folder("x.gguf", "y.safetensors", weights=None),
+            ["error: if y.safetensors is the adapter, rename it"],
+        ),
+        (
+            folder("pytorch_lora_weights.safetensors", weights=None),
+            ["error: load it with load_lora_weights of the"],
+        ),
+        (
+            folder("adapter_0.pt", weights=None),
+            ["error: if adapter_0.pt holds the adapter, load it and save"],
+        ),
         (folder("optimizer.pt", "rng_state_0.pth", weights=None), ["error: copy the missing file"]),
         (folder("x.distcp", weights=None), ["error: x.distcp is of a distributed checkpoint"]),
         (folder("global_step10", weights=None), ["error: global_step10 is of a distributed checkpoint"]),
@@ -820,7 +829,9 @@ TOWER = f"{P}model.tower.layers.0.q.lora_A.weight"
         ),
         (
             fitted(ONE, compared=True, missing=(TOWER,)),
-            ['error: keep it out of reach: "exclude_modules": "model\\\\.tower\\\\..*" in adapter_config.json'],
+            [
+                'error: keep it out of reach: "exclude_modules": "model\\\\.tower\\\\..*" in adapter_config.json'
+            ],
         ),
         (
             fitted(ONE, compared=True, missing=(TOWER, LOST)),

@@ -70,7 +70,7 @@ def _narrower(facts: CheckpointFacts, lost: list[str], held: set[str]) -> str | 
         return None
     pattern = json.dumps(rf"{re.escape(part)}\..*")
     return (
-        f"if {part} was not adapted in training, keep it out of reach: \"exclude_modules\": {pattern} in "
+        f'if {part} was not adapted in training, keep it out of reach: "exclude_modules": {pattern} in '
         f"adapter_config.json; else {TRAINED_BASE}"
     )
 
