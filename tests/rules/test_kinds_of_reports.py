@@ -20,7 +20,15 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from pytest_lora import Expect, Report, check_checkpoint, check_merge, check_model, check_training
+from pytest_lora import (
+    Expect,
+    Report,
+    check_checkpoint,
+    check_config,
+    check_merge,
+    check_model,
+    check_training,
+)
 from pytest_lora.bases import examples
 from pytest_lora.bases.examples.models import WIDTH, llama_config
 from pytest_lora.inspection.training import FirstSteps
@@ -228,3 +236,28 @@ def test_a_tower_that_only_the_saved_targets_reach(tmp_path: Path) -> None:
     pattern = found.fix.partition('"exclude_modules": ')[2].partition(" in adapter_config.json")[0]
     config.write_text(json.dumps({**known, "exclude_modules": json.loads(pattern)}))
     assert "LORA424" not in severities(check_checkpoint(tmp_path, TwoTowers()))
+
+
+# ------------------------------------------------------------------------------- tying
+
+
+@pytest.mark.parametrize(
+    ("fields", "tied", "told"),
+    [
+        ({"trainable_token_indices": {"embed_tokens": [1]}}, False, True),
+        ({"modules_to_save": ["embed_tokens"]}, False, True),
+        ({"target_modules": [*TARGETS, "embed_tokens"]}, False, True),
+        ({"trainable_token_indices": {"embed_tokens": [1], "lm_head": [1]}}, False, False),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, False, False),
+        ({"target_modules": [*TARGETS, "lm_head"]}, False, False),
+        ({}, False, False),
+        ({"trainable_token_indices": {"embed_tokens": [1]}}, True, False),
+        ({"trainable_token_indices": {"embed_tokens": [1]}, "ensure_weight_tying": False}, False, False),
+    ],
+)
+def test_tying_that_is_asked_of_an_untied_base(fields: dict[str, Any], tied: bool, told: bool) -> None:
+    config = LoraConfig(
+        **{"r": 8, "lora_alpha": 16, "target_modules": TARGETS, "ensure_weight_tying": True, **fields}
+    )
+    base = LlamaForCausalLM(llama_config(tie_word_embeddings=tied))
+    assert ("LORA134" in severities(check_config(config, base))) is told
