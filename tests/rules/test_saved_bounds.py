@@ -971,6 +971,29 @@ def test_shapes_on_a_base(facts: CheckpointFacts, words: list[str]) -> None:
     says("shape_does_not_fit_the_base", facts, *words)
 
 
+OTHER_B = B.replace(Q, "model.layers.1.q")
+
+
+@pytest.mark.parametrize(
+    ("misfits", "part"),
+    [
+        ([(B, (4, 2), (8, 2))], "1/2"),
+        ([(A, (2, 2), (2, 8))], "1/4"),
+        ([(B, (4, 2), (8, 2)), (OTHER_B, (4, 2), (8, 2))], "1/2"),
+        ([(B, (4, 2), (8, 2)), (OTHER_B, (2, 2), (8, 2))], None),
+        ([(B, (4, 2), (8, 2)), (A, (2, 4), (2, 8))], None),
+        ([(B, (4, 1), (8, 2))], None),
+        ([(B, (3, 2), (8, 2))], None),
+        ([(B, (16, 2), (8, 2))], None),
+        ([(B, (4, 2, 1), (8, 2))], None),
+        ([("head.weight", (4, 2), (8, 2))], None),
+    ],
+)
+def test_slices_of_one_rank(misfits: list[Any], part: str | None) -> None:
+    (found,) = told("shape_does_not_fit_the_base", misfit(*misfits))
+    assert (f"has {part} of its size" in found.fix) if part else ("slice" not in found.fix)
+
+
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
