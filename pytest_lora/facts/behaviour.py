@@ -117,12 +117,19 @@ class WeightDifference:
         ranks: Ranks on which it is unlike on rank 0.
         kind: ``"missing"`` (some ranks lack it), ``"form"`` (another shape or dtype) or ``"values"``.
         largest: Largest difference of its values; None for the other kinds.
+        zero: Ranks on which every number of it is zero.
     """
 
     name: str
     ranks: tuple[int, ...]
     kind: str
     largest: float | None
+    zero: tuple[int, ...] = ()
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether it is the factor that moves away from zero in the first step."""
+        return any(f".{part}." in f".{self.name}." for part in ("lora_B", "lora_embedding_A"))
 
 
 @dataclass(frozen=True, slots=True)

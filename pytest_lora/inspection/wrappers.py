@@ -241,7 +241,9 @@ def _differences(digests: list[dict[str, str]], own: dict[str, Any]) -> Iterator
         elif len({value.rpartition(" ")[0] for value in there if value}) > 1:
             yield WeightDifference(name, ranks, "form", None)
         else:
-            yield WeightDifference(name, ranks, "values", _largest_difference(own[name]))
+            nothing = _digest(torch.zeros_like(own[name]))
+            zero = tuple(rank for rank, value in enumerate(there) if value == nothing)
+            yield WeightDifference(name, ranks, "values", _largest_difference(own[name]), zero)
 
 
 def _largest_difference(own: torch.Tensor) -> float:

@@ -19,6 +19,9 @@ _MOST_JOINED = 4
 _FEWER_TARGETS = ["q_proj", "v_proj"]
 """Targets of the LoRA paper (arXiv:2106.09685, section 4.2), where PEFT has no default for the model."""
 
+_OF_LANGUAGE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""Tasks without a head of their own, so that what is saved in full are embeddings, which can do without."""
+
 _MOST_CARDS = 64
 """GPUs up to which more of them are tried, each time twice as many."""
 
@@ -155,6 +158,10 @@ def _single(base: Any, storage: Iterable[_Storage], now: _Change) -> Iterator[_C
         yield now._replace(
             texts=(f"target_modules={sorted(targets)}",), config=fewer, learner="fewer weights"
         )
+    if now.config.modules_to_save and now.config.task_type in _OF_LANGUAGE:
+        adapters = copy.deepcopy(now.config)
+        adapters.modules_to_save = None
+        yield now._replace(texts=("modules_to_save=None",), config=adapters, learner="fewer weights")
     for rank in dict.fromkeys((now.rank // 2, 1)):
         if 0 < rank < now.rank:
             yield now._replace(texts=(f"r={rank}",), rank=rank, learner="fewer weights")
@@ -242,6 +249,9 @@ def _same_result(estimate: MemoryEstimate) -> Iterator[_Storage]:
         yield _Storage("gradient_checkpointing=True", {"gradient_checkpointing": True}, "same batch")
     if asked.optimizer.startswith("adamw_torch"):
         yield _Storage('optimizer="adamw_8bit"', {"optimizer": "adamw_8bit"}, _ROUNDED)
+    if (evaluation := asked.evaluation) is not None and evaluation.batch_size > 1:
+        fewer = {"evaluation": replace(evaluation, batch_size=1)}
+        yield _Storage("evaluation=Evaluation(batch_size=1)", fewer, "same batch")
     packed = asked.quantization
     if packed is not None and packed.method != "int8" and not packed.double_quant:
         double = {"quantization": replace(packed, double_quant=True)}

@@ -21,6 +21,7 @@ from pytest_lora.facts.behaviour import (
     UpdateRankFacts,
     WeightDifference,
 )
+from pytest_lora.facts.model_parts import LateAdapter
 from pytest_lora.facts.saved_config import FieldChange, RankChange, ResumptionFacts
 from pytest_lora.facts.steps import UpdateFacts
 from pytest_lora.facts.sweep import Difference, LockedRankFacts, MeasuredRank, RankLockFacts
@@ -135,6 +136,44 @@ def test_weights_that_differ_between_ranks() -> None:
     (found,) = told("adapters_differ_between_ranks", SyncFacts(3, 20, eleven))
     assert found.observed.endswith("w9: ranks 1, 2 unlike rank 0, by up to 0.5; and 1 more")
     says("adapters_differ_between_ranks", SyncFacts(3, 20, ()))
+
+
+A = WeightDifference("q.lora_A.default.weight", (1,), "values", 0.1)
+B = replace(A, name="q.lora_B.default.weight")
+HEAD = replace(A, name="score.modules_to_save.default.weight")
+LATE = LateAdapter("FSDP", ("q.lora_A",))
+
+
+@pytest.mark.parametrize(
+    ("differing", "late", "words"),
+    [
+        ((A, B), (), "observed: the gradients are not averaged over the ranks: q"),
+        ((B,), (), "fix: wrap the whole model in DDP or FSDP after the adapter was made, call what wraps it"),
+        (
+            (A,),
+            (),
+            "observed: what starts at zero is the same everywhere, so the ranks began with other random",
+        ),
+        ((A, HEAD), (), "fix: call torch.manual_seed with one number on every rank"),
+        ((replace(A, name="e.lora_embedding_B.default"),), (), "observed: what starts at zero is the same"),
+        ((replace(A, name="e.lora_embedding_A.default"),), (), "observed: the gradients are not averaged"),
+        (
+            (A, replace(B, zero=(1, 2))),
+            (),
+            "observed: lora_B is zero on ranks 1, 2 and not on the others, so it",
+        ),
+        ((replace(B, zero=(0,)),), (), "fix: load the adapter on every rank, or broadcast it from rank 0"),
+        ((replace(A, zero=(1,)),), (), "fix: call torch.manual_seed"),
+        ((B, replace(A, kind="form")), (), "observed: q.lora_B"),
+        ((replace(B, zero=(1,)),), (LATE,), "observed: FSDP wrapped the model before the adapter was put in"),
+    ],
+)
+def test_which_weights_differ_tells_why(
+    differing: tuple[WeightDifference, ...], late: tuple[LateAdapter, ...], words: str
+) -> None:
+    (found,) = told("adapters_differ_between_ranks", SyncFacts(3, 20, differing, late))
+    field, _, begin = words.partition(": ")
+    assert getattr(found, field).startswith(begin)
 
 
 # ------------------------------------------------------------------ what a test pins down

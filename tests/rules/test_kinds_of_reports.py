@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,15 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from pytest_lora import Expect, Report, check_checkpoint, check_merge, check_model, check_training
+from pytest_lora import (
+    Expect,
+    Report,
+    check_checkpoint,
+    check_config,
+    check_merge,
+    check_model,
+    check_training,
+)
 from pytest_lora.bases import examples
 from pytest_lora.bases.examples.models import WIDTH, llama_config
 from pytest_lora.inspection.training import FirstSteps
@@ -199,3 +208,56 @@ def test_a_rate_that_moves_nothing_in_few_steps() -> None:
     assert not first_steps(linear(20), 20, 2e-4), "as advised"
     assert not first_steps(linear(20), 20, 2e-5), "a recipe for thousands of steps tried out"
     assert not first_steps(get_constant_schedule, 20_000, 1e-6), "so many steps get somewhere"
+
+
+# ------------------------------------------------------------------------------- two towers
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seeing, self.reading = (nn.ModuleDict({"q_proj": nn.Linear(8, 8)}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reading["q_proj"](self.seeing["q_proj"](x))
+
+
+def test_a_tower_that_only_the_saved_targets_reach(tmp_path: Path) -> None:
+    model = adapted(TwoTowers(), target_modules=r"reading\.q_proj", init_lora_weights=False)
+    model.save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    known = {
+        **json.loads(config.read_text()),
+        "base_model_name_or_path": "org/base",
+        "target_modules": ["q_proj"],
+    }
+    config.write_text(json.dumps(known))
+    (found,) = (f for f in check_checkpoint(tmp_path, TwoTowers()).findings if f.code == "LORA424")
+    pattern = found.fix.partition('"exclude_modules": ')[2].partition(" in adapter_config.json")[0]
+    config.write_text(json.dumps({**known, "exclude_modules": json.loads(pattern)}))
+    assert "LORA424" not in severities(check_checkpoint(tmp_path, TwoTowers()))
+
+
+# ------------------------------------------------------------------------------- tying
+
+
+@pytest.mark.parametrize(
+    ("fields", "tied", "told"),
+    [
+        ({"trainable_token_indices": {"embed_tokens": [1]}}, False, True),
+        ({"modules_to_save": ["embed_tokens"]}, False, True),
+        ({"target_modules": [*TARGETS, "embed_tokens"]}, False, True),
+        ({"trainable_token_indices": {"embed_tokens": [1], "lm_head": [1]}}, False, False),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, False, False),
+        ({"target_modules": [*TARGETS, "lm_head"]}, False, False),
+        ({}, False, False),
+        ({"trainable_token_indices": {"embed_tokens": [1]}}, True, False),
+        ({"trainable_token_indices": {"embed_tokens": [1]}, "ensure_weight_tying": False}, False, False),
+    ],
+)
+def test_tying_that_is_asked_of_an_untied_base(fields: dict[str, Any], tied: bool, told: bool) -> None:
+    config = LoraConfig(
+        **{"r": 8, "lora_alpha": 16, "target_modules": TARGETS, "ensure_weight_tying": True, **fields}
+    )
+    base = LlamaForCausalLM(llama_config(tie_word_embeddings=tied))
+    assert ("LORA134" in severities(check_config(config, base))) is told

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import BertConfig, GPT2Config, LlamaConfig, ViTConfig
 
 from pytest_lora import (
+    Evaluation,
     Finding,
     LoraHealthError,
     LoraHealthWarning,
@@ -187,6 +188,19 @@ def test_images_have_no_sequence_to_shorten() -> None:
     assert found.where.startswith("a step of ViTForImageClassification, batch 4, r=16, base in bfloat16, ")
     assert "batch_size=2 with accumulation=2" in rows(found)
     assert not any("seq_len" in row for row in rows(found))
+
+
+@pytest.mark.parametrize(("saved", "batch"), [(["embed_tokens", "lm_head"], 64), (None, 1)])
+def test_embeddings_can_be_left_frozen_and_an_evaluation_have_a_smaller_batch(
+    saved: list[str] | None, batch: int
+) -> None:
+    base = LlamaConfig(**{**SMALL, "num_hidden_layers": 1}, vocab_size=2000)
+    asked: Any = {"batch_size": 1, "seq_len": 8, "evaluation": Evaluation(batch_size=batch)}
+    config = adapter(modules_to_save=saved, target_modules=["q_proj"], r=1)
+    peak = estimate_memory(config, base, **asked).peak_allocated
+    changes = rows(check_memory(base, config, budget=peak - 2**10, **asked).findings[0])
+    assert ("modules_to_save=None" in changes) is bool(saved)
+    assert ("evaluation=Evaluation(batch_size=1)" in changes) is (batch > 1)
 
 
 def test_what_cannot_be_built_is_no_advice() -> None:

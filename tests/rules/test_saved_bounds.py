@@ -144,6 +144,20 @@ def test_pickles(facts: CheckpointFacts, words: list[str]) -> None:
     [
         (folder(weights=None), ["error: there is no adapter_model.safetensors beside adapter_config.json"]),
         (folder("x.safetensors", weights=None), ["error: if x.safetensors is the adapter, rename it"]),
+        (folder("x.gguf", weights=None), ["error: x.gguf is for llama.cpp, whose GGUF PEFT does not read"]),
+        (
+            folder("x.gguf", "y.safetensors", weights=None),
+            ["error: if y.safetensors is the adapter, rename it"],
+        ),
+        (
+            folder("pytorch_lora_weights.safetensors", weights=None),
+            ["error: load it with load_lora_weights of the"],
+        ),
+        (
+            folder("adapter_0.pt", weights=None),
+            ["error: if adapter_0.pt holds the adapter, load it and save"],
+        ),
+        (folder("optimizer.pt", "rng_state_0.pth", weights=None), ["error: copy the missing file"]),
         (folder("x.distcp", weights=None), ["error: x.distcp is of a distributed checkpoint"]),
         (folder("global_step10", weights=None), ["error: global_step10 is of a distributed checkpoint"]),
         (folder("pytorch_model_fsdp_0", weights=None), ["error: pytorch_model_fsdp_0 is of a distributed"]),
@@ -824,6 +838,7 @@ def test_of_two_modules_at_one_place_the_one_of_the_same_sizes_is_meant(
 
 HEAD = "lm_head.weight"
 LOST = f"{P}model.layers.1.q.lora_A.weight"
+TOWER = f"{P}model.tower.layers.0.q.lora_A.weight"
 
 
 @pytest.mark.parametrize(
@@ -835,6 +850,20 @@ LOST = f"{P}model.layers.1.q.lora_A.weight"
         ),
         (
             fitted(ONE, compared=True, missing=(LOST,)),
+            ["error: load it on the base that it was trained on, or save"],
+        ),
+        (
+            fitted(ONE, compared=True, missing=(TOWER,)),
+            [
+                'error: keep it out of reach: "exclude_modules": "model\\\\.tower\\\\..*" in adapter_config.json'
+            ],
+        ),
+        (
+            fitted(ONE, compared=True, missing=(TOWER, LOST)),
+            ["error: load it on the base that it was trained on, or save"],
+        ),
+        (
+            fitted(configured(ONE, exclude_modules="x"), compared=True, missing=(TOWER,)),
             ["error: load it on the base that it was trained on, or save"],
         ),
         (fitted(ONE, compared=True, missing=(f"{P}model.layers.1.q.weight",)), []),
@@ -965,6 +994,29 @@ PACKED = configured(replace(ONE, adapted=(module(Q, (4, 8), (8, 4)),)), target_p
 )  # fmt: skip
 def test_shapes_on_a_base(facts: CheckpointFacts, words: list[str]) -> None:
     says("shape_does_not_fit_the_base", facts, *words)
+
+
+OTHER_B = B.replace(Q, "model.layers.1.q")
+
+
+@pytest.mark.parametrize(
+    ("misfits", "part"),
+    [
+        ([(B, (4, 2), (8, 2))], "1/2"),
+        ([(A, (2, 2), (2, 8))], "1/4"),
+        ([(B, (4, 2), (8, 2)), (OTHER_B, (4, 2), (8, 2))], "1/2"),
+        ([(B, (4, 2), (8, 2)), (OTHER_B, (2, 2), (8, 2))], None),
+        ([(B, (4, 2), (8, 2)), (A, (2, 4), (2, 8))], None),
+        ([(B, (4, 1), (8, 2))], None),
+        ([(B, (3, 2), (8, 2))], None),
+        ([(B, (16, 2), (8, 2))], None),
+        ([(B, (4, 2, 1), (8, 2))], None),
+        ([("head.weight", (4, 2), (8, 2))], None),
+    ],
+)
+def test_slices_of_one_rank(misfits: list[Any], part: str | None) -> None:
+    (found,) = told("shape_does_not_fit_the_base", misfit(*misfits))
+    assert (f"has {part} of its size" in found.fix) if part else ("slice" not in found.fix)
 
 
 @pytest.mark.parametrize(

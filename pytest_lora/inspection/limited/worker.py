@@ -204,6 +204,14 @@ def unpickle(content: str) -> list[list[Any]]:
         raise pickle.UnpicklingError("it holds something else than named tensors, or too many")
     found: list[list[Any]] = []
     for name, value in state.items():
+        if (
+            type(name) is str
+            and isinstance(value, dict)
+            and any(type(part) is Tensor for part in value.values())
+        ):
+            raise pickle.UnpicklingError(
+                f"it is a whole state: the tensors lie one level deeper, in {name[:40]!r}"
+            )
         if type(name) is not str or type(value) is not Tensor or type(value[0]) is not Storage:
             raise pickle.UnpicklingError("it holds something else than named tensors")
         if len(name) > LONGEST:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
@@ -52,11 +54,38 @@ def layers_are_missing(facts: CheckpointFacts, expect: Expect) -> Iterator[Viola
                 observed=f"the file has no adapter keys for {len(lost)} of {total} adapted modules of "
                 f"{fit.base.architecture}; they are missing and would stay untrained",
                 expected="tensors for every module that the configuration adapts on this base",
-                fix=name_in_keys(facts)
-                or "load it on the base that it was trained on, or save the whole adapter again",
+                fix=name_in_keys(facts) or _narrower(facts, lost, held) or TRAINED_BASE,
             )
     elif facts.fit is None and facts.settings is not None and not facts.settings.layers_to_transform:
         yield from _gaps(held, facts.settings.target_modules)
+
+
+TRAINED_BASE = "load it on the base that it was trained on, or save the whole adapter again"
+
+
+def _narrower(facts: CheckpointFacts, lost: list[str], held: set[str]) -> str | None:
+    """What to write where all that is lost lies in a part of the base that the file knows nothing of."""
+    part = _own_part(lost, held)
+    if part is None or facts.settings is None or facts.settings.exclude_modules:
+        return None
+    pattern = json.dumps(rf"{re.escape(part)}\..*")
+    return (
+        f'if {part} was not adapted in training, keep it out of reach: "exclude_modules": {pattern} in '
+        f"adapter_config.json; else {TRAINED_BASE}"
+    )
+
+
+def _own_part(lost: list[str], held: set[str]) -> str | None:
+    """The first part of the base that holds all of the lost modules and none of the others, above any layer."""
+    parts: list[str] = []
+    for level in zip(*(name.split(".")[:-1] for name in lost), strict=False):
+        if len(set(level)) > 1 or level[0].isdigit():
+            return None
+        parts.append(level[0])
+        part = ".".join(parts)
+        if not any(name.startswith(f"{part}.") for name in held):
+            return part
+    return None
 
 
 def _gaps(held: set[str], targets: object) -> Iterator[Violation]:

@@ -67,7 +67,7 @@ def shape_does_not_fit_the_base(facts: CheckpointFacts, expect: Expect) -> Itera
             if is_head and first.found
             else _UNSWAP
             if packed and _swapped(facts, [misfit for _, misfit in found])
-            else "load it on the base that it was trained on",
+            else _trained_base(facts, [misfit for _, misfit in found] if is_lora else []),
         )
 
 
@@ -94,6 +94,34 @@ def _swapped(facts: CheckpointFacts, misfits: list[Misfit]) -> bool:
         side = 1 if key.part == "lora_A" else 0
         sizes.setdefault(key.module, set()).add((misfit.found[side], misfit.wanted[side]))
     return all(len(found) == 2 and {(b, a) for a, b in found} == found for found in sizes.values())
+
+
+def _trained_base(facts: CheckpointFacts, misfits: list[Misfit]) -> str:
+    parts = _parts(facts, misfits)
+    return "load it on the base that it was trained on" + (
+        f"; if this is that one, every tensor named has 1/{parts} of its size, as one rank's slice has under tensor "
+        "parallelism: gather the slices of all ranks before saving"
+        if parts
+        else ""
+    )
+
+
+def _parts(facts: CheckpointFacts, misfits: list[Misfit]) -> int | None:
+    """In how many equal parts one factor of each of these modules was cut along one side; None for anything else."""
+    quotients: set[float] = set()
+    modules: set[str] = set()
+    for misfit in misfits:
+        module = facts.keys[misfit.name].module
+        if module in modules or len(misfit.found) != len(misfit.wanted):
+            return None
+        modules.add(module)
+        sides = zip(misfit.found, misfit.wanted, strict=True)
+        cut = [wanted / found for found, wanted in sides if found != wanted]
+        if len(cut) != 1:
+            return None
+        quotients.update(cut)
+    whole = quotients.pop() if len(quotients) == 1 else 0.0
+    return int(whole) if whole >= 2 and whole.is_integer() else None
 
 
 def _shaped(shape: tuple[int, ...]) -> str:

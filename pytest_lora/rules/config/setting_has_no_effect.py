@@ -24,6 +24,8 @@ def setting_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Violat
     Looks for `eva_config`, `corda_config`, `lora_ga_config` and `loftq_config` without the `init_lora_weights` of
     that name, and for `use_qalora` on a base without GPTQ layers. A `loftq_config` that PEFT is given without
     `init_lora_weights="loftq"` is dropped by `LoraConfig` itself with a warning; nothing is left of it to see.
+    `ensure_weight_tying` is told where the base does not tie its head and the configuration trains the input
+    embedding alone.
 
     ## Why is this bad?
     PEFT goes on without the method that was asked for, at best with a warning among many.
@@ -62,3 +64,30 @@ def setting_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Violat
             expected="a GPTQ base under QALoRA",
             fix=advise("load the base quantized with GPTQ, or ", change("set", use_qalora=False)),
         )
+    yield from _tying_of_an_untied_base(facts)
+
+
+def _tying_of_an_untied_base(facts: ConfigFacts) -> Iterator[Violation]:
+    """A head may be meant alone; an embedding for which tying was asked is not."""
+    embedding, head = facts.base.input_embeddings, facts.base.output_embeddings
+    if not facts.settings.ensure_weight_tying or not embedding or not head:
+        return
+    if embedding in facts.base.tied_to(head) or _is_trained(facts, head) or not _is_trained(facts, embedding):
+        return
+    leaves = [side.rpartition(".")[2] for side in (embedding, head)]
+    yield Violation(
+        where="ensure_weight_tying",
+        observed=f"ensure_weight_tying=True, but ignored: this base does not tie {embedding} and {head}, and the "
+        f"configuration trains {embedding} alone",
+        expected=f"{head} to be named as well, if it is to train",
+        fix=advise(
+            f"name {leaves[1]!r} where {leaves[0]!r} is named, or, if that is meant alone, ",
+            change("set", ensure_weight_tying=False),
+        ),
+    )
+
+
+def _is_trained(facts: ConfigFacts, module: str) -> bool:
+    return (
+        facts.keeps(module) or module in (*facts.adapted, *facts.stored) or bool(facts.trained_rows(module))
+    )
