@@ -163,7 +163,7 @@ def _noise_limit(facts: HistoryFacts, curve: CurveFacts) -> float | None:
     least = facts.chance or math.log(_SMALLEST_VOCABULARY)
     most = facts.chance or math.log(_LARGEST_VOCABULARY)
     falls = curve.later_trend < _FALLS
-    if level > _OTHER_UNIT * most:
+    if max(level, curve.start.value) > _OTHER_UNIT * most:
         return None
     if level > most and not falls:
         return _LOUD_ABOVE_CHANCE
