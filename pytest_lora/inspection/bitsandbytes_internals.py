@@ -118,7 +118,7 @@ def quantization_statistics(parameter: torch.Tensor) -> list[torch.Tensor]:
     if state is None:
         rows = getattr(parameter, "SCB", None)
         return [] if rows is None else [rows]
-    nested = state.state2
+    nested = getattr(state, "state2", None)  # packing for the CPU, which evaluation does, takes it away
     found = [state.absmax, state.code, state.offset, *((nested.absmax, nested.code) if nested else ())]
     return [tensor for tensor in found if tensor is not None]
 

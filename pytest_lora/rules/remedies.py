@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.changes import Advice, Change, advise, change
+from pytest_lora.facts.base import TIED_BY_NAME
 from pytest_lora.facts.saved_tensors import Key
 from pytest_lora.facts.settings import is_named
 
@@ -50,13 +51,9 @@ def without(names: Iterable[str], *dropped: str) -> tuple[str, ...]:
     return tuple(name for name in names if name not in gone)
 
 
-_TIED_BY_NAME = ("embed_tokens", "lm_head")
-"""Names by which PEFT knows that ``ensure_weight_tying`` is meant (``peft.utils.constants.EMBEDDING_LAYER_NAMES``)."""
-
-
 def is_tied_by_peft(embedding: str | None) -> bool:
     """Whether ``ensure_weight_tying`` holds for an input embedding: PEFT saves what it ties under that one's name."""
-    return (embedding or "").rpartition(".")[2] in _TIED_BY_NAME
+    return (embedding or "").rpartition(".")[2] in TIED_BY_NAME
 
 
 def tied_as_one(facts: ConfigFacts, field: str, touched: Iterable[str]) -> Change | None:

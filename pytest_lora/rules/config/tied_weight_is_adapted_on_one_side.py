@@ -64,7 +64,7 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
         seen = f"{touched[0]} is {way}, but shares its weight with {', '.join(others)} (tied embeddings)"
         if ensured:
             seen += (
-                f", and ensure_weight_tying=True does not tie them: PEFT knows embed_tokens and lm_head alone"
+                ", and ensure_weight_tying=True does not tie them: PEFT knows embed_tokens and lm_head alone"
             )
         if not others:
             seen = f"{' and '.join(touched)} share one weight (tied embeddings), and each has an adapter of its own: "

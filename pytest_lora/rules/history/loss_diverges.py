@@ -61,8 +61,9 @@ def loss_diverges(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]:
     ## What it does
     Compares the level of the last losses with that of the first and with the lowest. It is divergence to end
     20 % above the start, or to give back half of the fall (a quarter: warning; 15 % where the last three
-    evaluation losses are 20 % above the best before), where the rise is 5 times what the noise of these levels explains, or a rank test shows it over the whole curve, or the first losses lie
-    below nearly all later ones. Where the evaluation losses rise with the training losses, 5 % are enough. Of less
+    evaluation losses are 20 % above the best before), where the rise is 5 times what the noise of these levels
+    explains, or a rank test shows it over the whole curve, or the first losses lie below nearly all later ones. Where
+    the evaluation losses rise with the training losses, 5 % are enough. Of less
     than 20 losses it is also divergence if the last three are at twice the first. A loss below 0.1 is no divergence,
     and one that swings down as well as up is left to LORA345. A loss that jumps from one step to the next after
     a third of the run, and falls steadily from there, may have met other data, and is not judged.

@@ -34,8 +34,8 @@ def overfits_the_training_set(facts: HistoryFacts, expect: Expect) -> Iterator[V
 
     ## What it does
     Looks for a best evaluation with two or more after it, the last two of them worse by 5 % (2 % where a rank test
-    shows that all of them climb, else info; with only three evaluations 20 %, and info), while the training loss fell by another 5 % since the best, or has
-    not risen and is below half of the evaluation loss, and made no jump that
+    shows that all of them climb, else info; with only three evaluations 20 %, and info), while the training loss fell
+    by another 5 % since the best, or has not risen and is below half of the evaluation loss, and made no jump that
     other data explain. `benchmarks/history_diagnosis.py` measures how often this errs.
 
     ## Why is this bad?
