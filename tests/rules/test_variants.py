@@ -436,6 +436,33 @@ def test_tied_targets_on_both_sides_are_told_apart_from_one_side() -> None:
     assert "share one weight" in found.observed
 
 
+class SharedBlocks(nn.Module):
+    """Two layers over one weight, as the shared blocks of Zamba are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_adapters_over_one_weight_are_told_where_they_will_be_merged() -> None:
+    config = LoraConfig(r=4, target_modules=["first", "second"], init_lora_weights=False)
+    merged = Expect(will_merge=True)
+    assert "LORA113" not in loud(check_config(config, SharedBlocks()))
+    assert "LORA113" in loud(check_config(config, SharedBlocks(), expect=merged))
+    model: Any = get_peft_model(SharedBlocks(), config)
+    assert "LORA113" not in loud(check_model(model))
+    x = torch.ones(2, 16)
+    wanted = model(x)
+    assert not torch.allclose(model.merge_and_unload()(x), wanted, atol=1e-3)
+    alone = LoraConfig(r=4, target_modules=["second"])
+    assert "LORA113" in loud(check_config(alone, SharedBlocks())), "one side alone"
+
+
 # ---------------------------------------------------------------------------------------------- other loaders and tools
 
 

@@ -6,6 +6,7 @@ from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.settings import is_named
+from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import is_tied_by_peft, tied_as_one, without
 
@@ -19,7 +20,8 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
     and output head), unless both sides are saved in full, or PEFT ties them under `ensure_weight_tying`. That it
     does for an embedding called `embed_tokens`; by another name (`wte`, `shared`) the sides are not tied, or no longer
     once the adapter is loaded. Modules of one kind
-    that all carry an adapter of their own (`layer_replication`) are fine. Rows (`trainable_token_indices`) of the
+    that all carry an adapter of their own (`layer_replication`, the shared blocks of Zamba) are fine until they are to
+    be merged (`Expect(will_merge=True)`). Rows (`trainable_token_indices`) of the
     head alone are a finding, those of the embedding are not, as PEFT trains them on both sides. Under
     `Expect(will_merge=True)`, LoRA targets are one with `ensure_weight_tying`, too.
 
@@ -54,6 +56,8 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
             yield from _not_tied_when_loaded(group, facts)
             continue
         if len(adapted) == len(group) and len({kinds.get(m) for m in group}) == 1:
+            if expect.will_merge:
+                yield _merged_into_one(group)
             continue
         saved = [] if facts.live else [m for m in group if m in facts.saved_modules]
         if not adapted and len(saved) in (0, len(group)):
@@ -77,6 +81,16 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
             else "one adapter for one weight",
             fix=_fix(touched, "target_modules" if adapted else "modules_to_save", facts),
         )
+
+
+def _merged_into_one(group: tuple[str, ...]) -> Violation:
+    return Violation(
+        where=grouped(group),
+        observed=f"these {len(group)} modules share one weight, and each has an adapter of its own: merging adds every "
+        "update to that weight",
+        expected="modules to be merged whose weight no other one shares",
+        fix="keep the adapter apart from the base, or adapt modules that share no weight",
+    )
 
 
 def _covers(group: tuple[str, ...], facts: ConfigFacts) -> bool:
