@@ -66,6 +66,8 @@ def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
         )
         return assembled(ADAPTER, settings, settings, facts, Survey(model, 0), (), wrapped)
     tried = copy.deepcopy(config)
+    if not isinstance(base, nn.Module):
+        without_values(tried)  # what a preparation leaves on layers, nothing but a model can have
     injected, error = dry_run(tried, skeleton(model))
     after = found if injected is None else survey(injected)
     layers = tuple(layer_facts(after.layers, ADAPTER))

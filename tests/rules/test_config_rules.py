@@ -287,6 +287,15 @@ def test_experts_that_are_parameters_take_plain_lora(field: dict[str, Any]) -> N
         assert not errors
 
 
+def test_corda_is_refused_on_a_model_that_lacks_its_preparation_alone() -> None:
+    """``preprocess_corda`` leaves its results on layers, which a ``config.json`` has not."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="corda")
+    base: Any = BASES["base"]()
+    assert [found.code for found in check_config(config, base).errors] == ["LORA124"]
+    base.config.architectures = [type(base).__name__]
+    assert not check_config(config, base.config).errors
+
+
 ENDLESS = "(?i)(a+)+_proj|" + "".join(f"[\u0100-\uffff{chr(0x4E00 + n)}]" for n in range(3900))
 
 
