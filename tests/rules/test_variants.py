@@ -323,6 +323,19 @@ def test_names_that_peft_takes_for_fused_experts_alone(targets: Any, left: int) 
     not FUSED_BY_PEFT, reason="this version of PEFT takes no names of modules for fused experts"
 )
 @pytest.mark.parametrize(
+    ("name", "severity"),
+    [("shared_experts.down_proj", "warning"), ("experts.down_proj", "info"), ("down_proj", "info")],
+)
+def test_a_name_of_shared_experts_that_peft_takes_for_the_routed_ones(name: str, severity: str) -> None:
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["o_proj", name], task_type="CAUSAL_LM")
+    found = [f for f in check_config(config, made("shared_experts")).findings if f.code == "LORA138"]
+    assert [f.severity for f in found] == [severity]
+
+
+@pytest.mark.skipif(
+    not FUSED_BY_PEFT, reason="this version of PEFT takes no names of modules for fused experts"
+)
+@pytest.mark.parametrize(
     ("fields", "told"),
     [
         ({"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"]}, True),
