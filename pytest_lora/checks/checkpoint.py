@@ -188,9 +188,10 @@ def check_resume(
     folder = folder_of(path)
     saved = checkpoint_facts(folder)
     asked = None if base is None else config_facts(config, base)
-    # What PEFT refuses has no layers to compare; then names are.
-    applied = asked and asked.applied
-    facts = resumption_facts(saved, config, asked.layers if asked and applied else None, applied)
+    if asked is None or asked.applied is None:  # what PEFT refuses has no layers to compare; then names are
+        facts = resumption_facts(saved, config, None)
+    else:
+        facts = resumption_facts(saved, config, asked.layers, asked.applied)
     usable = saved.other_method is not None and facts.unusable is None
     not_followed = ((f"{saved.other_method}", "its modules and shapes"),) if usable else ()
     return report_on(f"resuming from {saved.name}", [facts], expect, select, ignore, not_judged=not_followed)
