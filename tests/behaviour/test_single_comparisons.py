@@ -475,3 +475,14 @@ def test_the_share_of_an_update_that_a_merge_rounds_away() -> None:
     for weight, change in ((old.flatten(), update.flatten()), (old.to(torch.uint8), update), (old, update.T)):
         other = Merged(weight, change)
         assert _rounded_away({"q": other}, {"q.base_layer.weight": weight.clone()}) == (None, ())
+
+
+def test_a_model_with_two_texts_has_one_configuration() -> None:
+    """transformers refuses to choose between the parts of MusicGen."""
+
+    def refuse() -> None:
+        raise ValueError("Multiple valid text configs were found")
+
+    config = SimpleNamespace(get_text_config=refuse, pad_token_id=7)
+    root: Any = SimpleNamespace(config=config)
+    assert pad_token(root) == 7
