@@ -186,9 +186,12 @@ def check_resume(
     select, ignore = codes("select", select), codes("ignore", ignore)
     require_config(config)
     folder = folder_of(path)
-    layers = None if base is None else config_facts(config, base).layers
     saved = checkpoint_facts(folder)
-    facts = resumption_facts(saved, config, layers)
+    asked = None if base is None else config_facts(config, base)
+    if asked is None or asked.applied is None:  # what PEFT refuses has no layers to compare; then names are
+        facts = resumption_facts(saved, config, None)
+    else:
+        facts = resumption_facts(saved, config, asked.layers, asked.applied)
     usable = saved.other_method is not None and facts.unusable is None
     not_followed = ((f"{saved.other_method}", "its modules and shapes"),) if usable else ()
     return report_on(f"resuming from {saved.name}", [facts], expect, select, ignore, not_judged=not_followed)

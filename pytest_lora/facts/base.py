@@ -74,6 +74,12 @@ Source: ``PeftModelForSequenceClassification``, ``...TokenClassification`` and `
 these lists inside their constructors.
 """
 
+TIED_BY_NAME = ("embed_tokens", "lm_head")
+"""Names by which PEFT knows that ``ensure_weight_tying`` is meant.
+
+Source: ``peft.utils.constants.EMBEDDING_LAYER_NAMES``, which ``BaseTuner._check_tied_modules`` looks for.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class FusedParameter:

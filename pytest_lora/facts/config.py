@@ -165,6 +165,8 @@ class ConfigFacts:
         merge_refusal: What PEFT raises when these adapters are merged, or None.
         stored: Embeddings whose whole weights a saved adapter holds, whatever its configuration says.
         repairs: What its patterns would have to be.
+        applied: The fields as PEFT rewrites them for this base (names of experts, tied modules); None where it was not
+            asked, or refused.
     """
 
     adapter: str
@@ -180,6 +182,7 @@ class ConfigFacts:
     merge_refusal: Refusal | None = None
     stored: tuple[str, ...] = ()
     repairs: Repairs = Repairs()
+    applied: Settings | None = None
 
     def unmatched(self, field: str) -> Iterator[NameMatch]:
         """Names of one field that match nothing."""

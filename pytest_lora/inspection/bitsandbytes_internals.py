@@ -93,6 +93,32 @@ def unpack_linear_layers(model: nn.Module) -> None:
     vars(model)["is_loaded_in_4bit"] = False
 
 
+def was_packed_for_cpu(model: nn.Module) -> bool:
+    """Whether evaluation on a CPU has packed 4-bit weights anew, be it undone since."""
+    states = (getattr(p, "quant_state", None) for p in model.parameters())
+    return any(hasattr(state, "packing_format_for_cpu") for state in states)
+
+
+def unpack_for_cpu(model: nn.Module) -> None:
+    """Undo that packing, as ``Linear4bit`` does when it is saved; the scales stay rounded to bfloat16."""
+    if was_packed_for_cpu(model):
+        for layer in quantized_layers(model):
+            layer.state_dict()
+
+
+def pack_for_cpu(model: nn.Module) -> None:
+    """Pack 4-bit weights as an evaluation on this CPU does."""
+    import torch
+
+    for module in quantized_layers(model):
+        layer: Any = module
+        kept = dict(vars(layer))
+        vars(layer)[_REPACKS] = True
+        with torch.no_grad():
+            layer.eval()(torch.zeros(1, layer.in_features))
+        vars(layer).update(kept)
+
+
 def quantized_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of bitsandbytes in a model."""
     kinds = (_layers().Linear4bit, _layers().Linear8bitLt)
@@ -118,7 +144,7 @@ def quantization_statistics(parameter: torch.Tensor) -> list[torch.Tensor]:
     if state is None:
         rows = getattr(parameter, "SCB", None)
         return [] if rows is None else [rows]
-    nested = state.state2
+    nested = getattr(state, "state2", None)  # packing for the CPU, which evaluation does, takes it away
     found = [state.absmax, state.code, state.offset, *((nested.absmax, nested.code) if nested else ())]
     return [tensor for tensor in found if tensor is not None]
 

@@ -66,6 +66,8 @@ def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
         )
         return assembled(ADAPTER, settings, settings, facts, Survey(model, 0), (), wrapped)
     tried = copy.deepcopy(config)
+    if not isinstance(base, nn.Module):
+        without_values(tried)  # what a preparation leaves on layers, nothing but a model can have
     injected, error = dry_run(tried, skeleton(model))
     after = found if injected is None else survey(injected)
     layers = tuple(layer_facts(after.layers, ADAPTER))
@@ -73,8 +75,10 @@ def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     refusal = refused(error or refused_initialisation(config, ranked))
     if refusal is not None and injected is None:
         refusal = explained(refusal, config, found.modules, lambda other: dry_run(other, skeleton(model))[1])
-    made = assembled(ADAPTER, settings, Settings.of(tried), facts, after, layers, refusal)
-    return replace(made, merge_refusal=refused(refused_merge(config, ranked)))
+    applied = Settings.of(tried)
+    made = assembled(ADAPTER, settings, applied, facts, after, layers, refusal)
+    taken = None if injected is None else applied
+    return replace(made, merge_refusal=refused(refused_merge(config, ranked)), applied=taken)
 
 
 def _refused_beside(config: LoraConfig, found: Survey) -> Exception | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.facts.base import HEADS_BY_TASK_TYPE
+from pytest_lora.facts.base import HEADS_BY_TASK_TYPE, TIED_BY_NAME
 from pytest_lora.facts.saved_config import FieldChange, RankChange, ResumptionFacts
 from pytest_lora.facts.saved_tensors import target_of
 from pytest_lora.facts.settings import Settings, is_named
@@ -36,7 +36,10 @@ WRITTEN = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern",
 
 
 def resumption_facts(
-    facts: CheckpointFacts, config: LoraConfig, layers: Sequence[LayerFacts] | None
+    facts: CheckpointFacts,
+    config: LoraConfig,
+    layers: Sequence[LayerFacts] | None,
+    applied: Settings | None = None,
 ) -> ResumptionFacts:
     """Compare a saved adapter with a configuration.
 
@@ -44,11 +47,12 @@ def resumption_facts(
         facts: The saved adapter.
         config: The configuration; its ``base_model_name_or_path`` is compared where it is set.
         layers: What the configuration adapts on the base; None without one, where names are compared.
+        applied: The fields as PEFT rewrites them for that base.
 
     Raises:
         ValueError: A field of ``config`` cannot be used.
     """
-    saved, wanted = facts.settings, Settings.of(config)
+    saved, wanted = facts.settings, applied or Settings.of(config)
     if saved is not None and facts.variants and facts.is_readable:
         return ResumptionFacts(
             facts.name,
@@ -71,7 +75,7 @@ def resumption_facts(
     return ResumptionFacts(
         facts.name,
         facts.weights,
-        ranks=tuple(_ranks(facts, wanted)),
+        ranks=tuple(_ranks(facts, saved, wanted)),
         gone=tuple(gone),
         new=tuple(new),
         alpha=_alpha(facts, saved, wanted),
@@ -89,8 +93,15 @@ def _bases(facts: CheckpointFacts, config: LoraConfig) -> tuple[str, str] | None
 def _changes(names: Sequence[str], saved: Settings, wanted: Settings) -> Iterator[FieldChange]:
     for field in names:
         before, now = getattr(saved, field), getattr(wanted, field)
+        if field == "modules_to_save" and wanted.ensure_weight_tying:
+            before, now = _tied(before), _tied(now)
         if _differ(field, before, now):
             yield FieldChange(field, _said(now), _said(before))
+
+
+def _tied(names: Sequence[str]) -> tuple[str, ...]:
+    """Names with one for all embeddings: PEFT writes that to which it ties the others, under its whole name."""
+    return tuple({TIED_BY_NAME[0] if name.rpartition(".")[2] in TIED_BY_NAME else name for name in names})
 
 
 def _variants(before: Sequence[str], config: LoraConfig) -> Iterator[FieldChange]:
@@ -101,12 +112,13 @@ def _variants(before: Sequence[str], config: LoraConfig) -> Iterator[FieldChange
             yield FieldChange(field, *("..." if one else "None" for one in (has, had)))
 
 
-def _ranks(facts: CheckpointFacts, wanted: Settings) -> Iterator[RankChange]:
+def _ranks(facts: CheckpointFacts, saved: Settings, wanted: Settings) -> Iterator[RankChange]:
     differing: dict[tuple[int, int], list[str]] = {}
     for module in facts.adapted:
         now = wanted.rank_of(module.name)
         # Factors of a fused parameter stack the ranks of its experts.
-        if module.rank and module.rank != now and not (wanted.target_parameters and module.rank % now == 0):
+        parameters = wanted.target_parameters or saved.target_parameters
+        if module.rank and module.rank != now and not (parameters and module.rank % now == 0):
             differing.setdefault((now, module.rank), []).append(module.name)
     for (now, before), names in differing.items():
         yield RankChange(now, before, tuple(names))
@@ -116,6 +128,8 @@ def _targets(
     facts: CheckpointFacts, saved: Settings, wanted: Settings, layers: Sequence[LayerFacts] | None
 ) -> tuple[list[str], list[str]]:
     """What the checkpoint holds and the configuration does not adapt, and the other way round."""
+    if layers is None and _renames_experts(saved, wanted):
+        return [], []  # which parameters these names are, only a base can say
     if wanted.target_parameters or saved.target_parameters:
         now, before = wanted.target_parameters, saved.target_parameters
         return [n for n in before if n not in now], [n for n in now if n not in before]
@@ -129,6 +143,14 @@ def _targets(
     gone = [m for m in held if not wanted.targets(m) or wanted.excludes(m)]
     names = wanted.target_modules if isinstance(wanted.target_modules, tuple) else ()
     return gone, [n for n in names if not any(is_named(m, n) for m in held)]
+
+
+def _renames_experts(saved: Settings, wanted: Settings) -> bool:
+    """Whether PEFT may have made parameters of target modules, as it does where newer transformers fuses experts."""
+    if wanted.target_parameters or not saved.target_parameters:
+        return False
+    now, before = wanted.target_modules, saved.target_modules
+    return not isinstance(now, tuple) or not isinstance(before, tuple) or bool(set(now) - set(before))
 
 
 def _alpha(facts: CheckpointFacts, saved: Settings, wanted: Settings) -> tuple[str, float, float] | None:

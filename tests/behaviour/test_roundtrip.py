@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -27,11 +28,13 @@ from pytest_lora import (
     assert_merge_exact,
     assert_reload_exact,
     check_merge,
+    check_model,
     check_reload,
 )
 from pytest_lora.bases.examples.models import BASES
 from pytest_lora.inspection import behaviour
 from pytest_lora.inspection.behaviour import merge, reload
+from pytest_lora.inspection.bitsandbytes_internals import quantization_statistics
 from pytest_lora.inspection.peft_internals import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper
 
 BATCH = {"input_ids": torch.arange(3, 35).view(2, 16)}
@@ -301,6 +304,38 @@ def test_an_update_below_the_grid_of_a_quantized_base_is_lost() -> None:
         if "lora_B" in name:
             parameter.data *= 1e-3
     assert codes(check_merge(model, BATCH)) == {"LORA916": "warning"}
+
+
+def _packs_for_this_cpu() -> bool:
+    layer = next(m for m in base("base_4bit").modules() if type(m).__name__ == "Linear4bit")
+    return bool(getattr(layer, "support_avx512bf16_for_cpu", False))
+
+
+def test_a_base_that_an_evaluation_packed_is_compared_as_it_is() -> None:
+    """bitsandbytes packs 4-bit weights anew on CPUs with AVX512-BF16, rounds their scales, and undoes it at saving."""
+    if not _packs_for_this_cpu():
+        pytest.skip("this CPU has no AVX512-BF16, or bitsandbytes packs nothing for it")
+    model = adapted("base_4bit").eval()
+    with torch.no_grad():
+        model(**BATCH)
+    weights = [m.weight for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    assert all(weight.quant_state.packing_format_for_cpu for weight in weights)
+    assert not check_model(model).errors
+    assert not check_reload(model, BATCH).findings
+    for given in (lambda: base("base_4bit"), base("base_4bit")):
+        assert not check_reload(model, BATCH, base=given).findings
+        model.state_dict()
+    assert not any(weight.quant_state.packing_format_for_cpu for weight in weights)
+
+
+def test_statistics_of_a_weight_that_was_packed_for_the_cpu() -> None:
+    """Packing takes the attribute ``state2`` away."""
+    one = torch.ones(1)
+    state = SimpleNamespace(absmax=one, code=one, offset=one)
+    packed: Any = SimpleNamespace(quant_state=state)
+    assert len(quantization_statistics(packed)) == 3
+    state.state2 = SimpleNamespace(absmax=one, code=one)
+    assert len(quantization_statistics(packed)) == 5
 
 
 def test_a_refused_merge_is_named() -> None:

@@ -494,3 +494,14 @@ def test_tensors_that_modules_remember_are_no_obstacle_to_a_copy_wherever_they_a
     assert model.training
     with pytest.raises(ValueError, match="model is on the meta device and has no values"):
         copy_of("model", nn.Linear(1, 1, device="meta"))
+
+
+def test_a_model_with_two_texts_has_one_configuration() -> None:
+    """transformers refuses to choose between the parts of MusicGen."""
+
+    def refuse() -> None:
+        raise ValueError("Multiple valid text configs were found")
+
+    config = SimpleNamespace(get_text_config=refuse, pad_token_id=7)
+    root: Any = SimpleNamespace(config=config)
+    assert pad_token(root) == 7

@@ -137,3 +137,34 @@ def test_what_nothing_can_go_on_from() -> None:
     fault = FileFault("adapter_model.safetensors", "format", "it is cut off")
     assert told(replace(of(), faults=(fault,))) == {"unusable": "adapter_model.safetensors: it is cut off"}
     assert told(replace(of(), faults=(replace(fault, file="other"),))) == {}
+
+
+def test_experts_that_peft_made_parameters_of_are_no_other_targets() -> None:
+    """Newer transformers fuses experts; PEFT saves parameters where target modules were written, at stacked ranks."""
+    parameters = {"target_modules": ["q"], "target_parameters": ["down_proj", "gate_up_proj"]}
+    facts = of(("a.q",), **parameters)
+    written = ["q", "gate_proj", "up_proj", "down_proj"]
+    assert not told(facts, target_modules=written)
+    assert told(facts, target_modules=["q"]), "here they are left out"
+
+
+@pytest.mark.skipif(
+    "ensure_weight_tying" not in LoraConfig.__dataclass_fields__,
+    reason="this version of PEFT ties no adapters",
+)
+def test_modules_that_peft_ties_are_the_same_by_either_name() -> None:
+    tied = {"modules_to_save": ["embed_tokens", "model.embed_tokens"], "ensure_weight_tying": True}
+    facts = of(**tied)
+    for names in (["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]):
+        assert not told(facts, modules_to_save=names, ensure_weight_tying=True)
+    assert told(facts, modules_to_save=["lm_head", "norm"], ensure_weight_tying=True)
+    assert told(facts, modules_to_save=["lm_head"]), "one side alone"
+
+
+def test_what_peft_makes_of_a_configuration_is_compared() -> None:
+    """Ranks, targets and alphas as PEFT rewrites them on the base."""
+    facts = of(rank_pattern={"b": 2}, alpha_pattern={"b": 4}, target_parameters=["down_proj"])
+    applied = facts.settings
+    assert applied is not None
+    found = resumption_facts(facts, LoraConfig(r=2, lora_alpha=4, target_modules=["q", "w2"]), None, applied)
+    assert (found.ranks, found.gone, found.new, found.alpha, found.fields) == ((), (), (), None, ())

@@ -117,6 +117,29 @@ def test_a_quantized_base_and_a_config_file_serve_as_bases(names: Namespace, tmp
     assert loud(check_checkpoint(path, base.config)) == []
 
 
+def with_quantized_head() -> Any:
+    model: Any = quantized(BASES["base"]())
+    held = nn.Sequential(model.lm_head)
+    model.lm_head = quantized(held)[0]
+    return model
+
+
+def test_a_quantized_head_that_is_adapted_fits_its_base_and_no_other(tmp_path: Path) -> None:
+    """PEFT writes the packed weight of an adapted head beside the adapter; its bytes are no rows."""
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    model = get_peft_model(with_quantized_head(), config)
+    model.peft_config["default"].base_model_name_or_path = "some/base"
+    model.save_pretrained(tmp_path)
+    assert "lm_head.base_layer.weight.absmax" in str(load_file(tmp_path / "adapter_model.safetensors").keys())
+    PeftModel.from_pretrained(with_quantized_head(), tmp_path)
+    assert loud(check_checkpoint(tmp_path, with_quantized_head())) == []
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(BASES["base"](), tmp_path)
+    assert loud(check_checkpoint(tmp_path, BASES["base"]())) == ["LORA425"]
+
+
 def test_what_a_trainer_leaves_beside_the_adapter_is_mentioned_only(names: Namespace) -> None:
     path = names.adapter()
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):

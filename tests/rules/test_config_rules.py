@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from pytest_lora import Expect, Finding, check_config
 from pytest_lora.bases.examples.models import BASES, VOCABULARY
@@ -241,6 +245,81 @@ def test_adapters_that_are_tied_are_told_where_they_will_be_merged() -> None:
         not torch.allclose(before, after, atol=1e-3)
     )
     assert not findings("tied_base", merged, trainable_token_indices=[126, 127])
+
+
+@takes_rows_of_a_head
+@pytest.mark.parametrize("field", ["modules_to_save", "target_modules"])
+@pytest.mark.parametrize("name", ["wte", "lm_head"])
+def test_tying_that_peft_does_not_do_or_loses_at_loading_is_told(
+    field: str, name: str, tmp_path: Path
+) -> None:
+    """PEFT knows an embedding by the name of embed_tokens or lm_head, and saves what it ties under the embedding's."""
+    fields: dict[str, Any] = {
+        "target_modules": ["c_attn"],
+        "fan_in_fan_out": True,
+        "ensure_weight_tying": True,
+    }
+    fields[field] = [*fields.get(field, ()), name]
+    found = findings("gpt2_base", **fields)["LORA113"]
+    assert "ensure_weight_tying=True" in found.observed
+    assert all("ensure_weight_tying" not in change.settings for change in found.changes)
+    model: Any = get_peft_model(BASES["gpt2_base"](), LoraConfig(**copy.deepcopy(fields)))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(BASES["gpt2_base"](), tmp_path)
+    head = again.base_model.model.lm_head
+    assert type(head) is nn.Linear, (
+        "the head is plain after loading" if name == "lm_head" else "it always was"
+    )
+
+
+@takes_rows_of_a_head
+def test_a_head_by_a_name_unknown_to_peft_is_tied_through_its_embedding() -> None:
+    """Whisper's head is proj_out, its embedding embed_tokens."""
+    base = transformers.WhisperConfig(
+        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        pad_token_id=0, architectures=["WhisperForConditionalGeneration"],
+    )  # fmt: skip
+    fields: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["proj_out"]}
+    for tied in (False, True):
+        (found,) = check_config(LoraConfig(**fields, ensure_weight_tying=tied), base).errors
+        assert found.code == "LORA113"
+        for change in found.changes:
+            assert not check_config(
+                LoraConfig(**{**fields, **copy.deepcopy(dict(change.settings))}), base
+            ).errors
+
+
+@pytest.mark.parametrize("field", [{"lora_dropout": 0.05}, {"use_dora": True}, {"lora_bias": True}], ids=str)
+def test_experts_that_are_parameters_take_plain_lora(field: dict[str, Any]) -> None:
+    """Newer PEFT makes parameters of "all-linear", so that the refused field is all there is to change."""
+    base = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, architectures=["MixtralForCausalLM"],
+    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
+    errors = check_config(LoraConfig(**fields, **field), base).errors
+    if "ParamWrapper" in str(errors):
+        (found,) = errors
+        (change,) = found.changes
+        assert set(change.settings) == set(field)
+        assert not check_config(LoraConfig(**{**fields, **field, **change.settings}), base).errors
+    else:
+        assert not errors
+
+
+def test_corda_is_refused_on_a_model_that_lacks_its_preparation_alone() -> None:
+    """``preprocess_corda`` leaves its results on layers, which a ``config.json`` has not."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="corda")
+    base: Any = BASES["base"]()
+    assert [found.code for found in check_config(config, base).errors] == ["LORA124"]
+    base.config.architectures = [type(base).__name__]
+    assert not check_config(config, base.config).errors
 
 
 ENDLESS = "(?i)(a+)+_proj|" + "".join(f"[\u0100-\uffff{chr(0x4E00 + n)}]" for n in range(3900))

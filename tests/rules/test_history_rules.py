@@ -52,6 +52,32 @@ FALL = [4.0 * 0.97**i + 0.5 for i in range(80)]
 # ------------------------------------------------------------------ each rule, where it speaks and where not
 
 
+def test_a_small_part_of_the_fall_is_lost_where_evaluations_say_so() -> None:
+    """A rate that grew too large: 19 % of the fall is given back, and the held-out records get as much worse."""
+    curve = noisy([1.2 + 2.3 * 0.95**i for i in range(130)] + [1.65] * 60, 0.03)
+    evals = [3.4, 2.6, 1.6, 1.3, 1.24, 1.2, 1.2, 1.8, 1.77, 1.62]
+    assert codes(diagnose_history(curve, evals)) == {"LORA342": "warning"}
+    assert not codes(diagnose_history(curve))
+    assert not codes(diagnose_history(curve, [*evals[:7], 1.3, 1.3, 1.8])), "one evaluation of hard records"
+
+
+def test_evaluations_that_climb_one_by_one_are_overfitting_however_slowly() -> None:
+    climbing = [4.5, 3.6, 3.3, 3.1, 3.0, 3.02, 3.03, 3.04, 3.06, 3.07, 3.08, 3.09, 3.1]
+    assert codes(diagnose_history(noisy(FALL, 0.05), climbing)) == {"LORA346": "warning"}
+    wandering = [4.5, 3.6, 3.3, 3.1, 3.0, 3.08, 3.07, 3.08, 3.07, 3.08, 3.07, 3.08, 3.07]
+    assert codes(diagnose_history(noisy(FALL, 0.05), wandering)) == {"LORA346": "info"}
+
+
+def test_noise_of_a_loss_in_another_unit_is_not_judged() -> None:
+    """A squared error begins far above any guess of a token, and its batches differ more than those of texts."""
+
+    def said(start: float) -> str:
+        return str(diagnose_history([start, start, start, *(abs(n) for n in noisy([28.0] * 197, 0.4))]))
+
+    assert "scatters" in said(30.0)
+    assert "scatters" not in said(600.0)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_not_finite(value: float) -> None:
     report = diagnose_history([2.0, 1.9, value], steps_per_loss=10)

@@ -323,6 +323,19 @@ def test_names_that_peft_takes_for_fused_experts_alone(targets: Any, left: int) 
     not FUSED_BY_PEFT, reason="this version of PEFT takes no names of modules for fused experts"
 )
 @pytest.mark.parametrize(
+    ("name", "severity"),
+    [("shared_experts.down_proj", "warning"), ("experts.down_proj", "info"), ("down_proj", "info")],
+)
+def test_a_name_of_shared_experts_that_peft_takes_for_the_routed_ones(name: str, severity: str) -> None:
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["o_proj", name], task_type="CAUSAL_LM")
+    found = [f for f in check_config(config, made("shared_experts")).findings if f.code == "LORA138"]
+    assert [f.severity for f in found] == [severity]
+
+
+@pytest.mark.skipif(
+    not FUSED_BY_PEFT, reason="this version of PEFT takes no names of modules for fused experts"
+)
+@pytest.mark.parametrize(
     ("fields", "told"),
     [
         ({"target_modules": ["o_proj", "gate_proj", "up_proj", "down_proj"]}, True),
@@ -434,6 +447,33 @@ def test_tied_targets_on_both_sides_are_told_apart_from_one_side() -> None:
     (found,) = check_config(LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"]), base).errors
     assert found.code == "LORA113"
     assert "share one weight" in found.observed
+
+
+class SharedBlocks(nn.Module):
+    """Two layers over one weight, as the shared blocks of Zamba are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_adapters_over_one_weight_are_told_where_they_will_be_merged() -> None:
+    config = LoraConfig(r=4, target_modules=["first", "second"], init_lora_weights=False)
+    merged = Expect(will_merge=True)
+    assert "LORA113" not in loud(check_config(config, SharedBlocks()))
+    assert "LORA113" in loud(check_config(config, SharedBlocks(), expect=merged))
+    model: Any = get_peft_model(SharedBlocks(), config)
+    assert "LORA113" not in loud(check_model(model))
+    x = torch.ones(2, 16)
+    wanted = model(x)
+    assert not torch.allclose(model.merge_and_unload()(x), wanted, atol=1e-3)
+    alone = LoraConfig(r=4, target_modules=["second"])
+    assert "LORA113" in loud(check_config(alone, SharedBlocks())), "one side alone"
 
 
 # ---------------------------------------------------------------------------------------------- other loaders and tools

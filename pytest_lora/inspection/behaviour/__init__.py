@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pytest_lora.inspection.bitsandbytes_internals import keep_packing
+from pytest_lora.inspection.bitsandbytes_internals import keep_packing, unpack_for_cpu
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import (
     WRAPPERS,
@@ -104,6 +104,7 @@ def quiet_eval(argument: str, model: nn.Module) -> nn.Module:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{argument} is on the meta device and has no values; load its weights first")
+    unpack_for_cpu(model)
     keep_packing(model)
     for module in model.modules():
         for parameter in module._parameters.values():

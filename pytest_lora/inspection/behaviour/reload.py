@@ -26,6 +26,7 @@ from pytest_lora.inspection.behaviour import (
     quiet_eval,
     watched_output,
 )
+from pytest_lora.inspection.bitsandbytes_internals import pack_for_cpu, was_packed_for_cpu
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import (
     WRAPPERS,
@@ -63,7 +64,10 @@ def reload_facts(model: nn.Module, batch: Any, *, base: Base | None = None) -> R
         adapted = adapted_copy(model)
         trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
         expected, moving = watched_output(adapted, batch)
-        fresh = _given_base(base) if base is not None else base_without_adapter(adapted, forget_trained=True)
+        if base is None:
+            fresh = base_without_adapter(adapted, forget_trained=True)
+        else:
+            fresh = _given_base(base, packed=was_packed_for_cpu(model))
         try:
             reloaded = _reloaded(adapted, fresh)
         except _LoadingError as error:
@@ -93,7 +97,8 @@ def _require_base(model: nn.Module, base: Base | None) -> None:
         )
 
 
-def _given_base(base: Base) -> nn.Module:
+def _given_base(base: Base, packed: bool) -> nn.Module:
+    """The base in evaluation mode; ``packed`` where the weights under the adapter were packed for the CPU."""
     if isinstance(base, nn.Module):
         made: Any = base
     else:
@@ -105,7 +110,10 @@ def _given_base(base: Base) -> nn.Module:
         raise TypeError(f"base must be a model or a function that makes one, not {type(made).__name__}")
     if any(isinstance(m, BaseTunerLayer) for m in made.modules()):
         raise ValueError("base must be a model without adapters")
-    return copy_of("base", made) if made is base else quiet_eval("base", made)
+    own = copy_of("base", made) if made is base else made
+    if packed:
+        pack_for_cpu(own)
+    return quiet_eval("base", own)
 
 
 class _LoadingError(Exception):

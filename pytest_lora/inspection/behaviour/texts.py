@@ -136,7 +136,10 @@ def pad_token(root: nn.Module) -> int | None:
 
 
 def text_config(root: nn.Module) -> Any:
-    """The configuration of the part that reads text."""
+    """The configuration of the part that reads text; the whole one where several parts do (MusicGen)."""
     config: Any = getattr(root, "config", None)
     get = getattr(config, "get_text_config", None)
-    return get() if get else config
+    try:
+        return get() if get else config
+    except ValueError:
+        return config

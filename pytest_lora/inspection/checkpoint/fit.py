@@ -146,6 +146,9 @@ def _compared(plain: Fit, injected: nn.Module, tensors: tuple[TensorFacts, ...],
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wanted = {name: tuple(t.shape) for name, t in saved_state(injected, ADAPTER).items()}
+    packed = _of_quantized_modules(plain.base, tensors, keys)
+    tensors = tuple(t for t in tensors if t.name not in packed)
+    wanted = {name: shape for name, shape in wanted.items() if name not in packed}
     held = {keys[t.name].peft_name: t for t in tensors}
     misfits = tuple(
         Misfit(held[name].name, held[name].shape, shape)
@@ -177,6 +180,24 @@ def _compared(plain: Fit, injected: nn.Module, tensors: tuple[TensorFacts, ...],
         drops_named=any(keys[t.name].adapter == ADAPTER for t in tensors)
         and _loads(injected, tuple(t._replace(name=keys[t.name].peft_name) for t in tensors)),
     )
+
+
+def _of_quantized_modules(
+    base: BaseFacts, tensors: tuple[TensorFacts, ...], keys: dict[str, Key]
+) -> frozenset[str]:
+    """Weights of an adapted embedding that were saved as they are packed, and their statistics.
+
+    PEFT writes the weight of an adapted head beside the adapter. Over the packed weight of this base it loads it as it
+    is, and has no use for the statistics, which are those of the base.
+    """
+    quantized = {module.name for module in base.modules if module.quantization}
+    marked = [t.name.partition(mark)[0] for t in tensors for mark in _STATISTICS if mark in t.name]
+    modules = {n for n in marked if Key.of(f"{n}.weight").module.removesuffix(".base_layer") in quantized}
+    return frozenset(t.name for t in tensors if any(t.name.startswith(f"{module}.") for module in modules))
+
+
+_STATISTICS = (".weight.quant_state", ".SCB")
+"""What bitsandbytes writes beside a weight in 4 and in 8 bits."""
 
 
 def _wrapper(wanted: frozenset[str], unused: tuple[str, ...]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from pytest_lora.changes import advise, change
 from pytest_lora.expect import Expect
+from pytest_lora.facts.base import FusedParameter
 from pytest_lora.facts.config import ConfigFacts, LayerFacts
 from pytest_lora.facts.settings import is_named
 from pytest_lora.findings import grouped
@@ -19,7 +20,9 @@ def fused_targets_leave_modules_out(facts: ConfigFacts, expect: Expect) -> Itera
     ## What it does
     Where PEFT has made `target_parameters` of names in `target_modules` (`gate_proj`, `up_proj`, `down_proj`, which
     transformers 5 stores as fused parameters of the routed experts): looks for linear modules with these names that
-    carry no adapter, in shared experts and in dense layers.
+    carry no adapter, in shared experts and in dense layers. That is an info; where a name says more
+    (`shared_experts.down_proj`) and the fused experts do not carry it, PEFT has adapted other weights than those
+    named: a warning.
 
     ## Why is this bad?
     PEFT moves the names from one list to the other, so that they mean the routed experts and nothing else. With
@@ -70,6 +73,21 @@ def fused_targets_leave_modules_out(facts: ConfigFacts, expect: Expect) -> Itera
         "carry no adapter",
         expected="nothing, if the routed experts alone were meant",
         fix=advise("to adapt these modules too, ", change("set", **fields)),
+        severity="warning" if _means_others(left, fused, facts) else None,
+    )
+
+
+def _means_others(left: list[str], fused: list[FusedParameter], facts: ConfigFacts) -> bool:
+    """Whether a name was written in more than its last part, and means modules that got no adapter alone."""
+    names = facts.settings.target_modules
+    return isinstance(names, tuple) and any(
+        "." in name
+        and any(is_named(module, name) for module in left)
+        and not any(
+            is_named(parameter.name.rpartition(".")[0] + "." + name.rpartition(".")[2], name)
+            for parameter in fused
+        )
+        for name in names
     )
 
 

@@ -108,6 +108,9 @@ _FIXES: tuple[tuple[str, Advice], ...] = (
 )
 """Words of PEFT's messages, and what to write."""
 
+_PLAIN = {"lora_dropout": 0.0, "fan_in_fan_out": False, "lora_bias": False, "use_dora": False}
+"""Fields that PEFT refuses on a parameter (``lora.ParamWrapper``), and their values in plain LoRA."""
+
 
 @rule("LORA124", severity="error", needs=ConfigFacts, on_saved="with_base")
 def peft_refuses_the_config(facts: ConfigFacts, expect: Expect) -> Iterator[Violation]:
@@ -200,12 +203,19 @@ def _fix(facts: ConfigFacts, message: str) -> Advice:
     if "trainable_token_indices cannot" in message:
         no_rows = change("set", trainable_token_indices=None)
         return advise("adapt the embedding in one way: ", no_rows, _without_embedding(facts))
+    if "ParamWrapper" in message and (refused := _refused_on_parameters(message)):
+        return advise("fused experts take plain LoRA alone: ", refused)
     rows = settings.trainable_token_indices
     if unknown := next((name for name, _ in rows if name and not _is_there(name, facts)), None):
         return advise(
             "name the embedding as this base does: ", _renamed(unknown, facts), f", not {unknown!r}"
         )
     return next((fix for words, fix in _FIXES if words in message), _named_in(message))
+
+
+def _refused_on_parameters(message: str) -> Change | None:
+    fields: dict[str, object] = {field: plain for field, plain in _PLAIN.items() if field in message}
+    return change("set", **fields) if fields else None
 
 
 def _named_in(message: str) -> Advice:

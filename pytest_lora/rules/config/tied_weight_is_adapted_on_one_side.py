@@ -6,8 +6,9 @@ from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.settings import is_named
+from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import without
+from pytest_lora.rules.remedies import is_tied_by_peft, tied_as_one, without
 
 
 @rule("LORA113", severity="error", needs=ConfigFacts, on_saved="merged")
@@ -16,11 +17,14 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
 
     ## What it does
     Looks for LoRA targets and `modules_to_save` among modules that share their weight (input embedding
-    and output head), unless `ensure_weight_tying` is set or both sides are saved in full. Modules of one kind
-    that all carry an adapter of their own (`layer_replication`) are fine. Rows (`trainable_token_indices`) of the
-    head alone are a finding, and so are other rows of the head than of the embedding. The same rows of both are none,
-    nor are those of the embedding alone, as PEFT trains them on both sides. Under `Expect(will_merge=True)`, LoRA
-    targets are one with `ensure_weight_tying`, too.
+    and output head), unless both sides are saved in full, or PEFT ties them under `ensure_weight_tying`. That it
+    does for an embedding called `embed_tokens`; by another name (`wte`, `shared`) the sides are not tied, or no
+    longer once the adapter is loaded. Modules of one kind that all carry an adapter of their own
+    (`layer_replication`, the shared blocks of Zamba) are fine until they are to be merged
+    (`Expect(will_merge=True)`). Rows (`trainable_token_indices`) of the head alone are a finding, and so are other
+    rows of the head than of the embedding. The same rows of both are none, nor are those of the embedding alone, as
+    PEFT trains them on both sides. Under `Expect(will_merge=True)`, LoRA targets are one with
+    `ensure_weight_tying`, too.
 
     ## Why is this bad?
     The two sides come apart: one uses the adapter, the other does not. Merging writes the update into
@@ -44,14 +48,18 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
     - https://github.com/huggingface/peft/pull/2870
     """
     yield from _rows_of_one_side(facts)
-    if facts.settings.ensure_weight_tying:
-        if expect.will_merge:
-            yield from _merged_twice(facts)
-        return
+    ensured = facts.settings.ensure_weight_tying
+    if ensured and expect.will_merge:
+        yield from _merged_twice(facts)
     kinds = {module.name: module.kind for module in facts.base.modules}
     for group in facts.base.tied:
         adapted = [m for m in group if m in facts.adapted]
+        if ensured and facts.base.input_embeddings in group and _covers(group, facts):
+            yield from _not_tied_when_loaded(group, facts)
+            continue
         if len(adapted) == len(group) and len({kinds.get(m) for m in group}) == 1:
+            if expect.will_merge:
+                yield _merged_into_one(group)
             continue
         saved = [] if facts.live else [m for m in group if m in facts.saved_modules]
         if not adapted and len(saved) in (0, len(group)):
@@ -60,6 +68,10 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
         others = [m for m in group if m not in touched]
         way = "a LoRA target" if adapted else "in modules_to_save"
         seen = f"{touched[0]} is {way}, but shares its weight with {', '.join(others)} (tied embeddings)"
+        if ensured:
+            seen += (
+                ", and ensure_weight_tying=True does not tie them: PEFT knows embed_tokens and lm_head alone"
+            )
         if not others:
             seen = f"{' and '.join(touched)} share one weight (tied embeddings), and each has an adapter of its own: "
             seen += "merging writes every update into all of them"
@@ -69,12 +81,42 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
             expected="tied modules to be adapted together or not at all"
             if others
             else "one adapter for one weight",
-            fix=advise(
-                change("set", ensure_weight_tying=True),
-                " (newer PEFT), or ",
-                _without(touched, bool(adapted), facts),
-            ),
+            fix=_fix(touched, "target_modules" if adapted else "modules_to_save", facts),
         )
+
+
+def _merged_into_one(group: tuple[str, ...]) -> Violation:
+    return Violation(
+        where=grouped(group),
+        observed=f"these {len(group)} modules share one weight, and each has an adapter of its own: merging adds every "
+        "update to that weight",
+        expected="modules to be merged whose weight no other one shares",
+        fix="keep the adapter apart from the base, or adapt modules that share no weight",
+    )
+
+
+def _covers(group: tuple[str, ...], facts: ConfigFacts) -> bool:
+    return all(m in facts.adapted for m in group) or all(m in facts.saved_modules for m in group)
+
+
+def _not_tied_when_loaded(group: tuple[str, ...], facts: ConfigFacts) -> Iterator[Violation]:
+    """PEFT ties by the name of either side, but writes the name of the embedding alone into the saved configuration."""
+    embedding = facts.base.input_embeddings or ""
+    if is_tied_by_peft(embedding):
+        return
+    yield Violation(
+        where=", ".join(group),
+        observed=f"ensure_weight_tying=True ties {' and '.join(group)} now; the saved adapter names {embedding!r} "
+        "alone, by which PEFT does not tie them when it loads it",
+        expected="an adapter that is the same after loading",
+        fix=_without(list(group), embedding in facts.adapted, facts),
+    )
+
+
+def _fix(touched: list[str], field: str, facts: ConfigFacts) -> Advice:
+    left_out = _without(touched, field == "target_modules", facts)
+    tied = tied_as_one(facts, field, touched)
+    return advise(tied, " (newer PEFT), or ", left_out) if tied else left_out
 
 
 def _without(modules: list[str], target: bool, facts: ConfigFacts) -> Advice:
@@ -130,8 +172,7 @@ def _rows_of_one_side(facts: ConfigFacts) -> Iterator[Violation]:
 
 def _merged_twice(facts: ConfigFacts) -> Iterator[Violation]:
     for group in facts.base.tied:
-        adapted = [module for module in group if module in facts.adapted]
-        if adapted:
+        if all(module in facts.adapted for module in group):
             yield Violation(
                 where=", ".join(group),
                 observed=f"{' and '.join(group)} share their weight and their update (ensure_weight_tying): merging "

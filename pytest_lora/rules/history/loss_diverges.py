@@ -18,6 +18,12 @@ three losses of batches of one record is off by a tenth."""
 _LOST_ERROR, _LOST_WARNING = 0.5, 0.25
 """Shares of the fall that are given back. The healthy runs of ``history_runs.json`` give back 0.06 at most."""
 
+_LOST_CONFIRMED = 0.15
+"""Where the last evaluations are worse by ``_ABOVE_LOWEST`` too: more than twice that 0.06."""
+
+_LAST_EVALS = 3
+"""One or two evaluations alone may be of hard records."""
+
 _LEARNED = 0.2
 """Below this share of the start there is no fall that could be given back."""
 
@@ -54,9 +60,10 @@ def loss_diverges(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]:
 
     ## What it does
     Compares the level of the last losses with that of the first and with the lowest. It is divergence to end
-    20 % above the start, or to give back half of the fall (a quarter: warning), where the rise is 5 times
-    what the noise of these levels explains, or a rank test shows it over the whole curve, or the first losses lie
-    below nearly all later ones. Where the evaluation losses rise with the training losses, 5 % are enough. Of less
+    20 % above the start, or to give back half of the fall (a quarter: warning; 15 % where the last three
+    evaluation losses are 20 % above the best before), where the rise is 5 times what the noise of these levels
+    explains, or a rank test shows it over the whole curve, or the first losses lie below nearly all later ones. Where
+    the evaluation losses rise with the training losses, 5 % are enough. Of less
     than 20 losses it is also divergence if the last three are at twice the first. A loss below 0.1 is no divergence,
     and one that swings down as well as up is left to LORA345. A loss that jumps from one step to the next after
     a third of the run, and falls steadily from there, may have met other data, and is not judged.
@@ -169,10 +176,18 @@ def _gave_back(facts: HistoryFacts, curve: CurveFacts) -> tuple[Severity, str] |
     start, lowest, end = curve.start, curve.lowest, curve.end
     fall, rise = start.value - lowest.value, end.value - lowest.value
     learned = fall > _LEARNED * start.value and start.above(lowest) > _CLEAR_FROM_START
-    if not _clear(curve) or curve.swings >= _SWINGS or not (learned and rise > _LOST_WARNING * fall):
+    least = _LOST_CONFIRMED if _evals_confirm(facts) else _LOST_WARNING
+    if not _clear(curve) or curve.swings >= _SWINGS or not (learned and rise > least * fall):
         return None
     return (
         "error" if rise > _LOST_ERROR * fall else "warning",
         f"the loss fell from {start.value:.4g} to {lowest.value:.4g} at step {facts.step(lowest.middle)} and is "
         f"{end.value:.4g} after {facts.steps} steps: {rise / fall:.0%} of the fall is lost",
     )
+
+
+def _evals_confirm(facts: HistoryFacts) -> bool:
+    """Whether what was learned is lost on the records of the evaluation too."""
+    losses = [one.loss for one in facts.evals]
+    before, last = losses[:-_LAST_EVALS], losses[-_LAST_EVALS:]
+    return bool(before) and min(last) > _ABOVE_LOWEST * min(before)

@@ -48,6 +48,10 @@ _SMALLEST_VOCABULARY, _LARGEST_VOCABULARY = 256, 262_144
 _OTHER_UNIT = 4.0
 """Times what a guess gives. Losses beyond are summed over tokens, or no cross-entropy at all."""
 
+_NO_START = 8.0
+"""Times what a guess gives. No base is so sure of wrong tokens (a hundred nats): a run that begins there, and has come
+down, is a regression."""
+
 _FALLS = -3.0
 """z of the trend of a run that learns in all its noise: one in 700 by chance."""
 
@@ -163,7 +167,7 @@ def _noise_limit(facts: HistoryFacts, curve: CurveFacts) -> float | None:
     least = facts.chance or math.log(_SMALLEST_VOCABULARY)
     most = facts.chance or math.log(_LARGEST_VOCABULARY)
     falls = curve.later_trend < _FALLS
-    if level > _OTHER_UNIT * most:
+    if level > _OTHER_UNIT * most or (facts.chance is None and curve.start.value > _NO_START * most):
         return None
     if level > most and not falls:
         return _LOUD_ABOVE_CHANCE

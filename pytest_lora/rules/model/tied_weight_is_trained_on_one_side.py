@@ -7,7 +7,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.model import ModelFacts, SavedModule
 from pytest_lora.facts.settings import is_named
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import without
+from pytest_lora.rules.remedies import tied_as_one, without
 
 
 @rule("LORA213", severity="error", needs=ModelFacts)
@@ -67,9 +67,8 @@ def _fix(copy: SavedModule, facts: ModelFacts) -> Advice:
     saved = config.settings.modules_to_save if config else ()
     tied = (copy.module, *copy.tied)
     rest = without(saved, *(name for name in saved for module in tied if is_named(module, name)))
-    return advise(
-        change("set", ensure_weight_tying=True),
-        " (newer PEFT), or leave them out: ",
-        change(modules_to_save=rest),
-        ", with trainable_token_indices for new rows",
+    left_out = advise(
+        "leave them out: ", change(modules_to_save=rest), ", with trainable_token_indices for new rows"
     )
+    way = config and tied_as_one(config, "modules_to_save", [copy.module])
+    return advise(way, " (newer PEFT), or ", left_out) if way else left_out

@@ -52,14 +52,30 @@ def loss_is_not_shifted(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
     copied = [k for k in facts.labels if k.kind == "causal" and k.same >= COPIED and not k.masked_inputs]
     if facts.shifts or not copied:
         return
+    architecture = facts.model.base.architecture
+    fills_in = architecture.endswith("ForMaskedLM") and not facts.custom_loss
     yield Violation(
-        where="loss_fn" if facts.custom_loss else f"the loss of {facts.model.base.architecture}",
-        observed=f"{_seen(facts)}: the model learns to repeat its input, as nothing shifts the labels",
-        expected="the logits at position t against the label at position t + 1",
-        fix="shift in the loss: logits[:, :-1] against labels[:, 1:]"
-        if facts.custom_loss
-        else "this model does not shift labels itself: set batch['labels'] = torch.nn.functional.pad(batch['labels']"
-        "[:, 1:], (0, 1), value=-100)",
+        where="loss_fn" if facts.custom_loss else f"the loss of {architecture}",
+        observed=f"{_seen(facts)}: the model learns to repeat its input, as nothing "
+        f"{'masks the input' if fills_in else 'shifts the labels'}",
+        expected="labels of masked tokens alone"
+        if fills_in
+        else "the logits at position t against the label at position t + 1",
+        fix=_fix(fills_in, facts.custom_loss),
+    )
+
+
+def _fix(fills_in: bool, custom_loss: bool) -> str:
+    if fills_in:
+        return (
+            "mask the tokens that are to be filled in, and give the others the label -100: "
+            "DataCollatorForLanguageModeling(tokenizer, mlm=True)"
+        )
+    if custom_loss:
+        return "shift in the loss: logits[:, :-1] against labels[:, 1:]"
+    return (
+        "this model does not shift labels itself: set batch['labels'] = torch.nn.functional.pad(batch['labels']"
+        "[:, 1:], (0, 1), value=-100)"
     )
 
 
