@@ -178,7 +178,7 @@ def test_layers_that_were_left_out_are_gathered_too() -> None:
 
 
 def test_units_of_several_stacks() -> None:
-    stacks: Any = [SimpleNamespace(copies=5), SimpleNamespace(copies=9)]
+    stacks: Any = [SimpleNamespace(copies=5, number=0), SimpleNamespace(copies=9, number=1)]
     model = MetaModel(model=None, stacks=stacks, unit_of={}, weights=[])
     assert [model.copies_of(unit) for unit in (2, 3, 7, 8, 12 - 5, -3)] == [4, 1, 8, 1, 8, 1]
 

@@ -381,9 +381,10 @@ def test_magnitudes_that_never_train() -> None:
     model = adapted(use_dora=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_A" in name or "lora_B" in name)
-    told = only(check_model(model), "LORA209")
+    report = check_model(model)
+    silent(report)
+    (told,) = (f for f in report.findings if f.code == "LORA209")
     assert "lora_magnitude_vector" in told.observed
-    assert told.severity == "warning"
     model.set_adapter("default")
     assert "LORA209" not in {f.code for f in check_model(model).findings}
     for name, parameter in model.named_parameters():

@@ -38,10 +38,12 @@ class Shift:
         self._calls = 0
         self._logits: Tensor | None = None
         self._aims: Tensor | None = None
-        self._handle = root.register_forward_hook(self._note)
+        self._read: Any = None
+        self._handle = root.register_forward_hook(self._note, with_kwargs=True)
 
-    def _note(self, module: nn.Module, arguments: Any, output: Any) -> None:
+    def _note(self, module: nn.Module, arguments: Any, named: Mapping[str, Any], output: Any) -> None:
         self._calls += 1
+        self._read = named.get("input_ids", arguments[0] if arguments else None)
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         self._logits = None
         if isinstance(logits, Tensor) and logits.ndim == 3:
@@ -58,8 +60,11 @@ class Shift:
     def taught(self, batch: Any, labelled: tuple[LabelFacts, ...], index: int) -> TaughtFacts | None:
         """Which token the loss asked for, once it was followed back; None where that is no question of positions."""
         known = next((k for k in labelled if k.batch == index), None)
-        aims, self._aims = self._aims, None
-        return taught_facts(aims, batch, known) if aims is not None and known and self._calls == 1 else None
+        (aims, read), self._aims, self._read = (self._aims, self._read), None, None
+        if aims is None or known is None or self._calls != 1:
+            return None
+        hidden = known.kind == "causal" and not _begins(batch.get("input_ids"), read)
+        return None if hidden else taught_facts(aims, batch, known)
 
     def compared(
         self, loss: Tensor, batch: Any, labelled: tuple[LabelFacts, ...], index: int
@@ -83,6 +88,13 @@ class Shift:
         if in_place is None or ahead is None:
             return None
         return ShiftFacts(loss=float(loss.detach()), in_place=in_place, ahead=ahead)
+
+
+def _begins(tokens: Any, read: Any) -> bool:
+    """Whether a model has read these tokens, but for some at the end; a loss may hide tokens of its batch."""
+    if not (isinstance(tokens, Tensor) and isinstance(read, Tensor) and tokens.ndim == read.ndim == 2):
+        return False
+    return torch.equal(tokens[:, : read.shape[1]].to(read.device), read)
 
 
 def _mean(logits: Tensor, labels: Tensor) -> float | None:

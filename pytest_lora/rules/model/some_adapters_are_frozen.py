@@ -16,7 +16,7 @@ def some_adapters_are_frozen(facts: ModelFacts, expect: Expect) -> Iterator[Viol
     ## What it does
     Compares the modules of each active adapter, and each factor of them. A factor that is frozen everywhere
     (LoRA-FA) or by the variant's own design is no mistake. The magnitudes of DoRA, frozen everywhere while both factors
-    train, are one.
+    train, are an info.
 
     ## Why is this bad?
     The frozen part keeps its initial zero and does nothing, though the configuration and the saved file say
@@ -88,6 +88,7 @@ def _frozen_factors(adapter: str, layers: list[LayerState]) -> Iterator[Violatio
                 expected="magnitudes that train, which is what DoRA adds to LoRA",
                 fix=f"call model.set_adapter({adapter!r}), which makes all of an adapter trainable, or leave "
                 "use_dora out",
+                severity="info",
             )
 
 

@@ -46,7 +46,7 @@ def labels_are_shifted_twice(facts: TrainingFacts, expect: Expect) -> Iterator[V
     if facts.custom_loss:
         yield from _asked_for(facts)
         return
-    if not facts.shifts:
+    if facts.shift is not None and facts.shift.forgotten:
         return
     known = [k for k in facts.labels if k.kind == "causal" and k.labels >= ENOUGH and k.same < UNLIKE]
     ahead = [(k, k.ahead) for k in known if k.ahead >= ALIKE]
