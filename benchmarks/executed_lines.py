@@ -50,6 +50,14 @@ def sources() -> str:
     return digest.hexdigest()
 
 
+def use_this_code() -> None:
+    """Import the package from here, in this process and in those that it starts, wherever it is installed from."""
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def judging() -> list[str]:
     """The files of tests that are recorded where none are named."""
     files = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "tests").rglob("test_*.py"))]
@@ -82,7 +90,11 @@ class Recorder:
 
 
 def record(folder: Path, tests: list[str]) -> None:
-    """Run the tests in this process and add their lines and seconds to the folder."""
+    """Run the tests in this process and add their lines and seconds to the folder.
+
+    Raises:
+        SystemExit: They could not all be collected and run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     code = sources()
     name = f"{os.getpid()}-{time.time_ns()}"
@@ -92,8 +104,10 @@ def record(folder: Path, tests: list[str]) -> None:
     measured.set_option("run:relative_files", True)
     recorder = Recorder(measured)
     measured.start()
-    pytest.main([*tests, *OPTIONS], plugins=[recorder])
+    status = pytest.main([*tests, *OPTIONS], plugins=[recorder])
     measured.stop()
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise SystemExit(f"pytest ended with {status!s}: the tests are not all recorded")
     measured.save()
     (folder / f"{name}.json").write_text(json.dumps({"sources": code, "seconds": recorder.passed()}))
 
@@ -160,8 +174,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes, where no tests are named")
     options = parser.parse_args()
     folder = options.folder.absolute()
-    os.chdir(ROOT)
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    use_this_code()
     if options.tests:
         record(folder, options.tests)
         return

@@ -33,7 +33,7 @@ from typing import Any
 
 from chosen_tests import chosen, nearest
 from drawn_mutants import PARTS, ROOT, Mutant, drawn
-from executed_lines import OPTIONS, Executed, record_all, sources
+from executed_lines import OPTIONS, Executed, record_all, sources, use_this_code
 
 SET_UP = 30
 """Seconds for imports, collection and fixtures that another test made when the lines were recorded."""
@@ -230,9 +230,8 @@ def main() -> None:
     options = parser.parse_args()
     file: Path | None = options.json and options.json.absolute()
     folder: Path = options.folder.absolute()
-    os.chdir(ROOT)
+    use_this_code()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["HF_HUB_OFFLINE"] = "1"
     results = earlier(file)
     if not any(folder.glob("*.json")):
         record_all(folder, options.jobs)
