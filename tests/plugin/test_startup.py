@@ -28,6 +28,8 @@ PRINT_MODULES = """
 import json, sys
 
 def pytest_unconfigure():
+    ours = [m for name, m in sys.modules.items() if name.startswith("pytest_lora.")]
+    assert {type(m.__spec__.loader).__name__ for m in ours} <= {"SourceFileLoader"}, "pytest rewrites what is ours"
     print("MODULES", json.dumps(sorted(sys.modules)))
 """
 
