@@ -52,14 +52,8 @@ NEAREST = (
     ("inspection/recipe", ("tests/recipe",)),
     ("inspection/resumption", ("tests/checkpoint/test_resumable.py",)),
     ("inspection/properties", ("tests/test_shape_assertions.py",)),
-    (
-        "inspection/wrappers",
-        (
-            "tests/rules/test_wrapped_models.py",
-            "tests/training/test_single_facts.py",
-            "tests/runs/test_distributed.py",
-        ),
-    ),
+    ("inspection/ranks", ("tests/runs/test_distributed.py",)),
+    ("inspection/wrappers", ("tests/rules/test_wrapped_models.py", "tests/training/test_single_facts.py")),
     ("inspection/quiet", ("tests/state/test_threads.py", "tests/test_asking_peft.py")),
     (
         "inspection/training",

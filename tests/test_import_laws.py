@@ -132,6 +132,30 @@ def test_loading_imports_nothing_heavy(module: str) -> None:
     assert result.stdout.split() == []
 
 
+def loaded_with(name: str) -> set[str]:
+    """Modules of the package that are loaded with one of them."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        name = waiting.pop()
+        path = PACKAGE.parent / name.replace(".", "/")
+        file = next((f for f in (path.with_suffix(".py"), path / "__init__.py") if f.exists()), None)
+        if file is None or name in found:
+            continue
+        found.add(name)
+        top: list[ast.stmt] = [n for n in ast.parse(file.read_text()).body if isinstance(n, ast.ImportFrom)]
+        waiting += [one for one in _imports(ast.Module(top, [])) if one.startswith("pytest_lora.")]
+    return found
+
+
+@pytest.mark.parametrize("module", ["checks.model", "inspection.model", "checks.config", "inspection.config"])
+def test_a_look_at_a_model_loads_no_facts_of_trainings_and_memory(module: str) -> None:
+    found = loaded_with(f"pytest_lora.{module}")
+    assert "pytest_lora.facts.base" in found
+    others = ("behaviour", "curve_shape", "history", "memory", "optimizer", "steps", "training")
+    assert not found & {f"pytest_lora.facts.{one}" for one in others}
+
+
 def test_public_names_are_declared_for_type_checkers_and_load() -> None:
     tree = ast.parse((PACKAGE / "__init__.pyi").read_text())
     declared = {

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 from pytest_lora.arguments import require_expect
 from pytest_lora.checks import report_on
 from pytest_lora.expect import Expect
-from pytest_lora.facts.measures import memory_budget, of_memory
+from pytest_lora.facts.figures.curves import memory_budget
+from pytest_lora.facts.measures import of_memory
 from pytest_lora.findings import Report
 from pytest_lora.memory import StepArguments, names_settings
 from pytest_lora.rules.selection import codes

@@ -129,7 +129,7 @@ def check_adapters_in_sync(
         TypeError: The model has no adapter, or an argument has the wrong type.
         ValueError: A code does not exist.
     """
-    from pytest_lora.inspection.wrappers import sync_facts
+    from pytest_lora.inspection.ranks import sync_facts
 
     expect = require_expect(expect)
     select, ignore = codes("select", select), codes("ignore", ignore)

@@ -18,8 +18,9 @@ from pytest_lora.checks import report_on
 from pytest_lora.expect import Expect
 from pytest_lora.facts.figures import Figure
 from pytest_lora.facts.figures.adapter_maps import model_maps
+from pytest_lora.facts.figures.curves import drop_curve, history_curve
 from pytest_lora.facts.history import HistoryFacts, history_facts
-from pytest_lora.facts.measures import drop_curve, history_curve, of_drop, of_model
+from pytest_lora.facts.measures import of_drop, of_model
 from pytest_lora.findings import Report
 from pytest_lora.rules.selection import codes
 from pytest_lora.values import require_number

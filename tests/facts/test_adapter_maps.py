@@ -12,9 +12,9 @@ from pytest_lora.bases.examples.models import language_batch
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.facts.figures import LossCurve, adapter_maps
 from pytest_lora.facts.figures.adapter_maps import checkpoint_maps, model_maps, place
+from pytest_lora.facts.figures.curves import POINTS, history_curve, memory_budget
 from pytest_lora.facts.figures.recipes import RecipeCard, recipe_card
 from pytest_lora.facts.history import history_facts
-from pytest_lora.facts.measures import POINTS, history_curve, memory_budget
 from pytest_lora.facts.memory import MemoryEstimate, MemoryFacts, Quantization, StepSetting, Unmodelled
 from pytest_lora.facts.memory_choices import Alternative, Evaluation, peak_rows
 from pytest_lora.facts.recipe import RecipeFacts, RunSetting, Shard, Value
