@@ -7,7 +7,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from pytest_lora.facts.base import BaseFacts, BaseModule, FusedParameter, Quantization
 from pytest_lora.inspection.heads import task_heads
-from pytest_lora.inspection.survey import Survey, logical_shape
+from pytest_lora.inspection.survey import Survey, embeddings_of, logical_shape
 
 TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -102,8 +102,8 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
         if parameter.quantization is None and parameter.tensor.is_floating_point():
             dtypes[parameter.tensor.dtype] += parameter.numbers
     names = {id(module): name for name, module in modules.items()}
-    input_embeddings = _embedding(root, "get_input_embeddings", names)
-    output_embeddings = _embedding(root, "get_output_embeddings", names)
+    input_embeddings = _embedding(root, "input", names)
+    output_embeddings = _embedding(root, "output", names)
     return BaseFacts(
         architecture=type(root).__name__,
         task_type=task_of(type(root).__name__, _config(root)),
@@ -187,14 +187,8 @@ def _layer_indices(modules: dict[str, nn.Module]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _embedding(root: nn.Module, getter: str, names: dict[int, str]) -> str | None:
-    get = getattr(root, getter, None)
-    if get is None:
-        return None
-    try:
-        module = get()
-    except (NotImplementedError, AttributeError):
-        return None
+def _embedding(root: nn.Module, side: Literal["input", "output"], names: dict[int, str]) -> str | None:
+    module: Any = embeddings_of(root, side)
     while module is not None and id(module) not in names:
         module = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
     return names.get(id(module))

@@ -1,12 +1,12 @@
-"""One walk over a model: where its base, its LoRA layers and its wrappers are, under clean base names, and how many
-features a module takes and gives.
+"""One walk over a model: where its base, its LoRA layers and its wrappers are, under clean base names; how many
+features a module takes and gives, and which modules are the embeddings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -181,3 +181,13 @@ def logical_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def _has_weight(module: nn.Module) -> bool:
     return any(hasattr(module, name) for name in ("weight", "qweight", "W_q"))
+
+
+def embeddings_of(root: Any, side: Literal["input", "output"]) -> nn.Module | None:
+    """The embedding that a model names as its input's, or its head; None where it has none or names none."""
+    get = getattr(root, f"get_{side}_embeddings", None)
+    try:
+        module: nn.Module | None = None if get is None else get()
+    except (NotImplementedError, AttributeError):
+        return None
+    return module

@@ -14,7 +14,7 @@ from packaging.version import Version
 from torch import nn
 
 from pytest_lora.inspection.bitsandbytes_internals import quantized_layers
-from pytest_lora.inspection.survey import Survey
+from pytest_lora.inspection.survey import Survey, embeddings_of
 
 TIES_WHAT_DIFFERS = Version(transformers.__version__) < Version("5")
 """Whether ``from_pretrained`` ties embeddings that the files hold twice, with different numbers."""
@@ -44,11 +44,7 @@ def checkpoints_reentrant(module: nn.Module) -> bool:
 
 
 def _trains_embeddings(found: Survey) -> bool:
-    get = getattr(found.root, "get_input_embeddings", None)
-    try:
-        inputs = None if get is None else get()
-    except (NotImplementedError, AttributeError):
-        inputs = None
+    inputs = embeddings_of(found.root, "input")
     names = [name for name, module in found.modules.items() if isinstance(module, nn.Embedding)]
     wrappers: tuple[Mapping[str, Any], ...] = (found.lora, found.saved, found.tokens, found.modules)
     embeddings: list[Any] = [inputs, *(wrapper.get(name) for name in names for wrapper in wrappers)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pytest_lora.facts.batches import COPIED, IGNORED, AloneFacts, LabelFacts
 from pytest_lora.facts.steps import PaddingFacts, ShiftFacts, SpreadFacts, TaughtFacts
 from pytest_lora.inspection.behaviour.batch_law import BatchLaw
+from pytest_lora.inspection.survey import embeddings_of
 from pytest_lora.inspection.training.batches import Plan
 from pytest_lora.inspection.training.circumstances import Passed, Ran
 from pytest_lora.inspection.training.labels import taught_facts
@@ -163,11 +164,7 @@ class Padding:
         self._padded: Tensor | None = None
         self._rows = 0
         self._sums = [0.0, 0.0]
-        get = getattr(root, "get_input_embeddings", None)
-        try:
-            embeddings = get() if get else None
-        except (NotImplementedError, AttributeError):
-            embeddings = None
+        embeddings = embeddings_of(root, "input")
         self._handles: list[Any] = []
         if isinstance(embeddings, nn.Module):
             self._handles = [

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.batches import IGNORED, LabelKind, TextBounds
 from pytest_lora.inspection.behaviour.texts import text_config
+from pytest_lora.inspection.survey import embeddings_of
 from pytest_lora.inspection.transformers_internals import reads_both_ways
 
 PLAIN_TEXT = {"input_ids", "attention_mask", "labels", "token_type_ids", "position_ids", "num_items_in_batch"}
@@ -53,11 +54,7 @@ def vocabulary(root: nn.Module, base: BaseFacts) -> Vocabulary:
     pad = getattr(config, "pad_token_id", None)
     begin = getattr(config, "bos_token_id", None)
     start = getattr(config, "decoder_start_token_id", None)
-    get = getattr(root, "get_output_embeddings", lambda: None)
-    try:
-        head = get()
-    except (NotImplementedError, AttributeError):
-        head = None
+    head = embeddings_of(root, "output")
     # A head that PEFT ties to an embedding in modules_to_save states its two sizes the wrong way round in the copy.
     outputs = getattr(getattr(head, "original_module", head), "out_features", None) or base.vocab_size
     classes = getattr(config, "num_labels", None)

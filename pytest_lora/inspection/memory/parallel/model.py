@@ -15,6 +15,7 @@ from pytest_lora.inspection.bitsandbytes_internals import quantization_statistic
 from pytest_lora.inspection.memory.layer_stacks import KEPT, Stack
 from pytest_lora.inspection.memory.packed_weights import STATISTICS
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, StorageTracker
+from pytest_lora.inspection.survey import embeddings_of
 
 if TYPE_CHECKING:
     from pytest_lora.inspection.memory.meta_model import MetaModel
@@ -84,11 +85,7 @@ def _category(tensor: Any, embedding: bool, quantized: bool) -> str:
 
 def _embeddings(base: Any) -> set[int]:
     found: set[int] = set()
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(base, name)()
-        except (AttributeError, NotImplementedError):
-            continue
+    for module in (embeddings_of(base, "input"), embeddings_of(base, "output")):
         found |= {id(p) for p in module.parameters()} if module is not None else set()
     return found
 
