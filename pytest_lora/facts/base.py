@@ -81,6 +81,11 @@ Source: ``peft.utils.constants.EMBEDDING_LAYER_NAMES``, which ``BaseTuner._check
 """
 
 
+def is_tied_by_name(module: str) -> bool:
+    """Whether ``ensure_weight_tying`` holds for an embedding: PEFT saves what it ties under the input's name."""
+    return module.rpartition(".")[2] in TIED_BY_NAME
+
+
 @dataclass(frozen=True, slots=True)
 class FusedParameter:
     """A parameter that stacks the weights of several experts.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.facts.base import HEADS_BY_TASK_TYPE, TIED_BY_NAME
+from pytest_lora.facts.base import HEADS_BY_TASK_TYPE, TIED_BY_NAME, is_tied_by_name
 from pytest_lora.facts.saved_config import FieldChange, RankChange, ResumptionFacts
 from pytest_lora.facts.saved_tensors import target_of
 from pytest_lora.facts.settings import Settings, is_named
@@ -101,7 +101,8 @@ def _changes(names: Sequence[str], saved: Settings, wanted: Settings) -> Iterato
 
 def _tied(names: Sequence[str]) -> tuple[str, ...]:
     """Names with one for all embeddings: PEFT writes that to which it ties the others, under its whole name."""
-    return tuple({TIED_BY_NAME[0] if name.rpartition(".")[2] in TIED_BY_NAME else name for name in names})
+    one = (TIED_BY_NAME[0] if is_tied_by_name(name) else name for name in names)
+    return tuple(dict.fromkeys(one))
 
 
 def _variants(before: Sequence[str], config: LoraConfig) -> Iterator[FieldChange]:

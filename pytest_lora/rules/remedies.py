@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from pytest_lora.changes import Advice, Change, advise, change
-from pytest_lora.facts.base import TIED_BY_NAME
+from pytest_lora.facts.base import is_tied_by_name
 from pytest_lora.facts.saved_tensors import Key
 from pytest_lora.facts.settings import is_named
 
@@ -51,11 +51,6 @@ def without(names: Iterable[str], *dropped: str) -> tuple[str, ...]:
     return tuple(name for name in names if name not in gone)
 
 
-def is_tied_by_peft(embedding: str | None) -> bool:
-    """Whether ``ensure_weight_tying`` holds for an input embedding: PEFT saves what it ties under that one's name."""
-    return (embedding or "").rpartition(".")[2] in TIED_BY_NAME
-
-
 def tied_as_one(facts: ConfigFacts, field: str, touched: Iterable[str]) -> Change | None:
     """The fields under which PEFT trains modules of one weight as one, also after loading; None where it cannot.
 
@@ -66,9 +61,9 @@ def tied_as_one(facts: ConfigFacts, field: str, touched: Iterable[str]) -> Chang
     """
     touched, names = tuple(touched), getattr(facts.settings, field)
     embedding = facts.base.input_embeddings
-    if embedding is None or not is_tied_by_peft(embedding):
+    if embedding is None or not is_tied_by_name(embedding):
         return None
-    if any(is_tied_by_peft(module) for module in touched):
+    if any(is_tied_by_name(module) for module in touched):
         return None if facts.settings.ensure_weight_tying else change("set", ensure_weight_tying=True)
     if not isinstance(names, tuple):
         return None

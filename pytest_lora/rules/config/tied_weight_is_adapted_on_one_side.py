@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
+from pytest_lora.facts.base import is_tied_by_name
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.settings import is_named
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import is_tied_by_peft, tied_as_one, without
+from pytest_lora.rules.remedies import tied_as_one, without
 
 
 @rule("LORA113", severity="error", needs=ConfigFacts, on_saved="merged")
@@ -102,7 +103,7 @@ def _covers(group: tuple[str, ...], facts: ConfigFacts) -> bool:
 def _not_tied_when_loaded(group: tuple[str, ...], facts: ConfigFacts) -> Iterator[Violation]:
     """PEFT ties by the name of either side, but writes the name of the embedding alone into the saved configuration."""
     embedding = facts.base.input_embeddings or ""
-    if is_tied_by_peft(embedding):
+    if is_tied_by_name(embedding):
         return
     yield Violation(
         where=", ".join(group),

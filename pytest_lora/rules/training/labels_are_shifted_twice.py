@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.batches import named_batches
+from pytest_lora.facts.steps import ALIKE, UNLIKE
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.rules import Violation, rule
 
@@ -87,5 +88,5 @@ def _asked_for(facts: TrainingFacts) -> Iterator[Violation]:
     )
 
 
-ENOUGH, ALIKE, UNLIKE = 4, 0.9, 0.5
-"""Labels that a verdict needs, and shares: a text of one repeated token is alike in both ways."""
+ENOUGH = 4
+"""Labels that a verdict needs."""
