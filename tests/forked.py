@@ -87,9 +87,11 @@ def fork(work: Callable[[], int]) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # a full disk, or a pipe that nobody reads: it never goes on as a second copy of this session
+            os._exit(status)
 
 
 def begin_anew() -> None:
