@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pytest_lora.facts.memory_choices import FSDP, MACHINE, OFFLOADED, STRATEGIES, Parallel
+from pytest_lora.facts.memory_choices import FSDP, HALF_PRECISIONS, MACHINE, OFFLOADED, STRATEGIES, Parallel
 from pytest_lora.values import require_one_of, require_whole, shown
 
 _ALSO = {"fsdp": "fsdp2"}
@@ -124,7 +124,7 @@ def _require_together(asked: Parallel) -> None:
         )
 
 
-_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "no": ""}
+_PRECISIONS = {**HALF_PRECISIONS, "no": ""}
 
 
 def with_what_is_said(parallel: Any, checkpointing: Any, autocast: Any) -> tuple[Any, Any]:

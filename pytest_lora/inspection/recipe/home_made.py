@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from pytest_lora.facts.recipe import RunSetting, Value
 from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy, fsdp_strategy
-from pytest_lora.inspection.recipe.keys import Keys, comma_separated, numbers_by_name
+from pytest_lora.inspection.recipe.keys import Keys, comma_separated, numbers_by_name, with_whole_dtype
 from pytest_lora.inspection.recipe.yaml_file import Node
 
 NAME = "a recipe of one's own"
@@ -181,24 +181,21 @@ def _quantization(keys: Keys) -> Value:
     for name, kind in (("load_in_4bit", "nf4"), ("use_4bit", "nf4"), ("load_in_8bit", "int8")):
         if keys.says(name):
             found = keys.word("bnb_4bit_quant_type", default=kind).value if kind == "nf4" else kind
-            return Value(found, f"line {keys.lines[name]}", name, keys.lines[name])
+            return keys.decided(name, found)
     return Value(None, "", "load_in_4bit")
 
 
 def _dtype(keys: Keys) -> Value:
     found = keys.word("torch_dtype", "dtype")
-    text = str(found.value).removeprefix("torch.")
-    return (
-        replace(found, value={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(text, text))
-        if found.value
-        else found
-    )
+    if not found.value:
+        return found
+    return with_whole_dtype(replace(found, value=str(found.value).removeprefix("torch.")))
 
 
 def _precision(keys: Keys) -> Value:
     for name in ("bf16", "fp16"):
         if keys.says(name):
-            return Value(name, f"line {keys.lines[name]}", name, keys.lines[name])
+            return keys.decided(name, name)
     return Value(None, "", "bf16")
 
 
