@@ -393,6 +393,6 @@ def test_rows_are_read_by_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     for added in (3, 4, 5, 9):
         (found,) = initial(rows(40, added))
         assert (found.first, found.count) == (40, added)
-    assert base_values.readable_weight(SimpleNamespace(weight=torch.ones(4, 4).long())) is None  # type: ignore[arg-type]
+    assert base_values.readable_weight(SimpleNamespace(weight=torch.ones(4, 4).long())) is None
     assert base_values.readable_weight(nn.Embedding(1, 4)) is None
     assert base_values.readable_weight(nn.Embedding(2, 4)) is not None
