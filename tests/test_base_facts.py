@@ -17,11 +17,11 @@ from pytest_lora import count_parameters
 from pytest_lora.facts.base import BaseFacts, TaskHead
 from pytest_lora.facts.model import InitialRows
 from pytest_lora.inspection import base_values
-from pytest_lora.inspection.base import base_facts, base_parameters, quantization_of, task_of
+from pytest_lora.inspection.base import base_facts, base_parameters, logical_shape, quantization_of, task_of
 from pytest_lora.inspection.base_values import initial_rows
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing, pack_on_meta
 from pytest_lora.inspection.skeleton import skeleton
-from pytest_lora.inspection.survey import logical_shape, survey
+from pytest_lora.inspection.survey import survey
 
 
 def facts_of(model: nn.Module) -> BaseFacts:

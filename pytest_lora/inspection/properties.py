@@ -12,11 +12,10 @@ from torch import nn
 
 from pytest_lora.facts.behaviour import ModuleScaling, ScalingFacts, ShapeFacts, ShapeMisfit, TargetFacts
 from pytest_lora.findings import grouped
-from pytest_lora.inspection.base import base_facts, base_parameters
+from pytest_lora.inspection.base import base_facts, base_parameters, logical_shape
 from pytest_lora.inspection.layers import layer_states
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import LoraConfig
-from pytest_lora.inspection.survey import logical_shape
 from pytest_lora.values import shown
 
 if TYPE_CHECKING:
