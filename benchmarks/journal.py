@@ -130,7 +130,7 @@ def cut(folder: Path, at_write: int, share: float) -> None:
             raise AssertionError
 
     opened = Path.open
-    Path.open = lambda self, mode="r", *args, **kw: (  # type: ignore[method-assign,assignment]
+    Path.open = lambda self, mode="r", *args, **kw: (
         Cutting(self, "r+") if mode == "r+b" else opened(self, mode, *args, **kw)
     )
     if at_write < 0:  # of the first line, between its bytes and its name

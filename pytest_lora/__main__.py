@@ -104,11 +104,8 @@ class _NothingElse:
 
 
 def _run(options: list[str]) -> int:
-    own = ["--noconftest", "-p", "no:cacheprovider", "-o", "addopts="]
-    own += [
-        "-W",
-        "ignore::pytest.PytestAssertRewriteWarning",
-    ]  # of this module, which is loaded before pytest
+    of_this_module = "ignore::pytest.PytestAssertRewriteWarning"  # it is loaded before pytest
+    own = ["--noconftest", "-p", "no:cacheprovider", "-o", "addopts=", "-W", of_this_module]
     return pytest.main([*own, *options], plugins=[_NothingElse()])
 
 

@@ -98,18 +98,9 @@ def _is_subject(parameter: inspect.Parameter) -> bool:
 
 
 _OF_LIBRARIES = {
-    *(
-        "accelerate",
-        "bitsandbytes",
-        "builtins",
-        "huggingface_hub",
-        "numpy",
-        "peft",
-        "pydantic",
-        "pydantic_core",
-    ),
-    *("safetensors", "safetensors_rust", "tokenizers", "torch", "transformers", "trl", "yaml"),
-}
+    "accelerate", "bitsandbytes", "builtins", "huggingface_hub", "numpy", "peft", "pydantic", "pydantic_core",
+    "safetensors", "safetensors_rust", "tokenizers", "torch", "transformers", "trl", "yaml",
+}  # fmt: skip
 """Packages whose errors say nothing of the argument; an error of any other class is the user's own."""
 
 _RAISING = (dis.opmap["RAISE_VARARGS"], dis.opmap["RERAISE"])

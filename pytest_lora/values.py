@@ -213,6 +213,17 @@ def require_flag(name: str, value: Any) -> bool:
     return value
 
 
+def require_flag_or_none(name: str, value: Any) -> bool | None:
+    """True, False, or None for neither.
+
+    Raises:
+        TypeError: It is something else; the message has the name.
+    """
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True, False or None, not {shown(value)}")
+    return value
+
+
 def require_one_of(name: str, value: Any, known: Sequence[str]) -> str:
     """One of some texts; another is answered with the nearest.
 

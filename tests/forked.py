@@ -39,7 +39,7 @@ def run_forked(pytester: pytest.Pytester, *args: str, forget: tuple[str, ...] = 
     def session() -> int:
         import execnet.gateway_io
 
-        execnet.gateway_io.Popen2IOMaster = ForkedIO  # type: ignore[misc, assignment]
+        execnet.gateway_io.Popen2IOMaster = ForkedIO
         return int(pytest.main([f"--basetemp={folder}", *args]))
 
     done = outcome(session, cwd=pytester.path, forget=forget)
@@ -63,7 +63,7 @@ def outcome(
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             begin_anew()
-            return int(work() or 0)  # type: ignore[call-overload]
+            return int(work() or 0)
 
         code = os.waitstatus_to_exitcode(os.waitpid(fork(apart), 0)[1])
         for stream in (out, err):

@@ -145,11 +145,11 @@ def test_an_unknown_argument_is_refused_by_the_name_of_the_function(subject: str
 
 def test_what_is_called_otherwise_elsewhere_is_answered_with_our_name() -> None:
     with pytest.raises(TypeError, match=r"^assert_lora_healthy has no argument 'batch'; write batches=$"):
-        pytest_lora.assert_lora_healthy(adapted(), batch=language_batch())  # type: ignore[call-arg]
+        pytest_lora.assert_lora_healthy(adapted(), batch=language_batch())
     with pytest.raises(
         TypeError, match=r"^assert_loss_decreases has no argument 'lr'; write learning_rate=$"
     ):
-        pytest_lora.assert_loss_decreases(adapted(), language_batch(), lr=1.0)  # type: ignore[call-arg]
+        pytest_lora.assert_loss_decreases(adapted(), language_batch(), lr=1.0)
 
 
 def test_every_check_has_its_assertion_with_the_same_arguments() -> None:

@@ -17,11 +17,11 @@ from pytest_lora import count_parameters
 from pytest_lora.facts.base import BaseFacts, TaskHead
 from pytest_lora.facts.model import InitialRows
 from pytest_lora.inspection import base_values
-from pytest_lora.inspection.base import base_facts, base_parameters, quantization_of, task_of
+from pytest_lora.inspection.base import base_facts, base_parameters, logical_shape, quantization_of, task_of
 from pytest_lora.inspection.base_values import initial_rows
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing, pack_on_meta
 from pytest_lora.inspection.skeleton import skeleton
-from pytest_lora.inspection.survey import logical_shape, survey
+from pytest_lora.inspection.survey import survey
 
 
 def facts_of(model: nn.Module) -> BaseFacts:
@@ -393,6 +393,6 @@ def test_rows_are_read_by_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     for added in (3, 4, 5, 9):
         (found,) = initial(rows(40, added))
         assert (found.first, found.count) == (40, added)
-    assert base_values.readable_weight(SimpleNamespace(weight=torch.ones(4, 4).long())) is None  # type: ignore[arg-type]
+    assert base_values.readable_weight(SimpleNamespace(weight=torch.ones(4, 4).long())) is None
     assert base_values.readable_weight(nn.Embedding(1, 4)) is None
     assert base_values.readable_weight(nn.Embedding(2, 4)) is not None

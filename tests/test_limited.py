@@ -152,14 +152,14 @@ def test_plain_names_need_no_process() -> None:
 
 
 def test_expressions_stay_compiled_for_as_long_as_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = re._MAXCACHE  # type: ignore[attr-defined]
+    kept = re._MAXCACHE
     with patterns_kept():
         first = re.compile("kept0")
         for n in range(1, kept + 10):
             re.compile(f"kept{n}")
         assert re.compile("kept0") is first
-    assert kept == re._MAXCACHE  # type: ignore[attr-defined]
-    assert len(re._cache) <= kept  # type: ignore[attr-defined]
+    assert kept == re._MAXCACHE
+    assert len(re._cache) <= kept
 
 
 def test_the_process_is_kept_and_started_anew_after_it_ended() -> None:

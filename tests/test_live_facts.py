@@ -33,7 +33,7 @@ from tests.test_asking_peft import Toy
 
 def adapted(base: nn.Module | None = None, **fields: Any) -> Any:
     usual = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-    return get_peft_model(Toy() if base is None else base, LoraConfig(**{**usual, **fields}))  # type: ignore[arg-type]
+    return get_peft_model(Toy() if base is None else base, LoraConfig(**{**usual, **fields}))
 
 
 def first(model: nn.Module) -> LoraLayer:
@@ -65,7 +65,7 @@ def test_what_a_layer_trains_beside_its_factors(fields: dict[str, Any], names: l
 def test_the_weight_that_is_adapted() -> None:
     layer: Any = first(adapted())
     assert dense_weight(layer) is not None
-    assert torch.equal(dense_weight(layer), layer.base_layer.weight)  # type: ignore[arg-type]
+    assert torch.equal(dense_weight(layer), layer.base_layer.weight)
     layer.base_layer.to("meta")
     assert dense_weight(layer) is None
     attention: Any = first(adapted(nn.Sequential(nn.MultiheadAttention(4, 2)), target_modules=["0"]))
@@ -125,7 +125,7 @@ def test_what_is_frozen_of_active_adapters_is_told_by_names_that_freeze_it(names
 
 
 def test_code_that_is_not_pefts() -> None:
-    class Own(type(first(adapted()))):  # type: ignore[misc]
+    class Own(type(first(adapted()))):
         pass
 
     layer: Any = first(adapted())
@@ -265,8 +265,8 @@ def test_modules_that_drop_something() -> None:
     base = Toy()
     base.add_module("drop", nn.Dropout(0.1))
     base.add_module("keep", nn.Dropout(0.0))
-    base.layers[0].attention_dropout = 0.1  # type: ignore[assignment]
-    base.layers[1].attention_dropout = 0.0  # type: ignore[assignment]
+    base.layers[0].attention_dropout = 0.1
+    base.layers[1].attention_dropout = 0.0
     model = adapted(base)
     assert model_facts(model).base_dropouts == ("layers.0", "drop")
     model.eval()
@@ -279,7 +279,7 @@ def test_adapters_that_are_alike() -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for factors in (module.lora_A, module.lora_B):
-                factors["b"].load_state_dict(factors["default"].state_dict())  # type: ignore[operator]
+                factors["b"].load_state_dict(factors["default"].state_dict())
     assert model_facts(model).duplicates == ()
     model.base_model.set_adapter(["default", "b"])
     assert model_facts(model).duplicates == (("b", "default"),)
@@ -321,7 +321,7 @@ def test_copies_and_rows_of_adapters_that_take_no_part_are_not_active() -> None:
 
 
 def test_an_adapter_that_is_called_like_a_module_is_told_with_that_module() -> None:
-    model = get_peft_model(Toy(), LoraConfig(target_modules=["q_proj"]), adapter_name="q_proj")  # type: ignore[arg-type]
+    model = get_peft_model(Toy(), LoraConfig(target_modules=["q_proj"]), adapter_name="q_proj")
     assert [(one.adapter, one.part) for one in model_facts(model).colliding] == [
         ("q_proj", "layers.0.q_proj")
     ]
@@ -331,7 +331,7 @@ def test_an_adapter_that_is_called_like_a_module_is_told_with_that_module() -> N
 @pytest.mark.parametrize("name", ["q_proj", "lora_A", "weight", "model"])
 def test_what_a_name_loses_is_what_peft_saves_otherwise_under_a_harmless_one(name: str) -> None:
     def two(called: str) -> Any:
-        model = get_peft_model(Toy(), LoraConfig(target_modules=["q_proj"]), adapter_name=called)  # type: ignore[arg-type]
+        model = get_peft_model(Toy(), LoraConfig(target_modules=["q_proj"]), adapter_name=called)
         model.add_adapter("other", LoraConfig(target_modules=["v_proj"]))
         return model
 

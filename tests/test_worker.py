@@ -196,10 +196,10 @@ def test_what_the_process_is_limited_to(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "setrecursionlimit", lambda depth: limits.__setitem__("depth", depth))
     monkeypatch.setattr(signal, "signal", limits.__setitem__)
     monkeypatch.setattr(signal, "setitimer", limits.__setitem__)
-    monkeypatch.setattr(re, "_MAXCACHE", re._MAXCACHE)  # type: ignore[attr-defined]
+    monkeypatch.setattr(re, "_MAXCACHE", re._MAXCACHE)
     worker.limit_process()
     worker.limit_time(0.5)
-    assert re._MAXCACHE == 100_000  # type: ignore[attr-defined]
+    assert re._MAXCACHE == 100_000
     assert limits == {
         "depth": 300,
         signal.SIGINT: signal.SIG_IGN,

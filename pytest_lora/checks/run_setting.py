@@ -79,7 +79,7 @@ def judged(
         return JudgedRun(subject, list(judge([facts], expect)), recipe_card(facts, cards, None, budget), left)
     config = config or adapter_of(setting, known)
     whole = expect.param_ratio is not None
-    on_base = None if config is None else facts_on_base(config, known, whole)
+    on_base = None if config is None else facts_on_base(config, known, whole=whole)
     if on_base is not None:
         facts = replace(facts, widened=_widened(facts, on_base))
     divided = cards > 1 and divides_weights(setting.strategy.value)
@@ -241,12 +241,12 @@ def adapter_of(setting: RunSetting, base: Any) -> LoraConfig | None:
     config = lora_config(setting, several_modalities=several)
     collects = setting.tool in COLLECTING and isinstance(base, str)
     if config is not None and config.target_modules == "all-linear" and collects:
-        model = _built(base, str(config.task_type), False)
+        model = _built(base, str(config.task_type), cut=False)
         config.target_modules = "all-linear" if model is None else linear_names(model)
     return config
 
 
-def facts_on_base(config: LoraConfig, base: Any, whole: bool) -> ConfigFacts | None:
+def facts_on_base(config: LoraConfig, base: Any, *, whole: bool) -> ConfigFacts | None:
     """What PEFT makes of the adapter; None where the installed transformers cannot build the base."""
     from pytest_lora.inspection.config import config_facts
 
@@ -254,7 +254,7 @@ def facts_on_base(config: LoraConfig, base: Any, whole: bool) -> ConfigFacts | N
         return (
             config_facts(config, base)
             if not isinstance(base, str)
-            else _remembered(base, _Adapter(config), whole)
+            else _remembered(base, _Adapter(config), whole=whole)
         )
     except ValueError:
         return None
@@ -276,17 +276,17 @@ class _Adapter:
 
 
 @lru_cache(maxsize=32)
-def _remembered(base: str, adapter: _Adapter, whole: bool) -> ConfigFacts:
+def _remembered(base: str, adapter: _Adapter, *, whole: bool) -> ConfigFacts:
     from pytest_lora.inspection.config import config_facts
     from pytest_lora.inspection.memory.layer_stacks import same_in_every_layer
 
     cut = not whole and same_in_every_layer(adapter.config)
-    model = _built(base, str(adapter.config.task_type), cut)
+    model = _built(base, str(adapter.config.task_type), cut=cut)
     return config_facts(adapter.config, base if model is None else model)
 
 
 @lru_cache(maxsize=8)
-def _built(base: str, task_type: str, cut: bool) -> nn.Module | None:
+def _built(base: str, task_type: str, *, cut: bool) -> nn.Module | None:
     """A base by name without weights, and without the inner layers that are like their neighbours; recipes name few."""
     from pytest_lora.inspection.memory.layer_stacks import cut_stacks
     from pytest_lora.inspection.skeleton import resolve_base

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.settings import Settings as Settings
+from pytest_lora.facts.settings import alpha_divisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,8 @@ class LayerFacts:
 
     @property
     def configured_scaling(self) -> float:
-        """The scaling that rank and alpha give (LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732)."""
-        return self.alpha / self.rank**0.5 if self.use_rslora else self.alpha / self.rank
+        """The scaling that rank and alpha give."""
+        return self.alpha / alpha_divisor(self.rank, rslora=self.use_rslora)
 
 
 @dataclass(frozen=True, slots=True)

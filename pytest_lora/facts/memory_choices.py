@@ -40,6 +40,9 @@ KERNELS: tuple[Kernels, ...] = get_args(Kernels)
 LIGER_LAYERS = ("rms_norm", "swiglu")
 """Layers of Liger that are counted where a trainer takes them, as ``liger_kernel_config`` calls them."""
 
+HALF_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+"""Dtypes of 16 bits by what ``TrainingArguments`` and accelerate call them."""
+
 SMOOTHING = "label_smoothing_factor"
 """The argument of the Trainer that decides its loss."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from pytest_lora.facts.recipe_lines import Clash, Flaw, Repeated, UnknownKey, WrongKind
+from pytest_lora.facts.settings import alpha_divisor
 
 GIVEN = "given"
 """Source of a value that a script passes as an argument."""
@@ -136,7 +137,7 @@ class RunSetting:
         rank, alpha = self.r.value, self.lora_alpha.value
         if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
             return None
-        return float(alpha / rank**0.5 if self.use_rslora.value else alpha / rank)
+        return alpha / alpha_divisor(rank, rslora=bool(self.use_rslora.value))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,11 @@ from pytest_lora.patterns import deciding_key, matches
 N = TypeVar("N")
 
 
+def alpha_divisor(rank: int, *, rslora: bool) -> float:
+    """What ``lora_alpha`` is divided by: the rank (LoRA, arXiv:2106.09685) or its root (rsLoRA, arXiv:2312.03732)."""
+    return float(rank**0.5 if rslora else rank)
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The fields of a LoraConfig as plain values, under PEFT's own names; of nested ones, whether they are set."""
@@ -74,7 +79,7 @@ class Settings:
         rank = self.rank_of(module)
         if rank < 1:
             return None
-        return self.alpha_of(module) / (rank**0.5 if self.use_rslora else rank)
+        return self.alpha_of(module) / alpha_divisor(rank, rslora=self.use_rslora)
 
     def without_patterns(self) -> Settings:
         """The settings without what would be matched with names of modules."""

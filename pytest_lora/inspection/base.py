@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from pytest_lora.facts.base import BaseFacts, BaseModule, FusedParameter, Quantization
 from pytest_lora.inspection.heads import task_heads
-from pytest_lora.inspection.survey import Survey, embeddings_of, logical_shape
+from pytest_lora.inspection.survey import Survey
 
 TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -49,6 +49,37 @@ def quantization_of(module: nn.Module) -> str | None:
     if hasattr(module, "qweight"):
         return "gptq or awq"
     return "hqq" if hasattr(module, "W_q") else None
+
+
+def logical_shape(module: nn.Module) -> tuple[int, int] | None:
+    """``(in_features, out_features)`` of a module that LoRA can adapt, before any packing; else None."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.in_channels, module.out_channels
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim, 3 * module.embed_dim
+    if type(module).__name__ == "Conv1D":
+        weight: Any = module.weight
+        return int(weight.shape[0]), int(weight.shape[1])
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int) and _has_weight(module):
+        return sizes[0], sizes[1]
+    return None
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return any(hasattr(module, name) for name in ("weight", "qweight", "W_q"))
+
+
+def embeddings_of(root: Any, side: Literal["input", "output"]) -> nn.Module | None:
+    """The embedding that a model names as its input's, or its head; None where it has none or names none."""
+    get = getattr(root, f"get_{side}_embeddings", None)
+    try:
+        module: nn.Module | None = None if get is None else get()
+    except (NotImplementedError, AttributeError):
+        return None
+    return module
 
 
 class BaseParameter(NamedTuple):
@@ -101,17 +132,18 @@ def base_facts(survey: Survey, parameters: tuple[BaseParameter, ...]) -> BaseFac
     for parameter in parameters:
         if parameter.quantization is None and parameter.tensor.is_floating_point():
             dtypes[parameter.tensor.dtype] += parameter.numbers
+    shaped = tuple(_base_modules(modules))
     names = {id(module): name for name, module in modules.items()}
     input_embeddings = _embedding(root, "input", names)
     output_embeddings = _embedding(root, "output", names)
     return BaseFacts(
         architecture=type(root).__name__,
         task_type=task_of(type(root).__name__, _config(root)),
-        modules=tuple(_base_modules(modules)),
+        modules=shaped,
         module_names=tuple(name for name in modules if name),
         parameters=sum(p.numbers for p in parameters),
         layer_indices=_layer_indices(modules),
-        heads=tuple(task_heads(root, modules, output_embeddings)),
+        heads=tuple(task_heads(root, modules, {module.name for module in shaped}, output_embeddings)),
         tied=_tied_modules(modules),
         input_embeddings=input_embeddings,
         output_embeddings=output_embeddings,

@@ -39,6 +39,9 @@ ADAPTER = "default"
 MOST_ALONE = 50
 """Names that match nothing for which similar ones are looked for: that takes a third of a millisecond each."""
 
+_LONGEST_MISSPELT = 1000
+"""Characters from which on a name is none that was mistyped, and would take long to compare."""
+
 
 @leaves_no_trace
 @collector.paused()
@@ -215,13 +218,22 @@ def _name_matches(
             modules = tuple(by_suffix.get(name, ()))
             if field == "target_parameters":
                 modules = tuple(dict.fromkeys((*modules, *parameters_by_suffix.get(name, ()))))
-            if field == "modules_to_save" and not modules and len(name) > 1:
-                # Here PEFT asks for the end of the text alone: "layernorm" means every input_layernorm.
-                modules = tuple(module for module in base.module_names if module.endswith(name))
-            similar: tuple[str, ...] = ()
-            if not modules and (alone := alone + 1) <= MOST_ALONE and len(name) < 1000:
-                similar = tuple(difflib.get_close_matches(name.rpartition(".")[2], leaves, cutoff=0.7))
+            if field == "modules_to_save" and not modules:
+                modules = _saved_by_ending(name, base)
+            similar = _similar(name, leaves) if not modules and alone < MOST_ALONE else ()
+            alone += not modules
             yield NameMatch(field, name, modules, similar)
+
+
+def _saved_by_ending(name: str, base: BaseFacts) -> tuple[str, ...]:
+    """For ``modules_to_save`` PEFT asks for the end of the text alone: "layernorm" means every input_layernorm."""
+    return tuple(module for module in base.module_names if len(name) > 1 and module.endswith(name))
+
+
+def _similar(name: str, leaves: list[str]) -> tuple[str, ...]:
+    if len(name) >= _LONGEST_MISSPELT:
+        return ()
+    return tuple(difflib.get_close_matches(name.rpartition(".")[2], leaves, cutoff=0.7))
 
 
 def _parameter_names(found: Survey) -> list[str]:

@@ -136,10 +136,7 @@ def whole_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
             if group.version == 1:
                 _stand_in(group, put)
             else:
-                for held in group.held:
-                    for place in held.places:
-                        if place.module._parameters.get(place.name) is not held.known[0]:
-                            put(place.module._parameters, place.name, held.known[0])
+                _divided_again(group, put)
         yield
     finally:
         for where, name, value in reversed(put_back):
@@ -147,6 +144,13 @@ def whole_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
                 del where[name]
             else:
                 where[name] = value
+
+
+def _divided_again(group: Group, put: Any) -> None:
+    for held in group.held:
+        for place in held.places:
+            if place.module._parameters.get(place.name) is not held.known[0]:
+                put(place.module._parameters, place.name, held.known[0])
 
 
 def _stand_in(group: Group, put: Any) -> None:

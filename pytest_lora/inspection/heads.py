@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.base import TaskHead
-from pytest_lora.inspection.survey import logical_shape
 
 HEADED = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|Regression|RewardModel)")
 """Transformers classes that put a newly made task head on a pretrained body."""
@@ -22,14 +21,23 @@ SCALAR_HEADS = ("v_head", "value_head", "reward_head", "score", "rm_head", "scal
 OpenRLHF's among them)."""
 
 
-def task_heads(root: nn.Module, modules: dict[str, nn.Module], output: str | None) -> Iterator[TaskHead]:
-    """The heads of a base: of transformers' classes for a task, and of reward and value models by their names."""
+def task_heads(
+    root: nn.Module, modules: dict[str, nn.Module], shaped: set[str], output: str | None
+) -> Iterator[TaskHead]:
+    """The heads of a base: of transformers' classes for a task, and of reward and value models by their names.
+
+    Args:
+        root: The base.
+        modules: Its modules by name.
+        shaped: Names of those that take and give a number of features.
+        output: Name of its output embeddings, or None.
+    """
     body = getattr(root, "base_model_prefix", "")
     headed = bool(HEADED.search(type(root).__name__))
     std = getattr(getattr(root, "config", None), "initializer_range", 0.02)
     for name in [n for n in modules if n and "." not in n and n not in (body, output)]:
-        inside = [m for n, m in modules.items() if n == name or n.startswith(f"{name}.")]
-        linear = [m for m in inside if logical_shape(m)]
+        named = {n: m for n, m in modules.items() if n == name or n.startswith(f"{name}.")}
+        inside, linear = [*named.values()], [m for n, m in named.items() if n in shaped]
         if headed and linear:
             fresh = _all_fresh(linear, std)
             if fresh is False and not any(_has_bias(module) for module in linear):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pytest_lora.facts.config import LayerFacts
 from pytest_lora.facts.model_parts import Factor, LayerState
-from pytest_lora.inspection.base import dtype_name
+from pytest_lora.inspection.base import dtype_name, logical_shape
 from pytest_lora.inspection.peft_internals import (
     Factors,
     LoraLayer,
@@ -26,7 +26,6 @@ from pytest_lora.inspection.peft_internals import (
     own_code,
     own_geometry,
 )
-from pytest_lora.inspection.survey import logical_shape
 
 CPU_NUMBERS = 1_000_000_000
 """Numbers of base weights that are read on a CPU at most; more would take seconds."""

@@ -12,7 +12,7 @@ from torch import nn
 from pytest_lora.inspection.peft_internals import LoraLayer, is_adalora
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 def saved_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:

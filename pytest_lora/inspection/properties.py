@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from pytest_lora.facts.behaviour import ModuleScaling, ScalingFacts, ShapeFacts, ShapeMisfit, TargetFacts
+from pytest_lora.facts.settings import alpha_divisor
 from pytest_lora.findings import grouped
-from pytest_lora.inspection.base import base_facts, base_parameters
+from pytest_lora.inspection.base import base_facts, base_parameters, logical_shape
 from pytest_lora.inspection.layers import layer_states
 from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import LoraConfig
-from pytest_lora.inspection.survey import logical_shape
 from pytest_lora.values import shown
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def _configured(config: LoraConfig) -> Iterator[ModuleScaling]:
         if rank < 1:
             raise ValueError(f"model_or_config: a rank must be at least 1, but one is {rank}")
         rslora = bool(config.use_rslora)
-        scaling = alpha / (math.sqrt(rank) if rslora else rank)
+        scaling = alpha / alpha_divisor(rank, rslora=rslora)
         name = "modules without a pattern" if key is None else f"modules of pattern {key!r}"
         names.setdefault((scaling, alpha, rank, rslora), []).append(
             name if ranks or alphas else "all modules"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pytest_lora.inspection.base import logical_shape
 from pytest_lora.inspection.peft_internals import (
     BaseTunerLayer,
     LoraConfig,
@@ -19,7 +20,6 @@ from pytest_lora.inspection.peft_internals import (
     fused_parameter,
     groups_of,
 )
-from pytest_lora.inspection.survey import logical_shape
 
 READ_WEIGHTS = ("pissa", "olora", "corda", "loftq", "eva", "orthogonal", "lora_ga", "mica")
 """Initialisations that compute with base weights; they change values only, so that the structure does without."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import init
 
-from pytest_lora.inspection.base import quantization_of, task_of
+from pytest_lora.inspection.base import logical_shape, quantization_of, task_of
 from pytest_lora.inspection.peft_internals import (
     BaseTunerLayer,
     ModulesToSaveWrapper,
@@ -22,7 +22,7 @@ from pytest_lora.inspection.peft_internals import (
 )
 from pytest_lora.inspection.public_bases import config_by_name, is_name, read_config
 from pytest_lora.inspection.quiet import alone
-from pytest_lora.inspection.survey import logical_shape, survey
+from pytest_lora.inspection.survey import survey
 from pytest_lora.values import require_path, shown
 
 if TYPE_CHECKING:

@@ -1,12 +1,9 @@
-"""One walk over a model: where its base, its LoRA layers and its wrappers are, under clean base names; how many
-features a module takes and gives, and which modules are the embeddings.
-"""
+"""One walk over a model: where its base, its LoRA layers and its wrappers are, under clean base names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 from torch import nn
 
@@ -160,34 +157,3 @@ def _outermost_adapted(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
-
-
-def logical_shape(module: nn.Module) -> tuple[int, int] | None:
-    """``(in_features, out_features)`` of a module that LoRA can adapt, before any packing; else None."""
-    if isinstance(module, nn.Embedding):
-        return module.num_embeddings, module.embedding_dim
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return module.in_channels, module.out_channels
-    if isinstance(module, nn.MultiheadAttention):
-        return module.embed_dim, 3 * module.embed_dim
-    if type(module).__name__ == "Conv1D":
-        weight: Any = module.weight
-        return int(weight.shape[0]), int(weight.shape[1])
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(sizes[0], int) and isinstance(sizes[1], int) and _has_weight(module):
-        return sizes[0], sizes[1]
-    return None
-
-
-def _has_weight(module: nn.Module) -> bool:
-    return any(hasattr(module, name) for name in ("weight", "qweight", "W_q"))
-
-
-def embeddings_of(root: Any, side: Literal["input", "output"]) -> nn.Module | None:
-    """The embedding that a model names as its input's, or its head; None where it has none or names none."""
-    get = getattr(root, f"get_{side}_embeddings", None)
-    try:
-        module: nn.Module | None = None if get is None else get()
-    except (NotImplementedError, AttributeError):
-        return None
-    return module

@@ -13,8 +13,9 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
+from pytest_lora.inspection.base import embeddings_of
 from pytest_lora.inspection.bitsandbytes_internals import quantized_layers
-from pytest_lora.inspection.survey import Survey, embeddings_of
+from pytest_lora.inspection.survey import Survey
 
 TIES_WHAT_DIFFERS = Version(transformers.__version__) < Version("5")
 """Whether ``from_pretrained`` ties embeddings that the files hold twice, with different numbers."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pytest_lora.facts.memory_choices import FSDP, MACHINE, OFFLOADED, STRATEGIES, Parallel
-from pytest_lora.values import require_one_of, require_whole, shown
+from pytest_lora.facts.memory_choices import FSDP, HALF_PRECISIONS, MACHINE, OFFLOADED, STRATEGIES, Parallel
+from pytest_lora.values import require_flag_or_none, require_one_of, require_whole, shown
 
 _ALSO = {"fsdp": "fsdp2"}
 """What people write for short."""
@@ -39,10 +39,7 @@ def checked_parallel(
     known = _known(strategy, read)
     if read is None:
         read = Parallel(count or 1, known or "ddp")
-    if not isinstance(reshard_after_forward, bool | None):
-        raise TypeError(
-            f"reshard_after_forward must be True, False or None, not {shown(reshard_after_forward)}"
-        )
+    require_flag_or_none("reshard_after_forward", reshard_after_forward)
     found = Parallel(
         gpus=count or read.gpus,
         strategy=known or read.strategy,
@@ -124,7 +121,7 @@ def _require_together(asked: Parallel) -> None:
         )
 
 
-_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "no": ""}
+_PRECISIONS = {**HALF_PRECISIONS, "no": ""}
 
 
 def with_what_is_said(parallel: Any, checkpointing: Any, autocast: Any) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from pytest_lora.facts.memory import (
 from pytest_lora.facts.memory_choices import (
     ATTENTION_KERNELS,
     FSDP,
+    HALF_PRECISIONS,
     SHARDED,
     Attention,
     Evaluation,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_SHORT = {**HALF_PRECISIONS, "half": "float16", "fp32": "float32", "float": "float32"}
 _BITS = {"4bit": "nf4", "4-bit": "nf4", "8bit": "int8", "8-bit": "int8"}
 """What people call a quantization by its bits; nf4 and fp4 take the same memory."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pytest_lora.facts.memory import Bound, Unmodelled
 from pytest_lora.facts.memory_choices import (
+    HALF_PRECISIONS,
     KERNELS,
     LIGER_LAYERS,
     LOSSES,
@@ -26,7 +27,6 @@ _BY_ARGUMENTS = {
 }
 TRAINERS = ("transformers", *_BY_ARGUMENTS.values(), "loop")
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 _DETERMINISTIC_WORKSPACE = 16 * 1024 * 8
 """``CUBLAS_WORKSPACE_CONFIG=":16:8"`` of ``transformers.enable_full_determinism``: KiB, and how many."""
 _OTHERS = frozenset({"output_dir", "logging_dir", "run_name", "hub_token", "hub_model_id"})
@@ -64,7 +64,7 @@ def read_arguments(args: Any) -> dict[str, Any]:
     """
     trainer = trainer_of(args)
     values: dict[str, Any] = vars(args)
-    autocast = next((dtype for field, dtype in _DTYPES.items() if values.get(field)), "")
+    autocast = next((dtype for field, dtype in HALF_PRECISIONS.items() if values.get(field)), "")
     found: dict[str, Any] = {
         "trainer": trainer,
         "args": args,

@@ -31,6 +31,8 @@ from pytest_lora.plugin.options import (
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from pytest_lora.plugin.session_options import LoraOptions
+
 _REPORT = "lora_report"
 
 
@@ -65,14 +67,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: list[str]) 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers, read the options once, and make saved adapters test items where they are named."""
     if str(config.getoption("--hypothesis-profile", None)).startswith("lora-"):
-        # Hypothesis loads the profile in its own pytest_configure, before any test could have registered it.
-        import warnings
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from pytest_lora.strategies.models import register_profiles
-
-        register_profiles()
+        _register_profiles()
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
     is_worker = hasattr(config, "workerinput")
@@ -81,11 +76,28 @@ def pytest_configure(config: pytest.Config) -> None:
 
         devices.unpin(config)
     names_adapters = any(name in arg for arg in config.args for name in ADAPTER_FILES)
-    if not names_adapters and not any_set(config):
-        return
-    from pytest_lora.plugin.session_options import options_of
+    if names_adapters or any_set(config):
+        from pytest_lora.plugin.session_options import options_of
 
-    options = options_of(config)
+        options = options_of(config)
+        _enable(config, options, names_adapters=names_adapters)
+        if not is_worker:
+            _enable_in_controller(config, options)
+
+
+def _register_profiles() -> None:
+    """Hypothesis loads the profile in its own pytest_configure, before any test could have registered it."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from pytest_lora.strategies.models import register_profiles
+
+    register_profiles()
+
+
+def _enable(config: pytest.Config, options: LoraOptions, *, names_adapters: bool) -> None:
+    """What the options ask of every process of a session."""
     if options.bases:
         from pytest_lora.inspection import public_bases
 
@@ -103,16 +115,20 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_lora.plugin import adapter_items
 
         adapter_items.enable(config, options.adapters)
-    if options.baseline and not is_worker:
+
+
+def _enable_in_controller(config: pytest.Config, options: LoraOptions) -> None:
+    """What the options ask of the process that has all reports."""
+    if options.baseline:
         from pytest_lora.plugin import baseline_gate
 
         gate = baseline_gate.BaselineGate(options.baseline, update=options.update_baseline)
         config.pluginmanager.register(gate, "lora-baseline")
-    if options.require_gpu and not is_worker:
+    if options.require_gpu:
         from pytest_lora.plugin.gpu import report as gpu_report
 
         config.pluginmanager.register(gpu_report.RequireGpu(), "lora-require-gpu")
-    if options.reports and not is_worker and not config.option.collectonly:
+    if options.reports and not config.option.collectonly:
         from pytest_lora.plugin import session_report
 
         config.pluginmanager.register(
@@ -168,21 +184,22 @@ def pytest_collection_modifyitems(
     """Collect adapters where a folder is named that holds no test; skip slow tests; take care of GPU tests."""
     if config.args_source is config.ArgsSource.ARGS:
         named = [os.path.abspath(arg) for arg in config.args if os.path.isdir(arg)]
-        if without := [
-            one for one in named if not any(str(item.path).startswith(one + os.sep) for item in items)
-        ]:
+        without = [one for one in named if not any(str(item.path).startswith(one + os.sep) for item in items)]
+        if without:
             from pytest_lora.plugin import adapter_items
 
             items.extend(adapter_items.in_folders(session, without))
     yield
-    if slow_tests := [item for item in items if item.get_closest_marker("lora_slow")]:
+    slow_tests = [item for item in items if item.get_closest_marker("lora_slow")]
+    if slow_tests:
         from pytest_lora.plugin.session_options import options_of
 
         if not options_of(config).slow:
             skip = pytest.mark.skip(reason="lora_slow: run it with --lora-slow or RUN_SLOW=1")
             for item in slow_tests:
                 item.add_marker(skip)
-    if gpu_tests := [item for item in items if may_use_gpu(item)]:
+    gpu_tests = [item for item in items if may_use_gpu(item)]
+    if gpu_tests:
         from pytest_lora.plugin.gpu import hooks
 
         hooks.begin(config, gpu_tests)

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     import pytest
-    from peft import LoraConfig
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from pytest_lora.sweep.result import SweepResult
 

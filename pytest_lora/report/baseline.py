@@ -145,14 +145,12 @@ def to_json(measurements: Measurements) -> str:
     """A baseline as a file: one quantity a line, sorted, so that a diff of it is readable."""
     tests = []
     for test, found in sorted(measurements.items()):
-        lines = ",\n".join(f"   {_json(name)}: {_json(value)}" for name, value in sorted(found.items()))
-        tests.append(f"  {_json(test)}: {{\n{lines}\n  }}")
+        lines = ",\n".join(
+            f"   {json_text(name)}: {json_text(value)}" for name, value in sorted(found.items())
+        )
+        tests.append(f"  {json_text(test)}: {{\n{lines}\n  }}")
     body = ",\n".join(tests)
     return f'{{\n "pytest-lora baseline": {SCHEMA},\n "tests": {{\n{body}\n }}\n}}\n'
-
-
-def _json(value: Value | str) -> str:
-    return json_text(value)
 
 
 def from_json(text: str) -> dict[str, dict[str, Value]]:

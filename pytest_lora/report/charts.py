@@ -78,15 +78,21 @@ class CurveChart:
     after: float | None
 
 
+def _finite(value: float | None) -> float | None:
+    """A number that can be drawn; None for any other."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def curve_chart(curve: LossCurve) -> CurveChart:
     """Lay out a loss curve."""
-    levels = [level for level in (curve.before, curve.after) if level is not None and math.isfinite(level)]
+    levels = [level for level in map(_finite, (curve.before, curve.after)) if level is not None]
     x = Scale.over([*curve.steps, *curve.eval_steps, *curve.window])
     known = [loss for loss in (*curve.losses, *curve.eval_losses, *levels) if math.isfinite(loss)]
     y = Scale.over([*known, FLATTEST * max(known, default=0.0)], flip=True)
 
     def height(level: float | None) -> float | None:
-        return y(level) if level is not None and math.isfinite(level) else None
+        known = _finite(level)
+        return None if known is None else y(known)
 
     lines: list[list[Point]] = [[]]
     broken: list[float] = []
@@ -134,10 +140,10 @@ def sweep_chart(sweep: RankSweep) -> SweepChart:
     x = Scale(-0.5, max(1, len(sweep.trials)) - 0.5)
     ends: dict[int, tuple[float, float]] = {}
     for index, trial in enumerate(sweep.trials):
-        if trial.metric is not None and math.isfinite(trial.metric):
-            spread = trial.spread if trial.spread is not None and math.isfinite(trial.spread) else 0.0
-            ends[index] = trial.metric - spread, trial.metric + spread
-    enough = sweep.enough if sweep.enough is not None and math.isfinite(sweep.enough) else None
+        metric, spread = _finite(trial.metric), _finite(trial.spread) or 0.0
+        if metric is not None:
+            ends[index] = metric - spread, metric + spread
+    enough = _finite(sweep.enough)
     levels = [] if enough is None else [enough]
     y = Scale.over([*(value for pair in ends.values() for value in pair), *levels], flip=True)
     points: list[SweepPoint] = []

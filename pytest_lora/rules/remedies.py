@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_lora.changes import Advice, Change, advise, change
 from pytest_lora.facts.base import is_tied_by_name
 from pytest_lora.facts.saved_tensors import Key
-from pytest_lora.facts.settings import is_named
+from pytest_lora.facts.settings import alpha_divisor, is_named
 
 if TYPE_CHECKING:
     from pytest_lora.expect import Expect
@@ -79,7 +79,7 @@ def scaled(settings: Settings, module: str, scaling: float, rank: int | None = N
     have, if that changes, too.
     """
     rank = settings.rank_of(module) if rank is None else rank
-    alpha = float(scaling * (rank**0.5 if settings.use_rslora else rank))
+    alpha = scaling * alpha_divisor(rank, rslora=settings.use_rslora)
     key = settings.alpha_key(module) or settings.rank_key(module)
     if key is None:
         return {"lora_alpha": alpha}

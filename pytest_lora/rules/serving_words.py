@@ -8,7 +8,7 @@ from pytest_lora.changes import Advice, advise, change, noun
 from pytest_lora.expect import Expect
 from pytest_lora.facts.served import ServedAdapter, padded
 from pytest_lora.facts.servers import SERVERS, Feature, Outcome, Server, Treatment
-from pytest_lora.facts.settings import Settings
+from pytest_lora.facts.settings import Settings, alpha_divisor
 from pytest_lora.rules import Violation
 
 _MERGE = "merge the adapter into the base (merge_and_unload), and serve the merged model"
@@ -145,7 +145,7 @@ def _fix(adapter: ServedAdapter, settings: Settings, feature: Feature) -> str | 
     if isinstance(fix, Advice) or "{" not in fix:
         return fix
     wanted = padded(adapter.highest_rank)
-    scaling = settings.lora_alpha / (settings.r**0.5 if settings.use_rslora else settings.r)
-    alpha = scaling * (wanted**0.5 if settings.use_rslora else wanted)
+    scaling = settings.lora_alpha / alpha_divisor(settings.r, rslora=settings.use_rslora)
+    alpha = scaling * alpha_divisor(wanted, rslora=settings.use_rslora)
     leaves = sorted({module.leaf for module in adapter.modules})
     return fix.format(padded=wanted, alpha=alpha, leaves=leaves)

@@ -175,7 +175,6 @@ class LoraHealthCallback(TrainerCallback):
             # Not args.logging_steps: losses may be logged by epoch, or by a share of the run.
             logged = state.global_step - self._unlogged
             self.watch.steps_per_loss = max(1, round(logged / (self.watch.count + 1)))
-        if logs and "loss" in logs:
             self.watch.log(logs["loss"], learning_rate=logs.get("learning_rate"))
         if logs and "eval_loss" in logs:
             self.watch.log_eval(logs["eval_loss"])
@@ -245,10 +244,7 @@ def _objective(args: Any) -> Objective:
     if names.isdisjoint(_PREFERENCES):
         return "texts" if "SFTConfig" in names else ""
     published = getattr(args, "loss_type", None) in ("sigmoid", ["sigmoid"])
-    mixed = getattr(args, "rpo_alpha", None) is not None or getattr(args, "label_smoothing", None) not in (
-        None,
-        0,
-    )
+    mixed = getattr(args, "rpo_alpha", None) is not None or bool(getattr(args, "label_smoothing", None))
     return "DPO" if "DPOConfig" in names and published and not mixed else "preferences"
 
 
@@ -259,7 +255,7 @@ def _logged(state: TrainerState) -> tuple[list[float], dict[int, float]]:
     return losses, evals
 
 
-WHAT = "labels, padding and other rules on batches"
+_RULES_ON_ROWS = "labels, padding and other rules on batches"
 
 
 def report_on_rows(
@@ -270,7 +266,7 @@ def report_on_rows(
 
     batches, why = first_rows(loader, rows)
     if not batches:
-        return Report("first rows", (), not_judged=((why, WHAT),) if why else ())
+        return Report("first rows", (), not_judged=((why, _RULES_ON_ROWS),) if why else ())
     facts = row_facts(model, batches, objective, custom_loss=custom_loss)
     return Report(f"first rows of {facts.model.base.architecture}", tuple(judge([facts], expect)))
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from pytest_lora.expect import Expect
+from pytest_lora.facts.settings import alpha_divisor
 from pytest_lora.inspection.quiet import unexplained
 from pytest_lora.strategies.bases import BaseTargets, Target, targets_of
 from pytest_lora.strategies.search_space import (
@@ -211,11 +212,6 @@ def _layers(draw: Draw, space: SearchSpace, choice: Choice) -> list[int] | None:
     return sorted(shared & drawn) or None
 
 
-def scaling(alpha: float, rank: int, rslora: bool) -> float:
-    """The effective scaling (LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732)."""
-    return float(alpha / rank**0.5 if rslora else alpha / rank)
-
-
 def _sound(value: float, rslora: bool) -> bool:
     """Whether a scaling is one that no rule mentions."""
     return _LIMITS.low_scaling <= value <= (_LIMITS.max_scaling_rslora if rslora else _LIMITS.max_scaling)
@@ -227,7 +223,9 @@ _ALPHAS: tuple[int | str, ...] = (DEFAULT_ALPHA, "r", "2r", 16, 32, 64)
 
 def _sound_alpha(written: int | str, rank: int, rslora: bool) -> int:
     """The alpha that is meant, or the first of a sound scaling."""
-    return next(a for a in _alphas(rank, written, *_ALPHAS) if _sound(scaling(a, rank, rslora), rslora))
+    return next(
+        a for a in _alphas(rank, written, *_ALPHAS) if _sound(a / alpha_divisor(rank, rslora=rslora), rslora)
+    )
 
 
 def _alphas(rank: int, *written: int | str) -> Iterator[int]:
@@ -252,10 +250,11 @@ def _patterns(
     """A rank or an alpha of its own for one target, its scaling near that of the others."""
     way = draw(_sampled((None, "rank_pattern", "alpha_pattern")))
     target, index = choice.targets[draw(_INDEX) % len(choice.targets)], draw(_INDEX)
-    usual = scaling(alpha, rank, kind.rslora)
+    divisor = alpha_divisor(rank, rslora=kind.rslora)
     values: list[int] = []
 
     def near(value: float) -> bool:
+        usual = alpha / divisor
         spread = max(value, usual) / min(value, usual)
         return _sound(value, kind.rslora) and spread <= _LIMITS.max_scaling_spread
 
@@ -263,10 +262,10 @@ def _patterns(
         way = None
     if way == "rank_pattern":
         ranks = space.ranks_for(target.size, even=kind.even)
-        values = [r for r in ranks if r != rank and near(scaling(alpha, r, kind.rslora))]
+        values = [r for r in ranks if r != rank and near(alpha / alpha_divisor(r, rslora=kind.rslora))]
     elif way == "alpha_pattern":
         alphas = dict.fromkeys(_alphas(rank, *_ALPHAS))
-        values = [a for a in alphas if a != alpha and near(scaling(a, rank, kind.rslora))]
+        values = [a for a in alphas if a != alpha and near(a / divisor)]
     return {way: {target.name: values[index % len(values)]}} if way is not None and values else {}
 
 

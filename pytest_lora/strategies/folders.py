@@ -33,6 +33,7 @@ from pytest_lora.inspection.peft_state import save_adapters
 from pytest_lora.rules import code_of
 from pytest_lora.strategies.configs import lora_configs
 from pytest_lora.strategies.models import build_lora_model, require_base, require_configs, tiny_base
+from pytest_lora.values import require_flag_or_none
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +224,7 @@ def adapter_folders(
     """
     require_base(base)
     require_configs(configs)
-    if damaged is not None and not isinstance(damaged, bool):
-        raise TypeError(f"damaged must be True, False or None, not {damaged!r}")
+    require_flag_or_none("damaged", damaged)
     drawn = (
         lora_configs(tiny_base() if base is None else base, variants=_VARIANTS)
         if configs is None

@@ -16,6 +16,7 @@ from torch import nn
 from pytest_lora.bases.tiny import load_tiny
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.strategies.configs import lora_configs
+from pytest_lora.values import require_flag_or_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,8 +102,7 @@ def lora_models(
     """
     require_base(base)
     require_configs(configs)
-    if trained is not None and not isinstance(trained, bool):
-        raise TypeError(f"trained must be True, False or None, not {trained!r}")
+    require_flag_or_none("trained", trained)
     drawn = lora_configs(tiny_base() if base is None else base) if configs is None else configs
     given: dict[str, Any] = {} if base is None else {"base": st.just(base)}
     state = st.booleans() if trained is None else st.just(trained)

@@ -154,66 +154,62 @@ def _line(axes: Axes, row: RankOutcome, index: int, is_chosen: bool, theme: Them
     return max([*((a, b) for a, b, _ in full), *part])
 
 
-def price(
+class _Priced(NamedTuple):
+    """A rank whose cost and metric are known; its place among all ranks decides colour and mark."""
+
+    place: int
+    rank: int
+    cost: float
+    metric: float
+    spread: float | None
+
+
+def by_price(
     axes: Axes,
-    maximise: bool,
-    metric: str,
+    result: SweepResult,
     rows: Sequence[RankOutcome],
-    label: str,
-    prices: Sequence[float | None],
     chosen: int,
+    priced: tuple[str, Sequence[float | None]],
     theme: Theme,
 ) -> None:
-    """The metric of each rank against what its training costs; a line joins those that are worth their price."""
+    """The metric of each rank against what its training costs; a line joins those that are worth their price.
+
+    Args:
+        axes: The panel.
+        result: The sweep.
+        rows: One a rank.
+        chosen: The chosen rank.
+        priced: What is counted as the price, and that of each rank; None where it is not known.
+        theme: The colours.
+    """
+    label, prices = priced
     prepare(axes, theme)
-    title(axes, f"{metric} against its price", label, theme)
+    title(axes, f"{result.metric} against its price", label, theme)
     known = [
-        (index, row.rank, cost, row.metric, row.spread)
+        _Priced(index, row.rank, cost, row.metric, row.spread)
         for index, (row, cost) in enumerate(zip(rows, prices, strict=True))
         if cost is not None and row.metric is not None
     ]
     if not known:
-        axes.set_yticks([])
         axes.set_xticks([])
-        axes.text(0.03, 0.5, "not known", transform=axes.transAxes, color=theme.faint, fontsize=9)
+        say_not_known(axes, theme)
         return
-    costs = [cost for _, _, cost, _, _ in known]
+    costs = [one.cost for one in known]
     if len(costs) > 1 and min(costs):  # the axis does not start at zero, so that the points can be told apart
         more = percent(max(costs) / min(costs) - 1)
         axes.set_xlabel(f"{label}: the dearest takes {more} more than the cheapest", color=theme.ink)
-    best = frontier([(cost, value) for _, _, cost, value, _ in known], maximise)
+    best = [known[place] for place in frontier([(one.cost, one.metric) for one in known], result.maximise)]
     axes.plot(
-        [known[n][2] for n in best],
-        [known[n][3] for n in best],
+        [one.cost for one in best],
+        [one.metric for one in best],
         color=theme.faint,
         lw=1.4,
         ls=(0, (5, 3)),
         zorder=1,
     )
-    for place, (index, rank, cost, value, spread) in enumerate(known):
-        colour = theme.chosen if rank == chosen else _colour(index, theme)
-        axes.errorbar(
-            cost,
-            value,
-            spread,
-            fmt=MARKERS[index % len(MARKERS)],
-            color=colour,
-            mfc=colour if place in best else "none",
-            ms=9 if rank == chosen else 7,
-            lw=1.2,
-            capsize=4,
-            zorder=3,
-        )
-        axes.annotate(
-            f"r={rank}",
-            (cost, value),
-            xytext=(8, -4 if maximise else 4),
-            textcoords="offset points",
-            va="top" if maximise else "bottom",
-            color=colour,
-            fontsize=9,
-            fontweight="bold" if rank == chosen else "normal",
-        )
+    for one in known:
+        _point(axes, one, is_chosen=one.rank == chosen, is_best=one in best, theme=theme)
+        _name_below(axes, one, is_chosen=one.rank == chosen, maximise=result.maximise, theme=theme)
     axes.margins(x=0.12, y=0.16)
     if len(best) < len(known):
         axes.text(
@@ -225,6 +221,41 @@ def price(
             color=theme.faint,
             fontsize=8,
         )
+
+
+def _point(axes: Axes, one: _Priced, *, is_chosen: bool, is_best: bool, theme: Theme) -> None:
+    colour = theme.chosen if is_chosen else _colour(one.place, theme)
+    axes.errorbar(
+        one.cost,
+        one.metric,
+        one.spread,
+        fmt=MARKERS[one.place % len(MARKERS)],
+        color=colour,
+        mfc=colour if is_best else "none",
+        ms=9 if is_chosen else 7,
+        lw=1.2,
+        capsize=4,
+        zorder=3,
+    )
+
+
+def _name_below(axes: Axes, one: _Priced, *, is_chosen: bool, maximise: bool, theme: Theme) -> None:
+    axes.annotate(
+        f"r={one.rank}",
+        (one.cost, one.metric),
+        xytext=(8, -4 if maximise else 4),
+        textcoords="offset points",
+        va="top" if maximise else "bottom",
+        color=theme.chosen if is_chosen else _colour(one.place, theme),
+        fontsize=9,
+        fontweight="bold" if is_chosen else "normal",
+    )
+
+
+def say_not_known(axes: Axes, theme: Theme) -> None:
+    """What stands in a panel that nothing can be drawn in."""
+    axes.set_yticks([])
+    axes.text(0.03, 0.5, "not known", transform=axes.transAxes, color=theme.faint, fontsize=9)
 
 
 def _colour(index: int, theme: Theme) -> str:

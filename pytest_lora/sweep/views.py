@@ -10,7 +10,15 @@ from pytest_lora.facts.numbers import format_bytes, markdown_lines, text_lines
 from pytest_lora.facts.sweep import percent, rate_text
 from pytest_lora.files import write_whole
 from pytest_lora.sweep.choice import METRIC_SHARE, RankChoice, enough
-from pytest_lora.sweep.plot_panels import THEMES, Theme, by_rate, prepare_ranks, price, title
+from pytest_lora.sweep.plot_panels import (
+    THEMES,
+    Theme,
+    by_price,
+    by_rate,
+    prepare_ranks,
+    say_not_known,
+    title,
+)
 from pytest_lora.sweep.rows import RankOutcome, TrialRow
 from pytest_lora.values import shown
 
@@ -165,11 +173,11 @@ def _compose(figure: Figure, result: SweepResult, choice: RankChoice, theme: The
         rest = below[0, 1]
     else:
         rest = below[0, :]
-    label, prices = _operations(rows)
-    if None in prices:
-        label, prices = "training time, s", [row.seconds for row in rows]
-    price(figure.add_subplot(rest), result.maximise, result.metric, rows, label, prices, choice.rank, theme)
-    panels = (("training time, s", [row.seconds for row in rows]), _operations(rows), _memory(rows))
+    time: tuple[str, list[float | None]] = ("training time, s", [row.seconds for row in rows])
+    operations = _operations(rows)
+    priced = time if None in operations[1] else operations
+    by_price(figure.add_subplot(rest), result, rows, choice.rank, priced, theme)
+    panels = (time, operations, _memory(rows))
     for position, (what, values) in enumerate(panels):
         axes = figure.add_subplot(grid[position, 1])
         _cost(axes, rows, what, values, choice.rank, theme)
@@ -209,6 +217,15 @@ def _metric(
     spread = [(row.rank, row.metric or 0.0, row.spread) for row in rows if row.spread is not None]
     for rank, middle, deviation in spread:
         axes.errorbar(rank, middle, deviation, color=theme.line, lw=1.5, capsize=5, zorder=3)
+    _draw_levels(axes, result, rows, choice, theme)
+    _mark(axes, rows[ranks.index(choice.rank)], maximise=result.maximise, theme=theme)
+    axes.margins(y=0.16)
+
+
+def _draw_levels(
+    axes: Axes, result: SweepResult, rows: list[RankOutcome], choice: RankChoice, theme: Theme
+) -> None:
+    """Lines at the metric that is enough and at that before training."""
     level_of_enough = enough(rows, choice, before=result.before, maximise=result.maximise)
     # At the right, the room between the two lines is free, whether the curve has risen or fallen.
     inwards = -1 if result.maximise else 1
@@ -229,20 +246,22 @@ def _metric(
                 color=theme.faint,
                 fontsize=9,
             )
-    chosen = rows[ranks.index(choice.rank)]
-    mean, beyond = chosen.metric or 0.0, (chosen.spread or 0.0) * (1 if result.maximise else -1)
-    axes.plot([choice.rank], [mean], "o", ms=13, mfc="none", mec=theme.chosen, mew=2.5, zorder=4)
+
+
+def _mark(axes: Axes, chosen: RankOutcome, *, maximise: bool, theme: Theme) -> None:
+    """A ring around the rank that is chosen, and its metric."""
+    mean, beyond = chosen.metric or 0.0, (chosen.spread or 0.0) * (1 if maximise else -1)
+    axes.plot([chosen.rank], [mean], "o", ms=13, mfc="none", mec=theme.chosen, mew=2.5, zorder=4)
     axes.annotate(
-        f"r={choice.rank}: {number(mean)}",
-        (choice.rank, mean + beyond),  # not on the bar of the spread
-        xytext=(0, 13 if result.maximise else -13),
+        f"r={chosen.rank}: {number(mean)}",
+        (chosen.rank, mean + beyond),  # not on the bar of the spread
+        xytext=(0, 13 if maximise else -13),
         textcoords="offset points",
         ha="center",
-        va="bottom" if result.maximise else "top",
+        va="bottom" if maximise else "top",
         color=theme.chosen,
         fontweight="bold",
     )
-    axes.margins(y=0.16)
 
 
 def _cost(
@@ -253,8 +272,7 @@ def _cost(
     prepare_ranks(axes, ranks, chosen if points else None, theme)
     axes.set_title(what, loc="left", color=theme.ink, fontsize=10)
     if not points:
-        axes.set_yticks([])
-        axes.text(0.03, 0.5, "not known", transform=axes.transAxes, color=theme.faint, fontsize=9)
+        say_not_known(axes, theme)
         return
     axes.plot(*zip(*points, strict=True), color=theme.line, lw=2, marker="o", ms=5, zorder=3)
     marked = [point for point in points if point[0] == chosen]

@@ -53,4 +53,4 @@ def test_a_sweep_finds_the_rank() -> None:
 @pytest.mark.parametrize("rank", [0, 65, 2.0, True])
 def test_ranks_out_of_range(rank: object) -> None:
     with pytest.raises(ValueError, match=f"^rank must be an integer from 1 to 64, not {rank!r}$"):
-        KnownRankTask(rank)  # type: ignore[arg-type]
+        KnownRankTask(rank)

@@ -22,7 +22,7 @@ from tests.behaviour.test_roundtrip import BATCH, HEALTHY, adapted, assert_same,
 
 def convolution() -> nn.Module:
     config = LoraConfig(r=2, target_modules=["conv", "head"])
-    return trained(get_peft_model(base("batchnorm_base"), config))  # type: ignore[arg-type]
+    return trained(get_peft_model(base("batchnorm_base"), config))
 
 
 def grouped() -> nn.Module:
@@ -35,7 +35,7 @@ def grouped() -> nn.Module:
 def beside_another_method() -> nn.Module:
     """A model that PEFT cannot save, so that nothing is loaded."""
     first = LoraConfig(r=2, target_modules=["q_proj"])
-    model = get_peft_model(base(), first, adapter_name="a", mixed=True)  # type: ignore[arg-type]
+    model = get_peft_model(base(), first, adapter_name="a", mixed=True)
     model.add_adapter("b", LoHaConfig(r=2, target_modules=["v_proj"]))
     model.set_adapter(["a", "b"])
     return trained(model)

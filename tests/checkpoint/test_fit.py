@@ -26,7 +26,7 @@ A, B = (f"{P}layers.0.q_proj.lora_{part}.weight" for part in "AB")
 def state(**fields: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes that PEFT writes for the toy."""
     config = {name: value for name, value in {**RAW, **fields}.items() if name != "peft_type"}
-    model = get_peft_model(Toy(), LoraConfig(**config))  # type: ignore[arg-type]
+    model = get_peft_model(Toy(), LoraConfig(**config))
     return {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
 
 
@@ -128,7 +128,7 @@ def test_the_name_of_a_base(tmp_path: Any) -> None:
     assert Base(model, may_be_extended=True).fit(RAW, (), {}).may_be_extended
     assert not Base(model).fit(RAW, (), {}).may_be_extended
     with pytest.raises(ValueError, match="it carries adapters itself"):
-        Base(get_peft_model(Toy(), LoraConfig(target_modules=["q_proj"])))  # type: ignore[arg-type]
+        Base(get_peft_model(Toy(), LoraConfig(target_modules=["q_proj"])))
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_parts_of_a_factor_that_hold_nothing(tmp_path: Path) -> None:
     assert marks.rows == (True,) * 4 + (False,) * 2
     assert marks.columns == (True, False, True, True)
     assert marks.zero_rows == 2
-    assert [found[name].marks.zero_rows for name in ("n.lora_B.weight", "o.lora_A.weight")] == [0, 2]  # type: ignore[union-attr]
+    assert [found[name].marks.zero_rows for name in ("n.lora_B.weight", "o.lora_A.weight")] == [0, 2]
     assert found["p.weight"].marks is None
 
 

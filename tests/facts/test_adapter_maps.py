@@ -353,7 +353,7 @@ def test_an_evaluation_in_words_and_beside_the_training() -> None:
                 with pytest.raises(ValueError, match=f"^{name} must be"):
                     Evaluation(**{"batch_size": 1, name: value})
     with pytest.raises(TypeError, match=r"^batch_size must be"):
-        Evaluation(None)  # type: ignore[arg-type]
+        Evaluation(None)
     assert peak_rows(0, 3, 5) == (("peak allocated", 5),)
     assert peak_rows(4, 3, 5) == (("peak of the training", 3), ("peak allocated, of the evaluation", 4))
     assert peak_rows(3, 4, 5) == (("peak of the evaluation", 3), ("peak allocated, of the training", 4))

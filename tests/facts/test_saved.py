@@ -334,7 +334,7 @@ def test_ranks_of_what_is_served() -> None:
             for name, rank in ranks
         )
         found = served(replace(facts, adapted=modules)).features
-        return {name: found[name] for name in ("padded_rank", "ranks_by_layer") if name in found}  # type: ignore[index, misc]
+        return {name: found[name] for name in ("padded_rank", "ranks_by_layer") if name in found}
 
     assert of(("layers.0.q", 8), ("layers.1.q", 8)) == {}
     assert of(("layers.0.q", 4), ("layers.1.q", 8)) == {}
@@ -444,7 +444,7 @@ def test_a_configuration_as_a_server_meets_it(kind: str, kernel: int, wanted: st
         "default", settings, a_base("layers.0.q", layers=1), (layer,), (), (), (), (), None, False
     )
     found = served_config(facts)
-    assert found.modules == (ServedModule("layers.0.q", wanted, 2, 4.0),)  # type: ignore[arg-type]
+    assert found.modules == (ServedModule("layers.0.q", wanted, 2, 4.0),)
     assert not found.saved
     assert "layers_in_part" not in found.features
     part = served_config(replace(facts, base=a_base("layers.0.q", layers=2)))

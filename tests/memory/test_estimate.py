@@ -331,11 +331,11 @@ def test_bad_arguments_are_named(fields: dict[str, Any], error: type[Exception],
 
 def test_what_is_no_lora_or_no_base_is_named() -> None:
     with pytest.raises(TypeError, match=r"^config must be a peft\.LoraConfig, not {'r': 8}$"):
-        estimate_memory({"r": 8}, small(), batch_size=1, seq_len=8)  # type: ignore[arg-type]
+        estimate_memory({"r": 8}, small(), batch_size=1, seq_len=8)
     with pytest.raises(
         TypeError, match=r"^base must be a torch\.nn\.Module, a transformers PretrainedConfig"
     ):
-        estimate_memory(adapter(), 7, batch_size=1, seq_len=8)  # type: ignore[arg-type]
+        estimate_memory(adapter(), 7, batch_size=1, seq_len=8)
     with pytest.raises(
         ValueError,
         match=r"^base: no/such/config\.json does not exist; give a model folder, a config\.json, a live model, or the "
@@ -421,7 +421,7 @@ def test_initial_values_are_left_out_on_the_meta_device_alone() -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(AttributeError):
-        StepSetting(1, 1).batch_size = 2  # type: ignore[misc]
+        StepSetting(1, 1).batch_size = 2
 
 
 @pytest.mark.parametrize(

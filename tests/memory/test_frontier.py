@@ -87,11 +87,11 @@ def test_without_advice_nothing_else_is_estimated() -> None:
         "check_memory with advise=True says how much each one saves"
     )
     least = {"batch_size": 1, "seq_len": 4096, "gradient_checkpointing": True, "quantization": "nf4"}
-    budget = estimate_memory(BASE, CONFIG, **least).peak_allocated - 2**20  # type: ignore[arg-type]
-    report = check_memory(BASE, CONFIG, **least, budget=budget, advise=False)  # type: ignore[arg-type]
+    budget = estimate_memory(BASE, CONFIG, **least).peak_allocated - 2**20
+    report = check_memory(BASE, CONFIG, **least, budget=budget, advise=False)
     assert [f.fix.partition(";")[0] for f in report.errors] == ["take a shorter seq_len"]
     with pytest.raises(TypeError, match="advise must be True or False"):
-        assert_fits_memory(BASE, CONFIG, batch_size=1, seq_len=1, budget="2GiB", advise=1)  # type: ignore[arg-type]
+        assert_fits_memory(BASE, CONFIG, batch_size=1, seq_len=1, budget="2GiB", advise=1)
 
 
 @pytest.mark.lora_slow

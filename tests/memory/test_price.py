@@ -94,9 +94,9 @@ def test_a_price_refuses(arguments: dict[str, Any], error: type[Exception], mess
 
 def test_what_has_no_operations_is_told_where_to_go() -> None:
     with pytest.raises(TypeError, match=r"for a sweep: result\.prices\(price\)"):
-        RATE.of(SweepResult("a", True, None, (), {}, {}))  # type: ignore[arg-type]
+        RATE.of(SweepResult("a", True, None, (), {}, {}))
     with pytest.raises(TypeError, match=r"for ranks: rank_prices\("):
-        RATE.of(suggest_rank(BASE, purpose="rl"))  # type: ignore[arg-type]
+        RATE.of(suggest_rank(BASE, purpose="rl"))
     with pytest.raises(ValueError, match=r"^steps must be at least 1, not 0$"):
         RATE.of(1, steps=0)
 
@@ -178,4 +178,4 @@ def test_a_rank_with_too_little_or_nothing_to_compare_with_is_not_named() -> Non
     alone = SweepResult("accuracy", True, 0.5, (TrialRow(4, 8, 0, metric=0.9),), {}, {}).prices()
     assert str(alone.time) == "by measured time: not judged, there are no two ranks to compare"
     with pytest.raises(TypeError, match=r"^price must be what price\("):
-        poor.prices("H100")  # type: ignore[arg-type]
+        poor.prices("H100")

@@ -41,13 +41,13 @@ class Machine:
         for process in range(len(self.plans)):
             own = [entry for entry in self.entries if entry.owner == str(process) and entry.state != "keeps"]
             if own and own[0].state == "runs":
-                found.append(lambda p=process, e=own[0]: self.end(p, e))  # type: ignore[misc]
+                found.append(lambda p=process, e=own[0]: self.end(p, e))
             elif own and may_begin(self.entries, own[0], TOTALS):
-                found.append(lambda e=own[0]: self.begin(e))  # type: ignore[misc]
+                found.append(lambda e=own[0]: self.begin(e))
             elif not own and self.left[process]:
-                found.append(lambda p=process: self.ask(p))  # type: ignore[misc]
+                found.append(lambda p=process: self.ask(p))
             elif not own and any(entry.owner == str(process) for entry in self.entries):
-                found.append(lambda p=process: self.leave(p))  # type: ignore[misc]
+                found.append(lambda p=process: self.leave(p))
         return found
 
     def ask(self, process: int) -> None:
@@ -93,7 +93,7 @@ def test_of(size: int, device: str, declared: bool, keeps: int) -> Test:
     )
 
 
-test_of.__test__ = False  # type: ignore[attr-defined]
+test_of.__test__ = False
 one_test = st.builds(
     test_of, st.integers(1, TOTAL), st.sampled_from("ab"), st.booleans(), st.sampled_from([0, 0, 8, 14])
 )

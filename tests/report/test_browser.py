@@ -53,7 +53,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def opened(request: pytest.FixtureRequest, driver: Chrome, pages: dict[str, str]) -> Chrome:
     """The page that the test has as parameter, or the sample, freshly opened; what earlier pages said is forgotten."""
     browser.emulate(driver)
-    driver.get_log("browser")  # type: ignore[no-untyped-call]
+    driver.get_log("browser")
     driver.get(pages[getattr(request, "param", "sample")])
     return driver
 
@@ -72,7 +72,7 @@ def unfold(driver: Chrome) -> None:
 
 
 def complaints(driver: Chrome) -> list[Any]:
-    return [entry["message"] for entry in driver.get_log("browser")]  # type: ignore[no-untyped-call]
+    return [entry["message"] for entry in driver.get_log("browser")]
 
 
 @pytest.mark.parametrize("opened", ["sample", "crashed", "hostile"], indirect=True)

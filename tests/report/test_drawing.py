@@ -86,9 +86,9 @@ def test_anything_can_be_drawn(figure: object) -> None:
         if len(figure.steps) == len(figure.losses) and len(figure.eval_steps) == len(figure.eval_losses):
             curve_chart(figure)
     else:
-        sweep_chart(figure)  # type: ignore[arg-type]
-        rate_chart(figure)  # type: ignore[arg-type]
-        price_chart(figure)  # type: ignore[arg-type]
+        sweep_chart(figure)
+        rate_chart(figure)
+        price_chart(figure)
 
 
 def test_ranks_are_one_step_apart_and_failed_ones_have_no_point() -> None:
@@ -162,7 +162,7 @@ def test_a_chart_of_prices_joins_what_is_worth_its_price() -> None:
     timed = dataclasses.replace(
         RATED, trials=(*RATED.trials[:2], dataclasses.replace(RATED.trials[2], flops=None))
     )
-    assert price_chart(timed).counted is False  # type: ignore[union-attr]
+    assert price_chart(timed).counted is False
     assert price_chart(dataclasses.replace(RATED, trials=RATED.trials[:1])) is None
 
 

@@ -97,7 +97,7 @@ def test_a_recipe_on_a_card_has_its_card(tmp_path: Path) -> None:
     rows = {row.name: row for row in card.rows}
     assert (rows["r"].value, rows["r"].source) == ("16", "line 3")
     tight = check_recipe(tmp_path / "qlora.yaml", budget="1GiB")
-    assert tight.figures[0].fits is False  # type: ignore[union-attr]
+    assert tight.figures[0].fits is False
     assert not tight.ok
     again = Report.from_json(tight.to_json())
     assert again == tight

@@ -17,7 +17,7 @@ from pytest_lora.facts.memory import (
 )
 from pytest_lora.facts.memory_choices import Parallel
 from pytest_lora.facts.operations import StepFlops
-from pytest_lora.rules.words import (
+from pytest_lora.rules.memory import (
     _lines,
     advice,
     against_now,

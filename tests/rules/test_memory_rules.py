@@ -25,7 +25,7 @@ from pytest_lora.facts.memory import MemoryFacts, Unmodelled
 from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.facts.operations import operation_in_words
 from pytest_lora.rules import judge
-from pytest_lora.rules.words import against_now
+from pytest_lora.rules.memory import against_now
 
 BASE = LlamaConfig(
     hidden_size=512, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=8, vocab_size=4000

@@ -74,7 +74,7 @@ def model(*layers: LayerState, base: BaseFacts = HELD, **changes: Any) -> ModelF
         "duplicates": (),
         "reentrant_without_inputs": False,
     }
-    return ModelFacts(base=base, layers=layers, **{**made, **changes})  # type: ignore[arg-type]
+    return ModelFacts(base=base, layers=layers, **{**made, **changes})
 
 
 SIDE = replace(V, adapter="side")

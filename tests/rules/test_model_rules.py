@@ -616,7 +616,7 @@ def merged_for_inference() -> Case:
 
 
 def compiled() -> Case:
-    return torch.compile(adapted()), Expect()  # type: ignore[return-value]
+    return torch.compile(adapted()), Expect()
 
 
 def token_rows() -> Case:

@@ -9,8 +9,7 @@ import pytest
 
 from pytest_lora.facts.recipe import BaseModel, RecipeFacts, RunSetting, SavedAdapter, Shard, Value
 from pytest_lora.facts.recipe_lines import UnknownKey, WrongKind
-from pytest_lora.rules.words import at
-from pytest_lora.rules.words import said as in_words
+from pytest_lora.rules.recipe import at
 from tests.rules.saying import says, told
 
 
@@ -429,11 +428,10 @@ def test_what_is_asked_for_and_does_not_happen() -> None:
     says("targets_are_widened", replace(widened, setting=None))
 
 
-def test_places_and_values_in_words() -> None:
+def test_places_in_words() -> None:
     given = RecipeFacts("recipe.yaml")
     assert [at(given, None), at(given, 3), at(given, 3, "r")] == [
         "recipe.yaml",
         "recipe.yaml:3",
         "recipe.yaml:3: r",
     ]
-    assert [in_words(Value(32, "default of TRL")), in_words(Value(32))] == ["32 (default of TRL)", "32"]

@@ -73,7 +73,7 @@ def test_rates_and_ranks() -> None:
     same = "the scaling is the same then, and the learning rate"
     assert remedies.next_rank(Expect(), None) == f"double the rank and lora_alpha with it ({same} can stay)"
     plain: Any = SimpleNamespace(r=8, lora_alpha=16)
-    assert remedies.next_rank(SimpleNamespace(config=plain), 1e-3) == (  # type: ignore[arg-type]
+    assert remedies.next_rank(SimpleNamespace(config=plain), 1e-3) == (
         f"double the rank from 8 to 16 and lora_alpha with it from 16 to 32 ({same} of 0.001 can stay)"
     )
     rooted = Expect(config=LoraConfig(r=8, lora_alpha=16, use_rslora=True))
@@ -169,6 +169,6 @@ def test_what_a_server_makes_of_it(
 def test_what_a_server_only_warns_of_is_a_warning() -> None:
     for name, server in SERVERS.items():
         for feature, treatment in server.features.items():
-            found = list(treated(served({feature: ("q",)}), Expect(serve=name), treatment.outcome))  # type: ignore[arg-type]
+            found = list(treated(served({feature: ("q",)}), Expect(serve=name), treatment.outcome))
             own = [one for one in found if "(q)" in one.observed]
             assert [one.severity for one in own] == ["warning" if treatment.warns else None], (name, feature)

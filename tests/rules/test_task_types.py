@@ -182,7 +182,7 @@ class _OfMore(_OfSound):
 @pytest.mark.parametrize(("base", "told"), [(_OfSound, ["LORA122"]), (_OfMore, [])])
 def test_what_a_forward_leaves_alone_does_no_harm(base: type[torch.nn.Module], told: list[str]) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="FEATURE_EXTRACTION")
-    model = get_peft_model(base(), config)  # type: ignore[arg-type]
+    model = get_peft_model(base(), config)
     assert [f.code for f in check_config(config, base()).warnings if f.code == "LORA122"] == told
     if told:
         with pytest.raises(TypeError, match="input_ids"):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.lora_slow
 
 def failure(fn: object, **options: object) -> str:
     with pytest.raises(RanksFailedError) as caught:
-        run_distributed(fn, **options)  # type: ignore[arg-type]
+        run_distributed(fn, **options)
     return str(caught.value)
 
 
@@ -67,7 +67,7 @@ def test_ranks_that_wait_for_ever_are_ended_and_say_where_they_were(monkeypatch:
 )
 def test_wrong_arguments_are_named(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        run_distributed(ranks.no_adapter, **options)  # type: ignore[arg-type]
+        run_distributed(ranks.no_adapter, **options)
 
 
 def test_functions_that_no_rank_can_import_are_refused() -> None:
@@ -75,7 +75,7 @@ def test_functions_that_no_rank_can_import_are_refused() -> None:
 
     for fn in (inner, lambda: None, "who"):
         with pytest.raises(TypeError, match=r"^fn must be a function at the top level of a module, "):
-            run_distributed(fn)  # type: ignore[arg-type]
+            run_distributed(fn)
 
 
 def test_every_rank_runs_and_returns() -> None:

@@ -128,7 +128,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The plugin, made as Axolotl makes it from the name in its YAML: by shape, as Axolotl is not installed here."""
     pytest.importorskip("pydantic")
     base = types.ModuleType("axolotl.integrations.base")
-    base.BasePlugin = type(  # type: ignore[attr-defined]
+    base.BasePlugin = type(
         "BasePlugin",
         (),
         {

@@ -25,14 +25,14 @@ def _adapted(base: str, **changes: Any) -> nn.Module:
 def _merged() -> nn.Module:
     model: Any = _adapted("base")
     model.merge_adapter()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _two_adapters() -> nn.Module:
     model: Any = _adapted("base", modules_to_save=["lm_head"])
     model.add_adapter("second", LoraConfig(r=4, target_modules=["k_proj"]))
     model.base_model.disable_adapter_layers()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _with_gradients() -> nn.Module:

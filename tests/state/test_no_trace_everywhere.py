@@ -275,7 +275,7 @@ def _model_state(model: nn.Module) -> dict[str, Any]:
 
 
 def _state(setup: Setup) -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
         **{f"model's {part}": state for part, state in _model_state(setup.model).items()},
         **{f"base's {part}": state for part, state in _model_state(setup.base).items()},

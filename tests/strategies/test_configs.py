@@ -299,7 +299,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exceptio
 
 def test_bad_bases_are_named() -> None:
     with pytest.raises(TypeError, match="base must be"):
-        lora_configs(3)  # type: ignore[arg-type]
+        lora_configs(3)
     with pytest.raises(ValueError, match="carries an adapter"):
         lora_configs(get_peft_model(copy.deepcopy(model("base")), LoraConfig(target_modules=["q_proj"])))
     with pytest.raises(ValueError, match="no module that LoRA could adapt"):

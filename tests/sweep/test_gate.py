@@ -68,7 +68,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"^rank: r=16 was not measured; the sweep has 4, 8$"):
         assert_rank_suffices(sweep, 16)
     with pytest.raises(TypeError, match=r"^rank must be a whole number, not 8\.0$"):
-        assert_rank_suffices(sweep, 8.0)  # type: ignore[arg-type]
+        assert_rank_suffices(sweep, 8.0)
     with pytest.raises(
         ValueError, match=r"^rank: 8: it cannot be read \(No such file or directory\); write it with"
     ):
@@ -76,7 +76,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(
         TypeError, match=r"^result must be a SweepResult, a RankLock or the path of one, not \{\}$"
     ):
-        assert_rank_suffices({}, 8)  # type: ignore[arg-type]
+        assert_rank_suffices({}, 8)
     with pytest.raises(
         ValueError, match=r"^metric_share must be a finite number above 0 and at most 1, not 95"
     ):

@@ -38,7 +38,7 @@ def test_every_rank_is_trained_at_every_rate_and_compared_at_its_best() -> None:
     for row in result.rows:
         means = {rate.learning_rate: rate.metric for rate in row.rates}
         assert row.metric == max(means.values())
-        assert row.learning_rate == max(means, key=means.get)  # type: ignore[arg-type]
+        assert row.learning_rate == max(means, key=means.get)
         assert row.step == 2 * row.learning_rate
     table = result.table().splitlines()
     assert table[0].startswith("metric by rank, each at its best rate (more is better, ")

@@ -68,7 +68,7 @@ def test_table_as_text_and_markdown() -> None:
     ]
     assert markdown.endswith("- peak memory not estimated: no reason")
     with pytest.raises(ValueError, match=r"^style must be one of text, markdown, not 'html'$"):
-        result().table("html")  # type: ignore[arg-type]
+        result().table("html")
 
 
 # ------------------------------------------------------------------------------------------------- pictures
@@ -190,7 +190,7 @@ def test_pictures_leave_no_figure_open_and_no_setting_changed(tmp_path: Path) ->
 @pytest.mark.usefixtures("_matplotlib")
 def test_what_a_picture_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^theme must be one of light, dark, not 'blue'$"):
-        result().plot(tmp_path / "x.png", theme="blue")  # type: ignore[arg-type]
+        result().plot(tmp_path / "x.png", theme="blue")
     with pytest.raises(ValueError, match=r"^path must end in one of .*, not 'x.doc'$"):
         result().plot(tmp_path / "x.doc")
     assert list(tmp_path.iterdir()) == []
@@ -306,7 +306,7 @@ def test_a_tracker_that_starts_on_every_process_finds_the_state_of_accelerate(
 
     started: list[str] = []
 
-    class EveryProcess(tracking.GeneralTracker):  # type: ignore[misc]
+    class EveryProcess(tracking.GeneralTracker):
         name, requires_logging_directory, main_process_only = "wandb", False, False
         tracker = None
 

@@ -60,8 +60,9 @@ def adapted_copy(model: nn.Module) -> nn.Module:
         # Enabling what is enabled would make frozen adapters trainable.
         if isinstance(module, _SWITCHES) and module.disable_adapters:
             module.enable_adapters(True)
-        if isinstance(module, LoraLayer) and module.merged:
-            _as_any(module).unmerge()
+    for layer in lora_layers(copied).values():
+        if layer.merged:
+            layer.unmerge()
     return copied
 
 
@@ -121,8 +122,8 @@ def base_without_adapter(adapted: nn.Module, *, forget_trained: bool = False) ->
     that they come back only if the checkpoint holds them.
     """
     base = copy.deepcopy(adapted_survey(adapted).root)
-    for layer in list(base.modules()):
-        if isinstance(layer, LoraLayer) and layer.merged:  # layers over GPTQ's and others' cannot be unmerged
+    for layer in lora_layers(base).values():
+        if layer.merged:  # layers over GPTQ's and others' cannot be unmerged
             layer.unmerge()
     _unwrap(base)
     forget_adapters(base)
@@ -153,14 +154,15 @@ def _inner(module: nn.Module) -> nn.Module | None:
             return None if inner is module else as_module(inner)
 
 
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """The LoRA layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
 def as_module(model: Any) -> nn.Module:
     """The model, as what it is to a type checker."""
     assert isinstance(model, nn.Module)
     return model
-
-
-def _as_any(layer: Any) -> Any:
-    return layer
 
 
 # ---------------------------------------------------------------------------------------- outputs

@@ -20,6 +20,7 @@ from pytest_lora.inspection.behaviour import (
     distance,
     identical,
     largest,
+    lora_layers,
     output_of,
     stable_output,
     without_adapter,
@@ -54,7 +55,7 @@ def law_facts(model: nn.Module, batch: Any) -> LawFacts:
     adapted_survey(model)
     with Keeper(model, batch), quiet_libraries(), without_tf32():
         adapted = adapted_copy(model)
-        layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
+        layers = lora_layers(adapted)
         stable_output(adapted, batch)
         disabled = _disabled(adapted, batch)
         leak, not_added = _leak(adapted, batch)

@@ -20,12 +20,13 @@ from pytest_lora.inspection.behaviour import (
     distance,
     identical,
     largest,
+    lora_layers,
     output_of,
     watched_output,
     without_adapter,
 )
 from pytest_lora.inspection.model import adapted_survey
-from pytest_lora.inspection.peft_internals import WRAPPERS, LoraLayer
+from pytest_lora.inspection.peft_internals import WRAPPERS
 from pytest_lora.inspection.quiet import quiet_libraries
 from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.state.precision import in_float64, without_tf32
@@ -56,7 +57,7 @@ def merge_facts(
     adapted_survey(model)
     with Keeper(model, batch), quiet_libraries(), without_tf32():
         adapted = adapted_copy(model)
-        layers = {n: m for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
+        layers = lora_layers(adapted)
         expected, moving = watched_output(adapted, batch)
         unloaded = MergeFacts(left_over=tuple(_left_over(adapted)), restored_steps=_UNMERGE_STEPS)
         before = {name: t for name, t in _in_main_memory(adapted).items() if name not in moving}
@@ -222,8 +223,7 @@ def combination_error(
 
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, Any]:
-    found: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    return {name: layer for name, layer in found.items() if adapter in layer.scaling}
+    return {name: layer for name, layer in lora_layers(model).items() if adapter in layer.scaling}
 
 
 def _of_summed_factors(layer: Any, weights: Mapping[str, float]) -> Tensor:

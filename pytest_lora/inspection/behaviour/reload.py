@@ -22,6 +22,7 @@ from pytest_lora.inspection.behaviour import (
     copy_of,
     distance,
     identical,
+    lora_layers,
     output_of,
     quiet_eval,
     watched_output,
@@ -31,7 +32,6 @@ from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import (
     WRAPPERS,
     BaseTunerLayer,
-    LoraLayer,
     active_adapters,
     adapter_names,
     lora_configs,
@@ -141,7 +141,7 @@ def _loading() -> Iterator[None]:
 
 
 def _reloaded(adapted: nn.Module, fresh: nn.Module) -> nn.Module:
-    layer = next(m for m in adapted.modules() if isinstance(m, LoraLayer))
+    layer = next(iter(lora_layers(adapted).values()))
     active = list(active_adapters(layer))
     reload = _reloaded_peft if isinstance(adapted, WRAPPERS) else _reloaded_transformers
     with ExitStack() as stack:
@@ -219,5 +219,5 @@ def _unsaved_adapters(adapted: nn.Module) -> set[str]:
     """Names of adapters that the model's ``save_pretrained`` does not write: with transformers' own, the inactive."""
     if isinstance(adapted, WRAPPERS):
         return set()
-    layers = [m for m in adapted.modules() if isinstance(m, LoraLayer)]
+    layers = lora_layers(adapted).values()
     return {name for layer in layers for name in adapter_names(layer) if name not in active_adapters(layer)}

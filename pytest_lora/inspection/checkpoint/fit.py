@@ -146,7 +146,7 @@ def _compared(plain: Fit, injected: nn.Module, tensors: tuple[TensorFacts, ...],
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wanted = {name: tuple(t.shape) for name, t in saved_state(injected, ADAPTER).items()}
-    packed = _of_quantized_modules(plain.base, tensors, keys)
+    packed = _of_quantized_modules(plain.base, tensors)
     tensors = tuple(t for t in tensors if t.name not in packed)
     wanted = {name: shape for name, shape in wanted.items() if name not in packed}
     held = {keys[t.name].peft_name: t for t in tensors}
@@ -182,9 +182,7 @@ def _compared(plain: Fit, injected: nn.Module, tensors: tuple[TensorFacts, ...],
     )
 
 
-def _of_quantized_modules(
-    base: BaseFacts, tensors: tuple[TensorFacts, ...], keys: dict[str, Key]
-) -> frozenset[str]:
+def _of_quantized_modules(base: BaseFacts, tensors: tuple[TensorFacts, ...]) -> frozenset[str]:
     """Weights of an adapted embedding that were saved as they are packed, and their statistics.
 
     PEFT writes the weight of an adapted head beside the adapter. Over the packed weight of this base it loads it as it

@@ -139,7 +139,7 @@ def images_for(model: Any, setting: StepSetting, takes: Container[str]) -> dict[
     count = setting.batch_size * setting.images
     height, width = image_edges(vision, setting)
     if "image_grid_thw" in takes:
-        return _patches(model, setting, vision, count, takes)
+        return _patches(setting, vision, count, takes)
     channels = getattr(vision, "num_channels", 3)
     pixels = torch.empty(count, channels, height, width, dtype=getattr(torch, setting.dtype), device=META)
     batch: dict[str, Any] = {"pixel_values": pixels}
@@ -153,9 +153,7 @@ def images_for(model: Any, setting: StepSetting, takes: Container[str]) -> dict[
     return batch
 
 
-def _patches(
-    model: Any, setting: StepSetting, vision: Any, count: int, takes: Container[str]
-) -> dict[str, Any]:
+def _patches(setting: StepSetting, vision: Any, count: int, takes: Container[str]) -> dict[str, Any]:
     """Patches in a row and the grid that they came from, which decides shapes and so has values (Qwen's family)."""
     merged = vision.patch_size * vision.spatial_merge_size
     sides = [max(1, edge // merged) * vision.spatial_merge_size for edge in image_edges(vision, setting)]

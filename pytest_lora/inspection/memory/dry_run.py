@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,15 +102,7 @@ def trace(
         trace(built, setting)
     model = built.model if built.rank is None else built.rank.called
     trainable = [p for p in model.parameters() if p.requires_grad]
-    config = _text_config(built.transformer)
-    autocast = getattr(torch, setting.autocast) if autocasts(setting) else None
-    stand_ins = StandIns(
-        padded=setting.padding_mask,
-        experts=_first_of(config, _EXPERTS),
-        images=setting.images,
-        logs=setting.by_trl,
-    )
-    tracker = StorageTracker(_first_of(config, ("vocab_size",)), stand_ins)
+    tracker = _tracker(built, setting)
     for tensor in (*model.parameters(), *model.buffers()):
         tracker.ignore(local(tensor))
     if gradients_held:
@@ -118,21 +110,7 @@ def trace(
             parameter.grad = torch.empty_like(parameter)
             tracker.ignore(local(parameter.grad))
     try:
-        with (
-            _following(built, tracker),
-            _gradients_noticed(trainable, tracker)
-            if built.rank is None or built.rank.notices_gradients
-            else nullcontext(),
-            built.rank.around(tracker) if built.rank else nullcontext(),
-            quiet(),
-            collector.paused(),
-            masks_without_values(),
-            without_marks(),
-            cuda_kernels(autocast, setting.attention, tracker.count),
-            fused_kernels(tracker.count) if setting.by_trl else nullcontext(),
-            outputs_in_float32(model) if setting.by_accelerate else nullcontext(),
-            tracker.recorded(),
-        ):
+        with _recorded(built, model, setting, tracker):
             if evaluation is not None:
                 tracker.phase = EVALUATION
                 _evaluate(built, model, setting, evaluation)
@@ -143,12 +121,7 @@ def trace(
     except TooLongError:
         raise
     except Exception as error:
-        kind = "" if isinstance(error, NeedsValuesError) else f"{type(error).__name__}: "
-        raise NotTracedError(
-            f"base: a step of {type(built.transformer).__name__} cannot be traced: {kind}{error}"
-            f"{remedy(error, built.transformer)}; asked: batch_size={setting.batch_size}, seq_len={setting.seq_len}, "
-            f"images={setting.images}, image_size={setting.image_size}"
-        ) from error
+        raise _not_traced(error, built, setting) from error
     finally:
         tracker.recording = False
     for parameter in trainable:
@@ -162,6 +135,53 @@ def trace(
         tracker.operations,
         tracker.streams,
         tracker.flops,
+    )
+
+
+def _tracker(built: MetaModel, setting: StepSetting) -> StorageTracker:
+    config = _text_config(built.transformer)
+    stand_ins = StandIns(
+        padded=setting.padding_mask,
+        experts=_first_of(config, _EXPERTS),
+        images=setting.images,
+        logs=setting.by_trl,
+    )
+    return StorageTracker(_first_of(config, ("vocab_size",)), stand_ins)
+
+
+@contextmanager
+def _recorded(
+    built: MetaModel, called: nn.Module, setting: StepSetting, tracker: StorageTracker
+) -> Iterator[None]:
+    """Record what runs within, with the kernels of CUDA and what libraries do around a step."""
+    rank = built.rank
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(_following(built, tracker))
+        if rank is None or rank.notices_gradients:
+            enter(_gradients_noticed([p for p in called.parameters() if p.requires_grad], tracker))
+        if rank is not None:
+            enter(rank.around(tracker))
+        enter(quiet())
+        enter(collector.paused())
+        enter(masks_without_values())
+        enter(without_marks())
+        autocast = getattr(torch, setting.autocast) if autocasts(setting) else None
+        enter(cuda_kernels(autocast, setting.attention, tracker.count))
+        if setting.by_trl:
+            enter(fused_kernels(tracker.count))
+        if setting.by_accelerate:
+            enter(outputs_in_float32(called))
+        enter(tracker.recorded())
+        yield
+
+
+def _not_traced(error: Exception, built: MetaModel, setting: StepSetting) -> NotTracedError:
+    kind = "" if isinstance(error, NeedsValuesError) else f"{type(error).__name__}: "
+    return NotTracedError(
+        f"base: a step of {type(built.transformer).__name__} cannot be traced: {kind}{error}"
+        f"{remedy(error, built.transformer)}; asked: batch_size={setting.batch_size}, seq_len={setting.seq_len}, "
+        f"images={setting.images}, image_size={setting.image_size}"
     )
 
 

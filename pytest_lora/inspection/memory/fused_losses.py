@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
+from pytest_lora.inspection.base import embeddings_of
 from pytest_lora.inspection.memory.meta_answers import swapped
 from pytest_lora.inspection.memory.operations import product_flops
 
@@ -36,7 +37,7 @@ def fuse_loss(transformer: Any, setting: StepSetting) -> None:
     Raises:
         ValueError: It has no head that such a loss could read, or the installed torch has no such loss.
     """
-    head = getattr(transformer, "get_output_embeddings", lambda: None)()
+    head = embeddings_of(transformer, "output")
     if not type(transformer).__name__.endswith("ForCausalLM") or not isinstance(head, nn.Linear):
         raise ValueError(
             f"loss: {setting.loss!r} is computed from the plain head of a causal language model, which "
@@ -44,7 +45,7 @@ def fuse_loss(transformer: Any, setting: StepSetting) -> None:
         )
     if hasattr(head, "lora_A") or head.weight.dtype == torch.uint8 or head.weight.requires_grad:
         raise ValueError(
-            f"loss: {setting.loss!r} reads the head's weight itself: leave {'lm_head'!r} out of target_modules, "
+            f"loss: {setting.loss!r} reads the head's weight itself: leave 'lm_head' out of target_modules, "
             "modules_to_save and quantization"
         )
     if setting.loss == "chunked":

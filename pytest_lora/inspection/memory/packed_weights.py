@@ -94,8 +94,6 @@ _STORED: dict[str, Callable[[tuple[int, ...], Quantization], Stored]] = {
 _FUSED = ("fp8", "mxfp4")
 """Methods that pack the fused experts of a mixture too."""
 
-METHODS = tuple(_STORED)
-
 
 def _parameter(stored: Stored) -> nn.Parameter:
     weight = nn.Parameter(stored[0], requires_grad=False)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from pytest_lora.facts.memory import Quantization
 from pytest_lora.facts.memory_choices import divides_weights
 from pytest_lora.facts.recipe import RunSetting
+from pytest_lora.inspection.base import embeddings_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -21,7 +22,7 @@ _MAPPED = ("rank_pattern", "alpha_pattern")
 _PLAIN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias")
 COLLECTING = ("Axolotl", "LLaMA-Factory", "ms-swift")
 """Tools that collect the names of linear modules themselves; the others leave "all-linear" to PEFT."""
-_OPTIMIZERS = {"adamw_torch_fused": "adamw_torch_fused", "adamw": "adamw_torch", "adamw_hf": "adamw_torch"}
+_OPTIMIZERS = {"adamw": "adamw_torch", "adamw_hf": "adamw_torch"}
 
 
 def lora_config(setting: RunSetting, *, several_modalities: bool = False) -> LoraConfig | None:
@@ -198,7 +199,7 @@ def weights_at_least(setting: RunSetting, parameters: int, base_dtype: str | Non
 
 def linear_names(model: nn.Module) -> list[str]:
     """Last parts of the names of the linear modules of a base, its head aside, as tools collect them for "all"."""
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    head = embeddings_of(model, "output")
     found = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from pytest_lora.facts.memory_choices import HALF_PRECISIONS
 from pytest_lora.facts.recipe import UNKNOWN, RunSetting, Value
 from pytest_lora.inspection.recipe.beside import FSDP_OF_ACCELERATE, Tree, deepspeed_strategy, fsdp_strategy
 from pytest_lora.inspection.recipe.keys import Keys, numbers_by_name
@@ -75,8 +76,8 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         base=keys.word("base_model"),
         adapter=replace(adapter, value=kind if kind in ("lora", "qlora") else None),
         quantization=_quantization(keys, kind),
-        double_quant=Value(True, f"default of {NAME}"),
-        quant_storage=Value("bfloat16", f"default of {NAME}"),  # loaders/model.py, whatever else is asked
+        double_quant=keys.default(True),
+        quant_storage=keys.default("bfloat16"),  # loaders/model.py, whatever else is asked
         dtype=_dtype(keys),
         precision=_precision(keys),
         upcast=_upcast(keys),
@@ -137,18 +138,16 @@ def _quantization(keys: Keys, adapter: str | None) -> Value:
     in_4 = keys.says("load_in_4bit")
     if adapter == "qlora":
         if in_4 or keys.says("gptq"):
-            return Value("nf4", f"line {keys.lines['adapter']}", "adapter", keys.lines["adapter"])
+            return keys.decided("adapter", "nf4")
         why = "Axolotl stops: adapter: qlora requires load_in_4bit: true"
         line = keys.lines["load_in_4bit" if keys.has("load_in_4bit") else "adapter"]
         return Value(None, f"default of {NAME}", "load_in_4bit", line, "adapter: qlora (4 bits)", why)
     if in_4:
         why = "Axolotl quantizes to 4 bits only under adapter: qlora"
-        line = keys.lines["load_in_4bit"]
-        return Value(None, f"line {line}", "load_in_4bit", line, "load_in_4bit: true (4-bit weights)", why)
+        return keys.decided("load_in_4bit", None, asked="load_in_4bit: true (4-bit weights)", why=why)
     if adapter == "lora" and keys.says("load_in_8bit"):
-        line = keys.lines["load_in_8bit"]
-        return Value("int8", f"line {line}", "load_in_8bit", line)
-    return Value(None, f"default of {NAME}", "load_in_4bit")
+        return keys.decided("load_in_8bit", "int8")
+    return keys.default(None, "load_in_4bit")
 
 
 def _upcast(keys: Keys) -> Value:
@@ -177,27 +176,21 @@ def _precision(keys: Keys) -> Value:
         found = keys.node(name)
         gives_way = found is not None and found[1].written == "auto" and keys.says("fp16")
         if found and not gives_way and (keys.says(name) or found[1].written in ("auto", "full")):
-            line = keys.lines[name]
-            return Value(precision, f"line {line}", name, line)
-    if not keys.has("bf16"):
-        return Value("bf16", f"default of {NAME}", "bf16")
-    return Value(None, f"line {keys.lines['bf16']}", "bf16", keys.lines["bf16"])
+            return keys.decided(name, precision)
+    return keys.decided("bf16", None) if keys.has("bf16") else keys.default("bf16", "bf16")
 
 
 def _dtype(keys: Keys) -> Value:
     precision = _precision(keys)
     if keys.says("load_in_8bit"):
         return Value("float16", "follows load_in_8bit", "load_in_8bit")
-    names = {"bf16": "bfloat16", "fp16": "float16"}
-    return replace(
-        precision, value=names.get(precision.value, "float32"), source=f"follows {precision.key}", line=None
-    )
+    dtype = HALF_PRECISIONS.get(precision.value, "float32")
+    return replace(precision, value=dtype, source=f"follows {precision.key}", line=None)
 
 
 def _targets(keys: Keys) -> Value:
     if keys.says("lora_target_linear"):
-        line = keys.lines["lora_target_linear"]
-        return Value("all-linear", f"line {line}", "lora_target_linear", line)
+        return keys.decided("lora_target_linear", "all-linear")
     return keys.names("lora_target_modules")
 
 
@@ -207,18 +200,18 @@ def _attention(keys: Keys) -> Value:
         return stated
     for name, attention in _ATTENTION.items():
         if keys.says(name):
-            return Value(attention, f"line {keys.lines[name]}", name, keys.lines[name])
+            return keys.decided(name, attention)
     return Value(None, "", "attn_implementation")
 
 
 def _loss(keys: Keys) -> Value:
     found = next((name for name in _LOW_MEMORY if keys.says(name)), None)
     if found is not None:
-        return Value("chunked", f"line {keys.lines[found]}", found, keys.lines[found])
+        return keys.decided(found, "chunked")
     plugins = keys.names("plugins").value or ()
     if any("cut_cross_entropy" in str(one) for one in plugins):
-        return Value("chunked", f"line {keys.lines['plugins']}", "plugins", keys.lines["plugins"])
-    return Value("full", f"default of {NAME}")
+        return keys.decided("plugins", "chunked")
+    return keys.default("full")
 
 
 def _kernels(keys: Keys, adapter: str | None) -> Value:
@@ -230,12 +223,11 @@ def _kernels(keys: Keys, adapter: str | None) -> Value:
     """
     given = [name for name in (*_KERNELS, "lora_embedding_kernel") if keys.has(name)]
     if given:
-        line = keys.lines[given[0]]
-        return Value(all(map(keys.says, _KERNELS)), f"line {line}", given[0], line)
+        return keys.decided(given[0], all(map(keys.says, _KERNELS)))
     other = (
         keys.has("rl") or keys.says("trust_remote_code") or (adapter == "lora" and keys.says("load_in_8bit"))
     )
-    return Value(not other, f"default of {NAME}", _KERNELS[0])
+    return keys.default(not other, _KERNELS[0])
 
 
 def _checkpointing(keys: Keys) -> Value:
@@ -263,4 +255,4 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
         return sharded
     if keys.has("tensor_parallel_size", "dp_shard_size"):
         return UNKNOWN
-    return Value("ddp", f"default of {NAME}", "deepspeed")
+    return keys.default("ddp", "deepspeed")

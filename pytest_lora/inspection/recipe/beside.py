@@ -200,9 +200,16 @@ def fsdp_strategy(
         plain["fsdp_config"] = tree.mapping(plain["fsdp_config"]) or plain["fsdp_config"]
     moved = any(_offloads(key, value) for key, value in plain.items())
     kind = fsdp_version(plain) or version or fsdp_version_of_arguments()
-    return Value(
-        f"fsdp{kind}{OFFLOADED if moved else ''}", f"line {keys.lines[name]}", name, keys.lines[name]
-    )
+    return keys.decided(name, f"fsdp{kind}{OFFLOADED if moved else ''}")
+
+
+def strategy_of_arguments(keys: Keys, tree: Tree) -> Value:
+    """How the GPUs share the run where the keys are those of ``TrainingArguments``."""
+    deepspeed = keys.word("deepspeed")
+    if deepspeed.value:
+        return deepspeed_strategy(deepspeed, tree)
+    sharded = fsdp_strategy(keys, "fsdp", "fsdp_config", tree=tree)
+    return keys.default("ddp", "deepspeed") if sharded is None else sharded
 
 
 _FSDP_KEYS = ("fsdp", "fsdp_config", "fsdp_version", "fsdp_offload_params", "fsdp_cpu_offload")

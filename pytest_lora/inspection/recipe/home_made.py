@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from pytest_lora.facts.recipe import RunSetting, Value
 from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy, fsdp_strategy
-from pytest_lora.inspection.recipe.keys import Keys, comma_separated, numbers_by_name
+from pytest_lora.inspection.recipe.keys import Keys, comma_separated, numbers_by_name, with_whole_dtype
 from pytest_lora.inspection.recipe.yaml_file import Node
 
 NAME = "a recipe of one's own"
@@ -35,47 +35,43 @@ _MAPPINGS = ("tokens", "rank_pattern", "alpha_pattern")
 """Keys whose mappings are values and no blocks."""
 MAX_LEVELS = 4
 
+_SHORT = {"r": "lora_r", "rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+"""Keys that leave out the word where LoRA is meant."""
+
 
 def flattened(root: Node) -> Keys:
     """Keys at every level under their own names: the outermost of equal ones, and ``r`` only where LoRA is meant."""
-    flat = Node(root.line, pairs={})
+    pairs: dict[str, Node] = {}
+    lines: dict[str, int] = {}
     written: dict[str, str] = {}
     level: list[tuple[str, Node]] = [("", root)]
     for _ in range(MAX_LEVELS):
         inner: list[tuple[str, Node]] = []
         for block, node in level:
-            lora = block in _BLOCKS or {"lora_alpha", "target_modules"} & set(node.pairs or ())
-            for name, value in (node.pairs or {}).items():
-                plain = {
-                    "r": "lora_r",
-                    "rank": "lora_r",
-                    "alpha": "lora_alpha",
-                    "dropout": "lora_dropout",
-                }.get(name, name)
-                if not lora:
-                    plain = name
-                if block in ("model", "base") and name in ("name", "id", "path"):
-                    plain = "model_name"
-                assert flat.pairs is not None
-                if value.pairs is None or name in _MAPPINGS:
-                    if plain not in flat.pairs:
-                        flat.pairs[plain] = value
-                        written[plain] = name
-                        flat.lines[plain] = node.lines.get(name, value.line)
-                else:
+            found = node.pairs or {}
+            of_lora = block in _BLOCKS or bool({"lora_alpha", "target_modules"} & set(found))
+            for name, value in found.items():
+                if value.pairs is not None and name not in _MAPPINGS:
                     inner.append((name, value))
+                    continue
+                plain = _whole_name(name, block, of_lora=of_lora)
+                if plain not in pairs:
+                    pairs[plain], lines[plain] = value, node.lines.get(name, value.line)
+                    written[plain] = name
         level = inner
-    found = (flat.pairs or {}).get("model")
-    if (
-        found is not None
-        and flat.pairs is not None
-        and found.items is None
-        and not set(_BASE) & set(flat.pairs)
-    ):
-        flat.pairs["model_name"], flat.lines["model_name"] = found, flat.lines["model"]
-    keys = Keys(flat, NAME)
+    model = pairs.get("model")
+    if model is not None and model.items is None and not set(_BASE) & set(pairs):
+        pairs["model_name"], lines["model_name"] = model, lines["model"]
+    keys = Keys(Node(root.line, pairs=pairs, lines=lines), NAME)
     keys.written = written
     return keys
+
+
+def _whole_name(name: str, block: str, *, of_lora: bool) -> str:
+    """What a key means outside its block."""
+    if block in ("model", "base") and name in ("name", "id", "path"):
+        return "model_name"
+    return _SHORT.get(name, name) if of_lora else name
 
 
 def is_mine(keys: Keys) -> bool:
@@ -181,24 +177,21 @@ def _quantization(keys: Keys) -> Value:
     for name, kind in (("load_in_4bit", "nf4"), ("use_4bit", "nf4"), ("load_in_8bit", "int8")):
         if keys.says(name):
             found = keys.word("bnb_4bit_quant_type", default=kind).value if kind == "nf4" else kind
-            return Value(found, f"line {keys.lines[name]}", name, keys.lines[name])
+            return keys.decided(name, found)
     return Value(None, "", "load_in_4bit")
 
 
 def _dtype(keys: Keys) -> Value:
     found = keys.word("torch_dtype", "dtype")
-    text = str(found.value).removeprefix("torch.")
-    return (
-        replace(found, value={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(text, text))
-        if found.value
-        else found
-    )
+    if not found.value:
+        return found
+    return with_whole_dtype(replace(found, value=str(found.value).removeprefix("torch.")))
 
 
 def _precision(keys: Keys) -> Value:
     for name in ("bf16", "fp16"):
         if keys.says(name):
-            return Value(name, f"line {keys.lines[name]}", name, keys.lines[name])
+            return keys.decided(name, name)
     return Value(None, "", "bf16")
 
 

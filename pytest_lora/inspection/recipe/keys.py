@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from pytest_lora.facts.memory_choices import HALF_PRECISIONS
 from pytest_lora.facts.recipe import Value
 from pytest_lora.inspection.recipe.yaml_file import Node
 
@@ -71,6 +72,15 @@ class Keys:
         if is_filled_in(node):
             return Value(None, f"line {line}, which is filled in elsewhere", name, line)
         return Value(read(node), f"line {line}", name, line)
+
+    def decided(self, name: str, value: Any, *, asked: Any = None, why: str = "") -> Value:
+        """What a key that is there decides, whatever its own value; ``asked`` and ``why`` as in ``Value``."""
+        line = self.lines[name]
+        return Value(value, f"line {line}", name, line, asked, why)
+
+    def default(self, value: Any, key: str = "") -> Value:
+        """What the tool does by itself where ``key`` does not decide it."""
+        return Value(value, f"default of {self.tool}", key)
 
     def number(self, *names: str, default: float | None = None) -> Value:
         """A number; text that is one counts."""
@@ -139,6 +149,14 @@ def names_in(node: Node) -> tuple[str, ...] | str | None:
     if node.items is not None:
         return tuple(one.written for one in node.items if one.written)
     return word(node)
+
+
+_DTYPES = {**HALF_PRECISIONS, "fp32": "float32"}
+
+
+def with_whole_dtype(found: Value) -> Value:
+    """A dtype under torch's name; one that is no short name stays as it is written."""
+    return replace(found, value=_DTYPES.get(found.value, found.value))
 
 
 def numbers_by_name(node: Node) -> dict[str, int] | None:

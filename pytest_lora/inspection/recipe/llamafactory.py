@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pytest_lora.facts.memory_choices import HALF_PRECISIONS
 from pytest_lora.facts.recipe import RunSetting, Value
-from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy, fsdp_strategy
+from pytest_lora.inspection.recipe.beside import Tree, strategy_of_arguments
 from pytest_lora.inspection.recipe.keys import VISION, Keys, comma_separated
 
 NAME = "LLaMA-Factory"
@@ -94,7 +95,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         save_strategy=keys.word("save_strategy", default="steps"),
         save_steps=keys.number("save_steps", default=500),
         load_best_model_at_end=keys.flag("load_best_model_at_end", default=False),
-        strategy=_strategy(keys, tree),
+        strategy=strategy_of_arguments(keys, tree),
         continues=_continues(keys, tree),
     )
 
@@ -109,7 +110,7 @@ def _continues(keys: Keys, tree: Tree) -> Value:
     folders = _listed(comma_separated(found.value))
     last = folders[-1] if isinstance(folders, tuple) and folders else None
     kept = keys.has("quantization_bit") or keys.says("use_unsloth")
-    kept = kept or str(_strategy(keys, tree).value).startswith("zero3")
+    kept = kept or str(strategy_of_arguments(keys, tree).value).startswith("zero3")
     return replace(found, value=None if keys.says("create_new_adapter") and not kept else last)
 
 
@@ -130,7 +131,7 @@ def _quantization(keys: Keys) -> Value:
                 f"quantization_method: {method.value}",
                 why,
             )
-        return Value(None, f"default of {NAME}", "quantization_bit")
+        return keys.default(None, "quantization_bit")
     if method.value not in _METHODS:
         why = (
             f"LLaMA-Factory knows no quantization_method {method.value!r}: the base stays unquantized; the method is "
@@ -153,23 +154,22 @@ def _upcast(keys: Keys) -> Value:
 def _precision(keys: Keys) -> Value:
     for name, precision in (("bf16", "bf16"), ("pure_bf16", "bf16"), ("fp16", "fp16")):
         if keys.says(name):
-            return Value(precision, f"line {keys.lines[name]}", name, keys.lines[name])
-    return Value(None, f"default of {NAME}", "bf16")
+            return keys.decided(name, precision)
+    return keys.default(None, "bf16")
 
 
 def _dtype(keys: Keys) -> Value:
     precision = _precision(keys)
-    names = {"bf16": "bfloat16", "fp16": "float16"}
     if precision.value is None:
         return Value(None, "the dtype of the base", "bf16")
-    return Value(names[precision.value], f"follows {precision.key}", precision.key)
+    return Value(HALF_PRECISIONS[precision.value], f"follows {precision.key}", precision.key)
 
 
 def _loss(keys: Keys) -> Value:
     found = next((name for name in ("enable_liger_kernel", "use_unsloth") if keys.says(name)), None)
     if found is None:
-        return Value("full", f"default of {NAME}")
-    return Value("chunked", f"line {keys.lines[found]}", found, keys.lines[found])
+        return keys.default("full")
+    return keys.decided(found, "chunked")
 
 
 def _checkpointing(keys: Keys) -> Value:
@@ -180,22 +180,10 @@ def _checkpointing(keys: Keys) -> Value:
 
 def _packing(keys: Keys) -> Value:
     if keys.says("neat_packing"):
-        return Value(
-            "separate", f"line {keys.lines['neat_packing']}", "neat_packing", keys.lines["neat_packing"]
-        )
+        return keys.decided("neat_packing", "separate")
     return keys.flag("packing", default=False)
 
 
 def _loss_on(keys: Keys) -> Value:
     found = keys.flag("train_on_prompt", default=False)
     return replace(found, value="all tokens" if found.value else "answers")
-
-
-def _strategy(keys: Keys, tree: Tree) -> Value:
-    deepspeed = keys.word("deepspeed")
-    if deepspeed.value:
-        return deepspeed_strategy(deepspeed, tree)
-    sharded = fsdp_strategy(keys, "fsdp", "fsdp_config", tree=tree)
-    if sharded is not None:
-        return sharded
-    return Value("ddp", f"default of {NAME}", "deepspeed")

@@ -9,8 +9,8 @@ import math
 from dataclasses import replace
 
 from pytest_lora.facts.recipe import RunSetting, Value
-from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy, fsdp_strategy
-from pytest_lora.inspection.recipe.keys import ALL, LANGUAGE, VISION, Keys, count
+from pytest_lora.inspection.recipe.beside import Tree, strategy_of_arguments
+from pytest_lora.inspection.recipe.keys import ALL, LANGUAGE, VISION, Keys, count, with_whole_dtype
 
 NAME = "ms-swift"
 KEYS = "ms-swift"
@@ -96,7 +96,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         save_steps=keys.number("save_steps", default=500),
         load_best_model_at_end=keys.flag("load_best_model_at_end", default=False),
         gpus=gpus,
-        strategy=_strategy(keys, tree),
+        strategy=strategy_of_arguments(keys, tree),
         continues=_continues(keys),
         new_tokens=keys.value("new_special_tokens", read=lambda node: len(node.items or (node,))),
         scope=replace(frozen, value="language_model")
@@ -140,7 +140,7 @@ def _quantization(keys: Keys) -> Value:
             why,
         )
     if method.value is None:
-        return Value(None, f"default of {NAME}", "quant_bits")
+        return keys.default(None, "quant_bits")
     if bits.value is None and method.value != "fp8":
         why = "ms-swift stops: quant_method needs quant_bits beside it"
         return Value(None, method.source, "quant_bits", method.line, f"quant_method: {method.value}", why)
@@ -154,15 +154,13 @@ def _dtype(keys: Keys) -> Value:
     found = keys.word("torch_dtype")
     if found.value is None:
         return Value(None, "the dtype of the base", "torch_dtype")
-    return replace(
-        found, value={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(found.value, found.value)
-    )
+    return with_whole_dtype(found)
 
 
 def _precision(keys: Keys) -> Value:
     for name in ("bf16", "fp16"):
         if keys.says(name):
-            return Value(name, f"line {keys.lines[name]}", name, keys.lines[name])
+            return keys.decided(name, name)
     dtype = _dtype(keys)
     names = {"bfloat16": "bf16", "float16": "fp16"}
     return replace(
@@ -173,14 +171,4 @@ def _precision(keys: Keys) -> Value:
 def _loss(keys: Keys) -> Value:
     if keys.says("use_liger_kernel") or keys.word("tuner_backend").value == "unsloth":
         return Value("chunked", "the kernels that it names", "use_liger_kernel")
-    return Value("full", f"default of {NAME}")
-
-
-def _strategy(keys: Keys, tree: Tree) -> Value:
-    deepspeed = keys.word("deepspeed")
-    if deepspeed.value:
-        return deepspeed_strategy(deepspeed, tree)
-    sharded = fsdp_strategy(keys, "fsdp", "fsdp_config", tree=tree)
-    if sharded is not None:
-        return sharded
-    return Value("ddp", f"default of {NAME}", "deepspeed")
+    return keys.default("full")

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from pytest_lora.facts.memory_choices import LIGER_LAYERS, SMOOTHING, TrainerFields
+from pytest_lora.facts.memory_choices import HALF_PRECISIONS, LIGER_LAYERS, SMOOTHING, TrainerFields
 from pytest_lora.facts.recipe import RunSetting, Value
 from pytest_lora.inspection.recipe.beside import (
     Tree,
@@ -19,7 +19,7 @@ from pytest_lora.inspection.recipe.beside import (
     strategy_by_name,
     strategy_of_accelerate,
 )
-from pytest_lora.inspection.recipe.keys import Keys, flag, names_in, number
+from pytest_lora.inspection.recipe.keys import Keys, flag, names_in, number, with_whole_dtype
 from pytest_lora.inspection.recipe.yaml_file import Node
 
 NAME = "TRL"
@@ -84,8 +84,6 @@ _FIELDS = {
 }
 """Keys that a loss of TRL reads, or that change its model before it."""
 
-_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
-
 
 def is_mine(keys: Keys) -> bool:
     """Whether a recipe is one of TRL's command line."""
@@ -130,7 +128,7 @@ def setting(keys: Keys, tree: Tree) -> RunSetting:
         seq_len=keys.count("max_length", default=1024),
         packing=keys.flag("packing", default=False),
         attention=keys.word("attn_implementation"),
-        loss=Value("chunked" if objective.value == "sft" else "full", f"default of {NAME}", "loss_type"),
+        loss=keys.default("chunked" if objective.value == "sft" else "full", "loss_type"),
         gradient_checkpointing=keys.flag("gradient_checkpointing", default=True),
         optimizer=keys.word("optim", default="adamw_torch_fused"),
         learning_rate=keys.number("learning_rate", default=_RATES.get(objective.value)),
@@ -163,25 +161,22 @@ def _adapter(keys: Keys) -> Value:
 
 def _quantization(keys: Keys) -> Value:
     if keys.says("load_in_4bit"):
-        kind = keys.word("bnb_4bit_quant_type", default="nf4").value
-        return Value(kind, f"line {keys.lines['load_in_4bit']}", "load_in_4bit", keys.lines["load_in_4bit"])
+        return keys.decided("load_in_4bit", keys.word("bnb_4bit_quant_type", default="nf4").value)
     if keys.says("load_in_8bit"):
-        return Value("int8", f"line {keys.lines['load_in_8bit']}", "load_in_8bit", keys.lines["load_in_8bit"])
-    return Value(None, f"default of {NAME}", "load_in_4bit")
+        return keys.decided("load_in_8bit", "int8")
+    return keys.default(None, "load_in_4bit")
 
 
 def _dtype(keys: Keys) -> Value:
     found = keys.word("dtype", default="float32")
     if found.value == "auto":
         return replace(found, value=None)
-    return replace(
-        found, value={"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(found.value, found.value)
-    )
+    return with_whole_dtype(found)
 
 
 def _precision(keys: Keys) -> Value:
     if keys.says("fp16"):
-        return Value("fp16", f"line {keys.lines['fp16']}", "fp16", keys.lines["fp16"])
+        return keys.decided("fp16", "fp16")
     found = keys.flag("bf16", default=True)
     return replace(found, value="bf16" if found.value else None)
 
@@ -198,8 +193,8 @@ def _targets(keys: Keys) -> Value:
 def _loss_on(keys: Keys) -> Value:
     for name in ("assistant_only_loss", "completion_only_loss"):
         if keys.says(name):
-            return Value("answers", f"line {keys.lines[name]}", name, keys.lines[name])
-    return Value("all tokens", f"default of {NAME}", "assistant_only_loss")
+            return keys.decided(name, "answers")
+    return keys.default("all tokens", "assistant_only_loss")
 
 
 def _strategy(keys: Keys, tree: Tree) -> Value:
@@ -212,18 +207,13 @@ def _strategy(keys: Keys, tree: Tree) -> Value:
         return deepspeed_strategy(deepspeed, tree)
     stage_key = keys.node("zero_stage")
     if stage_key is not None and number(stage_key[1]) in (0, 1, 2, 3):
-        return Value(
-            f"zero{stage_key[1].value}",
-            f"line {keys.lines['zero_stage']}",
-            "zero_stage",
-            keys.lines["zero_stage"],
-        )
+        return keys.decided("zero_stage", f"zero{stage_key[1].value}")
     sharded = fsdp_strategy(
         keys, "use_fsdp", "fsdp", "fsdp_config", "fsdp_version", "fsdp_sharding_strategy", tree=tree
     )
     if sharded is not None:
         return sharded
-    return Value("ddp", f"default of {NAME}", "accelerate_config")
+    return keys.default("ddp", "accelerate_config")
 
 
 def objective_of(keys: Keys) -> Value:
@@ -231,18 +221,14 @@ def objective_of(keys: Keys) -> Value:
     for word in _losses(keys):
         for name, words in _LOSSES.items():
             if word in words:
-                return _decided(keys, name, "loss_type")
+                return keys.decided("loss_type", name)
     if str(keys.word("lora_task_type").value).upper() == "SEQ_CLS":
-        return _decided(keys, "reward", "lora_task_type")
+        return keys.decided("lora_task_type", "reward")
     for name, marks in _MARKS_OF_TRAINERS.items():
         found = keys.node(*marks)
         if found is not None:
-            return _decided(keys, name, found[0])
+            return keys.decided(found[0], name)
     return Value("sft", "the keys of trl sft")
-
-
-def _decided(keys: Keys, name: str, key: str) -> Value:
-    return Value(name, f"line {keys.lines[key]}", key, keys.lines[key])
 
 
 def _losses(keys: Keys) -> tuple[str, ...]:
@@ -257,7 +243,7 @@ def by_trainer(keys: Keys, objective: Value, precision: Value) -> tuple[tuple[st
     found: dict[str, Any] = {
         "trainer": f"trl-{objective.value}",
         "args": TrainerFields(_fields(keys, objective.value)),
-        "autocast": _PRECISIONS.get(precision.value, False),
+        "autocast": HALF_PRECISIONS.get(precision.value, False),
     }
     packed = keys.says("packing") and str(keys.word("packing_strategy").value or "bfd").startswith("bfd")
     if objective.value == "sft" and (packed or keys.says("padding_free")):

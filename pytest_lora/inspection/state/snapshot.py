@@ -86,7 +86,7 @@ class Snapshot:
             trains = to_train and (tensor.requires_grad or not isinstance(tensor, nn.Parameter))
             self._keep(name, tensor, owner, parts, copied=all_copied or trains)
             if to_train:
-                self._keep_gradient(name, tensor, all_copied)
+                self._keep_gradient(name, tensor, copied=all_copied)
         return all_copied
 
     def _keep_reached(self, others: tuple[object, ...], to_train: bool) -> None:
@@ -103,7 +103,7 @@ class Snapshot:
             if id(tensor) not in self._tensors:
                 self._keep(name, tensor, None, self._memory(name, tensor), copied=True)
                 if to_train:
-                    self._keep_gradient(name, tensor, True)
+                    self._keep_gradient(name, tensor, copied=True)
 
     def _registered(self) -> Iterator[tuple[str, Tensor, nn.Module]]:
         """Yield each parameter and buffer, and the tensors that quantized ones have beside their values."""
@@ -156,7 +156,7 @@ class Snapshot:
             state = TensorState.of(f"{name}{label}", part, owner, Content.of(part, copied))
             self._tensors[id(part)] = state
 
-    def _keep_gradient(self, name: str, tensor: Tensor, copied: bool) -> None:
+    def _keep_gradient(self, name: str, tensor: Tensor, *, copied: bool) -> None:
         gradient = tensor.grad if tensor.is_leaf else None
         if gradient is not None and id(gradient) not in self._tensors:
             label = f"{name}.grad"

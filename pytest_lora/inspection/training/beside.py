@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from pytest_lora.facts.batches import COPIED, IGNORED, AloneFacts, LabelFacts
 from pytest_lora.facts.steps import PaddingFacts, ShiftFacts, SpreadFacts, TaughtFacts
+from pytest_lora.inspection.base import embeddings_of
 from pytest_lora.inspection.behaviour.batch_law import BatchLaw
-from pytest_lora.inspection.survey import embeddings_of
 from pytest_lora.inspection.training.batches import Plan
 from pytest_lora.inspection.training.circumstances import Passed, Ran
 from pytest_lora.inspection.training.labels import taught_facts

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pytest_lora.facts.base import BaseFacts
 from pytest_lora.facts.batches import IGNORED, LabelKind, TextBounds
+from pytest_lora.inspection.base import embeddings_of
 from pytest_lora.inspection.behaviour.texts import text_config
-from pytest_lora.inspection.survey import embeddings_of
 from pytest_lora.inspection.transformers_internals import reads_both_ways
 
 PLAIN_TEXT = {"input_ids", "attention_mask", "labels", "token_type_ids", "position_ids", "num_items_in_batch"}

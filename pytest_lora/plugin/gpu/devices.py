@@ -19,7 +19,6 @@ from pytest_lora.plugin.option_values import gpus_per_worker
 from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
-    import pytest
     import torch
 
     from pytest_lora.plugin.gpu.hardware import Device, Hardware

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, LayerFacts
+from pytest_lora.facts.settings import alpha_divisor
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import ranked
@@ -83,6 +84,6 @@ def _fix(larger: list[LayerFacts], facts: ConfigFacts) -> Advice:
     rank_pattern, alpha_pattern = dict(settings.rank_pattern), dict(settings.alpha_pattern)
     for leaf, (rank, layer) in ranks.items():
         rank_pattern[settings.rank_key(layer.module) or leaf] = rank
-        alpha = layer.configured_scaling * (rank**0.5 if layer.use_rslora else rank)
+        alpha = layer.configured_scaling * alpha_divisor(rank, rslora=layer.use_rslora)
         alpha_pattern[settings.alpha_key(layer.module) or leaf] = alpha
     return advise(change("set", rank_pattern=rank_pattern, alpha_pattern=alpha_pattern))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pytest_lora.changes import Change, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts, LayerFacts
-from pytest_lora.facts.settings import Settings
+from pytest_lora.facts.settings import Settings, alpha_divisor
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
@@ -63,5 +63,5 @@ def scaling_differs_between_modules(facts: ConfigFacts, expect: Expect) -> Itera
 
 def _alpha(settings: Settings, layer: LayerFacts, scaling: float) -> Change:
     key = settings.alpha_key(layer.module) or settings.rank_key(layer.module) or layer.leaf
-    alpha = float(scaling * (layer.rank**0.5 if layer.use_rslora else layer.rank))
+    alpha = scaling * alpha_divisor(layer.rank, rslora=layer.use_rslora)
     return change(alpha_pattern={**dict(settings.alpha_pattern), key: alpha})

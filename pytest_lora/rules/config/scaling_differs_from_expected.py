@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pytest_lora.changes import Change, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.config import ConfigFacts
-from pytest_lora.facts.settings import Settings
+from pytest_lora.facts.settings import Settings, alpha_divisor
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
@@ -55,7 +55,7 @@ def _alphas(settings: Settings, ratio: float) -> Change:
     """The alpha of every rank that the configuration has, so that no module is left with another scaling."""
 
     def alpha(rank: int) -> float:
-        return float(ratio * (rank**0.5 if settings.use_rslora else rank))
+        return ratio * alpha_divisor(rank, rslora=settings.use_rslora)
 
     fields: dict[str, object] = {"lora_alpha": alpha(settings.r)}
     if settings.rank_pattern or settings.alpha_pattern:

@@ -7,7 +7,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.memory import MemoryFacts
 from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.words import beside_in_words, shorter, step_in_words
+from pytest_lora.rules.memory import beside_in_words, shorter, step_in_words
 
 
 @rule("LORA504", severity="info", needs=MemoryFacts)

@@ -6,7 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.memory import MemoryFacts
 from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.words import may_need_less, may_need_more, step_in_words, surely_fits
+from pytest_lora.rules.memory import may_need_less, may_need_more, step_in_words, surely_fits
 
 
 @rule("LORA506", severity="warning", needs=MemoryFacts)

@@ -6,7 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.memory import MemoryFacts
 from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.words import advice, in_float32, largest_parts, may_need_less, step_in_words
+from pytest_lora.rules.memory import advice, in_float32, largest_parts, may_need_less, step_in_words
 
 
 @rule("LORA502", severity="error", needs=MemoryFacts)

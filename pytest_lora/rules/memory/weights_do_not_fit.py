@@ -6,7 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.memory import MemoryFacts
 from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.words import advice, largest_parts, left_whole, may_need_less, step_in_words
+from pytest_lora.rules.memory import advice, largest_parts, left_whole, may_need_less, step_in_words
 
 _WEIGHTS = (
     "parameter shards",

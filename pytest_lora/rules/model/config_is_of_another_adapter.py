@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.model import ModelFacts
+from pytest_lora.facts.settings import alpha_divisor
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
@@ -51,7 +52,7 @@ def config_is_of_another_adapter(facts: ModelFacts, expect: Expect) -> Iterator[
             first = layers[0]
             held = first.a.shape[0] if first.a.name == "lora_A" else first.rank
             rank = held - first.empty_ranks
-            alpha = scaling * (rank**0.5 if first.use_rslora else rank)
+            alpha = scaling * alpha_divisor(rank, rslora=first.use_rslora)
             yield Violation(
                 where=grouped(layer.module for layer in layers),
                 observed=f"the weights of {adapter!r} act with a scaling of {scaling:g} over rank {rank}, as of "

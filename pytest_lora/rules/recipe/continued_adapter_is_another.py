@@ -6,7 +6,7 @@ from typing import Any
 from pytest_lora.expect import Expect
 from pytest_lora.facts.recipe import RecipeFacts, RunSetting, SavedAdapter, Value
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.words import about
+from pytest_lora.rules.recipe import about
 
 _ATTENTION = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn"))
 """Names of modules of attention: a folder that has no others adapts fewer than all linear modules."""

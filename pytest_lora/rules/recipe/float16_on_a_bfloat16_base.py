@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pytest_lora.expect import Expect
 from pytest_lora.facts.recipe import RecipeFacts
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.words import about
+from pytest_lora.rules.recipe import about
 
 
 @rule("LORA623", severity="warning", needs=RecipeFacts)

@@ -6,7 +6,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.recipe import RecipeFacts
 from pytest_lora.facts.recipe_lines import UnknownKey
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.words import at
+from pytest_lora.rules.recipe import at
 
 
 @rule("LORA603", severity="warning", needs=RecipeFacts)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from pytest_lora.inspection.base import embeddings_of
 from pytest_lora.inspection.bitsandbytes_internals import quantization_statistics
 from pytest_lora.inspection.memory.layer_stacks import KEPT, Stack
 from pytest_lora.inspection.memory.packed_weights import STATISTICS
 from pytest_lora.inspection.memory.storage_tracker import OUTSIDE, StorageTracker
-from pytest_lora.inspection.survey import embeddings_of
 
 if TYPE_CHECKING:
     from pytest_lora.inspection.memory.meta_model import MetaModel
