@@ -50,8 +50,10 @@ def pack_linear_layers(model: nn.Module) -> None:
     """
     from torch import nn
 
+    from pytest_lora.inspection.survey import embeddings_of
+
     layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = embeddings_of(model, "output")
     last = next(reversed(layers), None)
     for name, layer in layers.items():
         if name != last and layer is not head:
@@ -116,6 +118,8 @@ def pack_for_cpu(model: nn.Module) -> None:
         vars(layer)[_REPACKS] = True
         with torch.no_grad():
             layer.eval()(torch.zeros(1, layer.in_features))
+        if _REPACKS not in kept:
+            del vars(layer)[_REPACKS]
         vars(layer).update(kept)
 
 

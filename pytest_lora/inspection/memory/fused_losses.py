@@ -18,6 +18,7 @@ from torch import nn
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.inspection.memory.meta_answers import swapped
 from pytest_lora.inspection.memory.operations import product_flops
+from pytest_lora.inspection.survey import embeddings_of
 
 FORMULAS = {
     "chunked": "torch's linear_cross_entropy: N x H kept for the backward, logits of a chunk in float32 "
@@ -36,7 +37,7 @@ def fuse_loss(transformer: Any, setting: StepSetting) -> None:
     Raises:
         ValueError: It has no head that such a loss could read, or the installed torch has no such loss.
     """
-    head = getattr(transformer, "get_output_embeddings", lambda: None)()
+    head = embeddings_of(transformer, "output")
     if not type(transformer).__name__.endswith("ForCausalLM") or not isinstance(head, nn.Linear):
         raise ValueError(
             f"loss: {setting.loss!r} is computed from the plain head of a causal language model, which "

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from pytest_lora.facts.memory import Quantization
 from pytest_lora.facts.memory_choices import divides_weights
 from pytest_lora.facts.recipe import RunSetting
+from pytest_lora.inspection.survey import embeddings_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -198,7 +199,7 @@ def weights_at_least(setting: RunSetting, parameters: int, base_dtype: str | Non
 
 def linear_names(model: nn.Module) -> list[str]:
     """Last parts of the names of the linear modules of a base, its head aside, as tools collect them for "all"."""
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    head = embeddings_of(model, "output")
     found = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
