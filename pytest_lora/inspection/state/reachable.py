@@ -29,8 +29,8 @@ class Reachable:
 
     Followed are containers, configurations (what has ``to_dict``), dataclasses, what has a ``state_dict`` (optimizers,
     schedulers, scalers), what bitsandbytes keeps of a quantized weight and PEFT of an adapter (numbers drawn for later
-    steps), caches of transformers, and what functions close over or call by its global name: a hook that steps an optimizer holds it so. Modules are not followed, nor
-    objects of other kinds.
+    steps), caches of transformers, and what functions close over or call by its global name: a hook that steps an
+    optimizer holds it so. Modules are not followed, nor objects of other kinds.
     """
 
     def __init__(self) -> None:
