@@ -19,9 +19,9 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
     ## What it does
     Matches each entry of `target_modules` and `target_parameters` against the base, as PEFT does: a
     name in a list must be the end of a module's full name, a string is a regular expression for the
-    whole name. It is an info where every lost name is another family's name of projections that matched names
-    adapt (`query` beside `to_q`): such a list serves several models. Under `layers_to_transform` a name that means modules outside the numbered blocks alone matches
-    nothing either.
+    whole name. It is an info where every lost name is what another family calls projections that matched names
+    adapt (`query` beside `to_q`): such a list serves several models. Under `layers_to_transform` a name that means
+    modules outside the numbered blocks alone matches nothing either.
 
     ## Why is this bad?
     PEFT raises only when nothing matches at all. When some names match, the others are dropped without a
