@@ -142,7 +142,7 @@ def take_step(optimizer: Any, loss: Callable[[], Tensor]) -> None:
     def again() -> Tensor:
         optimizer.zero_grad()
         made = loss()
-        made.backward()
+        torch.autograd.backward(made)
         return made
 
     optimizer.step(again)
