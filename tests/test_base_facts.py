@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from pytest_lora import count_parameters
 from pytest_lora.facts.base import BaseFacts, TaskHead
 from pytest_lora.facts.model import InitialRows
-from pytest_lora.inspection import base_values
+from pytest_lora.inspection import base_values, bitsandbytes_internals
 from pytest_lora.inspection.base import base_facts, base_parameters, logical_shape, quantization_of, task_of
 from pytest_lora.inspection.base_values import initial_rows
 from pytest_lora.inspection.bitsandbytes_internals import keep_packing, pack_on_meta
@@ -116,6 +116,14 @@ def test_only_layers_of_bitsandbytes_are_told_to_keep_their_packing() -> None:
     keep_packing(nn.Sequential(packs, plain))
     assert vars(packs)["support_avx512bf16_for_cpu"] is False
     assert "support_avx512bf16_for_cpu" not in vars(plain)
+
+
+def test_packing_for_the_cpu_leaves_no_switch_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = nn.Linear(2, 2)
+    monkeypatch.setattr(bitsandbytes_internals, "quantized_layers", lambda model: [plain])
+    before = dict(vars(plain))
+    bitsandbytes_internals.pack_for_cpu(plain)
+    assert vars(plain) == before
 
 
 @pytest.mark.parametrize(

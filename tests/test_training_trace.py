@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -327,6 +329,33 @@ def test_an_iterator_is_used_as_far_as_needed() -> None:
     batches = iter([setup.batch] * 5)
     check_training(setup.model, batches, steps=2)
     assert len(list(batches)) == 3
+
+
+def test_an_optimizer_that_asks_for_the_loss_is_given_it() -> None:
+    """LBFGS takes its closure as it does in a loop of one's own, and forgets the steps afterwards."""
+    model = _adapted("base").train()
+    batch = language_batch()
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], lr=0.5, max_iter=3)
+    before = copy.deepcopy(model.state_dict())
+    report = check_training(model, batch, optimizer=optimizer, steps=2)
+    assert not report.errors
+    assert not optimizer.state
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    # A learning rate that moves nothing is told of this optimizer too, so the steps were taken.
+    idle = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    assert check_training(model, batch, optimizer=idle, steps=2).findings
+
+
+def test_numbers_drawn_for_later_steps_are_kept() -> None:
+    config = getattr(peft.tuners.lora.config, "MontecloraConfig", None)
+    if config is None:
+        pytest.skip("this PEFT has no MonteCLoRA")
+    model = _adapted("base", r=2, monteclora_config=config(num_samples=2)).train()
+    samplers = [m.sampler for m in model.modules() if type(m).__name__ == "MontecloraSampler"]
+    before = [(s.index, [id(sample) for sample in s.buffer]) for s in samplers]
+    check_training(model, language_batch(), steps=2)
+    assert samplers
+    assert before == [(s.index, [id(sample) for sample in s.buffer]) for s in samplers]
 
 
 def test_evaluation_does_not_repack_4_bit_weights() -> None:

@@ -4,6 +4,8 @@ to train it in several processes."""
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -248,3 +250,36 @@ class Wrappers:
     def ranks(self) -> int:
         """The most processes that a parameter is divided among; 1 where none is."""
         return max((shard.ranks for shard in self.shards), default=1)
+
+
+_BLOCK = re.compile(r"(?P<stack>.*?)\.?\b(?P<number>\d+)\.(?P<rest>.+)")
+
+
+def at_the_end_of_a_stream(idle: Collection[str], working: Collection[str]) -> frozenset[str]:
+    """Modules that make what the last block of their stack hands to no one.
+
+    Where two streams attend to each other and one of them ends (the text of Stable Diffusion 3), its query in the last
+    block has no use, while other modules of that block and the same module of the blocks before work.
+
+    Args:
+        idle: Names of adapted modules that get no gradient.
+        working: Names of those that get one.
+    """
+    places = {
+        name: (found["stack"], int(found["number"]), found["rest"])
+        for name in (*idle, *working)
+        if (found := _BLOCK.fullmatch(name))
+    }
+    last: dict[str, int] = {}
+    for stack, number, _ in places.values():
+        last[stack] = max(number, last.get(stack, 0))
+    busy = {places[name] for name in working if name in places}
+    blocks = {(stack, number) for stack, number, _ in busy}
+    return frozenset(
+        name
+        for name in idle
+        if (place := places.get(name))
+        and place[1] == last[place[0]]
+        and place[:2] in blocks
+        and any((place[0], number, place[2]) in busy for number in range(place[1]))
+    )

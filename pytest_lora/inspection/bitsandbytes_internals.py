@@ -118,6 +118,8 @@ def pack_for_cpu(model: nn.Module) -> None:
         vars(layer)[_REPACKS] = True
         with torch.no_grad():
             layer.eval()(torch.zeros(1, layer.in_features))
+        if _REPACKS not in kept:
+            del vars(layer)[_REPACKS]
         vars(layer).update(kept)
 
 

@@ -55,7 +55,7 @@ def config_facts(config: LoraConfig, base: Any) -> ConfigFacts:
     if not isinstance(config, LoraConfig):
         raise TypeError(f"config must be a peft.LoraConfig, not {type(config).__name__}")
     settings = Settings.of(config)
-    model = resolve_base(base, settings.task_type)
+    model = resolve_base(base, settings.task_type, settings.modules_to_save)
     found = survey(model)
     facts = base_facts(found, base_parameters(found))
     if any(_leaves(facts, head) for head in heads_by_task_type(settings.task_type)):

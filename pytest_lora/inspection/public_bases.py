@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -183,6 +184,19 @@ def _unknown(name: str) -> str:
         f"base: {shown(name)} does not exist here and is no public model that is known{meant}; give a model folder, "
         f"a config.json or a live model, or say where it is in ini: lora_bases = {in_short(name)} = PATH"
     )
+
+
+def with_other_classes(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """Yield a configuration once for each class of a task that transformers loads it into, as its architecture."""
+    import transformers
+
+    autos = (getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModelFor"))
+    known = (auto._model_mapping.get(type(config), None) for auto in autos)
+    kinds = (one for kinds in known if kinds for one in (kinds if isinstance(kinds, tuple) else (kinds,)))
+    for made in dict.fromkeys(kinds):
+        other = copy.deepcopy(config)
+        other.architectures = [made.__name__]
+        yield other
 
 
 def read_config(path: Path) -> PretrainedConfig:

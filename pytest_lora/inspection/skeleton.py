@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from pytest_lora.inspection.peft_internals import (
     TrainableTokensWrapper,
     held_layer,
 )
-from pytest_lora.inspection.public_bases import config_by_name, is_name, read_config
+from pytest_lora.inspection.public_bases import config_by_name, is_name, read_config, with_other_classes
 from pytest_lora.inspection.quiet import alone
 from pytest_lora.inspection.survey import survey
 from pytest_lora.values import require_path, shown
@@ -37,7 +37,7 @@ PRETRAINED = re.compile(
 """Classes that a base is pretrained as, and that its ``config.json`` names whatever is built on it."""
 
 
-def resolve_base(base: Any, task_type: str | None = None) -> nn.Module:
+def resolve_base(base: Any, task_type: str | None = None, saved: Collection[str] = ()) -> nn.Module:
     """The base as a module: itself if it is one, else built on the meta device from its configuration.
 
     Args:
@@ -45,6 +45,8 @@ def resolve_base(base: Any, task_type: str | None = None) -> nn.Module:
             public model.
         task_type: PEFT task type. It chooses the model class where the configuration names none, or one that a base
             is pretrained as: for ``"SEQ_CLS"`` a classifier is built on the ``config.json`` of a causal LM.
+        saved: Names in ``modules_to_save``. Without a task type they choose the class: vision and audio have none, and
+            ``config.json`` names a pretrained class that has no such head.
 
     Raises:
         TypeError: ``base`` is none of these.
@@ -54,7 +56,17 @@ def resolve_base(base: Any, task_type: str | None = None) -> nn.Module:
     if isinstance(described, nn.Module):
         found = survey(described)
         return described if found.carries_adapter else found.root
-    return build_on_meta(described, task_type)
+    named = build_on_meta(described, task_type)
+    for other in () if task_type is not None or _has(named, saved) else with_other_classes(described):
+        with suppress(ValueError):
+            if _has(built := build_on_meta(other), saved):
+                return built
+    return named
+
+
+def _has(model: nn.Module, names: Collection[str]) -> bool:
+    modules = [module for module, _ in model.named_modules()] if names else []
+    return all(any(module.endswith(name) for module in modules) for name in names)
 
 
 def model_or_config(base: Any) -> nn.Module | PretrainedConfig:

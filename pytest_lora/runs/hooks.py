@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ def at_each_step(watch: Watch, model: nn.Module, optimizer: Any, *, scaler: bool
     def after(*_: Any) -> None:
         watch.after_step()
 
-    handles = inner.register_step_pre_hook(before), inner.register_step_post_hook(after)
+    handles: list[Any] = []
+    # An optimizer that wraps another need not call Optimizer.__init__, and then takes no hooks.
+    with suppress(AttributeError):
+        handles += inner.register_step_pre_hook(before), inner.register_step_post_hook(after)
     try:
         yield
     finally:

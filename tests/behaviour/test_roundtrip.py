@@ -27,6 +27,7 @@ from pytest_lora import (
     Report,
     assert_merge_exact,
     assert_reload_exact,
+    check_lora_laws,
     check_merge,
     check_model,
     check_reload,
@@ -226,6 +227,15 @@ def test_a_given_base_or_a_function_that_makes_it() -> None:
     assert codes(caught.value.report) == {"LORA914": "error"}
 
 
+@pytest.mark.parametrize(("moved", "told"), [(2**-18, False), (2**-12, True)])
+def test_a_base_that_rounding_moved_is_the_same(moved: float, told: bool) -> None:
+    """As PEFT's attention does, which merges in every pass; a base that went through bfloat16 moves by 2**-9."""
+    other = base()
+    weight = other.get_parameter("model.layers.0.mlp.up_proj.weight")
+    weight.data[0, 0] += moved * float(weight.detach().abs().max())
+    assert ("LORA914" in codes(check_reload(adapted(), BATCH, base=other))) == told
+
+
 @pytest.mark.parametrize(
     ("name", "fix"), [("embed_tokens", "trainable_token_indices"), ("norm", "modules_to_save")]
 )
@@ -346,6 +356,23 @@ def test_a_refused_merge_is_named() -> None:
     report = check_merge(model, BATCH)
     assert codes(report) == {"LORA919": "error"}
     assert "not this one" in report.errors[0].observed
+
+
+def test_a_base_that_peft_cannot_take_apart_refuses_to_be_merged() -> None:
+    """PEFT takes any module with a child called ``base_layer`` for one of its own."""
+
+    class Wrapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.base_layer(x))
+
+    model = trained(get_peft_model(nn.Sequential(Wrapping()), LoraConfig(r=2, target_modules=["out"])))
+    batch = {"input": torch.ones(2, 16)}
+    assert codes(check_merge(model, batch)) == {"LORA919": "error"}
+    assert check_lora_laws(model, batch).ok
 
 
 def test_layers_that_cannot_be_unmerged_are_reloaded_all_the_same() -> None:

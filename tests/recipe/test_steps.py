@@ -159,6 +159,12 @@ def test_linear_names_leave_out_the_head() -> None:
 
     assert linear_names(Model()) == ["c_attn", "q"]
 
+    class Refusing(Model):
+        def get_output_embeddings(self) -> nn.Module:
+            raise NotImplementedError
+
+    assert linear_names(Refusing()) == ["c_attn", "head", "q"]
+
 
 CUT = Value("chunked", "line 1", "cut_cross_entropy")
 DPO, LIGER = {"trainer": "trl-dpo"}, {"kernels": "liger"}

@@ -58,6 +58,22 @@ def test_targets_written_in_another_form_get_the_form_to_use(targets: Any, fix: 
     assert fix in found["LORA104"].fix
 
 
+@pytest.mark.parametrize(
+    ("targets", "severity"),
+    [
+        (["q_proj", "v_proj", "query", "value", "to_q"], "info"),
+        (["q_proj", "k_proj", "v_proj", "c_attn"], "info"),
+        (["q_proj", "v_proj", "query", "key"], "error"),
+        (["q_proj", "v_proj", "c_attn"], "error"),
+        (["q_proj", "v_proj", "query", "qq_proj"], "error"),
+        (["query", "value"], "error"),
+    ],
+)
+def test_a_list_for_several_families_loses_nothing(targets: list[str], severity: str) -> None:
+    """PEFT's examples for Stable Diffusion name ``query`` beside ``to_q``, which newer models have alone."""
+    assert findings(target_modules=targets)["LORA104"].severity == severity
+
+
 FAULTY: list[tuple[str, str, dict[str, Any]]] = [
     ("LORA101", "base", {"lora_alpha": -16}),
     ("LORA103", "base", {"r": 1, "lora_alpha": 64}),

@@ -70,6 +70,29 @@ def test_a_classifier_on_a_pretrained_encoder_is_healthy() -> None:
     assert not loud(check_config(decoder, described("LlamaConfig", "LlamaForCausalLM")))
 
 
+@pytest.mark.parametrize(
+    ("kind", "architecture", "names", "codes"),
+    [
+        ("ViTConfig", "ViTModel", ["classifier"], []),
+        ("ViTConfig", "ViTModel", ["clasifier"], ["LORA110"]),
+        ("BertConfig", "BertForMaskedLM", ["classifier"], []),
+        ("LlamaConfig", "LlamaForCausalLM", ["classifier"], ["LORA110"]),
+    ],
+)
+def test_without_a_task_type_the_saved_modules_choose_the_class(
+    kind: str, architecture: str, names: list[str], codes: list[str]
+) -> None:
+    """Vision and audio have no task type, and PEFT's own example saves the classifier of a ``ViTModel``."""
+    targets = ".*(query|value|q_proj|v_proj)"
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=names)
+    assert loud(check_config(config, described(kind, architecture))) == codes
+
+
+def test_a_task_type_is_not_overruled_by_the_saved_modules() -> None:
+    config = LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["score"])
+    assert loud(check_config(config, described("LlamaConfig", "LlamaForCausalLM"))) == ["LORA110"]
+
+
 def loud(report: Any) -> list[str]:
     return [finding.code for finding in (*report.errors, *report.warnings)]
 

@@ -9,9 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from pytest_lora import Report, check_training
+from pytest_lora import Report, check_model, check_training
 from pytest_lora.bases.examples.models import BASES, WIDTH, image_text_batch, language_batch
-from tests.rules.training.setups import TwoTowers, adapted
+from pytest_lora.facts.model_parts import at_the_end_of_a_stream
+from tests.rules.training.setups import TwoTowers, adam, adapted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -128,3 +129,45 @@ def test_a_tower_whose_input_is_there_is_left_alone() -> None:
         adapted(TwoTowers(), target_modules=["q_proj"]), [language_batch(), with_pixels()]
     )
     assert not report.findings, str(report)
+
+
+class LastBlockEndsAStream(nn.Module):
+    """Two streams read each other; the text ends in the last block, whose query for it has no use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("image_q", "text_q")
+        self.blocks = nn.ModuleList(nn.ModuleDict({n: nn.Linear(16, 16) for n in names}) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        image = text = x
+        for block in self.blocks:
+            made: Any = block
+            image, text = made["image_q"](image + text), made["text_q"](image + text)
+        return {"loss": image.pow(2).mean()}
+
+
+def test_what_the_last_block_makes_for_no_one_is_an_info() -> None:
+    model = adapted(LastBlockEndsAStream(), target_modules=["image_q", "text_q"], r=1, lora_alpha=2)
+    optimizer = adam(model)
+    batch = {"x": torch.randn(4, 16)}
+    (finding,) = check_training(model, batch, optimizer=optimizer).findings
+    assert (finding.code, finding.severity, finding.where) == ("LORA314", "info", "blocks.2.text_q")
+    for _ in range(2):
+        model(**batch)["loss"].backward()
+        optimizer.step()
+    assert ("LORA226", "info") in said(check_model(model))
+
+
+@pytest.mark.parametrize(
+    ("idle", "working", "ends"),
+    [
+        ({"blocks.2.text_q"}, {"blocks.2.image_q", "blocks.0.text_q"}, True),
+        ({"blocks.1.text_q"}, {"blocks.2.image_q", "blocks.0.text_q"}, False),
+        ({"blocks.2.text_q"}, {"blocks.1.image_q", "blocks.0.text_q"}, False),
+        ({"blocks.2.text_q"}, {"blocks.2.image_q"}, False),
+        ({"text_q"}, {"image_q"}, False),
+    ],
+)
+def test_where_a_stream_ends(idle: set[str], working: set[str], ends: bool) -> None:
+    assert at_the_end_of_a_stream(idle, working) == (idle if ends else set())

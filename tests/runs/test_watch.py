@@ -554,6 +554,28 @@ def test_the_optimizer_of_a_loop_carries_no_hook_afterwards() -> None:
     assert not hooks["_optimizer_step_post_hooks"]
 
 
+def test_an_optimizer_that_takes_no_hooks_is_watched_all_the_same() -> None:
+    """Wrappers such as Lookahead derive from ``Optimizer`` without calling its ``__init__``."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner, self.param_groups, self.state, self.defaults = (
+                inner,
+                inner.param_groups,
+                inner.state,
+                {},
+            )
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+    model, optimizer, losses = loop(2)
+    with watch_training(model, Wrapper(optimizer), on_error="raise") as watch:
+        for loss in losses:
+            watch.log(loss)
+    assert watch.count == 2
+
+
 def test_a_step_with_a_closure_is_not_looked_into() -> None:
     model, _, _ = loop()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -212,6 +212,8 @@ def test_an_inactive_adapter_is_not_missing(fields: dict[str, Any]) -> None:
         ({"exp_avg": "ones"}, 0, False, False),
         ({"step": 5, "exp_avg": "zeros"}, 5, False, False),
         ({"step": 5, "exp_avg": torch.ones(3)}, 5, True, True),
+        # GaLore and APOLLO keep averages of the projected gradient, and the projector beside them.
+        ({"step": 5, "exp_avg": torch.ones(3), "projector": object()}, 5, False, True),
         ({"step": 5, "exp_avg": torch.ones(3, dtype=torch.uint8)}, 5, False, False),
         ({"step": 5, "exp_avg": 1.0}, 5, False, False),
     ],

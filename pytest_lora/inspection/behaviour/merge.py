@@ -59,7 +59,7 @@ def merge_facts(
         adapted = adapted_copy(model)
         layers = lora_layers(adapted)
         expected, moving = watched_output(adapted, batch)
-        unloaded = MergeFacts(left_over=tuple(_left_over(adapted)), restored_steps=_UNMERGE_STEPS)
+        unloaded = MergeFacts(restored_steps=_UNMERGE_STEPS)
         before = {name: t for name, t in _in_main_memory(adapted).items() if name not in moving}
         return _merged(unloaded, adapted, layers, batch, expected, (rtol, atol), before)
 
@@ -84,6 +84,7 @@ def _merged(
 ) -> MergeFacts:
     without = without_adapter(layers, lambda: output_of(adapted, batch))
     try:
+        facts = replace(facts, left_over=tuple(_left_over(adapted)))
         for layer in layers.values():
             layer.merge()
     except torch.OutOfMemoryError:

@@ -28,9 +28,9 @@ class Reachable:
     """Objects, containers and tensors that can be reached from some values, each once.
 
     Followed are containers, configurations (what has ``to_dict``), dataclasses, what has a ``state_dict`` (optimizers,
-    schedulers, scalers), what bitsandbytes keeps of a quantized weight, caches of transformers, and what functions
-    close over or call by its global name: a hook that steps an optimizer holds it so. Modules are not followed, nor
-    objects of other kinds.
+    schedulers, scalers), what bitsandbytes keeps of a quantized weight and PEFT of an adapter (numbers drawn for later
+    steps), caches of transformers, and what functions close over or call by its global name: a hook that steps an
+    optimizer holds it so. Modules are not followed, nor objects of other kinds.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ def _is_stateful(value: object) -> bool:
     return (
         any(callable(getattr(kind, method, None)) for method in _STATEFUL)
         or dataclasses.is_dataclass(value)
-        or kind.__module__.partition(".")[0] == "bitsandbytes"
+        or kind.__module__.partition(".")[0] in ("bitsandbytes", "peft")
         or kind.__module__ == _CACHES
     )
 

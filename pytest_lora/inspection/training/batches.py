@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,6 +130,22 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
             "add labels to it, or give loss_fn"
         )
     return loss
+
+
+def take_step(optimizer: Any, loss: Callable[[], Tensor]) -> None:
+    """Take an optimizer step; one that cannot do without a closure (LBFGS) gets the loss and its gradients anew."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is None or closure.default is not closure.empty:
+        optimizer.step()
+        return
+
+    def again() -> Tensor:
+        optimizer.zero_grad()
+        made = loss()
+        torch.autograd.backward(made)
+        return made
+
+    optimizer.step(again)
 
 
 @contextmanager

@@ -135,7 +135,8 @@ def _state(optimizer: Any, held: dict[str, nn.Parameter], owned: dict[int, Owned
         "misshapen": tuple(
             Misshapen(name, tuple(held[name].shape), tuple(average.shape))
             for name, average in averages.items()
-            if average.shape != held[name].shape
+            # Averages of a projected gradient (GaLore, APOLLO) have the projector beside them.
+            if average.shape != held[name].shape and "projector" not in states[name]
         ),
         "unmoved": tuple(
             name

@@ -28,6 +28,7 @@ from pytest_lora.inspection.training.batches import (
     names_of,
     require_batches,
     take_batches,
+    take_step,
 )
 from pytest_lora.inspection.training.beside import Beside
 from pytest_lora.inspection.training.circumstances import (
@@ -200,7 +201,7 @@ class Probe:
         self._watch.note_rows(given)
         if has_graph and unscaled and self._optimizer:
             with noting("optimizer step"):
-                self._update(scaler)
+                self._update(scaler, given)
         self._watch.note_moves()
         return unscaled
 
@@ -233,7 +234,7 @@ class Probe:
             return True
         return True
 
-    def _update(self, scaler: Any) -> None:
+    def _update(self, scaler: Any, given: Any) -> None:
         plan = self._plan
         if plan.max_grad_norm is not None:
             with_gradients = [p for g in self._groups for p in g["params"] if p.grad is not None]
@@ -242,7 +243,7 @@ class Probe:
             scaler.step(self._optimizer)
             scaler.update()
         else:
-            self._optimizer.step()
+            take_step(self._optimizer, partial(loss_of, self._model, given, plan.loss_fn))
         if plan.scheduler is not None and not self._schedule_over:
             try:
                 plan.scheduler.step()

@@ -40,5 +40,5 @@ def checkpoint_is_not_usable(facts: ResumptionFacts, expect: Expect) -> Iterator
             where=facts.name,
             observed=facts.unusable,
             expected="a LoRA adapter that can be loaded",
-            fix="check_checkpoint says what is wrong with it; else start fresh",
+            fix="check_checkpoint says what is wrong with it, or which tool reads it; else start fresh",
         )

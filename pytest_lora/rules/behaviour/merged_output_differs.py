@@ -42,6 +42,6 @@ def merged_output_differs(facts: MergeFacts, expect: Expect) -> Iterator[Violati
             where="the output of the merged model",
             observed=f"it differs by up to {facts.apart:.3g} from that of the model with its adapter",
             expected=f"at most {allowed:.3g}, {rtol:g} of the largest output",
-            fix="look at targets that share a weight (tied embeddings), at weights too coarse for the update, and at "
-            "adapters that are active on some modules only",
+            fix="look at targets that share a weight (tied embeddings, the copies that layer_replication makes), at "
+            "weights too coarse for the update, and at adapters that are active on some modules only",
         )

@@ -19,8 +19,9 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
     ## What it does
     Matches each entry of `target_modules` and `target_parameters` against the base, as PEFT does: a
     name in a list must be the end of a module's full name, a string is a regular expression for the
-    whole name. Under `layers_to_transform` a name that means modules outside the numbered blocks alone matches
-    nothing either.
+    whole name. It is an info where every lost name is what another family calls projections that matched names
+    adapt (`query` beside `to_q`): such a list serves several models. Under `layers_to_transform` a name that means
+    modules outside the numbered blocks alone matches nothing either.
 
     ## Why is this bad?
     PEFT raises only when nothing matches at all. When some names match, the others are dropped without a
@@ -58,6 +59,7 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
             observed=f"no module of the base matches {written}{rest}",
             expected="every name to match at least one module",
             fix=_fix(field, settings, lost, facts),
+            severity="info" if field == "target_modules" and _serves_several(lost, facts) else "error",
         )
     layers = list(facts.settings.layers_to_transform)
     outside = [] if facts.refusal or not layers else [m.name for m in facts.names if _is_outside(m, facts)]
@@ -75,6 +77,27 @@ def target_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator[Viola
             ),
             severity="warning",
         )
+
+
+_PROJECTIONS = {
+    "q": r"q|q_proj|q_lin|query|query_proj|to_q|wq",
+    "k": r"k|k_proj|k_lin|key|key_proj|to_k|wk",
+    "v": r"v|v_proj|v_lin|value|value_proj|to_v|wv",
+    "qkv": r"qkv|qkv_proj|query_key_value|c_attn|Wqkv|to_qkv",
+}
+"""Names of the projections of attention in models of transformers and diffusers (`peft.utils.constants` has most)."""
+
+
+def _projections(name: str) -> frozenset[str]:
+    """Which of q, k and v a module of this name makes; none for another module."""
+    leaf = name.rpartition(".")[2]
+    return frozenset("".join(made for made, names in _PROJECTIONS.items() if re.fullmatch(names, leaf)))
+
+
+def _serves_several(lost: list[NameMatch], facts: ConfigFacts) -> bool:
+    """Whether all that the lost names could mean is adapted by its name in this base."""
+    adapted = frozenset[str]().union(*(_projections(module) for module in facts.adapted))
+    return all(made and made <= adapted for made in map(_projections, (match.name for match in lost)))
 
 
 def _is_of_experts(name: str) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.model import ModelFacts
-from pytest_lora.facts.model_parts import LayerState
+from pytest_lora.facts.model_parts import LayerState, at_the_end_of_a_stream
 from pytest_lora.findings import grouped, starred
 from pytest_lora.rules import Violation, rule
 
@@ -15,7 +15,8 @@ def adapter_is_trained_in_part(facts: ModelFacts, expect: Expect) -> Iterator[Vi
 
     ## What it does
     Compares modules that differ only in their layer number: some have a product of zeros, some do not.
-    Modules of a kind that is at zero throughout, and experts, are left alone.
+    Modules of a kind that is at zero throughout, and experts, are left alone; a projection that the last block alone
+    has at zero, as it has no use for it (the text's query of Stable Diffusion 3), is an info.
 
     ## Why is this bad?
     Either a file was loaded that covers only some layers, or no gradient reaches the others. A model with
@@ -55,10 +56,13 @@ def adapter_is_trained_in_part(facts: ModelFacts, expect: Expect) -> Iterator[Vi
     empty = [layer for group in mixed for layer in group if not layer.changes_output]
     if empty:
         every = sum(len(group) for group in mixed)
+        idle = {layer.module for layer in empty}
+        trained = {layer.module for layer in facts.active_layers if layer.changes_output}
         yield Violation(
             where=grouped(layer.module for layer in empty),
             observed=f"{len(empty)} of {every} such modules of adapter {empty[0].adapter!r} are still at "
             "zero, the others are trained",
             expected="all layers of one kind trained, or none",
             fix="check that the loaded file has keys for these layers, and that the loss depends on them",
+            severity="info" if at_the_end_of_a_stream(idle, trained) == idle else None,
         )

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.model_parts import LayerState, why_silent
+from pytest_lora.facts.model_parts import LayerState, at_the_end_of_a_stream, why_silent
 from pytest_lora.facts.training import TrainingFacts
 from pytest_lora.findings import Severity, grouped
 from pytest_lora.rules import Violation, rule
@@ -16,8 +16,8 @@ def some_adapters_get_no_gradient(facts: TrainingFacts, expect: Expect) -> Itera
 
     ## What it does
     Looks for modules whose trainable adapter got no gradient, or zero only, at any step, and says why where that
-    can be told. An expert that the router chose for no token, and a tower whose inputs are in other batches
-    than those that steps were taken on, are infos.
+    can be told. An expert that the router chose for no token, a tower whose inputs are in other batches
+    than those that steps were taken on, and a projection that only the last block has no use for, are infos.
 
     ## Why is this bad?
     These adapters cost memory and do nothing: the module is outside the forward pass, behind a
@@ -46,12 +46,17 @@ def some_adapters_get_no_gradient(facts: TrainingFacts, expect: Expect) -> Itera
     if not facts.judges_gradients or not any(t.reached for t in facts.adapter_tensors):
         return
     silent: dict[tuple[str | None, Severity], list[str]] = {}
+    unlearning = {layer.module for layer in facts.unlearning if layer.trainable}
+    working = {t.module for t in facts.adapter_tensors if t.reached}
+    ends = at_the_end_of_a_stream(unlearning, working)
     for layer in facts.unlearning:
         if layer.trainable:
             reason = why_silent(facts, layer)
             # An expert may also run for the last token alone, which predicts nothing.
-            optional = _is_expert(layer.module) or (
-                layer.module in facts.untouched and _input_comes_later(facts, layer)
+            optional = (
+                layer.module in ends
+                or _is_expert(layer.module)
+                or (layer.module in facts.untouched and _input_comes_later(facts, layer))
             )
             silent.setdefault((reason, "info" if optional else "warning"), []).append(layer.module)
     for (reason, severity), modules in silent.items():

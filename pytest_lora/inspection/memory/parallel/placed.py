@@ -11,6 +11,7 @@ from torch import nn
 
 from pytest_lora.facts.memory import StepSetting
 from pytest_lora.facts.memory_choices import Parallel
+from pytest_lora.inspection.base import embeddings_of
 from pytest_lora.inspection.memory.layer_stacks import Stack
 from pytest_lora.inspection.memory.parallel.model import Rank, nothing_around
 from pytest_lora.inspection.transformers_internals import kept_whole
@@ -101,7 +102,7 @@ def placed_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> R
         )
     names = {id(module): name for name, module in built.transformer.named_modules()}
     base: Any = built.transformer
-    first, head = base.get_input_embeddings(), base.get_output_embeddings()
+    first, head = embeddings_of(base, "input"), embeddings_of(base, "output")
     return Rank(
         built.model,
         built.trained(),
@@ -113,7 +114,7 @@ def placed_rank(built: MetaModel, setting: StepSetting, parallel: Parallel) -> R
         placement=Placement(
             parallel.gpus,
             tuple(tuple(_of_units(stack, names, built.plan)) for stack in built.stacks),
-            _gpu_of(names[id(first)], built.plan),
+            _gpu_of(names.get(id(first), ""), built.plan),
             _gpu_of(names.get(id(head), ""), built.plan),
         ),
     )
