@@ -194,6 +194,7 @@ FailureKind = Literal[
     "state of another shape",
     "label dtype",
     "label shape",
+    "no head",
     "ids are not whole",
     "no padding token",
     "weight dtypes",

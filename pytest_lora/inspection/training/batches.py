@@ -126,7 +126,8 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     if not _is_loss(loss):
         raise NoLossError(
             f"batches: the model gives no scalar loss for a batch of {', '.join(map(str, batch))}; "
-            "add labels to it, or give loss_fn"
+            + ("load the model with a head" if "labels" in batch else "add labels to it")
+            + ", or give loss_fn"
         )
     return loss
 

@@ -209,8 +209,11 @@ class Probe:
         """Note an error that tells what is wrong with the set-up; others, and those of the user's loss, go on."""
         try:
             yield
-        except NoLossError:
-            raise
+        except NoLossError as error:
+            if self._plan.loss_fn is not None or not self._plan.tell_failures or "labels" not in self._batches[batch]:
+                raise
+            name, says = type(self._found.root).__name__, "it gives no loss for these labels"
+            raise StepError(Failure(number, batch, phase, "no head", name, says, None, None)) from error
         except Exception as error:
             given = "optimizer" if phase == "optimizer step" else "batches"
             error.add_note(f"{given}: raised in the {phase} of step {number}")
@@ -294,4 +297,5 @@ class Probe:
             spread=tuple(self._beside.spread),
             at_itself=bool(self._passed.without_gradient.intersection(facts.active)),
             switched_off=self._passed.switched_off and not any(layer.disabled for layer in facts.layers),
+            thinned=facts.base_dropouts if self._passed.thinned else (),
         )
