@@ -511,7 +511,7 @@ def test_norms_and_moves() -> None:
     with torch.no_grad():
         model.weight.fill_(2.0)
     model.bias.requires_grad_(False)
-    watch = Watch(model, {}, {id(model.weight)})
+    watch = Watch(model, {}, {id(model.weight): 0})
     assert watch.note_gradients() is None
     model.weight.grad = torch.full((1, 4), 0.5)
     assert watch.note_gradients() == 1.0
@@ -533,12 +533,12 @@ def test_norms_and_moves() -> None:
 def test_short_numbers_that_stay_are_counted() -> None:
     for dtype, stayed in ((torch.bfloat16, 0.75), (torch.float16, 0.75), (torch.float32, 0.0)):
         model = nn.Linear(4, 1, bias=False, dtype=dtype)
-        watch = Watch(model, {}, set())
+        watch = Watch(model, {}, {})
         with torch.no_grad():
             model.weight[0, 0] += 1.0
         watch.note_moves()
         assert watch.facts()[0].stayed == stayed
-    meta = Watch(nn.Linear(4, 1, device="meta"), {}, set())
+    meta = Watch(nn.Linear(4, 1, device="meta"), {}, {})
     assert meta.facts() == ()
 
 

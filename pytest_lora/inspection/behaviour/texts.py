@@ -68,7 +68,9 @@ def _packed(index: int, ids: Tensor, batch: Mapping[str, Any]) -> Text | None:
     """
     length, numbers = ids.shape[1], _numbers(ids, batch)
     for row, marks in enumerate(numbers or batch["position_ids"].tolist()):
-        starts = [t for t in range(length) if (marks[t] != marks[t - 1] or not t if numbers else marks[t] == 0)]
+        starts = [
+            t for t in range(length) if (marks[t] != marks[t - 1] or not t if numbers else marks[t] == 0)
+        ]
         for start, stop in zip(starts, [*starts[1:], length], strict=True):
             if not set(batch) & PACKED:
                 stop = min(stop, start + max(_LEAST, (length - start) // 2))

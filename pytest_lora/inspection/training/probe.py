@@ -46,6 +46,7 @@ from pytest_lora.inspection.training.media import medium_facts
 from pytest_lora.inspection.training.optimizer import (
     as_float,
     default_optimizer,
+    group_numbers,
     optimizer_facts,
     param_groups,
     parameter_parts,
@@ -122,8 +123,7 @@ class Probe:
         self._whole: tuple[WholeTargets, ...] = ()
         self._passed = Passed()
         self._is_fresh = plan.optimizer is not None and not any(plan.optimizer.state.values())
-        held = {id(p) for group in self._groups for p in group["params"]}
-        self._watch = Watch(model, parameter_parts(self._found), held)
+        self._watch = Watch(model, parameter_parts(self._found), group_numbers(self._groups))
         self._steps: list[StepFacts] = []
         self._failure: Failure | None = None
         self._schedule_over = False
@@ -210,7 +210,11 @@ class Probe:
         try:
             yield
         except NoLossError as error:
-            if self._plan.loss_fn is not None or not self._plan.tell_failures or "labels" not in self._batches[batch]:
+            if (
+                self._plan.loss_fn is not None
+                or not self._plan.tell_failures
+                or "labels" not in self._batches[batch]
+            ):
                 raise
             name, says = type(self._found.root).__name__, "it gives no loss for these labels"
             raise StepError(Failure(number, batch, phase, "no head", name, says, None, None)) from error

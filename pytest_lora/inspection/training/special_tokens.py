@@ -67,7 +67,7 @@ def vocabulary(root: nn.Module, base: BaseFacts) -> Vocabulary:
         classes=classes if isinstance(classes, int) else None,
         pad=pad if isinstance(pad, int) else None,
         begin=begin if isinstance(begin, int) else None,
-        # Labels of two models put together usually begin with the [CLS] of their tokenizer, which starts the decoder too.
+        # Labels for two models put together usually begin with their tokenizer's [CLS], which starts the decoder too.
         decoder_start=start if isinstance(start, int) and not composed else None,
         ends=_ends(config),
         # With one output and nothing said, transformers takes the labels for numbers.

@@ -60,9 +60,9 @@ def _without_a_norm(facts: ModelFacts) -> Iterator[Violation]:
         modules = ", ".join(dict.fromkeys(layer.module.rpartition(".")[2] for layer in layers))
         yield Violation(
             where=grouped(layer.module for layer in layers),
-            observed=f"{sum(layer.normless for layer in layers)} rows of these base weights are zero, and DoRA divides by the "
-            "norm of each: what they give is NaN from the first forward pass on",
+            observed=f"{sum(layer.normless for layer in layers)} rows of these base weights are zero, and DoRA divides "
+            "by the norm of each: what they give is NaN from the first forward pass on",
             expected="rows with a norm under every module that DoRA adapts",
-            fix=f"leave {modules} out of target_modules (or these layers, with exclude_modules), or set use_dora=False: "
-            "plain LoRA does not divide",
+            fix=f"leave {modules} out of target_modules (or these layers, with exclude_modules), or set "
+            "use_dora=False: plain LoRA does not divide",
         )

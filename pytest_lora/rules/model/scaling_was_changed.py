@@ -70,16 +70,18 @@ def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation
                 else "leave it if an adapter of another alpha was hot-swapped in; else put it back: "
             )
             + f"for layer in model.modules(): hasattr(layer, 'set_scale') and layer.set_scale({first.adapter!r}, 1)",
-            severity=_severity(value == 0, len(layers) == len(facts.active_layers), unnamed or rootless, expect),
+            severity=_severity(
+                value == 0, len(layers) == len(facts.active_layers), unnamed or rootless, expect
+            ),
         )
 
 
 def _of_rslora(layer: LayerState) -> str:
     """Older PEFT's own `set_scale` would give alpha / r again."""
+    name, scaling = repr(layer.adapter), layer.configured_scaling
     return (
-        f"put back the scaling of rsLoRA, of which {layer.scaling / layer.configured_scaling:.2g} is left: for layer in "
-        f"model.modules(): hasattr(layer, 'set_scale') and {layer.adapter!r} in layer.scaling and "
-        f"layer.scaling.update({{{layer.adapter!r}: {layer.configured_scaling:g}}})"
+        f"put back the scaling of rsLoRA, of which {layer.scaling / scaling:.2g} is left: for layer in model.modules(): "
+        f"hasattr(layer, 'set_scale') and {name} in layer.scaling and layer.scaling.update({{{name}: {scaling:g}}})"
     )
 
 
@@ -92,7 +94,11 @@ def _severity(silent: bool, everywhere: bool, by_mistake: bool, expect: Expect) 
 
 def _is_without_the_root(layer: LayerState) -> bool:
     """Whether an rsLoRA adapter acts as plain LoRA of its rank and alpha."""
-    return layer.use_rslora and layer.rank > 1 and math.isclose(layer.scaling, layer.alpha / layer.rank, rel_tol=1e-5)
+    return (
+        layer.use_rslora
+        and layer.rank > 1
+        and math.isclose(layer.scaling, layer.alpha / layer.rank, rel_tol=1e-5)
+    )
 
 
 def _is_of_no_pattern(facts: ModelFacts, layers: list[LayerState]) -> bool:

@@ -80,11 +80,11 @@ def reference_moves_along(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     elif facts.thinned and facts.switched_off:
         yield Violation(
             where=grouped(facts.thinned),
-            observed="the reference, with its adapter off, is computed in training mode: dropout of the base gives another "
-            "one at every call",
+            observed="the reference, with its adapter off, is computed in training mode: dropout of the base gives "
+            "another one at every call",
             expected="a reference that is the same for the same text",
-            fix="turn the dropout of the base off (disable_dropout=True in TRL, or p = 0 of its dropout layers), or compute "
-            "the reference between model.eval() and model.train()",
+            fix="turn the dropout of the base off (disable_dropout=True in TRL, or p = 0 of its dropout layers), or "
+            "compute the reference between model.eval() and model.train()",
             severity="warning",
         )
     elif facts.at_itself and not facts.switched_off and _teaches_nothing(facts):

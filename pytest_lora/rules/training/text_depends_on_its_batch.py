@@ -76,8 +76,8 @@ def _diagnosis(alone: AloneFacts) -> tuple[str, str]:
         )
     if alone.company == "documents" and alone.mask == "numbers":
         return (
-            "attention_mask numbers the packed documents (1, 2, 3), which this model reads as ones, so that they see each "
-            "other",
+            "attention_mask numbers the packed documents (1, 2, 3), which this model reads as ones, so that they see "
+            "each other",
             "leave attention_mask out and give position_ids that restart at 0 in each document (with "
             "model.config.use_cache = False), or patch the model as the collator that numbers them asks for",
         )
