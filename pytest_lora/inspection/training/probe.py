@@ -21,7 +21,6 @@ from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.training.batches import (
-    NoLossError,
     Plan,
     generators_of,
     loss_of,
@@ -209,15 +208,6 @@ class Probe:
         """Note an error that tells what is wrong with the set-up; others, and those of the user's loss, go on."""
         try:
             yield
-        except NoLossError as error:
-            if (
-                self._plan.loss_fn is not None
-                or not self._plan.tell_failures
-                or "labels" not in self._batches[batch]
-            ):
-                raise
-            name, says = type(self._found.root).__name__, "it gives no loss for these labels"
-            raise StepError(Failure(number, batch, phase, "no head", name, says, None, None)) from error
         except Exception as error:
             given = "optimizer" if phase == "optimizer step" else "batches"
             error.add_note(f"{given}: raised in the {phase} of step {number}")

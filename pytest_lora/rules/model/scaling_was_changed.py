@@ -80,8 +80,9 @@ def _of_rslora(layer: LayerState) -> str:
     """Older PEFT's own `set_scale` would give alpha / r again."""
     name, scaling = repr(layer.adapter), layer.configured_scaling
     return (
-        f"put back the scaling of rsLoRA, of which {layer.scaling / scaling:.2g} is left: for layer in model.modules(): "
-        f"hasattr(layer, 'set_scale') and {name} in layer.scaling and layer.scaling.update({{{name}: {scaling:g}}})"
+        f"put back the scaling of rsLoRA, of which {layer.scaling / scaling:.2g} is left: for layer in "
+        f"model.modules(): hasattr(layer, 'set_scale') and {name} in layer.scaling and "
+        f"layer.scaling.update({{{name}: {scaling:g}}})"
     )
 
 
