@@ -221,7 +221,8 @@ class AloneFacts:
         apart: How far the results are apart, relative to the largest of those alone: the median over the tokens of
             their largest difference.
         tolerance: What rounding may make of it.
-        mask: ``"hides"``: ``attention_mask`` is 0 over what else is in the row; ``"shows"``: it is not; ``"none"``.
+        mask: ``"hides"``: ``attention_mask`` is 0 over what else is in the row; ``"shows"``: it is not; ``"numbers"``:
+            it counts the documents; ``"none"``.
         positions: Whether the batch brings ``position_ids``.
         filler: Token of the padding, or None where it has none of its own.
         pad: ``pad_token_id`` that the model knows, or None.
@@ -237,7 +238,7 @@ class AloneFacts:
     pooled: bool
     apart: float
     tolerance: float
-    mask: Literal["hides", "shows", "none"]
+    mask: Literal["hides", "shows", "numbers", "none"]
     positions: bool
     filler: int | None
     pad: int | None

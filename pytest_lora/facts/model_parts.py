@@ -71,6 +71,7 @@ class LayerState(LayerFacts):
         empty_ranks: Ranks at which both factors are zero though others hold something.
         idle_ranks: Ranks at which ``b`` alone still is zero.
         zero_outputs: Rows of ``b`` that still are zero, where they are one block at an end.
+        normless: Rows in which the magnitude of DoRA, ``b`` and the base weight all are zero.
     """
 
     a: Factor
@@ -88,6 +89,7 @@ class LayerState(LayerFacts):
     empty_ranks: int = 0
     idle_ranks: int = 0
     zero_outputs: int = 0
+    normless: int = 0
 
     @property
     def parts(self) -> tuple[Factor, ...]:

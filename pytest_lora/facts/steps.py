@@ -29,6 +29,7 @@ class TensorFacts:
         stayed: Share of its numbers that the last step left as they were, in bfloat16 and float16; else 0.
         held_rows: Rows of tokens of the last batch whose gradient a hook of the user's own set to zero.
         token_rows: How many rows of tokens it was asked of; 0 where there is no such hook.
+        group: Place of the optimizer's group that holds it, or None.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TensorFacts:
     stayed: float
     held_rows: int = 0
     token_rows: int = 0
+    group: int | None = None
 
     @property
     def reached(self) -> bool:
@@ -194,6 +196,7 @@ FailureKind = Literal[
     "state of another shape",
     "label dtype",
     "label shape",
+    "no head",
     "ids are not whole",
     "no padding token",
     "weight dtypes",

@@ -76,6 +76,7 @@ class TrainingFacts:
         odd: Masks of another length than the tokens that they are for, with both shapes.
         spread: What the first loss compares each with each.
         at_itself: Whether an active adapter took part in a forward pass with gradients off, as its own reference.
+        thinned: Modules of the base whose dropout acted in a pass with gradients and adapters off, as a reference.
     """
 
     model: ModelFacts
@@ -119,6 +120,7 @@ class TrainingFacts:
     spread: tuple[SpreadFacts, ...] = ()
     at_itself: bool = False
     taught: TaughtFacts | None = None
+    thinned: tuple[str, ...] = ()
 
     @property
     def is_fresh(self) -> bool:

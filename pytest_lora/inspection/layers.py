@@ -116,6 +116,7 @@ def layer_states(
             further=tuple(_factor(name, tensor, values, by_design) for name, tensor in others),
             own_code="" if type(layer) in registered else own_code(layer),
             swappable=isinstance(layer.scaling[adapter], torch.Tensor),
+            normless=_normless(layer, pair, others, values),
             **filled.get(id(b), FULL)._asdict(),
         )
 
@@ -138,6 +139,24 @@ def _expected_shapes(
 
 def _sizes(geometry: dict[str, Any]) -> tuple[int, int]:
     return geometry["in_features"], geometry["out_features"]
+
+
+def _normless(
+    layer: LoraLayer, pair: Factors, others: tuple[tuple[str, Tensor], ...], values: dict[int, Values]
+) -> int:
+    """Rows whose norm DoRA divides by and that are zero: the magnitude is the norm of the base weight at first."""
+    magnitude = next((tensor for name, tensor in others if name == "lora_magnitude_vector"), None)
+    outputs = pair.b.shape[0] if pair.b.ndim == 2 else 0
+    if magnitude is None or magnitude.shape != (outputs,) or id(magnitude) not in values:
+        return 0
+    rows = (magnitude.detach() == 0) & ~pair.b.detach().any(1)
+    if not bool(rows.any()):
+        return 0
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if isinstance(weight, Tensor) and _readable(weight):
+        weight = weight.detach().T if getattr(layer, "fan_in_fan_out", False) else weight.detach()
+        rows &= ~weight.to(rows.device).any(1)
+    return int(rows.sum())
 
 
 def _first_two(tensor: torch.Tensor) -> tuple[int, int]:

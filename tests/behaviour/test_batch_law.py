@@ -72,6 +72,11 @@ def packed(**changes: Any) -> Batch:
     return {**without(batch, "attention_mask"), "position_ids": positions, **changes}
 
 
+def numbered() -> Tensor:
+    """The mask that numbers the documents of ``packed``."""
+    return torch.tensor([[1] * 9 + [2] * 8 + [3] * 7])
+
+
 def by_blocks(dtype: torch.dtype = torch.float32) -> Tensor:
     """The mask of four dimensions that keeps the documents of ``packed`` apart."""
     document = torch.tensor([0] * 9 + [1] * 8 + [2] * 7)
@@ -172,6 +177,11 @@ FAULTS: dict[str, tuple[Callable[[], Report], str, str]] = {
         "packed documents see each other",
         "leave attention_mask out",
     ),
+    "documents that a mask numbers": (
+        lambda: check_training(adapted("base"), without(packed(attention_mask=numbered()), "position_ids")),
+        "attention_mask numbers the packed documents (1, 2, 3), which this model reads as ones",
+        "give position_ids that restart at 0 in each document",
+    ),
     "mask of ones over padding that the model does not know": (
         lambda: check_training(
             adapted(LlamaForCausalLM(llama_config(pad_token_id=None))),
@@ -264,6 +274,37 @@ def test_remedy_of_a_head_that_pools_the_padding() -> None:
     assert of_the_law(check_training(model, batch))
     model.config.pad_token_id = 2
     assert not check_training(model, batch).findings
+
+
+class Numbered(nn.Module):
+    """Keeps documents apart by a mask that numbers them, as a patched flash attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner: Any = in_a_trainer(BASES["base"]())
+        self.config = self.inner.config
+
+    def forward(self, attention_mask: Tensor, **batch: Tensor) -> Any:
+        """The mask of four dimensions that the numbers stand for."""
+        same = attention_mask[:, None, :, None] == attention_mask[:, None, None, :]
+        seen = same & torch.ones(same.shape[-2:], dtype=torch.bool).tril()
+        return self.inner(attention_mask=torch.zeros(same.shape).masked_fill(~seen, -1e9), **batch)
+
+
+def test_a_model_that_reads_the_numbers_of_a_mask_is_left_alone() -> None:
+    batch = without(packed(attention_mask=numbered()), "position_ids")
+    model = adapted(Numbered())
+    assert not of_the_law(check_training(model, batch))
+    assert of_the_law(check_training(adapted(in_a_trainer(BASES["base"]())), batch))
+    batch["attention_mask"][:, 12:] = 0  # padding behind the documents
+    batch["labels"][:, 12:] = -100
+    assert not of_the_law(check_training(model, batch))
+
+
+def test_a_mask_that_numbers_its_documents_is_mended_by_positions() -> None:
+    model, batch = adapted(in_a_trainer(BASES["base"]())), packed(attention_mask=numbered())
+    assert of_the_law(check_training(model, without(batch, "position_ids")))
+    assert not of_the_law(check_training(model, without(batch, "attention_mask")))
 
 
 def test_remedies_of_documents_that_see_each_other() -> None:

@@ -150,6 +150,19 @@ def test_a_scaling_chosen_at_inference_is_an_info() -> None:
     ]
 
 
+def test_an_rslora_adapter_that_acts_with_alpha_over_r_is_told() -> None:
+    model = serving(adapted(r=16, lora_alpha=32, use_rslora=True), "default")
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear):
+            layer.scaling["default"] = 32 / 16
+    (finding,) = found("LORA228", model, SERVING)
+    assert finding.severity == "warning"
+    assert "scaling is 2 in 4 of 4 modules, which is alpha / r, as without use_rslora" in finding.observed
+    assert finding.expected == "alpha / sqrt(r) = 8 (alpha=32, r=16)"
+    exec(finding.fix.partition(": ")[2], {"model": model})
+    assert not check_model(model, expect=SERVING).findings
+
+
 def test_patterns_that_a_swap_forgets_are_told_at_inference(tmp_path: Path) -> None:
     changes = {"lora_alpha": 9, "rank_pattern": {"v_proj": 4}}
     path = file_of(tmp_path, **changes)

@@ -12,6 +12,10 @@ from peft import EvaConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import Adafactor
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    EncoderDecoderModel,
     GemmaConfig,
     GemmaForCausalLM,
     LlamaForCausalLM,
@@ -24,7 +28,15 @@ from transformers import (
 )
 from transformers.optimization import Adafactor as OldAdafactor
 
-from pytest_lora import Expect, Finding, Report, check_model, check_training, diagnose_history
+from pytest_lora import (
+    Expect,
+    Finding,
+    Report,
+    check_loss_decreases,
+    check_model,
+    check_training,
+    diagnose_history,
+)
 from pytest_lora.bases.examples.models import language_batch, llama_config, made
 from pytest_lora.inspection.training.circumstances import odd_masks
 
@@ -157,6 +169,33 @@ def test_inputs_of_another_length_are_named() -> None:
     assert "position_ids of shape [4, 13] beside input_ids of [4, 16]" in finding.fix
     batch["position_ids"] = torch.arange(16).repeat(4, 1)
     silent(check_training(adapted(), batch))
+
+
+def test_a_model_without_a_head_is_told_to_need_one() -> None:
+    batch = language_batch()
+    report = check_training(adapted(LlamaModel(llama_config())), batch)
+    finding = only(report, "LORA319")
+    assert "LlamaModel: it gives no loss" in finding.observed
+    assert "AutoModelForCausalLM" in finding.fix
+    silent(check_training(adapted(), batch))
+    with pytest.raises(ValueError, match="load the model with a head"):
+        check_loss_decreases(adapted(LlamaModel(llama_config())), batch)
+
+
+def test_padded_labels_of_two_models_put_together() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    fields: dict[str, Any] = {"vocab_size": 128, "pad_token_id": 0, **sizes}
+    decoder = BertLMHeadModel(BertConfig(**fields, is_decoder=True, add_cross_attention=True))
+    base: Any = EncoderDecoderModel(encoder=BertModel(BertConfig(**fields)), decoder=decoder)
+    base.config.decoder_start_token_id, base.config.pad_token_id = 101, 0
+    model = adapted(base, target_modules=["query"], task_type="SEQ_2_SEQ_LM")
+    batch = language_batch()
+    batch["labels"][:, 0] = 101  # [CLS], as in the tutorials
+    batch["labels"][:, 9:] = PAD
+    told = only(check_training(model, batch), "LORA321")
+    assert "attention_mask of the tokenized labels" in told.fix
+    batch["labels"][:, 9:] = -100
+    silent(check_training(model, batch))
 
 
 # ------------------------------------------------------------------------------- losses
@@ -414,9 +453,16 @@ def test_a_merged_adapter_beside_one_on_other_modules() -> None:
     silent(check_model(model, expect=Expect(purpose="inference")))
 
 
+def _by_decay(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Groups with and without decay; the table that has the hook is in the one without, the head in the other."""
+    hooked = [bool(p._backward_hooks) for p in params]
+    rest = [p for p, held in zip(params, hooked, strict=True) if not held]
+    return [{"params": rest}, {"params": [params[hooked.index(True)]], "weight_decay": 0.0}]
+
+
 def held(optimizer: Callable[..., Any], decay: float, *, kept: int = 1, rate: float = 1e-3) -> Report:
     """A training of an embedding of which a hook holds all rows but the first ones of the batch."""
-    model = adapted(modules_to_save=["embed_tokens"])
+    model = adapted(modules_to_save=["embed_tokens", "lm_head"])
     batch = language_batch()
     table = model.get_input_embeddings().weight
     new = torch.zeros(len(table), 1)
@@ -432,6 +478,8 @@ def test_rows_that_a_hook_holds_and_the_decay_moves() -> None:
     assert "by a step of its own" in only(held(torch.optim.Adam, 1e-6), "LORA391").observed
     silent(held(torch.optim.AdamW, 0.0))
     silent(held(torch.optim.AdamW, 0.1, kept=1000))  # a hook that holds nothing
+    apart = held(lambda params, **rest: torch.optim.AdamW(_by_decay(params), **rest), 0.1)
+    assert "LORA391" not in {f.code for f in apart.findings}
     slow = held(torch.optim.AdamW, 0.01, rate=1e-4)
     silent(slow)
     assert "LORA391" in {f.code for f in slow.findings}
@@ -612,6 +660,26 @@ def test_a_reference_that_is_the_policy() -> None:
     silent(preferred(lambda _: nullcontext(frozen)))
     crawling = preferred(switched_off, rate=1e-12)  # ln 2 to the last digit too, and not of the reference
     assert "LORA387" not in {f.code for f in crawling.findings}
+
+
+@contextmanager
+def evaluated(model: Any) -> Iterator[Any]:
+    with switched_off(model.eval()):
+        yield model
+    model.train()
+
+
+def test_a_reference_with_its_dropout_on() -> None:
+    def dropping(reference: Callable[[Any], Any], p: float = 0.1, **changes: Any) -> Report:
+        return preferred(reference, base=LlamaForCausalLM(llama_config(attention_dropout=p)), **changes)
+
+    told = only(dropping(switched_off), "LORA387")
+    assert told.severity == "warning"
+    assert told.where.endswith("self_attn")
+    assert "dropout of the base gives another one at every call" in told.observed
+    silent(dropping(switched_off, p=0.0))
+    silent(dropping(evaluated))
+    silent(dropping(switched_off, p=0.0, lora_dropout=0.1))  # which acts in the adapter alone
 
 
 def test_a_reference_that_is_what_an_initialisation_left_of_the_base() -> None:

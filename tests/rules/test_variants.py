@@ -15,6 +15,7 @@ from packaging.version import Version
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from pytest_lora import (
     Expect,
@@ -101,6 +102,33 @@ def test_numbers_that_are_not_finite_are_found_in_every_tensor_of_a_variant() ->
         with torch.no_grad():
             next(p for n, p in model.named_parameters() if part in n)[0, 0] = torch.nan
         assert "LORA207" in {f.code for f in check_model(model).errors}, part
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_without_a_norm_under_dora_are_told(transposed: bool) -> None:
+    base: nn.Module = nn.Sequential(Conv1D(16, 16) if transposed else nn.Linear(16, 16))
+    weight = next(base.parameters()).data
+    (weight.T if transposed else weight)[:3] = 0
+    fields: dict[str, Any] = {"r": 4, "target_modules": ["0"], "fan_in_fan_out": transposed}
+    assert not check_model(get_peft_model(copy.deepcopy(base), LoraConfig(**fields))).errors
+    model = get_peft_model(base, LoraConfig(**fields, use_dora=True))
+    assert not model(torch.ones(1, 16)).isfinite().all()
+    (finding,) = check_model(model).errors
+    assert finding.code == "LORA207"
+    assert "3 rows of these base weights are zero, and DoRA divides" in finding.observed
+    assert "leave 0 out of target_modules" in finding.fix
+    step = check_training(model, torch.ones(1, 16), loss_fn=lambda net, x: net(x).sum(), select=["LORA310"])
+    assert "DoRA divides by the norm of rows that are zero: 0" in step.errors[0].observed
+    layer: Any = model.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_B["default"].weight[:3] = 0.1  # an update gives the rows a norm
+    assert model(torch.ones(1, 16)).isfinite().all()
+    assert not check_model(model).errors
+    with torch.no_grad():
+        layer.lora_B["default"].weight.zero_()
+        layer.base_layer.weight[:] = 0.5  # a magnitude that somebody set to zero
+    assert model(torch.ones(1, 16)).isfinite().all()
+    assert not check_model(model).errors
 
 
 def test_an_optimizer_without_the_other_factor_of_adalora_is_told() -> None:

@@ -41,7 +41,17 @@ def texts_of(batches: Mapping[int, Any], root: nn.Module) -> Iterator[Text | Non
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         known = _TEXT | PACKED | (_DECODER if is_encoder_decoder(root) else set())
         if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_meta and set(batch) <= known:
-            yield _packed(index, ids, batch) if _restarts(ids, batch) else _padded(index, ids, batch, root)
+            packed = _numbers(ids, batch) is not None or _restarts(ids, batch)
+            yield _packed(index, ids, batch) if packed else _padded(index, ids, batch, root)
+
+
+def _numbers(ids: Tensor, batch: Mapping[str, Any]) -> list[list[int]] | None:
+    """A mask that numbers the documents of its rows (1, 2, 3), as collators for a patched flash attention make it."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape or mask.is_floating_point():
+        return None
+    rises = mask[:, 1:] - mask[:, :-1] == 1
+    return mask.tolist() if bool((rises & (mask[:, :-1] > 0)).any()) else None
 
 
 def _restarts(ids: Tensor, batch: Mapping[str, Any]) -> bool:
@@ -56,13 +66,15 @@ def _packed(index: int, ids: Tensor, batch: Mapping[str, Any]) -> Text | None:
 
     Nothing is cut where lengths are counted through the whole batch.
     """
-    length = ids.shape[1]
-    for row, positions in enumerate(batch["position_ids"].tolist()):
-        starts = [t for t in range(length) if positions[t] == 0]
+    length, numbers = ids.shape[1], _numbers(ids, batch)
+    for row, marks in enumerate(numbers or batch["position_ids"].tolist()):
+        starts = [
+            t for t in range(length) if (marks[t] != marks[t - 1] or not t if numbers else marks[t] == 0)
+        ]
         for start, stop in zip(starts, [*starts[1:], length], strict=True):
             if not set(batch) & PACKED:
                 stop = min(stop, start + max(_LEAST, (length - start) // 2))
-            counts = positions[start:stop] == list(range(stop - start))
+            counts = numbers or marks[start:stop] == list(range(stop - start))
             text = Text(index, row, start, stop, length, "documents", None)
             if start and counts and stop - start >= _LEAST and mask_of(batch, text, inside=True) != "hides":
                 return text
@@ -112,7 +124,10 @@ def _run(ids: Tensor, token: int) -> Tensor:
 
 
 def mask_of(batch: Mapping[str, Any], text: Text, *, inside: bool = False) -> Any:
-    """Whether the mask "hides" a position of the row, or of the text itself, "shows" all, or there is "none"."""
+    """Whether the mask "hides" a position of the row, or of the text itself, "shows" all, or there is "none".
+
+    Of a row in which it "numbers" the documents, that is told.
+    """
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor):
         return "none"
@@ -121,6 +136,8 @@ def mask_of(batch: Mapping[str, Any], text: Text, *, inside: bool = False) -> An
     row, own = mask[text.row] == 0, slice(text.start, text.stop)
     if inside:
         return "hides" if bool(row[own].any()) else "shows"
+    if text.company == "documents" and not mask.is_floating_point() and bool((mask[text.row] > 1).any()):
+        return "numbers"
     return "hides" if bool(row.any()) else "shows"
 
 

@@ -102,21 +102,17 @@ def generators_of(batches: Any) -> Iterator[torch.Generator]:
     yield from {id(g): g for g in found if isinstance(g, torch.Generator)}.values()
 
 
-class NoLossError(ValueError):
-    """The model gives no loss for a batch, or a function for the loss gives no scalar."""
-
-
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     """The loss of one batch.
 
     Raises:
-        NoLossError: The model gives no loss, or ``loss_fn`` gives no scalar.
+        ValueError: The model gives no loss, or ``loss_fn`` gives no scalar.
     """
     if loss_fn is not None:
         with _noted("loss_fn raised this for a batch"):
             loss: Any = loss_fn(model, batch)
         if not _is_loss(loss):
-            raise NoLossError(f"loss_fn must return a scalar tensor, not {_described(loss)}")
+            raise ValueError(f"loss_fn must return a scalar tensor, not {_described(loss)}")
         return loss
     with _noted(f"batches: the model raised this for one of {shown(list(batch))}"):
         output: Any = model(**on_device(batch, device_of(model)))
@@ -125,9 +121,10 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     else:
         loss = getattr(output, "loss", output[0] if isinstance(output, tuple) and output else output)
     if not _is_loss(loss):
-        raise NoLossError(
+        raise ValueError(
             f"batches: the model gives no scalar loss for a batch of {', '.join(map(str, batch))}; "
-            "add labels to it, or give loss_fn"
+            + ("load the model with a head" if "labels" in batch else "add labels to it")
+            + ", or give loss_fn"
         )
     return loss
 

@@ -100,12 +100,14 @@ class Passed:
         ran: How each of them was run at best, by its name; those that were not are missing.
         switched_off: Whether one was run with its adapters switched off.
         without_gradient: Adapters that took part in a pass with gradients off.
+        thinned: Whether a pass with gradients and adapters off ran in training mode, where dropout acts.
     """
 
     def __init__(self) -> None:
         self.ran: dict[str, Ran] = {}
         self.switched_off = False
         self.without_gradient: set[str] = set()
+        self.thinned = False
         self._looks = True
 
     def follow(self, layers: Mapping[str, Any]) -> None:
@@ -145,6 +147,7 @@ class Passed:
                 self.ran[name] = max(self.ran.get(name, Ran.CUT), how)
                 if how is Ran.WITHOUT_GRAPH and not module.disable_adapters:
                     self.without_gradient.update(active_adapters(module))
+                self.thinned |= how is Ran.WITHOUT_GRAPH and module.disable_adapters and module.training
 
         return note
 

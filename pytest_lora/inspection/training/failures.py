@@ -15,6 +15,7 @@ from pytest_lora.inspection.training.media import grids_disagree
 _RAISED_BY_TORCH = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 _WORDS: dict[str, FailureKind] = {
+    r"load the model with a head": "no head",
     r"features.* tokens? do not match|placeholder|pixel_values|(image|video|audio) tokens": "placeholders",
     r"token_type_ids`? (is|are) (required|missing)": "token types",
     r"target dtype|[Tt]arget size|dtype Long|dtype Float but|be cast to|probabilities": "label dtype",
@@ -75,6 +76,9 @@ def failure_of(
         kind = next((kind for words, kind in _WORDS.items() if re.search(words, message)), None)
     if kind is None:
         return None
+    if kind == "no head":
+        says = "it gives no loss for these labels"
+        return Failure(step, index, phase, kind, type(model).__name__, says, length, positions)
     lines = message.splitlines() or [""]
     # torch prints a whole module before what it says.
     line = next((line.strip(" )") for line in lines if _ARGUMENT.search(line)), lines[0])

@@ -164,6 +164,11 @@ def param_groups(optimizer: Any) -> list[dict[str, Any]]:
     return groups
 
 
+def group_numbers(groups: list[dict[str, Any]]) -> dict[int, int]:
+    """In which group a parameter is, by its id."""
+    return {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+
+
 def _group(
     index: int,
     group: dict[str, Any],

@@ -21,7 +21,6 @@ from pytest_lora.inspection.bitsandbytes_internals import keep_packing
 from pytest_lora.inspection.model import adapted_survey, model_facts
 from pytest_lora.inspection.state import Keeper
 from pytest_lora.inspection.training.batches import (
-    NoLossError,
     Plan,
     generators_of,
     loss_of,
@@ -47,6 +46,7 @@ from pytest_lora.inspection.training.media import medium_facts
 from pytest_lora.inspection.training.optimizer import (
     as_float,
     default_optimizer,
+    group_numbers,
     optimizer_facts,
     param_groups,
     parameter_parts,
@@ -123,8 +123,7 @@ class Probe:
         self._whole: tuple[WholeTargets, ...] = ()
         self._passed = Passed()
         self._is_fresh = plan.optimizer is not None and not any(plan.optimizer.state.values())
-        held = {id(p) for group in self._groups for p in group["params"]}
-        self._watch = Watch(model, parameter_parts(self._found), held)
+        self._watch = Watch(model, parameter_parts(self._found), group_numbers(self._groups))
         self._steps: list[StepFacts] = []
         self._failure: Failure | None = None
         self._schedule_over = False
@@ -210,8 +209,6 @@ class Probe:
         """Note an error that tells what is wrong with the set-up; others, and those of the user's loss, go on."""
         try:
             yield
-        except NoLossError:
-            raise
         except Exception as error:
             given = "optimizer" if phase == "optimizer step" else "batches"
             error.add_note(f"{given}: raised in the {phase} of step {number}")
@@ -295,4 +292,5 @@ class Probe:
             spread=tuple(self._beside.spread),
             at_itself=bool(self._passed.without_gradient.intersection(facts.active)),
             switched_off=self._passed.switched_off and not any(layer.disabled for layer in facts.layers),
+            thinned=facts.base_dropouts if self._passed.thinned else (),
         )

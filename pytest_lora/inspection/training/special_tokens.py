@@ -59,14 +59,16 @@ def vocabulary(root: nn.Module, base: BaseFacts) -> Vocabulary:
     outputs = getattr(getattr(head, "original_module", head), "out_features", None) or base.vocab_size
     classes = getattr(config, "num_labels", None)
     problem = getattr(config, "problem_type", None)
+    composed = base.architecture.endswith("EncoderDecoderModel")
     return Vocabulary(
-        task=base.task_type,
+        task="SEQ_2_SEQ_LM" if composed else base.task_type,
         rows=base.vocab_size,
         outputs=outputs,
         classes=classes if isinstance(classes, int) else None,
         pad=pad if isinstance(pad, int) else None,
         begin=begin if isinstance(begin, int) else None,
-        decoder_start=start if isinstance(start, int) else None,
+        # Labels for two models put together usually begin with their tokenizer's [CLS], which starts the decoder too.
+        decoder_start=start if isinstance(start, int) and not composed else None,
         ends=_ends(config),
         # With one output and nothing said, transformers takes the labels for numbers.
         single_label=problem == "single_label_classification" or (problem is None and classes != 1),

@@ -19,6 +19,7 @@ from pytest_lora.inspection.training.circumstances import repacked_layers
 from pytest_lora.inspection.training.optimizer import (
     Owned,
     as_float,
+    group_numbers,
     optimizer_facts,
     param_groups,
     parameter_parts,
@@ -54,7 +55,7 @@ def norms(tensors: Iterable[Tensor]) -> list[float]:
 class Watch:
     """Notes, step by step, what gradient reaches each tensor and how far it moves."""
 
-    def __init__(self, model: nn.Module, owned: dict[int, Owned], held: set[int]) -> None:
+    def __init__(self, model: nn.Module, owned: dict[int, Owned], held: Mapping[int, int]) -> None:
         self._owned = owned
         self._held = held
         self._tensors = {
@@ -126,6 +127,7 @@ class Watch:
             numbers=p.numel(),
             trainable=name in self._trainable,
             held=id(p) in self._held,
+            group=self._held.get(id(p)),
             finite=math.isfinite(self._start[name]),
             scale=self._start[name] / math.sqrt(max(1, p.numel())),
             gradients=tuple(self._gradients[name]),
@@ -173,8 +175,7 @@ class FirstSteps:
         self._model = model_facts(model)
         self._described = optimizer_facts(model, optimizer)
         self._repacked = tuple(repacked_layers(found))
-        held = {id(p) for group in param_groups(optimizer) for p in group["params"]}
-        self._watch = Watch(model, parameter_parts(found), held)
+        self._watch = Watch(model, parameter_parts(found), group_numbers(param_groups(optimizer)))
         self._seen: list[tuple[tuple[float, ...], float | None]] = []
 
     @property

@@ -45,7 +45,7 @@ def padding_is_in_the_loss(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
     if padding == labels and all(known.padding_by == "attention_mask" for known in facts.labels) and padding:
         yield _inverted(any(known.unlabelled for known in facts.labels), labels)
     elif padding:
-        by = next(known.padding_by for known in facts.labels if known.padding)
+        by, kind = next((known.padding_by, known.kind) for known in facts.labels if known.padding)
         yield Violation(
             where=f"labels, told by {by}",
             observed=f"padding has labels: {padding} of {labels} positions in the loss "
@@ -53,6 +53,9 @@ def padding_is_in_the_loss(facts: TrainingFacts, expect: Expect) -> Iterator[Vio
             expected="labels of -100 wherever there is padding",
             fix="ignore it: batch['labels'][batch['attention_mask'] == 0] = -100"
             if by == "attention_mask"
+            else "ignore it: set labels to -100 where the attention_mask of the tokenized labels is 0, as "
+            "DataCollatorForSeq2Seq does"
+            if kind == "sequence"
             else "ignore it: batch['labels'][batch['input_ids'] == model.config.pad_token_id] = -100, and set "
             "attention_mask to 0 there",
             severity="error" if padding >= SHARE * labels else "warning",

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.training import TrainingFacts
+from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
 SAME = 1e-7
@@ -19,12 +20,13 @@ def reference_moves_along(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
     Looks for a loss on chosen and rejected answers that is ln 2 to the last digit at every step, though gradients
     arrive and the adapter moves, and beside which the active adapter runs with gradients off. A loss that is zero at
     every step but for rounding, and has a gradient of rounding alone, is that of a student which is its own teacher.
+    A reference that is the base with its dropout on, as in training mode, is a warning.
 
     ## Why is this bad?
     The reference is computed with the very weights that train, so that both always agree: the loss says 0.6931 for
     ever, and nothing holds the model near to where it began. It happens where the same object is handed over as model
     and as reference, or `disable_adapter()` is missing around the reference. The distance between a model and itself
-    is zero, and distilling it teaches nothing.
+    is zero, and distilling it teaches nothing. Dropout makes another reference of the base at every call.
 
     ## Example
     ```python
@@ -74,6 +76,16 @@ def reference_moves_along(facts: TrainingFacts, expect: Expect) -> Iterator[Viol
             "the reference is the model that trains, with its adapter on",
             expected="a reference that stays where training began",
             fix=f"compute the reference {_APART}",
+        )
+    elif facts.thinned and facts.switched_off:
+        yield Violation(
+            where=grouped(facts.thinned),
+            observed="the reference, with its adapter off, is computed in training mode: dropout of the base gives "
+            "another one at every call",
+            expected="a reference that is the same for the same text",
+            fix="turn the dropout of the base off (disable_dropout=True in TRL, or p = 0 of its dropout layers), or "
+            "compute the reference between model.eval() and model.train()",
+            severity="warning",
         )
     elif facts.at_itself and not facts.switched_off and _teaches_nothing(facts):
         yield Violation(

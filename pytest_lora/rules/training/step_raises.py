@@ -67,6 +67,8 @@ _FIXES: dict[FailureKind, str] = {
     "num_labels of the model's config",
     "label shape": "give labels the shape of what is predicted: for tokens the length of input_ids, padded with -100; "
     "for classes one index a row (torch.long), or floats for several labels a row",
+    "no head": "load the model with a head that makes a loss of labels (AutoModelForCausalLM and its like, not "
+    "AutoModel), or make the loss yourself in loss_fn",
     "ids are not whole": "give ids and labels as whole numbers (torch.long)",
     "no padding token": "set model.config.pad_token_id = tokenizer.pad_token_id",
     "weight dtypes": "give all weights that compute together one dtype, or train under torch.autocast: cast what was "

@@ -14,7 +14,8 @@ def text_depends_on_its_batch(facts: TrainingFacts, expect: Expect) -> Iterator[
 
     ## What it does
     Runs one text twice in evaluation mode, in its row and cut out of it: the shortest without its padding, or the
-    first packed document that stands behind another one, as `position_ids` that restart show. The results are the
+    first packed document that stands behind another one, as `position_ids` that restart or an `attention_mask` of
+    1, 2, 3 show. The results are the
     same but for rounding, unless the padding or the other document has a part in them. A head that gives one
     result a row and reads it off the padding is an error; documents that only the cache (`use_cache`) lets see
     each other are an info, as a `Trainer` turns it off.
@@ -45,6 +46,7 @@ def text_depends_on_its_batch(facts: TrainingFacts, expect: Expect) -> Iterator[
     - https://huggingface.co/docs/transformers/glossary#position-ids
     - https://huggingface.co/blog/packing-with-FA2
     - https://github.com/huggingface/trl/issues/937
+    - https://github.com/MeetKai/functionary/issues/195
     """
     alone = facts.alone
     if alone is None or alone.holds or any(known.attended_padding for known in facts.labels):
@@ -71,6 +73,13 @@ def _diagnosis(alone: AloneFacts) -> tuple[str, str]:
         return (
             "packed documents see each other while the cache is on (use_cache), which a Trainer turns off",
             "set model.config.use_cache = False where you write the training loop yourself",
+        )
+    if alone.company == "documents" and alone.mask == "numbers":
+        return (
+            "attention_mask numbers the packed documents (1, 2, 3), which this model reads as ones, so that they see "
+            "each other",
+            "leave attention_mask out and give position_ids that restart at 0 in each document (with "
+            "model.config.use_cache = False), or patch the model as the collator that numbers them asks for",
         )
     if alone.company == "documents":
         return (

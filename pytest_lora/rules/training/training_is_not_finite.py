@@ -70,6 +70,7 @@ def _at_a_step(facts: TrainingFacts) -> Iterator[Violation]:
         if loss_is_finite and facts.scaler and number < len(facts.steps):
             continue  # A GradScaler finds its scale by skipping the steps at which gradients overflow.
         base = facts.model.nonfinite_base
+        normless = [layer.module for layer in facts.model.active_layers if layer.normless]
         yield Violation(
             where=f"step {number}, batch {step.batch}",
             observed=(
@@ -78,10 +79,13 @@ def _at_a_step(facts: TrainingFacts) -> Iterator[Violation]:
                 else f"the loss is {step.loss}"
             )
             + (f"; base weights are too: {grouped(base)}" if base else "")
+            + (f"; DoRA divides by the norm of rows that are zero: {grouped(normless)}" if normless else "")
             + ("" if base else _empty_answers(facts, step.batch)),
             expected="finite losses and gradients",
             fix="load the base anew"
             if base
+            else "leave these modules out of target_modules, or set use_dora=False"
+            if normless
             else _OF_CTC
             if _is_too_long(facts, step.loss)
             else _OF_ANSWERS

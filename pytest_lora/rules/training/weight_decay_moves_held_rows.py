@@ -57,7 +57,7 @@ def weight_decay_moves_held_rows(facts: TrainingFacts, expect: Expect) -> Iterat
     - https://huggingface.co/docs/peft/package_reference/trainable_tokens
     """
     for tensor in facts.tensors:
-        decaying = [g for g in facts.optimizer.groups if tensor.part in g.parts and g.weight_decay > 0]
+        decaying = [g for g in facts.optimizer.groups if g.index == tensor.group and g.weight_decay > 0]
         if not decaying or not tensor.held or tensor.held_rows <= MOST_HELD * tensor.token_rows:
             continue
         group = max(decaying, key=_share)
