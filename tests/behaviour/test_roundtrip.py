@@ -225,6 +225,22 @@ def test_a_given_base_or_a_function_that_makes_it() -> None:
     with pytest.raises(LoraHealthError, match=r"LORA914.*\n.*model\.norm\.weight") as caught:
         assert_reload_exact(model, BATCH, base=other)
     assert codes(caught.value.report) == {"LORA914": "error"}
+    assert "merged" not in caught.value.report.findings[0].observed
+
+
+@pytest.mark.parametrize("place", ["the model", "the given base"])
+@pytest.mark.parametrize("changes", [{}, {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}])
+def test_an_adapter_that_is_merged_into_its_base_already(place: str, changes: dict[str, Any]) -> None:
+    model: Any = adapted(**changes)
+    given: Any = base()
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            held = layer.get_base_layer() if place == "the model" else given.get_submodule(name)
+            held.weight.data += layer.get_delta_weight("default")
+    (finding,) = check_reload(model, BATCH, base=given).errors
+    assert finding.code == "LORA914"
+    assert "by exactly what the adapter adds" in finding.observed
+    assert "merged into one of the two already" in finding.observed
 
 
 @pytest.mark.parametrize(("moved", "told"), [(2**-18, False), (2**-12, True)])

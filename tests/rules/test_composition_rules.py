@@ -404,3 +404,58 @@ def test_a_saved_configuration_with_the_values_of_a_new_adapter(tmp_path: Path) 
     assert not found("LORA225", right, inference)
     new = adapted(trained=False).eval()
     assert not found("LORA225", new, inference), "tests judge new adapters as they would be served"
+
+
+# ------------------------------------------------------------------------- deleted below the PEFT model
+
+
+def below() -> Any:
+    """The first of two adapters was deleted on the tuner: the PEFT model goes on to call it active."""
+    model = adapted("first", "second", task_type="CAUSAL_LM")
+    model.base_model.delete_adapter("first")
+    return model.requires_grad_(False).eval()
+
+
+def test_an_adapter_that_is_gone_is_not_the_active_one() -> None:
+    model = below()
+    with pytest.raises(KeyError):
+        model(torch.ones(1, 2, dtype=torch.long))
+    (finding,) = found("LORA265", model, SERVING)
+    assert finding.severity == "error"
+    assert "calls adapter 'first' active, which it does not have" in finding.observed
+    assert "model.set_adapter('second')" in finding.fix
+    model.set_adapter("second", inference_mode=True)
+    model(torch.ones(1, 2, dtype=torch.long))
+    assert not check_model(model, expect=SERVING).findings
+
+
+def test_a_mixed_model_that_calls_none_active() -> None:
+    model = get_peft_model(BASES["base"](), config(), mixed=True)
+    train_b(model)
+    model.requires_grad_(False).eval()
+    assert not found("LORA265", model, SERVING)
+    model.base_model.active_adapter = []
+    (finding,) = found("LORA265", model, SERVING)
+    assert finding.severity == "warning"
+    assert finding.observed.endswith("but its layers apply 'default'")
+
+
+def test_adapters_that_were_activated_on_the_tuner_are_meant() -> None:
+    model = serving(adapted("first", "second"), "second")
+    assert model.active_adapter == "first"
+    assert not found("LORA265", model, SERVING)
+
+
+def test_the_head_of_an_adapter_that_is_gone() -> None:
+    model = adapted("first", "second", modules_to_save=["lm_head"])
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.delete_adapter("first")
+            module.set_adapter("second")
+    del model.peft_config["first"]
+    model.active_adapter = "second"
+    model.requires_grad_(False).eval()
+    (finding,) = found("LORA211", model, SERVING)
+    assert "copy of adapter 'first' is active, and there is no such adapter any more" in finding.observed
+    model.set_adapter("second", inference_mode=True)
+    assert not check_model(model, expect=SERVING).findings

@@ -14,7 +14,7 @@ def saved_copy_is_not_used(facts: ModelFacts, expect: Expect) -> Iterator[Violat
 
     ## What it does
     Compares which adapter is active in the LoRA layers with the one active in the `modules_to_save`
-    wrappers.
+    wrappers, and looks for copies of adapters that were deleted from the LoRA layers alone.
 
     ## Why is this bad?
     The wrapper runs the original module, or the copy of another adapter, so that adapter and head do not
@@ -41,6 +41,19 @@ def saved_copy_is_not_used(facts: ModelFacts, expect: Expect) -> Iterator[Violat
     ## References
     - https://huggingface.co/docs/peft/package_reference/peft_model#peft.PeftModel.set_adapter
     """
+    left = [copy for copy in facts.saved if copy.is_orphaned and copy.active]
+    if left:
+        yield Violation(
+            where=grouped(copy.module for copy in left),
+            observed=f"the modules_to_save copy of adapter {left[0].adapter!r} is active, and there is no such adapter "
+            "any more: it was deleted from the LoRA layers and the configurations alone",
+            expected="a copy of an adapter that the model has, or the module of the base",
+            fix=f"call model.set_adapter({facts.adapters[0]!r}) on the PEFT model, which switches both, and whose own "
+            "delete_adapter takes the copy along"
+            if facts.adapters
+            else "load the adapter anew",
+        )
+        return
     enabled = {layer.adapter for layer in facts.layers if layer.active and not layer.disabled}
     unused = [copy for copy in facts.saved if copy.adapter in enabled and not copy.active]
     if unused:
