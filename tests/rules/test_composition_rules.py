@@ -459,3 +459,32 @@ def test_the_head_of_an_adapter_that_is_gone() -> None:
     assert "copy of adapter 'first' is active, and there is no such adapter any more" in finding.observed
     model.set_adapter("second", inference_mode=True)
     assert not check_model(model, expect=SERVING).findings
+
+
+# --------------------------------------------------------------------- what an older library leaves, or saves
+
+
+@pytest.mark.parametrize("scaling", [4.0, 1.0, 0.5])
+def test_a_scaling_without_the_root_of_rslora(scaling: float) -> None:
+    model = serving(adapted(r=16, use_rslora=True), "default")
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.scaling["default"] = scaling
+    said = [finding.severity for finding in found("LORA228", model, SERVING)]
+    assert said == {4.0: [], 1.0: ["warning"], 0.5: ["info"]}[scaling]
+
+
+def test_keys_that_mean_the_same_after_saving(tmp_path: Path) -> None:
+    """What LORA107 advises is loaded as it was; what it warns of is not."""
+    for key, same in (("layers.0.self_attn.q_proj", False), ("(layers.0.self_attn.q_proj)", True)):
+        model = adapted(alpha_pattern={key: 32, "k_proj|q_proj": 4})
+        model.save_pretrained(tmp_path)
+        pattern = PeftConfig.from_pretrained(tmp_path).alpha_pattern
+        assert (list(pattern) == [key, "k_proj|q_proj"]) is same
+        layer = (
+            PeftModel.from_pretrained(BASES["base"](), tmp_path)
+            .base_model.model.model.layers[0]
+            .self_attn.q_proj
+        )
+        assert layer.scaling["default"] == (4 if same else 0.5)
+        assert bool(found("LORA107", model)) is not same

@@ -41,8 +41,8 @@ def base_is_not_the_same(facts: ReloadFacts, expect: Expect) -> Iterator[Violati
         yield Violation(
             where=grouped(facts.merged),
             observed=f"{len(facts.merged)} tensors of the base differ from the base under the adapter by exactly what "
-            f"the adapter adds to them ({len(facts.foreign)} differ): it is merged into one of the two already, and the "
-            "adapter on top of that applies it twice",
+            f"the adapter adds to them ({len(facts.foreign)} differ): it is merged into one of the two already, and "
+            "the adapter on top of that applies it twice",
             expected="the base without the adapter, in both",
             fix="load the base anew and put the adapter on it; merge a copy, or unmerge after each merge: saving a "
             "merged model twice merges twice",

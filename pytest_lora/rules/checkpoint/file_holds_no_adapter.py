@@ -43,7 +43,10 @@ def file_holds_no_adapter(facts: CheckpointFacts, expect: Expect) -> Iterator[Vi
     yield Violation(
         where=f"{facts.weights} in {facts.name}",
         observed=f"the file contains {others}"
-        + (f", but {below} base weights (base_layer) from under an adapter: the other half was kept" * bool(below)),
+        + (
+            f", but {below} base weights (base_layer) from under an adapter: the other half was kept"
+            * bool(below)
+        ),
         expected="lora_A and lora_B of every adapted module",
         fix="save with save_pretrained of the PEFT model, or take the keys that contain 'lora_' out of its state dict "
         "instead of all others"

@@ -169,6 +169,16 @@ report = check_model(model)
 """,
     ),
     (
+        "LORA228",
+        """
+model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, use_rslora=True, target_modules=["q_proj", "v_proj"]))
+for module in model.modules():
+    if hasattr(module, "set_scale"):
+        module.scaling["default"] = 1.0
+report = check_model(model)
+""",
+    ),
+    (
         "LORA224",
         f"{ADAPTED}for name, p in model.named_parameters():\n    'lora_B' in name and p.requires_grad_(False)\n"
         "report = check_model(model)",
