@@ -57,6 +57,7 @@ class MergeFacts:
         unchanged: Share of the numbers of adapted weights that the merge left as they were though the update there is
             not zero; None where that was not measured.
         dtypes: Dtypes of those weights.
+        biases: LoRA layers whose merged bias is not the old one and ``scaling`` times the adapter's (``lora_bias``).
     """
 
     refusal: str | None = None
@@ -70,6 +71,7 @@ class MergeFacts:
     left_over: tuple[str, ...] = ()
     unchanged: float | None = None
     dtypes: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

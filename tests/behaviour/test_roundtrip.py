@@ -680,3 +680,20 @@ def test_memory_that_runs_out_in_a_merge_is_no_refusal_of_peft(monkeypatch: pyte
     monkeypatch.setattr(kind, "merge", merge_layer)
     with pytest.raises(torch.OutOfMemoryError):
         check_merge(model, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha", "told"), [("base", 16, 0), ("base_4bit", 16, 1), ("base_4bit", 4, 0)]
+)
+def test_a_merged_bias_takes_the_scaling_along(name: str, alpha: int, told: int) -> None:
+    """PEFT forgets it on quantized layers (peft#3741), where the output alone would be put down to rounding."""
+    made: Any = base(name)
+    for layer in made.model.layers:
+        q = layer.self_attn.q_proj
+        q.bias = nn.Parameter(torch.ones(q.out_features), requires_grad=False)
+    model = get_peft_model(made, LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], lora_bias=True))
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key and key.endswith("bias"):
+            parameter.data += 0.5
+    found = [f for f in check_merge(model, BATCH).errors if "bias" in f.observed]
+    assert len(found) == told

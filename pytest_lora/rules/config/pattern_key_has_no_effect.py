@@ -51,9 +51,8 @@ def pattern_key_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Vi
         if pattern.taken:
             yield Violation(
                 where=f"{pattern.field} on {facts.base.architecture}",
-                observed=f"key {pattern.key!r} (value {pattern.value:g}) decides for {grouped(pattern.taken)} because it "
-                f"stands before {pattern.taker!r}; save_pretrained sorts the keys, and loaded again {pattern.taker!r} "
-                "decides",
+                observed=f"key {pattern.key!r} (value {pattern.value:g}) decides for {grouped(pattern.taken)} because "
+                f"it stands before {pattern.taker!r}; save_pretrained sorts the keys, and loaded again it decides",
                 expected="keys that mean the same in the order of the alphabet",
                 fix=advise(
                     "parentheses sort before letters: ",

@@ -17,8 +17,8 @@ def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation
     ## What it does
     Compares the scaling in effect with alpha / r (alpha / sqrt(r) under rsLoRA). At inference a scaling set
     by hand is usual and only an info; one of zero in every module of what `Expect(fresh=False)` calls trained is a
-    warning, and so is alpha / r where rsLoRA divides by sqrt(r), and so are modules that rank_pattern or alpha_pattern name and that act with the scaling of those that no
-    pattern names: PEFT's hot-swap leaves it so.
+    warning, and so is alpha / r where rsLoRA divides by sqrt(r), and so are modules that rank_pattern or alpha_pattern
+    name and that act with the scaling of those that no pattern names: PEFT's hot-swap leaves it so.
 
     ## Why is this bad?
     Scaling lives in the layer and is not saved: the reloaded adapter acts with alpha / r again, so that
