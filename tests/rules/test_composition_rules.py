@@ -488,3 +488,18 @@ def test_keys_that_mean_the_same_after_saving(tmp_path: Path) -> None:
         )
         assert layer.scaling["default"] == (4 if same else 0.5)
         assert bool(found("LORA107", model)) is not same
+
+
+def test_the_head_of_an_adapter_that_is_not_active() -> None:
+    model: Any = adapted("first", modules_to_save=["lm_head"])
+    model.add_adapter("second", config())
+    train_b(model)
+    model.set_adapter("second", inference_mode=True)
+    model.requires_grad_(False).eval()
+    assert not found("LORA211", model, SERVING)
+    model.base_model.model.lm_head.set_adapter("first", inference_mode=True)
+    (finding,) = found("LORA211", model, SERVING)
+    assert finding.severity == "warning"
+    assert "copy of adapter 'first' is active, and that adapter is not" in finding.observed
+    model.set_adapter("second", inference_mode=True)
+    assert not check_model(model, expect=SERVING).findings
