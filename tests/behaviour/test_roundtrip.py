@@ -229,7 +229,7 @@ def test_a_given_base_or_a_function_that_makes_it() -> None:
 
 
 @pytest.mark.parametrize("place", ["the model", "the given base"])
-@pytest.mark.parametrize("changes", [{}, {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}])
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True, "lora_alpha": 2}])
 def test_an_adapter_that_is_merged_into_its_base_already(place: str, changes: dict[str, Any]) -> None:
     model: Any = adapted(**changes)
     given: Any = base()
@@ -241,6 +241,7 @@ def test_an_adapter_that_is_merged_into_its_base_already(place: str, changes: di
     assert finding.code == "LORA914"
     assert "by exactly what the adapter adds" in finding.observed
     assert "merged into one of the two already" in finding.observed
+    assert finding.observed.startswith("4 tensors"), "q and v of two blocks"
 
 
 @pytest.mark.parametrize(("moved", "told"), [(2**-18, False), (2**-12, True)])

@@ -424,7 +424,8 @@ def test_an_adapter_that_is_gone_is_not_the_active_one() -> None:
     assert finding.severity == "error"
     assert "calls adapter 'first' active, which it does not have" in finding.observed
     assert "model.set_adapter('second')" in finding.fix
-    model.set_adapter("second", inference_mode=True)
+    model.set_adapter("second")
+    model.requires_grad_(False)
     model(torch.ones(1, 2, dtype=torch.long))
     assert not check_model(model, expect=SERVING).findings
 
@@ -457,7 +458,8 @@ def test_the_head_of_an_adapter_that_is_gone() -> None:
     model.requires_grad_(False).eval()
     (finding,) = found("LORA211", model, SERVING)
     assert "copy of adapter 'first' is active, and there is no such adapter any more" in finding.observed
-    model.set_adapter("second", inference_mode=True)
+    model.set_adapter("second")
+    model.requires_grad_(False)
     assert not check_model(model, expect=SERVING).findings
 
 
@@ -494,12 +496,15 @@ def test_the_head_of_an_adapter_that_is_not_active() -> None:
     model: Any = adapted("first", modules_to_save=["lm_head"])
     model.add_adapter("second", config())
     train_b(model)
-    model.set_adapter("second", inference_mode=True)
+    model.set_adapter("second")
     model.requires_grad_(False).eval()
     assert not found("LORA211", model, SERVING)
-    model.base_model.model.lm_head.set_adapter("first", inference_mode=True)
+    model.base_model.model.lm_head.enable_adapters(True)  # PEFT 0.17 switched the copies off with the adapter
+    model.base_model.model.lm_head.set_adapter("first")
+    model.requires_grad_(False)
     (finding,) = found("LORA211", model, SERVING)
     assert finding.severity == "warning"
     assert "copy of adapter 'first' is active, and that adapter is not" in finding.observed
-    model.set_adapter("second", inference_mode=True)
+    model.set_adapter("second")
+    model.requires_grad_(False)
     assert not check_model(model, expect=SERVING).findings

@@ -33,7 +33,6 @@ from pytest_lora.inspection.model import adapted_survey
 from pytest_lora.inspection.peft_internals import (
     WRAPPERS,
     BaseTunerLayer,
-    LoraLayer,
     active_adapters,
     adapter_names,
     lora_configs,
@@ -228,16 +227,17 @@ def _compared(
 
 def _merged_already(adapted: nn.Module, after: dict[str, Tensor], foreign: list[str]) -> Iterator[str]:
     """Weights under an adapter whose difference from those of the other base is what the adapters add there."""
+    layers = lora_layers(adapted)
     for name in foreign:
         place, _, leaf = name.rpartition(".base_layer.")
-        layer: Any = adapted.get_submodule(place) if place and leaf == "weight" else None
+        layer = layers.get(place) if leaf == "weight" else None
         own, other = (getattr(layer, "weight", None), after.get(name))
-        if not isinstance(layer, LoraLayer) or own is None or other is None or own.shape != other.shape:
+        if layer is None or own is None or other is None or own.shape != other.shape:
             continue
         if not own.is_floating_point() or not hasattr(layer, "get_delta_weight"):
             continue
         apart = own.float() - other.to(own)
-        names = (adapter for adapter in active_adapters(layer) if adapter in layer.lora_A)
+        names = (adapter for adapter in active_adapters(layer) if adapter in layer.scaling)
         added = sum(layer.get_delta_weight(adapter).float() for adapter in names)
         error = min(float((apart - added).norm()), float((apart + added).norm()))
         if error <= MERGED_WITHIN * float(apart.norm()):
