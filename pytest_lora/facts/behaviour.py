@@ -19,6 +19,7 @@ class ReloadFacts:
         lost: Trained tensors that are not in the saved adapter.
         changed: Tensors of the adapter with other values or shapes after loading.
         foreign: Tensors of the given base that differ from those under the adapter.
+        merged: Those of them that differ by what the active adapters add to them.
         recast: Tensors of the adapter with the same values in another dtype.
         dtypes: Dtype of the first of these before and after; None where there is none.
         apart: Largest difference of the outputs; 0 where they are equal bit for bit.
@@ -28,6 +29,7 @@ class ReloadFacts:
     lost: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
     recast: tuple[str, ...] = ()
     dtypes: tuple[str, str] | None = None
     apart: float = 0.0
@@ -55,6 +57,7 @@ class MergeFacts:
         unchanged: Share of the numbers of adapted weights that the merge left as they were though the update there is
             not zero; None where that was not measured.
         dtypes: Dtypes of those weights.
+        biases: LoRA layers whose merged bias is not the old one and ``scaling`` times the adapter's (``lora_bias``).
     """
 
     refusal: str | None = None
@@ -68,6 +71,7 @@ class MergeFacts:
     left_over: tuple[str, ...] = ()
     unchanged: float | None = None
     dtypes: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

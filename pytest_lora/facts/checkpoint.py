@@ -23,10 +23,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 
-REFERENCES = ("ref", "reference")
-"""Names of the frozen copy of a policy's start, which PEFT saves in the folder of the policy: TRL's trainers for DPO,
-KTO, GRPO and RLOO add ``ref`` to a ``PeftModel``; TRL's guide to DPO with two adapters says ``reference``."""
-
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 _PLAIN_FACTORS = ("", "LORA", "ADALORA", "XLORA")
@@ -119,6 +115,7 @@ class CheckpointFacts:
         pickle_differs: Whether ``adapter_model.bin`` beside safetensors holds other numbers; None where there is none
             or it cannot be told.
         is_reference: Whether it lies in the folder of another adapter, and is called as a frozen copy of its start is.
+        unmerged: File of a whole model that holds LoRA layers, where nothing else of an adapter is there; or None.
     """
 
     name: str
@@ -137,6 +134,7 @@ class CheckpointFacts:
     names_itself: bool = False
     pickle_differs: bool | None = None
     is_reference: bool = False
+    unmerged: str | None = None
 
     @property
     def settings(self) -> Settings | None:

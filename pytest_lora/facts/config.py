@@ -99,6 +99,8 @@ class PatternKey:
         own: Adapted modules that it matches, though an earlier key takes them.
         is_expression: Whether it is a regular expression at all.
         by_its_end: Whether it would match an adapted module without ``^`` at its start.
+        taken: Those of ``decides`` that a key of another value takes where keys are sorted, as PEFT saves them.
+        taker: The key that takes the first of these, or None.
     """
 
     field: str
@@ -110,6 +112,8 @@ class PatternKey:
     own: tuple[str, ...] = ()
     is_expression: bool = True
     by_its_end: bool = False
+    taken: tuple[str, ...] = ()
+    taker: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

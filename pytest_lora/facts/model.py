@@ -50,6 +50,7 @@ class SavedModule:
         disabled: Whether all copies are switched off here.
         tied: Other modules that shared the original's weight and do not share the copy's.
         tied_by_loading: Whether this transformers ties the two again as it loads a merged model in which they differ.
+        is_orphaned: Whether neither a LoRA layer nor a configuration knows its adapter any more.
     """
 
     module: str
@@ -63,6 +64,7 @@ class SavedModule:
     disabled: bool
     tied: tuple[str, ...]
     tied_by_loading: bool
+    is_orphaned: bool = False
 
     @property
     def field(self) -> str:
@@ -171,6 +173,8 @@ class ModelFacts:
         shared: Pairs of adapters whose factors are the same tensors wherever both are.
         combined: Adapters that were summed of others whose kind the sum does not carry.
         zero_base: Numbered blocks of the base that hold zeros alone, and its embeddings where they do.
+        active_elsewhere: Names that the PEFT model calls active and does not have; empty where it calls none active
+            while its layers apply one; None where the two agree.
     """
 
     base: BaseFacts
@@ -198,6 +202,7 @@ class ModelFacts:
     shared: tuple[tuple[str, str], ...] = ()
     combined: tuple[CombinedAdapter, ...] = ()
     zero_base: tuple[str, ...] = ()
+    active_elsewhere: tuple[str, ...] | None = None
 
     @property
     def active_layers(self) -> tuple[LayerState, ...]:

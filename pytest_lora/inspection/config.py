@@ -282,6 +282,8 @@ def _pattern_keys(
             shadow = deciding_key(keys, own[0]) if own else None
             elsewhere = () if decides or own else tuple(m for m in others if deciding_key([key], m))
             ending = key.lstrip("^")
+            saved = {m: deciding_key(sorted(keys), m) for m in decides} if keys != sorted(keys) else {}
+            taken = tuple(m for m, other in saved.items() if other is not None and kept[other] != kept[key])
             yield PatternKey(
                 field,
                 key,
@@ -292,4 +294,6 @@ def _pattern_keys(
                 own,
                 is_expression(key),
                 not decides and ending != key and any(deciding_key([ending], m) for m in adapted),
+                taken,
+                saved[taken[0]] if taken else None,
             )

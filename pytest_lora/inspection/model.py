@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -97,7 +98,7 @@ def _facts(model: nn.Module, found: Survey, wrapped: Wrappers) -> ModelFacts:
             if name in configs
         ),
         layers=layers,
-        saved=tuple(_saved_modules(found, base.tied)),
+        saved=tuple(_saved_modules(found, base.tied, {*configs, *by_adapter})),
         rows=tuple(_trained_rows(found)),
         trainable_base=tuple(_trainable_base(parameters, _trained_biases(configs.values(), layers))),
         nonfinite_base=values.nonfinite,
@@ -119,6 +120,7 @@ def _facts(model: nn.Module, found: Survey, wrapped: Wrappers) -> ModelFacts:
         shared=shared_adapters(found.lora),
         combined=tuple(combined_adapters(found.lora, configs)),
         zero_base=values.zero,
+        active_elsewhere=_active_elsewhere(model, layers),
     )
 
 
@@ -132,6 +134,17 @@ def _is_unloaded(model: nn.Module, found: Survey) -> bool:
     """Whether a PEFT model is left that was made for LoRA, but whose LoRA layers were taken off."""
     wrappers = (module for module in model.modules() if isinstance(module, WRAPPERS))
     return not found.other_tuners and any(map(lora_configs, wrappers))
+
+
+def _active_elsewhere(model: nn.Module, layers: tuple[LayerState, ...]) -> tuple[str, ...] | None:
+    """What the PEFT model calls active where it has no such adapter, or none while its layers apply one; else None."""
+    wrapper: Any = next((module for module in model.modules() if isinstance(module, WRAPPERS)), None)
+    if wrapper is None or not layers:
+        return None
+    named: str | list[str] = wrapper.active_adapter
+    called = [named] if isinstance(named, str) else list(named)
+    unknown = tuple(name for name in called if name not in wrapper.peft_config)
+    return unknown if unknown or (not called and any(layer.active for layer in layers)) else None
 
 
 def _trained_biases(configs: Iterable[object], layers: tuple[LayerState, ...]) -> frozenset[str] | None:
@@ -152,7 +165,9 @@ def _trainable_base(
                 yield TrainableBase(parameter.full_name, parameter.numbers)
 
 
-def _saved_modules(found: Survey, tied: tuple[tuple[str, ...], ...]) -> Iterator[SavedModule]:
+def _saved_modules(
+    found: Survey, tied: tuple[tuple[str, ...], ...], known: Container[str]
+) -> Iterator[SavedModule]:
     for module, wrapper in found.saved.items():
         partners = tuple(n for group in tied if module in group for n in group if n != module)
         for adapter, copied in wrapper.modules_to_save.items():
@@ -173,6 +188,7 @@ def _saved_modules(found: Survey, tied: tuple[tuple[str, ...], ...]) -> Iterator
                 disabled=bool(wrapper.disable_adapters),
                 tied=tuple(n for n in partners if not _shares(found, n, adapter, copied)),
                 tied_by_loading=transformers_internals.TIES_WHAT_DIFFERS,
+                is_orphaned=adapter not in known,
             )
 
 

@@ -225,6 +225,23 @@ def test_a_given_base_or_a_function_that_makes_it() -> None:
     with pytest.raises(LoraHealthError, match=r"LORA914.*\n.*model\.norm\.weight") as caught:
         assert_reload_exact(model, BATCH, base=other)
     assert codes(caught.value.report) == {"LORA914": "error"}
+    assert "merged" not in caught.value.report.findings[0].observed
+
+
+@pytest.mark.parametrize("place", ["the model", "the given base"])
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True, "lora_alpha": 2}])
+def test_an_adapter_that_is_merged_into_its_base_already(place: str, changes: dict[str, Any]) -> None:
+    model: Any = adapted(**changes)
+    given: Any = base()
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            held = layer.get_base_layer() if place == "the model" else given.get_submodule(name)
+            held.weight.data += layer.get_delta_weight("default")
+    (finding,) = check_reload(model, BATCH, base=given).errors
+    assert finding.code == "LORA914"
+    assert "by exactly what the adapter adds" in finding.observed
+    assert "merged into one of the two already" in finding.observed
+    assert finding.observed.startswith("4 tensors"), "q and v of two blocks"
 
 
 @pytest.mark.parametrize(("moved", "told"), [(2**-18, False), (2**-12, True)])
@@ -664,3 +681,20 @@ def test_memory_that_runs_out_in_a_merge_is_no_refusal_of_peft(monkeypatch: pyte
     monkeypatch.setattr(kind, "merge", merge_layer)
     with pytest.raises(torch.OutOfMemoryError):
         check_merge(model, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha", "told"), [("base", 16, 0), ("base_4bit", 16, 1), ("base_4bit", 4, 0)]
+)
+def test_a_merged_bias_takes_the_scaling_along(name: str, alpha: int, told: int) -> None:
+    """PEFT forgets it on quantized layers (peft#3741), where the output alone would be put down to rounding."""
+    made: Any = base(name)
+    for layer in made.model.layers:
+        q = layer.self_attn.q_proj
+        q.bias = nn.Parameter(torch.ones(q.out_features), requires_grad=False)
+    model = get_peft_model(made, LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], lora_bias=True))
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key and key.endswith("bias"):
+            parameter.data += 0.5
+    found = [f for f in check_merge(model, BATCH).errors if "bias" in f.observed]
+    assert len(found) == told

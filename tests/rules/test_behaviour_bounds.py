@@ -76,6 +76,12 @@ def test_a_reloaded_output(changes: dict[str, Any], words: list[str]) -> None:
 
 
 def test_what_a_round_trip_shows() -> None:
+    says(
+        "merged_output_differs",
+        replace(MERGED, biases=("q",)),
+        "error: the merged bias is not that of the base",
+    )
+    says("merged_output_differs", replace(MERGED, biases=("q",), refusal="no"))
     says("adapter_cannot_be_merged", MERGED)
     says(
         "adapter_cannot_be_merged",

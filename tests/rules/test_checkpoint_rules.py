@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pytest_lora import Expect, Report, check_checkpoint
@@ -840,3 +840,19 @@ def test_ranks_that_are_padded_in_both_saved_factors_are_left_alone(names: Names
         return tensors
 
     assert both(edit(names.adapter(), pad), BASES["base"]()) == [[], []]
+
+
+def test_a_whole_model_with_its_adapter_unmerged(tmp_path: Path) -> None:
+    """A state dict of the wrapped model is no adapter and no model: the names in its file say so."""
+    model = get_peft_model(BASES["base"](), LoraConfig(r=4, target_modules=["q_proj"]))
+    whole: dict[str, torch.Tensor] = {k: v.clone() for k, v in model.base_model.model.state_dict().items()}
+    told = {}
+    for name, state in (("wrapped", whole), ("plain", {k: v for k, v in whole.items() if "lora_" not in k})):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+        told[name] = check_checkpoint(tmp_path / name)
+    assert loud(told["wrapped"]) == loud(told["plain"]) == ["LORA411"]
+    assert "holds a whole model with its LoRA layers, not merged" in told["wrapped"].errors[0].observed
+    assert "the folder holds model.safetensors" in told["plain"].errors[0].observed
+    (tmp_path / "wrapped" / "model.safetensors").write_bytes(b"no header")
+    assert "the folder holds model.safetensors" in check_checkpoint(tmp_path / "wrapped").errors[0].observed

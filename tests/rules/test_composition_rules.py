@@ -157,7 +157,7 @@ def test_an_rslora_adapter_that_acts_with_alpha_over_r_is_told() -> None:
             layer.scaling["default"] = 32 / 16
     (finding,) = found("LORA228", model, SERVING)
     assert finding.severity == "warning"
-    assert "scaling is 2 in 4 of 4 modules, which is alpha / r, as without use_rslora" in finding.observed
+    assert "scaling is 2 in 4 of 4 modules, which is alpha / r: the root of rsLoRA was left out" in finding.observed
     assert finding.expected == "alpha / sqrt(r) = 8 (alpha=32, r=16)"
     exec(finding.fix.partition(": ")[2], {"model": model})
     assert not check_model(model, expect=SERVING).findings
@@ -417,3 +417,107 @@ def test_a_saved_configuration_with_the_values_of_a_new_adapter(tmp_path: Path) 
     assert not found("LORA225", right, inference)
     new = adapted(trained=False).eval()
     assert not found("LORA225", new, inference), "tests judge new adapters as they would be served"
+
+
+# ------------------------------------------------------------------------- deleted below the PEFT model
+
+
+def below() -> Any:
+    """The first of two adapters was deleted on the tuner: the PEFT model goes on to call it active."""
+    model = adapted("first", "second", task_type="CAUSAL_LM")
+    model.base_model.delete_adapter("first")
+    return model.requires_grad_(False).eval()
+
+
+def test_an_adapter_that_is_gone_is_not_the_active_one() -> None:
+    model = below()
+    with pytest.raises(KeyError):
+        model(torch.ones(1, 2, dtype=torch.long))
+    (finding,) = found("LORA265", model, SERVING)
+    assert finding.severity == "error"
+    assert "calls adapter 'first' active, which it does not have" in finding.observed
+    assert "model.set_adapter('second')" in finding.fix
+    model.set_adapter("second")
+    model.requires_grad_(False)
+    model(torch.ones(1, 2, dtype=torch.long))
+    assert not check_model(model, expect=SERVING).findings
+
+
+def test_a_mixed_model_that_calls_none_active() -> None:
+    model = get_peft_model(BASES["base"](), config(), mixed=True)
+    train_b(model)
+    model.requires_grad_(False).eval()
+    assert not found("LORA265", model, SERVING)
+    model.base_model.active_adapter = []
+    (finding,) = found("LORA265", model, SERVING)
+    assert finding.severity == "warning"
+    assert finding.observed.endswith("but its layers apply 'default'")
+
+
+def test_adapters_that_were_activated_on_the_tuner_are_meant() -> None:
+    model = serving(adapted("first", "second"), "second")
+    assert model.active_adapter == "first"
+    assert not found("LORA265", model, SERVING)
+
+
+def test_the_head_of_an_adapter_that_is_gone() -> None:
+    model = adapted("first", "second", modules_to_save=["lm_head"])
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.delete_adapter("first")
+            module.set_adapter("second")
+    del model.peft_config["first"]
+    model.active_adapter = "second"
+    model.requires_grad_(False).eval()
+    (finding,) = found("LORA211", model, SERVING)
+    assert "copy of adapter 'first' is active, and there is no such adapter any more" in finding.observed
+    model.set_adapter("second")
+    model.requires_grad_(False)
+    assert not check_model(model, expect=SERVING).findings
+
+
+# --------------------------------------------------------------------- what an older library leaves, or saves
+
+
+@pytest.mark.parametrize("scaling", [4.0, 1.0, 0.5])
+def test_a_scaling_without_the_root_of_rslora(scaling: float) -> None:
+    model = serving(adapted(r=16, use_rslora=True), "default")
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.scaling["default"] = scaling
+    said = [finding.severity for finding in found("LORA228", model, SERVING)]
+    assert said == {4.0: [], 1.0: ["warning"], 0.5: ["info"]}[scaling]
+
+
+def test_keys_that_mean_the_same_after_saving(tmp_path: Path) -> None:
+    """What LORA107 advises is loaded as it was; what it warns of is not."""
+    for key, same in (("layers.0.self_attn.q_proj", False), ("(layers.0.self_attn.q_proj)", True)):
+        model = adapted(alpha_pattern={key: 32, "k_proj|q_proj": 4})
+        model.save_pretrained(tmp_path)
+        pattern = PeftConfig.from_pretrained(tmp_path).alpha_pattern
+        assert (list(pattern) == [key, "k_proj|q_proj"]) is same
+        layer = (
+            PeftModel.from_pretrained(BASES["base"](), tmp_path)
+            .base_model.model.model.layers[0]
+            .self_attn.q_proj
+        )
+        assert layer.scaling["default"] == (4 if same else 0.5)
+        assert bool(found("LORA107", model)) is not same
+
+
+def test_the_head_of_an_adapter_that_is_not_active() -> None:
+    model: Any = adapted("first", modules_to_save=["lm_head"])
+    model.add_adapter("second", config())
+    train_b(model)
+    model.set_adapter("second")
+    model.requires_grad_(False).eval()
+    assert not found("LORA211", model, SERVING)
+    model.base_model.model.lm_head.enable_adapters(True)  # PEFT 0.17 switched the copies off with the adapter
+    model.base_model.model.lm_head.set_adapter("first")
+    model.requires_grad_(False)
+    (finding,) = found("LORA211", model, SERVING)
+    assert finding.severity == "warning"
+    assert "copy of adapter 'first' is active, and that adapter is not" in finding.observed
+    model.set_adapter("second")
+    model.requires_grad_(False)
+    assert not check_model(model, expect=SERVING).findings

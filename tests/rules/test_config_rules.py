@@ -80,6 +80,8 @@ FAULTY: list[tuple[str, str, dict[str, Any]]] = [
     ("LORA105", "base", {"layers_to_transform": [0, 9]}),
     ("LORA106", "base", {"exclude_modules": ["q_prj"]}),
     ("LORA107", "base", {"rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 16}}),
+    ("LORA107", "base", {"rank_pattern": {"layers.0.self_attn.q_proj": 16, "k_proj|q_proj": 4}}),
+    ("LORA107", "base", {"alpha_pattern": {"layers.0.self_attn.q_proj": 16, "(k|q)_proj": 4}}),
     ("LORA108", "base", {"alpha_pattern": {"q_proj": 256}}),
     ("LORA110", "base", {"modules_to_save": "lm_head"}),
     ("LORA111", "classifier_base", {"target_modules": ["q_proj", "score"], "task_type": "SEQ_CLS"}),

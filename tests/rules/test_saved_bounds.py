@@ -689,6 +689,7 @@ def test_modules_of_which_a_part_is_there() -> None:
     ("facts", "words"),
     [
         (only(tensor("head.weight")), ["error: the file contains 1 tensors, none of them of LoRA"]),
+        (only(tensor("0.q.base_layer.weight")), ["error: 1 base weights (base_layer) from under an adapter"]),
         (only(), ["error: no tensors: it is empty"]),
         (ONE, []),
         (only(tensor("head.weight"), target_modules=[]), []),

@@ -95,6 +95,7 @@ def _merged(
     merged = output_of(adapted, batch)
     sizes = {n: largest(t) for n, t in adapted.state_dict().items() if n in before and t.is_floating_point()}
     unchanged, dtypes = _rounded_away(layers, before)
+    biases = tuple(name for name, layer in layers.items() if _loses_its_bias(name, layer, before))
     for layer in layers.values():
         layer.unmerge()
     quantized = tuple(n for n, layer in layers.items() if _is_quantized(layer))
@@ -110,7 +111,23 @@ def _merged(
         damaged=damaged,
         unchanged=unchanged,
         dtypes=dtypes,
+        biases=biases,
     )
+
+
+def _loses_its_bias(name: str, layer: Any, before: dict[str, Tensor]) -> bool:
+    """Whether the bias of a merged layer is not what its adapters make of it; the error of rounding is far smaller."""
+    old, bias = before.get(f"{name}.base_layer.bias"), getattr(layer.get_base_layer(), "bias", None)
+    own = [
+        (layer.scaling[a], getattr(layer.lora_B[a], "bias", None))
+        for a in layer.merged_adapters
+        if a in layer.lora_B
+    ]
+    added = sum(scaling * b.detach().float().cpu() for scaling, b in own if b is not None)
+    if old is None or bias is None or not isinstance(added, Tensor) or getattr(layer, "lora_variant", None):
+        return False
+    moved = bias.detach().float().cpu() - old.float()
+    return bool((moved - added).norm() > 0.05 * added.norm())
 
 
 def _rounded_away(layers: dict[str, Any], before: dict[str, Tensor]) -> tuple[float | None, tuple[str, ...]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from pytest_lora.facts.behaviour import ReloadFacts
 from pytest_lora.facts.settings import rewriter
@@ -219,9 +219,34 @@ def _compared(
         lost=tuple(lost),
         changed=tuple(changed),
         foreign=tuple(foreign) if base_given else (),
+        merged=tuple(_merged_already(adapted, after, foreign)) if base_given else (),
         recast=tuple(recast),
         dtypes=(str(before[recast[0]].dtype), str(after[recast[0]].dtype)) if recast else None,
     )
+
+
+def _merged_already(adapted: nn.Module, after: dict[str, Tensor], foreign: list[str]) -> Iterator[str]:
+    """Weights under an adapter whose difference from those of the other base is what the adapters add there."""
+    layers = lora_layers(adapted)
+    for name in foreign:
+        place, _, leaf = name.rpartition(".base_layer.")
+        layer = layers.get(place) if leaf == "weight" else None
+        own, other = (getattr(layer, "weight", None), after.get(name))
+        if layer is None or own is None or other is None or own.shape != other.shape:
+            continue
+        if not own.is_floating_point() or not hasattr(layer, "get_delta_weight"):
+            continue
+        apart = own.float() - other.to(own)
+        names = (adapter for adapter in active_adapters(layer) if adapter in layer.scaling)
+        added = sum(layer.get_delta_weight(adapter).float() for adapter in names)
+        error = min(float((apart - added).norm()), float((apart + added).norm()))
+        if error <= MERGED_WITHIN * float(apart.norm()):
+            yield name
+
+
+MERGED_WITHIN = 0.1
+"""Share of a difference of bases that may be other than the adapter's update: a merge in bfloat16 rounds each weight by
+up to 2^-9 of it, which is some percent of an update of a tenth of the weight."""
 
 
 def _unsaved_adapters(adapted: nn.Module) -> set[str]:

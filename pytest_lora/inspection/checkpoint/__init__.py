@@ -14,7 +14,6 @@ from pytest_lora.arguments import hub_hint
 from pytest_lora.facts.checkpoint import (
     CONFIG,
     PICKLED,
-    REFERENCES,
     WEIGHTS,
     CheckpointFacts,
     ConfigFile,
@@ -35,6 +34,11 @@ if TYPE_CHECKING:
     from pytest_lora.inspection.checkpoint.fit import Base
 
 TOKENIZER = ("added_tokens.json", "tokenizer_config.json")
+REFERENCES = ("ref", "reference")
+"""Names of the frozen copy of a policy's start, which PEFT saves in the folder of the policy: TRL's trainers for DPO,
+KTO, GRPO and RLOO add ``ref`` to a ``PeftModel``; TRL's guide to DPO with two adapters says ``reference``."""
+
+_WHOLE = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors")
 _ID = re.compile(r"[0-9]{1,11}")
 
 
@@ -102,6 +106,7 @@ def _facts(path: Path, base: Base | None, read_pickle: bool) -> CheckpointFacts:
         names_itself=config is not None and _is_folder(config.base, reading.folder),
         pickle_differs=_pickle_differs(reading.folder, weights),
         is_reference=_is_reference(reading.folder.real),
+        unmerged=reading.unmerged(entries) if raw is None and weights is None else None,
     )
     if base is None or raw is None or config is None or config.settings is None or not facts.is_judged:
         return facts
@@ -155,6 +160,19 @@ class _Reading:
             self.faults.append(error.fault)
             return
         self.tensors = tuple(TensorFacts(t.name, t.dtype, t.shape, values.get(t.name)) for t in stored)
+
+    def unmerged(self, entries: tuple[Entry, ...]) -> str | None:
+        """The file of a whole model, or the first of its shards, where there are LoRA layers among its tensors."""
+        name = next((e.name for e in entries if e.kind == "file" and _WHOLE.fullmatch(e.name)), None)
+        if name is None:
+            return None
+        try:
+            with self.folder.opened(name) as (file, size):
+                stored = read_header(file, size, name)
+        except UnreadableError:  # it is no part of an adapter
+            return None
+        parts = {Key.of(tensor.name, False).part for tensor in stored}
+        return name if {"lora_A", "lora_B"} <= parts else None
 
     def unpickle(self) -> None:
         from pytest_lora.inspection.checkpoint.pickled import read_pickled

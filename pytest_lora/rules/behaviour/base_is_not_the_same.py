@@ -14,7 +14,7 @@ def base_is_not_the_same(facts: ReloadFacts, expect: Expect) -> Iterator[Violati
 
     ## What it does
     Compares the weights and buffers of the base that is given with those under the adapter, but for rounding: 3e-5 of
-    a tensor's largest number.
+    a tensor's largest number. Where they differ by what the adapter adds, it was merged already and is applied twice.
 
     ## Why is this bad?
     An adapter is a difference to one base. On another one it means something else, and nothing says so.
@@ -37,7 +37,17 @@ def base_is_not_the_same(facts: ReloadFacts, expect: Expect) -> Iterator[Violati
     ## References
     - https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
-    if facts.foreign:
+    if facts.merged:
+        yield Violation(
+            where=grouped(facts.merged),
+            observed=f"{len(facts.merged)} tensors of the base differ from the base under the adapter by exactly what "
+            f"the adapter adds to them ({len(facts.foreign)} differ): it is merged into one of the two already, and "
+            "the adapter on top of that applies it twice",
+            expected="the base without the adapter, in both",
+            fix="load the base anew and put the adapter on it; merge a copy, or unmerge after each merge: saving a "
+            "merged model twice merges twice",
+        )
+    elif facts.foreign:
         yield Violation(
             where=grouped(facts.foreign),
             observed=f"{len(facts.foreign)} tensors of the base differ from the base under the trained adapter",

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.behaviour import MergeFacts
+from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
 
 
@@ -13,7 +14,7 @@ def merged_output_differs(facts: MergeFacts, expect: Expect) -> Iterator[Violati
 
     ## What it does
     Merges the adapters of a copy, and compares the output within the rounding of its dtype (or `rtol`,
-    `atol`).
+    `atol`), and each merged bias with what `lora_bias` makes of it.
 
     ## Why is this bad?
     What is deployed is not what was evaluated.
@@ -34,10 +35,19 @@ def merged_output_differs(facts: MergeFacts, expect: Expect) -> Iterator[Violati
 
     ## References
     - https://github.com/huggingface/peft/issues/2018
+    - https://github.com/huggingface/peft/issues/3741
     - https://huggingface.co/docs/peft/developer_guides/model_merging
     """
     rtol, allowed = facts.tolerance
-    if facts.refusal is None and not facts.quantized and not facts.apart <= allowed:
+    if facts.biases and facts.refusal is None:
+        yield Violation(
+            where=grouped(facts.biases),
+            observed=f"the merged bias is not that of the base and scaling times that of the adapter in "
+            f"{len(facts.biases)} modules: PEFT leaves the scaling out where it merges lora_bias into quantized layers",
+            expected="bias + scaling * lora_B.bias",
+            fix="save the adapter, load the base in 16 bit and merge there; with alpha equal to r the scaling is 1",
+        )
+    elif facts.refusal is None and not facts.quantized and not facts.apart <= allowed:
         yield Violation(
             where="the output of the merged model",
             observed=f"it differs by up to {facts.apart:.3g} from that of the model with its adapter",

@@ -12,7 +12,9 @@ def config_is_missing(facts: CheckpointFacts, expect: Expect) -> Iterator[Violat
     """There are adapter weights, but no adapter_config.json.
 
     ## What it does
-    Looks for adapter_config.json. Files of diffusers and kohya-ss have none, and are named by another rule.
+    Looks for adapter_config.json. Files of diffusers and kohya-ss have none, and are named by another rule. Of a
+    whole model beside it the names of the tensors are read: it may hold the LoRA layers, as a state dict of the
+    wrapped model does.
 
     ## Why is this bad?
     Without it neither rank, alpha nor targets are known, and PEFT does not load the weights.
@@ -37,6 +39,16 @@ def config_is_missing(facts: CheckpointFacts, expect: Expect) -> Iterator[Violat
     files = ", ".join(e.name for e in facts.entries[:5]) or "nothing at all"
     unlisted = any(f.kind == "denied" and f.file == facts.name for f in facts.faults)
     if unlisted:
+        return
+    if facts.unmerged:
+        yield Violation(
+            where=f"{facts.unmerged} in {facts.name}",
+            observed=f"the file holds a whole model with its LoRA layers, not merged (base_layer, lora_A and lora_B), "
+            f"and there is no {CONFIG}: from_pretrained finds no place for them, and makes the adapted weights anew",
+            expected="an adapter, or a merged model",
+            fix="save with save_pretrained of the PEFT model, or merge_and_unload() first and save what it returns; of "
+            "this file keep the keys that contain 'lora_', and write the configuration that the training had",
+        )
         return
     yield Violation(
         where=facts.name,

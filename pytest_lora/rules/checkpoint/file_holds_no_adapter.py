@@ -39,11 +39,19 @@ def file_holds_no_adapter(facts: CheckpointFacts, expect: Expect) -> Iterator[Vi
     others = (
         f"{len(facts.tensors)} tensors, none of them of LoRA" if facts.tensors else "no tensors: it is empty"
     )
+    below = sum(".base_layer." in tensor.name for tensor in facts.tensors)
     yield Violation(
         where=f"{facts.weights} in {facts.name}",
-        observed=f"the file contains {others}",
+        observed=f"the file contains {others}"
+        + (
+            f", but {below} base weights (base_layer) from under an adapter: the other half was kept"
+            * bool(below)
+        ),
         expected="lora_A and lora_B of every adapted module",
-        fix="save the adapter before merge_and_unload, and under ZeRO-3 or FSDP gather the weights first",
+        fix="save with save_pretrained of the PEFT model, or take the keys that contain 'lora_' out of its state dict "
+        "instead of all others"
+        if below
+        else "save the adapter before merge_and_unload, and under ZeRO-3 or FSDP gather the weights first",
     )
 
 

@@ -18,12 +18,14 @@ def pattern_key_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Vi
 
     ## What it does
     Matches every key as PEFT does (`(.*\\.)?(key)$` on the full module name, the first key that matches
-    decides) and looks for keys that decide for no module.
+    decides) and looks for keys that decide for no module, or no longer once the configuration is saved:
+    `save_pretrained` writes the keys in the order of the alphabet.
 
     ## Why is this bad?
     The rank or alpha written there is ignored without a word: `^q_proj` can only match a module whose
     full name starts so, a key for a module that is not a target does nothing, and of two keys that
-    match, the later is never used.
+    match, the later is never used. Ranks that change with the order of keys make the saved adapter one that cannot
+    be loaded; alphas that do give it another scaling without a word.
 
     ## Example
     ```python
@@ -46,6 +48,17 @@ def pattern_key_has_no_effect(facts: ConfigFacts, expect: Expect) -> Iterator[Vi
     - https://github.com/huggingface/peft/issues/2419
     """
     for pattern in facts.patterns:
+        if pattern.taken:
+            yield Violation(
+                where=f"{pattern.field} on {facts.base.architecture}",
+                observed=f"key {pattern.key!r} (value {pattern.value:g}) decides for {grouped(pattern.taken)} because "
+                f"it stands before {pattern.taker!r}; save_pretrained sorts the keys, and loaded again it decides",
+                expected="keys that mean the same in the order of the alphabet",
+                fix=advise(
+                    "parentheses sort before letters: ",
+                    _rewritten(pattern, facts, _sorted_before(pattern.key, str(pattern.taker))),
+                ),
+            )
         if pattern.decides or any(match.name == pattern.key for match in facts.unmatched("target_modules")):
             continue
         if pattern.shadowed_by:
@@ -90,8 +103,15 @@ def _moved(pattern: PatternKey, facts: ConfigFacts) -> Advice:
     if set(earlier.decides) <= set(pattern.own):
         return advise(f"{earlier.key!r} means the same modules; ", drop)
     pairs = dict(getattr(facts.settings, pattern.field))
-    first = {pattern.key: pairs.pop(pattern.key), **pairs}
+    first = {_sorted_before(pattern.key, earlier.key): pairs.pop(pattern.key), **pairs}
     return advise(f"put it before {earlier.key!r}: ", change(**{pattern.field: first}), "; or ", drop)
+
+
+def _sorted_before(key: str, other: str) -> str:
+    """A key that means the same and comes before another in the order in which PEFT saves them."""
+    while key > other and key.count("(") <= other.count("("):
+        key = f"({key})"
+    return key
 
 
 def _targeted(pattern: PatternKey, facts: ConfigFacts) -> Advice:

@@ -17,9 +17,8 @@ def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation
     ## What it does
     Compares the scaling in effect with alpha / r (alpha / sqrt(r) under rsLoRA). At inference a scaling set
     by hand is usual and only an info; one of zero in every module of what `Expect(fresh=False)` calls trained is a
-    warning, and so are modules that rank_pattern or alpha_pattern name and that act with the scaling of those that no
-    pattern names (PEFT's hot-swap leaves it so), and an rsLoRA adapter that acts with alpha / r everywhere: `set_scale`
-    of older PEFT leaves that.
+    warning, and so is alpha / r where rsLoRA divides by sqrt(r), and so are modules that rank_pattern or alpha_pattern
+    name and that act with the scaling of those that no pattern names: PEFT's hot-swap leaves it so.
 
     ## Why is this bad?
     Scaling lives in the layer and is not saved: the reloaded adapter acts with alpha / r again, so that
@@ -54,52 +53,46 @@ def scaling_was_changed(facts: ModelFacts, expect: Expect) -> Iterator[Violation
         first = layers[0]
         root = "sqrt(r)" if first.use_rslora else "r"
         unnamed = _is_of_no_pattern(facts, layers)
-        rootless = all(_is_without_the_root(layer) for layer in facts.active_layers)
+        rootless = first.use_rslora and math.isclose(value, first.alpha / first.rank, rel_tol=1e-5)
         yield Violation(
             where=grouped(layer.module for layer in layers),
             observed=f"scaling is {value:g} in {len(layers)} of {len(facts.active_layers)} modules"
             + (", so that the adapter does nothing and gets no gradient" if value == 0 else "")
             + (", as if no pattern named them" if unnamed else "")
-            + (", which is alpha / r, as without use_rslora" if rootless else ""),
+            + (
+                ", which is alpha / r: the root of rsLoRA was left out, as set_scale of older PEFT does"
+                * rootless
+            ),
             expected=f"alpha / {root} = {first.configured_scaling:g} (alpha={first.alpha:g}, r={first.rank})",
-            fix=_of_rslora(first)
-            if rootless
-            else (
+            fix=(
                 "load the adapter (load_adapter) instead of swapping it in, or put the scaling back: "
                 if unnamed
                 else "leave it if an adapter of another alpha was hot-swapped in; else put it back: "
             )
-            + f"for layer in model.modules(): hasattr(layer, 'set_scale') and layer.set_scale({first.adapter!r}, 1)",
+            + _restored(first),
             severity=_severity(
                 value == 0, len(layers) == len(facts.active_layers), unnamed or rootless, expect
             ),
         )
 
 
-def _of_rslora(layer: LayerState) -> str:
-    """Older PEFT's own `set_scale` would give alpha / r again."""
-    name, scaling = repr(layer.adapter), layer.configured_scaling
+def _restored(layer: LayerState) -> str:
+    """A line that puts the scaling back; ``set_scale`` of older PEFT (0.17) knows no rsLoRA."""
+    name = repr(layer.adapter)
+    if not layer.use_rslora:
+        return f"for layer in model.modules(): hasattr(layer, 'set_scale') and layer.set_scale({name}, 1)"
+    configured = f"layer.lora_alpha[{name}] / layer.r[{name}] ** 0.5"
     return (
-        f"put back the scaling of rsLoRA, of which {layer.scaling / scaling:.2g} is left: for layer in "
-        f"model.modules(): hasattr(layer, 'set_scale') and {name} in layer.scaling and "
-        f"layer.scaling.update({{{name}: {scaling:g}}})"
+        f"for layer in model.modules(): {name} in getattr(layer, 'lora_alpha', ()) and "
+        f"layer.scaling.update({{{name}: {configured}}})"
     )
 
 
-def _severity(silent: bool, everywhere: bool, by_mistake: bool, expect: Expect) -> Severity | None:
+def _severity(silent: bool, everywhere: bool, slipped: bool, expect: Expect) -> Severity | None:
     """A copy of a model whose scaling was not copied along (an EMA) answers as its base."""
     if expect.purpose != "inference":
         return "error" if silent else None
-    return "warning" if by_mistake or (silent and everywhere and expect.fresh is False) else "info"
-
-
-def _is_without_the_root(layer: LayerState) -> bool:
-    """Whether an rsLoRA adapter acts as plain LoRA of its rank and alpha."""
-    return (
-        layer.use_rslora
-        and layer.rank > 1
-        and math.isclose(layer.scaling, layer.alpha / layer.rank, rel_tol=1e-5)
-    )
+    return "warning" if slipped or (silent and everywhere and expect.fresh is False) else "info"
 
 
 def _is_of_no_pattern(facts: ModelFacts, layers: list[LayerState]) -> bool:

@@ -17,7 +17,8 @@ def base_weights_change(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
 
     ## What it does
     Compares weights of the base after the steps with those before, and with `base_snapshot` where one is
-    given. Trained biases, and norms, embeddings or heads that train on purpose, are no error.
+    given. Trained biases, and norms, embeddings or heads that train on purpose, are no error. Adapted weights in half
+    precision that drifted since the snapshot by more than one merge and unmerge explains are a warning.
 
     ## Why is this bad?
     The adapter file holds the adapter alone. On the base as it was published the saved adapter then gives
@@ -43,12 +44,15 @@ def base_weights_change(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
     frozen: list[BaseChange] = []
     trained: list[BaseChange] = []
     others: list[BaseChange] = []
+    drifted: list[BaseChange] = []
     for change in facts.changes:
         if (
             change.kind == "buffer"
             or change.relative <= ROUNDING * change.precision
             or expect.purpose != "train"
         ):
+            if _has_drifted(change) and expect.purpose == "train" and not by_design:
+                drifted.append(change)
             continue
         if change.adapted and change.since == "snapshot" and by_design:
             continue
@@ -58,6 +62,17 @@ def base_weights_change(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
             frozen.append(change)
         else:
             (trained if change.adapted else others).append(change)
+    if drifted and not frozen:
+        yield Violation(
+            where=grouped(dict.fromkeys(change.name for change in drifted)),
+            observed=f"frozen weights under the adapter drifted since base_snapshot, by up to "
+            f"{100 * max(change.relative for change in drifted):.2g} %: each merge_adapter() and unmerge_adapter() of "
+            "weights in half precision leaves rounding errors behind, and they add up as the adapter trains",
+            expected="the weights of the base, bit for bit",
+            fix="merge a copy, keep the base weights and put them back after each merge, or hold the adapted base "
+            "weights in float32; save the base along with this adapter",
+            severity="warning",
+        )
     for changes in (frozen, trained, others):
         if changes:
             worst = max(changes, key=lambda change: change.relative)
@@ -77,6 +92,23 @@ def base_weights_change(facts: TrainingFacts, expect: Expect) -> Iterator[Violat
 
 ROUNDING = 8
 """Merging and unmerging an adapter leaves rounding errors of a few units in the last place."""
+
+ONE_MERGE = 1.0
+"""In machine epsilons, what one merge and unmerge leaves of a weight at most: rounding the merged weight and the
+restored one each errs by at most half of one where the update is no larger than the weight. Errors of merges of the
+same adapter do not add up; those of an adapter that trains between them do (huggingface/trl#6688)."""
+
+
+def _has_drifted(change: BaseChange) -> bool:
+    """Whether a frozen, adapted weight in half precision is off by more than one merge explains."""
+    return (
+        change.kind == "weight"
+        and change.adapted
+        and not change.trainable
+        and change.since == "snapshot"
+        and change.precision > 1e-4
+        and change.relative > ONE_MERGE * change.precision
+    )
 
 
 def _trains_biases(facts: TrainingFacts) -> bool:

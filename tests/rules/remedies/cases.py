@@ -154,6 +154,31 @@ MODELS = [
     ),
     ("LORA215", f"{ADAPTED}model.base_model.set_adapter([])\nreport = check_model(model)"),
     (
+        "LORA211",
+        """
+config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], modules_to_save=["lm_head"])
+model = get_peft_model(base, config, adapter_name="first")
+model.add_adapter("second", config)
+for module in model.modules():
+    if hasattr(module, "lora_A"):
+        module.delete_adapter("first")
+        module.set_adapter("second")
+del model.peft_config["first"]
+model.active_adapter = "second"
+report = check_model(model)
+""",
+    ),
+    (
+        "LORA228",
+        """
+model = get_peft_model(base, LoraConfig(r=16, lora_alpha=16, use_rslora=True, target_modules=["q_proj", "v_proj"]))
+for module in model.modules():
+    if hasattr(module, "set_scale"):
+        module.scaling["default"] = 1.0
+report = check_model(model)
+""",
+    ),
+    (
         "LORA224",
         f"{ADAPTED}for name, p in model.named_parameters():\n    'lora_B' in name and p.requires_grad_(False)\n"
         "report = check_model(model)",

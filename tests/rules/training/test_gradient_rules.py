@@ -292,3 +292,23 @@ def test_fault_is_named(build: Build) -> None:
 @pytest.mark.parametrize("build", HEALTHY, ids=lambda b: b.__name__)
 def test_healthy_training_is_left_alone(build: Build) -> None:
     leave_alone(build)
+
+
+@pytest.mark.parametrize("merges", [1, 40])
+def test_base_weights_that_drift_in_half_precision(merges: int) -> None:
+    """As a loop does that merges for each rollout: the adapter trains between the merges, and errors add up."""
+    model: Any = adapted().bfloat16()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+    factors = [p for n, p in model.named_parameters() if "lora_B" in n]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(merges):
+        for factor in factors:
+            factor.data += torch.randn(factor.shape, generator=generator).bfloat16() * 0.02
+        model.merge_adapter()
+        model.unmerge_adapter()
+    report = check_training(model, language_batch(), base_snapshot=before, select=["LORA330"])
+    assert len(report.warnings) == (merges > 1)
+    assert not report.errors
+    if merges > 1:
+        assert "drifted since base_snapshot" in report.warnings[0].observed
+        assert "o_proj" not in report.warnings[0].where
