@@ -43,6 +43,7 @@ class Settings:
     use_qalora: bool
     lora_bias: bool
     kasa_config: bool
+    layer_replication: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, config: Any) -> Settings:
@@ -75,6 +76,11 @@ class Settings:
         if rank < 1:
             return None
         return self.alpha_of(module) / (rank**0.5 if self.use_rslora else rank)
+
+    @property
+    def replicated_blocks(self) -> tuple[int, ...]:
+        """The block of the base that each block of the adapted model is made of; empty without layer_replication."""
+        return tuple(block for first, end in self.layer_replication for block in range(first, end))
 
     def without_patterns(self) -> Settings:
         """The settings without what would be matched with names of modules."""
@@ -234,6 +240,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "use_qalora": bool,
     "lora_bias": bool,
     "kasa_config": bool,
+    "layer_replication": lambda value: tuple((int(first), int(end)) for first, end in value or ()),
 }
 
 
