@@ -24,6 +24,7 @@ from pytest_lora.facts.curve import (
     swings,
     trend,
     typical,
+    wander,
 )
 
 FEWEST_LOSSES = 10
@@ -65,6 +66,7 @@ class CurveFacts:
         trend: z of a rank test for a trend over all losses, negative for a fall.
         later_trend: The same without the first quarter, in which most runs learn most.
         jump: The highest step up from one loss to the next that lasts, if one stands out of the noise.
+        wander: How far the curve strays by chance from its lowest level on, if it is a running mean of noise; else 0.
         levels: Levels from start to end.
     """
 
@@ -83,13 +85,15 @@ class CurveFacts:
     trend: float
     later_trend: float
     jump: Jump | None
+    wander: float
     levels: tuple[Level, ...]
 
     @property
     def may_have_met_other_data(self) -> bool:
-        """Whether one jump explains that the loss went up: it did not climb before, and falls from there on."""
-        last = self.levels[-1].first + self.levels[-1].count
-        return self.jump is not None and self.jump.at > OTHER_DATA * last and self.jump.trend < FALLS_AGAIN
+        """Whether jumps explain that the loss went up: it did not climb before, and falls from the last one on."""
+        count = self.levels[-1].first + self.levels[-1].count
+        last = self.jump and self.jump.last
+        return last is not None and last.at > OTHER_DATA * count and last.trend < FALLS_AGAIN
 
     @property
     def middle(self) -> float:
@@ -100,6 +104,7 @@ class CurveFacts:
 def curve_facts(losses: Sequence[float]) -> CurveFacts:
     """The statistics of at least ``FEWEST_LOSSES`` losses, none of them negative."""
     known = levels(losses)
+    lowest = min(known, key=lambda one: one.value)
     start = level(losses, 0, 3)
     deviation = noise(losses)
     smooth = smoothed(losses, 5)
@@ -110,7 +115,7 @@ def curve_facts(losses: Sequence[float]) -> CurveFacts:
     peak_at = max(range(len(smooth)), key=smooth.__getitem__)
     return CurveFacts(
         start=start,
-        lowest=min(known, key=lambda one: one.value),
+        lowest=lowest,
         highest=max(known, key=lambda one: one.value),
         end=known[-1],
         peak=smooth[peak_at],
@@ -124,6 +129,7 @@ def curve_facts(losses: Sequence[float]) -> CurveFacts:
         trend=trend(losses),
         later_trend=trend(losses[len(losses) // 4 :]),
         jump=jump(losses),
+        wander=wander(losses, lowest.middle),
         levels=known,
     )
 

@@ -114,7 +114,10 @@ def loss_oscillates(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]:
 
 def _excursion(facts: HistoryFacts, curve: CurveFacts) -> str | None:
     start, height = curve.start, curve.peak - curve.start.value
-    high = [one.loss > _OVERSHOOT * start.value for one in facts.evals]
+    # The first three losses may be low by chance, an evaluation beside them is not.
+    at_start = (one.loss for one in facts.evals if one.step <= facts.step(start.count - 1))
+    usual = max(start.value, *at_start, 0.0)
+    high = [one.loss > _OVERSHOOT * usual for one in facts.evals]
     evaluated = any(high) and not high[-1]
     if (
         curve.peak < _OVERSHOOT * start.value

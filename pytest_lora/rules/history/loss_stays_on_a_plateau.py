@@ -161,7 +161,8 @@ def _flat(curve: CurveFacts) -> bool:
     level = curve.start.value
     spread = curve.highest.value - curve.lowest.value
     narrow = spread < _BAND * level or curve.highest.above(curve.lowest) < _BAND_NOISE
-    could_be_seen = curve.fall.resolution < _RESOLUTION * level
+    # The first three losses may be low by chance; where the curve is flat its middle says better how high it is.
+    could_be_seen = curve.fall.resolution < _RESOLUTION * max(level, curve.middle)
     return narrow and could_be_seen and _too_little(curve.fall, level)
 
 
