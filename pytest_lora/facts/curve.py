@@ -43,6 +43,9 @@ running means 0.5 (simulated)."""
 _FEWEST_AVERAGED, _FEWEST_STRAYING = 100, 20
 """Steps of the whole curve, and since an index, from which on these can be told apart."""
 
+STRAYS = 3.0
+"""Standard deviations of a random walk. From its lowest point on it is a Rayleigh variable: above 3 in 1 of 90."""
+
 _JUMP_NOISE = 6.0
 """A jump is higher than this many standard deviations of the noise; see ``SWING_NOISE`` for what white noise spans."""
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.curve import smoothed, trend
+from pytest_lora.facts.curve import STRAYS, smoothed, trend
 from pytest_lora.facts.curve_shape import FITS, CurveFacts
 from pytest_lora.facts.history import HistoryFacts
 from pytest_lora.findings import Severity
@@ -53,9 +53,6 @@ _FIRST = (2, 3, 5)
 _OUTRANKED = 0.02
 """Two first losses that lie below 98 % of all later ones are the easiest two of a hundred batches; one in 2,500
 runs."""
-
-_STRAYS = 3.0
-"""Standard deviations of a random walk. From its lowest point on it is a Rayleigh variable: above 3 in 1 of 90."""
 
 _SHOT_UP, _SETTLED, _SHOT_UP_NOISE = 1.2, 1.3, 5.0
 """A loss that blows up in the first step climbs on in the next ones, and settles below its peak and above its start."""
@@ -123,7 +120,7 @@ def _long(facts: HistoryFacts, curve: CurveFacts) -> tuple[Severity, str] | None
     if curve.end.value < FITS or (curve.may_have_met_other_data and not _forgot(facts, curve)):
         return None
     ends = max(curve.start.value, curve.end.value)
-    if curve.wander and ends - curve.lowest.value < _STRAYS * curve.wander:
+    if curve.wander and ends - curve.lowest.value < STRAYS * curve.wander:
         return None
     return _above_start(facts, curve) or _blew_up_at_once(facts, curve) or _gave_back(facts, curve)
 
