@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import fmean, median
 
 BLOCKS = 20
@@ -35,16 +34,6 @@ _SAME_BATCH = 0.15
 
 _TREND_POINTS = 200
 """Means of neighbouring losses that a trend is read from, at most: it takes the square of them in comparisons."""
-
-_AVERAGED = 0.55
-"""Share of steps that turn round. Over 100 losses that of white noise is 0.66 with a deviation of 0.045, that of
-running means 0.5 (simulated)."""
-
-_FEWEST_AVERAGED, _FEWEST_STRAYING = 100, 20
-"""Steps of the whole curve, and since an index, from which on these can be told apart."""
-
-STRAYS = 3.0
-"""Standard deviations of a random walk. From its lowest point on it is a Rayleigh variable: above 3 in 1 of 90."""
 
 _JUMP_NOISE = 6.0
 """A jump is higher than this many standard deviations of the noise; see ``SWING_NOISE`` for what white noise spans."""
@@ -158,25 +147,6 @@ def jump(losses: Sequence[float], since: int = 0) -> Jump | None:
     if after - before < max(_JUMP_NOISE * noise(losses), _JUMP_DONE * (high - low)):
         return None
     return Jump(since + at, before, after, trend(losses[at:]), jump(losses[at:], since + at))
-
-
-def wander(losses: Sequence[float], since: int) -> float:
-    """How far a running mean of noise strays from an index on by chance, one standard deviation; 0 for other curves.
-
-    Two in three steps of white noise turn round, half of those of a running mean: these add up like those of a random
-    walk, with the square root of their number.
-    """
-    steps = [after - before for before, after in pairwise(losses)]
-    later = steps[since:]
-    if len(steps) < _FEWEST_AVERAGED or len(later) < _FEWEST_STRAYING:
-        return 0.0
-    # A quiet fall turns round seldom too, and says nothing of what follows.
-    averaged = _turns(steps) < _AVERAGED and _turns(later) < _AVERAGED
-    return typical(later) * math.sqrt(len(later)) if averaged else 0.0
-
-
-def _turns(steps: Sequence[float]) -> float:
-    return fmean(before * after < 0 for before, after in pairwise(steps))
 
 
 def apart_from_the_start(losses: Sequence[float], at: int) -> tuple[float, ...]:

@@ -29,9 +29,8 @@ from pytest_lora.facts.curve import (
     swings,
     trend,
     typical,
-    wander,
 )
-from pytest_lora.facts.curve_shape import curve_facts
+from pytest_lora.facts.curve_shape import curve_facts, wander
 
 curves = st.lists(st.floats(0.2, 20), min_size=10, max_size=90)
 

@@ -162,6 +162,14 @@ def test_a_flat_curve_is_flat_though_its_first_losses_were_low() -> None:
     assert codes(diagnose_history(losses)) == {"LORA344": "warning"}
 
 
+def test_a_flat_loss_of_drawn_noise_is_told_as_an_info_unless_it_is_evaluated() -> None:
+    drawn = noisy([0.4] * 2_000, 0.3)
+    assert codes(diagnose_history(drawn)) == {"LORA344": "info"}
+    assert codes(diagnose_history(drawn, [0.4, 0.401, 0.399])) == {"LORA344": "warning"}
+    assert codes(diagnose_history(noisy([0.6] * 2_000, 0.3))) == {"LORA344": "warning"}
+    assert codes(diagnose_history(noisy([0.4] * 2_000, 0.2))) == {"LORA344": "warning"}
+
+
 TOKENS = {"vocabulary_size": 32_000, "total_steps": 100}  # a guess: 10.4
 
 

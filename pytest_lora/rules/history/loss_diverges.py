@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.curve import STRAYS, smoothed, trend
-from pytest_lora.facts.curve_shape import FITS, CurveFacts
+from pytest_lora.facts.curve import smoothed, trend
+from pytest_lora.facts.curve_shape import FITS, STRAYS, CurveFacts
 from pytest_lora.facts.history import HistoryFacts
 from pytest_lora.findings import Severity
 from pytest_lora.rules import Violation, rule

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
-from pytest_lora.facts.curve import STRAYS, swings, wander
-from pytest_lora.facts.curve_shape import FITS, CurveFacts
+from pytest_lora.facts.curve import swings
+from pytest_lora.facts.curve_shape import FITS, STRAYS, CurveFacts, wander
 from pytest_lora.facts.history import HistoryFacts
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import lower_rate

@@ -27,7 +27,7 @@ on by 17 % and more."""
 _CAME_DOWN = 1.1
 """A loss above that of a guess has fallen by a tenth where the run learned at all: else it is a plateau (LORA344)."""
 
-_BELOW = "a loss below that of a guess"
+_SETTLES, _STAYS_ABOVE = "no longer falls", "stays above a guess if it falls by as much again"
 
 _PRINT = (
     "print a few training examples as the model sees them, input and label side by side: see that each label "
@@ -49,14 +49,15 @@ _SHARE, _STEPS = 0.5, 100
 
 @rule("LORA347", severity="warning", needs=HistoryFacts)
 def loss_settles_at_chance(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]:
-    """The loss came down to that of a guess, or to more, and stays there.
+    """The loss came down to that of a guess, or to above it, and stays there.
 
     ## What it does
     Compares the level of the last losses with ln(`vocabulary_size`), where that is given. At 97 to 110 % of it, after
     a fall and with none over the second half of the losses, nothing was learned but how often each answer comes. Of 64
     answers and more it is so from 80 % on, where the second half of the losses falls by less than 5 % or the evaluation
-    losses lie within 2 % of each other. Above 110 % a loss that fell by a tenth and has settled is told too. The
-    verdict needs 20 losses and half of `total_steps`, or 100 steps where that is not known.
+    losses lie within 2 % of each other. Above 110 % a loss that fell by a tenth is told where a fall as large as that
+    of the second half would leave it there. The verdict needs 20 losses and half of `total_steps`, or 100 steps where
+    that is not known.
 
     ## Why is this bad?
     The loss fell, and so looks right: a model that had opinions has unlearned them. But its answers do not depend on
@@ -89,32 +90,33 @@ def loss_settles_at_chance(facts: HistoryFacts, expect: Expect) -> Iterator[Viol
     found = _found(facts, curve, chance)
     if found is None:
         return
-    expected, fix = found
+    falls, fix = found
     yield Violation(
         where="train_losses",
-        observed=f"the loss is {curve.end.value:.4g} after {facts.steps} steps and no longer falls; a guess among "
+        observed=f"the loss is {curve.end.value:.4g} after {facts.steps} steps and {falls}; a guess among "
         f"{facts.vocabulary_size:,} answers gives {chance:.4g}",
-        expected=expected,
+        expected="a loss below that of a guess",
         fix=fix,
     )
 
 
 def _found(facts: HistoryFacts, curve: CurveFacts, chance: float) -> tuple[str, str] | None:
-    """What is expected instead, and the remedy."""
+    """How it falls, and the remedy."""
     least, most = _AT_CHANCE
     end, second_half = curve.end.value, facts.usable[len(facts.usable) // 2 :]
     halfway = curve.levels[len(curve.levels) // 2].value
     settled = end > (1 - _SETTLED) * halfway
     if end >= most * chance:
-        return (_BELOW, _ANOTHER_UNIT) if settled and curve.start.value > _CAME_DOWN * end else None
+        stays = end - (halfway - end) > most * chance
+        return (_STAYS_ABOVE, _ANOTHER_UNIT) if stays and curve.start.value > _CAME_DOWN * end else None
     tokens = facts.vocabulary_size is not None and facts.vocabulary_size >= _TOKENS
     if tokens and min(curve.lowest.value, end) > _UNLEARNED * chance and (facts.evals_are_flat or settled):
         return (
-            _BELOW,
+            _SETTLES,
             f"load the adapter anew and {lower_rate(facts.learning_rate, 10)}: steps that are far too large "
             f"leave of a language model how often each token comes. If that changes nothing, {_PRINT}",
         )
     # A loss that comes down by chance alone has no trend; one that learns has it to the end.
     if end <= least * chance or curve.trend >= _FALLS or trend(second_half) < _FALLS:
         return None
-    return _BELOW, _PRINT
+    return _SETTLES, _PRINT
