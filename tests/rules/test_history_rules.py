@@ -179,6 +179,8 @@ def test_a_language_model_that_was_destroyed_knows_how_often_tokens_come() -> No
     assert codes(report) == {"LORA347": "warning"}
     assert "from 0.02 to 0.002" in report.findings[0].fix
     assert not codes(diagnose_history([loss - 1.1 for loss in gone], **TOKENS)), "below 80 % of a guess"
+    lost = noisy([3.0 + 3.0 * 0.8**i for i in range(40)] + [9.1] * 60, 0.02)
+    assert "LORA347" not in codes(diagnose_history(lost, **TOKENS)), "it knew more: that is a divergence"
     learns = noisy([8.0 + 4.0 * 0.985**i for i in range(100)], 0.05)
     assert not codes(diagnose_history(learns, **TOKENS)), "it falls on"
 
@@ -189,6 +191,7 @@ def test_no_mean_over_tokens_stays_above_a_guess() -> None:
     assert codes(report) == {"LORA347": "warning"}
     assert "micro-batches" in report.findings[0].fix
     assert not codes(diagnose_history(summed, total_steps=100)), "it may be any other loss"
+    assert codes(diagnose_history(noisy([26.0] * 100, 0.02), **TOKENS)) == {"LORA344": "warning"}, "a plateau"
     assert not codes(diagnose_history(noisy([10 + 30 * 0.98**i for i in range(100)], 0.02), **TOKENS)), (
         "it falls on"
     )
