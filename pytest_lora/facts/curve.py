@@ -98,12 +98,19 @@ class Jump:
         before: Median of the losses right before it.
         after: Median of the losses right after it.
         trend: What ``trend`` says of all losses from it on.
+        again: The next one after it, of what follows it.
     """
 
     at: int
     before: float
     after: float
     trend: float
+    again: Jump | None = None
+
+    @property
+    def last(self) -> Jump:
+        """The last one of all."""
+        return self.again.last if self.again else self
 
 
 def trend(values: Sequence[float]) -> float:
@@ -123,8 +130,11 @@ def trend(values: Sequence[float]) -> float:
     return score / math.sqrt(variance) if variance else 0.0
 
 
-def jump(losses: Sequence[float]) -> Jump | None:
-    """The jump of a curve after its first tenth, if it has one: from one loss to the next, and not of a loss alone."""
+def jump(losses: Sequence[float], since: int = 0) -> Jump | None:
+    """The jump of a curve after its first tenth, if it has one: from one loss to the next, and not of a loss alone.
+
+    ``since`` is the index of the first loss in the whole curve.
+    """
     count, few = len(losses), SMALLEST_BLOCK
     places = range(max(2 * few, count // 10), count - 3 * few)
     sides = ((i, median(losses[i - few : i]), median(losses[i : i + few])) for i in places)
@@ -136,7 +146,7 @@ def jump(losses: Sequence[float]) -> Jump | None:
     low, high = min(smoothed(losses[:at], few + 2)), max(smoothed(losses[at:], few + 2))
     if after - before < max(_JUMP_NOISE * noise(losses), _JUMP_DONE * (high - low)):
         return None
-    return Jump(at, before, after, trend(losses[at:]))
+    return Jump(since + at, before, after, trend(losses[at:]), jump(losses[at:], since + at))
 
 
 def apart_from_the_start(losses: Sequence[float], at: int) -> tuple[float, ...]:

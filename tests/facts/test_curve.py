@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
-from itertools import permutations
+from itertools import pairwise, permutations
 from statistics import fmean, pstdev
 
 import numpy
@@ -30,7 +30,7 @@ from pytest_lora.facts.curve import (
     trend,
     typical,
 )
-from pytest_lora.facts.curve_shape import curve_facts
+from pytest_lora.facts.curve_shape import curve_facts, wander
 
 curves = st.lists(st.floats(0.2, 20), min_size=10, max_size=90)
 
@@ -38,6 +38,29 @@ curves = st.lists(st.floats(0.2, 20), min_size=10, max_size=90)
 def step(size: float, at: int, count: int) -> list[float]:
     """A curve of ones that goes up by ``size`` and stays there."""
     return [1.0 + size * (i >= at) for i in range(count)]
+
+
+# ------------------------------------------------------------------ running means
+
+
+def running_mean(width: int, count: int) -> list[float]:
+    draw = random.Random(width)
+    raw = [draw.gauss(0, 1) for _ in range(count + width)]
+    return [fmean(raw[i : i + width]) for i in range(count)]
+
+
+def test_a_running_mean_strays_as_far_as_its_steps_add_up() -> None:
+    walk = running_mean(40, 400)
+    steps = [after - before for before, after in pairwise(walk)]
+    assert wander(walk, 0) == pytest.approx(typical(steps) * math.sqrt(399))
+    assert wander(walk, 200) == pytest.approx(typical(steps[200:]) * math.sqrt(199))
+    assert wander(walk, 385) == 0, "too few steps to tell"
+    assert wander(walk[:90], 0) == 0
+    assert wander(running_mean(1, 400), 0) == 0, "white noise"
+
+
+def test_a_quiet_fall_before_noise_is_no_running_mean() -> None:
+    assert wander([*(9.0 - i / 50 for i in range(400)), *running_mean(1, 100)], 400) == 0
 
 
 # ------------------------------------------------------------------ trend

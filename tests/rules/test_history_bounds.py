@@ -622,8 +622,8 @@ CHANCE = math.log(4)
         ),
         (
             100,
-            {"end": level(0.81 * math.log(255))},
-            {"vocabulary_size": 255, "evals": evaluations(4, 4, 4)},
+            {"end": level(0.81 * math.log(63))},
+            {"vocabulary_size": 63, "evals": evaluations(4, 4, 4)},
             False,
         ),
         (100, {"trend": -3.0}, {}, False),

@@ -95,6 +95,108 @@ def test_exactly_zero() -> None:
     assert not diagnose_history([2.0, 0.3, 0.02, 0.001, 0.0001, 0.0, 0.0, 0.0]).findings, "rounded"
 
 
+def test_zeros_among_other_losses_are_batches_without_a_target() -> None:
+    falls = noisy([1.0 + 2.0 * 0.9**i for i in range(40)], 0.05)
+    falls[12] = falls[30] = 0.0
+    assert codes(diagnose_history(falls)) == {"LORA341": "warning"}
+    assert "step 26" in str(diagnose_history(falls, steps_per_loss=2)), "the first of them"
+    assert not codes(diagnose_history([*falls[:12], *falls[13:]])), "one zero"
+    easy = [0.2, *falls]
+    assert not codes(diagnose_history(easy)), "a batch may be as easy as that"
+    assert not codes(diagnose_history([loss / 20 for loss in falls])), "a loss so low is rounded to zero"
+
+
+def test_zeros_of_either_sign_are_those_of_a_policy_gradient() -> None:
+    assert not codes(diagnose_history([-0.0, 0.0, -0.0, -0.0, 0.0]))
+    assert codes(diagnose_history([-0.0] * 5)) == {"LORA341": "warning"}, (
+        "a hand-made mean may be -0.0 throughout"
+    )
+
+
+STAGE = [0.4 + 1.2 * 0.9**i for i in range(40)]
+WORSE = noisy([*STAGE, *(3.0 + 4.0 * 0.95**i for i in range(40))], 0.03)
+
+
+def test_a_jump_of_other_data_is_none_where_the_evaluation_was_lost() -> None:
+    falls, lost = [1.5, 1.1, 0.8, 0.6, 0.55, 0.5, 0.48, 0.47], [1.5, 1.1, 0.8, 0.6, 0.55, 2.0, 2.2, 2.1]
+    assert codes(diagnose_history(WORSE, falls)) == {"LORA345": "info"}
+    assert codes(diagnose_history(WORSE, lost)) == {"LORA342": "error", "LORA345": "info"}
+    again = [*lost[:5], 2.0, 0.9, 0.6]
+    assert codes(diagnose_history(WORSE, again)) == {"LORA345": "info"}, "it is learned again"
+
+
+def test_a_jump_of_other_data_is_none_where_it_ends_at_a_guess() -> None:
+    assert "LORA342" in codes(diagnose_history(WORSE, vocabulary_size=3_000)), "6.7 of 8.0"
+    assert "LORA342" not in codes(diagnose_history(WORSE, vocabulary_size=128_256)), (
+        "6.7 of 11.8: a hard text"
+    )
+
+
+def test_data_may_change_more_than_once() -> None:
+    harder = [1.0 + 3.0 * 0.9**i for i in range(40)]
+    hardest = [2.2 + 4.0 * 0.9**i for i in range(40)]
+    assert "LORA342" not in codes(diagnose_history(noisy([*STAGE, *harder, *hardest], 0.03)))
+    assert "LORA342" in codes(diagnose_history(noisy([*STAGE, *harder, *hardest[::-1]], 0.03)))
+
+
+def test_a_running_mean_of_noise_strays_and_does_not_diverge() -> None:
+    for seed in (8, 20, 23, 28):
+        raw = [math.exp(value) for value in noisy([-2.6] * 800, 0.29, seed)]
+        means = [sum(raw[max(0, i - 99) : i + 1]) / min(100, i + 1) for i in range(0, 800, 4)]
+        assert not codes(diagnose_history(means))
+
+
+def test_an_evaluation_at_the_start_is_no_excursion() -> None:
+    """The first three losses lie low by chance; the evaluation at the first step says where the run began."""
+    losses = noisy([1.1 + 0.8 * 0.99**i for i in range(400)], 0.2)
+    losses[:3] = [1.3, 1.35, 1.3]
+    losses[40:46] = [2.2, 2.15, 2.3, 2.2, 2.15, 2.25]
+    evals = {1: 1.85, 200: 1.3, 400: 1.15}
+    assert not codes(diagnose_history(losses, evals))
+    assert codes(diagnose_history(losses, {20: 1.85, 200: 1.3, 400: 1.15})) == {"LORA345": "warning"}
+
+
+def test_a_flat_curve_is_flat_though_its_first_losses_were_low() -> None:
+    losses = noisy([0.693] * 400, 0.09)
+    losses[:3] = [0.52, 0.75, 0.5]
+    assert codes(diagnose_history(losses)) == {"LORA344": "warning"}
+
+
+def test_a_flat_loss_of_drawn_noise_is_told_as_an_info_unless_it_is_evaluated() -> None:
+    drawn = noisy([0.4] * 2_000, 0.3)
+    assert codes(diagnose_history(drawn)) == {"LORA344": "info"}
+    assert codes(diagnose_history(drawn, [0.4, 0.401, 0.399])) == {"LORA344": "warning"}
+    assert codes(diagnose_history(noisy([0.6] * 2_000, 0.3))) == {"LORA344": "warning"}
+    assert codes(diagnose_history(noisy([0.4] * 2_000, 0.2))) == {"LORA344": "warning"}
+
+
+TOKENS = {"vocabulary_size": 32_000, "total_steps": 100}  # a guess: 10.4
+
+
+def test_a_language_model_that_was_destroyed_knows_how_often_tokens_come() -> None:
+    gone = noisy([9.1 + 3.0 * 0.8**i for i in range(100)], 0.05)
+    report = diagnose_history(gone, learning_rate=0.02, **TOKENS)
+    assert codes(report) == {"LORA347": "warning"}
+    assert "from 0.02 to 0.002" in report.findings[0].fix
+    assert not codes(diagnose_history([loss - 1.1 for loss in gone], **TOKENS)), "below 80 % of a guess"
+    lost = noisy([3.0 + 3.0 * 0.8**i for i in range(40)] + [9.1] * 60, 0.02)
+    assert "LORA347" not in codes(diagnose_history(lost, **TOKENS)), "it knew more: that is a divergence"
+    learns = noisy([8.0 + 4.0 * 0.985**i for i in range(100)], 0.05)
+    assert not codes(diagnose_history(learns, **TOKENS)), "it falls on"
+
+
+def test_no_mean_over_tokens_stays_above_a_guess() -> None:
+    summed = noisy([26 + 8 * 0.9**i for i in range(100)], 0.02)
+    report = diagnose_history(summed, **TOKENS)
+    assert codes(report) == {"LORA347": "warning"}
+    assert "micro-batches" in report.findings[0].fix
+    assert not codes(diagnose_history(summed, total_steps=100)), "it may be any other loss"
+    assert codes(diagnose_history(noisy([26.0] * 100, 0.02), **TOKENS)) == {"LORA344": "warning"}, "a plateau"
+    assert not codes(diagnose_history(noisy([10 + 30 * 0.98**i for i in range(100)], 0.02), **TOKENS)), (
+        "it falls on"
+    )
+
+
 def test_diverges() -> None:
     up = [0.5, 0.6, 1.4, 3.0, 5.2, 7.9, 8.3]
     assert codes(diagnose_history(up)) == {"LORA342": "error"}

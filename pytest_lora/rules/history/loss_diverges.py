@@ -5,7 +5,7 @@ from statistics import median
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.curve import smoothed, trend
-from pytest_lora.facts.curve_shape import FITS, CurveFacts
+from pytest_lora.facts.curve_shape import FITS, STRAYS, CurveFacts
 from pytest_lora.facts.history import HistoryFacts
 from pytest_lora.findings import Severity
 from pytest_lora.rules import Violation, rule
@@ -45,6 +45,10 @@ _SWINGS = 3
 _SHORT_RISE, _SHORT_GOES_ON = 2.0, 1.1
 """Among few losses only twice the start counts, and only where it is no first batch that was an easy one."""
 
+_KNEW, _AS_GOOD_AS_NONE = 0.5, 0.8
+"""Shares of the loss of a guess. A base that begins below half of it knows its data; from 0.8 on, as in LORA304, a
+model knows nothing, which no other text does to one."""
+
 _FIRST = (2, 3, 5)
 _OUTRANKED = 0.02
 """Two first losses that lie below 98 % of all later ones are the easiest two of a hundred batches; one in 2,500
@@ -66,7 +70,9 @@ def loss_diverges(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]:
     the evaluation losses rise with the training losses, 5 % are enough. Of less
     than 20 losses it is also divergence if the last three are at twice the first. A loss below 0.1 is no divergence,
     and one that swings down as well as up is left to LORA345. A loss that jumps from one step to the next after
-    a third of the run, and falls steadily from there, may have met other data, and is not judged.
+    a third of the run, and falls steadily from there, may have met other data, and is not judged, unless the last
+    three evaluation losses are 20 % above the best before, or a run that began below half of `ln(vocabulary_size)`
+    jumps above 80 % of it. What a running mean of noise strays by is not judged either.
     `benchmarks/history_diagnosis.py` measures how often this errs.
 
     ## Why is this bad?
@@ -111,7 +117,10 @@ def _short(facts: HistoryFacts) -> tuple[Severity, str] | None:
 
 
 def _long(facts: HistoryFacts, curve: CurveFacts) -> tuple[Severity, str] | None:
-    if curve.end.value < FITS or curve.may_have_met_other_data:
+    if curve.end.value < FITS or (curve.may_have_met_other_data and not _forgot(facts, curve)):
+        return None
+    ends = max(curve.start.value, curve.end.value)
+    if curve.wander and ends - curve.lowest.value < STRAYS * curve.wander:
         return None
     return _above_start(facts, curve) or _blew_up_at_once(facts, curve) or _gave_back(facts, curve)
 
@@ -184,6 +193,16 @@ def _gave_back(facts: HistoryFacts, curve: CurveFacts) -> tuple[Severity, str] |
         f"the loss fell from {start.value:.4g} to {lowest.value:.4g} at step {facts.step(lowest.middle)} and is "
         f"{end.value:.4g} after {facts.steps} steps: {rise / fall:.0%} of the fall is lost",
     )
+
+
+def _forgot(facts: HistoryFacts, curve: CurveFacts) -> bool:
+    """Whether a jump took away what the model knew, whatever data it met."""
+    if facts.chance is None or curve.jump is None:
+        return _evals_confirm(facts)
+    fell_apart = (
+        curve.start.value < _KNEW * facts.chance and curve.jump.after > _AS_GOOD_AS_NONE * facts.chance
+    )
+    return fell_apart or _evals_confirm(facts)
 
 
 def _evals_confirm(facts: HistoryFacts) -> bool:

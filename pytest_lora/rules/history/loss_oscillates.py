@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from pytest_lora.expect import Expect
 from pytest_lora.facts.curve import swings
-from pytest_lora.facts.curve_shape import FITS, CurveFacts
+from pytest_lora.facts.curve_shape import FITS, STRAYS, CurveFacts, wander
 from pytest_lora.facts.history import HistoryFacts
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import lower_rate
@@ -70,7 +70,7 @@ def loss_oscillates(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]:
     a quarter of its level, which is not that of a few batches that come in turn; evaluation losses that double and
     halve again twice, beside training losses as loud; or noise that no batch explains, in a run which does not
     learn: no lower than it began, or about at the loss of a guess, ln(vocabulary), or above. Each must
-    stand out of the noise of the curve. A bump where the
+    stand out of the noise of the curve, and an excursion of what a running mean of noise strays by. A bump where the
     schedule starts anew is none, and after a third of the losses an excursion by one jump may be new data (info).
     `benchmarks/history_diagnosis.py` measures how often this errs.
 
@@ -114,14 +114,17 @@ def loss_oscillates(facts: HistoryFacts, expect: Expect) -> Iterator[Violation]:
 
 def _excursion(facts: HistoryFacts, curve: CurveFacts) -> str | None:
     start, height = curve.start, curve.peak - curve.start.value
-    high = [one.loss > _OVERSHOOT * start.value for one in facts.evals]
+    # The first three losses may be low by chance, an evaluation beside them is not.
+    at_start = (one.loss for one in facts.evals if one.step <= facts.step(start.count - 1))
+    usual = max(start.value, *at_start, 0.0)
+    high = [one.loss > _OVERSHOOT * usual for one in facts.evals]
     evaluated = any(high) and not high[-1]
     if (
         curve.peak < _OVERSHOOT * start.value
         or height < (_CLEAR_EVALUATED if evaluated else _CLEAR) * curve.noise
     ):
         return None
-    if curve.peak - curve.end.value < _TAKEN_BACK * height:
+    if curve.peak - curve.end.value < _TAKEN_BACK * height or height < STRAYS * wander(facts.usable, 0):
         return None
     lead = max(1, len(facts.usable) // 10)
     if any(curve.peak_at - lead <= restart <= curve.peak_at for restart in facts.restarts):
