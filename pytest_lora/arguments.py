@@ -12,7 +12,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from pytest_lora.expect import Expect, is_lora_config
-from pytest_lora.values import MOST_LOSSES, in_short, require_items, require_whole, shown
+from pytest_lora.values import MOST_LOSSES, PLAIN, in_short, require_items, require_whole, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,7 +68,7 @@ def refusing(function: Callable[P, R], name: str | None = None) -> Callable[P, R
     """
     signature = inspect.signature(function)
     called = name or function.__name__
-    subject = " or ".join(p.name for p in signature.parameters.values() if _is_subject(p))
+    subjects = [p.name for p in signature.parameters.values() if _is_subject(p)]
 
     @wraps(function)
     def asked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -79,12 +79,14 @@ def refusing(function: Callable[P, R], name: str | None = None) -> Callable[P, R
                     f"{called} has no argument {shown(key)}; {_meant(key, [*signature.parameters])}"
                 )
         try:
-            signature.bind(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             raise TypeError(f"{called}: {error}") from None
         try:
             return function(*args, **kwargs)
         except Exception as error:
+            odd = [one for one, value in {**given, **kwargs}.items() if type(value) not in PLAIN]
+            subject = " or ".join(dict.fromkeys((*subjects, *odd)))
             if not subject or is_meant(error):
                 raise
             raise ValueError(f"{subject}: {called} cannot work with this: {_cause(error)}") from error
@@ -194,6 +196,7 @@ def require_batch(name: str, batch: Any) -> None:
             f"{name} must be a mapping, a tuple or a tensor that the model takes, not {shown(batch)}"
         )
     values = batch.values() if isinstance(batch, Mapping) else (batch,) if is_tensor else batch
+    values = require_items(name, values, "a mapping, a tuple or a tensor that the model takes")
     if any(getattr(value, "is_meta", False) for value in values):
         raise ValueError(f"{name} is on the meta device and has no values")
 

@@ -95,7 +95,8 @@ MOST_WHOLE = 2**40
 """Of batch, sequence, steps: beyond, products of them leave the 64 bits in which sizes are counted."""
 
 
-_PLAIN = (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range, type, type(None))
+PLAIN = (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range, type, type(None))
+"""Classes of values of which nothing is the user's own but what they hold."""
 
 
 class _Short(reprlib.Repr):
@@ -117,7 +118,7 @@ _short = _Short()
 
 def shown(value: Any) -> str:
     """A value as a message shows it, on one line that can be printed: itself where it is plain, else its class."""
-    if not isinstance(value, _PLAIN):
+    if not isinstance(value, PLAIN):
         return in_short(type(value).__name__, MOST_SHOWN)
     try:
         text = _short.repr(value)

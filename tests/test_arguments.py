@@ -165,3 +165,20 @@ def test_a_configuration_and_its_base_are_understood_in_either_order() -> None:
     first = pytest_lora.check_config(config(), examples.llama_7b)
     second = pytest_lora.check_config(examples.llama_7b, config())
     assert first == second
+
+
+class _Unread(list[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        raise RuntimeError("not to be read")
+
+
+class _Endless(list[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(int, 1)
+
+
+def test_an_argument_that_raises_is_among_those_named_and_one_without_an_end_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^config or base or upcast: step_memory cannot work with this: Ru"):
+        pytest_lora.step_memory(config(), examples.llama_7b, upcast=_Unread())
+    with pytest.raises(ValueError, match=r"^batch must have at most 10,000 elements$"):
+        pytest_lora.check_lora_laws(adapted(), _Endless())

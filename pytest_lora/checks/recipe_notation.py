@@ -12,6 +12,7 @@ import yaml
 from pytest_lora.changes import Change, assigned
 from pytest_lora.facts.recipe import GIVEN, RecipeFacts, RunSetting, Value
 from pytest_lora.findings import Finding
+from pytest_lora.inspection.recipe.home_made import NAME as OF_ONES_OWN
 
 _BESIDE = {
     "alpha_pattern": ("lora_alpha", "r"),
@@ -126,7 +127,7 @@ def _line(name: str, value: Any, setting: RunSetting) -> tuple[str, str]:
         return "write", " and ".join(f"`{line}`" for line in _IN_4_BITS.get(tool, ("load_in_4bit: true",)))
     held: Value | None = getattr(setting, name, None)
     key = (held.key if held is not None else "") or _MORE_KEYS.get(tool, {}).get(name, "")
-    if not key and tool.startswith("a recipe of"):
+    if not key and tool == OF_ONES_OWN:
         key = name
     if not key:
         return "", f"{assigned(**{name: value})} (for which {tool} has no key)"

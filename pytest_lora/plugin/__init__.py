@@ -26,6 +26,7 @@ from pytest_lora.plugin.options import (
     add_options,
     any_set,
     may_use_gpu,
+    recorded,
 )
 
 if TYPE_CHECKING:
@@ -261,8 +262,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     reports: dict[str, list[pytest.TestReport]] = {_REPORT: [], GPU_PROPERTY: []}
     for group in terminalreporter.stats.values():
         for report in group:
-            for name in {name for name, _ in getattr(report, "user_properties", ())}.intersection(reports):
-                reports[name].append(report)
+            for name, told in reports.items():
+                if any(recorded(report, name)):
+                    told.append(report)
     if reports[_REPORT]:
         from pytest_lora.plugin import summary
 

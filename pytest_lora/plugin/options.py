@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,19 @@ GPU_NAMES = ("lora_gpu", "lora_vram_limit")
 """Markers of tests that only run on a GPU."""
 GPU_PROPERTY = "lora_gpu"
 """The user property in which a GPU test's measurements travel, as JSON."""
+
+
+def recorded(test: Any, name: str) -> Iterator[str]:
+    """The texts that the properties of a test, or of its report, hold under a name.
+
+    Tests and other plugins put there what they like, also under names of ours and in other forms than pytest's pairs.
+    """
+    return (entry[1] for entry in getattr(test, "user_properties", ()) if is_recorded(entry, name))
+
+
+def is_recorded(entry: Any, name: str) -> bool:
+    """Whether an entry of a test's properties is a text under this name."""
+    return type(entry) in (tuple, list) and [*map(type, entry)] == [str, str] and entry[0] == name
 
 
 def is_gpu_test(item: pytest.Item) -> bool:

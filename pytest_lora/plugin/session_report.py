@@ -22,7 +22,7 @@ import pytest
 from pytest_lora.files import write_whole
 from pytest_lora.plugin import summary
 from pytest_lora.plugin.gpu import report as gpu_report
-from pytest_lora.plugin.options import GPU_PROPERTY
+from pytest_lora.plugin.options import GPU_PROPERTY, recorded
 from pytest_lora.report.session import GpuUse, RanTest, Session, State
 
 PACKAGES = (
@@ -86,7 +86,7 @@ class Gathered:
             if parts := self._failed_parts.get(nodeid):  # pytest itself says so later, to the terminal alone
                 self._outcomes[nodeid] = "failed"
                 self._failures[nodeid] = report.location[0], None, f"contains {len(parts)} failed subtests"
-        if any(name in (summary.PROPERTY, GPU_PROPERTY) for name, _ in report.user_properties):
+        if any(any(recorded(report, name)) for name in (summary.PROPERTY, GPU_PROPERTY)):
             self._reporting[nodeid] = report
             file, line, _ = report.location
             self._places[nodeid] = file, None if line is None else line + 1

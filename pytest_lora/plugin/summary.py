@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter, defaultdict
+from contextlib import suppress
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from pytest_lora.assertions import delivered
+from pytest_lora.assertions import LoraHealthError, delivered
 from pytest_lora.facts.figures.recipes import RecipeCard
 from pytest_lora.findings import SEVERITIES, Finding, Report, Severity, counted
+from pytest_lora.plugin.options import is_recorded, recorded
 from pytest_lora.plugin.printed_pages import setting_lines
 from pytest_lora.plugin.session_options import options_of
 from pytest_lora.values import printable
@@ -37,7 +39,7 @@ MOST_NUMBERS = 12
 def start(item: pytest.Item) -> None:
     """Forget what was delivered before this try of the test."""
     delivered.clear()
-    item.user_properties[:] = [(name, value) for name, value in item.user_properties if name != PROPERTY]
+    item.user_properties[:] = [entry for entry in item.user_properties if not is_recorded(entry, PROPERTY)]
 
 
 def collect(item: pytest.Item) -> list[Report]:
@@ -57,20 +59,24 @@ def collect(item: pytest.Item) -> list[Report]:
             report = report.without_figures()
         if not verbose and not options_of(item.config).baseline:
             report = report.without_numbers()
-        entry = (PROPERTY, report.to_json())
-        if entry not in item.user_properties:
-            item.user_properties.append(entry)
+        text = report.to_json()
+        if text not in recorded(item, PROPERTY):
+            item.user_properties.append((PROPERTY, text))
             new.append(report)
     return new
 
 
 def add_section(report: pytest.TestReport, call: pytest.CallInfo[None], config: pytest.Config) -> None:
     """Let pytest's short summary begin with the codes; with -v, show the whole report, not ten findings only."""
-    whole = getattr(call.excinfo.value, "report", None) if call.excinfo else None
+    error = call.excinfo.value if call.excinfo else None
+    # An error is asked for nothing here, as what a class of its own raises then would end the session.
+    if not issubclass(type(error), LoraHealthError):
+        return
     crash = getattr(report.longrepr, "reprcrash", None)
-    if crash is not None and call.excinfo is not None and isinstance(whole, Report):
-        crash.message = str(call.excinfo.value)
-    if report.failed and isinstance(whole, Report) and config.get_verbosity() > 0:
+    if crash is not None:
+        crash.message = crash.message.removeprefix("pytest_lora.LoraHealthError: ")
+    whole = vars(error).get("report")
+    if report.failed and type(whole) is Report and config.get_verbosity() > 0:
         report.sections.append(("LoRA report", str(whole)))
 
 
@@ -83,7 +89,9 @@ def write(terminal: pytest.TerminalReporter, reports: Sequence[pytest.TestReport
     verbosity = terminal.config.get_verbosity()
     if verbosity < -1:
         return
-    judged = reports_by_test(reports)
+    judged = {nodeid: own for nodeid, own in reports_by_test(reports).items() if own}
+    if not judged:
+        return
     lowest = SEVERITIES if verbosity > 0 else SEVERITIES[:2]
     found = {nodeid: [f for report in own for f in report.findings] for nodeid, own in judged.items()}
     width = terminal._tw.fullwidth
@@ -109,10 +117,13 @@ def reports_by_test(reports: Iterable[pytest.TestReport]) -> dict[str, list[Repo
     last: dict[str, pytest.TestReport] = {}
     for report in sorted(reports, key=lambda report: report.start):
         last[report.nodeid] = report
-    return {
-        nodeid: [Report.from_json(str(v)) for name, v in report.user_properties if name == PROPERTY]
-        for nodeid, report in last.items()
-    }
+    return {nodeid: list(_read(report)) for nodeid, report in last.items()}
+
+
+def _read(report: pytest.TestReport) -> Iterator[Report]:
+    for text in recorded(report, PROPERTY):
+        with suppress(ValueError):  # a test may record what it likes under this name
+            yield Report.from_json(text)
 
 
 def subject_lines(judged: Collection[list[Report]], width: int = 80, shown: int = 5) -> Iterator[str]:

@@ -536,3 +536,38 @@ def test_a_peak_lasts_whoever_resets_it(pytester: pytest.Pytester, monkeypatch: 
         line.startswith("peak memory of 30.0 GiB on cuda:0 is over the limit of 2.0 GiB") for line in over
     )
     assert torch._C._cuda_resetPeakMemoryStats is native
+
+
+def test_what_a_failing_test_holds_is_asked_for_nothing_that_ends_the_session(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+        import torch
+
+        class Untold(RuntimeError):
+            def __str__(self): raise ValueError("no text")
+
+        class Unasked:
+            def __getattr__(self, name): raise ValueError("no attribute")
+
+        @pytest.fixture
+        def unasked(): return Unasked()
+
+        @pytest.mark.lora_gpu
+        def test_untold(card): raise Untold
+
+        @pytest.mark.lora_gpu
+        def test_unasked(card, unasked): raise torch.OutOfMemoryError("CUDA out of memory")
+
+        @pytest.mark.lora_vram_limit("1GiB")
+        def test_over(card, unasked): card.take(2**31)
+
+        @pytest.mark.lora_gpu
+        def test_next(card): ...
+        """
+    )
+    result = run(pytester, "--lora-gpu-report")
+    result.assert_outcomes(failed=3, passed=1)
+    assert any("out of memory on cuda:0" in line for line in result.outlines)

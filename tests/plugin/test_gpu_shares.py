@@ -271,3 +271,29 @@ def test_a_log_that_cannot_be_written_is_named(home: Path, monkeypatch: pytest.M
     monkeypatch.delenv(ledger.LOG)
     with locks.held({"a": 24}, TOTALS, "next", patience=1):
         pass
+
+
+def test_what_cannot_be_given_back_keeps_nobody_waiting_and_ends_no_session(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, 24)
+    shared(monkeypatch, pytester.path)
+    pytester.makepyfile(f"""
+        import os
+        import pytest
+
+        @pytest.mark.lora_gpu
+        def test_first(monkeypatch): os.environ["{ledger.LOG}"] = "/"
+
+        @pytest.mark.lora_gpu
+        def test_second(): ...
+
+        def test_third(): del os.environ["{ledger.LOG}"]
+
+        @pytest.mark.lora_gpu
+        def test_fourth(): ...
+    """)
+    result = run_forked(pytester, "-n", "1")
+    result.assert_outcomes(passed=3, errors=1, warnings=1)
+    result.stdout.fnmatch_lines(["*PytestWarning: GPUs could not be given back: *cannot be written: *"])
+    result.stdout.no_fnmatch_line("*INTERNALERROR*")

@@ -208,3 +208,53 @@ def test_figures_travel_only_where_somebody_looks(pytester: pytest.Pytester, ask
     ]
     assert shown == ([f"run {n}" for n in range(5, SHOWN_FIGURES + 5)] if asked else [])
     assert len(values) == (SHOWN_FIGURES + 1 if asked else 1)
+
+
+STRANGE = """
+import pytest
+from pytest_lora import LoraHealthError, Report, diagnose_history
+
+class Reportless(Exception):
+    @property
+    def report(self): raise RuntimeError("no report")
+
+class Untold(LoraHealthError):
+    def __str__(self): raise RuntimeError("no text")
+
+class OwnReport(Report):
+    def __str__(self): raise RuntimeError("no text")
+
+def test_reportless(): raise Reportless
+def test_untold(): raise Untold(Report("x"))
+def test_own_report(): raise LoraHealthError(OwnReport("x"))
+
+@pytest.mark.parametrize("name", ["lora_report", "lora_gpu"])
+@pytest.mark.parametrize("value", ["A100", None, 1, "[1]", '{"devices": 3}', "[" * 9000])
+def test_own_property(record_property, name, value): record_property(name, value)
+
+@pytest.mark.parametrize("entry", ["one", 3, None, (["x"], 1), ("lora_report",), (1, 2, 3)])
+def test_no_property(request, entry): request.node.user_properties.append(entry)
+
+def test_last(request):
+    request.node.user_properties.append(None)
+    pytest_lora.assert_history_healthy([1.0, 2.0])
+"""
+
+
+@MODES
+def test_errors_and_properties_of_a_test_that_are_none_of_ours_end_no_session(
+    pytester: pytest.Pytester, mode: str
+) -> None:
+    pytester.makepyfile(test_it=STRANGE.replace("import pytest\n", "import pytest, pytest_lora\n"))
+    options = ("--lora-require-gpu", "--lora-report=out.json", "--lora-report=out.html", "-v")
+    result = session(pytester, mode, *options, "--lora-baseline=b.json", "--lora-update-baseline")
+    result.assert_outcomes(failed=3, passed=19)
+    for name in ("out.json", "b.json"):
+        assert (pytester.path / name).exists()
+    for word in ("*INTERNALERROR*", "*Traceback*"):
+        result.stdout.no_fnmatch_line(word)
+    assert not result.errlines
+    lines = section(result.outlines)
+    assert [line for line in lines if "healthy" in line] == [
+        "history of 2 training losses: healthy in 1 of 1 test"
+    ]

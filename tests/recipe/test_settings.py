@@ -42,7 +42,7 @@ def setting(tmp_path: Path, text: str, **files: str) -> RunSetting:
         (FACTORY, "LLaMA-Factory"),
         (TRL, "TRL"),
         (SWIFT, "ms-swift"),
-        (OWN, "a recipe of one's own"),
+        (OWN, "your own script"),
     ],
 )
 def test_the_format_is_known_by_its_keys(tmp_path: Path, text: str, tool: str) -> None:

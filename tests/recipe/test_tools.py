@@ -295,12 +295,12 @@ def test_what_a_key_changes(text: str, more: str, changes: dict[str, Any]) -> No
         (SWIFT + "merge_lora: true\nlearning_rate: 1e-4\n", "ms-swift", ""),
         ("model: a\ntuner_type: lora\n", "ms-swift", "it trains nothing: it names no dataset"),
         ("base_model: a\nlora_r: 8\n", None, ""),
-        ("base_model: a\nlora_r: 8\nlr: 1\n", "a recipe of one's own", ""),
+        ("base_model: a\nlora_r: 8\nlr: 1\n", "your own script", ""),
         ("base_model: a\nlora_dropout: 0.1\nlr: 1\n", None, ""),
         ("lora_r: 8\nlora_alpha: 8\n", None, ""),
-        (OWN + "use_lora: false\n", "a recipe of one's own", "use_lora is off"),
-        (OWN + "use_lora: true\n", "a recipe of one's own", ""),
-        (OWN + "lora_enable: no\n", "a recipe of one's own", "lora_enable is off"),
+        (OWN + "use_lora: false\n", "your own script", "use_lora is off"),
+        (OWN + "use_lora: true\n", "your own script", ""),
+        (OWN + "lora_enable: no\n", "your own script", "lora_enable is off"),
     ],
 )  # fmt: skip
 def test_which_tool_and_whether_it_trains_an_adapter(text: str, tool: str | None, why: str) -> None:

@@ -12,7 +12,7 @@ from pytest_lora.inspection.recipe.beside import Tree, deepspeed_strategy, fsdp_
 from pytest_lora.inspection.recipe.keys import Keys, comma_separated, numbers_by_name, with_whole_dtype
 from pytest_lora.inspection.recipe.yaml_file import Node
 
-NAME = "a recipe of one's own"
+NAME = "your own script"
 KEYS = ""
 STOPS_AT_UNKNOWN = False
 CHECKS_WORDS = False

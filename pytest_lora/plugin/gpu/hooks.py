@@ -15,7 +15,7 @@ import pytest
 from pytest_lora.plugin.gpu import devices, hardware, ledger, locks, memory
 from pytest_lora.plugin.gpu.devices import Devices
 from pytest_lora.plugin.gpu.last_words import LastWords
-from pytest_lora.plugin.gpu.marks import Need, need_of
+from pytest_lora.plugin.gpu.marks import need_of, need_of_fixtures
 from pytest_lora.plugin.gpu.memory import Soundness
 from pytest_lora.plugin.gpu.run import PREDICTION, Run, explained, out_of_memory, over_limit, predict
 from pytest_lora.plugin.options import has_own, is_gpu_test
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from pytest_lora.plugin.gpu.memory import Memory
-
-BUILT_IN = 2 * 10**9
-"""Bytes that a test on the built-in base is given: the base has a million parameters; CUDA's context takes most."""
 
 _RUN = pytest.StashKey[Run]()
 
@@ -68,7 +65,8 @@ class GpuTests:
         if not is_asked and not (has_own(item, "lora_device") and self._devices.hold_fixtures):
             return (yield)
         run = item.stash[_RUN] = Run(is_asked=is_asked)
-        with ExitStack() as stack:
+        stack = ExitStack()
+        try:
             try:
                 self._prepare(item, run, stack)
             except Exception as error:  # raised in the test's set-up: here it would end the session
@@ -76,11 +74,11 @@ class GpuTests:
             self._current = run
             if run.devices:
                 self._last_words.begin(item.nodeid)
-            try:
-                return (yield)
-            finally:
-                self._last_words.end()
-                self._current = None
+            return (yield)
+        finally:
+            self._last_words.end()
+            self._current = None
+            locks.give_back(item, stack)
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Skip or fail a test that cannot run; note what is allocated before one that can."""
@@ -172,7 +170,11 @@ class GpuTests:
             run.seconds = round(call.duration, 3)
             if options_of(self._config).gpu_report:
                 predict(item)
-        diagnosis = self._diagnosis(item, run, call.excinfo.value) if call.excinfo else ""
+        diagnosis = ""
+        if call.excinfo:
+            run.errors.append(call.excinfo.value)
+            with suppress(Exception):  # of an error that is asked for its text, or of a broken device
+                diagnosis = self._diagnosis(item, run, call.excinfo.value)
         run.publish(item)
         report = yield
         if diagnosis:
@@ -186,7 +188,7 @@ class GpuTests:
             ValueError: A mark is wrong.
             NotSharedError: The devices did not become free.
         """
-        run.need = need_of(item) if run.is_asked else self._need_of_fixtures(item)
+        run.need = need_of(item) if run.is_asked else need_of_fixtures(item)
         if self._cuda.words or item.get_closest_marker("skip"):
             return
         if lack := self._devices.obstacle(run.need):
@@ -198,11 +200,6 @@ class GpuTests:
             stack.enter_context(locks.held(dict.fromkeys(totals, run.need.share), totals, item.nodeid))
             stack.callback(self._keep, run)
         stack.enter_context(self._memory.peaks_kept())
-
-    def _need_of_fixtures(self, item: pytest.Item) -> Need:
-        """What a test takes that asks for no GPU but has its fixtures on one: little, on the built-in base."""
-        is_built_in = has_own(item, "lora_base_model") and options_of(self._config).model is None
-        return Need(vram=BUILT_IN) if is_built_in else Need()
 
     def _keep(self, run: Run) -> None:
         """Tell the other workers what this one holds until its next test: a base of session scope, say."""
@@ -283,8 +280,7 @@ class GpuTests:
             self._left[item.nodeid] = run.left
 
     def _diagnosis(self, item: pytest.Item, run: Run, error: BaseException) -> str:
-        """What to say under an error, which is kept until its frames may be cleared."""
-        run.errors.append(error)
+        """What to say under an error."""
         if self._cuda.note(item.nodeid, error):
             return (
                 f"CUDA is broken in this process now ({self._cuda.words}). GPU tests that follow in it are not run: "

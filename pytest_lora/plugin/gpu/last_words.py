@@ -34,7 +34,8 @@ class LastWords:
         """Say that a test runs."""
         if self._process is None:
             capture = self._config.pluginmanager.getplugin("capturemanager")
-            with capture.global_and_fixture_disabled() if capture else nullcontext():
+            # Where no process can be started, there are no last words.
+            with suppress(OSError), capture.global_and_fixture_disabled() if capture else nullcontext():
                 self._process = subprocess.Popen(
                     [sys.executable, "-I", "-S", __file__],
                     stdin=subprocess.PIPE,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from contextlib import contextmanager
+import warnings
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import pytest
 from filelock import FileLock
 
 from pytest_lora.plugin.gpu import ledger
@@ -51,12 +53,14 @@ def held(
         _wait(home, own, totals, patience)
         yield
     finally:
-        with ledger.opened(home, _own) as entries:
-            for entry in [entry for entry in entries if entry.ticket == ticket]:
-                entries.remove(entry)
-                if entry.state == "runs":
-                    ledger.log("release", entry)
-        _end(home, ticket, life)
+        try:
+            with ledger.opened(home, _own) as entries:
+                for entry in [entry for entry in entries if entry.ticket == ticket]:
+                    entries.remove(entry)
+                    if entry.state == "runs":
+                        ledger.log("release", entry)
+        finally:  # an entry that could not be taken back is then one of nobody alive
+            _end(home, ticket, life)
 
 
 def keep(shares: Mapping[str, int], who: str) -> None:
@@ -80,6 +84,18 @@ def keep(shares: Mapping[str, int], who: str) -> None:
     if not is_anything:
         del _kept[home]
         _end(home, ticket, life)
+
+
+def give_back(item: pytest.Item, held: ExitStack) -> None:
+    """Close what was held for a test. What fails then is a warning: to raise outside of a test ends the session."""
+    try:
+        held.close()
+    except (NotSharedError, OSError) as error:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warnings.warn(pytest.PytestWarning(f"GPUs could not be given back: {error}"), stacklevel=1)
+        told = {"warning_message": caught[0], "when": "runtest", "nodeid": item.nodeid, "location": None}
+        item.ihook.pytest_warning_recorded.call_historic(kwargs=told)
 
 
 def _live(home: Path) -> tuple[str, FileLock]:

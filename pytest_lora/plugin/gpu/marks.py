@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_lora.facts.numbers import parse_bytes
 from pytest_lora.plugin.markers import farthest_first
+from pytest_lora.plugin.options import has_own
+from pytest_lora.plugin.session_options import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 ARGUMENTS = ("min_vram_gb", "count", "capability")
 GB = 10**9
+BUILT_IN = 2 * 10**9
+"""Bytes that a test on the built-in base is given: the base has a million parameters; CUDA's context takes most."""
 KEPT_BY_THE_DRIVER = 0.03
 """Share of its memory that a card may lack: of the 16 GB of a T4 torch sees 15.8, of the 24 GB of an L4 23.7."""
 
@@ -67,6 +71,12 @@ class Need:
         enough = self.vram is None or device.total >= self.vram * (1 - KEPT_BY_THE_DRIVER)
         able = self.capability is None or (device.capability or (0, 0)) >= self.capability
         return enough and able
+
+
+def need_of_fixtures(item: pytest.Item) -> Need:
+    """What a test takes that asks for no GPU but has its fixtures on one: little, on the built-in base."""
+    is_built_in = has_own(item, "lora_base_model") and options_of(item.config).model is None
+    return Need(vram=BUILT_IN) if is_built_in else Need()
 
 
 def need_of(item: pytest.Item) -> Need:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_lora.plugin.options import GPU_PROPERTY
+from pytest_lora.plugin.options import GPU_PROPERTY, recorded
 from pytest_lora.plugin.session_options import options_of
 from pytest_lora.report.session import (
     GPU_COLUMNS,
@@ -27,11 +28,14 @@ def uses(reports: Iterable[pytest.TestReport]) -> dict[str, GpuUse]:
     """The GPU tests of the session in the order in which they ended; of several tries the last."""
     last: dict[str, GpuUse] = {}
     for report in sorted(reports, key=lambda report: report.start):
-        for name, value in report.user_properties:
-            if name == GPU_PROPERTY:
-                data = json.loads(str(value))
+        for text in recorded(report, GPU_PROPERTY):
+            with suppress(
+                ValueError, LookupError, TypeError, RecursionError
+            ):  # a test may record what it likes
+                data = json.loads(text)
+                use = GpuUse(**{**data, "devices": tuple(data["devices"])})
                 last.pop(report.nodeid, None)
-                last[report.nodeid] = GpuUse(**{**data, "devices": tuple(data["devices"])})
+                last[report.nodeid] = use
     return last
 
 
@@ -71,12 +75,12 @@ class RequireGpu:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count the GPU tests that ran, and those that could not any more."""
-        data = [json.loads(str(value)) for name, value in report.user_properties if name == GPU_PROPERTY]
-        if not data:
+        use = uses([report]).get(report.nodeid)
+        if use is None:
             return
         if report.when == "call" and (not report.skipped or hasattr(report, "wasxfail")):
             self._ran += 1
-        if report.when == "setup" and data[0]["broken_by"]:
+        if report.when == "setup" and use.broken_by:
             self._not_run += 1
 
     @pytest.hookimpl(tryfirst=True)

@@ -12,7 +12,7 @@ import pytest
 
 from pytest_lora.facts.numbers import format_bytes
 from pytest_lora.plugin.gpu.marks import Need
-from pytest_lora.plugin.options import GPU_PROPERTY
+from pytest_lora.plugin.options import GPU_PROPERTY, is_recorded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,7 +85,7 @@ class Run:
             "skipped": self.reason or None,
             "broken_by": self.broken_by or None,
         }
-        item.user_properties[:] = [entry for entry in item.user_properties if entry[0] != GPU_PROPERTY]
+        item.user_properties[:] = [one for one in item.user_properties if not is_recorded(one, GPU_PROPERTY)]
         item.user_properties.append((GPU_PROPERTY, json.dumps(data)))
 
 
@@ -111,15 +111,15 @@ def explained(item: pytest.Item, budget: int) -> str:
 
 
 def _estimated(item: pytest.Item) -> MemoryEstimate | None:
-    """What is wrong with the estimate is not what is wrong with the test."""
-    model, batch = _known(item)
-    if model is None or batch is None:
-        return None
-    from pytest_lora.memory.estimate import estimate_of_model
-
+    """What is wrong with the estimate is not what is wrong with the test, and neither is what a fixture raises here."""
     try:
+        model, batch = _known(item)
+        if model is None or batch is None:
+            return None
+        from pytest_lora.memory.estimate import estimate_of_model
+
         return estimate_of_model(model, batch)
-    except (TypeError, ValueError):
+    except Exception:
         return None
 
 
