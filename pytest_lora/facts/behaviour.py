@@ -19,6 +19,7 @@ class ReloadFacts:
         lost: Trained tensors that are not in the saved adapter.
         changed: Tensors of the adapter with other values or shapes after loading.
         foreign: Tensors of the given base that differ from those under the adapter.
+        rounded: Tensors of the given base that rounding alone tells from those under the adapter.
         recast: Tensors of the adapter with the same values in another dtype.
         dtypes: Dtype of the first of these before and after; None where there is none.
         apart: Largest difference of the outputs; 0 where they are equal bit for bit.
@@ -28,6 +29,7 @@ class ReloadFacts:
     lost: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
     recast: tuple[str, ...] = ()
     dtypes: tuple[str, str] | None = None
     apart: float = 0.0
@@ -35,7 +37,7 @@ class ReloadFacts:
     @property
     def tensors_differ(self) -> bool:
         """Whether a tensor explains a difference of the outputs."""
-        return bool(self.lost or self.changed or self.foreign or self.recast)
+        return bool(self.lost or self.changed or self.foreign or self.rounded or self.recast)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from pytest_lora.facts.behaviour import ReloadFacts
 from pytest_lora.facts.settings import rewriter
@@ -204,13 +204,14 @@ def _compared(
     changed: list[str] = []
     recast: list[str] = []
     foreign: list[str] = []
+    rounded: list[str] = []
     for name, tensor in before.items():
         other = after.get(name)
         same = other is not None and other.shape == tensor.shape and identical(other.to(tensor), tensor)
         is_adapter = any(part in name for part in _ADAPTER_PARTS)
-        if not same and not is_adapter and other is not None and name not in trained:
-            precise = tensor.is_floating_point() and tensor.dtype.itemsize >= 4
-            same = precise and distance(other.to(tensor), tensor) <= _ROUNDED * largest(tensor)
+        if not (same or is_adapter or name in trained) and other is not None and _is_rounded(tensor, other):
+            rounded.append(name)
+            continue
         if not same:
             (changed if is_adapter else lost if name in trained else foreign).append(name)
         elif is_adapter and other is not None and other.dtype != tensor.dtype:
@@ -219,9 +220,15 @@ def _compared(
         lost=tuple(lost),
         changed=tuple(changed),
         foreign=tuple(foreign) if base_given else (),
+        rounded=tuple(rounded),
         recast=tuple(recast),
         dtypes=(str(before[recast[0]].dtype), str(after[recast[0]].dtype)) if recast else None,
     )
+
+
+def _is_rounded(tensor: Tensor, other: Tensor) -> bool:
+    precise = tensor.is_floating_point() and tensor.dtype.itemsize >= 4
+    return precise and distance(other.to(tensor), tensor) <= _ROUNDED * largest(tensor)
 
 
 def _unsaved_adapters(adapted: nn.Module) -> set[str]:
