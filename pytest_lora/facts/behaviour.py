@@ -20,6 +20,7 @@ class ReloadFacts:
         changed: Tensors of the adapter with other values or shapes after loading.
         foreign: Tensors of the given base that differ from those under the adapter.
         merged: Those of them that differ by what the active adapters add to them.
+        rounded: Tensors of the given base that rounding alone tells from those under the adapter.
         recast: Tensors of the adapter with the same values in another dtype.
         dtypes: Dtype of the first of these before and after; None where there is none.
         apart: Largest difference of the outputs; 0 where they are equal bit for bit.
@@ -30,6 +31,7 @@ class ReloadFacts:
     changed: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
     recast: tuple[str, ...] = ()
     dtypes: tuple[str, str] | None = None
     apart: float = 0.0
@@ -37,7 +39,7 @@ class ReloadFacts:
     @property
     def tensors_differ(self) -> bool:
         """Whether a tensor explains a difference of the outputs."""
-        return bool(self.lost or self.changed or self.foreign or self.recast)
+        return bool(self.lost or self.changed or self.foreign or self.rounded or self.recast)
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,10 @@ def test_an_rslora_adapter_that_acts_with_alpha_over_r_is_told() -> None:
             layer.scaling["default"] = 32 / 16
     (finding,) = found("LORA228", model, SERVING)
     assert finding.severity == "warning"
-    assert "scaling is 2 in 4 of 4 modules, which is alpha / r: the root of rsLoRA was left out" in finding.observed
+    assert (
+        "scaling is 2 in 4 of 4 modules, which is alpha / r: the root of rsLoRA was left out"
+        in finding.observed
+    )
     assert finding.expected == "alpha / sqrt(r) = 8 (alpha=32, r=16)"
     exec(finding.fix.partition(": ")[2], {"model": model})
     assert not check_model(model, expect=SERVING).findings

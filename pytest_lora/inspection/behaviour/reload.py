@@ -204,13 +204,14 @@ def _compared(
     changed: list[str] = []
     recast: list[str] = []
     foreign: list[str] = []
+    rounded: list[str] = []
     for name, tensor in before.items():
         other = after.get(name)
         same = other is not None and other.shape == tensor.shape and identical(other.to(tensor), tensor)
         is_adapter = any(part in name for part in _ADAPTER_PARTS)
-        if not same and not is_adapter and other is not None and name not in trained:
-            precise = tensor.is_floating_point() and tensor.dtype.itemsize >= 4
-            same = precise and distance(other.to(tensor), tensor) <= _ROUNDED * largest(tensor)
+        if not (same or is_adapter or name in trained) and other is not None and _is_rounded(tensor, other):
+            rounded.append(name)
+            continue
         if not same:
             (changed if is_adapter else lost if name in trained else foreign).append(name)
         elif is_adapter and other is not None and other.dtype != tensor.dtype:
@@ -220,6 +221,7 @@ def _compared(
         changed=tuple(changed),
         foreign=tuple(foreign) if base_given else (),
         merged=tuple(_merged_already(adapted, after, foreign)) if base_given else (),
+        rounded=tuple(rounded),
         recast=tuple(recast),
         dtypes=(str(before[recast[0]].dtype), str(after[recast[0]].dtype)) if recast else None,
     )
@@ -247,6 +249,11 @@ def _merged_already(adapted: nn.Module, after: dict[str, Tensor], foreign: list[
 MERGED_WITHIN = 0.1
 """Share of a difference of bases that may be other than the adapter's update: a merge in bfloat16 rounds each weight by
 up to 2^-9 of it, which is some percent of an update of a tenth of the weight."""
+
+
+def _is_rounded(tensor: Tensor, other: Tensor) -> bool:
+    precise = tensor.is_floating_point() and tensor.dtype.itemsize >= 4
+    return precise and distance(other.to(tensor), tensor) <= _ROUNDED * largest(tensor)
 
 
 def _unsaved_adapters(adapted: nn.Module) -> set[str]:

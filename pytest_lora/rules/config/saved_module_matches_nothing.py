@@ -16,7 +16,8 @@ def saved_module_matches_nothing(facts: ConfigFacts, expect: Expect) -> Iterator
 
     ## What it does
     Matches each entry of `modules_to_save` against the base. A bare string instead of a list is read
-    letter by letter by PEFT and is named as such.
+    letter by letter by PEFT and is named as such. Where only a configuration of the base is given and no task type,
+    any class that transformers loads it into may have the modules.
 
     ## Why is this bad?
     PEFT says nothing. A new head or embedding that was meant to be trained in full stays frozen at its
