@@ -252,7 +252,7 @@ up to 2^-9 of it, which is some percent of an update of a tenth of the weight.""
 
 
 def _is_rounded(tensor: Tensor, other: Tensor) -> bool:
-    precise = tensor.is_floating_point() and tensor.dtype.itemsize >= 4
+    precise = tensor.is_floating_point() and tensor.dtype.itemsize >= 4 and other.shape == tensor.shape
     return precise and distance(other.to(tensor), tensor) <= _ROUNDED * largest(tensor)
 
 
