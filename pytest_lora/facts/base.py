@@ -74,6 +74,21 @@ Source: ``PeftModelForSequenceClassification``, ``...TokenClassification`` and `
 these lists inside their constructors.
 """
 
+
+def heads_named_by_peft(task_type: str | None, named: tuple[str, ...], absent: set[str]) -> frozenset[str]:
+    """Those of ``modules_to_save`` that PEFT may have added.
+
+    They are those of the task type, or of a task all of whose heads are named and not all absent: a
+    ``PeftModelForSequenceClassification`` names them for an adapter without a task type too.
+    """
+    of_tasks = (
+        heads
+        for task, heads in HEADS_BY_TASK_TYPE.items()
+        if task == task_type or (set(heads) <= set(named) and not set(heads) <= absent)
+    )
+    return frozenset(name for heads in of_tasks for name in heads)
+
+
 TIED_BY_NAME = ("embed_tokens", "lm_head")
 """Names by which PEFT knows that ``ensure_weight_tying`` is meant.
 

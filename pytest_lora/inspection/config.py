@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_lora.facts.base import BaseFacts
+from pytest_lora.facts.base import BaseFacts, heads_named_by_peft
 from pytest_lora.facts.config import NOT_TRIED, ConfigFacts, LayerFacts, NameMatch, PatternKey, Refusal
 from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.inspection.base import base_facts, base_parameters
@@ -145,9 +145,10 @@ def live_config_facts(
 
 def _without_absent_heads(settings: Settings, base: BaseFacts) -> Settings:
     """Leave out of ``modules_to_save`` what PEFT adds for the task type by itself and this base does not have."""
-    added = heads_by_task_type(settings.task_type)
-    named = tuple(name for name in settings.modules_to_save if name not in added or _leaves(base, name))
-    return replace(settings, modules_to_save=named)
+    named = settings.modules_to_save
+    absent = {name for name in named if not _leaves(base, name)}
+    absent &= heads_named_by_peft(settings.task_type, named, absent)
+    return replace(settings, modules_to_save=tuple(name for name in named if name not in absent))
 
 
 def _leaves(base: BaseFacts, name: str) -> bool:

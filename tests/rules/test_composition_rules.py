@@ -524,3 +524,11 @@ def test_the_head_of_an_adapter_that_is_not_active() -> None:
     model.set_adapter("second")
     model.requires_grad_(False)
     assert not check_model(model, expect=SERVING).findings
+
+
+def test_heads_that_peft_names_for_an_adapter_without_a_task_type() -> None:
+    model: Any = get_peft_model(BASES["classifier_base"](), config(task_type="SEQ_CLS"))
+    model.add_adapter("second", config())
+    model.set_adapter("second")
+    assert {"classifier", "score"} <= set(model.peft_config["second"].modules_to_save)
+    assert not found("LORA110", model)
