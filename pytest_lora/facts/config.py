@@ -198,6 +198,11 @@ class ConfigFacts:
         return next((m.modules for m in self.names if (m.field, m.name) == ("target_modules", name)), ())
 
     @property
+    def blocks(self) -> tuple[int, ...]:
+        """Numbers of the blocks that ``layers_to_transform`` counts: the base's, or those of ``layer_replication``."""
+        return tuple(range(len(self.settings.replicated_blocks))) or self.base.layer_indices
+
+    @property
     def adapted(self) -> frozenset[str]:
         """Names of the adapted modules."""
         return frozenset(layer.module for layer in self.layers)

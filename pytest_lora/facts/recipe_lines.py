@@ -44,7 +44,7 @@ class UnknownKey:
         text: The line as written.
         kind: Why.
         meant: The key that was meant, or None.
-        since: The version that removed it, or empty.
+        since: The version that removed it, or where alone a key that is dropped is read; else empty.
         stops: Whether the tool stops at it, instead of dropping it without a word.
     """
 
@@ -82,7 +82,7 @@ class WrongKind:
 
 @dataclass(frozen=True, slots=True)
 class Clash:
-    """Two keys that the tool does not take beside each other.
+    """Two keys that the tool does not take beside each other, or one that it does not take without another.
 
     Attributes:
         key: The one that is to go.
@@ -90,6 +90,7 @@ class Clash:
         other: The one that stays.
         why: What the tool does.
         stops: Whether it stops at them, instead of leaving one out without a word.
+        needed: Keys of which the first one lacks each; empty where two are beside each other.
     """
 
     key: str
@@ -97,3 +98,4 @@ class Clash:
     other: str
     why: str
     stops: bool
+    needed: tuple[str, ...] = ()

@@ -48,6 +48,7 @@ class Settings:
     use_qalora: bool
     lora_bias: bool
     kasa_config: bool
+    layer_replication: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, config: Any) -> Settings:
@@ -80,6 +81,11 @@ class Settings:
         if rank < 1:
             return None
         return self.alpha_of(module) / alpha_divisor(rank, rslora=self.use_rslora)
+
+    @property
+    def replicated_blocks(self) -> tuple[int, ...]:
+        """The block of the base that each block of the adapted model is made of; empty without layer_replication."""
+        return tuple(block for first, end in self.layer_replication for block in range(first, end))
 
     def without_patterns(self) -> Settings:
         """The settings without what would be matched with names of modules."""
@@ -239,6 +245,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "use_qalora": bool,
     "lora_bias": bool,
     "kasa_config": bool,
+    "layer_replication": lambda value: tuple((int(first), int(end)) for first, end in value or ()),
 }
 
 

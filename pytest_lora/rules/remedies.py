@@ -193,3 +193,18 @@ TO_MLX = (
     "rank, scale={scale}, dropout and keys; or merge the adapter and convert the model with mlx_lm.convert"
 )
 """To mlx-lm, from ``load_adapters`` of ``mlx_lm/tuner/utils.py``."""
+
+
+def positive_ranks(settings: Settings) -> Change:
+    """Ranks below 1 replaced by PEFT's default, or left out of the pattern."""
+    fields: dict[str, object] = {} if settings.r > 0 else {"r": 8}  # PEFT's default
+    if settings.rank_pattern:
+        fields["rank_pattern"] = {key: rank for key, rank in settings.rank_pattern if rank > 0}
+    return change(**fields)
+
+
+def in_numbers(settings: Settings) -> Change:
+    """Ranks and alphas as the numbers that their text says."""
+    patterns = {"rank_pattern": dict(settings.rank_pattern), "alpha_pattern": dict(settings.alpha_pattern)}
+    written = {field: pattern for field, pattern in patterns.items() if pattern}
+    return change(r=settings.r, lora_alpha=settings.lora_alpha, **written)

@@ -12,7 +12,8 @@ from pytest_lora import check_recipe
 from pytest_lora.facts.recipe_lines import Clash
 from pytest_lora.findings import Finding
 from pytest_lora.inspection.recipe import recognised
-from pytest_lora.inspection.recipe.schema import JUDGED_APART, PAIRS, clashes, known_keys
+from pytest_lora.inspection.recipe.clashes import NEEDS, PAIRS, clashes
+from pytest_lora.inspection.recipe.schema import JUDGED_APART, known_keys
 from pytest_lora.inspection.recipe.yaml_file import read_yaml
 from tests.recipe.test_tools import AXOLOTL, FACTORY, OWN, SWIFT, TRL, setting
 
@@ -57,10 +58,49 @@ def test_the_words_on_a_pair(lines: str, severity: str, tmp_path: Path) -> None:
     assert one.fix == f"remove `{key}`, or `{other}`"
 
 
+def test_a_key_that_needs_another(tmp_path: Path) -> None:
+    start = f"{FACTORY}eval_strategy: steps\n"
+    (one,) = found(start, tmp_path, "LORA605")
+    assert (one.line, one.severity, one.fix) == (
+        4,
+        "error",
+        "add `val_size` or `eval_dataset`, or remove `eval_strategy`",
+    )
+    assert found(f"{start}val_size: 0.0\n", tmp_path, "LORA605")
+    for mended in (
+        f"{start}val_size: 0.1\n",
+        f"{start}eval_dataset: mine\n",
+        f"{start}val_size: ${{HELD_OUT}}\n",
+        FACTORY.replace("sft", "ppo") + "reward_model: mine\n",
+        f'{FACTORY}eval_strategy: "no"\n',
+    ):
+        assert not found(mended, tmp_path, "LORA605"), mended
+    assert found(FACTORY.replace("sft", "ppo"), tmp_path, "LORA605")
+
+
+@pytest.mark.parametrize(
+    ("lines", "stage", "told"),
+    [
+        ("quantization_bit: 8", 3, ["quantization_bit"]),
+        ("quantization_bit: 8", 2, []),
+        ("quantization_bit: 4", 3, []),
+        ("pure_bf16: true\nuse_unsloth: true", 3, ["pure_bf16", "use_unsloth"]),
+        ("pure_bf16: false\npissa_init: true", 3, ["pissa_init"]),
+        ("pissa_init: true", 2, []),
+    ],
+)
+def test_what_divided_weights_exclude(lines: str, stage: int, told: list[str], tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
+    seen = found(f"{FACTORY}deepspeed: ds.json\n{lines}\n", tmp_path, "LORA605")
+    assert sorted(one.where.rpartition(" ")[2] for one in seen) == told
+    assert all("`deepspeed`" in one.fix and "ZeRO-3" in one.observed for one in seen)
+
+
 def test_keys_of_pairs_are_keys_of_their_tools() -> None:
     for tool, pairs in PAIRS.items():
         known = known_keys().get(tool)
         named = {name for pair in pairs for name in (pair.key, pair.other)}
+        named |= {name for need in NEEDS.get(tool, ()) for name in (need.key, *need.others)}
         assert known is None or named - known["keys"] <= {"fsdp"}
 
 

@@ -31,7 +31,7 @@ from pytest_lora.inspection.recipe.keys import (
 )
 from pytest_lora.inspection.recipe.schema import unknown_keys, wrong_kinds
 from pytest_lora.inspection.recipe.yaml_file import read_yaml
-from tests.recipe.test_tools import AXOLOTL, FACTORY, OWN, TRL
+from tests.recipe.test_tools import AXOLOTL, FACTORY, OWN, SWIFT, TRL
 
 
 def keys(text: str) -> Keys:
@@ -155,10 +155,36 @@ def unknown(text: str) -> list[UnknownKey]:
          [("lora_targets_modules", 4, "lora_targets_modules: x", "unknown", "lora_target_modules", "", False)]),
         (OWN + "lora_targets_modules: x\nlora_target_modules: y\n", []),
         (OWN + "learning_rate: 1\nmy_rate: 2\n", []),
+        (OWN + "use_lora: true\n", []),
+        (SWIFT + "trainable_parameters: [a]\nfreeze_parameters: []\n",
+         [("trainable_parameters", 4, "trainable_parameters: [a]", "dropped", None, "under tuner_type: full alone",
+           False)]),
+        (FACTORY + "new_special_tokens: <a>\n",
+         [("new_special_tokens", 4, "new_special_tokens: <a>", "renamed", "add_special_tokens", "", True)]),
+        (TRL + "reward_funcs: [accuracy_reward]\nreward_model_name_or_path: a/b\n", []),
     ],
 )  # fmt: skip
 def test_keys_that_nothing_reads(text: str, keys_told: list[tuple[Any, ...]]) -> None:
     assert unknown(text) == [UnknownKey(*one) for one in keys_told]
+
+
+ON_TRL = TRL + "lora_r: 4\nlora_alpha: 8\nlearning_rate: 1.0e-4\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (ON_TRL, "TRL"),
+        (ON_TRL + "a_: 1\nb_: 1\nc_: 1\ntorch_dtype: x\nblock: {a: 1}\n", "TRL"),
+        (ON_TRL + "a_: 1\nb_: 1\nc_: 1\nd_: 1\n", "a recipe of one's own"),
+        (ON_TRL + "system_prompt: You think.\n", "a recipe of one's own"),
+        (TRL + "a_: 1\nb_: 1\nc_: 1\nd_: 1\n", "TRL"),
+    ],
+)
+def test_scripts_that_read_more_than_trl(text: str, name: str) -> None:
+    found = recognised(read_yaml(text.encode()))
+    assert found is not None
+    assert name == found[0].NAME
 
 
 def wrong(text: str) -> list[WrongKind]:
@@ -171,6 +197,9 @@ def wrong(text: str) -> list[WrongKind]:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        (OWN + "lr: 1e-4\nmodel: {_target_: a.B}\n", []),
+        (OWN + "lr: 1e-4\nmodel: [{_component_: a.B}]\n", []),
+        (OWN + "optimizer: {class_path: a.B, lr: 1e-4}\n", []),
         (OWN + "lr: 1e4\n", [("lr", 4, "1e4", "10000", True)]),
         (OWN + "lr: 1E-4\n", [("lr", 4, "1E-4", "1.0e-4", True)]),
         (OWN + "lr: 1.5e4\n", [("lr", 4, "1.5e4", "15000", True)]),

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import config as lora_config
@@ -263,3 +264,69 @@ def test_a_field_on_which_peft_raises_is_an_error_and_no_other(
     else:
         assert not check_checkpoint(path, BASES["base"]()).errors
         assert not check_checkpoint(path).errors
+
+
+REPLICATED = [[0, 2], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, True),
+        ({"layers_to_transform": [2]}, True),
+        ({"layers_to_transform": [0]}, False),
+        ({"layer_replication": [[0, 1], [1, 2]]}, False),
+    ],
+)
+def test_copies_of_a_block_are_told_where_their_adapters_are_to_be_merged(
+    changed: dict[str, Any], told: bool
+) -> None:
+    fields = {"layer_replication": REPLICATED, "target_modules": ["q_proj", "v_proj"], **changed}
+    config = LoraConfig(r=8, lora_alpha=16, init_lora_weights=False, **fields)
+    model = get_peft_model(BASES["base"](), copy.deepcopy(config)).eval()
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        merged = model.merge_and_unload()(ids).logits
+    assert torch.allclose(before, merged, atol=1e-4) is not told
+    config.init_lora_weights = True
+    merging = check_config(config, BASES["base"](), expect=Expect(will_merge=True))
+    assert [finding.code for finding in merging.findings] == (["LORA113"] if told else [])
+    live = get_peft_model(BASES["base"](), copy.deepcopy(config))
+    seen = [one.code for one in check_model(live, expect=Expect(will_merge=True)).findings]
+    assert ("LORA113" in seen) is told
+    assert not check_config(config, BASES["base"]()).findings
+    assert "LORA113" not in [one.code for one in check_model(live).findings]
+
+
+def test_layers_are_counted_after_replication() -> None:
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], layer_replication=REPLICATED)
+    config.layers_to_transform = [2]
+    assert not check_config(config, BASES["base"]()).findings
+    config.layers_to_transform = [3]
+    (finding,) = check_config(config, BASES["base"]()).findings
+    wanted = "numbers from 0 to 2: layer_replication makes 3 blocks, counted from 0"
+    assert (finding.code, finding.expected) == ("LORA105", wanted)
+
+
+def test_a_bias_that_is_no_word_is_explained() -> None:
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"])
+    config.bias = None  # type: ignore[assignment]
+    (finding,) = check_config(config, BASES["base"]()).findings
+    assert finding.code == "LORA124"
+    assert "'none', 'all' and 'lora_only'" in finding.fix
+    config.bias = "none"
+    assert not check_config(config, BASES["base"]()).findings
+
+
+@pytest.mark.skipif(not NEWEST, reason="needs PEFT that refuses these modules")
+def test_modules_that_kernels_bypass_are_left_out() -> None:
+    base = transformers.MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2, vocab_size=128)
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=["in_proj", "out_proj", "conv1d"], task_type="CAUSAL_LM"
+    )
+    (finding,) = check_config(config, base).findings
+    assert finding.code == "LORA124"
+    assert "target_modules=['in_proj']" in finding.fix
+    config.target_modules = {"in_proj"}
+    assert not check_config(config, base).findings

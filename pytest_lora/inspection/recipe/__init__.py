@@ -20,8 +20,9 @@ from pytest_lora.facts.recipe_lines import Flaw
 from pytest_lora.files import start_of
 from pytest_lora.inspection.recipe import axolotl, home_made, llamafactory, ms_swift, trl
 from pytest_lora.inspection.recipe.beside import OFFLOADED, Tree, fsdp_version, fsdp_version_of_arguments
+from pytest_lora.inspection.recipe.clashes import clashes
 from pytest_lora.inspection.recipe.keys import Keys, resolved
-from pytest_lora.inspection.recipe.schema import clashes, no_choices, unknown_keys, wrong_kinds
+from pytest_lora.inspection.recipe.schema import no_choices, reads_more, unknown_keys, wrong_kinds
 from pytest_lora.inspection.recipe.yaml_file import MAX_BYTES, BrokenError, YamlFile, read_yaml
 from pytest_lora.values import shown
 
@@ -76,12 +77,15 @@ def recipe_facts(path: Path, base: str | None = None) -> RecipeFacts:
 def recognised(file: YamlFile) -> tuple[ModuleType, Keys] | None:
     """The tool that a file is a recipe of, and its keys as that tool sees them."""
     plain = Keys(file.root, "")
+    flat = home_made.flattened(resolved(file.root))
+    own = home_made.is_mine(flat)
     for tool in TOOLS:
+        if tool is trl and own and reads_more(plain):
+            break
         if tool.is_mine(plain):
             root = resolved(file.root) if tool is llamafactory else file.root
             return tool, Keys(root, tool.NAME)
-    flat = home_made.flattened(resolved(file.root))
-    return (home_made, flat) if home_made.is_mine(flat) else None
+    return (home_made, flat) if own else None
 
 
 def is_likely(path: Path) -> bool:
@@ -103,7 +107,7 @@ def _facts(path: Path, file: YamlFile, tool: ModuleType, keys: Keys, base: str |
         repeated=tuple(file.repeated),
         unknown=tuple(islice(unknown_keys(keys, tool, file), MOST_UNKNOWN)),
         wrong=(*wrong_kinds(file, tool), *no_choices(keys, tool)),
-        clashes=tuple(clashes(keys, tool)),
+        clashes=tuple(clashes(keys, tool, setting)),
         setting=setting,
         base=None if named is None else base_model(str(named)),
         base_is_adapter=tree.adapter(setting.base.value),

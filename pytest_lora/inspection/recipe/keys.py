@@ -113,6 +113,17 @@ def is_filled_in(node: Node) -> bool:
     return node.plain and _INTERPOLATED.search(node.written) is not None
 
 
+_OFF = ("", "false", "no", "off", "0", "0.0", "none", "auto")
+"""Values, in lower case, that leave a key without effect; ``auto`` gives way to what is stated."""
+
+
+def is_on(node: Node) -> bool:
+    """Whether a value asks for something."""
+    if node.items or node.pairs:
+        return True
+    return not is_filled_in(node) and node.written.strip().lower() not in _OFF
+
+
 def number(node: Node) -> float | None:
     """A finite number, or None."""
     if isinstance(node.value, bool):

@@ -1,7 +1,4 @@
-"""What the tool of a recipe does not take: unknown keys, values of another kind, keys beside each other.
-
-Which keys do not go together is as the checks of the tools' own parsers say.
-"""
+"""What the tool of a recipe does not take: unknown keys, and values of another kind."""
 
 from __future__ import annotations
 
@@ -12,14 +9,39 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
-from pytest_lora.facts.recipe_lines import Clash, UnknownKey, UnknownKind, WrongKind
-from pytest_lora.inspection.recipe.keys import Keys, is_filled_in
+from pytest_lora.facts.recipe_lines import UnknownKey, UnknownKind, WrongKind
+from pytest_lora.inspection.recipe.keys import Keys, is_filled_in, is_on
 from pytest_lora.inspection.recipe.yaml_file import Node, YamlFile
 
-DROPPED = {"axolotl": ("lora_exclude_modules",)}
-"""Keys that the code would read, and that the schema does not let through."""
+_OF_FULL = "under tuner_type: full alone"
+DROPPED: dict[str, dict[str, str]] = {
+    "axolotl": {"lora_exclude_modules": ""},
+    "ms-swift": dict.fromkeys(
+        (
+            "trainable_parameters",
+            "trainable_parameters_regex",
+            "freeze_parameters",
+            "freeze_parameters_regex",
+        ),
+        _OF_FULL,
+    ),
+}
+"""Keys that the schema does not let through to the code that reads them, or that it reads elsewhere alone, and where.
+
+Source: Axolotl's ``utils/schemas``; ms-swift's ``pipelines/train/tuner.py`` (``TunerMixin.prepare_model``).
+"""
+
+OWN_KEYS = 4
+"""From so many keys on that TRL never had, a recipe is one of a script that reads more than TRL does: recipes of such
+scripts have five and more, and nobody misspells as many."""
+
+OF_SCRIPTS = ("dataset_prompt_column", "system_prompt")
+"""Keys of scripts that build on TRL's parser, open-r1's above all (``configs.py``, ``GRPOScriptArguments``)."""
+
+SWITCHES = frozenset(["use_lora", "use_qlora", "use_peft"])
+"""Keys of one's own that are near a field of LoRA and mean another thing."""
 
 LAUNCHED = {"trl": ("accelerate_config",)}
 """Keys that the tool's launcher takes before anything else sees them (``trl/cli/accelerate_config.py``)."""
@@ -91,6 +113,9 @@ def unknown_keys(keys: Keys, tool: ModuleType, file: YamlFile) -> Iterator[Unkno
     for name, node, line in keys.numbered():
         if name in UNHEEDED.get(tool.KEYS, ()) and node.value is False:
             yield UnknownKey(name, line, _text(file, line, name), "dropped", None, "", False)
+        dropped = DROPPED.get(tool.KEYS, {}).get(name)
+        if dropped and is_on(node):
+            yield UnknownKey(name, line, _text(file, line, name), "dropped", None, dropped, False)
         if (
             name in known["keys"]
             or name in LAUNCHED.get(tool.KEYS, ())
@@ -103,6 +128,16 @@ def unknown_keys(keys: Keys, tool: ModuleType, file: YamlFile) -> Iterator[Unkno
         yield _unknown(name, node, line, _text(file, line, name), known, tool)
 
 
+def reads_more(keys: Keys) -> bool:
+    """Whether what reads a recipe for TRL reads many keys that TRL never had."""
+    if keys.has(*OF_SCRIPTS):
+        return True
+    known = known_keys()["trl"]
+    every = known["keys"] | known["renamed"].keys() | known["removed"].keys() | set(LAUNCHED["trl"])
+    foreign = [name for name, node, _ in keys.numbered() if name not in every and node.pairs is None]
+    return len(foreign) >= OWN_KEYS
+
+
 def _text(file: YamlFile, line: int, name: str) -> str:
     return file.lines[line - 1].strip() if 0 < line <= len(file.lines) else name
 
@@ -111,7 +146,7 @@ def _misspelt(keys: Keys, file: YamlFile) -> Iterator[UnknownKey]:
     """Keys of a recipe of one's own that are nearly a field of LoRA that it does not have."""
     for name, _, line in keys.numbered():
         near = difflib.get_close_matches(name, FIELDS, cutoff=0.88)
-        if name not in FIELDS and near and not keys.has(near[0]):
+        if name not in (*FIELDS, *SWITCHES) and near and not keys.has(near[0]):
             yield UnknownKey(name, line, _text(file, line, name), "unknown", near[0], "", False)
 
 
@@ -119,7 +154,7 @@ def _unknown(
     name: str, node: Node, line: int, text: str, known: dict[str, Any], tool: ModuleType
 ) -> UnknownKey:
     meant, since = known["renamed"].get(name), known["removed"].get(name, "")
-    if name in DROPPED.get(tool.KEYS, ()):
+    if name in DROPPED.get(tool.KEYS, {}):
         return UnknownKey(name, line, text, "dropped", None, "", False)
     kind: UnknownKind = "renamed" if meant else "removed" if since else "block" if node.pairs else "unknown"
     if meant is None and not since:
@@ -146,6 +181,7 @@ def wrong_kinds(file: YamlFile, tool: ModuleType) -> Iterator[WrongKind]:
     """Values anywhere in the file that are not of the kind that their key takes."""
     waiting = [file.root]
     seen: set[int] = set()
+    own = tool.KEYS == "" and not _reads_floats(file.root)
     while waiting:
         node = waiting.pop()
         if id(node) in seen:
@@ -157,19 +193,38 @@ def wrong_kinds(file: YamlFile, tool: ModuleType) -> Iterator[WrongKind]:
             line = node.lines.get(name, value.line)
             listed = value.items or () if name in PATHS else ()
             for one in (value, *listed):
-                found = _wrong(name, one, line if one is value else one.line or line, tool)
+                found = _wrong(name, one, line if one is value else one.line or line, tool, own)
                 if found is not None:
                     yield found
 
 
-def _wrong(name: str, node: Node, line: int, tool: ModuleType) -> WrongKind | None:
+def _reads_floats(root: Node) -> bool:
+    """Whether a file is for a loader that makes numbers of text: it names classes to be made, or other values.
+
+    NeMo Automodel (``_target_``; ``translate_value`` of its ``config/loader.py``), torchtune (``_component_``) and
+    Hydra, which read YAML by OmegaConf, and litgpt (``class_path``), by jsonargparse.
+    """
+    waiting, seen = [root], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        pairs = node.pairs or {}
+        if not pairs.keys().isdisjoint(("_target_", "_component_", "class_path")):
+            return True
+        waiting.extend((*(node.items or ()), *pairs.values()))
+    return False
+
+
+def _wrong(name: str, node: Node, line: int, tool: ModuleType, own: bool) -> WrongKind | None:
     text = node.written
     if name in NUMBERS and isinstance(node.value, str):
-        if node.plain and _TEXT_NUMBER.fullmatch(text) and tool.KEYS == "":
+        if node.plain and _TEXT_NUMBER.fullmatch(text) and own:
             mended = _with_dot(text)
             became = f"the text {text!r}: YAML 1.1 reads a float only with a dot"
             return WrongKind(name, line, text, became, "a number", mended, True)
-        if tool.KEYS == "" and not node.plain and _QUOTED.fullmatch(text):
+        if own and not node.plain and _QUOTED.fullmatch(text):
             return WrongKind(name, line, text, f"the text {text!r}: it is quoted", "a number", text, True)
         if _COMMA.fullmatch(text):
             return WrongKind(
@@ -222,77 +277,3 @@ def _with_dot(text: str) -> str:
         if exponent[0] in "+-"
         else f"{float(text):g}"
     )
-
-
-class _Pair(NamedTuple):
-    """Keys that do not go together: the first is the one to remove."""
-
-    key: str
-    other: str
-    why: str
-    stops: bool = True
-
-
-_PRECISION = "transformers stops: at most one of fp16 and bf16 can be true"
-_BITS = "at most one of load_in_4bit and load_in_8bit can be true"
-_KERNELS = "Axolotl stops: its LoRA kernels do not go with code of the checkpoint's own"
-
-PAIRS: dict[str, tuple[_Pair, ...]] = {
-    # axolotl/utils/schemas/validation.py and peft.py; of fp16 beside bf16, utils/config (normalize_config)
-    "axolotl": (
-        _Pair("evals_per_epoch", "eval_steps", "Axolotl stops: it takes one of them"),
-        _Pair("saves_per_epoch", "save_steps", "Axolotl stops: it takes one of them"),
-        _Pair("batch_size", "gradient_accumulation_steps", "Axolotl stops: it takes one of them"),
-        _Pair("warmup_ratio", "warmup_steps", "Axolotl stops: it takes one of them"),
-        _Pair("gpu_memory_limit", "max_memory", "Axolotl stops: it takes one of them"),
-        _Pair("fsdp", "deepspeed", "Axolotl stops: deepspeed and fsdp cannot be used together"),
-        _Pair("fsdp_config", "deepspeed", "Axolotl stops: deepspeed and fsdp cannot be used together"),
-        _Pair("loraplus_lr_ratio", "lr_groups", "Axolotl stops: it takes one of them"),
-        _Pair("peft_layers_to_transform", "unfrozen_parameters", "Axolotl stops: it takes one of them"),
-        _Pair("val_set_size", "test_datasets", "Axolotl stops: it evaluates on one of them"),
-        _Pair("sample_packing", "rl", "Axolotl stops: sample_packing does not work with RLHF training"),
-        _Pair("lora_dropout", "lora_target_parameters", "Axolotl stops: PEFT has no dropout on parameters"),
-        _Pair("lora_mlp_kernel", "trust_remote_code", _KERNELS),
-        _Pair("lora_qkv_kernel", "trust_remote_code", _KERNELS),
-        _Pair("lora_o_kernel", "trust_remote_code", _KERNELS),
-        _Pair("fp16", "bf16", "Axolotl trains in bf16 and leaves fp16 out", stops=False),
-    ),
-    # llamafactory/hparams/parser.py (_verify_model_args) and finetuning_args.py
-    "llamafactory": (
-        _Pair("fp16", "bf16", _PRECISION),
-        _Pair(
-            "pissa_init",
-            "quantization_bit",
-            "LLaMA-Factory stops: PiSSA needs weights that are not quantized",
-        ),
-        _Pair("resize_vocab", "quantization_bit", "LLaMA-Factory stops: a quantized base cannot be resized"),
-        _Pair("use_galore", "lora_rank", "LLaMA-Factory stops: GaLore does not go with LoRA"),
-        _Pair("use_apollo", "lora_rank", "LLaMA-Factory stops: APOLLO does not go with LoRA"),
-        _Pair("use_badam", "lora_rank", "LLaMA-Factory stops: BAdam does not go with LoRA"),
-    ),
-    # trl/trainer/model_config.py (__post_init__), transformers' TrainingArguments
-    "trl": (_Pair("fp16", "bf16", _PRECISION), _Pair("load_in_8bit", "load_in_4bit", f"TRL stops: {_BITS}")),
-    "ms-swift": (_Pair("fp16", "bf16", _PRECISION),),
-    # transformers' TrainingArguments and BitsAndBytesConfig
-    "": (_Pair("fp16", "bf16", _PRECISION), _Pair("load_in_8bit", "load_in_4bit", f"bitsandbytes: {_BITS}")),
-}
-"""Of each tool, those that say something about a run with LoRA."""
-
-_OFF = ("", "false", "no", "off", "0", "0.0", "none", "auto")
-"""Values, in lower case, that leave a key without effect; ``auto`` gives way to what is stated."""
-
-
-def clashes(keys: Keys, tool: ModuleType) -> Iterator[Clash]:
-    """Pairs of keys that are both there and on."""
-    for pair in PAIRS.get(tool.KEYS, ()):
-        found, other = keys.node(pair.key), keys.node(pair.other)
-        if found is None or other is None or not _is_on(found[1]) or not _is_on(other[1]):
-            continue
-        line = keys.lines.get(pair.key, found[1].line)
-        yield Clash(pair.key, line, pair.other, pair.why, pair.stops)
-
-
-def _is_on(node: Node) -> bool:
-    if node.items or node.pairs:
-        return True
-    return not is_filled_in(node) and node.written.strip().lower() not in _OFF

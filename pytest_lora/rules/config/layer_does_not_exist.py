@@ -13,7 +13,7 @@ def layer_does_not_exist(facts: ConfigFacts, expect: Expect) -> Iterator[Violati
     """layers_to_transform names blocks that the base does not have.
 
     ## What it does
-    Compares `layers_to_transform` with the numbers of the base's blocks.
+    Compares `layers_to_transform` with the numbers of the base's blocks, or of those that `layer_replication` makes.
 
     ## Why is this bad?
     Numbers that do not exist are dropped without a word as long as one exists. Blocks count from 0, so
@@ -34,13 +34,14 @@ def layer_does_not_exist(facts: ConfigFacts, expect: Expect) -> Iterator[Violati
     ## References
     - https://huggingface.co/docs/peft/package_reference/lora#peft.LoraConfig.layers_to_transform
     """
-    known = facts.base.layer_indices
+    known = facts.blocks
     lost = [i for i in facts.settings.layers_to_transform if i not in known]
     kept = tuple(i for i in facts.settings.layers_to_transform if i in known)
+    owner = "layer_replication makes" if facts.settings.layer_replication else "the base has"
     if lost and known:
         yield Violation(
             where=f"layers_to_transform on {facts.base.architecture}",
             observed=f"{lost} of {list(facts.settings.layers_to_transform)} do not exist",
-            expected=f"numbers from {known[0]} to {known[-1]}: the base has {len(known)} blocks, counted from 0",
+            expected=f"numbers from {known[0]} to {known[-1]}: {owner} {len(known)} blocks, counted from 0",
             fix=advise(f"drop {lost}: ", change(layers_to_transform=kept)),
         )

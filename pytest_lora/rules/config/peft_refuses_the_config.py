@@ -11,7 +11,7 @@ from pytest_lora.facts.config import NOT_TRIED, ConfigFacts
 from pytest_lora.facts.settings import Settings, is_named
 from pytest_lora.findings import grouped
 from pytest_lora.rules import Violation, rule
-from pytest_lora.rules.remedies import without
+from pytest_lora.rules.remedies import in_numbers, positive_ranks, without
 
 _DEFAULT_INIT = change("set", init_lora_weights=True)
 
@@ -83,6 +83,10 @@ _FIXES: tuple[tuple[str, Advice], ...] = (
     (
         "Unknown initialization",
         advise(_DEFAULT_INIT, ", or to a method that this version of PEFT knows"),
+    ),
+    (
+        "has no attribute 'endswith'",
+        advise("bias takes the words 'none', 'all' and 'lora_only': ", change("set", bias="none")),
     ),
     (
         "Requested bias",
@@ -160,14 +164,12 @@ def _explained_elsewhere(facts: ConfigFacts) -> bool:
     unmatched = any(facts.unmatched("target_modules")) or any(facts.unmatched("target_parameters"))
     nothing_found = unmatched and not (facts.refusal and facts.refusal.modules)
     layers = set(settings.layers_to_transform)
-    no_such_layer = bool(layers and base.layer_indices) and not layers & set(base.layer_indices)
+    no_such_layer = bool(layers and facts.blocks) and not layers & set(facts.blocks)
     rows = [row for _, group in settings.trainable_token_indices for row in group]
     no_such_row = base.vocab_size is not None and any(row >= base.vocab_size for row in rows)
     odd_rank = "Orthogonal initialization requires" in str(facts.refusal)
-    cannot_generate = (
-        "prepare_inputs_for_generation" in str(facts.refusal) and base.fitting_task_type is not None
-    )
-    return nothing_found or no_such_layer or no_such_row or odd_rank or cannot_generate
+    no_head = "prepare_inputs_for_generation" in str(facts.refusal) and base.fitting_task_type is not None
+    return nothing_found or no_such_layer or no_such_row or odd_rank or no_head
 
 
 def _fix(facts: ConfigFacts, message: str) -> Advice:
@@ -181,9 +183,12 @@ def _fix(facts: ConfigFacts, message: str) -> Advice:
         mended = _mended_pattern(settings, *broken, facts.repairs.mended)
         return advise(f"{broken[1]!r} is no regular expression: ", mended)
     if settings.r <= 0 or any(rank <= 0 for _, rank in settings.rank_pattern):
-        return advise("a rank is a whole number above 0: ", _positive_ranks(settings))
+        return advise("a rank is a whole number above 0: ", positive_ranks(settings))
     if "instances of 'str'" in message or "tuple of ints" in message:
-        return advise("write numbers, not text, and a whole number for r: ", _numbers(settings))
+        return advise("write numbers, not text, and a whole number for r: ", in_numbers(settings))
+    if "incompatible with Mamba-based" in message:
+        why = "kernels of these models read the weights of such modules and never call them, nor an adapter: "
+        return advise(why, _without_those_of(message, facts))
     if "layers_pattern" in message:
         named = ", or to the name of the list that holds the blocks, such as 'layers'"
         return advise(change("set", layers_pattern=None), named)
@@ -235,17 +240,12 @@ def _mended_pattern(settings: Settings, field: str, text: str, mended: str | Non
     return change(**{field: mended or ("all-linear" if field == "target_modules" else None)})
 
 
-def _positive_ranks(settings: Settings) -> Change:
-    fields: dict[str, object] = {} if settings.r > 0 else {"r": 8}  # PEFT's default
-    if settings.rank_pattern:
-        fields["rank_pattern"] = {key: rank for key, rank in settings.rank_pattern if rank > 0}
-    return change(**fields)
-
-
-def _numbers(settings: Settings) -> Change:
-    patterns = {"rank_pattern": dict(settings.rank_pattern), "alpha_pattern": dict(settings.alpha_pattern)}
-    written = {field: pattern for field, pattern in patterns.items() if pattern}
-    return change(r=settings.r, lora_alpha=settings.lora_alpha, **written)
+def _without_those_of(message: str, facts: ConfigFacts) -> Change:
+    """The targets without the modules that the end of PEFT's message lists."""
+    leaves = re.findall(r"'(\w+)'", message.rpartition("Incompatible modules:")[2])
+    names = facts.settings.target_modules
+    kept = [n for n in names if n.rpartition(".")[2] not in leaves] if isinstance(names, tuple) else []
+    return change(target_modules=kept) if kept else change(exclude_modules=sorted(leaves))
 
 
 def _emptied(facts: ConfigFacts) -> Change:

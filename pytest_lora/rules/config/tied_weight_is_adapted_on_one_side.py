@@ -7,7 +7,7 @@ from pytest_lora.expect import Expect
 from pytest_lora.facts.base import is_tied_by_name
 from pytest_lora.facts.config import ConfigFacts
 from pytest_lora.facts.settings import is_named
-from pytest_lora.findings import grouped
+from pytest_lora.findings import grouped, starred
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import tied_as_one, without
 
@@ -20,11 +20,11 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
     Looks for LoRA targets and `modules_to_save` among modules that share their weight (input embedding
     and output head), unless both sides are saved in full, or PEFT ties them under `ensure_weight_tying`. That it
     does for an embedding called `embed_tokens`; by another name (`wte`, `shared`) the sides are not tied, or no
-    longer once the adapter is loaded. Modules of one kind that all carry an adapter of their own
-    (`layer_replication`, the shared blocks of Zamba) are fine until they are to be merged
-    (`Expect(will_merge=True)`). Rows (`trainable_token_indices`) of the head alone are a finding, and so are other
-    rows of the head than of the embedding. The same rows of both are none, nor are those of the embedding alone, as
-    PEFT trains them on both sides. Under `Expect(will_merge=True)`, LoRA targets are one with
+    longer once the adapter is loaded. Modules of one kind that all carry an adapter of their own (the shared blocks
+    of Zamba) and copies of one block (`layer_replication`), some or all of them adapted, are fine until they are to
+    be merged (`Expect(will_merge=True)`). Rows (`trainable_token_indices`) of the head alone are a finding, and so
+    are other rows of the head than of the embedding. The same rows of both are none, nor are those of the embedding
+    alone, as PEFT trains them on both sides. Under `Expect(will_merge=True)`, LoRA targets are one with
     `ensure_weight_tying`, too.
 
     ## Why is this bad?
@@ -44,6 +44,7 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
     ```
 
     ## References
+    - https://github.com/huggingface/peft/issues/1707
     - https://github.com/huggingface/peft/issues/2018
     - https://github.com/huggingface/peft/issues/2864
     - https://github.com/huggingface/peft/pull/2870
@@ -52,15 +53,18 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
     ensured = facts.settings.ensure_weight_tying
     if ensured and expect.will_merge:
         yield from _merged_twice(facts)
+    if expect.will_merge and not facts.live:
+        yield from _merged_into_replicas(facts)
     kinds = {module.name: module.kind for module in facts.base.modules}
     for group in facts.base.tied:
         adapted = [m for m in group if m in facts.adapted]
         if ensured and facts.base.input_embeddings in group and _covers(group, facts):
             yield from _not_tied_when_loaded(group, facts)
             continue
-        if len(adapted) == len(group) and len({kinds.get(m) for m in group}) == 1:
-            if expect.will_merge:
-                yield _merged_into_one(group)
+        copies = facts.settings.layer_replication and len({starred(m) for m in group}) == 1
+        if copies or (len(adapted) == len(group) and len({kinds.get(m) for m in group}) == 1):
+            if expect.will_merge and adapted:
+                yield _merged_into_one(group, adapted)
             continue
         saved = [] if facts.live else [m for m in group if m in facts.saved_modules]
         if not adapted and len(saved) in (0, len(group)):
@@ -86,14 +90,43 @@ def tied_weight_is_adapted_on_one_side(facts: ConfigFacts, expect: Expect) -> It
         )
 
 
-def _merged_into_one(group: tuple[str, ...]) -> Violation:
+def _merged_into_one(group: tuple[str, ...], adapted: list[str]) -> Violation:
+    own = (
+        "each has an adapter of its own"
+        if len(adapted) == len(group)
+        else f"{grouped(adapted)} has an adapter"
+    )
     return Violation(
         where=grouped(group),
-        observed=f"these {len(group)} modules share one weight, and each has an adapter of its own: merging adds every "
-        "update to that weight",
+        observed=f"these {len(group)} modules share one weight, and {own}: merging adds every update to that weight",
         expected="modules to be merged whose weight no other one shares",
         fix="keep the adapter apart from the base, or adapt modules that share no weight",
     )
+
+
+def _merged_into_replicas(facts: ConfigFacts) -> Iterator[Violation]:
+    """Copies of a block share its weights: PEFT merges without a word, and what one copy learned changes the others."""
+    sources = facts.settings.replicated_blocks
+    again = {block for block, source in enumerate(sources) if sources.count(source) > 1}
+    hit = [module for module in sorted(facts.adapted) if _block_of(module) in again]
+    if hit:
+        ranges = [list(pair) for pair in facts.settings.layer_replication]
+        yield Violation(
+            where=grouped(hit),
+            observed=f"layer_replication={ranges} puts blocks {sorted({sources[b] for b in again})} of the base into "
+            f"the model more than once, with one weight for all copies: merging adds every update to that weight, and "
+            f"the merged model computes something else ({len(hit)} adapted modules are in such blocks)",
+            expected="modules to be merged whose weight no other one shares",
+            fix=advise(
+                "keep the adapter apart from the base; or copy the blocks yourself, each with weights of its own, save "
+                "that as the base, and ",
+                change("set", layer_replication=None),
+            ),
+        )
+
+
+def _block_of(module: str) -> int | None:
+    return next((int(part) for part in module.split(".") if part.isdecimal() and len(part) < 12), None)
 
 
 def _covers(group: tuple[str, ...], facts: ConfigFacts) -> bool:

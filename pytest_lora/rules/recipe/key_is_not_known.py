@@ -15,7 +15,9 @@ def key_is_not_known(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]:
 
     ## What it does
     Compares the keys with those of the tool, read from its sources: misspelt ones, those of another tool or of an
-    older version, and nested blocks where the tool reads a flat file. Keys of plugins that the recipe names are known.
+    older version, keys that it reads under another method alone, and nested blocks where the tool reads a flat file.
+    Keys of plugins that the recipe names are known. With several keys that TRL never had, a recipe is taken for one
+    of a script that reads more than TRL does, and no key of it is unknown.
 
     ## Why is this bad?
     Axolotl drops keys that it does not know without a word, and so do TRL's scripts; the setting has its default
@@ -95,6 +97,8 @@ def key_is_not_known(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]:
 
 
 def _said(one: UnknownKey) -> str:
+    if one.kind == "dropped" and one.since:
+        return f"is read {one.since}"
     if one.kind == "dropped":
         return "is dropped on the way to where it would be read"
     if one.kind == "removed":

@@ -10,11 +10,12 @@ from pytest_lora.rules.recipe import at
 
 @rule("LORA605", severity="error", needs=RecipeFacts)
 def settings_exclude_each_other(facts: RecipeFacts, expect: Expect) -> Iterator[Violation]:
-    """Two settings of a recipe do not go together.
+    """Two settings of a recipe do not go together, or one does not go without another.
 
     ## What it does
     Looks for pairs of keys that the tool refuses, as its own checks say: `evals_per_epoch` beside `eval_steps` in
-    Axolotl, `pissa_init` beside `quantization_bit` in LLaMA-Factory, `fp16` beside `bf16`.
+    Axolotl, `pissa_init` beside `quantization_bit` in LLaMA-Factory, 8-bit weights under ZeRO-3 there, `fp16` beside
+    `bf16`. And for keys that it refuses alone, such as an `eval_strategy` with nothing to evaluate on.
 
     ## Why is this bad?
     The run stops when it begins, often after a wait for its GPUs. Where a tool takes both, one of them does not
@@ -76,6 +77,17 @@ def settings_exclude_each_other(facts: RecipeFacts, expect: Expect) -> Iterator[
     - TrainingArguments: https://huggingface.co/docs/transformers/main_classes/trainer
     """
     for clash in facts.clashes:
+        if clash.needed:
+            others = " or ".join(f"`{name}`" for name in clash.needed)
+            yield Violation(
+                at(facts, clash.line, clash.key),
+                f"`{clash.key}` stands without {others}: {clash.why}",
+                f"{others} beside `{clash.key}`",
+                f"add {others}, or remove `{clash.key}`",
+                None,
+                clash.line,
+            )
+            continue
         yield Violation(
             at(facts, clash.line, clash.key),
             f"`{clash.key}` stands beside `{clash.other}`: {clash.why}",
