@@ -314,7 +314,7 @@ def test_a_bias_that_is_no_word_is_explained() -> None:
     config.bias = None  # type: ignore[assignment]
     (finding,) = check_config(config, BASES["base"]()).findings
     assert finding.code == "LORA124"
-    assert "'none', 'all' and 'lora_only'" in finding.fix
+    assert "bias='none'" in finding.fix
     config.bias = "none"
     assert not check_config(config, BASES["base"]()).findings
 
