@@ -24,6 +24,7 @@ NEUTRAL = {
     "inference_mode": False, "trainable_token_indices": (), "ensure_weight_tying": False,
     "alora_invocation_tokens": None, "eva_config": False, "corda_config": False, "lora_ga_config": False,
     "loftq_config": False, "use_qalora": False, "lora_bias": False, "kasa_config": False,
+    "layer_replication": (),
 }  # fmt: skip
 
 
@@ -53,6 +54,7 @@ class Task(enum.Enum):
         ({"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa"}),
         ({"init_lora_weights": False}, {"init_lora_weights": False}),
         ({"init_lora_weights": 3}, {}),
+        ({"layer_replication": [[0, 4], [2, 5]]}, {"layer_replication": ((0, 4), (2, 5))}),
         ({"task_type": Task.CLASSES}, {"task_type": "SEQ_CLS"}),
         ({"task_type": "CAUSAL_LM"}, {"task_type": "CAUSAL_LM"}),
         ({"bias": "all", "lora_dropout": 0.5}, {"bias": "all", "lora_dropout": 0.5}),
