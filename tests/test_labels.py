@@ -230,7 +230,7 @@ def test_batches_are_numbered_and_odd_ones_left_out() -> None:
 def test_special_tokens_are_those_of_the_configuration(
     config: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
-    base: Any = SimpleNamespace(task_type="CAUSAL_LM", vocab_size=50)
+    base: Any = SimpleNamespace(architecture="Own", task_type="CAUSAL_LM", vocab_size=50)
     root: Any = torch.nn.Module()
     root.config = SimpleNamespace(**config)
     found = vocabulary(root, base)
@@ -249,7 +249,7 @@ def positions(*, rotary: bool = True, **config: Any) -> int | None:
     if rotary:
         root.turn = type("OwnRotaryEmbedding", (torch.nn.Module,), {})()
     root.config = SimpleNamespace(**{"max_position_embeddings": 12, **config})
-    base: Any = SimpleNamespace(task_type="CAUSAL_LM", vocab_size=50)
+    base: Any = SimpleNamespace(architecture="Own", task_type="CAUSAL_LM", vocab_size=50)
     return vocabulary(root, base).positions
 
 
@@ -277,7 +277,7 @@ def test_positions_that_nothing_is_said_of() -> None:
 def test_bases_that_cannot_do_without_a_begin_token(family: str, needs: bool) -> None:
     root: Any = torch.nn.Module()
     root.config = SimpleNamespace(model_type=family, bos_token_id=0)
-    base: Any = SimpleNamespace(task_type="CAUSAL_LM", vocab_size=50)
+    base: Any = SimpleNamespace(architecture="Own", task_type="CAUSAL_LM", vocab_size=50)
     assert vocabulary(root, base).opens == (0 if needs else None)
     root.config.bos_token_id = None
     assert vocabulary(root, base).opens is None
@@ -287,6 +287,6 @@ def test_tokens_at_which_generation_stops_are_added_to_the_ends() -> None:
     root: Any = torch.nn.Module()
     root.config = SimpleNamespace(eos_token_id=2)
     root.generation_config = SimpleNamespace(eos_token_id=[2, 9])
-    base: Any = SimpleNamespace(task_type="CAUSAL_LM", vocab_size=50)
+    base: Any = SimpleNamespace(architecture="Own", task_type="CAUSAL_LM", vocab_size=50)
     found = vocabulary(root, base)
     assert (found.ends, found.stops) == ((2,), (2, 9))

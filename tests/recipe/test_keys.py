@@ -176,8 +176,8 @@ ON_TRL = TRL + "lora_r: 4\nlora_alpha: 8\nlearning_rate: 1.0e-4\n"
     [
         (ON_TRL, "TRL"),
         (ON_TRL + "a_: 1\nb_: 1\nc_: 1\ntorch_dtype: x\nblock: {a: 1}\n", "TRL"),
-        (ON_TRL + "a_: 1\nb_: 1\nc_: 1\nd_: 1\n", "a recipe of one's own"),
-        (ON_TRL + "system_prompt: You think.\n", "a recipe of one's own"),
+        (ON_TRL + "a_: 1\nb_: 1\nc_: 1\nd_: 1\n", "your own script"),
+        (ON_TRL + "system_prompt: You think.\n", "your own script"),
         (TRL + "a_: 1\nb_: 1\nc_: 1\nd_: 1\n", "TRL"),
     ],
 )
