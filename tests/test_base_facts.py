@@ -99,7 +99,8 @@ def test_a_weight_without_values_is_packed_as_bitsandbytes_packs_one(inputs: int
     def sizes(layer: Any) -> Any:
         state = layer.weight.quant_state
         second = state.state2 and (state.state2.absmax.shape, state.state2.blocksize)
-        return layer.weight.shape, layer.weight.dtype, state.absmax.shape, state.absmax.dtype, second
+        absmax, code = state.absmax, state.code
+        return layer.weight.shape, layer.weight.dtype, absmax.shape, absmax.dtype, code.shape, second
 
     try:
         whole = made("cpu").to("cpu")

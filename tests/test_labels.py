@@ -154,6 +154,7 @@ def test_labels_of_a_causal_model(batch: Any, changes: dict[str, Any], wanted: d
         ({"labels": [[7, 8, N]], "decoder_input_ids": [[7, 9]]}, {}, {"visible": 0.0}),
         ({"labels": [[N, N]], "decoder_input_ids": [[7, 9]]}, {}, {"visible": 0.0, "rows_ignored": 1}),
         ({"labels": [[7, 50]]}, {}, {"outside": (50,), "limit": 50, "same": 0.0, "masked_inputs": False}),
+        ({"labels": [[7, 50]]}, {}, {"ahead": 0.0, "behind": 0.0}),
     ],
 )  # fmt: skip
 def test_labels_of_a_decoder(batch: Any, changes: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from transformers import BatchEncoding
 from pytest_lora import assert_loss_decreases
 from pytest_lora.bases.examples.models import BASES, language_batch
 from pytest_lora.bases.tiny import load_tiny
-from pytest_lora.inspection.placement import moved
+from pytest_lora.inspection.placement import moved, place
 from tests.simulated_cuda import MACHINES, play
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -99,3 +99,9 @@ def test_a_device_of_the_kind_where_the_model_is_moves_nothing(monkeypatch: pyte
     play(monkeypatch, MACHINES["L4"])
     with pytest.raises(ValueError, match="device='cuda', but the optimizer trains a model on cpu"):
         assert_loss_decreases(model, language_batch(), optimizer=optimizer, device="cuda")
+
+
+def test_a_card_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"^device='cuda:1', but torch sees 1 CUDA devices$"):
+        place(torch.nn.Linear(1, 1), "cuda:1", None)

@@ -292,6 +292,13 @@ def test_every_bit_of_a_fraction_makes_infinity_no_number(
     assert (found["x"].nans, found["x"].infinities) == (2, 1)
 
 
+def test_every_bit_of_a_double_makes_infinity_no_number(tmp_path: Path) -> None:
+    infinite = 0x7FF0_0000_0000_0000
+    bits = torch.tensor([infinite, infinite + 1, 0x7FFF_FFFF_FFFF_FFFF, 0])
+    found, _ = read(tmp_path / "a.safetensors", {"x": bits.view(torch.float64)})
+    assert (found["x"].nans, found["x"].infinities) == (2, 1)
+
+
 @pytest.mark.parametrize(
     ("rank", "told"), [([1] * 20, f"{[1] * 20}"), ([1] * 19 + [11], f"{[1] * 19 + [11]}"[:60] + "...")]
 )

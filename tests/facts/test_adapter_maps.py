@@ -11,7 +11,7 @@ import pytest
 from pytest_lora.bases.examples.models import language_batch
 from pytest_lora.facts.checkpoint import CheckpointFacts
 from pytest_lora.facts.figures import LossCurve, adapter_maps
-from pytest_lora.facts.figures.adapter_maps import checkpoint_maps, model_maps, place
+from pytest_lora.facts.figures.adapter_maps import _means, checkpoint_maps, model_maps, place
 from pytest_lora.facts.figures.curves import POINTS, history_curve, memory_budget
 from pytest_lora.facts.figures.recipes import RecipeCard, recipe_card
 from pytest_lora.facts.history import history_facts
@@ -357,3 +357,12 @@ def test_an_evaluation_in_words_and_beside_the_training() -> None:
     assert peak_rows(0, 3, 5) == (("peak allocated", 5),)
     assert peak_rows(4, 3, 5) == (("peak of the training", 3), ("peak allocated, of the evaluation", 4))
     assert peak_rows(3, 4, 5) == (("peak of the evaluation", 3), ("peak allocated, of the training", 4))
+
+
+def test_modules_in_one_place_are_drawn_by_their_mean() -> None:
+    def cell(gradient: float | None) -> Any:
+        return "live", 4, 1.0, gradient, None
+
+    grid = [[cell(2.0), cell(4.0), cell(None)], [cell(None)]]
+    assert _means(grid, 3) == (3.0, None)
+    assert _means(grid, 4) == ()

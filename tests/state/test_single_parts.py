@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pytest_lora.inspection.state import Interrupts
+from pytest_lora.inspection.state import Interrupts, Keeper
 from pytest_lora.inspection.state import attributes as attributes_module
 from pytest_lora.inspection.state.attributes import (
     AttributeBatch,
@@ -73,6 +73,7 @@ def test_what_holds_the_values_of_a_tensor() -> None:
         ((2, 3), (1, 2), False),
         ((2, 3), (0, 1), True),
         ((2, 3), (1, 1), True),
+        ((2, 2), (1, 1), True),
         ((2, 3), (2, 1), True),
         ((2, 2), (4, 1), False),
         ((2, 3), (4, 2), True),
@@ -579,3 +580,13 @@ def test_handlers_that_nobody_changed_are_not_set_again(monkeypatch: pytest.Monk
     monkeypatch.setattr(signal, "signal", lambda number, handler: done.append(number))
     interrupts.release()
     assert done == []
+
+
+def test_what_is_kept_later_is_known_beside_the_model() -> None:
+    model, later = nn.Linear(2, 2), torch.ones(3)
+    with Keeper(model) as keeper:
+        keeper.keep([later])
+        later.zero_()
+        before = keeper.before(later)
+    assert before is not None
+    assert before.tolist() == later.tolist() == [1.0, 1.0, 1.0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pytest_lora.facts.batches import AloneFacts, TextBounds
 from pytest_lora.facts.model_parts import Wrappers
+from pytest_lora.facts.steps import ShiftFacts
 from pytest_lora.inspection.survey import survey
 from pytest_lora.inspection.training.batches import (
     LOOKED_AT,
@@ -840,3 +841,11 @@ def test_a_base_weight_that_changed_says_how_fine_its_numbers_are() -> None:
     (change,) = _changed(short, torch.tensor([1.0]).bfloat16(), "snapshot", found)
     assert (change.relative, change.precision, change.adapted) == (1.0, 2**-7, False)
     assert not [*_changed(short, short.tensor.clone(), "probe", found)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "ahead", "forgotten"),
+    [(2.0, 2.001, True), (2.0, 2.0001, False), (2.0, 2.5, True), (2.5, 2.5, False), (2.001, 2.5, False)],
+)
+def test_labels_that_are_not_shifted_show_in_two_losses(loss: float, ahead: float, forgotten: bool) -> None:
+    assert ShiftFacts(loss=loss, in_place=2.0, ahead=ahead).forgotten is forgotten
