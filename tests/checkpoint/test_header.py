@@ -78,7 +78,8 @@ def test_tensors_are_read_in_the_order_of_their_bytes(tmp_path: Path) -> None:
         ({"a": tensor([2], 0, 2)}, 3, "1 bytes after the last tensor belong to none"),
         ({}, 1, "1 bytes after the last tensor belong to none"),
         ({"a": 1}, 0, "its header does not say dtype, shape and data_offsets of 'a'"),
-        ({"a": tensor([2], 0, 2), "b": tensor([1], 2, 3), "c": tensor([1], 3, 4, "I3")}, 4, "'c' has the unknown dtype 'I3'"),
+        ({"a": tensor([2], 0, 2), "b": tensor([1], 2, 3), "c": tensor([1], 3, 4, "I3")}, 4, "'c' has the unknown dtype "
+         "'I3'"),
         ({"a": {"dtype": "U8", "shape": [0]}}, 0, "its header does not say dtype, shape and data_offsets of 'a'"),
         ({"a": tensor([1], 0, 1, "I3")}, 1, "'a' has the unknown dtype 'I3'"),
         ({"a": tensor([1], 0, 1, ["U8"])}, 1, "'a' has the unknown dtype \"['U8']\""),
