@@ -145,6 +145,8 @@ def _normless(
     layer: LoraLayer, pair: Factors, others: tuple[tuple[str, Tensor], ...], values: dict[int, Values]
 ) -> int:
     """Rows whose norm DoRA divides by and that are zero: the magnitude is the norm of the base weight at first."""
+    if not others:
+        return 0
     magnitude = next((tensor for name, tensor in others if name == "lora_magnitude_vector"), None)
     outputs = pair.b.shape[0] if pair.b.ndim == 2 else 0
     if magnitude is None or magnitude.shape != (outputs,) or id(magnitude) not in values:

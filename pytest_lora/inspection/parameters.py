@@ -20,7 +20,7 @@ from pytest_lora.inspection.peft_internals import WRAPPERS, LoraConfig
 from pytest_lora.inspection.peft_state import saved_state
 from pytest_lora.inspection.skeleton import skeleton
 from pytest_lora.inspection.state import leaves_no_trace
-from pytest_lora.inspection.survey import Survey, survey
+from pytest_lora.inspection.survey import Survey, every_module, survey
 from pytest_lora.values import in_short
 
 
@@ -73,16 +73,8 @@ def _stored(model: nn.Module) -> Iterable[nn.Parameter]:
     That call itself would make PEFT's LoRA layer for ``nn.MultiheadAttention`` replace parameters by equal
     ones (its ``_restore_weights``), which could then no longer be told by identity.
     """
-    found: dict[int, nn.Parameter] = {}
-    seen: set[nn.Module] = set()
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if module not in seen:
-            seen.add(module)
-            found.update((id(p), p) for p in module._parameters.values() if p is not None)
-            waiting.extend(child for child in module._modules.values() if child is not None)
-    return found.values()
+    parameters = (p for module in every_module(model) for p in module._parameters.values() if p is not None)
+    return {id(p): p for p in parameters}.values()
 
 
 def _outside(module: nn.Module, root: nn.Module, name: str = "") -> Iterator[BaseParameter]:

@@ -111,7 +111,8 @@ def every_module(model: nn.Module) -> Iterator[nn.Module]:
         if module is not None and id(module) not in seen:
             seen.add(id(module))
             yield module
-            further.extend(reversed(module._modules.values()))
+            if module._modules:
+                further.extend(reversed(module._modules.values()))
 
 
 def survey(model: nn.Module) -> Survey:
