@@ -18,6 +18,11 @@ def alpha_divisor(rank: int, *, rslora: bool) -> float:
     return float(rank**0.5 if rslora else rank)
 
 
+def block_of(module: str) -> int | None:
+    """The first number in the name of a module, which is that of its block; None where there is none."""
+    return next((int(part) for part in module.split(".") if part.isdecimal() and len(part) < 12), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The fields of a LoraConfig as plain values, under PEFT's own names; of nested ones, whether they are set."""
@@ -114,7 +119,7 @@ class Settings:
 
     def skips_layer_of(self, module: str) -> bool:
         """Whether ``layers_to_transform`` leaves out the block that a module is in."""
-        number = next((int(part) for part in module.split(".") if part.isdecimal() and len(part) < 12), None)
+        number = block_of(module)
         return bool(self.layers_to_transform) and number not in self.layers_to_transform
 
 

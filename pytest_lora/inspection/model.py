@@ -33,7 +33,7 @@ from pytest_lora.inspection.peft_internals import (
     trains_xlora,
 )
 from pytest_lora.inspection.state import leaves_no_trace
-from pytest_lora.inspection.survey import Survey, every_module, survey
+from pytest_lora.inspection.survey import Survey, every_module, outermost_peft, survey
 from pytest_lora.inspection.wrappers import wrapper_facts
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -138,7 +138,7 @@ def _is_unloaded(model: nn.Module, found: Survey) -> bool:
 
 def _active_elsewhere(model: nn.Module, layers: tuple[LayerState, ...]) -> tuple[str, ...] | None:
     """What the PEFT model calls active where it has no such adapter, or none while its layers apply one; else None."""
-    wrapper: Any = next((module for module in model.modules() if isinstance(module, WRAPPERS)), None)
+    wrapper: Any = outermost_peft(model)
     if wrapper is None or not layers:
         return None
     named: str | list[str] = wrapper.active_adapter

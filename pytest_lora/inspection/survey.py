@@ -123,7 +123,7 @@ def survey(model: nn.Module) -> Survey:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {shown(model)}")
-    outer = _outermost_peft(model) or _outermost_adapted(model)
+    outer = outermost_peft(model) or _outermost_adapted(model)
     nested = 0
     root = outer
     while True:
@@ -137,7 +137,8 @@ def survey(model: nn.Module) -> Survey:
     return found
 
 
-def _outermost_peft(model: nn.Module) -> nn.Module | None:
+def outermost_peft(model: nn.Module) -> nn.Module | None:
+    """The outermost PEFT model in a model; None where there is none."""
     return next((m for m in model.modules() if isinstance(m, WRAPPERS)), None)
 
 

@@ -77,15 +77,14 @@ def recipe_facts(path: Path, base: str | None = None) -> RecipeFacts:
 def recognised(file: YamlFile) -> tuple[ModuleType, Keys] | None:
     """The tool that a file is a recipe of, and its keys as that tool sees them."""
     plain = Keys(file.root, "")
-    flat = home_made.flattened(resolved(file.root))
-    own = home_made.is_mine(flat)
-    for tool in TOOLS:
-        if tool is trl and own and reads_more(plain):
-            break
-        if tool.is_mine(plain):
-            root = resolved(file.root) if tool is llamafactory else file.root
-            return tool, Keys(root, tool.NAME)
-    return (home_made, flat) if own else None
+    tool = next((tool for tool in TOOLS if tool.is_mine(plain)), None)
+    if tool is None or (tool is trl and reads_more(plain)):
+        flat = home_made.flattened(resolved(file.root))
+        if home_made.is_mine(flat):
+            return home_made, flat
+    if tool is None:
+        return None
+    return tool, Keys(resolved(file.root) if tool is llamafactory else file.root, tool.NAME)
 
 
 def is_likely(path: Path) -> bool:

@@ -102,11 +102,16 @@ def generators_of(batches: Any) -> Iterator[torch.Generator]:
     yield from {id(g): g for g in found if isinstance(g, torch.Generator)}.values()
 
 
+class NoHeadError(ValueError):
+    """A model without a head, which makes no loss of the labels of a batch."""
+
+
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     """The loss of one batch.
 
     Raises:
-        ValueError: The model gives no loss, or ``loss_fn`` gives no scalar.
+        NoHeadError: The model gives no loss though the batch has labels.
+        ValueError: The model gives no loss without labels, or ``loss_fn`` gives no scalar.
     """
     if loss_fn is not None:
         with _noted("loss_fn raised this for a batch"):
@@ -121,11 +126,10 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     else:
         loss = getattr(output, "loss", output[0] if isinstance(output, tuple) and output else output)
     if not _is_loss(loss):
-        raise ValueError(
-            f"batches: the model gives no scalar loss for a batch of {', '.join(map(str, batch))}; "
-            + ("load the model with a head" if "labels" in batch else "add labels to it")
-            + ", or give loss_fn"
-        )
+        without = f"batches: the model gives no scalar loss for a batch of {', '.join(map(str, batch))}; "
+        if "labels" in batch:
+            raise NoHeadError(f"{without}load the model with a head, or give loss_fn")
+        raise ValueError(f"{without}add labels to it, or give loss_fn")
     return loss
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lora.facts.steps import Failure, FailureKind, Phase
+from pytest_lora.inspection.training.batches import NoHeadError
 from pytest_lora.inspection.training.media import grids_disagree
 
 _RAISED_BY_TORCH = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 _WORDS: dict[str, FailureKind] = {
-    r"load the model with a head": "no head",
     r"features.* tokens? do not match|placeholder|pixel_values|(image|video|audio) tokens": "placeholders",
     r"token_type_ids`? (is|are) (required|missing)": "token types",
     r"target dtype|[Tt]arget size|dtype Long|dtype Float but|be cast to|probabilities": "label dtype",
@@ -72,6 +72,8 @@ def failure_of(
         kind = "input of the wrapper"
     elif phase == "optimizer step" and "size" in message:
         kind = "state of another shape"
+    elif isinstance(error, NoHeadError):
+        kind = "no head"
     else:
         kind = next((kind for words, kind in _WORDS.items() if re.search(words, message)), None)
     if kind is None:

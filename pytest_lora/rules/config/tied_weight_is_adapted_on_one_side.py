@@ -6,7 +6,7 @@ from pytest_lora.changes import Advice, advise, change
 from pytest_lora.expect import Expect
 from pytest_lora.facts.base import is_tied_by_name
 from pytest_lora.facts.config import ConfigFacts
-from pytest_lora.facts.settings import is_named
+from pytest_lora.facts.settings import block_of, is_named
 from pytest_lora.findings import grouped, starred
 from pytest_lora.rules import Violation, rule
 from pytest_lora.rules.remedies import tied_as_one, without
@@ -108,7 +108,7 @@ def _merged_into_replicas(facts: ConfigFacts) -> Iterator[Violation]:
     """Copies of a block share its weights: PEFT merges without a word, and what one copy learned changes the others."""
     sources = facts.settings.replicated_blocks
     again = {block for block, source in enumerate(sources) if sources.count(source) > 1}
-    hit = [module for module in sorted(facts.adapted) if _block_of(module) in again]
+    hit = [module for module in sorted(facts.adapted) if block_of(module) in again]
     if hit:
         ranges = [list(pair) for pair in facts.settings.layer_replication]
         yield Violation(
@@ -123,10 +123,6 @@ def _merged_into_replicas(facts: ConfigFacts) -> Iterator[Violation]:
                 change("set", layer_replication=None),
             ),
         )
-
-
-def _block_of(module: str) -> int | None:
-    return next((int(part) for part in module.split(".") if part.isdecimal() and len(part) < 12), None)
 
 
 def _covers(group: tuple[str, ...], facts: ConfigFacts) -> bool:
